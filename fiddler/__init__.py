@@ -1,0 +1,41 @@
+"""Run Mixture-of-Experts language models larger than the GPU, unquantised.
+
+    import fiddler
+    engine = fiddler.load("mixtral.gguf")
+    print(engine.generate("Once upon a time", fiddler.Sampling(temperature=0.0), max_tokens=64).text)
+
+Names are imported when first used: `import fiddler` itself is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fiddler.errors import FiddlerError
+
+if TYPE_CHECKING:
+    from fiddler.converters import convert
+    from fiddler.engine import Completion, Engine, load
+    from fiddler.sampling import Sampling
+
+__all__ = ["Completion", "Engine", "FiddlerError", "Sampling", "convert", "load"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Completion": "fiddler.engine",
+    "Engine": "fiddler.engine",
+    "Sampling": "fiddler.sampling",
+    "convert": "fiddler.converters",
+    "load": "fiddler.engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fiddler' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

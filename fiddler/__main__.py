@@ -1,0 +1,5 @@
+"""`python -m fiddler`."""
+
+from fiddler.cli import main
+
+main()

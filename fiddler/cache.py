@@ -1,0 +1,86 @@
+"""The KV cache: sequences that grow, and the steps that append to several of them. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Ordered
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fiddler.models.config import Config
+from fiddler.models.mixtral import Span
+
+__all__ = ["Sequence", "Step"]
+
+_FIRST_CAPACITY = 256  # positions; doubled when full
+
+
+class Sequence:
+    """Keys and values of one sequence, all layers. Memory grows with its length, up to `context` positions."""
+
+    def __init__(self, config: Config, context: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.context = context
+        self.length = 0
+        self._shape = (config.head_count_kv, config.head_dim)
+        self._dtype, self._device = dtype, device
+        self._keys = [self._empty(0) for _ in range(config.block_count)]
+        self._values = [self._empty(0) for _ in range(config.block_count)]
+
+    def reserve(self, length: int) -> None:
+        """Make room for positions up to `length`."""
+        assert length <= self.context, f"{length} positions in a context of {self.context}"
+        capacity = self._keys[0].shape[0]
+        if length <= capacity:
+            return
+        capacity = min(self.context, max(length, 2 * capacity, _FIRST_CAPACITY))
+        for kept in (self._keys, self._values):
+            for layer, old in enumerate(kept):
+                kept[layer] = self._empty(capacity)
+                kept[layer][: self.length] = old[: self.length]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [n, G, head_dim] after the present end, which stays where it is; everything so far, [S, G, head_dim]."""
+        end = self.length + keys.shape[0]
+        self._keys[layer][self.length : end] = keys
+        self._values[layer][self.length : end] = values
+        return self._keys[layer][:end], self._values[layer][:end]
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def _empty(self, capacity: int) -> Tensor:
+        return torch.empty(capacity, *self._shape, dtype=self._dtype, device=self._device)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens appended to one or several sequences in one pass through the model: the model's `Cache`.
+
+    `parts`: each sequence with the number of its tokens, in the order of the step's rows.
+    """
+
+    parts: Ordered[tuple[Sequence, int]]
+
+    def __post_init__(self) -> None:
+        for sequence, count in self.parts:
+            sequence.reserve(sequence.length + count)
+
+    def positions(self) -> Tensor:
+        """The position of each row within its own sequence: int64 [T]."""
+        return torch.cat([torch.arange(sequence.length, sequence.length + count) for sequence, count in self.parts])
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Iterator[Span]:
+        """Store this step's keys and values [T, G, head_dim]; each sequence's part with all that it sees."""
+        begin = 0
+        for sequence, count in self.parts:
+            rows = slice(begin, begin + count)
+            begin += count
+            yield Span(rows, *sequence.write(layer, keys[rows], values[rows]))
+
+    def commit(self) -> None:
+        """The step went through every layer: the sequences are longer now."""
+        for sequence, count in self.parts:
+            sequence.length += count

@@ -1,0 +1,234 @@
+"""The command line: parses, calls one function, prints. The only file that prints or exits.
+
+Text that was asked for goes to stdout; progress, statistics and warnings to stderr. Exit codes: 0 done, 1 an error
+in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from fiddler.errors import FiddlerError
+
+if TYPE_CHECKING:
+    from fiddler.engine import Stats
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Mixture-of-Experts language models larger than the GPU, unquantised.",
+)
+
+
+class DType(StrEnum):
+    """--dtype of `convert`."""
+
+    bf16 = "bf16"
+    f16 = "f16"
+
+
+class Device(StrEnum):
+    """--device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    """--precision."""
+
+    fast = "fast"
+    exact = "exact"
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        app(standalone_mode=True)
+    except FiddlerError as error:
+        _fail(error, str(error))
+    except KeyboardInterrupt:
+        _leave(130)
+    except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
+        _silence_stdout()
+        _leave(1)
+    except MemoryError as error:
+        _fail(error, "out of memory; close other programs or lower --ctx")
+    except Exception as error:
+        _fail(error, f"internal: {type(error).__name__}: {error} (set FIDDLER_TRACEBACK=1 and report this)")
+    _leave(0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from fiddler import __version__
+
+        print(f"fiddler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    dtype: Annotated[
+        DType | None, typer.Option(help="16-bit type of the weights [default: the checkpoint's].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
+) -> None:
+    """Convert a Hugging Face Mixtral folder to GGUF."""
+    from tqdm import tqdm
+
+    from fiddler.converters import convert as run_conversion
+
+    with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = run_conversion(source, target, dtype.value if dtype else None, force=force, progress=progress)
+    for warning in report.warnings:
+        _say(f"warning: {warning}")
+    _say(
+        f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
+        f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
+    )
+
+
+@app.command()
+def run(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL.gguf]", help="Model; the demo model if none.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue (UTF-8).")] = None,
+    count: Annotated[
+        int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
+    ] = -1,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability; 1: all.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this probable, relative to the first; 0: all.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option(help="Penalty on tokens seen lately; 1: none.")] = 1.0,
+    repeat_last_n: Annotated[int, typer.Option(help="How many tokens are lately; -1: all.")] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling; -1: a new one each time.")] = -1,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads [default: all cores].")] = None,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", help="Positions of context; at most the model's own.")] = 4096,
+    precision: Annotated[
+        Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")
+    ] = Precision.fast,
+) -> None:
+    """Continue a text. Without MODEL.gguf: the small demo model that ships with fiddler."""
+    text = _prompt_text(prompt, prompt_file)
+    from fiddler.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=None if seed < 0 else seed,
+    )
+    if model is not None:
+        from fiddler.model_file import ModelFile
+
+        ModelFile.open(model).check_runnable()  # a bad file is refused before torch is imported
+    from fiddler.engine import load
+
+    engine = load(model, device.value, gpu_memory, threads, ctx, precision.value)
+    generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
+    for piece in generation:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if stats:
+        _say(_stats_text(generation.completion.stats))
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to look at.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""
+    from fiddler.description import describe, to_text
+
+    description = describe(model)
+    if as_json:
+        import json
+
+        print(json.dumps(description, indent=2, ensure_ascii=False))
+    else:
+        print(to_text(description))
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from -p, a file or standard input; wrong usage where there is none or more than one."""
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("give -p or --prompt-file, not both")
+    if prompt is not None:
+        return prompt
+    if prompt_file is not None:
+        try:
+            return prompt_file.read_bytes().decode("utf-8", "surrogateescape")
+        except OSError as error:
+            raise FiddlerError(f"{prompt_file}: cannot be read: {error.strerror}") from None
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or a text on standard input")
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+
+
+def _stats_text(stats: Stats) -> str:
+    return (
+        f"load {stats.load_seconds:.2f} s | "
+        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_speed:.1f} tokens/s | "
+        f"generation {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tokens/s | "
+        f"peak memory {stats.peak_resident / 2**20:.0f} MiB with the mapped file, "
+        f"{stats.anonymous / 2**20:.0f} MiB of its own"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _fail(error: BaseException, message: str) -> NoReturn:
+    if os.environ.get("FIDDLER_TRACEBACK") == "1":
+        raise error
+    _say("error: " + " ".join(message.split()))
+    _leave(1)
+
+
+def _silence_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(code: int) -> NoReturn:
+    raise SystemExit(code)

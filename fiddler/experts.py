@@ -1,0 +1,64 @@
+"""Where a layer's weights meet its tokens on the CPU: the kernels behind the model's two seams.
+
+Knows the mapped bits and the kernels; not the model's structure nor the file they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler import kernels
+from fiddler.kernels import Product
+
+__all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight"]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts as they lie in the file: uint16 bits, and how to read them."""
+
+    gate: np.ndarray  # [E, F, D]
+    up: np.ndarray  # [E, F, D]
+    down: np.ndarray  # [E, D, F]
+    product: Product
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One dense weight: uint16 bits [out, in] and how to read them."""
+
+    bits: np.ndarray
+    product: Product
+
+
+class CpuExperts:
+    """Every expert computed by the CPU kernels, straight from the mapping."""
+
+    def __init__(self, layers: list[ExpertWeights]) -> None:
+        self._layers = layers
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The model's `Experts`."""
+        w = self._layers[layer]
+        y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
+        return torch.from_numpy(y)
+
+
+class CpuLinear:
+    """Dense products by the CPU kernels, straight from the mapping; float32 weights by torch."""
+
+    def __init__(self, weights: Mapping[str, LinearWeight | Tensor]) -> None:
+        self._weights = weights
+
+    def __call__(self, x: Tensor, name: str) -> Tensor:
+        """The model's `Linear`."""
+        weight = self._weights[name]
+        if isinstance(weight, Tensor):
+            return F.linear(x, weight)
+        return torch.from_numpy(kernels.linear(x.numpy(), weight.bits, weight.product))

@@ -1,0 +1,39 @@
+"""The loop: a prompt's ids in, a stream of ids out. Knows no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Ordered
+
+import numpy as np
+
+from fiddler.cache import Sequence
+from fiddler.runner import Runner
+from fiddler.sampling import Sampler
+
+__all__ = ["generate"]
+
+
+def generate(
+    runner: Runner,
+    sequence: Sequence,
+    prompt: Ordered[int],
+    sampler: Sampler,
+    limit: int,
+    banned: Ordered[int] = (),
+) -> Iterator[int]:
+    """Read `prompt` into `sequence`, then yield up to `limit` tokens, each fed back only when the next is asked for.
+
+    `banned` tokens are never chosen. Ends by itself only at `limit`: the caller decides what an end token is.
+    """
+    history = list(prompt)
+    logits = runner.prefill(sequence, history)
+    for produced in range(limit):
+        values = logits.numpy()
+        if banned:
+            values = values.copy()
+            values[list(banned)] = -np.inf
+        token = sampler(values, history)
+        history.append(token)
+        yield token
+        if produced + 1 < limit:
+            logits = runner.logits(runner.step([(sequence, [token])]))[0]

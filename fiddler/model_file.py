@@ -1,0 +1,86 @@
+"""A GGUF file that is a Mixtral: container, hyper-parameters and tensors that agree. No torch, no tensor data read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fiddler.errors import FileFormatError
+from fiddler.gguf_file import GgufFile
+from fiddler.models.config import Config
+
+__all__ = ["ModelFile"]
+
+_RUNNABLE = ("F16", "BF16")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file whose every tensor has the shape that its hyper-parameters imply."""
+
+    file: GgufFile
+    config: Config
+    tied: bool  # `token_embd` serves as the output, too
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelFile:
+        """Map `path` and hold its tensors against its metadata.
+
+        Raises FileFormatError, in one line that names the file, for a malformed file, another architecture, and a
+        tensor that is missing, unknown or of another shape.
+        """
+        file = GgufFile.open(path)
+        try:
+            config = Config.from_metadata(file.metadata)
+            tied = "output.weight" not in file.tensors
+            _check_shapes(file, config, tied)
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from None
+        return cls(file, config, tied)
+
+    def check_runnable(self) -> None:
+        """Raises FileFormatError unless every weight is of a type that the kernels read."""
+        for name in self.config.tensor_shapes(tied=self.tied):
+            kind = self.file.tensors[name].type
+            routed = name.endswith("_exps.weight")
+            if kind in _RUNNABLE or (kind == "F32" and not routed):
+                continue
+            raise FileFormatError(
+                f"{self.file.path}: tensor {name} is {kind}, which does not run; "
+                "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
+            )
+        for layer in range(self.config.block_count):
+            kinds = {self.file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].type for part in ("gate", "up", "down")}
+            if len(kinds) > 1:
+                raise FileFormatError(
+                    f"{self.file.path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
+                    "convert the model again with one --dtype"
+                )
+
+    def bits(self, name: str) -> tuple[np.ndarray, str]:
+        """A tensor's view (see `GgufFile.array`) and its type; "output.weight" of a tied model is the embedding."""
+        if name == "output.weight" and self.tied:
+            name = "token_embd.weight"
+        return self.file.array(name), self.file.tensors[name].type
+
+
+def _check_shapes(file: GgufFile, config: Config, tied: bool) -> None:
+    if config.block_count > len(file.tensors):
+        raise FileFormatError(f"block_count is {config.block_count}, but there are only {len(file.tensors)} tensors")
+    expected = config.tensor_shapes(tied=tied)
+    old = next((name for name in file.tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
+    if old is not None:
+        raise FileFormatError(
+            f"tensor {old} is one expert by itself, a layout from before 2024; convert the original checkpoint again"
+        )
+    for name, shape in expected.items():
+        info = file.tensors.get(name)
+        if info is None:
+            raise FileFormatError(f"tensor {name} is missing; convert the model again")
+        if info.shape != shape:
+            raise FileFormatError(f"tensor {name} has shape {info.shape}, the metadata imply {shape}")
+    for name in file.tensors:
+        if name not in expected:
+            raise FileFormatError(f"tensor {name} is not part of a Mixtral; this variant does not run")

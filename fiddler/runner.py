@@ -1,0 +1,50 @@
+"""One step of the model over flat tokens of one or several sequences. Knows no text and no sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+import torch
+from torch import Tensor
+
+from fiddler.cache import Sequence, Step
+from fiddler.models.mixtral import Mixtral
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Runs steps; `chunk`: the most tokens a sequence is given at once while a prompt is read."""
+
+    def __init__(self, model: Mixtral, context: int, cache_dtype: torch.dtype, chunk: int = 512) -> None:
+        self.model = model
+        self.context = context
+        self.chunk = chunk
+        self._cache_dtype = cache_dtype
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence."""
+        return Sequence(self.model.config, self.context, self._cache_dtype, self.model.token_embd.device)
+
+    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
+        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
+        ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
+        step = Step([(sequence, len(tokens)) for sequence, tokens in parts])
+        with torch.inference_mode():
+            hidden = self.model(ids, step.positions(), step)
+        step.commit()
+        return hidden
+
+    def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
+        """Append a prompt, a chunk at a time: float32 logits [V] after its last token."""
+        assert tokens, "a prompt has at least one token"
+        hidden = None
+        for begin in range(0, len(tokens), self.chunk):
+            hidden = self.step([(sequence, tokens[begin : begin + self.chunk])])
+        assert hidden is not None
+        return self.logits(hidden[-1:])[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
+        with torch.inference_mode():
+            return self.model.logits(hidden).float().cpu()

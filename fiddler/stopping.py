@@ -1,0 +1,41 @@
+"""Stop strings over a stream of text: holds back what may become one, lets the rest through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["StopText"]
+
+
+class StopText:
+    """Feed pieces of text; what comes out never holds a stop string nor anything after it."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain by now: before the first stop string, and not the beginning of one."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if places:
+            self.found = True
+            certain, self._held = self._held[: min(places)], ""
+            return certain
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return certain
+
+    def finish(self) -> str:
+        """What was held back, now that no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _overlap(self, stop: str) -> int:
+        """Characters at the end of the held text that begin `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

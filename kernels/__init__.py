@@ -1,0 +1,24 @@
+"""CPU kernels: expert feed-forwards and dense products from 16-bit weights where they lie, compiled by Numba.
+
+Knows arrays and CPU features; not files, tensors or models. The functions here validate what they are given and
+are the only doors to the compiled code, which has no bounds checks.
+"""
+
+from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
+from fiddler.kernels.expert_ffn import expert_ffn
+from fiddler.kernels.linear import linear
+from fiddler.kernels.threads import set_threads, thread_count, threading_layer
+from fiddler.kernels.tiles import Product
+
+__all__ = [
+    "TIERS",
+    "Product",
+    "Tier",
+    "available_tiers",
+    "choose_tier",
+    "expert_ffn",
+    "linear",
+    "set_threads",
+    "thread_count",
+    "threading_layer",
+]

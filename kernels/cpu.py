@@ -1,0 +1,68 @@
+"""Which instructions this CPU has, and which kernel tier they allow. Knows nothing of weights or arrays."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+from numba.core import config as numba_config
+
+from fiddler.errors import RequestError
+
+__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features"]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One level of instructions. `lanes`: float32 values in a vector; `registers`: how many vectors there are."""
+
+    name: str
+    needs: frozenset[str]  # LLVM's feature names
+    lanes: int
+    registers: int
+    dot_bf16: bool  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
+    half_convert: bool  # converts binary16 in hardware
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+TIERS = (
+    Tier("avx512_bf16", _AVX512 | {"avx512bf16"}, lanes=16, registers=32, dot_bf16=True, half_convert=True),
+    Tier("avx512", _AVX512, lanes=16, registers=32, dot_bf16=False, half_convert=True),
+    Tier("avx2", _AVX2, lanes=8, registers=16, dot_bf16=False, half_convert=True),
+    Tier("portable", frozenset(), lanes=8, registers=16, dot_bf16=False, half_convert=False),
+)
+"""Best first. The last one runs on any CPU that LLVM compiles for."""
+
+
+def cpu_features() -> frozenset[str]:
+    """LLVM's names of the features that Numba will compile for: the host's, unless `NUMBA_CPU_*` say otherwise."""
+    if numba_config.CPU_FEATURES is not None:
+        return frozenset(f[1:] for f in numba_config.CPU_FEATURES.split(",") if f.startswith("+"))
+    if numba_config.CPU_NAME == "generic":
+        return frozenset()
+    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+
+
+def available_tiers() -> tuple[Tier, ...]:
+    """The tiers that this process can run, best first."""
+    features = cpu_features()
+    return tuple(tier for tier in TIERS if tier.needs <= features)
+
+
+def choose_tier(name: str | None = None) -> Tier:
+    """The tier called `name`; without one, what `FIDDLER_KERNEL` says, or the best there is.
+
+    Raises RequestError when there is no such tier or this CPU lacks its instructions.
+    """
+    available = available_tiers()
+    name = name or os.environ.get("FIDDLER_KERNEL")
+    if not name:
+        return available[0]
+    for tier in available:
+        if tier.name == name:
+            return tier
+    names = ", ".join(tier.name for tier in available)
+    raise RequestError(f"kernel {name!r} does not run here; this CPU offers {names}")

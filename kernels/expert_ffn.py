@@ -1,0 +1,172 @@
+"""The feed-forward of all selected experts of one layer at once, from 16-bit weights where they lie.
+
+y[t] = sum over j of weights[t, j] * down_e . (silu(gate_e . x[t]) * (up_e . x[t])),  e = ids[t, j].
+
+Two parallel regions: gate, up and their product; then down and the weighted sum. Each splits the *rows* of every
+selected expert over all threads, so no thread waits for a busier expert, and each output element is the work of
+one task in one order: the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from fiddler.kernels.matmul import FASTMATH, block_product, pack, padded_width, silu, takes_packed, words_for
+from fiddler.kernels.tiles import Product, store_activation, store_pair
+
+__all__ = ["expert_ffn"]
+
+_ROWS = 32  # weight rows a task; even, so that pairs of rows stay in one task
+
+
+def expert_ffn(
+    x: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    product: Product,
+) -> np.ndarray:
+    """Weighted sum of each token's experts: float32 [T, D].
+
+    x: float32 [T, D]; ids: integer [T, K], the experts of each token; weights: float32 [T, K].
+    gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; any of them may be a read-only mapping.
+    `product` says how those bits are read and to what activations are rounded: x before the first products, the
+    SwiGLU product before the second.
+    Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
+    """
+    tokens, width, hidden = _validate(x, ids, weights, gate, up, down)
+    y = np.empty((tokens, width), np.float32)
+    if tokens == 0 or ids.shape[1] == 0:
+        y[:] = 0
+        return y
+    flat = ids.reshape(-1).astype(np.int64)
+    order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
+    counts = np.bincount(flat, minlength=gate.shape[0])
+    experts = np.flatnonzero(counts)
+    counts = counts[experts]
+    first = np.concatenate(([0], np.cumsum(counts)))
+    token = order // ids.shape[1]
+    share = weights.reshape(-1).astype(np.float32)[order]
+    packed = takes_packed(product, counts, width, hidden)
+    x_words, h_words = (words_for(product, counts, packed, k) for k in (width, hidden))
+    x_at, h_at = (np.concatenate(([0], np.cumsum(words))) for words in (x_words, h_words))
+    xs, hs = np.empty(x_at[-1], np.uint32), np.empty(h_at[-1], np.uint32)
+    x_row, h_row = padded_width(product, width), padded_width(product, hidden)
+    pack(product, x, token, first, packed, x_at, xs, x_row)
+    _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row)
+    _down(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
+    return y
+
+
+def _validate(
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray
+) -> tuple[int, int, int]:
+    if x.ndim != 2 or x.dtype != np.float32:
+        raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, D]")
+    if gate.ndim != 3 or gate.shape[2] != x.shape[1]:
+        raise ValueError(f"gate is {gate.shape}; expected [E, F, {x.shape[1]}]")
+    experts, hidden, width = gate.shape
+    if up.shape != gate.shape or down.shape != (experts, width, hidden):
+        raise ValueError(f"up is {up.shape} and down {down.shape}; expected {gate.shape} and {(experts, width, hidden)}")
+    for name, bits in (("gate", gate), ("up", up), ("down", down)):
+        if bits.dtype != np.uint16 or not bits.flags.c_contiguous:
+            raise ValueError(f"{name} is {bits.dtype}; expected contiguous uint16 bits")
+    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.kind not in "iu" or weights.shape != ids.shape:
+        raise ValueError(f"ids are {ids.dtype} {ids.shape}, weights {weights.shape}; expected [{x.shape[0]}, K] both")
+    if ids.size and not (0 <= ids.min() and ids.max() < experts):
+        raise ValueError(f"an expert id lies outside 0..{experts - 1}")
+    return x.shape[0], width, hidden
+
+
+@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+def _gate_up(
+    product: Product,
+    gate: np.ndarray,
+    up: np.ndarray,
+    experts: np.ndarray,
+    first: np.ndarray,
+    packed: np.ndarray,
+    x_at: np.ndarray,
+    xs: np.ndarray,
+    x_row: int,
+    h_at: np.ndarray,
+    hs: np.ndarray,
+    h_row: int,
+) -> None:
+    """h = silu(gate . x) * (up . x), each group in its layout."""
+    hidden, width = gate.shape[1], gate.shape[2]
+    most = 0
+    for g in range(experts.size):
+        most = max(most, first[g + 1] - first[g])
+    ldc = (most + 15) // 16 * 16
+    for block in prange((hidden + _ROWS - 1) // _ROWS):
+        begin = block * _ROWS
+        rows = min(_ROWS, hidden - begin)
+        scratch = np.empty((2, _ROWS, ldc), np.float32)
+        for g in range(experts.size):
+            count = first[g + 1] - first[g]
+            padded = (count + 15) // 16 * 16
+            ldx = padded if packed[g] else x_row
+            x = xs.ctypes.data + 4 * x_at[g]
+            offset = 2 * (experts[g] * hidden + begin) * width
+            a, b = scratch[0], scratch[1]
+            block_product(
+                product, packed[g], gate.ctypes.data + offset, width, rows, x, ldx, count, width, a.ctypes.data, ldc
+            )
+            block_product(
+                product, packed[g], up.ctypes.data + offset, width, rows, x, ldx, count, width, b.ctypes.data, ldc
+            )
+            h = hs.ctypes.data + 4 * h_at[g]
+            if packed[g]:
+                for r in range(0, rows, 2):
+                    for m in range(padded):
+                        store_pair(
+                            h,
+                            (begin + r) // 2 * padded + m,
+                            silu(a[r, m]) * b[r, m],
+                            silu(a[r + 1, m]) * b[r + 1, m],
+                        )
+            else:
+                for m in range(count):
+                    for r in range(rows):
+                        store_activation(product, h, m * h_row + begin + r, silu(a[r, m]) * b[r, m])
+
+
+@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+def _down(
+    product: Product,
+    down: np.ndarray,
+    experts: np.ndarray,
+    first: np.ndarray,
+    packed: np.ndarray,
+    token: np.ndarray,
+    share: np.ndarray,
+    h_at: np.ndarray,
+    hs: np.ndarray,
+    h_row: int,
+    y: np.ndarray,
+) -> None:
+    """y[t] = the weighted sum of down . h over the groups that token t is in."""
+    width, hidden = down.shape[1], down.shape[2]
+    most = 0
+    for g in range(experts.size):
+        most = max(most, first[g + 1] - first[g])
+    ldc = (most + 15) // 16 * 16
+    for block in prange((width + _ROWS - 1) // _ROWS):
+        begin = block * _ROWS
+        rows = min(_ROWS, width - begin)
+        c = np.empty((_ROWS, ldc), np.float32)
+        y[:, begin : begin + rows] = np.float32(0)
+        for g in range(experts.size):
+            count = first[g + 1] - first[g]
+            ldx = (count + 15) // 16 * 16 if packed[g] else h_row
+            w = down.ctypes.data + 2 * (experts[g] * width + begin) * hidden
+            h = hs.ctypes.data + 4 * h_at[g]
+            block_product(product, packed[g], w, hidden, rows, h, ldx, count, hidden, c.ctypes.data, ldc)
+            for m in range(count):
+                t, weight = token[first[g] + m], share[first[g] + m]
+                for r in range(rows):
+                    y[t, begin + r] += weight * c[r, m]

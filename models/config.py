@@ -1,0 +1,198 @@
+"""Hyper-parameters of a Mixtral as GGUF metadata spells them, and the tensors they imply. No torch, no files.
+
+Letters used in all rooms: `T` tokens, `D` model width (`embedding_length`), `F` expert width
+(`feed_forward_length`), `E` experts, `K` experts a token, `H` heads, `G` KV heads, `L` layers, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fiddler.errors import FileFormatError
+
+__all__ = ["ARCHITECTURE", "Config"]
+
+ARCHITECTURE = "llama"
+"""GGUF's name for Mixtral's architecture: a `llama` whose `llama.expert_count` is set."""
+
+_LARGEST = 1 << 24  # of any one dimension; keeps every product of three far from 2**63
+
+
+@dataclass(frozen=True)
+class Config:
+    """One Mixtral's hyper-parameters; attribute names are GGUF's, less the `llama.` prefix."""
+
+    vocab_size: int
+    context_length: int
+    embedding_length: int
+    block_count: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    head_dim: int  # `attention.key_length`
+    expert_count: int
+    expert_used_count: int
+    rms_epsilon: float
+    rope_freq_base: float
+    sliding_window: int | None = None  # a query sees this many positions, itself included
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "context_length",
+            "embedding_length",
+            "block_count",
+            "feed_forward_length",
+            "head_count",
+            "head_count_kv",
+            "head_dim",
+            "expert_count",
+            "expert_used_count",
+        ):
+            value = getattr(self, field)
+            if not 1 <= value <= _LARGEST:
+                raise FileFormatError(f"{field} is {value}; it must lie between 1 and {_LARGEST}")
+        if self.expert_used_count > self.expert_count:
+            raise FileFormatError(
+                f"expert_used_count is {self.expert_used_count}, but there are only {self.expert_count} experts"
+            )
+        if self.head_count % self.head_count_kv:
+            raise FileFormatError(
+                f"head_count is {self.head_count}, not a multiple of head_count_kv {self.head_count_kv}"
+            )
+        if self.head_dim % 2:
+            raise FileFormatError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if not (math.isfinite(self.rms_epsilon) and 0.0 <= self.rms_epsilon < 1.0):
+            raise FileFormatError(f"layer_norm_rms_epsilon is {self.rms_epsilon}; it must lie in [0, 1)")
+        if not (math.isfinite(self.rope_freq_base) and self.rope_freq_base > 0.0):
+            raise FileFormatError(f"rope.freq_base is {self.rope_freq_base}; it must be positive")
+        if self.sliding_window is not None and not 1 <= self.sliding_window < 1 << 31:
+            raise FileFormatError(f"sliding_window is {self.sliding_window}; it must lie between 1 and 2**31 - 1")
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, object]) -> Config:
+        """Read the hyper-parameters from a GGUF's metadata.
+
+        Raises FileFormatError where a key is missing, of another type or out of range, where the
+        architecture is not a mixture of experts, and where RoPE is scaled.
+        """
+        architecture = metadata.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise FileFormatError(
+                f"general.architecture is {architecture!r}; Mixtral files say {ARCHITECTURE!r}, and only those run"
+            )
+        keys = _Keys(metadata)
+        expert_count = keys.integer("expert_count", 0)
+        if expert_count == 0:
+            raise FileFormatError("llama.expert_count is missing or 0: a dense Llama, not a mixture of experts")
+        scaling = metadata.get("llama.rope.scaling.type", "none")
+        if scaling != "none":
+            raise FileFormatError(f"llama.rope.scaling.type is {scaling!r}; only unscaled RoPE runs")
+        width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+        if heads < 1 or width < 1:
+            raise FileFormatError(f"embedding_length is {width} and attention.head_count {heads}; both must be positive")
+        head_dim = keys.integer("attention.key_length", width // heads)
+        for same in ("attention.value_length", "rope.dimension_count"):
+            if keys.integer(same, head_dim) != head_dim:
+                raise FileFormatError(
+                    f"llama.{same} is {keys.integer(same)}, but a head is {head_dim} wide: not a Mixtral"
+                )
+        feed_forward = keys.integer("feed_forward_length")
+        window = keys.integer("attention.sliding_window", 0)
+        return cls(
+            vocab_size=keys.integer("vocab_size", _token_count(metadata)),
+            context_length=keys.integer("context_length"),
+            embedding_length=width,
+            block_count=keys.integer("block_count"),
+            feed_forward_length=keys.integer("expert_feed_forward_length", feed_forward),
+            head_count=heads,
+            head_count_kv=keys.integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            expert_count=expert_count,
+            expert_used_count=keys.integer("expert_used_count"),
+            rms_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
+            rope_freq_base=keys.real("rope.freq_base", 10000.0),
+            sliding_window=window or None,
+        )
+
+    def to_metadata(self) -> dict[str, int | float]:
+        """The `llama.` keys that `from_metadata` reads: `int` values are uint32, `float` values float32."""
+        values: dict[str, int | float] = {
+            "vocab_size": self.vocab_size,
+            "context_length": self.context_length,
+            "embedding_length": self.embedding_length,
+            "block_count": self.block_count,
+            "feed_forward_length": self.feed_forward_length,
+            "attention.head_count": self.head_count,
+            "attention.head_count_kv": self.head_count_kv,
+            "attention.key_length": self.head_dim,
+            "attention.value_length": self.head_dim,
+            "rope.dimension_count": self.head_dim,
+            "expert_count": self.expert_count,
+            "expert_used_count": self.expert_used_count,
+            "attention.layer_norm_rms_epsilon": float(self.rms_epsilon),
+            "rope.freq_base": float(self.rope_freq_base),
+        }
+        if self.sliding_window is not None:
+            values["attention.sliding_window"] = self.sliding_window
+        return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
+
+    def block_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of one block: name less `blk.N.` -> shape, slowest dimension first as in numpy."""
+        D, F, E = self.embedding_length, self.feed_forward_length, self.expert_count
+        queries, keys = self.head_count * self.head_dim, self.head_count_kv * self.head_dim
+        return {
+            "attn_norm.weight": (D,),
+            "attn_q.weight": (queries, D),
+            "attn_k.weight": (keys, D),
+            "attn_v.weight": (keys, D),
+            "attn_output.weight": (D, queries),
+            "ffn_norm.weight": (D,),
+            "ffn_gate_inp.weight": (E, D),
+            "ffn_gate_exps.weight": (E, F, D),
+            "ffn_up_exps.weight": (E, F, D),
+            "ffn_down_exps.weight": (E, D, F),
+        }
+
+    def tensor_shapes(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model -> shape, in file order; `tied`: `token_embd` serves as the output, too."""
+        V, D = self.vocab_size, self.embedding_length
+        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, D)}
+        for index in range(self.block_count):
+            shapes.update({f"blk.{index}.{name}": shape for name, shape in self.block_shapes().items()})
+        shapes["output_norm.weight"] = (D,)
+        if not tied:
+            shapes["output.weight"] = (V, D)
+        return shapes
+
+
+class _Keys:
+    """Typed look-ups under `llama.`."""
+
+    def __init__(self, metadata: Mapping[str, object]) -> None:
+        self._metadata = metadata
+
+    def _value(self, key: str, default: object) -> object:
+        value = self._metadata.get(f"{ARCHITECTURE}.{key}", default)
+        if value is None:
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is missing from the metadata; convert the model again")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {str(value)[:60]!r}; it must be one integer")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {str(value)[:60]!r}; it must be one number")
+        return float(value)
+
+
+def _token_count(metadata: Mapping[str, object]) -> int | None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if isinstance(tokens, list) else None

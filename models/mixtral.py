@@ -1,0 +1,162 @@
+"""Mixtral's forward pass (Jiang et al. 2024, https://arxiv.org/abs/2401.04088), as GGUF lays its weights out.
+
+Knows shapes and the order of operations. Does not know where experts run, how a linear layer multiplies, or how
+keys and values are stored: it is handed all three. Attribute names are the tensor names in the file. Letters are
+explained in `config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler.models.config import Config
+
+__all__ = ["Block", "Cache", "Experts", "Linear", "Mixtral", "Span"]
+
+_MASK_ELEMENTS = 1 << 22  # attention goes over the queries in pieces whose mask is at most this large
+
+
+class Experts(Protocol):
+    """Computes a layer's routed experts, wherever they live."""
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, D] float32, ids [T, K], weights [T, K] -> the weighted sum of the experts' outputs, [T, D]."""
+        ...
+
+
+class Linear(Protocol):
+    """Multiplies by a named weight of the file."""
+
+    def __call__(self, x: Tensor, name: str) -> Tensor:
+        """x [T, in] float32 -> x . weight transposed, [T, out] float32."""
+        ...
+
+
+class Span(NamedTuple):
+    """Consecutive rows of a step that belong to one sequence, with all that this sequence has seen so far."""
+
+    rows: slice  # of the step's T rows
+    keys: Tensor  # [S, G, head_dim]; row s is position s, the span's own rows come last
+    values: Tensor  # [S, G, head_dim]
+
+
+class Cache(Protocol):
+    """Keeps keys and values, knows which row of a step belongs to which sequence."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Iterable[Span]:
+        """Store keys and values [T, G, head_dim] of this step's rows; give every sequence's part of the step."""
+        ...
+
+
+class Mixtral:
+    """The model: embeddings, blocks, final norm, output."""
+
+    def __init__(self, config: Config, weights: Mapping[str, Tensor], linear: Linear, experts: Experts) -> None:
+        """`weights`: the tensors that are not multiplied by `linear`: embeddings, norms and routers."""
+        self.config = config
+        self.token_embd = weights["token_embd.weight"]  # [V, D]
+        self.blk = [Block(config, index, weights, linear) for index in range(config.block_count)]
+        self.output_norm = weights["output_norm.weight"]
+        self._linear = linear
+        self._experts = experts
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=self.token_embd.device)
+        self._frequencies = 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One step: ids [T], positions [T] within each row's own sequence -> hidden states [T, D] float32."""
+        h = self.token_embd[ids].float()
+        angles = positions[:, None].float() * self._frequencies  # [T, head_dim / 2]
+        rotation = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, head_dim / 2]
+        for layer, block in enumerate(self.blk):
+            h, x, chosen, weights = block.before_experts(h, rotation, cache)
+            h = h + self._experts(layer, x, chosen, weights)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states [T, D] -> logits [T, V] float32."""
+        h = _rms_norm(h, self.output_norm, self.config.rms_epsilon)
+        return self._linear(h, "output.weight")
+
+
+class Block:
+    """One transformer block; its experts are the caller's business."""
+
+    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear) -> None:
+        self.config, self.index = config, index
+        self.attn_norm = weights[f"blk.{index}.attn_norm.weight"]
+        self.ffn_norm = weights[f"blk.{index}.ffn_norm.weight"]
+        self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
+        self._linear = linear
+
+    def before_experts(
+        self, h: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
+        h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), rotation, cache)
+        x = _rms_norm(h, self.ffn_norm, self.config.rms_epsilon)
+        ids, weights = route(F.linear(x, self.ffn_gate_inp), self.config.expert_used_count)
+        return h, x, ids, weights
+
+    def _attention(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        config, prefix = self.config, f"blk.{self.index}."
+        q = self._linear(x, prefix + "attn_q.weight").view(-1, config.head_count, config.head_dim)
+        k = self._linear(x, prefix + "attn_k.weight").view(-1, config.head_count_kv, config.head_dim)
+        v = self._linear(x, prefix + "attn_v.weight").view(-1, config.head_count_kv, config.head_dim)
+        q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        out = torch.empty_like(q)
+        for span in cache.append(self.index, k, v):
+            out[span.rows] = attend(q[span.rows], span.keys, span.values, config.sliding_window)
+        return self._linear(out.flatten(1), prefix + "attn_output.weight")
+
+
+def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] -> the K most probable experts [T, K] and their probabilities, summing to 1."""
+    weights, ids = torch.topk(torch.softmax(logits, -1), k)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """Causal grouped-query attention of the last n positions: q [n, H, head_dim] -> [n, H, head_dim] float32.
+
+    keys and values [S, G, head_dim]: query i is position S - n + i and sees the positions up to its own, at most
+    the last `window` of them. Computed in the data type of the keys.
+    """
+    n, heads, head_dim = q.shape
+    total, groups = keys.shape[:2]
+    repeat = heads // groups
+    # the queries that share a KV head stand together, so keys and values are never repeated
+    grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1).to(keys.dtype)  # [G, n, H / G, head_dim]
+    k, v = keys.transpose(0, 1), values.transpose(0, 1)  # [G, S, head_dim]
+    out = torch.empty_like(grouped)
+    step = max(1, _MASK_ELEMENTS // (repeat * total))
+    for begin in range(0, n, step):
+        end = min(begin + step, n)
+        first, last = total - n + begin, total - n + end  # positions of this piece
+        oldest = 0 if window is None else max(0, first - window + 1)
+        mask = None
+        if end - begin > 1:
+            position = torch.arange(first, last, device=q.device)[:, None]
+            seen = torch.arange(oldest, last, device=q.device)[None]
+            mask = seen <= position
+            if window is not None:
+                mask &= seen > position - window
+            mask = mask.repeat_interleave(repeat, 0)
+        piece = grouped[:, begin:end].reshape(1, groups, -1, head_dim)
+        result = F.scaled_dot_product_attention(piece, k[None, :, oldest:last], v[None, :, oldest:last], mask)
+        out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
+    return out.transpose(0, 1).reshape(n, heads, head_dim).float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs (GGUF's order): x [T, heads, head_dim]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
