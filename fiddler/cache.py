@@ -40,7 +40,7 @@ class Sequence:
                 kept[layer][: self.length] = old[: self.length]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [n, G, head_dim] after the present end, which stays where it is; everything so far, [S, G, head_dim]."""
+        """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
         end = self.length + keys.shape[0]
         self._keys[layer][self.length : end] = keys
         self._values[layer][self.length : end] = values

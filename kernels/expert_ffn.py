@@ -12,12 +12,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from fiddler.kernels.matmul import FASTMATH, block_product, pack, padded_width, silu, takes_packed, words_for
+from fiddler.kernels.matmul import (
+    FASTMATH,
+    ROWS,
+    block_product,
+    pack,
+    padded_width,
+    silu,
+    takes_packed,
+    weighted_products,
+    words_for,
+)
 from fiddler.kernels.tiles import Product, store_activation, store_pair
 
 __all__ = ["expert_ffn"]
-
-_ROWS = 32  # weight rows a task; even, so that pairs of rows stay in one task
 
 
 def expert_ffn(
@@ -57,7 +65,7 @@ def expert_ffn(
     x_row, h_row = padded_width(product, width), padded_width(product, hidden)
     pack(product, x, token, first, packed, x_at, xs, x_row)
     _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row)
-    _down(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
+    weighted_products(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
     return y
 
 
@@ -70,13 +78,15 @@ def _validate(
         raise ValueError(f"gate is {gate.shape}; expected [E, F, {x.shape[1]}]")
     experts, hidden, width = gate.shape
     if up.shape != gate.shape or down.shape != (experts, width, hidden):
-        raise ValueError(f"up is {up.shape} and down {down.shape}; expected {gate.shape} and {(experts, width, hidden)}")
+        raise ValueError(
+            f"up is {up.shape} and down {down.shape}; expected {gate.shape} and {(experts, width, hidden)}"
+        )
     for name, bits in (("gate", gate), ("up", up), ("down", down)):
         if bits.dtype != np.uint16 or not bits.flags.c_contiguous:
             raise ValueError(f"{name} is {bits.dtype}; expected contiguous uint16 bits")
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.kind not in "iu" or weights.shape != ids.shape:
         raise ValueError(f"ids are {ids.dtype} {ids.shape}, weights {weights.shape}; expected [{x.shape[0]}, K] both")
-    if ids.size and not (0 <= ids.min() and ids.max() < experts):
+    if ids.size and not (ids.min() >= 0 and ids.max() < experts):
         raise ValueError(f"an expert id lies outside 0..{experts - 1}")
     return x.shape[0], width, hidden
 
@@ -102,23 +112,21 @@ def _gate_up(
     for g in range(experts.size):
         most = max(most, first[g + 1] - first[g])
     ldc = (most + 15) // 16 * 16
-    for block in prange((hidden + _ROWS - 1) // _ROWS):
-        begin = block * _ROWS
-        rows = min(_ROWS, hidden - begin)
-        scratch = np.empty((2, _ROWS, ldc), np.float32)
+    for block in prange((hidden + ROWS - 1) // ROWS):
+        begin = block * ROWS
+        rows = min(ROWS, hidden - begin)
+        scratch = np.empty((2, ROWS, ldc), np.float32)
         for g in range(experts.size):
             count = first[g + 1] - first[g]
             padded = (count + 15) // 16 * 16
             ldx = padded if packed[g] else x_row
             x = xs.ctypes.data + 4 * x_at[g]
             offset = 2 * (experts[g] * hidden + begin) * width
+            for half in range(2):  # one call in a loop, since each call is inlined: half the time to compile
+                w = (gate.ctypes.data if half == 0 else up.ctypes.data) + offset
+                c = scratch.ctypes.data + 4 * half * ROWS * ldc
+                block_product(product, packed[g], w, width, rows, x, ldx, count, width, c, ldc)
             a, b = scratch[0], scratch[1]
-            block_product(
-                product, packed[g], gate.ctypes.data + offset, width, rows, x, ldx, count, width, a.ctypes.data, ldc
-            )
-            block_product(
-                product, packed[g], up.ctypes.data + offset, width, rows, x, ldx, count, width, b.ctypes.data, ldc
-            )
             h = hs.ctypes.data + 4 * h_at[g]
             if packed[g]:
                 for r in range(0, rows, 2):
@@ -133,40 +141,3 @@ def _gate_up(
                 for m in range(count):
                     for r in range(rows):
                         store_activation(product, h, m * h_row + begin + r, silu(a[r, m]) * b[r, m])
-
-
-@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
-def _down(
-    product: Product,
-    down: np.ndarray,
-    experts: np.ndarray,
-    first: np.ndarray,
-    packed: np.ndarray,
-    token: np.ndarray,
-    share: np.ndarray,
-    h_at: np.ndarray,
-    hs: np.ndarray,
-    h_row: int,
-    y: np.ndarray,
-) -> None:
-    """y[t] = the weighted sum of down . h over the groups that token t is in."""
-    width, hidden = down.shape[1], down.shape[2]
-    most = 0
-    for g in range(experts.size):
-        most = max(most, first[g + 1] - first[g])
-    ldc = (most + 15) // 16 * 16
-    for block in prange((width + _ROWS - 1) // _ROWS):
-        begin = block * _ROWS
-        rows = min(_ROWS, width - begin)
-        c = np.empty((_ROWS, ldc), np.float32)
-        y[:, begin : begin + rows] = np.float32(0)
-        for g in range(experts.size):
-            count = first[g + 1] - first[g]
-            ldx = (count + 15) // 16 * 16 if packed[g] else h_row
-            w = down.ctypes.data + 2 * (experts[g] * width + begin) * hidden
-            h = hs.ctypes.data + 4 * h_at[g]
-            block_product(product, packed[g], w, hidden, rows, h, ldx, count, hidden, c.ctypes.data, ldc)
-            for m in range(count):
-                t, weight = token[first[g] + m], share[first[g] + m]
-                for r in range(rows):
-                    y[t, begin + r] += weight * c[r, m]

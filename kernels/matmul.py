@@ -27,10 +27,23 @@ from fiddler.kernels.tiles import (
     store_pair,
 )
 
-__all__ = ["FASTMATH", "block_product", "pack", "padded_width", "silu", "takes_packed", "words_for"]
+__all__ = [
+    "FASTMATH",
+    "ROWS",
+    "block_product",
+    "pack",
+    "padded_width",
+    "silu",
+    "takes_packed",
+    "weighted_products",
+    "words_for",
+]
 
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
+
+ROWS = 32
+"""Weight rows of one task; even, so that a pair of rows stays in one task."""
 
 _PACK_FROM = 16  # tokens; below it the dot-product tiles are faster
 
@@ -211,3 +224,46 @@ def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, 
             outer_tile(product, 8, 1, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
         for r in range(rows - rows % 8, rows):
             outer_tile(product, 1, 1, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
+
+
+@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+def weighted_products(
+    product: Product,
+    w: np.ndarray,
+    experts: np.ndarray,
+    first: np.ndarray,
+    packed: np.ndarray,
+    token: np.ndarray,
+    share: np.ndarray,
+    at: np.ndarray,
+    words: np.ndarray,
+    stride: int,
+    y: np.ndarray,
+) -> None:
+    """y[t] = sum over the groups g that token t is in of share . w[experts[g]] . x[t], for w [E, N, K] and y [T, N].
+
+    Group g is the tokens `token[first[g] : first[g + 1]]` with their `share`; their activations start at word
+    `at[g]` of `words`, in the group's layout, `stride` elements apart in the rows layout.
+    """
+    outputs, width = w.shape[1], w.shape[2]
+    most = 0
+    for g in range(experts.size):
+        most = max(most, first[g + 1] - first[g])
+    ldc = (most + 15) // 16 * 16
+    for block in prange((outputs + ROWS - 1) // ROWS):
+        begin = block * ROWS
+        rows = min(ROWS, outputs - begin)
+        c = np.empty((ROWS, ldc), np.float32)
+        for t in range(y.shape[0]):
+            for r in range(rows):
+                y[t, begin + r] = np.float32(0)
+        for g in range(experts.size):
+            count = first[g + 1] - first[g]
+            ldx = (count + 15) // 16 * 16 if packed[g] else stride
+            row = w.ctypes.data + 2 * (experts[g] * outputs + begin) * width
+            x = words.ctypes.data + 4 * at[g]
+            block_product(product, packed[g], row, width, rows, x, ldx, count, width, c.ctypes.data, ldc)
+            for m in range(count):
+                t, weight = token[first[g] + m], share[first[g] + m]
+                for r in range(rows):
+                    y[t, begin + r] += weight * c[r, m]

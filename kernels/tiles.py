@@ -108,9 +108,7 @@ def _load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int)
     return value
 
 
-def _masked_load(
-    b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int, mask: ir.Value
-) -> ir.Value:
+def _masked_load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int, mask: ir.Value) -> ir.Value:
     """Lanes whose mask is off are zero, and their memory is not touched."""
     suffix = f"v{vector.count}i{vector.element.width}"
     function = cgutils.get_or_insert_function(

@@ -1,0 +1,65 @@
+"""Slow, obvious oracles in float64: what the kernels must compute."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["EPSILON", "expert_ffn", "from_bits", "round_bf16", "to_bits"]
+
+
+EPSILON = 2e-6
+"""Error of a float32 sum of a few hundred products, relative to the sum of their magnitudes."""
+
+
+def to_bits(values: np.ndarray, kind: str) -> np.ndarray:
+    """Values as uint16 bits of "bf16" (truncated) or "f16" (rounded)."""
+    if kind == "f16":
+        return values.astype(np.float16).view(np.uint16)
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
+    """uint16 bits of "bf16" or "f16" as float64."""
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def round_bf16(values: np.ndarray) -> np.ndarray:
+    """Finite values rounded to bf16, ties to even, as float64."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
+    return rounded.view(np.float32).astype(np.float64)
+
+
+def expert_ffn(
+    x: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    kind: str,
+    *,
+    rounded: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One expert and one token at a time, and how far float32 sums may be from that, element by element.
+
+    `rounded`: x and the SwiGLU product to bf16 before they are multiplied. The tolerance is EPSILON of the sums of
+    magnitudes; where such an error can carry a hidden value over a tie of the rounding, that step comes on top.
+    """
+    y = np.zeros((x.shape[0], down.shape[1]))
+    tolerance = np.zeros_like(y)
+    for t in range(x.shape[0]):
+        token = round_bf16(x[t]) if rounded else x[t].astype(np.float64)
+        for j, e in enumerate(ids[t]):
+            G, U, W, weight = from_bits(gate[e], kind), from_bits(up[e], kind), from_bits(down[e], kind), weights[t, j]
+            g, u = G @ token, U @ token
+            h = g / (1 + np.exp(-g)) * u
+            error = EPSILON * (np.abs(G) @ np.abs(token)) * (np.abs(U) @ np.abs(token))
+            if rounded:
+                error = round_bf16(h + error) - round_bf16(h - error)
+                h = round_bf16(h)
+            y[t] += weight * (W @ h)
+            tolerance[t] += weight * (np.abs(W) @ (error + EPSILON * np.abs(h)))
+    return y, tolerance

@@ -1,0 +1,225 @@
+"""The kernels against float64 oracles, in every tier this CPU runs; lower tiers also where the CPU has no more."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fiddler import kernels
+from fiddler.errors import RequestError
+from fiddler.kernels import Product
+
+BEST = kernels.available_tiers()[0]
+# one product per kind of arithmetic: bf16 pairs, bf16 and f16 in float32, and the plainest tier of all
+PRODUCTS = [
+    Product(BEST, "bf16", "bf16"),
+    Product(BEST, "bf16", "f32"),
+    Product(BEST, "f16", "f32"),
+    Product(kernels.TIERS[-1], "bf16", "bf16"),
+    Product(kernels.TIERS[-1], "f16", "f32"),
+]
+ALL = pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.tier.name}-{p.weights}-{p.activations}")
+
+
+def case(seed, tokens, experts, k, width, hidden, kind):
+    rng = np.random.default_rng(seed)
+    gate, up = (naive.to_bits(rng.normal(size=(experts, hidden, width)) / width**0.5, kind) for _ in range(2))
+    down = naive.to_bits(rng.normal(size=(experts, width, hidden)) / hidden**0.5, kind)
+    x = rng.normal(size=(tokens, width)).astype(np.float32)
+    ids = np.array([rng.permutation(experts)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
+    weights = rng.random((tokens, k)).astype(np.float32)
+    return x, ids, weights, gate, up, down
+
+
+def check_expert_ffn(args, product):
+    y = kernels.expert_ffn(*args, product)
+    expected, tolerance = naive.expert_ffn(*args, product.weights, rounded=product.activations == "bf16")
+    assert y.shape == expected.shape
+    assert y.dtype == np.float32
+    assert (np.abs(y - expected) <= tolerance).all()
+
+
+@ALL
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_expert_ffn_is_the_naive_one(product, data):
+    experts = data.draw(st.integers(1, 6))
+    args = case(
+        data.draw(st.integers(0, 2**32 - 1)),
+        data.draw(st.one_of(st.integers(0, 8), st.integers(9, 130))),
+        experts,
+        data.draw(st.integers(1, min(3, experts))),
+        data.draw(st.integers(1, 140)),
+        data.draw(st.integers(1, 140)),
+        product.weights,
+    )
+    check_expert_ffn(args, product)
+
+
+@ALL
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(0, 130), rows=st.integers(1, 150), width=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
+def test_linear_is_a_matrix_product(product, tokens, rows, width, seed):
+    rng = np.random.default_rng(seed)
+    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    x = rng.normal(size=(tokens, width)).astype(np.float32)
+    rounded = naive.round_bf16(x) if product.activations == "bf16" else x.astype(np.float64)
+    exact = naive.from_bits(w, product.weights).T
+    error = np.abs(kernels.linear(x, w, product) - rounded @ exact)
+    assert (error <= naive.EPSILON * (np.abs(rounded) @ np.abs(exact))).all()
+
+
+@ALL
+def test_every_token_to_one_expert(product):
+    x, ids, weights, *w = case(1, 70, 4, 1, 96, 66, product.weights)
+    ids[:] = 2
+    check_expert_ffn((x, ids, weights, *w), product)
+
+
+@ALL
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_same_bits_for_any_number_of_threads(product, tokens):
+    args = case(2, tokens, 5, 2, 130, 98, product.weights)
+    before = kernels.thread_count()
+    try:
+        kernels.set_threads(1)
+        alone = kernels.expert_ffn(*args, product)
+        kernels.set_threads(None)
+        together = kernels.expert_ffn(*args, product)
+    finally:
+        kernels.set_threads(before)
+    np.testing.assert_array_equal(alone.view(np.uint32), together.view(np.uint32))
+
+
+@ALL
+def test_nothing_is_read_past_the_end_of_a_mapping(product, tmp_path):
+    """Weights of odd sizes that end with the last page: one element too far would be a segmentation fault."""
+    rng = np.random.default_rng(3)
+    rows, width = 37, 51
+    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    page = mmap.PAGESIZE
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(page - w.nbytes % page) + w.tobytes())
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    view = np.frombuffer(mapped, np.uint16, w.size, len(mapped) - w.nbytes).reshape(rows, width)
+    assert not view.flags.writeable
+    for tokens in (1, 3, 33):
+        x = rng.normal(size=(tokens, width)).astype(np.float32)
+        np.testing.assert_array_equal(kernels.linear(x, view, product), kernels.linear(x, w, product))
+
+
+@ALL
+def test_nan_and_infinity_pass_through(product):
+    rng = np.random.default_rng(4)
+    for tokens in (1, 6, 40):
+        w = naive.to_bits(rng.normal(size=(32, 70)), product.weights)
+        x = rng.normal(size=(tokens, 70)).astype(np.float32)
+        x[0, 69] = np.nan
+        y = kernels.linear(x, w, product)
+        assert np.isnan(y[0]).all()
+        assert np.isfinite(y[1:]).all()
+        x[0, 69] = np.inf
+        w[5, 69] = naive.to_bits(np.array([1.0]), product.weights)[0]
+        assert kernels.linear(x, w, product)[0, 5] == np.inf
+
+
+@pytest.mark.parametrize("tier", [BEST, kernels.TIERS[-1]], ids=lambda tier: tier.name)
+def test_every_f16_value_is_read_exactly(tier):
+    """All 65536 of them, subnormals, infinities and NaNs included, each times one."""
+    w = np.arange(1 << 16, dtype=np.uint16)[:, None].copy()
+    y = kernels.linear(np.ones((1, 1), np.float32), w, Product(tier, "f16", "f32"))[0]
+    np.testing.assert_array_equal(y, w[:, 0].view(np.float16).astype(np.float32))
+
+
+def test_activations_round_to_nearest_even_bf16():
+    values = np.array([1.0, 1.00390625, 1.01171875, -2.00390625, 3.3895e38, 65504.0, 1e-30], np.float32)
+    one = naive.to_bits(np.ones((1, 1)), "bf16")
+    for product in (PRODUCTS[0], PRODUCTS[3]):
+        y = kernels.linear(values[:, None].copy(), one, product)[:, 0]
+        np.testing.assert_array_equal(y, naive.round_bf16(values).astype(np.float32))
+
+
+def test_bad_arguments_stop_at_the_door():
+    product = PRODUCTS[0]
+    x, ids, weights, gate, up, down = case(5, 3, 4, 2, 16, 24, "bf16")
+    bad = [
+        (x.astype(np.float64), ids, weights, gate, up, down),
+        (x[:, :8], ids, weights, gate, up, down),
+        (x, ids[:2], weights, gate, up, down),
+        (x, ids + 3, weights, gate, up, down),
+        (x, ids - 5, weights, gate, up, down),
+        (x, ids, weights[:, :1], gate, up, down),
+        (x, ids, weights, gate[:, :8], up, down),
+        (x, ids, weights, gate, up, down[:, :, :8]),
+        (x, ids, weights, gate[:, ::-1], up, down),
+        (x, ids, weights, gate.astype(np.float32), up, down),
+        (x, ids.astype(np.float32), weights, gate, up, down),
+    ]
+    for arguments in bad:
+        with pytest.raises(ValueError):
+            kernels.expert_ffn(*arguments, product)
+    for bad_x, bad_w in ((x[0], gate[0]), (x, gate), (x, gate[0].T), (x, gate[0].astype(np.int16))):
+        with pytest.raises(ValueError):
+            kernels.linear(bad_x, bad_w, product)
+
+
+def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
+    with pytest.raises(RequestError, match="'avx1024'"):
+        kernels.choose_tier("avx1024")
+    monkeypatch.setenv("FIDDLER_KERNEL", "portable")
+    assert kernels.choose_tier().name == "portable"
+    assert kernels.choose_tier(BEST.name) is BEST
+
+
+def test_threads_out_of_range_are_refused():
+    for threads in (0, -1, 10**6):
+        with pytest.raises(RequestError, match=str(threads)):
+            kernels.set_threads(threads)
+
+
+LOWER_TIER = """
+import naive, numpy as np
+from fiddler import kernels
+assert [tier.name for tier in kernels.available_tiers()][0] == {tier!r}, kernels.available_tiers()
+product = kernels.Product(kernels.choose_tier(), {weights!r}, "f32")
+rng = np.random.default_rng(0)
+for tokens, width in ((1, 64), (7, 51), (33, 130)):
+    w = naive.to_bits(rng.normal(size=(40, width)), {weights!r})
+    x = rng.normal(size=(tokens, width)).astype(np.float32)
+    expected = x.astype(np.float64) @ naive.from_bits(w, {weights!r}).T
+    error = np.linalg.norm(kernels.linear(x, w, product) - expected) / np.linalg.norm(expected)
+    assert error < 1e-6, error
+"""
+
+
+@pytest.mark.parametrize(
+    ("tier", "weights", "features"),
+    [
+        ("portable", "f16", ""),
+        ("avx2", "f16", "+avx,+avx2,+fma,+f16c"),
+        ("avx512", "bf16", "+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq"),
+    ],
+)
+def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, features, tmp_path):
+    """Compiled for a CPU with only these features, in a process of its own, since they are fixed in one."""
+    needed = next(t for t in kernels.TIERS if t.name == tier)
+    if needed not in kernels.available_tiers():
+        pytest.skip(f"this CPU has no {tier}")
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "generic" if tier == "portable" else "x86-64",
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    script = LOWER_TIER.format(tier=tier, weights=weights)
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
