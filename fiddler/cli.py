@@ -6,15 +6,18 @@ in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the comman
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from fiddler.errors import FiddlerError
+from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
     from fiddler.engine import Stats
@@ -54,15 +57,21 @@ class Precision(StrEnum):
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
     try:
+        _check_stdout()
         app(standalone_mode=True)
     except FiddlerError as error:
         _fail(error, str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # from `convert`, cleaned up
         _leave(130)
     except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
         _silence_stdout()
         _leave(1)
+    except OSError as error:  # the rooms turn what they expect into a FiddlerError; a full disk under stdout is left
+        _silence_stdout()
+        _fail(error, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError as error:
         _fail(error, "out of memory; close other programs or lower --ctx")
     except Exception as error:
@@ -91,9 +100,7 @@ def _options(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
-    dtype: Annotated[
-        DType | None, typer.Option(help="16-bit type of the weights [default: the checkpoint's].")
-    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="16-bit type of the weights [default: the checkpoint's].")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
     """Convert a Hugging Face Mixtral folder to GGUF."""
@@ -101,6 +108,8 @@ def convert(
 
     from fiddler.converters import convert as run_conversion
 
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
     with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -118,26 +127,30 @@ def convert(
 
 @app.command()
 def run(
-    model: Annotated[Path | None, typer.Argument(metavar="[MODEL.gguf]", help="Model; the demo model if none.")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if none.")] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue (UTF-8).")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     count: Annotated[
         int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
     ] = -1,
     temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 40,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 or less: all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability; 1: all.")] = 0.95,
     min_p: Annotated[float, typer.Option(help="Keep tokens this probable, relative to the first; 0: all.")] = 0.05,
     repeat_penalty: Annotated[float, typer.Option(help="Penalty on tokens seen lately; 1: none.")] = 1.0,
-    repeat_last_n: Annotated[int, typer.Option(help="How many tokens are lately; -1: all.")] = 64,
+    repeat_last_n: Annotated[int, typer.Option(min=-1, help="How many tokens are lately; -1: all.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling; -1: a new one each time.")] = -1,
+    seed: Annotated[int, typer.Option(min=-1, help="Seed of the sampling; -1: a new one each time.")] = -1,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads [default: all cores].")] = None,
-    ctx: Annotated[int, typer.Option("-c", "--ctx", help="Positions of context; at most the model's own.")] = 4096,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")
+    ] = None,
+    ctx: Annotated[
+        int, typer.Option("-c", "--ctx", min=1, help="Positions of context, within the model's own.")
+    ] = 4096,
     precision: Annotated[
         Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")
     ] = Precision.fast,
@@ -146,19 +159,16 @@ def run(
     text = _prompt_text(prompt, prompt_file)
     from fiddler.sampling import Sampling
 
-    sampling = Sampling(
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        seed=None if seed < 0 else seed,
-    )
+    try:
+        sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, None if seed < 0 else seed)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from None
     if model is not None:
         from fiddler.model_file import ModelFile
 
-        ModelFile.open(model).check_runnable()  # a bad file is refused before torch is imported
+        file = ModelFile.open(model)  # a bad file is refused here, before torch is imported
+        file.check_runnable()
+        file.tokenizer()
     from fiddler.engine import load
 
     engine = load(model, device.value, gpu_memory, threads, ctx, precision.value)
@@ -184,25 +194,31 @@ def inspect(
     if as_json:
         import json
 
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(json.dumps(description, indent=2))
     else:
         print(to_text(description))
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from -p, a file or standard input; wrong usage where there is none or more than one."""
+    """The prompt from -p, a file or standard input; wrong usage where there is none or more than one.
+
+    As with llama.cpp one newline at the end of a file is not part of it: `echo` and editors put it there. Bytes that
+    are no UTF-8 reach the tokenizer as they are.
+    """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give -p or --prompt-file, not both")
     if prompt is not None:
         return prompt
     if prompt_file is not None:
         try:
-            return prompt_file.read_bytes().decode("utf-8", "surrogateescape")
+            given = prompt_file.read_bytes()
         except OSError as error:
             raise FiddlerError(f"{prompt_file}: cannot be read: {error.strerror}") from None
-    if sys.stdin is None or sys.stdin.isatty():
+    elif sys.stdin is None or sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or a text on standard input")
-    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    else:
+        given = sys.stdin.buffer.read()
+    return given.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
 def _stats_text(stats: Stats) -> str:
@@ -226,8 +242,20 @@ def _fail(error: BaseException, message: str) -> NoReturn:
     _leave(1)
 
 
+def _check_stdout() -> None:
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        raise FiddlerError("standard output is closed; give it a terminal, a pipe or a file")
+    sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character, as in some locales
+
+
 def _silence_stdout() -> None:
+    """What is still buffered goes nowhere, so that the interpreter's last flush cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
+    """What SIGINT does. Raised as an exception in the middle of an import of torch it would abort the process."""
+    os._exit(130)
 
 
 def _leave(code: int) -> NoReturn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fiddler.gguf_header import printable
 from fiddler.model_file import ModelFile
 
 __all__ = ["describe", "to_text"]
@@ -18,6 +20,7 @@ _LONGEST = 200  # characters of a metadata string that are shown
 def describe(path: Path) -> dict[str, Any]:
     """A model's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
 
+    Values are exact but for long ones, which are cut, and numbers that JSON lacks, which become strings.
     Raises FileFormatError, in one line, when the file is not a Mixtral GGUF.
     """
     model = ModelFile.open(path)
@@ -27,11 +30,11 @@ def describe(path: Path) -> dict[str, Any]:
     per_expert = expert_bytes // (config.block_count * config.expert_count)
     return {
         "path": str(path),
-        "name": file.metadata.get("general.name"),
+        "name": _plain(file.metadata.get("general.name")),
         "gguf_version": file.version,
         "architecture": {
             "name": file.metadata["general.architecture"],
-            "parameters": sum(int(np.prod(t.shape)) for t in file.tensors.values()),
+            "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
             "layers": config.block_count,
             "width": config.embedding_length,
             "expert_width": config.feed_forward_length,
@@ -65,17 +68,24 @@ def describe(path: Path) -> dict[str, Any]:
         },
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensors": [
-            {"name": t.name, "shape": list(t.shape), "type": t.type, "bytes": t.nbytes, "offset": t.offset, "part": t.part}
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "type": t.type,
+                "bytes": t.nbytes,
+                "offset": t.offset,
+                "part": t.part,
+            }
             for t in file.tensors.values()
         ],
     }
 
 
 def to_text(description: dict[str, Any]) -> str:
-    """`describe`'s answer for a person."""
+    """`describe`'s answer for a person: what the file says is shown without control characters."""
     a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
     lines = [
-        f"{description['name'] or description['path']}: {a['parameters'] / 1e9:.3g} B parameters, "
+        f"{printable(description['name'] or description['path'], _LONGEST)}: {a['parameters'] / 1e9:.3g} B parameters, "
         f"{sizes['file'] / 1e9:.2f} GB",
         f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
         f"{a['experts_per_token']} a token",
@@ -105,4 +115,6 @@ def _plain(value: object) -> object:
         return f"[{len(value)} strings]"
     if isinstance(value, str) and len(value) > _LONGEST:
         return value[:_LONGEST] + "..."
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value

@@ -199,7 +199,9 @@ class Engine:
                 f"ask for at most {room} ({self._context_remedy()})"
             )
         if room == 0 and max_tokens is None:
-            raise RequestError(f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})")
+            raise RequestError(
+                f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})"
+            )
         if any(not text for text in stop):
             raise RequestError("a stop string is empty; give at least one character")
         limit = room if max_tokens is None else max_tokens
@@ -263,8 +265,9 @@ def load(
     path: a .gguf file, any part of a split one, or None for the demo model that ships.
     device: "cpu", or "auto", which is the CPU as long as the GPU side is not built.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
-    limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights
-    (float32 with f16 weights), "exact" keeps them float32. kernel: a tier by name, None for the best there is.
+    limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
+    keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
+    kernel: a tier by name, None for the best there is.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
@@ -306,7 +309,7 @@ def load(
             linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
     model = Mixtral(config, weights, CpuLinear(linears), CpuExperts(experts))
     rounded = experts[0].product.activations == "bf16"
-    runner = Runner(model, min(context, config.context_length), torch.bfloat16 if rounded else torch.float32)
+    runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32)
     return Engine(model_file, tokenizer, runner, "cpu", time.perf_counter() - started)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence as Ordered
 import numpy as np
 
 from fiddler.cache import Sequence
+from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
@@ -24,11 +25,17 @@ def generate(
     """Read `prompt` into `sequence`, then yield up to `limit` tokens, each fed back only when the next is asked for.
 
     `banned` tokens are never chosen. Ends by itself only at `limit`: the caller decides what an end token is.
+    Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
     logits = runner.prefill(sequence, history)
     for produced in range(limit):
         values = logits.numpy()
+        if not np.isfinite(values).all():
+            raise FileFormatError(
+                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: its weights are "
+                "damaged or too large for their type; convert the original checkpoint again, with --dtype bf16"
+            )
         if banned:
             values = values.copy()
             values[list(banned)] = -np.inf

@@ -9,6 +9,8 @@ from pathlib import Path
 
 __all__ = ["Memory", "peak_memory"]
 
+_USED = ("VmHWM", "RssAnon")  # of /proc/self/status, in KiB
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -20,11 +22,13 @@ class Memory:
 
 def peak_memory() -> Memory:
     """This process's memory; `anonymous` is 0 where the system does not tell (it is Linux's RssAnon)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
-        status = Path("/proc/self/status").read_text()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return Memory(peak, 0)
-    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
-    return Memory(peak, int(line.split()[1]) * 1024)
+        lines = []
+    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if name in _USED}
+    if "VmHWM" in kib:  # rather than getrusage, which counts what the parent was before it started us
+        peak = kib["VmHWM"] * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Memory(peak, kib.get("RssAnon", 0) * 1024)

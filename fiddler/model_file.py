@@ -1,15 +1,23 @@
-"""A GGUF file that is a Mixtral: container, hyper-parameters and tensors that agree. No torch, no tensor data read."""
+"""A GGUF file that is a Mixtral: container, hyper-parameters and tensors that agree. No torch, no tensor data read.
+
+It knows which tensors and which vocabulary a Mixtral has; not how they are computed with, nor how text is cut.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.gguf_file import GgufFile
 from fiddler.models.config import Config
+from fiddler.token_table import TokenTable
+
+if TYPE_CHECKING:
+    from fiddler.tokenizer import Tokenizer
 
 __all__ = ["ModelFile"]
 
@@ -18,7 +26,7 @@ _RUNNABLE = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file whose every tensor has the shape that its hyper-parameters imply."""
+    """A file whose tensors have the shapes, and whose vocabulary the size, that its hyper-parameters imply."""
 
     file: GgufFile
     config: Config
@@ -26,18 +34,19 @@ class ModelFile:
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFile:
-        """Map `path` and hold its tensors against its metadata.
+        """Map `path` and hold its tensors and its vocabulary against its hyper-parameters.
 
-        Raises FileFormatError, in one line that names the file, for a malformed file, another architecture, and a
-        tensor that is missing, unknown or of another shape.
+        Raises FileFormatError, in one line that names the file, for a malformed file, another architecture, a
+        tensor that is missing, unknown or of another shape, and a vocabulary that is malformed or of another size.
         """
         file = GgufFile.open(path)
         try:
             config = Config.from_metadata(file.metadata)
             tied = "output.weight" not in file.tensors
             _check_shapes(file, config, tied)
+            _check_vocabulary(file, config)
         except FileFormatError as error:
-            raise FileFormatError(f"{path}: {error}") from None
+            raise FileFormatError(f"{file.shown_path}: {error}") from None
         return cls(file, config, tied)
 
     def check_runnable(self) -> None:
@@ -48,16 +57,28 @@ class ModelFile:
             if kind in _RUNNABLE or (kind == "F32" and not routed):
                 continue
             raise FileFormatError(
-                f"{self.file.path}: tensor {name} is {kind}, which does not run; "
+                f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; "
                 "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
             )
         for layer in range(self.config.block_count):
             kinds = {self.file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].type for part in ("gate", "up", "down")}
             if len(kinds) > 1:
                 raise FileFormatError(
-                    f"{self.file.path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
+                    f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
                     "convert the model again with one --dtype"
                 )
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the file's vocabulary makes, built anew.
+
+        Raises FileFormatError, in one line that names the file, where it makes none.
+        """
+        from fiddler.tokenizer import Tokenizer  # late: looking at a file does without the library under it
+
+        try:
+            return Tokenizer.from_metadata(self.file.metadata)
+        except FileFormatError as error:
+            raise FileFormatError(f"{self.file.shown_path}: {error}") from None
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
         """A tensor's view (see `GgufFile.array`) and its type; "output.weight" of a tied model is the embedding."""
@@ -84,3 +105,12 @@ def _check_shapes(file: GgufFile, config: Config, tied: bool) -> None:
     for name in file.tensors:
         if name not in expected:
             raise FileFormatError(f"tensor {name} is not part of a Mixtral; this variant does not run")
+
+
+def _check_vocabulary(file: GgufFile, config: Config) -> None:
+    count = len(TokenTable.from_metadata(file.metadata).texts)
+    if count != config.vocab_size:
+        raise FileFormatError(
+            f"tokenizer.ggml.tokens holds {count} tokens, llama.vocab_size says {config.vocab_size}; "
+            "convert the model again"
+        )

@@ -1,4 +1,8 @@
-"""Stop strings over a stream of text: holds back what may become one, lets the rest through."""
+"""Stop strings over a stream of text: holds back what may become one, lets the rest through.
+
+Knows text only. The stop string that is complete first decides, however the text was cut into pieces: of several
+that end at the same place, the longest.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ class StopText:
     """Feed pieces of text; what comes out never holds a stop string nor anything after it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops), "a stop string has at least one character"
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
@@ -20,10 +25,11 @@ class StopText:
         if self.found:
             return ""
         self._held += text
-        places = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        places = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
             self.found = True
-            certain, self._held = self._held[: min(places)], ""
+            _, begin = min(places)
+            certain, self._held = self._held[:begin], ""
             return certain
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         certain = self._held[: len(self._held) - keep]

@@ -79,20 +79,20 @@ class Config:
         architecture is not a mixture of experts, and where RoPE is scaled.
         """
         architecture = metadata.get("general.architecture")
-        if architecture != ARCHITECTURE:
+        if not isinstance(architecture, str) or architecture != ARCHITECTURE:
             raise FileFormatError(
-                f"general.architecture is {architecture!r}; Mixtral files say {ARCHITECTURE!r}, and only those run"
+                f"general.architecture is {_shown(architecture)}; only Mixtral runs, which says {ARCHITECTURE!r}"
             )
         keys = _Keys(metadata)
         expert_count = keys.integer("expert_count", 0)
         if expert_count == 0:
             raise FileFormatError("llama.expert_count is missing or 0: a dense Llama, not a mixture of experts")
-        scaling = metadata.get("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise FileFormatError(f"llama.rope.scaling.type is {scaling!r}; only unscaled RoPE runs")
+        _check_variant(metadata)
         width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
         if heads < 1 or width < 1:
-            raise FileFormatError(f"embedding_length is {width} and attention.head_count {heads}; both must be positive")
+            raise FileFormatError(
+                f"embedding_length is {width} and attention.head_count {heads}; both must be positive"
+            )
         head_dim = keys.integer("attention.key_length", width // heads)
         for same in ("attention.value_length", "rope.dimension_count"):
             if keys.integer(same, head_dim) != head_dim:
@@ -183,14 +183,35 @@ class _Keys:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {str(value)[:60]!r}; it must be one integer")
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {_shown(value)}; it must be one integer")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {str(value)[:60]!r}; it must be one number")
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {_shown(value)}; it must be one number")
         return float(value)
+
+
+def _check_variant(metadata: Mapping[str, object]) -> None:
+    """Refuse what llama.cpp's `llama` can also be told to do (`llama_model::load_hparams`) and a Mixtral does not."""
+    plain: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.scale": (0.0,)}
+    scaling = metadata.get(f"{ARCHITECTURE}.rope.scaling.type")
+    if not isinstance(scaling, str) or scaling != "none":  # no type and a factor: linear
+        plain |= {"rope.scaling.type": (), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
+    for key, harmless in plain.items():
+        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        if value is not None and not (isinstance(value, (int, float)) and value in harmless):
+            raise FileFormatError(
+                f"{ARCHITECTURE}.{key} is {_shown(value)}; only plain attention and unscaled RoPE run"
+            )
+
+
+def _shown(value: object) -> str:
+    """A value from a file for a message: short, printable, one line."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:60] + "...")
+    return repr(value) if value is None or isinstance(value, (bool, int, float)) else "an array"
 
 
 def _token_count(metadata: Mapping[str, object]) -> int | None:

@@ -63,7 +63,7 @@ class Mixtral:
         self.blk = [Block(config, index, weights, linear) for index in range(config.block_count)]
         self.output_norm = weights["output_norm.weight"]
         self._linear = linear
-        self._experts = experts
+        self.experts = experts
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=self.token_embd.device)
         self._frequencies = 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
 
@@ -74,7 +74,7 @@ class Mixtral:
         rotation = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, head_dim / 2]
         for layer, block in enumerate(self.blk):
             h, x, chosen, weights = block.before_experts(h, rotation, cache)
-            h = h + self._experts(layer, x, chosen, weights)
+            h = h + self.experts(layer, x, chosen, weights)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -124,14 +124,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     """Causal grouped-query attention of the last n positions: q [n, H, head_dim] -> [n, H, head_dim] float32.
 
     keys and values [S, G, head_dim]: query i is position S - n + i and sees the positions up to its own, at most
-    the last `window` of them. Computed in the data type of the keys.
+    the last `window` of them. Keys and values may be stored in 16 bits; the arithmetic is float32.
     """
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
     repeat = heads // groups
     # the queries that share a KV head stand together, so keys and values are never repeated
-    grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1).to(keys.dtype)  # [G, n, H / G, head_dim]
-    k, v = keys.transpose(0, 1), values.transpose(0, 1)  # [G, S, head_dim]
+    grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
+    k, v = keys.float().transpose(0, 1), values.float().transpose(0, 1)  # [G, S, head_dim]
     out = torch.empty_like(grouped)
     step = max(1, _MASK_ELEMENTS // (repeat * total))
     for begin in range(0, n, step):
@@ -149,7 +149,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
         piece = grouped[:, begin:end].reshape(1, groups, -1, head_dim)
         result = F.scaled_dot_product_attention(piece, k[None, :, oldest:last], v[None, :, oldest:last], mask)
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
-    return out.transpose(0, 1).reshape(n, heads, head_dim).float()
+    return out.transpose(0, 1).reshape(n, heads, head_dim)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,273 @@
+"""A Hugging Face Mixtral folder as a lazy source: where the matrices of each GGUF tensor lie.
+
+Knows transformers' tensor names, both ways of storing experts and the rules of tied embeddings; checks that
+the folder holds exactly the tensors that config.json implies. Reads no weights on opening, changes no value
+and does not know where they go.
+
+Expert layouts, per layer: `block_sparse_moe.experts.E.{w1,w2,w3}` (w1 gate, w2 down, w3 up; the published
+checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transformers 5 in memory).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from fiddler.converters.hf_config import read_hf_config
+from fiddler.converters.json_object import quoted, read_object
+from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, Stored
+from fiddler.errors import CheckpointError
+from fiddler.models.config import Config
+
+__all__ = ["Checkpoint", "Dtype", "Matrix"]
+
+Dtype: TypeAlias = Literal["bf16", "f16"]
+
+_BLOCK_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_OTHER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_EXPERT_LETTERS = {"ffn_gate_exps.weight": "w1", "ffn_down_exps.weight": "w2", "ffn_up_exps.weight": "w3"}
+# Old checkpoints saved this table with the weights; it follows from rope_theta and head_dim.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_COMPARED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` rows from row `first` of a stored tensor seen as a matrix [rows, width]: one expert, or all."""
+
+    file: SafetensorsFile
+    stored: Stored
+    first: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        return self.stored.shape[-1]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows `start` to `stop` of this matrix, [stop - start, width], a read-only view of the mapped file.
+
+        float32, float16, or uint16 where the values are bfloat16.
+        """
+        return self.file.rows(self.stored, self.first + start, stop - start)
+
+
+class Checkpoint:
+    """An opened folder: `config`, `tied`, the `dtype` most weights have, and `matrices` by GGUF name.
+
+    `warnings` holds, a line each, what the user should know about the source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        tied: bool,
+        parts: Mapping[str, Sequence[Matrix]],
+        warnings: Sequence[str],
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.tied = tied
+        self.warnings = tuple(warnings)
+        self._parts = parts
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open `folder`: config.json and model.safetensors, or the shards of model.safetensors.index.json.
+
+        Reads headers only (and, in a tied checkpoint that stores its output matrix, compares that with the
+        embedding). Raises CheckpointError, one line, for a folder that is incomplete, inconsistent,
+        quantised or not a Mixtral.
+        """
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder} {found}; give the folder of a Hugging Face checkpoint")
+        read = read_hf_config(folder)
+        search = _Search(folder, _open_files(folder))
+        parts = search.all(read.config)
+        tied, warnings = _resolve_tie(read.tied, search, parts)
+        if tied:
+            parts.pop("output.weight", None)
+        window = read.config.sliding_window
+        if window is not None and window < read.config.context_length:
+            warnings.append(
+                f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
+                f"from position {window} on"
+            )
+        return cls(folder.resolve().name, read.config, tied, parts, warnings)
+
+    @property
+    def dtype(self) -> Dtype:
+        """The 16-bit type that most weights (counted in bytes) have; bf16 for a float32 checkpoint."""
+        bytes_of: Counter[str] = Counter()
+        for parts in self._parts.values():
+            for part in parts:
+                bytes_of[part.stored.dtype] += part.count * part.width * DTYPES[part.stored.dtype].itemsize
+        return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
+
+    def matrices(self, name: str) -> Iterator[Matrix]:
+        """The matrices that, one below the other, make up the GGUF tensor `name` (a vector is one row)."""
+        return iter(self._parts[name])
+
+
+class _Search:
+    """Finds stored tensors by name and shape, and remembers which were asked for."""
+
+    def __init__(self, folder: Path, files: Sequence[SafetensorsFile]) -> None:
+        self._folder = folder
+        self._where: dict[str, SafetensorsFile] = {}
+        self._used: set[str] = set()
+        for file in files:
+            for name in file.tensors:
+                if name in self._where:
+                    raise CheckpointError(
+                        f"tensor {quoted(name)} is in both {self._where[name].path} and {file.path.name}"
+                    )
+                self._where[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def all(self, config: Config) -> dict[str, Sequence[Matrix]]:
+        """Every tensor that `config` implies, and none besides; `output.weight` only where it is stored."""
+        # Before a list of this length is built: a hostile config.json may say millions.
+        if config.block_count > len(self._where):
+            raise CheckpointError(
+                f"{self._folder}: config.json says num_hidden_layers {config.block_count}, "
+                f"but there are only {len(self._where)} tensors; download the whole checkpoint"
+            )
+        parts: dict[str, Sequence[Matrix]] = {}
+        tied = _OTHER_NAMES["output.weight"] not in self
+        for name, shape in config.tensor_shapes(tied=tied).items():
+            index, _, inner = name.removeprefix("blk.").partition(".")
+            if name in _OTHER_NAMES:
+                parts[name] = [self._whole(_OTHER_NAMES[name], shape)]
+            elif inner in _BLOCK_NAMES:
+                parts[name] = [self._whole(f"model.layers.{index}.{_BLOCK_NAMES[inner]}", shape)]
+            else:
+                parts[name] = self._mixture(f"model.layers.{index}", inner, shape)
+        for name in self._where:
+            if name not in self._used and not _DERIVED.fullmatch(name):
+                raise CheckpointError(
+                    f"{self._where[name].path}: tensor {quoted(name)} is not part of a Mixtral with "
+                    f"{config.block_count} layers and {config.expert_count} experts"
+                )
+        return parts
+
+    def _mixture(self, layer: str, inner: str, shape: tuple[int, ...]) -> list[Matrix]:
+        """The router or one of the three expert stacks [E, rows, width] of a layer, in either layout."""
+        fused = f"{layer}.mlp.gate.weight" in self
+        if inner == "ffn_gate_inp.weight":
+            return [self._whole(f"{layer}.{'mlp' if fused else 'block_sparse_moe'}.gate.weight", shape)]
+        E, rows, width = shape
+        if not fused:
+            prefix, letter = f"{layer}.block_sparse_moe.experts", _EXPERT_LETTERS[inner]
+            return [self._whole(f"{prefix}.{expert}.{letter}.weight", (rows, width)) for expert in range(E)]
+        if inner == "ffn_down_exps.weight":
+            file, stored = self._find(f"{layer}.mlp.experts.down_proj", shape)
+            return [Matrix(file, stored, expert * rows, rows) for expert in range(E)]
+        file, stored = self._find(f"{layer}.mlp.experts.gate_up_proj", (E, 2 * rows, width))
+        half = rows if inner == "ffn_up_exps.weight" else 0
+        return [Matrix(file, stored, expert * 2 * rows + half, rows) for expert in range(E)]
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        file, stored = self._find(name, shape)
+        return Matrix(file, stored, 0, 1 if len(shape) == 1 else shape[0])
+
+    def _require(self, name: str) -> SafetensorsFile:
+        if name not in self._where:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing; download the whole checkpoint")
+        return self._where[name]
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, Stored]:
+        file = self._require(name)
+        stored = file.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} is {stored.dtype}, a quantised or unusual type; "
+                "convert the original bf16, f16 or f32 checkpoint"
+            )
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(stored.shape)}, but config.json implies {list(shape)}"
+            )
+        self._used.add(name)
+        return file, stored
+
+
+def _open_files(folder: Path) -> list[SafetensorsFile]:
+    """The folder's weight files, in transformers' order of preference: one file, else those of the index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [SafetensorsFile(single)]
+    if not index.exists():
+        if any(folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{folder} holds its weights as PyTorch .bin files; "
+                "load them in transformers and save_pretrained() them as safetensors"
+            )
+        raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; download the whole checkpoint")
+    names = read_object(index, "").get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: weight_map is {quoted(names, 40)}; download the file again")
+    shards = sorted({_plain(name, index) for name in names.values()})
+    files = [SafetensorsFile(folder / shard) for shard in shards]
+    tensors = {file.path.name: file.tensors for file in files}
+    for name, shard in names.items():
+        if name not in tensors[shard]:
+            raise CheckpointError(f"{index} says that tensor {quoted(name)} is in {shard}; it is not there")
+    return files
+
+
+def _plain(name: object, index: Path) -> str:
+    """A shard's file name; never a path, for an index from elsewhere must not reach out of its folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        raise CheckpointError(f"{index}: {quoted(name)} is not the name of a safetensors file in this folder")
+    return name
+
+
+def _resolve_tie(said: bool, search: _Search, parts: Mapping[str, Sequence[Matrix]]) -> tuple[bool, list[str]]:
+    """Whether the output is tied, as transformers decides it given what config.json `said`; and warnings."""
+    output = parts.get("output.weight")
+    if not said:
+        if output is None:
+            raise CheckpointError(
+                "tensor lm_head.weight is missing, and config.json does not say tie_word_embeddings; "
+                "download the whole checkpoint"
+            )
+        return False, []
+    if output is None or _same(output[0], parts["token_embd.weight"][0]):
+        return True, []
+    return False, [
+        "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
+        "both are kept, as transformers does"
+    ]
+
+
+def _same(one: Matrix, other: Matrix) -> bool:
+    """Whether two matrices of one shape hold the same bits."""
+    if one.stored.dtype != other.stored.dtype:
+        return False
+    for start in range(0, one.count, _COMPARED_ROWS):
+        stop = min(start + _COMPARED_ROWS, one.count)
+        if not np.array_equal(one.rows(start, stop).view(np.uint8), other.rows(start, stop).view(np.uint8)):
+            return False
+    return True

@@ -1,0 +1,150 @@
+"""config.json of a Hugging Face Mixtral -> `Config`. Knows transformers' keys and defaults; opens no weights.
+
+The keys are those of transformers' `MixtralConfig`, versions 4 and 5; whatever would change the model's
+arithmetic and has no place in the GGUF is refused here by name rather than dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from fiddler.converters.json_object import quoted, read_object
+from fiddler.errors import CheckpointError, FileFormatError
+from fiddler.models.config import Config
+
+__all__ = ["HfConfig", "read_hf_config"]
+
+_THETA = 1e6  # transformers' default for Mixtral
+_LARGEST_REAL = 3.4e38
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What config.json says: the hyper-parameters, and whether `token_embd` serves as the output, too."""
+
+    config: Config
+    tied: bool
+
+
+def read_hf_config(folder: Path) -> HfConfig:
+    """Read `folder`/config.json. Raises CheckpointError for anything but an unquantised Mixtral."""
+    path = folder / "config.json"
+    keys = _Keys(path, read_object(path, "give the folder of a Hugging Face checkpoint"))
+    keys.refuse_others()
+    width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    head_dim = keys.integer_or("head_dim", None)
+    if head_dim is None and (heads < 1 or width % heads):
+        raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not whole; give head_dim")
+    try:
+        config = Config(
+            vocab_size=keys.integer("vocab_size"),
+            context_length=keys.integer("max_position_embeddings"),
+            embedding_length=width,
+            block_count=keys.integer("num_hidden_layers"),
+            feed_forward_length=keys.integer("intermediate_size"),
+            head_count=heads,
+            head_count_kv=keys.integer_or("num_key_value_heads", heads),
+            head_dim=width // heads if head_dim is None else head_dim,
+            expert_count=keys.integer("num_local_experts"),
+            expert_used_count=keys.integer("num_experts_per_tok"),
+            rms_epsilon=keys.real("rms_norm_eps"),
+            rope_freq_base=keys.rope_theta(),
+            sliding_window=keys.integer_or("sliding_window", None),
+        )
+    except FileFormatError as error:
+        raise keys.error(str(error)) from None
+    return HfConfig(config, keys.boolean("tie_word_embeddings", False))
+
+
+class _Keys:
+    """Typed look-ups in config.json; `null` counts as absent, as transformers reads it."""
+
+    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
+        self._path = path
+        self._values = values
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: {message}")
+
+    def refuse_others(self) -> None:
+        """Raise for what is not a Mixtral, or one whose arithmetic the GGUF could not express."""
+        kind = self._values.get("model_type")
+        if kind != "mixtral":
+            raise self.error(f"model_type is {quoted(kind, 40)}; only 'mixtral' converts")
+        quantisation = self._values.get("quantization_config")
+        if quantisation is not None:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+            raise self.error(
+                f"the weights are quantised (quantization_config: {quoted(method, 40)}); "
+                "convert the original bf16, f16 or f32 checkpoint"
+            )
+        activation = self._values.get("hidden_act")
+        if activation not in (None, "silu"):
+            raise self.error(f"hidden_act is {quoted(activation, 40)}; a Mixtral's experts use 'silu'")
+        for key in ("attention_bias", "mlp_bias"):
+            if self._values.get(key):
+                raise self.error(f"{key} is {quoted(self._values[key], 40)}; a Mixtral has no biases")
+
+    def rope_theta(self) -> float:
+        """The base of RoPE, at top level (transformers 4) or in `rope_parameters` (5); not scaled."""
+        found = [self.real_or("rope_theta", None)]
+        self._refuse_partial("partial_rotary_factor", self._values)
+        for group in ("rope_parameters", "rope_scaling"):
+            inner = self._values.get(group)
+            if inner is None:
+                continue
+            if not isinstance(inner, dict) or any(isinstance(value, dict) for value in inner.values()):
+                raise self.error(f"{group} is {quoted(inner, 60)}; one unscaled RoPE for all layers converts")
+            for key, plain in (("rope_type", "default"), ("type", "default"), ("factor", 1)):
+                value = inner.get(key)
+                if value is not None and value != plain:
+                    raise self.error(f"{group}.{key} is {quoted(value, 40)}; only unscaled RoPE converts")
+            self._refuse_partial(f"{group}.partial_rotary_factor", inner)
+            found.append(_Keys(self._path, inner).real_or("rope_theta", None))
+        bases = {base for base in found if base is not None}
+        if len(bases) > 1:
+            raise self.error(f"rope_theta has the values {sorted(bases)}; keep the right one")
+        return bases.pop() if bases else _THETA
+
+    def _refuse_partial(self, name: str, values: Mapping[str, object]) -> None:
+        factor = values.get("partial_rotary_factor")
+        if factor is not None and factor != 1:
+            raise self.error(f"{name} is {quoted(factor, 40)}; a Mixtral rotates whole heads")
+
+    def integer(self, key: str) -> int:
+        value = self.integer_or(key, None)
+        return value if value is not None else self._missing(key)
+
+    def integer_or(self, key: str, default: T) -> int | T:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"{key} is {quoted(value, 40)}; it must be an integer")
+        return value
+
+    def real(self, key: str) -> float:
+        value = self.real_or(key, None)
+        return value if value is not None else self._missing(key)
+
+    def real_or(self, key: str, default: T) -> float | T:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_REAL:
+            raise self.error(f"{key} is {quoted(value, 40)}; it must be a number that float32 can hold")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(f"{key} is {quoted(value, 40)}; it must be true or false")
+        return default if value is None else value
+
+    def _missing(self, key: str) -> NoReturn:
+        raise self.error(f"{key} is missing; take config.json from the original checkpoint")

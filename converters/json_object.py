@@ -1,0 +1,62 @@
+"""One JSON object out of a file that someone else made: config.json, an index, a safetensors header.
+
+Knows what hostile or damaged JSON looks like; does not know what the keys mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from fiddler.errors import CheckpointError
+
+__all__ = ["parse_object", "quoted", "read_object"]
+
+_LARGEST_FILE = 64 << 20  # bytes; a config is 1 KB, the index of 32 layers 100 KB
+
+
+def quoted(value: object, limit: int = 120) -> str:
+    """`value` as one short line, whatever a stranger put into it."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, object]:
+    """Decode `raw` as one JSON object without duplicate keys.
+
+    `where` names the source in messages. Raises CheckpointError for anything else: other bytes than
+    UTF-8, syntax errors, numbers or nesting beyond what the decoder takes, an array instead of an object.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested too deeply to be JSON of a model") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not JSON: {quoted(str(error))}; download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds {quoted(value, 40)}; it must be a JSON object")
+    return value
+
+
+def read_object(path: Path, remedy: str) -> dict[str, object]:
+    """Read the JSON object in the file `path`; where the file is missing, the error ends with `remedy`."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if len(raw) > _LARGEST_FILE:
+        raise CheckpointError(f"{path} is larger than {_LARGEST_FILE} bytes; it cannot be a model's JSON")
+    return parse_object(raw, str(path))
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} appears twice")
+        found[name] = value
+    return found

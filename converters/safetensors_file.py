@@ -1,0 +1,148 @@
+"""One safetensors file: its header checked once, its tensors as zero-copy views of a read-only mapping.
+
+Knows the container (https://huggingface.co/docs/safetensors: an 8-byte little-endian header length, a JSON
+header, then the tensors back to back); does not know what the tensors are for or which file comes next.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fiddler.converters.json_object import parse_object, quoted
+from fiddler.errors import CheckpointError
+
+__all__ = ["DTYPES", "Array", "SafetensorsFile", "Stored"]
+
+Array: TypeAlias = NDArray[Any]
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
+"""The floating point types that convert, as numpy sees them: bfloat16 as its bits, for numpy has none."""
+
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2} | {
+    "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8, "F16": 2, "BF16": 2, "F32": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: `nbytes` bytes from `offset` of the file `path`, of a safetensors `dtype`."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """An opened file: `tensors` by name, and rows of them on request.
+
+    Raises CheckpointError on opening where the header is damaged or does not describe exactly the bytes
+    that follow it (ranges out of the file, overlaps, gaps, shapes that need another number of bytes).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start, header = _read_header(file.read(8), file.read, size, path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; download the whole checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self.tensors: dict[str, Stored] = _check_header(header, path, start, size - start)
+
+    @cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        with self.path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Read once from front to back, and larger than memory: let the kernel read ahead and drop behind.
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        return np.frombuffer(mapping, dtype=np.uint8)
+
+    def rows(self, stored: Stored, first: int, count: int) -> Array:
+        """Rows `first` to `first + count` of a tensor seen as a matrix of its last dimension's width.
+
+        Returns a read-only [count, width] view of the mapping; bfloat16 comes as uint16 bits. Nothing is
+        read before the view is. Its memory is the page cache, which the kernel takes back at will.
+        """
+        dtype, width = DTYPES[stored.dtype], stored.shape[-1]
+        begin = stored.offset + first * width * dtype.itemsize
+        end = begin + count * width * dtype.itemsize
+        assert stored.offset <= begin <= end <= stored.offset + stored.nbytes
+        return self._bytes[begin:end].view(dtype).reshape(count, width)
+
+
+def _read_header(prefix: bytes, read: Any, size: int, path: Path) -> tuple[int, dict[str, object]]:
+    """First byte of the data and the header, from the file's first 8 bytes and a reader of those behind."""
+    if prefix == b"version ":
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} is {size} bytes long, too short for safetensors; download it again")
+    length = int.from_bytes(prefix, "little")
+    if length > min(size - 8, _LARGEST_HEADER):
+        raise CheckpointError(
+            f"{path} announces a header of {length} bytes in a file of {size}: not safetensors, or truncated"
+        )
+    return 8 + length, parse_object(read(length), f"the header of {path}")
+
+
+def _check_header(header: Mapping[str, object], path: Path, start: int, available: int) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = _check_entry(name, entry, path, start)
+    end, before = start, "the header"
+    for stored in sorted(tensors.values(), key=lambda stored: (stored.offset, stored.nbytes)):
+        if stored.offset != end:
+            fault = f"overlaps {before}" if stored.offset < end else f"leaves a gap behind {before}"
+            raise CheckpointError(f"{path}: tensor {quoted(stored.name)} {fault}; the file is damaged")
+        end, before = stored.offset + stored.nbytes, quoted(stored.name)
+    if end != start + available:
+        raise CheckpointError(
+            f"{path} is {start + available} bytes long, but its header describes {end}: "
+            "a download that did not finish, or a damaged file"
+        )
+    return tensors
+
+
+def _check_entry(name: str, entry: object, path: Path, start: int) -> Stored:
+    where = f"{path}: tensor {quoted(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} has the header entry {quoted(entry, 60)}; the file is damaged")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise CheckpointError(f"{where} has the unknown dtype {quoted(dtype, 40)}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where} has shape {quoted(shape, 60)} at {quoted(offsets, 60)}; the file is damaged")
+    begin, end = offsets
+    if math.prod(shape) * _SIZES[dtype] != end - begin:
+        raise CheckpointError(
+            f"{where} of shape {quoted(shape, 60)} and dtype {dtype} cannot have {end - begin} bytes; "
+            "the file is damaged"
+        )
+    return Stored(name, path, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _naturals(value: object) -> bool:
+    """A short list of integers that fit a file offset: what shapes and offsets are made of."""
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return all(type(item) is int and 0 <= item < 1 << 62 for item in value)  # True is an instance of int, too

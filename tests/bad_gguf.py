@@ -1,0 +1,191 @@
+"""Writes GGUF files byte by byte, so that any number in a header can be a lie. Uses nothing of fiddler or `gguf`.
+
+`mixtral()` is the smallest honest Mixtral; a test changes one thing in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+D, F, E, K, HEADS, KV_HEADS, VOCABULARY = 32, 32, 4, 2, 2, 1, 262
+F32, F16, Q4_0, Q4_0_BLOCK, BF16 = 0, 1, 2, 18, 30
+_BYTES = {F32: 4, F16: 2, BF16: 2}
+
+
+def u8(value: int) -> bytes:
+    return struct.pack("<IB", 0, value)
+
+
+def u16(value: int) -> bytes:
+    return struct.pack("<IH", 2, value)
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<II", 4, value)
+
+
+def i32(value: int) -> bytes:
+    return struct.pack("<Ii", 5, value)
+
+
+def f32(value: float) -> bytes:
+    return struct.pack("<If", 6, value)
+
+
+def boolean(value: int) -> bytes:
+    return struct.pack("<IB", 7, value)
+
+
+def u64(value: int) -> bytes:
+    return struct.pack("<IQ", 10, value)
+
+
+def text(value: str | bytes, length: int | None = None) -> bytes:
+    return struct.pack("<I", 8) + string(value, length)
+
+
+def string(value: str | bytes, length: int | None = None) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw) if length is None else length) + raw
+
+
+def array(kind: int, items: Sequence[bytes], count: int | None = None) -> bytes:
+    """An array of already packed items, of GGUF value type `kind`."""
+    return struct.pack("<IIQ", 9, kind, len(items) if count is None else count) + b"".join(items)
+
+
+def texts(values: Sequence[str], count: int | None = None) -> bytes:
+    return array(8, [string(value) for value in values], count)
+
+
+def floats(values: Sequence[float]) -> bytes:
+    return array(6, [struct.pack("<f", value) for value in values])
+
+
+def ints(values: Sequence[int]) -> bytes:
+    return array(5, [struct.pack("<i", value) for value in values])
+
+
+@dataclass
+class Entry:
+    """One tensor; `shape` as in numpy. `offset` None: behind the one before. `dims` None: as many as there are."""
+
+    name: str | bytes
+    shape: list[int]
+    kind: int = BF16
+    offset: int | None = None
+    dims: int | None = None
+    nbytes: int | None = None  # in the data; None: what shape and type need
+
+
+@dataclass
+class Draft:
+    """A file to be; `counts` are the numbers of tensors and pairs that it says it has, where they are not true."""
+
+    pairs: list[tuple[str | bytes, bytes]]
+    entries: list[Entry]
+    magic: bytes = b"GGUF"
+    version: bytes = struct.pack("<I", 3)
+    alignment: int = 32
+    tensor_count: int | None = None
+    pair_count: int | None = None
+    ends: dict[str, int] = field(default_factory=dict)  # section -> byte behind it, filled by `to_bytes`
+
+    def set(self, key: str, value: bytes) -> None:
+        """Give `key` a typed value, in its place or at the end."""
+        keys = [name for name, _ in self.pairs]
+        if key in keys:
+            self.pairs[keys.index(key)] = key, value
+        else:
+            self.pairs.append((key, value))
+
+    def drop(self, key: str) -> None:
+        assert key in dict(self.pairs)
+        self.pairs = [pair for pair in self.pairs if pair[0] != key]
+
+    def entry(self, name: str) -> Entry:
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def to_bytes(self) -> bytes:
+        """The file; tensor data are a byte pattern without a meaning."""
+        header = self.magic + self.version
+        self.ends["version"] = len(header)
+        header += struct.pack("<Q", len(self.entries) if self.tensor_count is None else self.tensor_count)
+        header += struct.pack("<Q", len(self.pairs) if self.pair_count is None else self.pair_count)
+        self.ends["counts"] = len(header)
+        header += b"".join(string(key) + value for key, value in self.pairs)
+        self.ends["metadata"] = len(header)
+        rows, end = [], 0
+        for entry in self.entries:
+            offset = -(-end // self.alignment) * self.alignment if entry.offset is None else entry.offset
+            dims = len(entry.shape) if entry.dims is None else entry.dims
+            rows.append(string(entry.name) + struct.pack("<I", dims))
+            rows[-1] += b"".join(struct.pack("<Q", size) for size in reversed(entry.shape))
+            rows[-1] += struct.pack("<IQ", entry.kind, offset)
+            if entry.offset is None:
+                end = offset + (self._size(entry) if entry.nbytes is None else entry.nbytes)
+        header += b"".join(rows)
+        self.ends["tensors"] = len(header)
+        header += bytes(-len(header) % self.alignment)
+        self.ends["padding"] = len(header)
+        self.ends["data"] = len(header) + end
+        return header + (bytes(range(256)) * (end // 256 + 1))[:end]
+
+    @staticmethod
+    def _size(entry: Entry) -> int:
+        count = 1
+        for size in entry.shape:
+            count *= size
+        return count * _BYTES[entry.kind]
+
+
+def vocabulary() -> list[str]:
+    return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
+
+
+def mixtral() -> Draft:
+    """One layer, four experts, two of them a token, and a vocabulary of little more than the bytes."""
+    head = D // HEADS
+    pairs: list[tuple[str | bytes, bytes]] = [
+        ("general.architecture", text("llama")),
+        ("general.name", text("smallest")),
+        ("llama.vocab_size", u32(VOCABULARY)),
+        ("llama.context_length", u32(64)),
+        ("llama.embedding_length", u32(D)),
+        ("llama.block_count", u32(1)),
+        ("llama.feed_forward_length", u32(F)),
+        ("llama.attention.head_count", u32(HEADS)),
+        ("llama.attention.head_count_kv", u32(KV_HEADS)),
+        ("llama.attention.key_length", u32(head)),
+        ("llama.attention.value_length", u32(head)),
+        ("llama.rope.dimension_count", u32(head)),
+        ("llama.expert_count", u32(E)),
+        ("llama.expert_used_count", u32(K)),
+        ("llama.attention.layer_norm_rms_epsilon", f32(1e-5)),
+        ("llama.rope.freq_base", f32(1e6)),
+        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.tokens", texts(vocabulary())),
+        ("tokenizer.ggml.scores", floats([-float(index) for index in range(VOCABULARY)])),
+        ("tokenizer.ggml.token_type", ints([2, 3, 3, *[6] * 256, 1, 1, 1])),
+        ("tokenizer.ggml.bos_token_id", u32(1)),
+        ("tokenizer.ggml.eos_token_id", u32(2)),
+        ("tokenizer.ggml.add_bos_token", boolean(1)),
+    ]
+    entries = [
+        Entry("token_embd.weight", [VOCABULARY, D]),
+        Entry("blk.0.attn_norm.weight", [D], F32),
+        Entry("blk.0.attn_q.weight", [HEADS * head, D]),
+        Entry("blk.0.attn_k.weight", [KV_HEADS * head, D]),
+        Entry("blk.0.attn_v.weight", [KV_HEADS * head, D]),
+        Entry("blk.0.attn_output.weight", [D, HEADS * head]),
+        Entry("blk.0.ffn_norm.weight", [D], F32),
+        Entry("blk.0.ffn_gate_inp.weight", [E, D], F32),
+        Entry("blk.0.ffn_gate_exps.weight", [E, F, D]),
+        Entry("blk.0.ffn_up_exps.weight", [E, F, D]),
+        Entry("blk.0.ffn_down_exps.weight", [E, D, F]),
+        Entry("output_norm.weight", [D], F32),
+        Entry("output.weight", [VOCABULARY, D]),
+    ]
+    return Draft(pairs, entries)
