@@ -86,6 +86,16 @@ class Vocabulary:
         }
         return {key: value for key, value in values.items() if value is not None}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        if self.prepend_scheme is None:
+            return ()
+        return (
+            "tokenizer.json puts no space before a text that begins with one; fiddler follows it, llama.cpp does not, "
+            "so such prompts get other ids there",
+        )
+
     def write_to(self, writer: gguf.GGUFWriter) -> None:
         """Add these keys to a GGUF that is being written."""
         for key, value in self.metadata().items():

@@ -22,7 +22,7 @@ from fiddler.errors import FiddlerError, RequestError
 if TYPE_CHECKING:
     from fiddler.engine import Stats
 
-__all__ = ["app", "main"]
+__all__ = ["DType", "Device", "Precision", "app", "convert", "inspect", "main", "run"]
 
 app = typer.Typer(
     add_completion=False,

@@ -48,8 +48,8 @@ class TokenTable:
     texts: list[str]  # as in the file: a space is "▁" in an ordinary token; "" is a token that no text has
     scores: list[float]
     types: list[int]  # `TokenType`
-    bos_id: int | None
-    eos_id: int | None
+    bos_id: int
+    eos_id: int
     end_ids: frozenset[int]
     add_bos: bool
     add_eos: bool
@@ -83,7 +83,8 @@ class TokenTable:
             )
         kinds: list[int] = np.where(types == 0, int(TokenType.UNUSED), types).tolist()
         bos_id, eos_id = _id(metadata, "bos_token_id", count, 1), _id(metadata, "eos_token_id", count, 2)
-        ends = {eos_id, _id(metadata, "eot_token_id", count), _id(metadata, "eom_token_id", count)}
+        ends = {eos_id}
+        ends |= {_id(metadata, key, count) for key in ("eot_token_id", "eom_token_id") if _PREFIX + key in metadata}
         for index, text in enumerate(texts):
             if text in _END_NAMES:
                 ends.add(index)
@@ -100,9 +101,9 @@ class TokenTable:
             types=kinds,
             bos_id=bos_id,
             eos_id=eos_id,
-            end_ids=frozenset(token for token in ends if token is not None),
-            add_bos=_flag(metadata, "add_bos_token", True) and bos_id is not None,
-            add_eos=_flag(metadata, "add_eos_token", False) and eos_id is not None,
+            end_ids=frozenset(ends),
+            add_bos=_flag(metadata, "add_bos_token", True),
+            add_eos=_flag(metadata, "add_eos_token", False),
             add_space_prefix=_flag(metadata, "add_space_prefix", True),
             prepend_scheme=scheme if isinstance(scheme, str) else None,
             chat_template=template,
@@ -146,10 +147,8 @@ def _numbers(metadata: Mapping[str, object], key: str, count: int, kinds: str) -
     return value
 
 
-def _id(metadata: Mapping[str, object], key: str, count: int, default: int | None = None) -> int | None:
-    value = metadata.get(f"{_PREFIX}{key}")
-    if value is None:
-        return default if default is not None and default < count else None
+def _id(metadata: Mapping[str, object], key: str, count: int, default: int | None = None) -> int:
+    value = metadata.get(f"{_PREFIX}{key}", default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
         raise FileFormatError(
             f"tokenizer.ggml.{key} is {_shown(value)}; it must be the id of one of the {count} tokens"

@@ -61,13 +61,13 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
-    def bos_id(self) -> int | None:
-        """The token that begins a text, where the vocabulary has one."""
+    def bos_id(self) -> int:
+        """The token that begins a text; without `add_bos` the model may know none, and this is llama.cpp's default."""
         return self._table.bos_id
 
     @property
-    def eos_id(self) -> int | None:
-        """The token that ends a text, where the vocabulary has one."""
+    def eos_id(self) -> int:
+        """The token that ends a text."""
         return self._table.eos_id
 
     @property
@@ -101,14 +101,9 @@ class Tokenizer:
         tokens; any other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text;
         control tokens only with `parse_special`, so that what a user typed never turns into one. As in
         llama.cpp the longest token is looked for first, and the space that goes before a text also goes
-        before what follows a special token. `add_bos` puts `bos_id` first; raises RequestError where the
-        vocabulary has none.
+        before what follows a special token. `add_bos` puts `bos_id` first.
         """
-        ids: list[int] = []
-        if add_bos:
-            if self.bos_id is None:
-                raise RequestError("this model's vocabulary has no BOS token; leave add_bos off")
-            ids.append(self.bos_id)
+        ids = [self.bos_id] if add_bos else []
         prefix = self._table.add_space_prefix
         for part in self._split(_canonical(text), self._all_special if parse_special else self._user_defined):
             if isinstance(part, int):

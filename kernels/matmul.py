@@ -75,7 +75,7 @@ def _float_of(_context: Any, bits: Any) -> Any:
 
 
 @njit(inline="always")
-def silu(value: float) -> float:
+def silu(value: np.float32) -> np.float32:
     """value * sigmoid(value) in float32; plain arithmetic without calls, so that loops over it vectorise.
 
     exp(y) = 2**n * exp(r) with |r| <= ln(2)/2, exp(r) by its Taylor polynomial of degree 7.

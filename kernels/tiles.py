@@ -78,10 +78,16 @@ def _unbox_product(_type: object, _value: object, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
+def _compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
+    """`numba.extending.intrinsic`, to be called from compiled code only; constants keep their value as a type."""
+    wrapped: Callable[..., Any] = intrinsic(prefer_literal=True)(generator)
+    return wrapped
+
+
 def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
     """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
 
-    @intrinsic
+    @_compiled
     def constant(_context: Any, product: Any) -> Any:
         def generate(context: Any, _b: Any, signature: Any, _arguments: Any) -> ir.Value:
             return context.get_constant(signature.return_type, number(product.product))
@@ -215,7 +221,7 @@ def _round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.select(is_nan, quiet, rounded)
 
 
-@intrinsic
+@_compiled
 def store_activation(_context: Any, product: Any, base: Any, index: Any, value: Any) -> Any:
     """Write a float32 as element `index` from the address `base`, as this product keeps its activations."""
     kind = product.product
@@ -234,7 +240,7 @@ def store_activation(_context: Any, product: Any, base: Any, index: Any, value: 
     return types.void(product, types.intp, types.intp, types.float32), generate
 
 
-@intrinsic
+@_compiled
 def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
     """Write two float32 as one word of bf16 bits, `low` in the low half, at word `index` from the address `base`."""
 
@@ -247,7 +253,7 @@ def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any
     return types.void(types.intp, types.intp, types.float32, types.float32), generate
 
 
-@intrinsic(prefer_literal=True)
+@_compiled
 def dot_tile(
     _context: Any,
     product: Any,
@@ -333,7 +339,7 @@ def dot_tile(
     return signature, generate
 
 
-@intrinsic(prefer_literal=True)
+@_compiled
 def outer_tile(
     _context: Any,
     product: Any,

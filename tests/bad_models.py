@@ -123,6 +123,7 @@ MODELS = [
     key("eos_text", "eos_token_id is '</s>'", "tokenizer.ggml.eos_token_id", text("</s>")),
     key("tokenizer_other", "tokenizer.ggml.model is 'gpt2'", "tokenizer.ggml.model", text("gpt2")),
     key("tokenizer_array", "tokenizer.ggml.model is ", "tokenizer.ggml.model", ints([1, 2])),
+    key("prefix_rule_array", "prepend_scheme is ", "fiddler.tokenizer.prepend_scheme", ints([1, 2])),
     drafted("tokens_missing", "tokenizer.ggml.tokens is None", lambda d: d.drop("tokenizer.ggml.tokens")),
     key(
         "score_nan", "scores holds nan for token 1", "tokenizer.ggml.scores", floats([0.0, float("nan")] + [0.0] * 260)

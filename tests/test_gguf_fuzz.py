@@ -91,6 +91,7 @@ def test_other_values_under_known_keys(path, data):
     values = [value for _, value in draft.pairs]
     extra = ["general.alignment", "llama.rope.scaling.type", "llama.attention.sliding_window", "split.count"]
     extra += ["tokenizer.ggml.eot_token_id", "tokenizer.chat_template", "tokenizer.ggml.add_space_prefix"]
+    extra += ["llama.rope.scaling.factor", "llama.attention.causal", "fiddler.tokenizer.prepend_scheme"]
     for _ in range(data.draw(st.integers(1, 2))):
         draft.set(data.draw(st.sampled_from(keys + extra)), data.draw(st.sampled_from(values)))
     open_all(path, draft.to_bytes())

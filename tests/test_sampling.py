@@ -203,9 +203,9 @@ def distribution(logits, recent, s, order=STEPS):
     logits, ids, temperature = np.array(logits, np.float64), list(range(len(logits))), 1.0
     for step in order:
         scaled = logits / temperature
-        ids.sort(key=lambda index: (-scaled[index], index))  # noqa: B023
+        ids.sort(key=lambda index: (-scaled[index], index))
         if step == "penalty":
-            for token in set(recent):
+            for token in set(recent[-s.repeat_last_n :]):
                 logits[token] *= s.repeat_penalty if logits[token] < 0 else 1 / s.repeat_penalty
         elif step == "top_k":
             ids = ids[: s.top_k] if s.top_k > 0 else ids
@@ -225,26 +225,33 @@ CASES = {  # two neighbours of the order, and a case in which they don't commute
     ("top_p", "min_p"): ([LOG(0.5), LOG(0.3), LOG(0.12), LOG(0.08)], [], Sampling(1.0, 0, 0.6, 0.3)),
     ("min_p", "temperature"): ([LOG(0.5), LOG(0.2), LOG(0.2), LOG(0.1)], [], Sampling(2.0, 0, 1.0, 0.5)),
     ("top_p", "temperature"): ([LOG(0.7), LOG(0.2), LOG(0.06), LOG(0.04)], [], Sampling(3.0, 0, 0.8, 0.0)),
-    ("penalty", "temperature"): ([-1.0, 1.0, 0.5, -2.0], [0, 1], Sampling(0.5, 0, 0.9, 0.1, 1.5)),
 }
 DRAWS, BOUND = 10_000, 0.03  # a frequency strays further with a chance of 2 exp(-2 * 10000 * 0.03^2) = 3e-8 (Hoeffding)
 
 
-@pytest.mark.parametrize("neighbours", CASES, ids=" before ".join)
-def test_what_is_drawn_follows_the_order(neighbours):
-    logits, recent, sampling = CASES[neighbours]
-    expected = distribution(logits, recent, sampling)
-    if neighbours != ("penalty", "temperature"):  # that one is here for its distribution
-        first, second = neighbours
-        swapped = [{first: second, second: first}.get(step, step) for step in STEPS]
-        other = distribution(logits, recent, sampling, swapped)
-        assert max(abs(expected.get(token, 0) - other.get(token, 0)) for token in range(4)) > 2 * BOUND
+def assert_drawn_as_expected(logits, recent, sampling):
     sampler = Sampler(Sampling(**{**vars(sampling), "seed": 20261122}))
-    values = np.array(logits, np.float32)
-    drawn = Counter(sampler(values, recent) for _ in range(DRAWS))
+    drawn = Counter(sampler(np.array(logits, np.float32), recent) for _ in range(DRAWS))
+    expected = distribution(logits, recent, sampling)
     assert drawn.keys() <= expected.keys()
     for token, chance in expected.items():
         assert abs(drawn[token] / DRAWS - chance) < BOUND
+
+
+@pytest.mark.parametrize("neighbours", CASES, ids=" before ".join)
+def test_what_is_drawn_follows_the_order(neighbours):
+    first, second = neighbours
+    logits, recent, sampling = CASES[neighbours]
+    right = distribution(logits, recent, sampling)
+    swapped = [{first: second, second: first}.get(step, step) for step in STEPS]
+    wrong = distribution(logits, recent, sampling, swapped)
+    assert max(abs(right.get(token, 0) - wrong.get(token, 0)) for token in range(4)) > 2 * BOUND
+    assert_drawn_as_expected(logits, recent, sampling)
+
+
+def test_all_steps_together():
+    logits = [-1.0, 1.4, 0.5, -2.0, 1.0, 0.9, 0.1, -0.3]
+    assert_drawn_as_expected(logits, [4, 7, 0, 1], Sampling(0.6, 6, 0.9, 0.2, 1.5, repeat_last_n=3))
 
 
 def test_a_large_vocabulary_is_drawn_as_its_softmax():

@@ -1,0 +1,401 @@
+"""The engine on a small random model: what must agree with what, what is refused, and where a generation ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from synthetic import write_random_mixtral
+
+import fiddler
+from fiddler import Sampling, kernels
+from fiddler.engine import Engine
+from fiddler.errors import FileFormatError, RequestError, ResourceError
+
+GREEDY = Sampling(temperature=0.0)
+CONTEXT = 700
+IDS = np.random.default_rng(3).integers(3, 512, 600).tolist()
+TOLERANCE = {"exact": 1e-5, "fast": 1.5e-2}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_random_mixtral(tmp_path_factory.mktemp("engine") / "tiny.gguf", context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    return fiddler.load(path)
+
+
+@pytest.fixture(scope="module")
+def exact(path):
+    return fiddler.load(path, precision="exact")
+
+
+@pytest.fixture(params=["exact", "fast"])
+def precision(request):
+    return request.param
+
+
+@pytest.fixture
+def either(precision, engine, exact):
+    return {"fast": engine, "exact": exact}[precision]
+
+
+def close(one, other, precision="exact"):
+    """Each row of logits equal within the rounding of `precision`, relative to its size.
+
+    Rounded activations may tip a router that is nearly undecided: with "fast" one row in ten may be another.
+    """
+    assert one.shape == other.shape
+    errors = ((one - other).norm(dim=-1) / other.norm(dim=-1)).flatten().sort().values
+    spared = errors.numel() // 10 if precision == "fast" else 0
+    assert errors[-1 - spared] <= TOLERANCE[precision]
+
+
+def step_by_step(engine, sequence, ids, size):
+    """Logits after each of `ids`, given to the model `size` at a time."""
+    parts = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
+    return torch.cat([engine.runner.logits(engine.runner.step([(sequence, part)])) for part in parts])
+
+
+def test_cached_decode_is_a_full_rescore(either, precision):
+    ids = IDS[:24]
+    one_by_one = step_by_step(either, either.runner.sequence(), ids, 1)
+    close(one_by_one, either.logits(ids), precision)
+    for end in (1, 2, 9, 24):
+        close(one_by_one[end - 1], either.logits(ids[:end])[-1], precision)
+
+
+@pytest.mark.parametrize("size", [5, 16, 37])
+def test_chunked_prefill_is_the_whole(either, precision, size):
+    ids = IDS[:75]
+    close(step_by_step(either, either.runner.sequence(), ids, size), either.logits(ids), precision)
+
+
+def test_a_sequence_grows_through_its_capacities(exact):
+    """256 positions at first, doubled when full, the context at last: what was kept is still there."""
+    ids, sequence, runner = IDS[:530], exact.runner.sequence(), exact.runner
+    runner.prefill(sequence, ids[:250])
+    grown = step_by_step(exact, sequence, ids[250:260], 1)  # over 256
+    runner.step([(sequence, ids[260:505])])
+    again = step_by_step(exact, sequence, ids[505:530], 5)  # over 512
+    whole = exact.logits(ids)  # 512 and then the rest
+    close(grown, whole[250:260])
+    close(again, whole[505:530])
+    assert sequence.length == 530
+
+
+def test_a_truncated_sequence_has_forgotten(exact):
+    sequence, runner = exact.runner.sequence(), exact.runner
+    runner.prefill(sequence, IDS[:40])
+    sequence.truncate(11)
+    assert sequence.length == 11
+    after = step_by_step(exact, sequence, IDS[100:120], 20)
+    close(after, exact.logits(IDS[:11] + IDS[100:120])[11:])
+    sequence.truncate(0)
+    close(step_by_step(exact, sequence, IDS[:9], 3), exact.logits(IDS[:9]))
+
+
+def test_sequences_in_one_step_are_each_alone(either, precision):
+    runner = either.runner
+    texts = [IDS[:7], IDS[200:231], IDS[400:401]]
+    sequences = [runner.sequence() for _ in texts]
+    together = runner.logits(runner.step(list(zip(sequences, texts, strict=True))))
+    for rows, ids in zip(together.split([len(ids) for ids in texts]), texts, strict=True):
+        close(rows, either.logits(ids), precision)
+    more = [[5], IDS[50:53], [6, 7]]  # a token here, several there, at different positions, in another order
+    order = [2, 0, 1]
+    again = runner.logits(runner.step([(sequences[i], more[i]) for i in order]))
+    for rows, i in zip(again.split([len(more[i]) for i in order]), order, strict=True):
+        close(rows, either.logits(texts[i] + more[i])[len(texts[i]) :], precision)
+
+
+def test_a_sequence_does_not_see_its_neighbour(exact):
+    """The same tokens beside other neighbours: nothing leaks."""
+    runner = exact.runner
+    first, second = (
+        runner.logits(runner.step([(runner.sequence(), other), (runner.sequence(), IDS[:6])]))[-6:]
+        for other in (IDS[300:310], IDS[310:320])
+    )
+    close(first, second)
+
+
+def test_a_later_token_changes_nothing_before_it(either, precision):
+    one, other = either.logits(IDS[:20]), either.logits([*IDS[:19], IDS[20]])
+    close(one[:19], other[:19], precision)
+    assert (one[19] - other[19]).norm() > 0.1 * one[19].norm()
+
+
+def test_a_position_matters(exact):
+    """The same token at two places has other logits: rotary positions are in play."""
+    logits = exact.logits([1, 7, 9, 7, 9, 7])
+    assert (logits[1] - logits[5]).norm() > 0.1 * logits[1].norm()
+
+
+def test_fast_is_exact_within_the_rounding_of_its_activations(engine, exact):
+    fast, full = engine.logits(IDS[:50]), exact.logits(IDS[:50])
+    assert ((fast - full).norm(dim=-1) / full.norm(dim=-1)).median() <= TOLERANCE["fast"]
+
+
+def test_logits_of_nothing_and_their_type(engine):
+    assert engine.logits([]).shape == (0, 512)
+    logits = engine.logits(iter_as_list := [1, 2, 3])
+    assert logits.shape == (len(iter_as_list), 512)
+    assert logits.dtype == torch.float32
+    assert logits.device.type == "cpu"
+    assert torch.isfinite(logits).all()
+    assert torch.equal(engine.logits(np.array([1, 2, 3])), logits)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_do_not_depend_on_the_threads(threads):
+    most = kernels.thread_count()
+    if threads > most:
+        pytest.skip("one core")
+    random = np.random.default_rng(9)
+
+    def bits(*shape):
+        return (random.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+    x = random.standard_normal((37, 64)).astype(np.float32)
+    w, gate, up, down = bits(70, 64), bits(4, 96, 64), bits(4, 96, 64), bits(4, 64, 96)
+    ids, weights = random.integers(0, 4, (37, 2)), random.random((37, 2)).astype(np.float32)
+    for array in (w, gate, up, down):
+        array.flags.writeable = False  # as in a mapping
+    product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
+
+    def results():
+        return kernels.linear(x, w, product), kernels.expert_ffn(x, ids, weights, gate, up, down, product)
+
+    try:
+        kernels.set_threads(threads)
+        some = results()
+        kernels.set_threads(most)
+        assert all(np.array_equal(one, other) for one, other in zip(some, results(), strict=True))
+    finally:
+        kernels.set_threads(most)
+
+
+def test_greedy_text_does_not_depend_on_the_threads(path, exact):
+    expected = exact.generate("The old fiddler", GREEDY, 30, ignore_eos=True)
+    try:
+        alone = fiddler.load(path, precision="exact", threads=1)
+        assert alone.generate("The old fiddler", GREEDY, 30, ignore_eos=True).tokens == expected.tokens
+    finally:
+        kernels.set_threads(None)
+        torch.set_num_threads(kernels.thread_count())
+
+
+def test_greedy_is_the_argmax_of_a_rescore(exact):
+    prompt = exact.tokenizer.encode("The bridge", add_bos=True)
+    tokens = exact.generate("The bridge", GREEDY, 20, ignore_eos=True).tokens
+    logits = exact.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+    logits[:, sorted(exact.tokenizer.end_ids)] = -torch.inf
+    assert tuple(logits.argmax(-1).tolist()) == tokens
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5), Sampling(1.5, 0, 1.0, 0.0, 1.3, seed=6)])
+def test_stream_is_generate(engine, sampling):
+    whole = engine.generate("The river", sampling, 40)
+    pieces = list(engine.stream("The river", sampling, 40))
+    assert "".join(pieces) == whole.text
+    assert all(pieces)
+    assert engine.generate("The river", sampling, 40) != engine.generate("The road", sampling, 40)
+    assert engine.tokenizer.decode(whole.tokens, continuing=True) == whole.text
+
+
+def test_a_prompt_of_ids_is_taken_as_it_is(engine):
+    ids = engine.tokenizer.encode("The river", add_bos=True)
+    assert ids[0] == engine.tokenizer.bos_id
+    assert engine.generate(ids, GREEDY, 12).tokens == engine.generate("The river", GREEDY, 12).tokens
+    assert engine.generate(ids[1:], GREEDY, 12).tokens != engine.generate(ids, GREEDY, 12).tokens
+
+
+def test_what_a_user_writes_is_no_control_token(engine):
+    eos = engine.tokenizer.token(engine.tokenizer.eos_id)
+    assert engine.tokenizer.eos_id not in engine.tokenizer.encode(f"one{eos}two")
+    assert engine.generate(f"one{eos}two", GREEDY, 3).stats.prompt_tokens > 4
+
+
+def seed_that_ends(engine):
+    """A seed whose generation chooses the end token, at high temperature, and how it went."""
+    for seed in range(200):
+        sampling = Sampling(5.0, 0, 1.0, 0.0, seed=seed)
+        done = engine.generate("One day", sampling, 60)
+        if done.finish_reason == "stop":
+            return sampling, done
+    raise AssertionError("no end token in 200 generations")
+
+
+def test_an_end_token_ends_unless_it_is_ignored(engine):
+    sampling, done = seed_that_ends(engine)
+    assert done.tokens[-1] in engine.tokenizer.end_ids
+    assert not set(done.tokens[:-1]) & engine.tokenizer.end_ids
+    assert len(done.tokens) < 60
+    assert done.text == engine.tokenizer.decode(done.tokens[:-1], continuing=True)
+    on = engine.generate("One day", sampling, 60, ignore_eos=True)
+    assert on.finish_reason == "length"
+    assert len(on.tokens) == 60
+    assert not set(on.tokens) & engine.tokenizer.end_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(engine):
+    whole = engine.generate("The snow", GREEDY, 40, ignore_eos=True)
+    middle = len(whole.text) // 2
+    for stop in (whole.text[middle : middle + 3], whole.text[-1], whole.text[:1]):
+        done = engine.generate("The snow", GREEDY, 40, stop=[stop, "never in the text"], ignore_eos=True)
+        assert done.text == whole.text[: whole.text.index(stop)]
+        assert done.finish_reason == "stop"
+        assert whole.tokens[: len(done.tokens)] == done.tokens
+        assert "".join(engine.stream("The snow", GREEDY, 40, stop=[stop], ignore_eos=True)) == done.text
+    unfinished = whole.text[-1] + "and what never came"
+    done = engine.generate("The snow", GREEDY, 40, stop=[unfinished], ignore_eos=True)
+    assert (done.text, done.finish_reason) == (whole.text, "length")
+
+
+def test_limits_and_statistics(engine):
+    nothing = engine.generate("The snow", GREEDY, 0)
+    assert (nothing.text, nothing.tokens, nothing.finish_reason) == ("", (), "length")
+    done = engine.generate("The snow", GREEDY, 5, ignore_eos=True)
+    assert len(done.tokens) == 5
+    stats = done.stats
+    assert stats.prompt_tokens == len(engine.tokenizer.encode("The snow", add_bos=True))
+    assert stats.generated_tokens == 5
+    assert stats.prompt_speed > 0
+    assert stats.generation_speed > 0
+    assert stats.peak_resident > stats.anonymous > 0
+    filled = engine.generate(IDS[:CONTEXT], GREEDY, None, ignore_eos=True)
+    assert len(filled.tokens) == CONTEXT - len(IDS[:CONTEXT])
+    longest = engine.generate(IDS[:599], GREEDY, CONTEXT - 599, ignore_eos=True)
+    assert len(longest.tokens) == CONTEXT - 599
+
+
+class Untouchable:
+    """Stands where the runner is, and fails when it is used: a request that is refused must not compute."""
+
+    context = CONTEXT
+
+    def __getattr__(self, name):
+        raise AssertionError(f"runner.{name} was used")
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (lambda e: e.start([1] * 600, GREEDY, 101), "600 prompt tokens and 101 new ones exceed the context of 700"),
+        (lambda e: e.start([1] * 701), "701 tokens exceed the context of 700"),
+        (lambda e: e.start([1] * 700), "700 prompt tokens fill the context"),
+        (lambda e: e.start([1], GREEDY, -1), "max_tokens is -1"),
+        (lambda e: e.start([]), "the prompt is empty"),
+        (lambda e: e.start([1, 512]), "token id 512 is outside the vocabulary of 512"),
+        (lambda e: e.start([-1]), "token id -1 is outside"),
+        (lambda e: e.start("text", stop=["a", ""]), "a stop string is empty"),
+        (lambda e: e.logits([0, 10**9]), "token id 1000000000 is outside"),
+        (lambda e: e.logits([0] * 701), "701 tokens exceed the context"),
+        (lambda e: e.stream("text", GREEDY, 10**6), "exceed the context"),
+        (lambda e: e.generate("text", GREEDY, 10**6), "exceed the context"),
+    ],
+)
+def test_refused_before_any_work(engine, request_, message):
+    idle = Engine(engine.model_file, engine.tokenizer, Untouchable(), "cpu", 0.0)
+    with pytest.raises(RequestError, match=message) as refused:
+        request_(idle)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        ({"precision": "best"}, RequestError, "precision is 'best'"),
+        ({"context": 0}, RequestError, "context is 0"),
+        ({"device": "tpu"}, RequestError, "device is 'tpu'"),
+        ({"device": "cuda"}, ResourceError, "CPU only"),
+        ({"gpu_memory": "24GiB"}, ResourceError, "CPU only"),
+        ({"threads": 0}, RequestError, "0 threads"),
+        ({"threads": 10**6}, RequestError, "1000000 threads"),
+        ({"kernel": "abacus"}, RequestError, "'abacus' does not run here"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(path, arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        fiddler.load(path, **arguments)
+
+
+def test_the_context_is_the_smaller_of_what_is_asked_for_and_trained(path):
+    assert fiddler.load(path, context=100).context == 100
+    assert fiddler.load(path, context=10**6).context == CONTEXT
+    with pytest.raises(RequestError, match=r"raise --ctx, up to 700"):
+        fiddler.load(path, context=100).generate(IDS[:90], GREEDY, 11)
+
+
+def test_an_empty_prompt_is_a_bos_or_an_error(tmp_path, engine):
+    assert engine.generate("", GREEDY, 3).stats.prompt_tokens == 1
+    without = fiddler.load(write_random_mixtral(tmp_path / "no_bos.gguf", add_bos=False))
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        without.generate("", GREEDY, 3)
+    assert without.generate("x", GREEDY, 0).stats.prompt_tokens == len(engine.tokenizer.encode("x"))
+
+
+def test_a_tied_model_uses_its_embeddings_twice(tmp_path):
+    tied = fiddler.load(write_random_mixtral(tmp_path / "tied.gguf", tied=True, layers=1), precision="exact")
+    hidden = tied.runner.step([(tied.runner.sequence(), IDS[:5])])
+    norm = torch.from_numpy(tied.model_file.bits("output_norm.weight")[0].copy())
+    normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + tied.config.rms_epsilon) * norm
+    embedding = torch.from_numpy(tied.model_file.bits("token_embd.weight")[0].copy()).view(torch.bfloat16).float()
+    close(tied.logits(IDS[:5]), normed @ embedding.T)
+
+
+def test_weights_that_are_no_numbers_end_in_one_line(tmp_path):
+    path = write_random_mixtral(tmp_path / "damaged.gguf", layers=1)
+    norm = next(t for t in gguf.GGUFReader(path).tensors if t.name == "output_norm.weight")
+    with path.open("r+b") as file:
+        file.seek(int(norm.data_offset))
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(FileFormatError, match="the model computes nan after 2 tokens"):
+        fiddler.load(path).generate([1, 5], GREEDY, 3)
+
+
+def test_two_engines_take_turns(path, engine):
+    """State is in the sequences: neither a second engine nor a generation left half-way disturbs the first."""
+    other = fiddler.load(path)
+    expected = engine.generate("The road", GREEDY, 12).tokens
+    left = iter(engine.start("The snow", GREEDY, 40, ignore_eos=True))
+    next(left)
+    assert other.generate("The road", GREEDY, 12).tokens == expected
+    assert engine.generate("The road", GREEDY, 12).tokens == expected
+    assert "".join([*left])  # and goes on
+
+
+def test_the_weights_are_not_copied(tmp_path):
+    """A model far larger than the engine's own needs: what grows with it is the mapping alone."""
+    small, large = (
+        write_random_mixtral(tmp_path / f"{experts}.gguf", layers=2, d=64, f=2048, experts=experts)
+        for experts in (2, 64)
+    )
+    code = (
+        "import sys, fiddler; from fiddler.memory import peak_memory;"
+        "e = fiddler.load(sys.argv[1]); e.generate([1, 2, 3], fiddler.Sampling(0.0), 2); print(peak_memory().anonymous)"
+    )
+    used = [
+        int(subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True).stdout)
+        for path in (small, large)
+    ]
+    assert large.stat().st_size - small.stat().st_size > 90e6
+    assert used[1] - used[0] < 20e6
+
+
+def test_pieces_add_up_while_they_come(engine):
+    """Each piece is text that stays: no piece takes back what another said."""
+    generation = engine.start("The child", Sampling(1.2, seed=4), 60, ignore_eos=True)
+    texts = [""]
+    for piece in generation:
+        texts.append(texts[-1] + piece)
+    assert texts[-1] == generation.completion.text
+    assert all(later.startswith(sooner) and later != sooner for sooner, later in pairwise(texts))
