@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fiddler.converters.json_object import quoted
 from fiddler.converters.pieces import LARGEST_VOCABULARY
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 
 __all__ = ["AddedToken", "added_tokens"]
 

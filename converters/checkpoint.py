@@ -20,9 +20,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from fiddler.converters.hf_config import read_hf_config
-from fiddler.converters.json_object import quoted, read_object
+from fiddler.converters.json_object import read_object
 from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, Stored
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 from fiddler.models.config import Config
 
 __all__ = ["Checkpoint", "Dtype", "Matrix"]

@@ -25,7 +25,7 @@ from fiddler.converters.vocabulary import Vocabulary, read_vocabulary
 from fiddler.errors import RequestError
 from fiddler.models.config import ARCHITECTURE
 
-__all__ = ["ConversionReport", "convert"]
+__all__ = ["ConversionReport", "convert", "interleave"]
 
 _ALIGNMENT = 32  # of tensor data, GGUF's default
 _PIECE = 1 << 18  # elements in work at once: with all temporaries some MB, which fit a cache (3x faster than 1 << 20)
@@ -125,7 +125,7 @@ def convert(
         overflowed=lost.overflowed,
         flushed=lost.flushed,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings + _warnings(lost, dtype),
+        warnings=checkpoint.warnings + vocabulary.warnings + _warnings(lost, dtype),
     )
 
 

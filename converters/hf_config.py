@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from fiddler.converters.json_object import quoted, read_object
-from fiddler.errors import CheckpointError, FileFormatError
+from fiddler.converters.json_object import read_object
+from fiddler.errors import CheckpointError, FileFormatError, quoted
 from fiddler.models.config import Config
 
 __all__ = ["HfConfig", "read_hf_config"]

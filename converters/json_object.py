@@ -9,17 +9,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 
-__all__ = ["parse_object", "quoted", "read_object"]
+__all__ = ["parse_object", "read_object"]
 
 _LARGEST_FILE = 64 << 20  # bytes; a config is 1 KB, the index of 32 layers 100 KB
-
-
-def quoted(value: object, limit: int = 120) -> str:
-    """`value` as one short line, whatever a stranger put into it."""
-    text = ascii(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, object]:

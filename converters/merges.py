@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-from fiddler.converters.json_object import quoted
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 
 __all__ = ["scores_from_merges"]
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fiddler.converters.json_object import quoted
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 from fiddler.sentencepiece_model import ModelType, SentencePieceModel, TokenType, WireFormatError
 
 __all__ = ["BYTE_NAMES", "LARGEST_VOCABULARY", "SPACE", "Piece", "Pieces", "read_tokenizer_model"]

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.converters.json_object import parse_object, quoted
-from fiddler.errors import CheckpointError
+from fiddler.converters.json_object import parse_object
+from fiddler.errors import CheckpointError, quoted
 
 __all__ = ["DTYPES", "Array", "SafetensorsFile", "Stored"]
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fiddler.converters.added_token import AddedToken, added_tokens
-from fiddler.converters.json_object import quoted, read_object
+from fiddler.converters.json_object import read_object
 from fiddler.converters.merges import scores_from_merges
 from fiddler.converters.pieces import BYTE_NAMES, LARGEST_VOCABULARY, SPACE, Piece, Pieces
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 from fiddler.sentencepiece_model import TokenType
 
 __all__ = ["TokenizerJson"]

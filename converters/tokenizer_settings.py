@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fiddler.converters.added_token import AddedToken, added_tokens
-from fiddler.converters.json_object import quoted, read_object
-from fiddler.errors import CheckpointError
+from fiddler.converters.json_object import read_object
+from fiddler.errors import CheckpointError, quoted
 
 __all__ = ["TokenizerSettings"]
 

@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.converters.added_token import AddedToken
-from fiddler.converters.json_object import quoted
 from fiddler.converters.pieces import SPACE, Piece, Pieces, read_tokenizer_model
 from fiddler.converters.tokenizer_json import TokenizerJson
 from fiddler.converters.tokenizer_settings import TokenizerSettings
-from fiddler.errors import CheckpointError
+from fiddler.errors import CheckpointError, quoted
 from fiddler.sentencepiece_model import TokenType
 from fiddler.token_table import PREPEND_SCHEME
 

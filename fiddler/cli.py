@@ -20,7 +20,7 @@ import typer
 from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
-    from fiddler.engine import Stats
+    from fiddler.completion import Stats
 
 __all__ = ["DType", "Device", "Precision", "app", "convert", "inspect", "main", "run"]
 
@@ -110,7 +110,7 @@ def convert(
 
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False, disable=None) as bar:  # on terminals only
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence as Ordered
-from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -14,130 +14,22 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.completion import Completion, Generation
 from fiddler.errors import RequestError, ResourceError
 from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight
-from fiddler.generate import generate
 from fiddler.kernels import Product
-from fiddler.memory import peak_memory
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral
 from fiddler.runner import Runner
-from fiddler.sampling import Sampler, Sampling
-from fiddler.stopping import StopText
+from fiddler.sampling import Sampling
 from fiddler.tokenizer import Tokenizer
 
-__all__ = ["DEMO_MODEL", "Completion", "Engine", "Generation", "Stats", "load"]
+__all__ = ["DEMO_MODEL", "Engine", "load"]
 
-DEMO_MODEL = Path(__file__).parent / "models" / "demo" / "stories-18m.gguf"
+DEMO_MODEL = Path(str(files("fiddler.models"))) / "demo" / "stories-18m.gguf"
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fast", "exact"]
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a generation took. Times in seconds; memory in bytes, of the whole process."""
-
-    load_seconds: float
-    prompt_tokens: int
-    prompt_seconds: float
-    generated_tokens: int
-    generation_seconds: float
-    peak_resident: int  # includes the parts of the mapped file that were touched
-    anonymous: int  # memory of the process's own, at the end
-
-    @property
-    def prompt_speed(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def generation_speed(self) -> float:
-        """Generated tokens a second, after the first, which the prompt's time includes."""
-        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished generation. `finish_reason`: "stop" (end token or stop string) or "length"."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: Stats
-
-
-class Generation:
-    """A running generation: iterate for pieces of text; afterwards `completion` says how it went."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Ordered[int],
-        sampling: Sampling,
-        limit: int,
-        stop: Ordered[str],
-        ignore_eos: bool,
-    ) -> None:
-        self._engine, self._prompt, self._sampling = engine, prompt, sampling
-        self._limit, self._stop, self._ignore_eos = limit, stop, ignore_eos
-        self._completion: Completion | None = None
-
-    @property
-    def completion(self) -> Completion:
-        """The result, once every piece was taken."""
-        assert self._completion is not None, "the generation has not ended"
-        return self._completion
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text, none of them empty; whole characters only."""
-        engine = self._engine
-        ends = engine.tokenizer.end_ids
-        decoder, stop = engine.tokenizer.stream(continuing=True), StopText(self._stop)
-        reason: FinishReason = "length"
-        tokens: list[int] = []
-        text: list[str] = []
-        started = first = time.perf_counter()
-        for token in generate(
-            engine.runner,
-            engine.runner.sequence(),
-            self._prompt,
-            Sampler(self._sampling),
-            self._limit,
-            banned=sorted(ends) if self._ignore_eos else (),
-        ):
-            if not tokens:
-                first = time.perf_counter()
-            tokens.append(token)
-            if token in ends:
-                reason = "stop"
-                break
-            piece = stop.push(decoder.push(token))
-            if piece:
-                text.append(piece)
-                yield piece
-            if stop.found:
-                reason = "stop"
-                break
-        ended = time.perf_counter()
-        rest = stop.push(decoder.finish()) + stop.finish()
-        if rest:
-            text.append(rest)
-            yield rest
-        if stop.found:
-            reason = "stop"
-        memory = peak_memory()
-        stats = Stats(
-            load_seconds=engine.load_seconds,
-            prompt_tokens=len(self._prompt),
-            prompt_seconds=first - started,
-            generated_tokens=len(tokens),
-            generation_seconds=ended - first,
-            peak_resident=memory.peak_resident,
-            anonymous=memory.anonymous,
-        )
-        self._completion = Completion("".join(text), tuple(tokens), reason, stats)
 
 
 class Engine:
@@ -205,7 +97,9 @@ class Engine:
         if any(not text for text in stop):
             raise RequestError("a stop string is empty; give at least one character")
         limit = room if max_tokens is None else max_tokens
-        return Generation(self, ids, sampling or Sampling(), limit, stop, ignore_eos)
+        return Generation(
+            self.runner, self.tokenizer, ids, sampling or Sampling(), limit, stop, ignore_eos, self.load_seconds
+        )
 
     def stream(
         self,
@@ -282,9 +176,9 @@ def load(
     path = DEMO_MODEL if path is None else Path(path)
     model_file = ModelFile.open(path)
     model_file.check_runnable()
-    tokenizer = Tokenizer.from_metadata(model_file.file.metadata)
+    tokenizer = model_file.tokenizer()
     tier = kernels.choose_tier(kernel)
-    torch.set_num_threads(kernels.set_threads(threads))
+    threads = kernels.set_threads(threads)
 
     def product(kind: str) -> Product:
         weights = "bf16" if kind == "BF16" else "f16"
@@ -309,7 +203,7 @@ def load(
             linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
     model = Mixtral(config, weights, CpuLinear(linears), CpuExperts(experts))
     rounded = experts[0].product.activations == "bf16"
-    runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32)
+    runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32, threads)
     return Engine(model_file, tokenizer, runner, "cpu", time.perf_counter() - started)
 
 

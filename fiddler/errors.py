@@ -3,7 +3,7 @@
 `cli.py` turns any of these into one line and exit code 1. A message names the offending value and the remedy.
 """
 
-__all__ = ["CheckpointError", "FiddlerError", "FileFormatError", "RequestError", "ResourceError"]
+__all__ = ["CheckpointError", "FiddlerError", "FileFormatError", "RequestError", "ResourceError", "quoted"]
 
 
 class FiddlerError(Exception):
@@ -24,3 +24,14 @@ class RequestError(FiddlerError):
 
 class ResourceError(FiddlerError):
     """Too little memory, disk or hardware for what was asked."""
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """A value that a stranger wrote, for a message: one printable line of at most `most` characters."""
+    if hasattr(value, "size"):
+        text = f"an array of {value.size}"
+    elif isinstance(value, (list, dict)) and len(value) > most:
+        text = f"a {type(value).__name__} of {len(value)}"
+    else:
+        text = ascii(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

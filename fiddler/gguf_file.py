@@ -63,7 +63,7 @@ class GgufFile:
         expected = parts[0].header.metadata.get("split.tensors.count", len(tensors))
         if count > 1 and not (isinstance(expected, int) and expected == len(tensors)):
             raise FileFormatError(
-                f"{shown(path)}: its parts hold {len(tensors)} tensors, the first says {printable(expected)}; "
+                f"{_shown(path)}: its parts hold {len(tensors)} tensors, the first says {printable(expected)}; "
                 "download them again"
             )
         first = parts[0].header
@@ -77,7 +77,7 @@ class GgufFile:
     @property
     def shown_path(self) -> str:
         """`path` for a message: one printable line."""
-        return shown(self.path)
+        return _shown(self.path)
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in the mapping: float32 for F32, uint16 *bits* for F16 and BF16.
@@ -97,7 +97,7 @@ class GgufFile:
         return flat.reshape(info.shape)
 
 
-def shown(path: Path) -> str:
+def _shown(path: Path) -> str:
     """A path for a message: one printable line."""
     return printable(path, _LONGEST_PATH)
 
@@ -118,12 +118,12 @@ class _Part:
                 part._check(number, count)
         except FileNotFoundError:
             missing = f"this part of {count} is missing; put all parts in one folder"
-            raise FileFormatError(f"{shown(path)}: {missing if count > 1 else 'no such file'}") from None
+            raise FileFormatError(f"{_shown(path)}: {missing if count > 1 else 'no such file'}") from None
         except FileFormatError as error:
-            raise FileFormatError(f"{shown(path)}: {error}") from None
+            raise FileFormatError(f"{_shown(path)}: {error}") from None
         except (OSError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or printable(error)
-            raise FileFormatError(f"{shown(path)}: cannot be opened: {reason}") from None
+            raise FileFormatError(f"{_shown(path)}: cannot be opened: {reason}") from None
         return part
 
     def count(self) -> int:
@@ -131,7 +131,7 @@ class _Part:
         value = self.header.metadata.get("split.count", 1)
         if type(value) is not int or value < 0:  # type: True is an int, too
             raise FileFormatError(
-                f"{shown(self.path)}: split.count is '{printable(value)}'; it must be a number of files"
+                f"{_shown(self.path)}: split.count is '{printable(value)}'; it must be a number of files"
             )
         return max(value, 1)
 
@@ -139,8 +139,8 @@ class _Part:
         says = [self.header.metadata.get(key) for key in ("split.no", "split.count")]
         if not all(type(value) is int for value in says) or says != [number, count]:
             raise FileFormatError(
-                f"says that it is part {printable(says[0])} (from 0) of {printable(says[1])}, but is named as part "
-                f"{number} of {count}; restore its name or download the parts again"
+                f"has split.no {printable(says[0])} and split.count {printable(says[1])}, but its name stands for "
+                f"{number} and {count}; restore its name or download the parts again"
             )
 
 
@@ -151,7 +151,7 @@ def _mapped(path: Path) -> mmap.mmap:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise FileFormatError(
-                f"is a folder; convert a Hugging Face folder with `fiddler convert {shown(path)} OUT.gguf`"
+                f"is a folder; convert a Hugging Face folder with `fiddler convert {_shown(path)} OUT.gguf`"
             )
         if not stat.S_ISREG(status.st_mode):
             raise FileFormatError("is not a regular file; give the path of a .gguf file")
@@ -166,7 +166,7 @@ def _part_paths(path: Path, count: int) -> list[Path]:
     match = _PART.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise FileFormatError(
-            f"{shown(path)}: is one of {count} parts, but is not named like STEM-00001-of-{count:05}.gguf; "
+            f"{_shown(path)}: is one of {count} parts, but is not named like STEM-00001-of-{count:05}.gguf; "
             "restore its name"
         )
     return [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
@@ -177,6 +177,6 @@ def _index(parts: list[_Part]) -> dict[str, TensorInfo]:
     for part in parts:
         for info in part.header.tensors:
             if info.name in tensors:
-                raise FileFormatError(f"{shown(part.path)}: tensor {info.name} appears twice; convert the model again")
+                raise FileFormatError(f"{_shown(part.path)}: tensor {info.name} appears twice; convert the model again")
             tensors[info.name] = info
     return tensors

@@ -37,7 +37,9 @@ SCALARS: dict[int, tuple[str, int]] = {  # GGUF value type -> (struct code, byte
 }
 VIEWED = {0: ("F32", "<f4"), 1: ("F16", "<u2"), 30: ("BF16", "<u2")}  # ggml type -> name, dtype of the view
 
-_LARGEST_HEADER = 1 << 26  # bytes; the largest vocabularies, 2**18 tokens and twice as many merges, need a third of that
+_LARGEST_HEADER = (
+    1 << 26
+)  # bytes; the largest vocabularies, 2**18 tokens and twice as many merges, need a third of that
 _MOST_PAIRS = 1 << 16
 _MOST_TENSORS = 1 << 17
 _MOST_STRINGS = 1 << 20  # in all arrays together; those vocabularies have three quarters of that

@@ -12,12 +12,15 @@ from fiddler.models.mixtral import Mixtral
 
 __all__ = ["Runner"]
 
+_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer take less than a millisecond on one core
+
 
 class Runner:
-    """Runs steps; `chunk`: the most tokens a sequence is given at once while a prompt is read."""
+    """Runs steps on `threads` threads; `chunk`: the most tokens a sequence is given at once as a prompt is read."""
 
-    def __init__(self, model: Mixtral, context: int, cache_dtype: torch.dtype, chunk: int = 512) -> None:
+    def __init__(self, model: Mixtral, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512) -> None:
         self.model = model
+        self.threads = threads
         self.context = context
         self.chunk = chunk
         self._cache_dtype = cache_dtype
@@ -30,6 +33,7 @@ class Runner:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
         step = Step([(sequence, len(tokens)) for sequence, tokens in parts])
+        self._set_torch_threads(parts)
         with torch.inference_mode():
             hidden = self.model(ids, step.positions(), step)
         step.commit()
@@ -48,3 +52,12 @@ class Runner:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
         with torch.inference_mode():
             return self.model.logits(hidden).float().cpu()
+
+    def _set_torch_threads(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> None:
+        """One thread for torch where its share of a step, the attention, is little: others are waited for in vain."""
+        seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
+        config = self.model.config
+        work = 2 * seen * config.head_count * config.head_dim
+        threads = self.threads if work >= _PARALLEL_FROM else 1
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)

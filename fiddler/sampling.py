@@ -48,7 +48,8 @@ class Sampling:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            if not isinstance(value, kind):
+            is_number = isinstance(value, kind)
+            if not is_number:
                 raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
             if not low <= value <= high or abs(value) == math.inf:
                 raise RequestError(f"{name} is {value}; it must lie between {low} and {high}")
@@ -86,7 +87,7 @@ def penalize_repeats(logits: np.ndarray, recent: Sequence[int], penalty: float) 
     if penalty == 1.0 or not len(recent):
         return logits
     logits = logits.astype(np.float64)  # a copy, and wide enough for any finite float32 times a penalty
-    ids = np.unique(np.asarray(recent))
+    ids = np.asarray(recent)
     chosen = logits[ids]
     logits[ids] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
     return logits

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fiddler.errors import FileFormatError
+from fiddler.errors import FileFormatError, quoted
 from fiddler.sentencepiece_model import TokenType
 
 __all__ = ["PREPEND_SCHEME", "TokenTable"]
@@ -63,9 +63,9 @@ class TokenTable:
         of range.
         """
         model = metadata.get(f"{_PREFIX}model")
-        if model != "llama":
+        if not isinstance(model, str) or model != "llama":
             raise FileFormatError(
-                f"tokenizer.ggml.model is {_shown(model)}; "
+                f"tokenizer.ggml.model is {quoted(model)}; "
                 "only 'llama' (SentencePiece BPE), which Mixtral uses, is supported"
             )
         texts = _texts(metadata)
@@ -91,10 +91,10 @@ class TokenTable:
                 kinds[index] = TokenType.CONTROL
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
-            raise FileFormatError(f"tokenizer.chat_template is {_shown(template)}; it must be one string")
+            raise FileFormatError(f"tokenizer.chat_template is {quoted(template)}; it must be one string")
         scheme = metadata.get(PREPEND_SCHEME)
-        if scheme is not None and scheme not in ("always", "first"):
-            raise FileFormatError(f"{PREPEND_SCHEME} is {_shown(scheme)}; it must be 'always' or 'first'")
+        if scheme is not None and not (isinstance(scheme, str) and scheme in ("always", "first")):
+            raise FileFormatError(f"{PREPEND_SCHEME} is {quoted(scheme)}; it must be 'always' or 'first'")
         return cls(
             texts=texts,
             scores=scores.astype(np.float32).tolist(),
@@ -110,23 +110,17 @@ class TokenTable:
         )
 
 
-def _shown(value: object) -> str:
-    """A value short enough for a message of one line."""
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _texts(metadata: Mapping[str, object]) -> list[str]:
     texts = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(texts, list) or not texts:
-        raise FileFormatError(f"tokenizer.ggml.tokens is {_shown(texts)}; it must be a list of at least one string")
+        raise FileFormatError(f"tokenizer.ggml.tokens is {quoted(texts)}; it must be a list of at least one string")
     if len(texts) > _LARGEST_VOCABULARY:
         raise FileFormatError(
             f"tokenizer.ggml.tokens holds {len(texts)} tokens; at most {_LARGEST_VOCABULARY} are accepted"
         )
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise FileFormatError(f"tokenizer.ggml.tokens holds {_shown(text)} for token {index}; it must be a string")
+            raise FileFormatError(f"tokenizer.ggml.tokens holds {quoted(text)} for token {index}; it must be a string")
         if len(text) > _LONGEST_TOKEN:
             raise FileFormatError(
                 f"tokenizer.ggml.tokens: token {index} is {len(text)} characters long; "
@@ -139,7 +133,7 @@ def _numbers(metadata: Mapping[str, object], key: str, count: int, kinds: str) -
     """The array under `key`: [count], of one of numpy's `kinds`."""
     value = metadata.get(f"{_PREFIX}{key}")
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in kinds:
-        raise FileFormatError(f"tokenizer.ggml.{key} is {_shown(value)}; it must be an array of one number a token")
+        raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be an array of one number a token")
     if len(value) != count:
         raise FileFormatError(
             f"tokenizer.ggml.{key} has {len(value)} entries for {count} tokens; convert the model again"
@@ -151,7 +145,7 @@ def _id(metadata: Mapping[str, object], key: str, count: int, default: int | Non
     value = metadata.get(f"{_PREFIX}{key}", default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
         raise FileFormatError(
-            f"tokenizer.ggml.{key} is {_shown(value)}; it must be the id of one of the {count} tokens"
+            f"tokenizer.ggml.{key} is {quoted(value)}; it must be the id of one of the {count} tokens"
         )
     return value
 
@@ -159,5 +153,5 @@ def _id(metadata: Mapping[str, object], key: str, count: int, default: int | Non
 def _flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:
     value = metadata.get(f"{_PREFIX}{key}", default)
     if not isinstance(value, bool):
-        raise FileFormatError(f"tokenizer.ggml.{key} is {_shown(value)}; it must be true or false")
+        raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be true or false")
     return value

@@ -7,8 +7,8 @@ are the only doors to the compiled code, which has no bounds checks.
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear
+from fiddler.kernels.product import Product
 from fiddler.kernels.threads import set_threads, thread_count, threading_layer
-from fiddler.kernels.tiles import Product
 
 __all__ = [
     "TIERS",

@@ -23,7 +23,9 @@ from fiddler.kernels.matmul import (
     weighted_products,
     words_for,
 )
-from fiddler.kernels.tiles import Product, store_activation, store_pair
+from fiddler.kernels.product import Product
+from fiddler.kernels.threads import threads_for
+from fiddler.kernels.tiles import store_activation, store_pair
 
 __all__ = ["expert_ffn"]
 
@@ -63,9 +65,10 @@ def expert_ffn(
     x_at, h_at = (np.concatenate(([0], np.cumsum(words))) for words in (x_words, h_words))
     xs, hs = np.empty(x_at[-1], np.uint32), np.empty(h_at[-1], np.uint32)
     x_row, h_row = padded_width(product, width), padded_width(product, hidden)
-    pack(product, x, token, first, packed, x_at, xs, x_row)
-    _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row)
-    weighted_products(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
+    with threads_for(3 * flat.size * width * hidden):
+        pack(product, x, token, first, packed, x_at, xs, x_row)
+        _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row)
+        weighted_products(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
     return y
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fiddler.kernels.matmul import pack, padded_width, takes_packed, weighted_products, words_for
-from fiddler.kernels.tiles import Product
+from fiddler.kernels.product import Product
+from fiddler.kernels.threads import threads_for
 
 __all__ = ["linear"]
 
@@ -30,6 +31,7 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
     packed = takes_packed(product, np.array([tokens]), width)
     words = np.empty(int(words_for(product, np.array([tokens]), packed, width)[0]), np.uint32)
     only, at, stride = np.zeros(1, np.int64), np.zeros(1, np.int64), padded_width(product, width)
-    pack(product, x, token, first, packed, at, words, stride)
-    weighted_products(product, w[None], only, first, packed, token, share, at, words, stride, y)
+    with threads_for(tokens * w.size):
+        pack(product, x, token, first, packed, at, words, stride)
+        weighted_products(product, w[None], only, first, packed, token, share, at, words, stride, y)
     return y

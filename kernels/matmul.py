@@ -16,16 +16,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from fiddler.kernels.tiles import (
-    Product,
-    activation_bytes,
-    dot_tile,
-    in_pairs,
-    many_registers,
-    outer_tile,
-    store_activation,
-    store_pair,
-)
+from fiddler.kernels.product import Product, activation_bytes, in_pairs, many_registers
+from fiddler.kernels.tiles import dot_tile, outer_tile, store_activation, store_pair
 
 __all__ = [
     "FASTMATH",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numba
 
 from fiddler.errors import RequestError
 
-__all__ = ["set_threads", "thread_count", "threading_layer"]
+__all__ = ["set_threads", "thread_count", "threading_layer", "threads_for"]
+
+_PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
 
 
-def usable_cores() -> int:
+def _usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -23,7 +27,7 @@ def set_threads(threads: int | None) -> int:
     """
     most = int(numba.config.NUMBA_NUM_THREADS)
     if threads is None:
-        threads = min(usable_cores(), most)
+        threads = min(_usable_cores(), most)
     if not 1 <= threads <= most:
         raise RequestError(f"{threads} threads: this machine runs 1 to {most}; change -t/--threads")
     numba.set_num_threads(threads)
@@ -41,3 +45,17 @@ def threading_layer() -> str | None:
         return str(numba.threading_layer())
     except ValueError:
         return None
+
+
+@contextmanager
+def threads_for(multiplications: int) -> Iterator[None]:
+    """Run what is inside on one thread if it is little work: on a busy machine, waiting for the others costs more."""
+    threads = numba.get_num_threads()
+    if multiplications >= _PARALLEL_FROM or threads == 1:
+        yield
+        return
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(threads)

@@ -2,104 +2,23 @@
 
 `dot_tile` keeps R x M dot products along a contiguous K. `outer_tile` keeps R weight rows x 16 MV tokens, the
 tokens packed so that one vector holds 16 of them. A tile is generated for its `Product`: the kind of weights and
-activations and the instructions that multiply them. Numba sees a `Product` as a type of its own, so each compiles
-to a kernel of its own, in the ordinary on-disk cache. Pointers are plain addresses, strides count elements.
+activations and the instructions that multiply them. Pointers are plain addresses, strides count elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
-from fiddler.kernels.cpu import TIERS, Tier
+from fiddler.kernels.product import Product, compiled
 
-__all__ = [
-    "Product",
-    "activation_bytes",
-    "dot_tile",
-    "in_pairs",
-    "many_registers",
-    "outer_tile",
-    "store_activation",
-    "store_pair",
-]
+__all__ = ["dot_tile", "outer_tile", "store_activation", "store_pair"]
 
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 _I1, _I16, _I32, _I64 = (ir.IntType(width) for width in (1, 16, 32, 64))
-
-
-@dataclass(frozen=True)
-class Product:
-    """How weights meet activations.
-
-    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16" where each is rounded to bf16 once, before the
-    products; sums are float32 in either case.
-    """
-
-    tier: Tier
-    weights: str
-    activations: str
-
-    @property
-    def in_pairs(self) -> bool:
-        """Activations are stored as bf16 bits and multiplied in pairs; else as float32, rounded or not."""
-        return self.activations == "bf16" and self.weights == "bf16" and self.tier.dot_bf16
-
-    @property
-    def name(self) -> str:
-        return f"{self.tier.name}:{self.weights}x{self.activations}"
-
-
-class _ProductType(types.Type):
-    def __init__(self, tier: str, weights: str, activations: str) -> None:
-        self.tier, self.weights, self.activations = tier, weights, activations
-        super().__init__(name=f"Product({tier}, {weights}, {activations})")
-
-    @property
-    def product(self) -> Product:
-        return Product(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
-
-
-register_model(_ProductType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Product)
-def _typeof_product(value: Product, _context: object) -> _ProductType:
-    return _ProductType(value.tier.name, value.weights, value.activations)
-
-
-@unbox(_ProductType)
-def _unbox_product(_type: object, _value: object, context: Any) -> NativeValue:
-    return NativeValue(context.context.get_dummy_value())
-
-
-def _compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
-    """`numba.extending.intrinsic`, to be called from compiled code only; constants keep their value as a type."""
-    wrapped: Callable[..., Any] = intrinsic(prefer_literal=True)(generator)
-    return wrapped
-
-
-def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
-    """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
-
-    @_compiled
-    def constant(_context: Any, product: Any) -> Any:
-        def generate(context: Any, _b: Any, signature: Any, _arguments: Any) -> ir.Value:
-            return context.get_constant(signature.return_type, number(product.product))
-
-        return returns(product), generate
-
-    return constant
-
-
-in_pairs = _constant_of(lambda product: product.in_pairs, types.boolean)
-many_registers = _constant_of(lambda product: product.tier.registers >= 32, types.boolean)
-activation_bytes = _constant_of(lambda product: 2 if product.in_pairs else 4, types.intp)
 
 
 def _address(b: ir.IRBuilder, base: ir.Value, index: ir.Value, width: int) -> ir.Value:
@@ -221,7 +140,7 @@ def _round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.select(is_nan, quiet, rounded)
 
 
-@_compiled
+@compiled
 def store_activation(_context: Any, product: Any, base: Any, index: Any, value: Any) -> Any:
     """Write a float32 as element `index` from the address `base`, as this product keeps its activations."""
     kind = product.product
@@ -240,7 +159,7 @@ def store_activation(_context: Any, product: Any, base: Any, index: Any, value: 
     return types.void(product, types.intp, types.intp, types.float32), generate
 
 
-@_compiled
+@compiled
 def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
     """Write two float32 as one word of bf16 bits, `low` in the low half, at word `index` from the address `base`."""
 
@@ -253,7 +172,7 @@ def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any
     return types.void(types.intp, types.intp, types.float32, types.float32), generate
 
 
-@_compiled
+@compiled
 def dot_tile(
     _context: Any,
     product: Any,
@@ -339,7 +258,7 @@ def dot_tile(
     return signature, generate
 
 
-@_compiled
+@compiled
 def outer_tile(
     _context: Any,
     product: Any,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fiddler.errors import FileFormatError
+from fiddler.errors import FileFormatError, quoted
 
 __all__ = ["ARCHITECTURE", "Config"]
 
@@ -81,7 +81,7 @@ class Config:
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str) or architecture != ARCHITECTURE:
             raise FileFormatError(
-                f"general.architecture is {_shown(architecture)}; only Mixtral runs, which says {ARCHITECTURE!r}"
+                f"general.architecture is {quoted(architecture)}; only Mixtral runs, which says {ARCHITECTURE!r}"
             )
         keys = _Keys(metadata)
         expert_count = keys.integer("expert_count", 0)
@@ -183,13 +183,13 @@ class _Keys:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {_shown(value)}; it must be one integer")
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {quoted(value)}; it must be one integer")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {_shown(value)}; it must be one number")
+            raise FileFormatError(f"{ARCHITECTURE}.{key} is {quoted(value)}; it must be one number")
         return float(value)
 
 
@@ -203,15 +203,8 @@ def _check_variant(metadata: Mapping[str, object]) -> None:
         value = metadata.get(f"{ARCHITECTURE}.{key}")
         if value is not None and not (isinstance(value, (int, float)) and value in harmless):
             raise FileFormatError(
-                f"{ARCHITECTURE}.{key} is {_shown(value)}; only plain attention and unscaled RoPE run"
+                f"{ARCHITECTURE}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run"
             )
-
-
-def _shown(value: object) -> str:
-    """A value from a file for a message: short, printable, one line."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:60] + "...")
-    return repr(value) if value is None or isinstance(value, (bool, int, float)) else "an array"
 
 
 def _token_count(metadata: Mapping[str, object]) -> int | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fiddler.models.config import Config
 
-__all__ = ["Block", "Cache", "Experts", "Linear", "Mixtral", "Span"]
+__all__ = ["Block", "Cache", "Experts", "Linear", "Mixtral", "Span", "attend", "route"]
 
 _MASK_ELEMENTS = 1 << 22  # attention goes over the queries in pieces whose mask is at most this large
 

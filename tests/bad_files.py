@@ -290,9 +290,9 @@ PATHS = [
     Case("part_count_text", "split.count is '2'", lambda folder: split(folder, count=text("2"))),
     Case("part_count_array", "split.count is 'an array of 2'", lambda folder: split(folder, count=ints([2, 2]))),
     Case("part_count_other", "is one of 3 parts", lambda folder: split(folder, count=u16(3))),
-    Case("part_number_other", "says that it is part 1 (from 0)", lambda folder: split(folder, no=u16(1))),
-    Case("part_number_array", "part an array of 2 (from 0)", lambda folder: split(folder, no=ints([0, 0]))),
+    Case("part_number_other", "split.no 1 and split.count 2, but its name", lambda folder: split(folder, no=u16(1))),
+    Case("part_number_array", "has split.no an array of 2 and", lambda folder: split(folder, no=ints([0, 0]))),
     Case("parts_of_the_same_tensors", "token_embd.weight appears twice", parts_of_the_same_tensors),
-    Case("second_part_says_first", "00002-of-00002.gguf: says that it is part 0", second_part_says_first),
-    Case("second_part_unsplit", "says that it is part None", second_part_unsplit),
+    Case("second_part_says_first", "00002-of-00002.gguf: has split.no 0", second_part_says_first),
+    Case("second_part_unsplit", "has split.no None", second_part_unsplit),
 ]

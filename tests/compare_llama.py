@@ -18,11 +18,11 @@ PROMPTS = [
     "Once upon a time",
     "The old farmer looked at the sky and",
     "Lily had a small red boat.",
-    "One morning, the bear woke up and said, \"",
+    'One morning, the bear woke up and said, "',
     "There was a girl who could not sleep.",
     "In the middle of the forest",
     "The robot wanted to",
-    "\"Please help me,\" said the mouse",
+    '"Please help me," said the mouse',
     "Far away, behind the mountains,",
     "Tom and his grandmother",
 ]

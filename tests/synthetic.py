@@ -31,6 +31,7 @@ def write_random_mixtral(
     window: int | None = None,
     tied: bool = False,
     add_bos: bool = True,
+    eos: int | None = None,
     dtype: Literal["bf16", "f16", "f32"] = "bf16",
     dense_dtype: Literal["bf16", "f16", "f32"] | None = None,
     vocabulary: Path = VOCABULARY,
@@ -40,7 +41,8 @@ def write_random_mixtral(
 
     Matrices have the variance 1 / columns, so that activations keep their size through the layers; queries and
     keys are larger, so that attention prefers some positions, and the output, so that some tokens are probable.
-    `dtype`: of the experts; `dense_dtype`: of all other matrices, the same unless given. Norms and routers: float32.
+    `eos`: another end token than the vocabulary's. `dtype`: of the experts; `dense_dtype`: of all other matrices,
+    the same unless given. Norms and routers: float32.
     """
     random = np.random.default_rng(seed)
     head_dim = head_dim or d // heads
@@ -65,7 +67,7 @@ def write_random_mixtral(
     writer.add_expert_used_count(used)
     if window is not None:
         writer.add_sliding_window(window)
-    _add_vocabulary(writer, pieces, add_bos)
+    _add_vocabulary(writer, pieces, add_bos, pieces.eos_id() if eos is None else eos)
 
     def matrix(name: str, *shape: int, kind: str = dense, scale: float = 1.0) -> None:
         values = random.standard_normal(shape, dtype=np.float32) * (scale / shape[-1] ** 0.5)
@@ -97,7 +99,9 @@ def write_random_mixtral(
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, pieces: sentencepiece.SentencePieceProcessor, add_bos: bool) -> None:
+def _add_vocabulary(
+    writer: gguf.GGUFWriter, pieces: sentencepiece.SentencePieceProcessor, add_bos: bool, eos: int
+) -> None:
     ids = range(pieces.vocab_size())
     types = gguf.TokenType
 
@@ -114,7 +118,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, pieces: sentencepiece.SentencePiece
     writer.add_token_scores([pieces.get_score(index) for index in ids])
     writer.add_token_types([int(kind(index)) for index in ids])
     writer.add_bos_token_id(pieces.bos_id())
-    writer.add_eos_token_id(pieces.eos_id())
+    writer.add_eos_token_id(eos)
     writer.add_unk_token_id(pieces.unk_id())
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)

@@ -104,10 +104,6 @@ def move_back(entries: dict[str, dict]) -> None:
     entries[NORM]["data_offsets"] = [begin - 2, end - 2]
 
 
-def swallow(entries: dict[str, dict]) -> None:
-    entries.pop(f"{LAYER}.self_attn.k_proj.weight")
-
-
 BAD: dict[str, tuple[Damage, str]] = {
     # config.json
     "no config": (without("config.json"), "config.json is missing"),
@@ -208,7 +204,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "shape a number": (entry(shape=64), "has shape 64 at"),
     "shape a fraction": (entry(shape=[64.0]), "has shape [64.0]"),
     "offsets overlap": (header(move_back), "overlaps"),
-    "a gap": (header(swallow), "leaves a gap"),
+    "a gap": (header(lambda entries: entries.pop(f"{LAYER}.self_attn.k_proj.weight")), "leaves a gap"),
     "offsets missing": (header(lambda entries: entries[NORM].pop("data_offsets")), "has the header entry"),
     "offsets backwards": (entry(data_offsets=[128, 0]), "cannot have -128 bytes"),
     "offsets out of the file": (entry(data_offsets=[1 << 40, (1 << 40) + 128]), "leaves a gap"),

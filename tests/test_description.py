@@ -1,4 +1,4 @@
-"""What `fiddler inspect` says of a model, held against the `gguf` package, and of one that would rather say it itself."""
+"""What `fiddler inspect` says of a model, against the `gguf` package; and that a file cannot say it itself."""
 
 from __future__ import annotations
 

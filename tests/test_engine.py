@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,11 +12,10 @@ from synthetic import write_random_mixtral
 
 import fiddler
 from fiddler import Sampling, kernels
-from fiddler.engine import Engine
-from fiddler.errors import FileFormatError, RequestError, ResourceError
+from fiddler.errors import RequestError, ResourceError
 
 GREEDY = Sampling(temperature=0.0)
-CONTEXT = 700
+CONTEXT = 620
 IDS = np.random.default_rng(3).integers(3, 512, 600).tolist()
 TOLERANCE = {"exact": 1e-5, "fast": 1.5e-2}
 
@@ -184,130 +181,13 @@ def test_kernels_do_not_depend_on_the_threads(threads):
 
 
 def test_greedy_text_does_not_depend_on_the_threads(path, exact):
-    expected = exact.generate("The old fiddler", GREEDY, 30, ignore_eos=True)
+    expected = exact.generate("The old fiddler", GREEDY, 12, ignore_eos=True)
     try:
         alone = fiddler.load(path, precision="exact", threads=1)
-        assert alone.generate("The old fiddler", GREEDY, 30, ignore_eos=True).tokens == expected.tokens
+        assert alone.generate("The old fiddler", GREEDY, 12, ignore_eos=True).tokens == expected.tokens
     finally:
         kernels.set_threads(None)
         torch.set_num_threads(kernels.thread_count())
-
-
-def test_greedy_is_the_argmax_of_a_rescore(exact):
-    prompt = exact.tokenizer.encode("The bridge", add_bos=True)
-    tokens = exact.generate("The bridge", GREEDY, 20, ignore_eos=True).tokens
-    logits = exact.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
-    logits[:, sorted(exact.tokenizer.end_ids)] = -torch.inf
-    assert tuple(logits.argmax(-1).tolist()) == tokens
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=5), Sampling(1.5, 0, 1.0, 0.0, 1.3, seed=6)])
-def test_stream_is_generate(engine, sampling):
-    whole = engine.generate("The river", sampling, 40)
-    pieces = list(engine.stream("The river", sampling, 40))
-    assert "".join(pieces) == whole.text
-    assert all(pieces)
-    assert engine.generate("The river", sampling, 40) != engine.generate("The road", sampling, 40)
-    assert engine.tokenizer.decode(whole.tokens, continuing=True) == whole.text
-
-
-def test_a_prompt_of_ids_is_taken_as_it_is(engine):
-    ids = engine.tokenizer.encode("The river", add_bos=True)
-    assert ids[0] == engine.tokenizer.bos_id
-    assert engine.generate(ids, GREEDY, 12).tokens == engine.generate("The river", GREEDY, 12).tokens
-    assert engine.generate(ids[1:], GREEDY, 12).tokens != engine.generate(ids, GREEDY, 12).tokens
-
-
-def test_what_a_user_writes_is_no_control_token(engine):
-    eos = engine.tokenizer.token(engine.tokenizer.eos_id)
-    assert engine.tokenizer.eos_id not in engine.tokenizer.encode(f"one{eos}two")
-    assert engine.generate(f"one{eos}two", GREEDY, 3).stats.prompt_tokens > 4
-
-
-def seed_that_ends(engine):
-    """A seed whose generation chooses the end token, at high temperature, and how it went."""
-    for seed in range(200):
-        sampling = Sampling(5.0, 0, 1.0, 0.0, seed=seed)
-        done = engine.generate("One day", sampling, 60)
-        if done.finish_reason == "stop":
-            return sampling, done
-    raise AssertionError("no end token in 200 generations")
-
-
-def test_an_end_token_ends_unless_it_is_ignored(engine):
-    sampling, done = seed_that_ends(engine)
-    assert done.tokens[-1] in engine.tokenizer.end_ids
-    assert not set(done.tokens[:-1]) & engine.tokenizer.end_ids
-    assert len(done.tokens) < 60
-    assert done.text == engine.tokenizer.decode(done.tokens[:-1], continuing=True)
-    on = engine.generate("One day", sampling, 60, ignore_eos=True)
-    assert on.finish_reason == "length"
-    assert len(on.tokens) == 60
-    assert not set(on.tokens) & engine.tokenizer.end_ids
-
-
-def test_a_stop_string_ends_the_text_before_it(engine):
-    whole = engine.generate("The snow", GREEDY, 40, ignore_eos=True)
-    middle = len(whole.text) // 2
-    for stop in (whole.text[middle : middle + 3], whole.text[-1], whole.text[:1]):
-        done = engine.generate("The snow", GREEDY, 40, stop=[stop, "never in the text"], ignore_eos=True)
-        assert done.text == whole.text[: whole.text.index(stop)]
-        assert done.finish_reason == "stop"
-        assert whole.tokens[: len(done.tokens)] == done.tokens
-        assert "".join(engine.stream("The snow", GREEDY, 40, stop=[stop], ignore_eos=True)) == done.text
-    unfinished = whole.text[-1] + "and what never came"
-    done = engine.generate("The snow", GREEDY, 40, stop=[unfinished], ignore_eos=True)
-    assert (done.text, done.finish_reason) == (whole.text, "length")
-
-
-def test_limits_and_statistics(engine):
-    nothing = engine.generate("The snow", GREEDY, 0)
-    assert (nothing.text, nothing.tokens, nothing.finish_reason) == ("", (), "length")
-    done = engine.generate("The snow", GREEDY, 5, ignore_eos=True)
-    assert len(done.tokens) == 5
-    stats = done.stats
-    assert stats.prompt_tokens == len(engine.tokenizer.encode("The snow", add_bos=True))
-    assert stats.generated_tokens == 5
-    assert stats.prompt_speed > 0
-    assert stats.generation_speed > 0
-    assert stats.peak_resident > stats.anonymous > 0
-    filled = engine.generate(IDS[:CONTEXT], GREEDY, None, ignore_eos=True)
-    assert len(filled.tokens) == CONTEXT - len(IDS[:CONTEXT])
-    longest = engine.generate(IDS[:599], GREEDY, CONTEXT - 599, ignore_eos=True)
-    assert len(longest.tokens) == CONTEXT - 599
-
-
-class Untouchable:
-    """Stands where the runner is, and fails when it is used: a request that is refused must not compute."""
-
-    context = CONTEXT
-
-    def __getattr__(self, name):
-        raise AssertionError(f"runner.{name} was used")
-
-
-@pytest.mark.parametrize(
-    "request_, message",
-    [
-        (lambda e: e.start([1] * 600, GREEDY, 101), "600 prompt tokens and 101 new ones exceed the context of 700"),
-        (lambda e: e.start([1] * 701), "701 tokens exceed the context of 700"),
-        (lambda e: e.start([1] * 700), "700 prompt tokens fill the context"),
-        (lambda e: e.start([1], GREEDY, -1), "max_tokens is -1"),
-        (lambda e: e.start([]), "the prompt is empty"),
-        (lambda e: e.start([1, 512]), "token id 512 is outside the vocabulary of 512"),
-        (lambda e: e.start([-1]), "token id -1 is outside"),
-        (lambda e: e.start("text", stop=["a", ""]), "a stop string is empty"),
-        (lambda e: e.logits([0, 10**9]), "token id 1000000000 is outside"),
-        (lambda e: e.logits([0] * 701), "701 tokens exceed the context"),
-        (lambda e: e.stream("text", GREEDY, 10**6), "exceed the context"),
-        (lambda e: e.generate("text", GREEDY, 10**6), "exceed the context"),
-    ],
-)
-def test_refused_before_any_work(engine, request_, message):
-    idle = Engine(engine.model_file, engine.tokenizer, Untouchable(), "cpu", 0.0)
-    with pytest.raises(RequestError, match=message) as refused:
-        request_(idle)
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -331,16 +211,8 @@ def test_what_cannot_be_loaded_is_refused(path, arguments, kind, message):
 def test_the_context_is_the_smaller_of_what_is_asked_for_and_trained(path):
     assert fiddler.load(path, context=100).context == 100
     assert fiddler.load(path, context=10**6).context == CONTEXT
-    with pytest.raises(RequestError, match=r"raise --ctx, up to 700"):
+    with pytest.raises(RequestError, match=r"raise --ctx, up to 620"):
         fiddler.load(path, context=100).generate(IDS[:90], GREEDY, 11)
-
-
-def test_an_empty_prompt_is_a_bos_or_an_error(tmp_path, engine):
-    assert engine.generate("", GREEDY, 3).stats.prompt_tokens == 1
-    without = fiddler.load(write_random_mixtral(tmp_path / "no_bos.gguf", add_bos=False))
-    with pytest.raises(RequestError, match="the prompt is empty"):
-        without.generate("", GREEDY, 3)
-    assert without.generate("x", GREEDY, 0).stats.prompt_tokens == len(engine.tokenizer.encode("x"))
 
 
 def test_a_tied_model_uses_its_embeddings_twice(tmp_path):
@@ -350,27 +222,6 @@ def test_a_tied_model_uses_its_embeddings_twice(tmp_path):
     normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + tied.config.rms_epsilon) * norm
     embedding = torch.from_numpy(tied.model_file.bits("token_embd.weight")[0].copy()).view(torch.bfloat16).float()
     close(tied.logits(IDS[:5]), normed @ embedding.T)
-
-
-def test_weights_that_are_no_numbers_end_in_one_line(tmp_path):
-    path = write_random_mixtral(tmp_path / "damaged.gguf", layers=1)
-    norm = next(t for t in gguf.GGUFReader(path).tensors if t.name == "output_norm.weight")
-    with path.open("r+b") as file:
-        file.seek(int(norm.data_offset))
-        file.write(np.float32(np.nan).tobytes())
-    with pytest.raises(FileFormatError, match="the model computes nan after 2 tokens"):
-        fiddler.load(path).generate([1, 5], GREEDY, 3)
-
-
-def test_two_engines_take_turns(path, engine):
-    """State is in the sequences: neither a second engine nor a generation left half-way disturbs the first."""
-    other = fiddler.load(path)
-    expected = engine.generate("The road", GREEDY, 12).tokens
-    left = iter(engine.start("The snow", GREEDY, 40, ignore_eos=True))
-    next(left)
-    assert other.generate("The road", GREEDY, 12).tokens == expected
-    assert engine.generate("The road", GREEDY, 12).tokens == expected
-    assert "".join([*left])  # and goes on
 
 
 def test_the_weights_are_not_copied(tmp_path):
@@ -389,13 +240,3 @@ def test_the_weights_are_not_copied(tmp_path):
     ]
     assert large.stat().st_size - small.stat().st_size > 90e6
     assert used[1] - used[0] < 20e6
-
-
-def test_pieces_add_up_while_they_come(engine):
-    """Each piece is text that stays: no piece takes back what another said."""
-    generation = engine.start("The child", Sampling(1.2, seed=4), 60, ignore_eos=True)
-    texts = [""]
-    for piece in generation:
-        texts.append(texts[-1] + piece)
-    assert texts[-1] == generation.completion.text
-    assert all(later.startswith(sooner) and later != sooner for sooner, later in pairwise(texts))

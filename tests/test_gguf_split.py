@@ -78,7 +78,7 @@ def test_swapped_parts_are_named(tmp_path):
     parts[2].rename(parts[1])
     (tmp_path / "x").rename(parts[2])
     for path in parts:
-        with pytest.raises(FileFormatError, match=f"{parts[1].name}: says that it is part 2 .from 0. of 3"):
+        with pytest.raises(FileFormatError, match=f"{parts[1].name}: has split.no 2 and"):
             GgufFile.open(path)
 
 

@@ -97,6 +97,8 @@ def test_logits_are_those_of_transformers(name, tmp_path, capsys):
                 assert precision == "fast", f"argmax differs at {t} in exact precision"
                 assert float(top[0] - top[1]) <= FAST * float(expected[t].norm())
         assert compared >= total // 2, f"{total - compared} of {total} positions follow a flipped expert"
-        report.append(f"{precision} {worst:.1e}" + (f" ({total - compared} of {total} after a flip)" * (compared < total)))
+        report.append(
+            f"{precision} {worst:.1e}" + (f" ({total - compared} of {total} after a flip)" * (compared < total))
+        )
     with capsys.disabled():
         print(f"  {name}: {', '.join(report)}")  # noqa: T201

@@ -1,0 +1,88 @@
+"""What a kernel multiplies with what: weights, activations, instructions. As a value, and as a type for Numba.
+
+Numba sees each `Product` as a type of its own, so every kind compiles to a kernel of its own, in the ordinary
+on-disk cache, and what a kind rules out is gone from its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+
+from fiddler.kernels.cpu import TIERS, Tier
+
+__all__ = ["Product", "activation_bytes", "compiled", "in_pairs", "many_registers"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How weights meet activations.
+
+    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16" where each is rounded to bf16 once, before the
+    products; sums are float32 in either case.
+    """
+
+    tier: Tier
+    weights: str
+    activations: str
+
+    @property
+    def in_pairs(self) -> bool:
+        """Activations are stored as bf16 bits and multiplied in pairs; else as float32, rounded or not."""
+        return self.activations == "bf16" and self.weights == "bf16" and self.tier.dot_bf16
+
+    @property
+    def name(self) -> str:
+        return f"{self.tier.name}:{self.weights}x{self.activations}"
+
+
+class _ProductType(types.Type):
+    def __init__(self, tier: str, weights: str, activations: str) -> None:
+        self.tier, self.weights, self.activations = tier, weights, activations
+        super().__init__(name=f"Product({tier}, {weights}, {activations})")
+
+    @property
+    def product(self) -> Product:
+        return Product(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
+
+
+register_model(_ProductType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Product)
+def _typeof_product(value: Product, _context: object) -> _ProductType:
+    return _ProductType(value.tier.name, value.weights, value.activations)
+
+
+@unbox(_ProductType)
+def _unbox_product(_type: object, _value: object, context: Any) -> NativeValue:
+    return NativeValue(context.context.get_dummy_value())
+
+
+def compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
+    """`numba.extending.intrinsic`, to be called from compiled code only; constants keep their value as a type."""
+    wrapped: Callable[..., Any] = intrinsic(prefer_literal=True)(generator)
+    return wrapped
+
+
+def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
+    """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
+
+    @compiled
+    def constant(_context: Any, product: Any) -> Any:
+        def generate(context: Any, _b: Any, signature: Any, _arguments: Any) -> ir.Value:
+            return context.get_constant(signature.return_type, number(product.product))
+
+        return returns(product), generate
+
+    return constant
+
+
+in_pairs = _constant_of(lambda product: product.in_pairs, types.boolean)
+many_registers = _constant_of(lambda product: product.tier.registers >= 32, types.boolean)
+activation_bytes = _constant_of(lambda product: 2 if product.in_pairs else 4, types.intp)
