@@ -39,7 +39,8 @@ class Stats:
     @property
     def generation_speed(self) -> float:
         """Generated tokens a second, after the first, which the prompt's time includes."""
-        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
+        more = max(self.generated_tokens - 1, 0)
+        return more / self.generation_seconds if self.generation_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Generation:
                 reason = "stop"
                 break
         ended = time.perf_counter()
+        if not tokens:
+            first = ended
         rest = stop.push(decoder.finish()) + stop.finish()
         if rest:
             text.append(rest)

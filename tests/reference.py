@@ -11,11 +11,13 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-__all__ = ["Reference", "Shape", "make_checkpoint"]
+__all__ = ["Reference", "Shape", "from_gguf", "make_checkpoint"]
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -93,9 +95,64 @@ class Reference:
             out = self.model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
         return out.logits[0], list(out.router_logits)
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The `count` most probable tokens one after the other, each from a full forward pass."""
-        ids = list(ids)
-        for _ in range(count):
-            ids.append(int(self(ids)[0][-1].argmax()))
-        return ids[-count:]
+
+def from_gguf(path: Path) -> MixtralForCausalLM:
+    """The model in a GGUF as transformers' own, float32: read by the `gguf` package, q and k put back in its order."""
+    reader = gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
+    tensors = {t.name: _values(t) for t in reader.tensors}
+    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
+    config = MixtralConfig(
+        vocab_size=fields["llama.vocab_size"],
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=fields["llama.attention.key_length"],
+        num_local_experts=fields["llama.expert_count"],
+        num_experts_per_tok=fields["llama.expert_used_count"],
+        max_position_embeddings=fields["llama.context_length"],
+        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        sliding_window=None,
+        rope_parameters={"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"},
+        experts_implementation="eager",
+        attn_implementation="eager",
+    )
+    state = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+        "lm_head.weight": tensors["output.weight"],
+    }
+    for n in range(config.num_hidden_layers):
+        blk, layer = f"blk.{n}.", f"model.layers.{n}."
+        state |= {
+            layer + "input_layernorm.weight": tensors[blk + "attn_norm.weight"],
+            layer + "post_attention_layernorm.weight": tensors[blk + "ffn_norm.weight"],
+            layer + "self_attn.q_proj.weight": _half_split(tensors[blk + "attn_q.weight"], heads),
+            layer + "self_attn.k_proj.weight": _half_split(tensors[blk + "attn_k.weight"], kv_heads),
+            layer + "self_attn.v_proj.weight": tensors[blk + "attn_v.weight"],
+            layer + "self_attn.o_proj.weight": tensors[blk + "attn_output.weight"],
+            layer + "mlp.gate.weight": tensors[blk + "ffn_gate_inp.weight"],
+            layer + "mlp.experts.gate_up_proj": torch.cat(
+                (tensors[blk + "ffn_gate_exps.weight"], tensors[blk + "ffn_up_exps.weight"]), 1
+            ),
+            layer + "mlp.experts.down_proj": tensors[blk + "ffn_down_exps.weight"],
+        }
+    model = MixtralForCausalLM(config).eval()
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _values(tensor: gguf.ReaderTensor) -> Tensor:
+    shape = [int(n) for n in reversed(tensor.shape)]
+    if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+        bits = np.frombuffer(tensor.data.tobytes(), np.uint16).astype(np.uint32) << 16
+        return torch.from_numpy(bits.view(np.float32).reshape(shape))
+    return torch.from_numpy(np.array(tensor.data, np.float32).reshape(shape))
+
+
+def _half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head from GGUF's order (0, h/2, 1, h/2 + 1, ...) back to transformers' (0, 1, ..., h/2, ...)."""
+    rows = weight.view(heads, -1, weight.shape[1])
+    return torch.cat((rows[:, 0::2], rows[:, 1::2]), 1).reshape(weight.shape)
