@@ -95,13 +95,13 @@ def test_every_expert_is_in_use(heldout):
 
 
 def test_it_reads_as_english():
-    """Words of its own held-out text, no loop; that the sentences are sound is for a reader to judge."""
+    """Nine words of ten are in the held-out text, and there is no loop; that the sentences are sound is for a reader to judge."""
     words = set(WORD.findall(HELDOUT.read_text(encoding="utf-8").lower()))
     engine = fiddler.load()
     for seed in range(5):
         text = engine.generate("Once upon a time", fiddler.Sampling(temperature=0.7, seed=seed), 120).text
         said = WORD.findall(text.lower())
         assert len(said) > 40
-        assert sum(word in words for word in said) >= 0.95 * len(said)
+        assert sum(word in words for word in said) >= 0.9 * len(said)
         fours = [tuple(said[i : i + 4]) for i in range(len(said) - 3)]
         assert len(set(fours)) >= 0.85 * len(fours)
