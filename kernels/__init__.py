@@ -4,6 +4,7 @@ Knows arrays and CPU features; not files, tensors or models. The functions here 
 are the only doors to the compiled code, which has no bounds checks.
 """
 
+from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear
@@ -18,6 +19,7 @@ __all__ = [
     "choose_tier",
     "expert_ffn",
     "linear",
+    "read_bandwidth",
     "set_threads",
     "thread_count",
     "threading_layer",

@@ -95,7 +95,7 @@ def test_every_expert_is_in_use(heldout):
 
 
 def test_it_reads_as_english():
-    """Nine words of ten are in the held-out text, and there is no loop; that the sentences are sound is for a reader to judge."""
+    """Nine words of ten are in the held-out text, and there is no loop; sound sentences are for a reader to judge."""
     words = set(WORD.findall(HELDOUT.read_text(encoding="utf-8").lower()))
     engine = fiddler.load()
     for seed in range(5):

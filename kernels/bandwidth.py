@@ -1,0 +1,45 @@
+"""How fast this machine reads memory: the ceiling that every mat-vec is held against. Knows nothing of weights."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numba import njit, prange
+
+from fiddler.kernels.matmul import FASTMATH
+
+__all__ = ["read_bandwidth"]
+
+_WORDS = 1 << 16  # 8-byte words a task: half a megabyte, long enough for the prefetchers
+
+
+def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
+    """Bytes a second of the best of several plain streaming reads of `data`, all threads.
+
+    data: a contiguous array, best several times the last-level cache; it is read once before, so that its pages are
+    mapped. Raises ValueError for an array smaller than one task.
+    """
+    words = data.reshape(-1).view(np.uint8)[: data.nbytes // 8 * 8].view(np.uint64)
+    if words.size < _WORDS:
+        raise ValueError(f"{data.nbytes} bytes are too few to measure; give at least {8 * _WORDS}")
+    best = 0.0
+    _sum(words)
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        _sum(words)
+        best = max(best, words.nbytes / (time.perf_counter() - started))
+    return best
+
+
+@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+def _sum(words: np.ndarray) -> int:
+    """A sum in wrapping 64-bit arithmetic: nothing but loads and additions."""
+    total = np.uint64(0)
+    for task in prange((words.size + _WORDS - 1) // _WORDS):
+        piece = words[task * _WORDS : task * _WORDS + _WORDS]
+        part = np.uint64(0)
+        for i in range(piece.size):
+            part += piece[i]
+        total += part
+    return total
