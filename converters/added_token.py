@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fiddler.converters.pieces import LARGEST_VOCABULARY
 from fiddler.errors import CheckpointError, quoted
+from fiddler.token_table import LARGEST_VOCABULARY
 
 __all__ = ["AddedToken", "added_tokens"]
 

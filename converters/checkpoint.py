@@ -112,7 +112,7 @@ class Checkpoint:
                 f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
                 f"from position {window} on"
             )
-        return cls(folder.resolve().name, read.config, tied, parts, warnings)
+        return cls(_model_name(folder.resolve()), read.config, tied, parts, warnings)
 
     @property
     def dtype(self) -> Dtype:
@@ -211,6 +211,14 @@ class _Search:
             )
         self._used.add(name)
         return file, stored
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; in the cache of the Hugging Face hub (models--ORG--NAME/snapshots/HASH) that is NAME."""
+    above = folder.parent
+    if above.name == "snapshots" and above.parent.name.startswith("models--"):
+        return above.parent.name.rpartition("--")[2] or folder.name
+    return folder.name
 
 
 def _open_files(folder: Path) -> list[SafetensorsFile]:

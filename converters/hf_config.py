@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
 from fiddler.converters.json_object import read_object
 from fiddler.errors import CheckpointError, FileFormatError, quoted
@@ -17,10 +16,21 @@ from fiddler.models.config import Config
 
 __all__ = ["HfConfig", "read_hf_config"]
 
-_THETA = 1e6  # transformers' default for Mixtral
+# What a key that is absent means: the defaults of transformers' `MixtralConfig`, version 5.
+_INTEGERS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+_EPSILON = 1e-5
+_THETA = 1e6  # no RoPE key is written, or none has a base
 _LARGEST_REAL = 3.4e38
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ def read_hf_config(folder: Path) -> HfConfig:
     keys = _Keys(path, read_object(path, "give the folder of a Hugging Face checkpoint"))
     keys.refuse_others()
     width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    head_dim = keys.integer_or("head_dim", None)
+    head_dim, kv_heads = keys.optional_integer("head_dim"), keys.optional_integer("num_key_value_heads")
     if head_dim is None and (heads < 1 or width % heads):
         raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not whole; give head_dim")
     try:
@@ -48,13 +58,13 @@ def read_hf_config(folder: Path) -> HfConfig:
             block_count=keys.integer("num_hidden_layers"),
             feed_forward_length=keys.integer("intermediate_size"),
             head_count=heads,
-            head_count_kv=keys.integer_or("num_key_value_heads", heads),
+            head_count_kv=heads if kv_heads is None else kv_heads,
             head_dim=width // heads if head_dim is None else head_dim,
             expert_count=keys.integer("num_local_experts"),
             expert_used_count=keys.integer("num_experts_per_tok"),
-            rms_epsilon=keys.real("rms_norm_eps"),
+            rms_epsilon=keys.real("rms_norm_eps", _EPSILON),
             rope_freq_base=keys.rope_theta(),
-            sliding_window=keys.integer_or("sliding_window", None),
+            sliding_window=keys.optional_integer("sliding_window"),
         )
     except FileFormatError as error:
         raise keys.error(str(error)) from None
@@ -62,7 +72,12 @@ def read_hf_config(folder: Path) -> HfConfig:
 
 
 class _Keys:
-    """Typed look-ups in config.json; `null` counts as absent, as transformers reads it."""
+    """Typed look-ups in config.json.
+
+    An absent key has transformers' default. An explicit `null` is refused, as in transformers 5, but where it has
+    a meaning of its own: no `head_dim` (it follows from the width), no `sliding_window`, no RoPE key (the default)
+    and, in transformers 4, as many `num_key_value_heads` as heads.
+    """
 
     def __init__(self, path: Path, values: Mapping[str, object]) -> None:
         self._path = path
@@ -83,8 +98,8 @@ class _Keys:
                 f"the weights are quantised (quantization_config: {quoted(method, 40)}); "
                 "convert the original bf16, f16 or f32 checkpoint"
             )
-        activation = self._values.get("hidden_act")
-        if activation not in (None, "silu"):
+        activation = self._values.get("hidden_act", "silu")
+        if activation != "silu":
             raise self.error(f"hidden_act is {quoted(activation, 40)}; a Mixtral's experts use 'silu'")
         for key in ("attention_bias", "mlp_bias"):
             if self._values.get(key):
@@ -92,7 +107,7 @@ class _Keys:
 
     def rope_theta(self) -> float:
         """The base of RoPE, at top level (transformers 4) or in `rope_parameters` (5); not scaled."""
-        found = [self.real_or("rope_theta", None)]
+        found = [self.optional_real("rope_theta")]
         self._refuse_partial("partial_rotary_factor", self._values)
         for group in ("rope_parameters", "rope_scaling"):
             inner = self._values.get(group)
@@ -105,7 +120,7 @@ class _Keys:
                 if value is not None and value != plain:
                     raise self.error(f"{group}.{key} is {quoted(value, 40)}; only unscaled RoPE converts")
             self._refuse_partial(f"{group}.partial_rotary_factor", inner)
-            found.append(_Keys(self._path, inner).real_or("rope_theta", None))
+            found.append(_Keys(self._path, inner).optional_real("rope_theta"))
         bases = {base for base in found if base is not None}
         if len(bases) > 1:
             raise self.error(f"rope_theta has the values {sorted(bases)}; keep the right one")
@@ -117,34 +132,33 @@ class _Keys:
             raise self.error(f"{name} is {quoted(factor, 40)}; a Mixtral rotates whole heads")
 
     def integer(self, key: str) -> int:
-        value = self.integer_or(key, None)
-        return value if value is not None else self._missing(key)
-
-    def integer_or(self, key: str, default: T) -> int | T:
-        value = self._values.get(key)
+        value = self.optional_integer(key)
         if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"{key} is null; it must be an integer")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        value = self._values.get(key, _INTEGERS.get(key))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise self.error(f"{key} is {quoted(value, 40)}; it must be an integer")
         return value
 
-    def real(self, key: str) -> float:
-        value = self.real_or(key, None)
-        return value if value is not None else self._missing(key)
+    def real(self, key: str, default: float) -> float:
+        value = self.optional_real(key) if key in self._values else default
+        if value is None:
+            raise self.error(f"{key} is null; it must be a number")
+        return value
 
-    def real_or(self, key: str, default: T) -> float | T:
+    def optional_real(self, key: str) -> float | None:
         value = self._values.get(key)
         if value is None:
-            return default
+            return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_REAL:
             raise self.error(f"{key} is {quoted(value, 40)}; it must be a number that float32 can hold")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._values.get(key)
-        if value is not None and not isinstance(value, bool):
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
             raise self.error(f"{key} is {quoted(value, 40)}; it must be true or false")
-        return default if value is None else value
-
-    def _missing(self, key: str) -> NoReturn:
-        raise self.error(f"{key} is missing; take config.json from the original checkpoint")
+        return value

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from fiddler.errors import CheckpointError, quoted
 from fiddler.sentencepiece_model import ModelType, SentencePieceModel, TokenType, WireFormatError
+from fiddler.token_table import LARGEST_VOCABULARY
 
-__all__ = ["BYTE_NAMES", "LARGEST_VOCABULARY", "SPACE", "Piece", "Pieces", "read_tokenizer_model"]
+__all__ = ["BYTE_NAMES", "SPACE", "Piece", "Pieces", "read_tokenizer_model"]
 
 SPACE = "▁"  # U+2581, a space inside a piece
 BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-LARGEST_VOCABULARY = 1 << 24
 _LARGEST_FILE = 256 << 20  # bytes; 32,000 pieces make half a megabyte
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from fiddler.converters.added_token import AddedToken, added_tokens
 from fiddler.converters.json_object import read_object
 from fiddler.converters.merges import scores_from_merges
-from fiddler.converters.pieces import BYTE_NAMES, LARGEST_VOCABULARY, SPACE, Piece, Pieces
+from fiddler.converters.pieces import BYTE_NAMES, SPACE, Piece, Pieces
 from fiddler.errors import CheckpointError, quoted
 from fiddler.sentencepiece_model import TokenType
+from fiddler.token_table import LARGEST_VOCABULARY
 
 __all__ = ["TokenizerJson"]
 
@@ -128,7 +129,7 @@ class TokenizerJson:
                 if text not in added or SPACE in text or added[text].strips or added[text].normalized:
                     raise self._refused(f"merge {rank} has to do with {quoted(text, 60)}")
             ranks[left, right] = rank
-        if len(value) > LARGEST_VOCABULARY:  # beyond it float32 scores no longer tell neighbouring ranks apart
+        if len(value) > LARGEST_VOCABULARY:
             raise self._refused(f"it has {len(value)} merges")
         return ranks
 

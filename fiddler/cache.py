@@ -65,6 +65,7 @@ class Step:
     parts: Ordered[tuple[Sequence, int]]
 
     def __post_init__(self) -> None:
+        assert len({id(sequence) for sequence, _ in self.parts}) == len(self.parts), "a sequence stands twice in a step"
         for sequence, count in self.parts:
             sequence.reserve(sequence.length + count)
 

@@ -149,8 +149,8 @@ def run(
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")
     ] = None,
     ctx: Annotated[
-        int, typer.Option("-c", "--ctx", min=1, help="Positions of context, within the model's own.")
-    ] = 4096,
+        int | None, typer.Option("-c", "--ctx", min=1, help="Positions of context [default: 4096, or the model's].")
+    ] = None,
     precision: Annotated[
         Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")
     ] = Precision.fast,
@@ -163,15 +163,19 @@ def run(
         sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, None if seed < 0 else seed)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from None
+    opened = None
     if model is not None:
         from fiddler.model_file import ModelFile
 
-        file = ModelFile.open(model)  # a bad file is refused here, before torch is imported
-        file.check_runnable()
-        file.tokenizer()
+        opened = ModelFile.open(model)  # a bad file is refused here, before torch is imported
+        opened.check_runnable()
+        _ = opened.tokenizer
     from fiddler.engine import load
 
-    engine = load(model, device.value, gpu_memory, threads, ctx, precision.value)
+    wanted = 4096 if ctx is None else ctx
+    engine = load(opened, device.value, gpu_memory, threads, wanted, precision.value, notify=_say)
+    if ctx is not None and ctx > engine.context:
+        _say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
     generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
     for piece in generation:
         sys.stdout.write(piece)

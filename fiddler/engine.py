@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -145,7 +147,7 @@ class Engine:
 
 
 def load(
-    path: str | Path | None = None,
+    path: str | Path | ModelFile | None = None,
     device: Device = "auto",
     gpu_memory: str | None = None,
     threads: int | None = None,
@@ -153,15 +155,17 @@ def load(
     precision: Precision = "fast",
     *,
     kernel: str | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay where they are: nothing is copied.
 
-    path: a .gguf file, any part of a split one, or None for the demo model that ships.
+    path: a .gguf file, any part of a split one, one opened before, or None for the demo model that ships.
     device: "cpu", or "auto", which is the CPU as long as the GPU side is not built.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
-    kernel: a tier by name, None for the best there is.
+    kernel: a tier by name; None for what the environment's FIDDLER_KERNEL says, or the best there is. notify: is
+    told, in one line, when compiling the kernels takes more than a second, as it does the first time.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
@@ -173,10 +177,9 @@ def load(
         raise RequestError(f"device is {device!r}; give 'auto', 'cpu' or 'cuda'")
     if device == "cuda" or gpu_memory is not None:
         raise ResourceError("this version computes on the CPU only; leave out --gpu-memory and use --device cpu")
-    path = DEMO_MODEL if path is None else Path(path)
-    model_file = ModelFile.open(path)
+    model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
-    tokenizer = model_file.tokenizer()
+    tokenizer = model_file.tokenizer
     tier = kernels.choose_tier(kernel)
     threads = kernels.set_threads(threads)
 
@@ -202,9 +205,29 @@ def load(
         else:
             linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
     model = Mixtral(config, weights, CpuLinear(linears), CpuExperts(experts))
+    used = {layer.product for layer in experts}
+    used |= {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}
+    with _telling_if_slow(notify, "compiling the kernels for this CPU, once; later starts find them on disk"):
+        for each in used:
+            kernels.prepare(each)
     rounded = experts[0].product.activations == "bf16"
     runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32, threads)
     return Engine(model_file, tokenizer, runner, "cpu", time.perf_counter() - started)
+
+
+@contextmanager
+def _telling_if_slow(notify: Callable[[str], None] | None, text: str) -> Iterator[None]:
+    """Tell `notify` where what is inside takes longer than a second."""
+    timer = threading.Timer(1.0, notify, [text]) if notify is not None else None
+    if timer is None:
+        yield
+        return
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _tensor(values: np.ndarray, kind: str) -> Tensor:

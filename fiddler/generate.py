@@ -33,8 +33,8 @@ def generate(
         values = logits.numpy()
         if not np.isfinite(values).all():
             raise FileFormatError(
-                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: its weights are "
-                "damaged or too large for their type; convert the original checkpoint again, with --dtype bf16"
+                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: a weight or an "
+                "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
             )
         if banned:
             values = values.copy()

@@ -6,6 +6,7 @@ It knows which tensors and which vocabulary a Mixtral has; not how they are comp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,9 @@ class ModelFile:
                     "convert the model again with one --dtype"
                 )
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the file's vocabulary makes, built anew.
+        """The tokenizer that the file's vocabulary makes, built when first asked for.
 
         Raises FileFormatError, in one line that names the file, where it makes none.
         """

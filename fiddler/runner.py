@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterator, Sequence as Ordered
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from fiddler import kernels
 from fiddler.cache import Sequence, Step
 from fiddler.models.mixtral import Mixtral
 
 __all__ = ["Runner"]
 
-_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer take less than a millisecond on one core
+_TORCH_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer take less than a millisecond on one core
 
 
 class Runner:
@@ -33,8 +35,9 @@ class Runner:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
         step = Step([(sequence, len(tokens)) for sequence, tokens in parts])
-        self._set_torch_threads(parts)
-        with torch.inference_mode():
+        seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
+        attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim
+        with torch.inference_mode(), self._on_threads(attention):
             hidden = self.model(ids, step.positions(), step)
         step.commit()
         return hidden
@@ -50,14 +53,24 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_threads(0):
             return self.model.logits(hidden).float().cpu()
 
-    def _set_torch_threads(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> None:
-        """One thread for torch where its share of a step, the attention, is little: others are waited for in vain."""
-        seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
-        config = self.model.config
-        work = 2 * seen * config.head_count * config.head_dim
-        threads = self.threads if work >= _PARALLEL_FROM else 1
-        if threads != torch.get_num_threads():
+    @contextmanager
+    def _on_threads(self, attention: int) -> Iterator[None]:
+        """Run on this runner's threads, and leave the process's settings as they were.
+
+        `attention`: the multiplications of attention in a layer, torch's share of a step. Where it is little, torch
+        gets one thread: on a busy machine, waiting for the others costs more.
+        """
+        before = kernels.thread_count(), torch.get_num_threads()
+        threads = self.threads if attention >= _TORCH_PARALLEL_FROM else 1
+        kernels.set_threads(self.threads)
+        if threads != before[1]:
             torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            kernels.set_threads(before[0])
+            if threads != before[1]:
+                torch.set_num_threads(before[1])

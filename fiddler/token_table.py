@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fiddler.errors import FileFormatError, quoted
 from fiddler.sentencepiece_model import TokenType
 
-__all__ = ["PREPEND_SCHEME", "TokenTable"]
+__all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "TokenTable"]
 
 PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
 """A key of our own, for a tokenizer whose prefix rule is that of `Metaspace` in Hugging Face's `tokenizers`
@@ -25,8 +25,10 @@ library: no space goes before a text that begins with one ("always"), nor anywhe
 ("first").
 """
 
+LARGEST_VOCABULARY = 1 << 24
+"""Tokens at most: beyond it float32 scores no longer tell neighbouring ranks apart."""
+
 _PREFIX = "tokenizer.ggml."
-_LARGEST_VOCABULARY = 1 << 24
 _LONGEST_TOKEN = 1 << 16  # characters
 
 # Names that end a generation in llama.cpp whatever the file says of them; it makes them control tokens, too.
@@ -114,9 +116,9 @@ def _texts(metadata: Mapping[str, object]) -> list[str]:
     texts = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(texts, list) or not texts:
         raise FileFormatError(f"tokenizer.ggml.tokens is {quoted(texts)}; it must be a list of at least one string")
-    if len(texts) > _LARGEST_VOCABULARY:
+    if len(texts) > LARGEST_VOCABULARY:
         raise FileFormatError(
-            f"tokenizer.ggml.tokens holds {len(texts)} tokens; at most {_LARGEST_VOCABULARY} are accepted"
+            f"tokenizer.ggml.tokens holds {len(texts)} tokens; at most {LARGEST_VOCABULARY} are accepted"
         )
     for index, text in enumerate(texts):
         if not isinstance(text, str):

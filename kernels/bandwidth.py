@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from fiddler.kernels.matmul import FASTMATH
+from fiddler.kernels.jit import kernel
 
 __all__ = ["read_bandwidth"]
 
@@ -32,7 +32,7 @@ def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
     return best
 
 
-@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+@kernel
 def _sum(words: np.ndarray) -> int:
     """A sum in wrapping 64-bit arithmetic: nothing but loads and additions."""
     total = np.uint64(0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
-import llvmlite.binding as llvm
 from numba.core import config as numba_config
+from numba.core.codegen import get_host_cpu_features
 
 from fiddler.errors import RequestError
 
@@ -38,14 +39,17 @@ TIERS = (
 
 
 def cpu_features() -> frozenset[str]:
-    """LLVM's names of the features that Numba will compile for: the host's, unless `NUMBA_CPU_*` say otherwise."""
+    """LLVM's names of the features that Numba compiles for: the host's, unless `NUMBA_*` variables say otherwise."""
     if numba_config.CPU_FEATURES is not None:
-        return frozenset(f[1:] for f in numba_config.CPU_FEATURES.split(",") if f.startswith("+"))
-    if numba_config.CPU_NAME == "generic":
-        return frozenset()
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+        listed = numba_config.CPU_FEATURES
+    elif numba_config.CPU_NAME == "generic":
+        listed = ""
+    else:
+        listed = get_host_cpu_features()
+    return frozenset(feature[1:] for feature in listed.split(",") if feature.startswith("+"))
 
 
+@cache
 def available_tiers() -> tuple[Tier, ...]:
     """The tiers that this process can run, best first."""
     features = cpu_features()

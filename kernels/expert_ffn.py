@@ -10,16 +10,19 @@ one task in one order: the result does not depend on the number of threads.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from fiddler.kernels.jit import kernel
 from fiddler.kernels.matmul import (
-    FASTMATH,
-    ROWS,
+    PANEL,
+    aligned_words,
     block_product,
     pack,
     padded_width,
+    read_only,
     silu,
     takes_packed,
+    task_rows,
     weighted_products,
     words_for,
 )
@@ -52,6 +55,7 @@ def expert_ffn(
     if tokens == 0 or ids.shape[1] == 0:
         y[:] = 0
         return y
+    gate, up, down = read_only(gate), read_only(up), read_only(down)
     flat = ids.reshape(-1).astype(np.int64)
     order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
     counts = np.bincount(flat, minlength=gate.shape[0])
@@ -63,12 +67,13 @@ def expert_ffn(
     packed = takes_packed(product, counts, width, hidden)
     x_words, h_words = (words_for(product, counts, packed, k) for k in (width, hidden))
     x_at, h_at = (np.concatenate(([0], np.cumsum(words))) for words in (x_words, h_words))
-    xs, hs = np.empty(x_at[-1], np.uint32), np.empty(h_at[-1], np.uint32)
+    xs, hs = aligned_words(x_at[-1]), aligned_words(h_at[-1])
     x_row, h_row = padded_width(product, width), padded_width(product, hidden)
+    task = task_rows(int(counts.max()))
     with threads_for(3 * flat.size * width * hidden):
         pack(product, x, token, first, packed, x_at, xs, x_row)
-        _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row)
-        weighted_products(product, down, experts, first, packed, token, share, h_at, hs, h_row, y)
+        _gate_up(product, gate, up, experts, first, packed, x_at, xs, x_row, h_at, hs, h_row, task)
+        weighted_products(product, down, experts, first, packed, token, share, h_at, hs, h_row, task, y)
     return y
 
 
@@ -94,7 +99,7 @@ def _validate(
     return x.shape[0], width, hidden
 
 
-@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+@kernel
 def _gate_up(
     product: Product,
     gate: np.ndarray,
@@ -108,6 +113,7 @@ def _gate_up(
     h_at: np.ndarray,
     hs: np.ndarray,
     h_row: int,
+    task: int,
 ) -> None:
     """h = silu(gate . x) * (up . x), each group in its layout."""
     hidden, width = gate.shape[1], gate.shape[2]
@@ -115,10 +121,10 @@ def _gate_up(
     for g in range(experts.size):
         most = max(most, first[g + 1] - first[g])
     ldc = (most + 15) // 16 * 16
-    for block in prange((hidden + ROWS - 1) // ROWS):
-        begin = block * ROWS
-        rows = min(ROWS, hidden - begin)
-        scratch = np.empty((2, ROWS, ldc), np.float32)
+    for block in prange((hidden + task - 1) // task):
+        begin = block * task
+        rows = min(task, hidden - begin)
+        scratch = np.empty((2, task, ldc), np.float32)
         for g in range(experts.size):
             count = first[g + 1] - first[g]
             padded = (count + 15) // 16 * 16
@@ -127,19 +133,17 @@ def _gate_up(
             offset = 2 * (experts[g] * hidden + begin) * width
             for half in range(2):  # one call in a loop, since each call is inlined: half the time to compile
                 w = (gate.ctypes.data if half == 0 else up.ctypes.data) + offset
-                c = scratch.ctypes.data + 4 * half * ROWS * ldc
+                c = scratch.ctypes.data + 4 * half * task * ldc
                 block_product(product, packed[g], w, width, rows, x, ldx, count, width, c, ldc)
             a, b = scratch[0], scratch[1]
             h = hs.ctypes.data + 4 * h_at[g]
             if packed[g]:
-                for r in range(0, rows, 2):
-                    for m in range(padded):
-                        store_pair(
-                            h,
-                            (begin + r) // 2 * padded + m,
-                            silu(a[r, m]) * b[r, m],
-                            silu(a[r + 1, m]) * b[r + 1, m],
-                        )
+                for panel in range(0, padded, PANEL):
+                    wide = min(PANEL, padded - panel)
+                    for r in range(0, rows, 2):
+                        word = panel * (hidden // 2) + (begin + r) // 2 * wide - panel
+                        for m in range(panel, panel + wide):
+                            store_pair(h, word + m, silu(a[r, m]) * b[r, m], silu(a[r + 1, m]) * b[r + 1, m])
             else:
                 for m in range(count):
                     for r in range(rows):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from fiddler.kernels.matmul import pack, padded_width, takes_packed, weighted_products, words_for
+from fiddler.kernels.matmul import (
+    aligned_words,
+    pack,
+    padded_width,
+    read_only,
+    takes_packed,
+    task_rows,
+    weighted_products,
+    words_for,
+)
 from fiddler.kernels.product import Product
 from fiddler.kernels.threads import threads_for
 
@@ -29,9 +38,11 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
     # one group: every token, with a share of 1
     first, token, share = np.array([0, tokens]), np.arange(tokens), np.ones(tokens, np.float32)
     packed = takes_packed(product, np.array([tokens]), width)
-    words = np.empty(int(words_for(product, np.array([tokens]), packed, width)[0]), np.uint32)
+    words = aligned_words(int(words_for(product, np.array([tokens]), packed, width)[0]))
     only, at, stride = np.zeros(1, np.int64), np.zeros(1, np.int64), padded_width(product, width)
     with threads_for(tokens * w.size):
         pack(product, x, token, first, packed, at, words, stride)
-        weighted_products(product, w[None], only, first, packed, token, share, at, words, stride, y)
+        weighted_products(
+            product, read_only(w[None]), only, first, packed, token, share, at, words, stride, task_rows(tokens), y
+        )
     return y

@@ -4,7 +4,8 @@ Compiled pieces that both kernels share. Works on addresses that its callers hav
 
 Activations are kept in one of two layouts, counted in 4-byte words:
 *rows*: one token after another (bf16 pairs: an odd width is padded by one element);
-*packed*: bf16 pairs [K/2, tokens padded to 16], entry (p, t) holds elements 2p and 2p + 1 of token t.
+*packed*: panels of PANEL tokens, one after another; a panel is bf16 pairs [K/2, its tokens], entry (p, t) holds
+elements 2p and 2p + 1 of token t. The last panel may be narrower; tokens are padded to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import Product, activation_bytes, in_pairs, many_registers
-from fiddler.kernels.tiles import dot_tile, outer_tile, store_activation, store_pair
+from fiddler.kernels.tiles import dot_tile, outer_tile, store_activation, store_float, store_pair
 
 __all__ = [
-    "FASTMATH",
-    "ROWS",
+    "PANEL",
+    "aligned_words",
     "block_product",
     "pack",
     "padded_width",
+    "read_only",
     "silu",
     "takes_packed",
+    "task_rows",
     "weighted_products",
     "words_for",
 ]
 
-FASTMATH = {"reassoc", "contract", "nsz"}
-"""Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
+FEW_ROWS, MANY_ROWS = 32, 128
+"""Weight rows of one task, for few and for many tokens; even, so that a pair of rows stays in one task."""
 
-ROWS = 32
-"""Weight rows of one task; even, so that a pair of rows stays in one task."""
+PANEL = 48
+"""Tokens of a panel in the packed layout: three vectors, which with eight weight rows fill 24 registers with sums."""
 
+_BLOCK_PAIRS = 1024  # of K at once: a panel of 48 tokens is then 192 KB
 _PACK_FROM = 16  # tokens; below it the dot-product tiles are faster
+
+
+def task_rows(tokens: int) -> int:
+    """Weight rows of one task where an expert has at most `tokens`: many tokens are read again for every task."""
+    return FEW_ROWS if tokens <= PANEL else MANY_ROWS
 
 
 def takes_packed(product: Product, tokens: np.ndarray, *widths: int) -> np.ndarray:
@@ -51,9 +61,26 @@ def padded_width(product: Product, width: int) -> int:
 
 
 def words_for(product: Product, tokens: np.ndarray, packed: np.ndarray, width: int) -> np.ndarray:
-    """For each number of tokens, the 4-byte words that so many activations of `width` elements take."""
+    """For each number of tokens, the 4-byte words that so many activations of `width` elements take.
+
+    A multiple of a vector's 16, so that what follows is aligned as this is.
+    """
     row = padded_width(product, width) // 2 if product.in_pairs else width
-    return np.where(packed, width // 2 * (-(-tokens // 16) * 16), tokens * row)
+    return np.where(packed, width // 2 * (-(-tokens // 16) * 16), -(-tokens * row // 16) * 16)
+
+
+def read_only(bits: np.ndarray) -> np.ndarray:
+    """A view that cannot be written, as a mapping is: to Numba an array that can is another type, compiled anew."""
+    view = bits.view()
+    view.flags.writeable = False
+    return view
+
+
+def aligned_words(count: int) -> np.ndarray:
+    """An uninitialised uint32 [count] that begins at a cache line."""
+    memory = np.empty(count + 15, np.uint32)
+    begin = -(memory.ctypes.data // 4) % 16
+    return memory[begin : begin + count]
 
 
 @intrinsic
@@ -87,7 +114,7 @@ def silu(value: np.float32) -> np.float32:
     return np.float32(value / (np.float32(1.0) + p * power))
 
 
-@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+@kernel
 def pack(
     product: Product,
     x: np.ndarray,
@@ -112,13 +139,17 @@ def pack(
             start = base + 4 * at[g]
             if packed[g]:
                 padded = (count + 15) // 16 * 16
-                for m in range(count):
-                    source = token[first[g] + m]
-                    for p in range(begin // 2, end // 2):
-                        store_pair(start, p * padded + m, x[source, 2 * p], x[source, 2 * p + 1])
-                for p in range(begin // 2, end // 2):
-                    for m in range(count, padded):
-                        words[at[g] + p * padded + m] = np.uint32(0)
+                for panel in range(0, padded, PANEL):
+                    wide = min(PANEL, padded - panel)
+                    base_word = at[g] + panel * (width // 2)
+                    for m in range(panel, panel + wide):
+                        for p in range(begin // 2, end // 2):
+                            word = base_word + p * wide + m - panel
+                            if m < count:
+                                source = token[first[g] + m]
+                                store_pair(base, word, x[source, 2 * p], x[source, 2 * p + 1])
+                            else:
+                                words[word] = np.uint32(0)
             else:
                 for m in range(count):
                     source = token[first[g] + m]
@@ -199,26 +230,35 @@ def _dots_of_16_registers(
 
 @njit(nogil=True, boundscheck=False)
 def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
+    """In blocks of K, so that a panel's part stays in the second-level cache while the rows go by."""
     pairs = k // 2
-    for m in range(0, padded - padded % 48, 48):
-        for r in range(0, rows - rows % 8, 8):
-            outer_tile(product, 8, 3, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
-        for r in range(rows - rows % 8, rows):
-            outer_tile(product, 1, 3, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
-    m = padded - padded % 48
-    if m + 32 <= padded:
-        for r in range(0, rows - rows % 8, 8):
-            outer_tile(product, 8, 2, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
-        for r in range(rows - rows % 8, rows):
-            outer_tile(product, 1, 2, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
-    elif m < padded:
-        for r in range(0, rows - rows % 8, 8):
-            outer_tile(product, 8, 1, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
-        for r in range(rows - rows % 8, rows):
-            outer_tile(product, 1, 1, w + 2 * r * ldw, ldw, x + 4 * m, padded, c + 4 * (r * ldc + m), ldc, pairs)
+    whole = rows - rows % 8
+    for r in range(rows):
+        for m in range(padded):
+            store_float(c, r * ldc + m, np.float32(0))
+    for begin in range(0, pairs, _BLOCK_PAIRS):
+        count = min(_BLOCK_PAIRS, pairs - begin)
+        for m in range(0, padded, PANEL):
+            wide = min(PANEL, padded - m)
+            panel, row, sums = x + 4 * (m * pairs + begin * wide), w + 4 * begin, c + 4 * m
+            if wide == 48:
+                for r in range(0, whole, 8):
+                    outer_tile(product, 8, 3, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
+                for r in range(whole, rows):
+                    outer_tile(product, 1, 3, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
+            elif wide == 32:
+                for r in range(0, whole, 8):
+                    outer_tile(product, 8, 2, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
+                for r in range(whole, rows):
+                    outer_tile(product, 1, 2, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
+            else:
+                for r in range(0, whole, 8):
+                    outer_tile(product, 8, 1, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
+                for r in range(whole, rows):
+                    outer_tile(product, 1, 1, row + 2 * r * ldw, ldw, panel, wide, sums + 4 * r * ldc, ldc, count)
 
 
-@njit(parallel=True, nogil=True, cache=True, boundscheck=False, fastmath=FASTMATH)
+@kernel
 def weighted_products(
     product: Product,
     w: np.ndarray,
@@ -230,22 +270,23 @@ def weighted_products(
     at: np.ndarray,
     words: np.ndarray,
     stride: int,
+    task: int,
     y: np.ndarray,
 ) -> None:
     """y[t] = sum over the groups g that token t is in of share . w[experts[g]] . x[t], for w [E, N, K] and y [T, N].
 
     Group g is the tokens `token[first[g] : first[g + 1]]` with their `share`; their activations start at word
-    `at[g]` of `words`, in the group's layout, `stride` elements apart in the rows layout.
+    `at[g]` of `words`, in the group's layout, `stride` elements apart in the rows layout. `task`: rows of w a task.
     """
     outputs, width = w.shape[1], w.shape[2]
     most = 0
     for g in range(experts.size):
         most = max(most, first[g + 1] - first[g])
     ldc = (most + 15) // 16 * 16
-    for block in prange((outputs + ROWS - 1) // ROWS):
-        begin = block * ROWS
-        rows = min(ROWS, outputs - begin)
-        c = np.empty((ROWS, ldc), np.float32)
+    for block in prange((outputs + task - 1) // task):
+        begin = block * task
+        rows = min(task, outputs - begin)
+        c = np.empty((task, ldc), np.float32)
         for t in range(y.shape[0]):
             for r in range(rows):
                 y[t, begin + r] = np.float32(0)

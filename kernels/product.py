@@ -1,20 +1,22 @@
 """What a kernel multiplies with what: weights, activations, instructions. As a value, and as a type for Numba.
 
-Numba sees each `Product` as a type of its own, so every kind compiles to a kernel of its own, in the ordinary
-on-disk cache, and what a kind rules out is gone from its code.
+Numba sees each `Product` as a type of its own, so every kind compiles to a kernel of its own, and what a kind rules
+out is gone from its code. The type's name is part of the key in Numba's on-disk cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
-from fiddler.kernels.cpu import TIERS, Tier
+from fiddler.kernels.cpu import TIERS, Tier, available_tiers
 
 __all__ = ["Product", "activation_bytes", "compiled", "in_pairs", "many_registers"]
 
@@ -31,20 +33,33 @@ class Product:
     weights: str
     activations: str
 
+    def __post_init__(self) -> None:
+        if self.weights not in ("bf16", "f16") or self.activations not in ("bf16", "f32"):
+            raise ValueError(f"{self.weights} weights with {self.activations} activations: no kernel multiplies these")
+        if self.tier not in available_tiers():
+            raise ValueError(f"this CPU does not run the tier {self.tier.name}")
+
     @property
     def in_pairs(self) -> bool:
         """Activations are stored as bf16 bits and multiplied in pairs; else as float32, rounded or not."""
         return self.activations == "bf16" and self.weights == "bf16" and self.tier.dot_bf16
 
-    @property
-    def name(self) -> str:
-        return f"{self.tier.name}:{self.weights}x{self.activations}"
+
+def _digest() -> str:
+    """A digest of this room's sources. Numba's cache looks at one file, and a kernel is made of several."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_SOURCES = _digest()
 
 
 class _ProductType(types.Type):
     def __init__(self, tier: str, weights: str, activations: str) -> None:
         self.tier, self.weights, self.activations = tier, weights, activations
-        super().__init__(name=f"Product({tier}, {weights}, {activations})")
+        super().__init__(name=f"Product({tier}, {weights}, {activations}, sources {_SOURCES})")
 
     @property
     def product(self) -> Product:

@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 
 from fiddler.kernels.product import Product, compiled
 
-__all__ = ["dot_tile", "outer_tile", "store_activation", "store_pair"]
+__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair"]
 
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 _I1, _I16, _I32, _I64 = (ir.IntType(width) for width in (1, 16, 32, 64))
@@ -160,6 +160,18 @@ def store_activation(_context: Any, product: Any, base: Any, index: Any, value: 
 
 
 @compiled
+def store_float(_context: Any, base: Any, index: Any, value: Any) -> Any:
+    """Write a float32 as element `index` from the address `base`."""
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        base, index, value = arguments
+        b.store(value, b.bitcast(_address(b, base, index, 4), _F32.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.float32), generate
+
+
+@compiled
 def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
     """Write two float32 as one word of bf16 bits, `low` in the low half, at word `index` from the address `base`."""
 
@@ -272,7 +284,7 @@ def outer_tile(
     ldc: Any,
     pairs: Any,
 ) -> Any:
-    """c[r * ldc + t] = sum over p of w[r * ldw + 2 p .. 2 p + 1] . x[p * ldx + t], for r < rows, t < 16 * vectors.
+    """c[r * ldc + t] += sum over p of w[r * ldw + 2 p .. 2 p + 1] . x[p * ldx + t], for r < rows, t < 16 * vectors.
 
     `x` holds bf16 pairs as uint32 [pairs, ldx]: entry (p, t) is elements 2 p and 2 p + 1 of token t. Only for
     products of bf16 with bf16. Each weight pair is broadcast from its row; there is no horizontal sum.
@@ -298,13 +310,22 @@ def outer_tile(
                 result += [_dot_bf16(b, sums[r * MV + v], xs[v], repeated) for v in range(MV)]
             return result
 
-        zeros = [ir.Constant(floats, [0.0] * 16)] * (R * MV)
-        _, sums = _loop(b, "pairs", ir.Constant(_I64, 0), pairs, 1, zeros, step)
-        for r in range(R):
-            for v in range(MV):
-                at = b.add(b.mul(ldc, ir.Constant(_I64, r)), ir.Constant(_I64, 16 * v))
-                pointer = b.bitcast(_address(b, c, at, 4), floats.as_pointer())
-                b.store(sums[r * MV + v], pointer).align = 4
+        def four_steps(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            for u in range(4):
+                sums = step(b.add(p, ir.Constant(_I64, u)), sums)
+            return sums
+
+        places = [
+            _address(b, c, b.add(b.mul(ldc, ir.Constant(_I64, r)), ir.Constant(_I64, 16 * v)), 4)
+            for r in range(R)
+            for v in range(MV)
+        ]
+        before = [_load(b, place, floats, 4) for place in places]
+        whole = b.and_(pairs, ir.Constant(_I64, -4))
+        p, sums = _loop(b, "fours", ir.Constant(_I64, 0), whole, 4, before, four_steps)
+        _, sums = _loop(b, "ones", p, pairs, 1, sums, step)
+        for place, total in zip(places, sums, strict=True):
+            b.store(total, b.bitcast(place, floats.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return signature, generate

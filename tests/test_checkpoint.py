@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load, save_file
+from transformers import MixtralConfig
 
 from fiddler.converters.checkpoint import Checkpoint
 from fiddler.converters.hf_config import read_hf_config
@@ -69,6 +71,57 @@ def edit_weights(folder: Path, **values: torch.Tensor | None) -> None:
 def test_config_spellings(folder, values, attribute, expected):
     edit_config(folder, **values)
     assert getattr(read_hf_config(folder).config, attribute) == expected
+
+
+HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "head_count": "num_attention_heads",
+    "head_count_kv": "num_key_value_heads",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "rms_epsilon": "rms_norm_eps",
+    "sliding_window": "sliding_window",
+}
+KEYS = [*HF_NAMES.values(), "head_dim", "rope_parameters", "rope_theta", "tie_word_embeddings", "hidden_act"]
+
+
+def agrees_with_transformers(folder: Path) -> None:
+    """All that is read from config.json is what transformers reads from it."""
+    read, expected = read_hf_config(folder), MixtralConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    width = expected.hidden_size // expected.num_attention_heads
+    assert {name: getattr(read.config, name) for name in HF_NAMES} == {
+        name: getattr(expected, key) for name, key in HF_NAMES.items()
+    }
+    assert read.config.head_dim == (width if expected.head_dim is None else expected.head_dim)
+    assert read.config.rope_freq_base == expected.rope_parameters["rope_theta"]
+    assert read.tied == expected.tie_word_embeddings
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_absent_key_has_transformers_default(folder, key):
+    edit_config(folder, **{key: ...})
+    agrees_with_transformers(folder)
+
+
+def test_a_config_of_defaults_alone(folder):
+    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    agrees_with_transformers(folder)
+
+
+@pytest.mark.parametrize("key", sorted(set(KEYS) - {"num_key_value_heads"}))  # transformers 4 took it: above
+def test_null_is_what_it_is_in_transformers(folder, key):
+    edit_config(folder, **{key: None})
+    try:
+        MixtralConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    except StrictDataclassError:
+        with pytest.raises(CheckpointError, match=f"{key} is (null|None)"):
+            read_hf_config(folder)
+    else:
+        agrees_with_transformers(folder)
 
 
 def test_opening_reads_headers_only(folder):
@@ -194,6 +247,12 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(folder):
 def test_the_name_is_the_folders(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert Checkpoint.open(Path()).name == "hf"
+
+
+def test_in_the_hubs_cache_it_is_the_models(tmp_path):
+    folder = tmp_path / "models--mistralai--Mixtral-8x7B-v0.1" / "snapshots" / "fc7ac94680e38d7348cfa806e51218e6273104b0"
+    shutil.copytree(TINY, folder)
+    assert Checkpoint.open(folder).name == "Mixtral-8x7B-v0.1"
 
 
 def test_a_missing_tensor_is_named(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from fiddler import kernels
 from fiddler.errors import RequestError
-from fiddler.kernels import Product
+from fiddler.kernels import Product, product as product_room, threads
 
 BEST = kernels.available_tiers()[0]
 # one product per kind of arithmetic: bf16 pairs, bf16 and f16 in float32, and the plainest tier of all
@@ -86,7 +87,8 @@ def test_every_token_to_one_expert(product):
 
 @ALL
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_same_bits_for_any_number_of_threads(product, tokens):
+def test_same_bits_for_any_number_of_threads(product, tokens, monkeypatch):
+    monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)  # else so little work stays on one
     args = case(2, tokens, 5, 2, 130, 98, product.weights)
     before = kernels.thread_count()
     try:
@@ -172,6 +174,53 @@ def test_bad_arguments_stop_at_the_door():
             kernels.linear(bad_x, bad_w, product)
 
 
+def test_a_product_that_no_kernel_multiplies_is_refused():
+    for weights, activations in (("f32", "f32"), ("bf16", "int8"), ("f16", "")):
+        with pytest.raises(ValueError, match="no kernel"):
+            Product(BEST, weights, activations)
+    beyond = dataclasses.replace(BEST, name="avx9")
+    with pytest.raises(ValueError, match="avx9"):
+        Product(beyond, "bf16", "bf16")
+
+
+CACHE = """
+import sys, numpy as np
+from fiddler import kernels
+product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
+kernels.prepare(product)
+from fiddler.kernels.matmul import weighted_products
+y = kernels.linear(np.ones((1, 2), np.float32), np.full((1, 2), 0x3F80, np.uint16), product)
+print(y[0, 0], sum(weighted_products.stats.cache_hits.values()))
+"""
+
+
+def run_with_cache(folder):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+    result = subprocess.run([sys.executable, "-c", CACHE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    assert run_with_cache(tmp_path) == ["2.0", "0"]
+    assert run_with_cache(tmp_path) == ["2.0", "1"]
+    for pattern, keep in (("*.nbi", 0.5), ("*.nbc", 0.5), ("*.nbi", 0.0)):
+        damaged = list(tmp_path.rglob(pattern))
+        assert damaged
+        for path in damaged:
+            path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+        assert run_with_cache(tmp_path) == ["2.0", "0"], (pattern, keep)
+    assert run_with_cache(tmp_path) == ["2.0", "1"]
+
+
+def test_the_cache_key_holds_the_sources(monkeypatch):
+    """Numba looks at the file of the function alone; the key must change with the files it is made of."""
+    kind = product_room._typeof_product(PRODUCTS[0], None)
+    monkeypatch.setattr(product_room, "_SOURCES", "other")
+    assert product_room._typeof_product(PRODUCTS[0], None) != kind
+    assert product_room._digest() in kind.name
+
+
 def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
     with pytest.raises(RequestError, match="'avx1024'"):
         kernels.choose_tier("avx1024")
@@ -181,9 +230,9 @@ def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
 
 
 def test_threads_out_of_range_are_refused():
-    for threads in (0, -1, 10**6):
-        with pytest.raises(RequestError, match=str(threads)):
-            kernels.set_threads(threads)
+    for count in (0, -1, 10**6):
+        with pytest.raises(RequestError, match=str(count)):
+            kernels.set_threads(count)
 
 
 LOWER_TIER = """
