@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence as Ordered
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -155,7 +153,7 @@ def load(
     precision: Precision = "fast",
     *,
     kernel: str | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay where they are: nothing is copied.
 
@@ -165,7 +163,7 @@ def load(
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
     kernel: a tier by name; None for what the environment's FIDDLER_KERNEL says, or the best there is. notify: is
-    told, in one line, when compiling the kernels takes more than a second, as it does the first time.
+    told, in one line, when kernels must be compiled first, which takes seconds.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
@@ -207,27 +205,11 @@ def load(
     model = Mixtral(config, weights, CpuLinear(linears), CpuExperts(experts))
     used = {layer.product for layer in experts}
     used |= {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}
-    with _telling_if_slow(notify, "compiling the kernels for this CPU, once; later starts find them on disk"):
-        for each in used:
-            kernels.prepare(each)
+    for each in used:
+        kernels.prepare(each, lambda: notify("compiling kernels for this CPU; the next start finds them on disk"))
     rounded = experts[0].product.activations == "bf16"
     runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32, threads)
     return Engine(model_file, tokenizer, runner, "cpu", time.perf_counter() - started)
-
-
-@contextmanager
-def _telling_if_slow(notify: Callable[[str], None] | None, text: str) -> Iterator[None]:
-    """Tell `notify` where what is inside takes longer than a second."""
-    timer = threading.Timer(1.0, notify, [text]) if notify is not None else None
-    if timer is None:
-        yield
-        return
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _tensor(values: np.ndarray, kind: str) -> Tensor:

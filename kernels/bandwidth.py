@@ -33,7 +33,7 @@ def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
 
 
 @kernel
-def _sum(words: np.ndarray) -> int:
+def _sum(words: np.ndarray) -> np.uint64:
     """A sum in wrapping 64-bit arithmetic: nothing but loads and additions."""
     total = np.uint64(0)
     for task in prange((words.size + _WORDS - 1) // _WORDS):

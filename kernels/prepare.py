@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import numpy as np
+from numba.core import event
 
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.jit import discard_cache
@@ -16,16 +18,34 @@ __all__ = ["prepare"]
 _DAMAGE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
 
 
-def prepare(product: Product) -> None:
+class _FirstCompilation(event.Listener):
+    """Calls back when Numba begins to compile, once."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def on_start(self, event: object) -> None:
+        """A compilation begins."""
+        if self._callback is not None:
+            callback, self._callback = self._callback, None
+            callback()
+
+    def on_end(self, event: object) -> None:
+        """A compilation is done."""
+
+
+def prepare(product: Product, on_compile: Callable[[], None] = lambda: None) -> None:
     """Compile the kernels of `product`, or read them from the cache: seconds the first time, then a moment.
 
-    A cache that cannot be read is removed and made anew.
+    `on_compile` is called, once, where there is something to compile. A cache that cannot be read is removed and
+    made anew.
     """
-    try:
-        _run(product)
-    except _DAMAGE:
-        discard_cache()
-        _run(product)
+    with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
+        try:
+            _run(product)
+        except _DAMAGE:
+            discard_cache()
+            _run(product)
 
 
 def _run(product: Product) -> None:
