@@ -136,6 +136,10 @@ def _gate_up(
                 c = scratch.ctypes.data + 4 * half * task * ldc
                 block_product(product, packed[g], w, width, rows, x, ldx, count, width, c, ldc)
             a, b = scratch[0], scratch[1]
+            used = padded if packed[g] else count
+            for r in range(rows):
+                for m in range(used):  # nothing but arithmetic on arrays, so that it becomes vector code
+                    a[r, m] = silu(a[r, m]) * b[r, m]
             h = hs.ctypes.data + 4 * h_at[g]
             if packed[g]:
                 for panel in range(0, padded, PANEL):
@@ -143,8 +147,8 @@ def _gate_up(
                     for r in range(0, rows, 2):
                         word = panel * (hidden // 2) + (begin + r) // 2 * wide - panel
                         for m in range(panel, panel + wide):
-                            store_pair(h, word + m, silu(a[r, m]) * b[r, m], silu(a[r + 1, m]) * b[r + 1, m])
+                            store_pair(h, word + m, a[r, m], a[r + 1, m])
             else:
                 for m in range(count):
                     for r in range(rows):
-                        store_activation(product, h, m * h_row + begin + r, silu(a[r, m]) * b[r, m])
+                        store_activation(product, h, m * h_row + begin + r, a[r, m])
