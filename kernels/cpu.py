@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,24 +18,30 @@ __all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features"]
 
 @dataclass(frozen=True)
 class Tier:
-    """One level of instructions. `lanes`: float32 values in a vector; `registers`: how many vectors there are."""
+    """One level of instructions."""
 
     name: str
     needs: frozenset[str]  # LLVM's feature names
-    lanes: int
-    registers: int
-    dot_bf16: bool  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
-    half_convert: bool  # converts binary16 in hardware
+    lanes: int  # float32 values in a vector
+    outer_rows: int  # weight rows of an outer-product tile: as many as fill the vector registers with sums
+    outer_tokens: int  # and its tokens, at most
+    dot_bf16: bool = False  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
+    half_convert: bool = False  # converts binary16 in hardware
+    tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
+_BF16 = _AVX512 | {"avx512bf16"}
+_AMX = _BF16 | {"amx-tile", "amx-bf16"}
+
 TIERS = (
-    Tier("avx512_bf16", _AVX512 | {"avx512bf16"}, lanes=16, registers=32, dot_bf16=True, half_convert=True),
-    Tier("avx512", _AVX512, lanes=16, registers=32, dot_bf16=False, half_convert=True),
-    Tier("avx2", _AVX2, lanes=8, registers=16, dot_bf16=False, half_convert=True),
-    Tier("portable", frozenset(), lanes=8, registers=16, dot_bf16=False, half_convert=False),
+    Tier("amx_bf16", _AMX, 16, 8, 48, dot_bf16=True, half_convert=True, tiles=True),
+    Tier("avx512_bf16", _BF16, 16, 8, 48, dot_bf16=True, half_convert=True),
+    Tier("avx512", _AVX512, 16, 8, 48, half_convert=True),
+    Tier("avx2", _AVX2, 8, 6, 16, half_convert=True),
+    Tier("portable", frozenset(), 8, 3, 16),
 )
 """Best first. The last one runs on any CPU that LLVM compiles for."""
 
@@ -53,7 +61,17 @@ def cpu_features() -> frozenset[str]:
 def available_tiers() -> tuple[Tier, ...]:
     """The tiers that this process can run, best first."""
     features = cpu_features()
-    return tuple(tier for tier in TIERS if tier.needs <= features)
+    return tuple(tier for tier in TIERS if tier.needs <= features and (not tier.tiles or _tiles_permitted()))
+
+
+def _tiles_permitted() -> bool:
+    """Ask the kernel for the tile registers' state, for all threads of the process; False where it refuses.
+
+    Linux, Documentation/arch/x86/xstate.rst: system call 158, ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
+    """
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
 def choose_tier(name: str | None = None) -> Tier:

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fiddler.kernels.matmul import (
-    aligned_words,
-    pack,
-    padded_width,
-    read_only,
-    takes_packed,
-    task_rows,
-    weighted_products,
-    words_for,
-)
+from fiddler.kernels.layout import group_tokens, pack, padded_width, place, read_only
+from fiddler.kernels.matmul import weighted_products
 from fiddler.kernels.product import Product
+from fiddler.kernels.tasks import new_queue, task_rows
 from fiddler.kernels.threads import threads_for
 
 __all__ = ["linear"]
@@ -35,14 +28,29 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
     y = np.empty((tokens, w.shape[0]), np.float32)
     if tokens == 0:
         return y
-    # one group: every token, with a share of 1
-    first, token, share = np.array([0, tokens]), np.arange(tokens), np.ones(tokens, np.float32)
-    packed = takes_packed(product, np.array([tokens]), width)
-    words = aligned_words(int(words_for(product, np.array([tokens]), packed, width)[0]))
-    only, at, stride = np.zeros(1, np.int64), np.zeros(1, np.int64), padded_width(product, width)
-    with threads_for(tokens * w.size):
+    # every token with a share of 1 in the one matrix there is
+    token, share = np.arange(tokens), np.ones(tokens, np.float32)
+    groups = group_tokens(product, np.array([tokens]), (width,))
+    expert, first, packed = groups.expert, groups.first, groups.packed
+    at, words = place(product, groups, width)
+    stride = padded_width(product, width)
+    with threads_for(tokens * w.size) as threads:
         pack(product, x, token, first, packed, at, words, stride)
+        task = task_rows(product, tokens, w.shape[0], threads)
         weighted_products(
-            product, read_only(w[None]), only, first, packed, token, share, at, words, stride, task_rows(tokens), y
+            product,
+            read_only(w[None]),
+            expert,
+            first,
+            packed,
+            token,
+            share,
+            at,
+            words,
+            stride,
+            task,
+            new_queue(),
+            threads,
+            y,
         )
     return y

@@ -18,7 +18,16 @@ from numba.extending import NativeValue, intrinsic, models, register_model, type
 
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers
 
-__all__ = ["Product", "activation_bytes", "compiled", "in_pairs", "many_registers"]
+__all__ = [
+    "Product",
+    "activation_bytes",
+    "compiled",
+    "in_pairs",
+    "in_tiles",
+    "outer_rows",
+    "outer_tokens",
+    "panel_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Product:
     def in_pairs(self) -> bool:
         """Activations are stored as bf16 bits and multiplied in pairs; else as float32, rounded or not."""
         return self.activations == "bf16" and self.weights == "bf16" and self.tier.dot_bf16
+
+    @property
+    def in_tiles(self) -> bool:
+        """Many tokens are multiplied in tile registers."""
+        return self.in_pairs and self.tier.tiles
 
 
 def _digest() -> str:
@@ -99,5 +113,9 @@ def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
 
 
 in_pairs = _constant_of(lambda product: product.in_pairs, types.boolean)
-many_registers = _constant_of(lambda product: product.tier.registers >= 32, types.boolean)
+in_tiles = _constant_of(lambda product: product.in_tiles, types.boolean)
+outer_rows = _constant_of(lambda product: product.tier.outer_rows, types.intp)
+outer_tokens = _constant_of(lambda product: product.tier.outer_tokens, types.intp)
 activation_bytes = _constant_of(lambda product: 2 if product.in_pairs else 4, types.intp)
+panel_tokens = _constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
+"""Tokens of a panel in the packed layout: as many as a tile takes at once."""

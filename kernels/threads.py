@@ -48,14 +48,17 @@ def threading_layer() -> str | None:
 
 
 @contextmanager
-def threads_for(multiplications: int) -> Iterator[None]:
-    """Run what is inside on one thread if it is little work: on a busy machine, waiting for the others costs more."""
+def threads_for(multiplications: int) -> Iterator[int]:
+    """The number of threads for so much work, set for what is inside.
+
+    One if it is little: on a busy machine, waiting for the others costs more.
+    """
     threads = numba.get_num_threads()
     if multiplications >= _PARALLEL_FROM or threads == 1:
-        yield
+        yield threads
         return
     numba.set_num_threads(1)
     try:
-        yield
+        yield 1
     finally:
         numba.set_num_threads(threads)

@@ -1,143 +1,43 @@
-"""The inner loops: small matrix products held in registers, written as LLVM IR. Knows pointers and strides only.
+"""The inner loops: small matrix products held in vector registers. Knows pointers and strides only.
 
-`dot_tile` keeps R x M dot products along a contiguous K. `outer_tile` keeps R weight rows x 16 MV tokens, the
-tokens packed so that one vector holds 16 of them. A tile is generated for its `Product`: the kind of weights and
-activations and the instructions that multiply them. Pointers are plain addresses, strides count elements.
+`dot_tile`: one weight row with a few tokens, for as long as reading the weights is what takes the time. `outer_tile`:
+several weight rows x 16 or more tokens, packed so that one vector holds a value of several tokens. A tile is
+generated for its `Product`: the kinds of weights and activations and the instructions that multiply them. Pointers
+are plain addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 
-from fiddler.kernels.product import Product, compiled
+from fiddler.kernels.instructions import (
+    F32,
+    I16,
+    I32,
+    I64,
+    address,
+    dot_bf16,
+    horizontal_sum,
+    lane_mask,
+    load,
+    loop,
+    masked_load,
+    multiply_add,
+    prefetch,
+    round_to_bf16,
+    splat,
+    widen,
+)
+from fiddler.kernels.product import compiled
 
-__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair"]
+__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair", "widen_row"]
 
-_F16, _F32 = ir.HalfType(), ir.FloatType()
-_I1, _I16, _I32, _I64 = (ir.IntType(width) for width in (1, 16, 32, 64))
-
-
-def _address(b: ir.IRBuilder, base: ir.Value, index: ir.Value, width: int) -> ir.Value:
-    """base + index * width bytes, as a pointer."""
-    scaled = b.mul(index, ir.Constant(_I64, width)) if width != 1 else index
-    return b.inttoptr(b.add(base, scaled), ir.IntType(8).as_pointer())
-
-
-def _load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int) -> ir.Value:
-    value = b.load(b.bitcast(pointer, vector.as_pointer()))
-    value.align = align
-    return value
-
-
-def _masked_load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int, mask: ir.Value) -> ir.Value:
-    """Lanes whose mask is off are zero, and their memory is not touched."""
-    suffix = f"v{vector.count}i{vector.element.width}"
-    function = cgutils.get_or_insert_function(
-        b.module,
-        ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, vector.count), vector]),
-        f"llvm.masked.load.{suffix}.p0",
-    )
-    typed = b.bitcast(pointer, vector.as_pointer())
-    return b.call(function, [typed, ir.Constant(_I32, align), mask, ir.Constant(vector, [0] * vector.count)])
-
-
-def _lane_mask(b: ir.IRBuilder, count: int, left: ir.Value) -> ir.Value:
-    """Lane i is on while i < left."""
-    lanes = ir.VectorType(_I64, count)
-    splat = b.insert_element(ir.Constant(lanes, ir.Undefined), left, ir.Constant(_I32, 0))
-    splat = b.shuffle_vector(
-        splat, ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(_I32, count), [0] * count)
-    )
-    return b.icmp_signed("<", ir.Constant(lanes, list(range(count))), splat)
-
-
-def _widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
-    """A vector of 16-bit weights as float32."""
-    count = bits.type.count
-    wide, floats = ir.VectorType(_I32, count), ir.VectorType(_F32, count)
-
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(wide, [value] * count)
-
-    if product.weights == "bf16":
-        return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
-    if product.tier.half_convert:
-        return b.fpext(b.bitcast(bits, ir.VectorType(_F16, count)), floats)
-    # exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
-    word = b.zext(bits, wide)
-    magnitude = b.bitcast(b.shl(b.and_(word, constant(0x7FFF)), constant(13)), floats)
-    scaled = b.bitcast(b.fmul(magnitude, ir.Constant(floats, [2.0**112] * count)), wide)
-    special = b.icmp_unsigned(">=", b.and_(word, constant(0x7FFF)), constant(0x7C00))  # infinities and NaNs
-    scaled = b.select(special, b.or_(scaled, constant(0x7F800000)), scaled)
-    return b.bitcast(b.or_(scaled, b.shl(b.and_(word, constant(0x8000)), constant(16))), floats)
-
-
-def _dot_bf16(b: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
-    floats, pairs = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
-    function = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(floats, [floats, pairs, pairs]), "llvm.x86.avx512bf16.dpbf16ps.512"
-    )
-    return b.call(function, [total, left, right])
-
-
-def _multiply_add(b: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
-    return b.fadd(total, b.fmul(left, right, flags=("contract",)), flags=("contract",))
-
-
-def _horizontal_sum(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    function = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(_F32, [_F32, vector.type]), f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
-    )
-    return b.call(function, [ir.Constant(_F32, -0.0), vector], fastmath=("reassoc",))
-
-
-def _loop(
-    b: ir.IRBuilder,
-    name: str,
-    begin: ir.Value,
-    end: ir.Value,
-    step: int,
-    carried: list[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-) -> tuple[ir.Value, list[ir.Value]]:
-    """for (k = begin; k < end; k += step) carried = body(k, carried). Returns the k it stopped at and `carried`."""
-    before = b.block
-    head, inside, after = (b.append_basic_block(f"{name}.{part}") for part in ("head", "body", "after"))
-    b.branch(head)
-    b.position_at_end(head)
-    k = b.phi(_I64)
-    k.add_incoming(begin, before)
-    phis = [b.phi(value.type) for value in carried]
-    for phi, value in zip(phis, carried, strict=True):
-        phi.add_incoming(value, before)
-    b.cbranch(b.icmp_signed("<", k, end), inside, after)
-    b.position_at_end(inside)
-    results = body(k, list(phis))
-    following = b.add(k, ir.Constant(_I64, step))
-    k.add_incoming(following, b.block)
-    for phi, value in zip(phis, results, strict=True):
-        phi.add_incoming(value, b.block)
-    b.branch(head)
-    b.position_at_end(after)
-    return k, list(phis)
-
-
-def _round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """float32 -> the nearest bf16's bits, ties to even, in the low half of an i32; a NaN stays one."""
-
-    def constant(bits: int) -> ir.Constant:
-        return ir.Constant(_I32, bits)
-
-    bits = b.bitcast(value, _I32)
-    even = b.and_(b.lshr(bits, constant(16)), constant(1))
-    rounded = b.lshr(b.add(b.add(bits, constant(0x7FFF)), even), constant(16))
-    quiet = b.or_(b.lshr(bits, constant(16)), constant(0x40))
-    is_nan = b.icmp_unsigned(">", b.and_(bits, constant(0x7FFFFFFF)), constant(0x7F800000))
-    return b.select(is_nan, quiet, rounded)
+_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for
+_LINE = 64  # bytes
+_UNROLL = 4
 
 
 @compiled
@@ -148,12 +48,12 @@ def store_activation(_context: Any, product: Any, base: Any, index: Any, value: 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         _, base, index, value = arguments
         if kind.in_pairs:
-            bits = b.trunc(_round_to_bf16(b, value), _I16)
-            b.store(bits, b.bitcast(_address(b, base, index, 2), _I16.as_pointer()))
+            bits = b.trunc(round_to_bf16(b, value), I16)
+            b.store(bits, b.bitcast(address(b, base, index, 2), I16.as_pointer()))
         else:
             if kind.activations == "bf16":
-                value = b.bitcast(b.shl(_round_to_bf16(b, value), ir.Constant(_I32, 16)), _F32)
-            b.store(value, b.bitcast(_address(b, base, index, 4), _F32.as_pointer()))
+                value = b.bitcast(b.shl(round_to_bf16(b, value), ir.Constant(I32, 16)), F32)
+            b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(product, types.intp, types.intp, types.float32), generate
@@ -165,7 +65,7 @@ def store_float(_context: Any, base: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         base, index, value = arguments
-        b.store(value, b.bitcast(_address(b, base, index, 4), _F32.as_pointer()))
+        b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32), generate
@@ -177,94 +77,74 @@ def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         base, index, low, high = arguments
-        word = b.or_(_round_to_bf16(b, low), b.shl(_round_to_bf16(b, high), ir.Constant(_I32, 16)))
-        b.store(word, b.bitcast(_address(b, base, index, 4), _I32.as_pointer()))
+        word = b.or_(round_to_bf16(b, low), b.shl(round_to_bf16(b, high), ir.Constant(I32, 16)))
+        b.store(word, b.bitcast(address(b, base, index, 4), I32.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32, types.float32), generate
 
 
 @compiled
-def dot_tile(
-    _context: Any,
-    product: Any,
-    rows: Any,
-    tokens: Any,
-    w: Any,
-    ldw: Any,
-    x: Any,
-    ldx: Any,
-    c: Any,
-    ldc: Any,
-    k: Any,
-) -> Any:
-    """c[r * ldc + m] = sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (constants).
+def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any, c: Any, k: Any) -> Any:
+    """c[m] = sum over k of w[k] * x[m * ldx + k], for m < tokens (a constant).
 
-    `w` is 2-byte aligned weights, `x` activations of the product's kind, `c` float32. Nothing past k is read.
+    `w` is one row of 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `ldx` counts
+    its elements; `c` is float32. Nothing past k is read; what lies _AHEAD bytes further is prefetched.
     """
-    R, M, kind = rows.literal_value, tokens.literal_value, product.product
-    signature = types.void(product, rows, tokens, *([types.intp] * 7))
+    M, kind = tokens.literal_value, product.product
+    signature = types.void(product, tokens, *([types.intp] * 5))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, ldw, x, ldx, c, ldc, K = arguments[3:]
-        packed = kind.in_pairs
-        floats = ir.VectorType(_F32, kind.tier.lanes)
-        step = kind.tier.lanes * (2 if packed else 1)
-        unroll = max(1, min(4, 8 // (R * M)))
-        bits = ir.VectorType(_I16, step)
-        wide = ir.VectorType(_I16, step) if packed else ir.VectorType(_I32, step)
-        x_width = 2 if packed else 4
-        row = [b.add(w, b.mul(ldw, ir.Constant(_I64, 2 * r))) for r in range(R)]
-        column = [b.add(x, b.mul(ldx, ir.Constant(_I64, x_width * m))) for m in range(M)]
+        w, x, ldx, c, K = arguments[2:]
+        floats, words = ir.VectorType(F32, kind.tier.lanes), ir.VectorType(I32, kind.tier.lanes)
+        step = kind.tier.lanes * (2 if kind.in_pairs else 1)
+        bits = ir.VectorType(I16, step)
+        stored, x_width = (bits, 2) if kind.in_pairs else (words, 4)
+        column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
 
         def products(k: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
             def fetch(base: ir.Value, vector: ir.VectorType, width: int) -> ir.Value:
-                pointer = _address(b, base, k, width)
+                pointer = address(b, base, k, width)
                 if mask is None:
-                    return _load(b, pointer, vector, width)
-                return _masked_load(b, pointer, vector, width, mask)
+                    return load(b, pointer, vector, width)
+                return masked_load(b, pointer, vector, width, mask)
 
-            xs = [fetch(base, wide, x_width) for base in column]
-            xs = [b.bitcast(value, ir.VectorType(_I32, 16) if packed else floats) for value in xs]
-            result = []
-            for r in range(R):
-                weights = fetch(row[r], bits, 2)
-                if packed:
-                    pairs = b.bitcast(weights, ir.VectorType(_I32, 16))
-                    result += [_dot_bf16(b, sums[r * M + m], pairs, xs[m]) for m in range(M)]
-                else:
-                    values = _widen(b, kind, weights)
-                    result += [_multiply_add(b, sums[r * M + m], values, xs[m]) for m in range(M)]
-            return result
+            weights = fetch(w, bits, 2)
+            xs = [fetch(base, stored, x_width) for base in column]
+            if kind.in_pairs:
+                pairs = b.bitcast(weights, words)
+                return [
+                    dot_bf16(b, total, pairs, b.bitcast(value, words)) for total, value in zip(sums, xs, strict=True)
+                ]
+            values = widen(b, kind, weights)
+            return [
+                multiply_add(b, total, values, b.bitcast(value, floats)) for total, value in zip(sums, xs, strict=True)
+            ]
 
-        def unrolled(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             result: list[ir.Value] = []
-            for u in range(unroll):
-                at = b.add(k, ir.Constant(_I64, u * step))
-                result += products(at, sums[u * R * M : (u + 1) * R * M], None)
+            for u in range(_UNROLL):
+                at = b.add(k, ir.Constant(I64, u * step))
+                if 2 * u * step % _LINE == 0:
+                    prefetch(b, address(b, w, b.add(at, ir.Constant(I64, _AHEAD // 2)), 2))
+                result += products(at, sums[u * M : (u + 1) * M], None)
             return result
 
-        zero = ir.Constant(_I64, 0)
-        whole = b.sub(K, b.srem(K, ir.Constant(_I64, step * unroll)))
-        sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (R * M * unroll)
-        k, sums = _loop(b, "whole", zero, whole, step * unroll, sums, unrolled)
-        for u in range(1, unroll):
-            for i in range(R * M):
-                sums[i] = b.fadd(sums[i], sums[u * R * M + i])
-        _, sums = _loop(
-            b,
-            "tail",
-            k,
-            K,
-            step,
-            sums[: R * M],
-            lambda k, sums: products(k, sums, _lane_mask(b, step, b.sub(K, k))),
-        )
-        for r in range(R):
+        zero = ir.Constant(I64, 0)
+        whole = b.sub(K, b.srem(K, ir.Constant(I64, step * _UNROLL)))
+        sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (M * _UNROLL)
+        k, sums = loop(b, "whole", zero, whole, step * _UNROLL, sums, several)
+        for u in range(1, _UNROLL):
             for m in range(M):
-                at = b.add(b.mul(ldc, ir.Constant(_I64, r)), ir.Constant(_I64, m))
-                pointer = b.bitcast(_address(b, c, at, 4), _F32.as_pointer())
-                b.store(_horizontal_sum(b, sums[r * M + m]), pointer)
+                sums[m] = b.fadd(sums[m], sums[u * M + m])
+
+        def rest(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            return products(k, sums, lane_mask(b, step, b.sub(K, k)))
+
+        _, sums = loop(b, "tail", k, K, step, sums[:M], rest)
+        for m in range(M):
+            pointer = b.bitcast(address(b, c, ir.Constant(I64, m), 4), F32.as_pointer())
+            b.store(horizontal_sum(b, sums[m]), pointer)
         return context.get_dummy_value()
 
     return signature, generate
@@ -275,57 +155,93 @@ def outer_tile(
     _context: Any,
     product: Any,
     rows: Any,
-    vectors: Any,
+    tokens: Any,
     w: Any,
     ldw: Any,
     x: Any,
     ldx: Any,
     c: Any,
     ldc: Any,
-    pairs: Any,
+    words: Any,
 ) -> Any:
-    """c[r * ldc + t] += sum over p of w[r * ldw + 2 p .. 2 p + 1] . x[p * ldx + t], for r < rows, t < 16 * vectors.
+    """c[r * ldc + t] += sum over p of w[r * ldw + p] . x[p * ldx + t], for t < tokens (a constant: 16, 32 or 48).
 
-    `x` holds bf16 pairs as uint32 [pairs, ldx]: entry (p, t) is elements 2 p and 2 p + 1 of token t. Only for
-    products of bf16 with bf16. Each weight pair is broadcast from its row; there is no horizontal sum.
+    `rows`: "several" (as many as the tier's `outer_rows`) or "one". Weights and activations are 4-byte words: a pair
+    of bf16, or a float32 (weights that `widen_row` has written). `x` is a panel of the packed layout. Each weight is
+    broadcast from its row; there is no horizontal sum.
     """
-    R, MV, kind = rows.literal_value, vectors.literal_value, product.product
-    signature = types.void(product, rows, vectors, *([types.intp] * 7))
+    kind = product.product
+    R = kind.tier.outer_rows if rows.literal_value == "several" else 1
+    MV = tokens.literal_value // kind.tier.lanes
+    signature = types.void(product, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        if not kind.in_pairs:  # a branch that is never taken
-            return context.get_dummy_value()
-        w, ldw, x, ldx, c, ldc, pairs = arguments[3:]
-        floats, words = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
-        undefined, splat = ir.Constant(words, ir.Undefined), ir.Constant(words, [0] * 16)
-        row = [b.add(w, b.mul(ldw, ir.Constant(_I64, 2 * r))) for r in range(R)]
+        w, ldw, x, ldx, c, ldc, count = arguments[3:]
+        lanes = kind.tier.lanes
+        floats = ir.VectorType(F32, lanes)
+        vector, word = (ir.VectorType(I32, lanes), I32) if kind.in_pairs else (floats, F32)
+        multiply = dot_bf16 if kind.in_pairs else multiply_add
+        row = [b.add(w, b.mul(ldw, ir.Constant(I64, 4 * r))) for r in range(R)]
 
         def step(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            base = b.add(x, b.mul(b.mul(p, ldx), ir.Constant(_I64, 4)))
-            xs = [_load(b, _address(b, base, ir.Constant(_I64, 16 * v), 4), words, 4) for v in range(MV)]
+            base = b.add(x, b.mul(b.mul(p, ldx), ir.Constant(I64, 4)))
+            xs = [load(b, address(b, base, ir.Constant(I64, lanes * v), 4), vector, 4) for v in range(MV)]
             result = []
             for r in range(R):
-                pair = _load(b, _address(b, row[r], p, 4), _I32, 2)
-                repeated = b.shuffle_vector(b.insert_element(undefined, pair, ir.Constant(_I32, 0)), undefined, splat)
-                result += [_dot_bf16(b, sums[r * MV + v], xs[v], repeated) for v in range(MV)]
+                repeated = splat(b, load(b, address(b, row[r], p, 4), word, 2), lanes)
+                result += [multiply(b, sums[r * MV + v], xs[v], repeated) for v in range(MV)]
             return result
 
-        def four_steps(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            for u in range(4):
-                sums = step(b.add(p, ir.Constant(_I64, u)), sums)
+        def several(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            for u in range(_UNROLL):
+                sums = step(b.add(p, ir.Constant(I64, u)), sums)
             return sums
 
-        places = [
-            _address(b, c, b.add(b.mul(ldc, ir.Constant(_I64, r)), ir.Constant(_I64, 16 * v)), 4)
-            for r in range(R)
-            for v in range(MV)
-        ]
-        before = [_load(b, place, floats, 4) for place in places]
-        whole = b.and_(pairs, ir.Constant(_I64, -4))
-        p, sums = _loop(b, "fours", ir.Constant(_I64, 0), whole, 4, before, four_steps)
-        _, sums = _loop(b, "ones", p, pairs, 1, sums, step)
-        for place, total in zip(places, sums, strict=True):
-            b.store(total, b.bitcast(place, floats.as_pointer())).align = 4
+        zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV)
+        whole = b.and_(count, ir.Constant(I64, -_UNROLL))
+        p, sums = loop(b, "whole", ir.Constant(I64, 0), whole, _UNROLL, zeros, several)
+        _, sums = loop(b, "tail", p, count, 1, sums, step)
+        for r in range(R):
+            for v in range(MV):
+                at = b.add(b.mul(ldc, ir.Constant(I64, r)), ir.Constant(I64, lanes * v))
+                place = address(b, c, at, 4)
+                total = b.fadd(load(b, place, floats, 4), sums[r * MV + v])
+                b.store(total, b.bitcast(place, floats.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@compiled
+def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any) -> Any:
+    """out[i] = w[i] as float32 for i < k; `out` has room for a multiple of 16."""
+    kind = product.product
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        _, w, out, K = arguments
+        bits = ir.VectorType(I16, kind.tier.lanes)
+
+        def write(k: ir.Value, weights: ir.Value) -> list[ir.Value]:
+            values = widen(b, kind, weights)
+            b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
+            return []
+
+        whole = b.sub(K, b.srem(K, ir.Constant(I64, kind.tier.lanes)))
+        k, _ = loop(
+            b,
+            "whole",
+            ir.Constant(I64, 0),
+            whole,
+            kind.tier.lanes,
+            [],
+            lambda k, _: write(k, load(b, address(b, w, k, 2), bits, 2)),
+        )
+
+        def rest(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            mask = lane_mask(b, kind.tier.lanes, b.sub(K, k))
+            return write(k, masked_load(b, address(b, w, k, 2), bits, 2, mask))
+
+        loop(b, "tail", k, K, kind.tier.lanes, [], rest)
+        return context.get_dummy_value()
+
+    return types.void(product, types.intp, types.intp, types.intp), generate

@@ -1,0 +1,49 @@
+"""Sharing out the rows of a matrix: threads take the next task when they are done with one. Knows no matrices.
+
+Equal shares made beforehand wait for the slowest thread: a core that another program uses for a while, a number of
+tasks that the threads do not divide, a thread that also drives a GPU. What a task computes does not depend on who
+takes it, so results are the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from fiddler.kernels.product import Product, compiled
+
+__all__ = ["new_queue", "take_task", "task_rows"]
+
+_TASKS_A_THREAD = 4  # at least, where the rows allow: the last task is then a small part of the whole
+
+
+def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
+    """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
+
+    With many tokens, whose activations every task reads again, as many rows as still leave the threads enough tasks.
+    """
+    most = 32 if tokens <= 48 else 128
+    if product.in_tiles:
+        most = max(most, 64)
+    while most > 32 and rows < most * _TASKS_A_THREAD * threads:
+        most //= 2
+    return most
+
+
+def new_queue() -> np.ndarray:
+    """Where `take_task` counts: an int64 [1]."""
+    return np.zeros(1, np.int64)
+
+
+@compiled
+def take_task(_context: Any, queue: Any) -> Any:
+    """The number of the next task, 0 and up, from the address of a queue; no two threads get the same."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        counter = b.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return b.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.intp(types.intp), generate
