@@ -9,20 +9,13 @@ one task in one order: the result does not depend on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
 
-from fiddler.kernels.jit import kernel
-from fiddler.kernels.layout import group_tokens, pack, padded_width, place, read_only
-from fiddler.kernels.matmul import block_product, weighted_products
-from fiddler.kernels.product import Product, in_pairs, panel_tokens
-from fiddler.kernels.tasks import new_queue, take_task, task_rows
+from fiddler.kernels.grouped import grouped_products
+from fiddler.kernels.layout import group_tokens, pack, padded_width, place
+from fiddler.kernels.product import Product
+from fiddler.kernels.tasks import new_queue, task_rows
 from fiddler.kernels.threads import threads_for
-from fiddler.kernels.tiles import store_activation, store_pair
 
 __all__ = ["expert_ffn"]
 
@@ -49,7 +42,6 @@ def expert_ffn(
     if tokens == 0 or ids.shape[1] == 0:
         y[:] = 0
         return y
-    gate, up, down = read_only(gate), read_only(up), read_only(down)
     flat = ids.reshape(-1).astype(np.int64)
     order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
     counts = np.bincount(flat, minlength=gate.shape[0])
@@ -60,13 +52,45 @@ def expert_ffn(
     (x_at, xs), (h_at, hs) = place(product, groups, width), place(product, groups, hidden)
     x_row, h_row = padded_width(product, width), padded_width(product, hidden)
     most = int(counts.max())
+    into_hidden, into_y = (hs, h_at, h_row), (token, share, y)
     with threads_for(3 * flat.size * width * hidden) as threads:
         pack(product, x, token, first, packed, x_at, xs, x_row)
-        task = task_rows(product, most, hidden, threads)
-        _gate_up(product, gate, up, expert, first, packed, x_at, xs, x_row, h_at, hs, h_row, task, new_queue(), threads)
-        task = task_rows(product, most, width, threads)
-        weighted_products(
-            product, down, expert, first, packed, token, share, h_at, hs, h_row, task, new_queue(), threads, y
+        which, tasks = (
+            np.array([gate.ctypes.data, up.ctypes.data]),
+            (task_rows(product, most, hidden, threads), threads),
+        )
+        grouped_products(
+            product,
+            which,
+            hidden,
+            width,
+            expert,
+            first,
+            packed,
+            xs,
+            x_at,
+            x_row,
+            into_hidden,
+            into_y,
+            tasks,
+            new_queue(),
+        )
+        which, tasks = np.array([down.ctypes.data]), (task_rows(product, most, width, threads), threads)
+        grouped_products(
+            product,
+            which,
+            width,
+            hidden,
+            expert,
+            first,
+            packed,
+            hs,
+            h_at,
+            h_row,
+            into_hidden,
+            into_y,
+            tasks,
+            new_queue(),
         )
     return y
 
@@ -91,101 +115,3 @@ def _validate(
     if ids.size and not (ids.min() >= 0 and ids.max() < experts):
         raise ValueError(f"an expert id lies outside 0..{experts - 1}")
     return x.shape[0], width, hidden
-
-
-@intrinsic
-def _float_of(_context: Any, bits: Any) -> Any:
-    """uint32 bits -> the float32 they spell."""
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        return b.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@njit(inline="always")
-def _silu(value: np.float32) -> np.float32:
-    """value * sigmoid(value) in float32; plain arithmetic without calls, so that loops over it vectorise.
-
-    exp(y) = 2**n * exp(r) with |r| <= ln(2)/2, exp(r) by its Taylor polynomial of degree 7.
-    """
-    y = min(max(np.float32(-value), np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(y * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = y - n * np.float32(0.693359375)  # ln(2), in two parts
-    r = r + n * np.float32(2.12194440e-4)
-    p = r * np.float32(1 / 5040) + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    power = _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
-    return np.float32(value / (np.float32(1.0) + p * power))
-
-
-@kernel
-def _gate_up(
-    product: Product,
-    gate: np.ndarray,
-    up: np.ndarray,
-    expert: np.ndarray,
-    first: np.ndarray,
-    packed: np.ndarray,
-    x_at: np.ndarray,
-    xs: np.ndarray,
-    x_row: int,
-    h_at: np.ndarray,
-    hs: np.ndarray,
-    h_row: int,
-    task: int,
-    queue: np.ndarray,
-    threads: int,
-) -> None:
-    """h = silu(gate . x) * (up . x), each group in its layout."""
-    hidden, width = gate.shape[1], gate.shape[2]
-    tasks = (hidden + task - 1) // task
-    panel_width = panel_tokens(product)
-    most = 0
-    for g in range(expert.size):
-        most = max(most, first[g + 1] - first[g])
-    ldc = (most + 15) // 16 * 16
-    for _ in prange(threads):
-        scratch = np.empty((2, task, ldc), np.float32)
-        a, b = scratch[0], scratch[1]
-        block = take_task(queue.ctypes.data)
-        while block < tasks:
-            begin = block * task
-            rows = min(task, hidden - begin)
-            for g in range(expert.size):
-                count = first[g + 1] - first[g]
-                x = xs.ctypes.data + 4 * x_at[g]
-                offset = 2 * (expert[g] * hidden + begin) * width
-                for half in range(2):  # one call in a loop, since each call is inlined: half the time to compile
-                    w = (gate.ctypes.data if half == 0 else up.ctypes.data) + offset
-                    c = scratch.ctypes.data + 4 * half * task * ldc
-                    block_product(product, packed[g], w, width, rows, x, x_row, count, width, c, ldc)
-                padded = (count + 15) // 16 * 16
-                used = padded if packed[g] else count
-                for r in range(rows):
-                    for m in range(used):  # nothing but arithmetic on arrays, so that it becomes vector code
-                        a[r, m] = _silu(a[r, m]) * b[r, m]
-                h = hs.ctypes.data + 4 * h_at[g]
-                if not packed[g]:
-                    for m in range(count):
-                        for r in range(rows):
-                            store_activation(product, h, m * h_row + begin + r, a[r, m])
-                    continue
-                for panel in range(0, padded, panel_width):
-                    wide = min(panel_width, padded - panel)
-                    if in_pairs(product):
-                        for r in range(0, rows, 2):
-                            word = panel * (hidden // 2) + (begin + r) // 2 * wide - panel
-                            for m in range(panel, panel + wide):
-                                store_pair(h, word + m, a[r, m], a[r + 1, m])
-                    else:
-                        for r in range(rows):
-                            word = panel * hidden + (begin + r) * wide - panel
-                            for m in range(panel, panel + wide):
-                                store_activation(product, h, word + m, a[r, m])
-            block = take_task(queue.ctypes.data)

@@ -19,7 +19,7 @@ from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.tiles import store_activation, store_pair
 
-__all__ = ["Groups", "aligned_words", "group_tokens", "pack", "padded_width", "place", "read_only"]
+__all__ = ["Groups", "aligned_words", "group_tokens", "pack", "padded_width", "place"]
 
 _FEW = 4  # tokens; more are faster packed
 
@@ -71,13 +71,6 @@ def place(product: Product, groups: Groups, width: int) -> tuple[np.ndarray, np.
     padded = np.where(groups.packed, -(-counts // 16) * 16, counts)
     ends = np.cumsum(-(-padded * row // 16) * 16)
     return np.concatenate(([0], ends[:-1])), aligned_words(int(ends[-1]))
-
-
-def read_only(bits: np.ndarray) -> np.ndarray:
-    """A view that cannot be written, as a mapping is: to Numba an array that can is another type, compiled anew."""
-    view = bits.view()
-    view.flags.writeable = False
-    return view
 
 
 def aligned_words(count: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fiddler.kernels.layout import group_tokens, pack, padded_width, place, read_only
-from fiddler.kernels.matmul import weighted_products
+from fiddler.kernels.grouped import grouped_products
+from fiddler.kernels.layout import group_tokens, pack, padded_width, place
 from fiddler.kernels.product import Product
 from fiddler.kernels.tasks import new_queue, task_rows
 from fiddler.kernels.threads import threads_for
@@ -24,8 +24,8 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, K]")
     if w.ndim != 2 or w.dtype != np.uint16 or w.shape[1] != x.shape[1] or not w.flags.c_contiguous:
         raise ValueError(f"w is {w.dtype} {w.shape}; expected contiguous uint16 bits [N, {x.shape[1]}]")
-    tokens, width = x.shape
-    y = np.empty((tokens, w.shape[0]), np.float32)
+    tokens, width, outputs = *x.shape, w.shape[0]
+    y = np.empty((tokens, outputs), np.float32)
     if tokens == 0:
         return y
     # every token with a share of 1 in the one matrix there is
@@ -36,21 +36,21 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
     stride = padded_width(product, width)
     with threads_for(tokens * w.size) as threads:
         pack(product, x, token, first, packed, at, words, stride)
-        task = task_rows(product, tokens, w.shape[0], threads)
-        weighted_products(
+        tasks, weights, none = (task_rows(product, tokens, outputs, threads), threads), np.array([w.ctypes.data]), words
+        grouped_products(
             product,
-            read_only(w[None]),
+            weights,
+            outputs,
+            width,
             expert,
             first,
             packed,
-            token,
-            share,
-            at,
             words,
+            at,
             stride,
-            task,
+            (none, at, stride),
+            (token, share, y),
+            tasks,
             new_queue(),
-            threads,
-            y,
         )
     return y

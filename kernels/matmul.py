@@ -1,15 +1,14 @@
-"""Products of a block of weight rows with a group of tokens, built from tiles; and the weighted sum over groups.
+"""The product of a block of weight rows with a group of tokens, built from tiles.
 
-Compiled pieces that both kernels share. Works on addresses that its callers have validated: no bounds checks.
+Works on addresses that its callers have validated: no bounds checks.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
-from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import (
     Product,
     activation_bytes,
@@ -19,10 +18,9 @@ from fiddler.kernels.product import (
     outer_tokens,
     panel_tokens,
 )
-from fiddler.kernels.tasks import take_task
 from fiddler.kernels.tiles import dot_tile, outer_tile, store_float, widen_row
 
-__all__ = ["block_product", "weighted_products"]
+__all__ = ["block_product"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
@@ -175,53 +173,3 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
                 product, row + 4 * whole * stride, stride, rows - whole, panel, wide, count, sums + 4 * whole * ldc, ldc
             )
     release_tiles(product)
-
-
-@kernel
-def weighted_products(
-    product: Product,
-    w: np.ndarray,
-    expert: np.ndarray,
-    first: np.ndarray,
-    packed: np.ndarray,
-    token: np.ndarray,
-    share: np.ndarray,
-    at: np.ndarray,
-    words: np.ndarray,
-    stride: int,
-    task: int,
-    queue: np.ndarray,
-    threads: int,
-    y: np.ndarray,
-) -> None:
-    """y[t] = sum over the groups g that token t is in of share . w[expert[g]] . x[t], for w [E, N, K] and y [T, N].
-
-    Group g is the tokens `token[first[g] : first[g + 1]]` with their `share`; their activations start at word
-    `at[g]` of `words`, in the group's layout, `stride` elements apart in the rows layout. `task`: rows of w a task,
-    which `threads` threads take from `queue`.
-    """
-    outputs, width = w.shape[1], w.shape[2]
-    tasks = (outputs + task - 1) // task
-    most = 0
-    for g in range(expert.size):
-        most = max(most, first[g + 1] - first[g])
-    ldc = (most + 15) // 16 * 16
-    for _ in prange(threads):
-        c = np.empty((task, ldc), np.float32)
-        block = take_task(queue.ctypes.data)
-        while block < tasks:
-            begin = block * task
-            rows = min(task, outputs - begin)
-            for t in range(y.shape[0]):
-                for r in range(rows):
-                    y[t, begin + r] = np.float32(0)
-            for g in range(expert.size):
-                count = first[g + 1] - first[g]
-                row = w.ctypes.data + 2 * (expert[g] * outputs + begin) * width
-                x = words.ctypes.data + 4 * at[g]
-                block_product(product, packed[g], row, width, rows, x, stride, count, width, c.ctypes.data, ldc)
-                for m in range(count):
-                    t, weight = token[first[g] + m], share[first[g] + m]
-                    for r in range(rows):
-                        y[t, begin + r] += weight * c[r, m]
-            block = take_task(queue.ctypes.data)

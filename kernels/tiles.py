@@ -35,7 +35,8 @@ from fiddler.kernels.product import compiled
 
 __all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair", "widen_row"]
 
-_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for
+_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
+_AHEAD_IN_ROWS = 1024  # and where several are
 _LINE = 64  # bytes
 _UNROLL = 4
 
@@ -173,6 +174,8 @@ def outer_tile(
     kind = product.product
     R = kind.tier.outer_rows if rows.literal_value == "several" else 1
     MV = tokens.literal_value // kind.tier.lanes
+    memory_bound = kind.in_pairs and MV == 1  # so few tokens wait for weights
+    unroll = _LINE // 4 if memory_bound else _UNROLL
     signature = types.void(product, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -193,13 +196,16 @@ def outer_tile(
             return result
 
         def several(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            for u in range(_UNROLL):
+            for u in range(unroll):
                 sums = step(b.add(p, ir.Constant(I64, u)), sums)
+            if memory_bound:
+                for r in range(R):
+                    prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _AHEAD_IN_ROWS // 4)), 4))
             return sums
 
         zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV)
-        whole = b.and_(count, ir.Constant(I64, -_UNROLL))
-        p, sums = loop(b, "whole", ir.Constant(I64, 0), whole, _UNROLL, zeros, several)
+        whole = b.and_(count, ir.Constant(I64, -unroll))
+        p, sums = loop(b, "whole", ir.Constant(I64, 0), whole, unroll, zeros, several)
         _, sums = loop(b, "tail", p, count, 1, sums, step)
         for r in range(R):
             for v in range(MV):

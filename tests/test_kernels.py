@@ -19,9 +19,9 @@ from fiddler.errors import RequestError
 from fiddler.kernels import Product, product as product_room, threads
 
 BEST = kernels.available_tiers()[0]
-# one product per kind of arithmetic: bf16 pairs, bf16 and f16 in float32, and the plainest tier of all
+# one product per kind of arithmetic: bf16 pairs in every tier that has them, float32, and the plainest tier of all
 PRODUCTS = [
-    Product(BEST, "bf16", "bf16"),
+    *(Product(tier, "bf16", "bf16") for tier in kernels.available_tiers() if tier.dot_bf16),
     Product(BEST, "bf16", "f32"),
     Product(BEST, "f16", "f32"),
     Product(kernels.TIERS[-1], "bf16", "bf16"),
@@ -86,7 +86,7 @@ def test_every_token_to_one_expert(product):
 
 
 @ALL
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 21, 40])
 def test_same_bits_for_any_number_of_threads(product, tokens, monkeypatch):
     monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)  # else so little work stays on one
     args = case(2, tokens, 5, 2, 130, 98, product.weights)
@@ -99,6 +99,59 @@ def test_same_bits_for_any_number_of_threads(product, tokens, monkeypatch):
     finally:
         kernels.set_threads(before)
     np.testing.assert_array_equal(alone.view(np.uint32), together.view(np.uint32))
+
+
+THREADS = """
+import numpy as np
+from fiddler import kernels
+from fiddler.kernels import threads
+threads._PARALLEL_FROM = 0
+product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
+rng = np.random.default_rng(0)
+w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
+down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
+x = rng.normal(size=(9, 130)).astype(np.float32)
+ids = np.stack([rng.permutation(4)[:2] for _ in range(9)])
+results = set()
+for count in (1, 2, 3, 7, 16, 33, 64):
+    kernels.set_threads(count)
+    results.add(kernels.expert_ffn(x, ids, np.ones((9, 2), np.float32), w, w, down, product).tobytes())
+assert len(results) == 1
+"""
+
+
+def test_same_bits_for_up_to_64_threads():
+    """More than there are cores, in a process of its own, since their number is fixed when it starts."""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "64"}
+    result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@ALL
+def test_weights_may_begin_at_any_even_address(product):
+    rng = np.random.default_rng(6)
+    rows, width = 70, 96
+    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    memory = np.empty(w.size + 64, np.uint16)
+    for tokens in (1, 4, 18, 33):
+        x = rng.normal(size=(tokens, width)).astype(np.float32)
+        expected = kernels.linear(x, w, product)
+        for shift in (1, 2, 15, 31):
+            memory[shift : shift + w.size] = w.reshape(-1)
+            moved = memory[shift : shift + w.size].reshape(rows, width)
+            np.testing.assert_array_equal(kernels.linear(x, moved, product), expected)
+
+
+@ALL
+def test_denormals_vanish_at_most(product):
+    """bf16's smallest values: kept where arithmetic is float32, zero where the CPU's bf16 products flush them."""
+    w = np.array([[0x0001, 0x007F, 0x8001, 0x0080]] * 40, np.uint16)  # as f16 they are subnormal, too
+    for tokens in (1, 4, 20):
+        x = np.ones((tokens, 4), np.float32)
+        exact = naive.from_bits(w, product.weights).sum(axis=1)
+        y = kernels.linear(x, w, product)
+        normal = naive.from_bits(w[:, 3:], product.weights).sum(axis=1) if product.in_pairs else exact
+        assert np.isclose(y, exact, rtol=1e-6, atol=0).all() or np.isclose(y, normal, rtol=1e-6, atol=0).all()
 
 
 @ALL
@@ -188,9 +241,9 @@ import sys, numpy as np
 from fiddler import kernels
 product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
 kernels.prepare(product)
-from fiddler.kernels.matmul import weighted_products
+from fiddler.kernels.grouped import grouped_products
 y = kernels.linear(np.ones((1, 2), np.float32), np.full((1, 2), 0x3F80, np.uint16), product)
-print(y[0, 0], sum(weighted_products.stats.cache_hits.values()))
+print(y[0, 0], sum(grouped_products.stats.cache_hits.values()))
 """
 
 
