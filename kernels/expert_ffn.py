@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from fiddler.kernels.grouped import grouped_products
-from fiddler.kernels.layout import group_tokens, pack, padded_width, place
+from fiddler.kernels.layout import group_tokens, pack, room_for, sums_for
 from fiddler.kernels.product import Product
-from fiddler.kernels.tasks import new_queue, task_rows
+from fiddler.kernels.tasks import new_queue
 from fiddler.kernels.threads import threads_for
 
 __all__ = ["expert_ffn"]
@@ -42,56 +42,16 @@ def expert_ffn(
     if tokens == 0 or ids.shape[1] == 0:
         y[:] = 0
         return y
-    flat = ids.reshape(-1).astype(np.int64)
-    order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
-    counts = np.bincount(flat, minlength=gate.shape[0])
-    groups = group_tokens(product, counts, (width, hidden))
-    expert, first, packed = groups.expert, groups.first, groups.packed
-    token = order // ids.shape[1]
-    share = weights.reshape(-1).astype(np.float32)[order]
-    (x_at, xs), (h_at, hs) = place(product, groups, width), place(product, groups, hidden)
-    x_row, h_row = padded_width(product, width), padded_width(product, hidden)
-    most = int(counts.max())
-    into_hidden, into_y = (hs, h_at, h_row), (token, share, y)
-    with threads_for(3 * flat.size * width * hidden) as threads:
-        pack(product, x, token, first, packed, x_at, xs, x_row)
-        which, tasks = (
-            np.array([gate.ctypes.data, up.ctypes.data]),
-            (task_rows(product, most, hidden, threads), threads),
-        )
-        grouped_products(
-            product,
-            which,
-            hidden,
-            width,
-            expert,
-            first,
-            packed,
-            xs,
-            x_at,
-            x_row,
-            into_hidden,
-            into_y,
-            tasks,
-            new_queue(),
-        )
-        which, tasks = np.array([down.ctypes.data]), (task_rows(product, most, width, threads), threads)
-        grouped_products(
-            product,
-            which,
-            width,
-            hidden,
-            expert,
-            first,
-            packed,
-            hs,
-            h_at,
-            h_row,
-            into_hidden,
-            into_y,
-            tasks,
-            new_queue(),
-        )
+    groups = group_tokens(product, ids, weights, gate.shape[0], (width, hidden))
+    most = int(np.diff(groups.first).max())
+    given, between = (room_for(product, groups, size, use) for size, use in ((width, "x"), (hidden, "hidden")))
+    gate_up, only_down = (np.array([bits.ctypes.data for bits in side]) for side in ((gate, up), (down,)))
+    with threads_for(3 * ids.size * width * hidden) as threads:
+        pack(product, x, groups, given)
+        sums = sums_for(product, threads, 2, hidden, most)
+        grouped_products(product, gate_up, hidden, width, groups, given, between, y, sums, new_queue())
+        sums = sums_for(product, threads, 1, width, most)
+        grouped_products(product, only_down, width, hidden, groups, between, given, y, sums, new_queue())
     return y
 
 

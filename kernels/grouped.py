@@ -15,6 +15,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from fiddler.kernels.jit import FASTMATH, kernel
+from fiddler.kernels.layout import Activations, Groups
 from fiddler.kernels.matmul import block_product
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.tasks import take_task
@@ -94,57 +95,45 @@ def grouped_products(
     weights: np.ndarray,
     outputs: int,
     width: int,
-    expert: np.ndarray,
-    first: np.ndarray,
-    packed: np.ndarray,
-    xs: np.ndarray,
-    x_at: np.ndarray,
-    x_stride: int,
-    into_hidden: tuple[np.ndarray, np.ndarray, int],
-    into_y: tuple[np.ndarray, np.ndarray, np.ndarray],
-    tasks: tuple[int, int],
+    groups: Groups,
+    x: Activations,
+    hidden: Activations,
+    y: np.ndarray,
+    sums: np.ndarray,
     queue: np.ndarray,
 ) -> None:
     """Products of matrices [E, outputs, width], whose addresses `weights` holds, with every group's activations x.
 
-    Two addresses: h = silu(first . x) * (second . x), into hidden = (words, where each group's begin, stride).
-    One: y[t] = sum over the groups g that token t is in of share . w[expert[g]] . x[t], for (token, share, y).
-
-    Group g is the tokens `token[first[g] : first[g + 1]]` with their `share`; their activations start at word
-    `x_at[g]` of `xs`, in the group's layout (`packed` or rows, `x_stride` elements apart). `tasks`: weight rows of a
-    task, and the threads that take tasks from `queue`.
+    Two addresses: hidden = silu(first . x) * (second . x), with x's groups.
+    One: y[t] = sum over the groups that token t is in of its share . w[expert] . x[t], for y [T, outputs].
+    `sums`: float32 [threads, matrices, weight rows of a task, tokens]; so many threads take tasks from `queue`.
     """
-    hs, h_at, h_stride = into_hidden
-    token, share, y = into_y
-    task, threads = tasks
-    most = 0
-    for g in range(expert.size):
-        most = max(most, first[g + 1] - first[g])
-    ldc = (most + 15) // 16 * 16
-    for _ in prange(threads):
-        c = np.empty((weights.size, task, ldc), np.float32)
+    first = groups.first
+    threads, _, task, ldc = sums.shape
+    for thread in prange(threads):
+        c = sums[thread]
         block = take_task(queue.ctypes.data)
         while block * task < outputs:
             begin = block * task
             rows = min(task, outputs - begin)
             if weights.size == 1:
                 y[:, begin : begin + rows] = 0
-            for g in range(expert.size):
-                count = first[g + 1] - first[g]
-                x = xs.ctypes.data + 4 * x_at[g]
-                offset = 2 * (expert[g] * outputs + begin) * width
+            for g in range(groups.expert.size):
+                count, packed = first[g + 1] - first[g], groups.packed[g]
+                given = x.words.ctypes.data + 4 * x.at[g]
+                offset = 2 * (groups.expert[g] * outputs + begin) * width
                 for i in range(weights.size):
-                    sums = c.ctypes.data + 4 * i * task * ldc
+                    made = c.ctypes.data + 4 * i * task * ldc
                     block_product(
-                        product, packed[g], weights[i] + offset, width, rows, x, x_stride, count, width, sums, ldc
+                        product, packed, weights[i] + offset, width, rows, given, x.stride, count, width, made, ldc
                     )
                 if weights.size == 2:
-                    _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed[g] else count)
-                    h = hs.ctypes.data + 4 * h_at[g]
-                    _store_hidden(product, packed[g], c[0], begin, rows, count, h, outputs, h_stride)
+                    _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+                    h = hidden.words.ctypes.data + 4 * hidden.at[g]
+                    _store_hidden(product, packed, c[0], begin, rows, count, h, outputs, hidden.stride)
                 else:
                     for m in range(count):
-                        t, weight = token[first[g] + m], share[first[g] + m]
+                        t, share = groups.token[first[g] + m], groups.share[first[g] + m]
                         for r in range(rows):
-                            y[t, begin + r] += weight * c[0, r, m]
+                            y[t, begin + r] += share * c[0, r, m]
             block = take_task(queue.ctypes.data)

@@ -9,23 +9,24 @@ narrower; tokens are padded to a multiple of 16.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
 from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
+from fiddler.kernels.tasks import task_rows
 from fiddler.kernels.tiles import store_activation, store_pair
 
-__all__ = ["Groups", "aligned_words", "group_tokens", "pack", "padded_width", "place"]
+__all__ = ["Activations", "Groups", "group_tokens", "pack", "room_for", "sums_for"]
 
-_FEW = 4  # tokens; more are faster packed
+_FEW = 4  # tokens; more are faster packed, and with tile registers so are even these
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """Tokens that meet the same expert's weights in one layout: group g is `token[first[g] : first[g + 1]]`.
 
     An expert may have two groups, one after the other: whole vectors of tokens packed, and the few that remain.
@@ -34,81 +35,98 @@ class Groups:
     expert: np.ndarray  # int64 [G]
     first: np.ndarray  # int64 [G + 1]
     packed: np.ndarray  # bool [G]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Tokens of each group: int64 [G]."""
-        return np.diff(self.first)
+    token: np.ndarray  # int64 [A]
+    share: np.ndarray  # float32 [A]: how much of the expert's output the token gets
 
 
-def group_tokens(product: Product, counts: np.ndarray, widths: Sequence[int]) -> Groups:
-    """Groups for experts with these numbers of tokens (int64 [E], 0 for none), whose products have these `widths`."""
+class Activations(NamedTuple):
+    """The activations of all groups, each in its layout."""
+
+    words: np.ndarray  # uint32
+    at: np.ndarray  # int64 [G]: where each group's begin
+    stride: int  # elements from one token to the next in the rows layout
+
+
+def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, experts: int, widths: Sequence[int]) -> Groups:
+    """Groups of the tokens with these experts, int [T, K] and float32 [T, K], for products of these `widths`."""
+    flat = ids.reshape(-1).astype(np.int64)
+    order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
+    counts = np.bincount(flat, minlength=experts)
     packs = not product.in_pairs or all(width % 2 == 0 for width in widths)
+    few = 0 if product.in_tiles else _FEW
     expert, sizes, packed = [], [], []
     for e in np.flatnonzero(counts).tolist():
         count = int(counts[e])
-        rest = count % 16 if packs and count % 16 <= _FEW else 0 if packs else count
+        rest = count % 16 if packs and count % 16 <= few else 0 if packs else count
         for size, is_packed in ((count - rest, True), (rest, False)):
             if size:
                 expert.append(e)
                 sizes.append(size)
                 packed.append(is_packed)
     first = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-    return Groups(np.array(expert, np.int64), first, np.array(packed, np.bool_))
+    share = weights.reshape(-1).astype(np.float32)[order]
+    return Groups(np.array(expert, np.int64), first, np.array(packed, np.bool_), order // ids.shape[1], share)
 
 
-def padded_width(product: Product, width: int) -> int:
-    """Elements from one token to the next in the rows layout."""
-    return width + width % 2 if product.in_pairs else width
-
-
-def place(product: Product, groups: Groups, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """At which word each group's activations of `width` elements begin (int64 [G]), and room for all of them.
+def room_for(product: Product, groups: Groups, width: int, use: str) -> Activations:
+    """Uninitialised activations of `width` elements a token; they are this thread's until its next call for `use`.
 
     Every group begins at a cache line.
     """
-    counts, row = groups.counts, padded_width(product, width) // (2 if product.in_pairs else 1)
+    counts, stride = np.diff(groups.first), width + width % 2 if product.in_pairs else width
     padded = np.where(groups.packed, -(-counts // 16) * 16, counts)
-    ends = np.cumsum(-(-padded * row // 16) * 16)
-    return np.concatenate(([0], ends[:-1])), aligned_words(int(ends[-1]))
+    ends = np.cumsum(-(-padded * (stride // 2 if product.in_pairs else stride) // 16) * 16)
+    return Activations(_workspace.words(use, int(ends[-1])), np.concatenate(([0], ends[:-1])), stride)
 
 
-def aligned_words(count: int) -> np.ndarray:
-    """An uninitialised uint32 [count] that begins at a cache line."""
-    memory = np.empty(count + 15, np.uint32)
-    begin = -(memory.ctypes.data // 4) % 16
-    return memory[begin : begin + count]
+class _Workspace(threading.local):
+    """Memory that is used again by the next call from the same thread: fresh pages cost as much as a product.
+
+    It is as large as the largest call has needed.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def words(self, use: str, count: int) -> np.ndarray:
+        """An uninitialised uint32 [count] that begins at a cache line, the same memory for the same use."""
+        memory = self._memory.get(use)
+        if memory is None or memory.size < count + 15:
+            memory = self._memory[use] = np.empty(count + 15, np.uint32)
+        begin = -(memory.ctypes.data // 4) % 16
+        return memory[begin : begin + count]
+
+
+_workspace = _Workspace()
+
+
+def sums_for(product: Product, threads: int, matrices: int, outputs: int, tokens: int) -> np.ndarray:
+    """Where each thread keeps the sums of a task: float32 [threads, matrices, weight rows of a task, tokens and more].
+
+    For matrices of `outputs` rows and groups of at most `tokens`. A row is a vector longer than they need, else rows
+    that lie a power of two apart would share their places in the cache.
+    """
+    rows, row = task_rows(product, tokens, outputs, threads), -(-tokens // 16) * 16 + 16
+    words = _workspace.words("sums", threads * matrices * rows * row)
+    return words.view(np.float32).reshape(threads, matrices, rows, row)
 
 
 @kernel
-def pack(
-    product: Product,
-    x: np.ndarray,
-    token: np.ndarray,
-    first: np.ndarray,
-    packed: np.ndarray,
-    at: np.ndarray,
-    words: np.ndarray,
-    stride: int,
-) -> None:
-    """Gather rows of x [T, K] float32 into `words`, group by group, each group in its layout.
-
-    Group g is the tokens `token[first[g] : first[g + 1]]`; it starts at word `at[g]`. `stride`: elements from one
-    token to the next in the rows layout.
-    """
+def pack(product: Product, x: np.ndarray, groups: Groups, into: Activations) -> None:
+    """Gather rows of x [T, K] float32, group by group, each group in its layout."""
+    first, token = groups.first, groups.token
     width = x.shape[1]
-    base = words.ctypes.data
     panel_width = panel_tokens(product)
     for block in prange((width + 15) // 16):
         begin, end = block * 16, min(block * 16 + 16, width)
         for g in range(first.size - 1):
             count = first[g + 1] - first[g]
-            start = base + 4 * at[g]
-            if not packed[g]:
+            start = into.words.ctypes.data + 4 * into.at[g]
+            if not groups.packed[g]:
                 for m in range(count):
                     source = token[first[g] + m]
                     for i in range(begin, end):
-                        store_activation(product, start, m * stride + i, x[source, i])
+                        store_activation(product, start, m * into.stride + i, x[source, i])
                 continue
             padded = (count + 15) // 16 * 16
             row = width // 2 if in_pairs(product) else width

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fiddler.kernels.grouped import grouped_products
-from fiddler.kernels.layout import group_tokens, pack, padded_width, place
+from fiddler.kernels.layout import group_tokens, pack, room_for, sums_for
 from fiddler.kernels.product import Product
-from fiddler.kernels.tasks import new_queue, task_rows
+from fiddler.kernels.tasks import new_queue
 from fiddler.kernels.threads import threads_for
 
 __all__ = ["linear"]
@@ -29,28 +29,11 @@ def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
     if tokens == 0:
         return y
     # every token with a share of 1 in the one matrix there is
-    token, share = np.arange(tokens), np.ones(tokens, np.float32)
-    groups = group_tokens(product, np.array([tokens]), (width,))
-    expert, first, packed = groups.expert, groups.first, groups.packed
-    at, words = place(product, groups, width)
-    stride = padded_width(product, width)
+    all_tokens = (tokens, 1)
+    groups = group_tokens(product, np.zeros(all_tokens, np.int64), np.ones(all_tokens, np.float32), 1, (width,))
+    given = room_for(product, groups, width, "x")
     with threads_for(tokens * w.size) as threads:
-        pack(product, x, token, first, packed, at, words, stride)
-        tasks, weights, none = (task_rows(product, tokens, outputs, threads), threads), np.array([w.ctypes.data]), words
-        grouped_products(
-            product,
-            weights,
-            outputs,
-            width,
-            expert,
-            first,
-            packed,
-            words,
-            at,
-            stride,
-            (none, at, stride),
-            (token, share, y),
-            tasks,
-            new_queue(),
-        )
+        pack(product, x, groups, given)
+        sums = sums_for(product, threads, 1, outputs, tokens)
+        grouped_products(product, np.array([w.ctypes.data]), outputs, width, groups, given, given, y, sums, new_queue())
     return y
