@@ -20,6 +20,7 @@ from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight
 from fiddler.kernels import Product
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral
+from fiddler.recorder import SILENT, Recorder
 from fiddler.runner import Runner
 from fiddler.sampling import Sampling
 from fiddler.tokenizer import Tokenizer
@@ -36,13 +37,20 @@ class Engine:
     """A loaded model. Not for several threads at once: the kernels are called from one thread."""
 
     def __init__(
-        self, model_file: ModelFile, tokenizer: Tokenizer, runner: Runner, device: str, load_seconds: float
+        self,
+        model_file: ModelFile,
+        tokenizer: Tokenizer,
+        runner: Runner,
+        device: str,
+        backend: str,
+        load_seconds: float,
     ) -> None:
         self.model_file = model_file
         self.config = model_file.config
         self.tokenizer = tokenizer
         self.runner = runner
         self.device = device
+        self.backend = backend  # the kernel tier
         self.load_seconds = load_seconds
 
     @property
@@ -154,6 +162,7 @@ def load(
     *,
     kernel: str | None = None,
     notify: Callable[[str], None] = lambda text: None,
+    recorder: Recorder = SILENT,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay where they are: nothing is copied.
 
@@ -163,7 +172,8 @@ def load(
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
     kernel: a tier by name; None for what the environment's FIDDLER_KERNEL says, or the best there is. notify: is
-    told, in one line, when kernels must be compiled first, which takes seconds.
+    told, in one line, when kernels must be compiled first, which takes seconds. recorder: is told what a step spends
+    its time on.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
@@ -202,14 +212,14 @@ def load(
             weights[name] = _tensor(values, kind)
         else:
             linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
-    model = Mixtral(config, weights, CpuLinear(linears), CpuExperts(experts))
+    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(experts, recorder))
     used = {layer.product for layer in experts}
     used |= {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}
     for each in used:
         kernels.prepare(each, lambda: notify("compiling kernels for this CPU; the next start finds them on disk"))
     rounded = experts[0].product.activations == "bf16"
     runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32, threads)
-    return Engine(model_file, tokenizer, runner, "cpu", time.perf_counter() - started)
+    return Engine(model_file, tokenizer, runner, "cpu", tier.name, time.perf_counter() - started)
 
 
 def _tensor(values: np.ndarray, kind: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.kernels import Product
+from fiddler.recorder import SILENT, Recorder
 
 __all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight"]
 
@@ -40,25 +41,31 @@ class LinearWeight:
 class CpuExperts:
     """Every expert computed by the CPU kernels, straight from the mapping."""
 
-    def __init__(self, layers: list[ExpertWeights]) -> None:
+    def __init__(self, layers: list[ExpertWeights], recorder: Recorder = SILENT) -> None:
         self._layers = layers
+        self._recorder = recorder
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`."""
         w = self._layers[layer]
-        y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
+        read = len(set(ids.reshape(-1).tolist())) * 3 * w.gate[0].nbytes
+        with self._recorder.span("experts", read):
+            y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
         return torch.from_numpy(y)
 
 
 class CpuLinear:
     """Dense products by the CPU kernels, straight from the mapping; float32 weights by torch."""
 
-    def __init__(self, weights: Mapping[str, LinearWeight | Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, LinearWeight | Tensor], recorder: Recorder = SILENT) -> None:
         self._weights = weights
+        self._recorder = recorder
 
     def __call__(self, x: Tensor, name: str) -> Tensor:
         """The model's `Linear`."""
         weight = self._weights[name]
         if isinstance(weight, Tensor):
-            return F.linear(x, weight)
-        return torch.from_numpy(kernels.linear(x.numpy(), weight.bits, weight.product))
+            with self._recorder.span("dense", weight.nbytes):
+                return F.linear(x, weight)
+        with self._recorder.span("dense", weight.bits.nbytes):
+            return torch.from_numpy(kernels.linear(x.numpy(), weight.bits, weight.product))

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "peak_memory"]
+__all__ = ["Memory", "available_memory", "peak_memory"]
 
 _USED = ("VmHWM", "RssAnon")  # of /proc/self/status, in KiB
 
@@ -32,3 +32,12 @@ def peak_memory() -> Memory:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Memory(peak, kib.get("RssAnon", 0) * 1024)
+
+
+def available_memory() -> int:
+    """Bytes that could be had without swapping (Linux's MemAvailable); 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -8,6 +8,7 @@ import numpy as np
 from numba import prange
 
 from fiddler.kernels.jit import kernel
+from fiddler.kernels.threads import one_caller
 
 __all__ = ["read_bandwidth"]
 
@@ -17,18 +18,18 @@ _WORDS = 1 << 16  # 8-byte words a task: half a megabyte, long enough for the pr
 def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
     """Bytes a second of the best of several plain streaming reads of `data`, all threads.
 
-    data: a contiguous array, best several times the last-level cache; it is read once before, so that its pages are
-    mapped. Raises ValueError for an array smaller than one task.
+    data: a contiguous array, best several times the last-level cache, whose pages are mapped already.
+    Raises ValueError for an array smaller than one task.
     """
     words = data.reshape(-1).view(np.uint8)[: data.nbytes // 8 * 8].view(np.uint64)
     if words.size < _WORDS:
         raise ValueError(f"{data.nbytes} bytes are too few to measure; give at least {8 * _WORDS}")
     best = 0.0
-    _sum(words)
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        _sum(words)
-        best = max(best, words.nbytes / (time.perf_counter() - started))
+    with one_caller():
+        for _ in range(repetitions):
+            started = time.perf_counter()
+            _sum(words)
+            best = max(best, words.nbytes / (time.perf_counter() - started))
     return best
 
 

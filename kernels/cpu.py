@@ -71,7 +71,7 @@ def _tiles_permitted() -> bool:
     """
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return False
-    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    return int(ctypes.CDLL(None).syscall(158, 0x1023, 18)) == 0
 
 
 def choose_tier(name: str | None = None) -> Tier:
