@@ -174,7 +174,7 @@ def outer_tile(
     kind = product.product
     R = kind.tier.outer_rows if rows.literal_value == "several" else 1
     MV = tokens.literal_value // kind.tier.lanes
-    memory_bound = kind.in_pairs and MV == 1  # so few tokens wait for weights
+    memory_bound = kind.in_pairs and MV <= 2  # so few tokens wait for weights
     unroll = _LINE // 4 if memory_bound else _UNROLL
     signature = types.void(product, rows, tokens, *([types.intp] * 7))
 
