@@ -19,7 +19,7 @@ from fiddler.kernels.layout import Activations, Groups
 from fiddler.kernels.matmul import block_product
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.tasks import take_task
-from fiddler.kernels.tiles import store_activation, store_pair
+from fiddler.kernels.tiles import store_activation, store_pairs
 
 __all__ = ["grouped_products"]
 
@@ -79,14 +79,27 @@ def _store_hidden(
         wide = min(panel_width, padded - panel)
         if in_pairs(product):
             for r in range(0, rows, 2):
-                word = panel * (hidden // 2) + (begin + r) // 2 * wide - panel
-                for m in range(panel, panel + wide):
-                    store_pair(h, word + m, a[r, m], a[r + 1, m])
+                word, low = panel * (hidden // 2) + (begin + r) // 2 * wide - panel, a.ctypes.data + 4 * r * a.shape[1]
+                for m in range(panel, panel + wide, 16):
+                    store_pairs(h, word + m, low + 4 * m, low + 4 * (m + a.shape[1]))
         else:
             for r in range(rows):
                 word = panel * hidden + (begin + r) * wide - panel
                 for m in range(panel, panel + wide):
                     store_activation(product, h, word + m, a[r, m])
+
+
+@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+def _add(c: np.ndarray, rows: int, token: np.ndarray, share: np.ndarray, y: np.ndarray, begin: int) -> None:
+    """y[token, begin + r] += share * c[r, m], in squares, so that both sides stay in the first-level cache."""
+    for first in range(0, token.size, 16):
+        last = min(first + 16, token.size)
+        for top in range(0, rows, 16):
+            bottom = min(top + 16, rows)
+            for m in range(first, last):
+                t, weight = token[m], share[m]
+                for r in range(top, bottom):
+                    y[t, begin + r] += weight * c[r, m]
 
 
 @kernel
@@ -132,8 +145,12 @@ def grouped_products(
                     h = hidden.words.ctypes.data + 4 * hidden.at[g]
                     _store_hidden(product, packed, c[0], begin, rows, count, h, outputs, hidden.stride)
                 else:
-                    for m in range(count):
-                        t, share = groups.token[first[g] + m], groups.share[first[g] + m]
-                        for r in range(rows):
-                            y[t, begin + r] += share * c[0, r, m]
+                    _add(
+                        c[0],
+                        rows,
+                        groups.token[first[g] : first[g + 1]],
+                        groups.share[first[g] : first[g + 1]],
+                        y,
+                        begin,
+                    )
             block = take_task(queue.ctypes.data)

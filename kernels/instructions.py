@@ -160,12 +160,14 @@ def loop(
 
 
 def round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """float32 -> the nearest bf16's bits, ties to even, in the low half of an i32; a NaN stays one."""
+    """float32 (or a vector of it) -> nearest bf16's bits, ties to even, in the low half of an i32; a NaN stays one."""
+    count = value.type.count if isinstance(value.type, ir.VectorType) else 0
+    word = ir.VectorType(I32, count) if count else I32
 
     def constant(bits: int) -> ir.Constant:
-        return ir.Constant(I32, bits)
+        return ir.Constant(word, [bits] * count if count else bits)
 
-    bits = b.bitcast(value, I32)
+    bits = b.bitcast(value, word)
     even = b.and_(b.lshr(bits, constant(16)), constant(1))
     rounded = b.lshr(b.add(b.add(bits, constant(0x7FFF)), even), constant(16))
     quiet = b.or_(b.lshr(bits, constant(16)), constant(0x40))

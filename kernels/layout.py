@@ -23,7 +23,8 @@ from fiddler.kernels.tiles import store_activation, store_pair
 
 __all__ = ["Activations", "Groups", "group_tokens", "pack", "room_for", "sums_for"]
 
-_FEW = 4  # tokens; more are faster packed, and with tile registers so are even these
+_FEW = 4  # tokens; more are faster packed
+_FEW_FOR_TILES = 2  # and none beside packed ones
 
 
 class Groups(NamedTuple):
@@ -53,11 +54,13 @@ def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, experts
     order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
     counts = np.bincount(flat, minlength=experts)
     packs = not product.in_pairs or all(width % 2 == 0 for width in widths)
-    few = 0 if product.in_tiles else _FEW
     expert, sizes, packed = [], [], []
     for e in np.flatnonzero(counts).tolist():
         count = int(counts[e])
-        rest = count % 16 if packs and count % 16 <= few else 0 if packs else count
+        if not packs or (product.in_tiles and count <= _FEW_FOR_TILES):
+            rest = count
+        else:
+            rest = count % 16 if count % 16 <= _FEW and not product.in_tiles else 0
         for size, is_packed in ((count - rest, True), (rest, False)):
             if size:
                 expert.append(e)

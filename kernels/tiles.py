@@ -33,7 +33,7 @@ from fiddler.kernels.instructions import (
 )
 from fiddler.kernels.product import compiled
 
-__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair", "widen_row"]
+__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair", "store_pairs", "widen_row"]
 
 _AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
 _AHEAD_IN_ROWS = 1024  # and where several are
@@ -83,6 +83,23 @@ def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32, types.float32), generate
+
+
+@compiled
+def store_pairs(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
+    """`store_pair` for 16 neighbours: words from `index` on, of the float32 at the addresses `low` and `high`."""
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        base, index, low, high = arguments
+        floats, words = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
+        lows, highs = (
+            round_to_bf16(b, load(b, address(b, place, ir.Constant(I64, 0), 1), floats, 4)) for place in (low, high)
+        )
+        both = b.or_(lows, b.shl(highs, ir.Constant(words, [16] * 16)))
+        b.store(both, b.bitcast(address(b, base, index, 4), words.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), generate
 
 
 @compiled

@@ -320,7 +320,7 @@ def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, features, tmp_path):
         "NUMBA_CPU_NAME": "generic" if tier == "portable" else "x86-64",
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     script = LOWER_TIER.format(tier=tier, weights=weights)
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
