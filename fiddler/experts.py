@@ -5,8 +5,9 @@ Knows the mapped bits and the kernels; not the model's structure nor the file th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -63,9 +64,25 @@ class CpuLinear:
 
     def __call__(self, x: Tensor, name: str) -> Tensor:
         """The model's `Linear`."""
-        weight = self._weights[name]
-        if isinstance(weight, Tensor):
-            with self._recorder.span("dense", weight.nbytes):
-                return F.linear(x, weight)
-        with self._recorder.span("dense", weight.bits.nbytes):
-            return torch.from_numpy(kernels.linear(x.numpy(), weight.bits, weight.product))
+        return self.together(x, [name])[0]
+
+    def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """The same for several weights that take the same x; neighbours of a kind in one call of the kernels."""
+        made: list[Tensor] = []
+        for product, same in groupby((self._weights[name] for name in names), key=_product_of):
+            weights = list(same)
+            with self._recorder.span("dense", sum(_bits(weight).nbytes for weight in weights)):
+                if product is None:
+                    made += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
+                else:
+                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], product)
+                    made += (torch.from_numpy(y) for y in results)
+        return made
+
+
+def _product_of(weight: LinearWeight | Tensor) -> Product | None:
+    return None if isinstance(weight, Tensor) else weight.product
+
+
+def _bits(weight: LinearWeight | Tensor) -> np.ndarray:
+    return weight.numpy() if isinstance(weight, Tensor) else weight.bits

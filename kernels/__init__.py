@@ -7,7 +7,7 @@ are the only doors to the compiled code, which has no bounds checks.
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.expert_ffn import expert_ffn
-from fiddler.kernels.linear import linear
+from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.prepare import prepare
 from fiddler.kernels.product import Product
 from fiddler.kernels.threads import set_threads, thread_count, threading_layer
@@ -20,6 +20,7 @@ __all__ = [
     "choose_tier",
     "expert_ffn",
     "linear",
+    "linears",
     "prepare",
     "read_bandwidth",
     "set_threads",

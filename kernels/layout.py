@@ -76,10 +76,14 @@ def room_for(product: Product, groups: Groups, width: int, use: str) -> Activati
 
     Every group begins at a cache line.
     """
-    counts, stride = np.diff(groups.first), width + width % 2 if product.in_pairs else width
-    padded = np.where(groups.packed, -(-counts // 16) * 16, counts)
-    ends = np.cumsum(-(-padded * (stride // 2 if product.in_pairs else stride) // 16) * 16)
-    return Activations(_workspace.words(use, int(ends[-1])), np.concatenate(([0], ends[:-1])), stride)
+    stride = width + width % 2 if product.in_pairs else width
+    words = stride // 2 if product.in_pairs else stride
+    at, end = [], 0
+    for count, packed in zip(np.diff(groups.first).tolist(), groups.packed.tolist(), strict=True):
+        at.append(end)
+        padded = -(-count // 16) * 16 if packed else count
+        end += -(-padded * words // 16) * 16
+    return Activations(_workspace.words(use, end), np.array(at, np.int64), stride)
 
 
 class _Workspace(threading.local):

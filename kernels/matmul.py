@@ -18,7 +18,7 @@ from fiddler.kernels.product import (
     outer_tokens,
     panel_tokens,
 )
-from fiddler.kernels.tiles import dot_tile, outer_tile, store_float, widen_row
+from fiddler.kernels.tiles import copy_words, dot_tile, outer_tile, store_float, widen_row
 
 __all__ = ["block_product"]
 
@@ -26,6 +26,7 @@ __all__ = ["block_product"]
 _BLOCK = 1024
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
+_COPY = True
 
 
 @njit(nogil=True, boundscheck=False)
@@ -147,29 +148,40 @@ def _outers_of_floats(
 
 @njit(nogil=True, boundscheck=False)
 def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
-    """Tile registers, and outer products for what they leave: rows beyond a multiple of 32, the end of K."""
+    """Tile registers, and outer products for what they leave: rows beyond a multiple of 32, the end of K.
+
+    Many tokens read a block of weights again and again: from a scratch copy in the cache, whose rows lie close, since
+    rows a large power of two apart share their places in it.
+    """
     words, stride = k // 2, ldw // 2
-    block = _TILE_BLOCK_FEW if padded <= _TILE_FEW else _TILE_BLOCK_MANY
+    many = padded > _TILE_FEW
+    block = _TILE_BLOCK_MANY if many else _TILE_BLOCK_FEW
     panel_width = panel_tokens(product)
     whole = rows - rows % TILE_ROWS
+    near = np.empty((whole if many and _COPY else 0, _TILE_BLOCK_MANY + 16), np.uint32)
     configure_tiles(product)
     for begin in range(0, words, block):
         count = min(block, words - begin)
         done = count - count % TILE_PAIRS
+        row = w + 4 * begin
+        tiles, tile_stride = row, stride
+        if many and _COPY:
+            tiles, tile_stride = near.ctypes.data, near.shape[1]
+            for r in range(whole):
+                copy_words(tiles + 4 * r * tile_stride, row + 4 * r * stride, done)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
-            panel, row, sums = x + 4 * (m * words + begin * wide), w + 4 * begin, c + 4 * m
+            panel, sums = x + 4 * (m * words + begin * wide), c + 4 * m
             if done > 0:
                 for r in range(0, whole, TILE_ROWS):
-                    wr, cr = row + 4 * r * stride, sums + 4 * r * ldc
+                    wr, cr = tiles + 4 * r * tile_stride, sums + 4 * r * ldc
                     if wide == 16:
-                        matrix_tile(product, 16, True, wr, stride, panel, wide, cr, ldc, done)
-                    elif m == 0:
-                        matrix_tile(product, 32, True, wr, stride, panel, wide, cr, ldc, done)
+                        matrix_tile(product, 16, True, wr, tile_stride, panel, wide, cr, ldc, done)
+                    elif m == 0 and not (many and _COPY):
+                        matrix_tile(product, 32, True, wr, tile_stride, panel, wide, cr, ldc, done)
                     else:
-                        matrix_tile(product, 32, False, wr, stride, panel, wide, cr, ldc, done)
+                        matrix_tile(product, 32, False, wr, tile_stride, panel, wide, cr, ldc, done)
             _outer_block(product, row + 4 * done, stride, whole, panel + 4 * done * wide, wide, count - done, sums, ldc)
-            _outer_block(
-                product, row + 4 * whole * stride, stride, rows - whole, panel, wide, count, sums + 4 * whole * ldc, ldc
-            )
+            rest, rest_sums = row + 4 * whole * stride, sums + 4 * whole * ldc
+            _outer_block(product, rest, stride, rows - whole, panel, wide, count, rest_sums, ldc)
     release_tiles(product)

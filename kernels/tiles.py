@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from fiddler.kernels.instructions import (
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -33,7 +34,16 @@ from fiddler.kernels.instructions import (
 )
 from fiddler.kernels.product import compiled
 
-__all__ = ["dot_tile", "outer_tile", "store_activation", "store_float", "store_pair", "store_pairs", "widen_row"]
+__all__ = [
+    "copy_words",
+    "dot_tile",
+    "outer_tile",
+    "store_activation",
+    "store_float",
+    "store_pair",
+    "store_pairs",
+    "widen_row",
+]
 
 _AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
 _AHEAD_IN_ROWS = 1024  # and where several are
@@ -100,6 +110,18 @@ def store_pairs(_context: Any, base: Any, index: Any, low: Any, high: Any) -> An
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+@compiled
+def copy_words(_context: Any, to: Any, source: Any, count: Any) -> Any:
+    """Copy `count` words of 4 bytes between addresses."""
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        to, source, count = arguments
+        cgutils.raw_memcpy(b, b.inttoptr(to, I8.as_pointer()), b.inttoptr(source, I8.as_pointer()), count, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 @compiled

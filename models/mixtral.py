@@ -7,7 +7,7 @@ explained in `config.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,10 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, name: str) -> Tensor:
         """x [T, in] float32 -> x . weight transposed, [T, out] float32."""
+        ...
+
+    def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """The same for several weights that take the same x."""
         ...
 
 
@@ -104,9 +108,8 @@ class Block:
 
     def _attention(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         config, prefix = self.config, f"blk.{self.index}."
-        q = self._linear(x, prefix + "attn_q.weight").view(-1, config.head_count, config.head_dim)
-        k = self._linear(x, prefix + "attn_k.weight").view(-1, config.head_count_kv, config.head_dim)
-        v = self._linear(x, prefix + "attn_v.weight").view(-1, config.head_count_kv, config.head_dim)
+        made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
+        q, k, v = (tensor.view(len(x), -1, config.head_dim) for tensor in made)  # [T, H or G, head_dim]
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         out = torch.empty_like(q)
         for span in cache.append(self.index, k, v):
