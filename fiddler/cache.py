@@ -22,7 +22,7 @@ class Sequence:
     def __init__(self, config: Config, context: int, dtype: torch.dtype, device: torch.device) -> None:
         self.context = context
         self.length = 0
-        self._shape = (config.head_count_kv, config.head_dim)
+        self._heads, self._head_dim = config.head_count_kv, config.head_dim
         self._dtype, self._device = dtype, device
         self._keys = [self._empty(0) for _ in range(config.block_count)]
         self._values = [self._empty(0) for _ in range(config.block_count)]
@@ -30,21 +30,22 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Make room for positions up to `length`."""
         assert length <= self.context, f"{length} positions in a context of {self.context}"
-        capacity = self._keys[0].shape[0]
+        capacity = self._keys[0].shape[1]
         if length <= capacity:
             return
         capacity = min(self.context, max(length, 2 * capacity, _FIRST_CAPACITY))
         for kept in (self._keys, self._values):
             for layer, old in enumerate(kept):
                 kept[layer] = self._empty(capacity)
-                kept[layer][: self.length] = old[: self.length]
+                kept[layer][:, : self.length] = old[:, : self.length]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
         end = self.length + keys.shape[0]
-        self._keys[layer][self.length : end] = keys
-        self._values[layer][self.length : end] = values
-        return self._keys[layer][:end], self._values[layer][:end]
+        stored = self._keys[layer].transpose(0, 1), self._values[layer].transpose(0, 1)  # [capacity, G, head_dim]
+        for kept, new in zip(stored, (keys, values), strict=True):
+            kept[self.length : end] = new
+        return stored[0][:end], stored[1][:end]
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on."""
@@ -52,7 +53,8 @@ class Sequence:
         self.length = length
 
     def _empty(self, capacity: int) -> Tensor:
-        return torch.empty(capacity, *self._shape, dtype=self._dtype, device=self._device)
+        """[G, capacity, head_dim]: what one head reads lies together."""
+        return torch.empty(self._heads, capacity, self._head_dim, dtype=self._dtype, device=self._device)
 
 
 @dataclass(frozen=True)

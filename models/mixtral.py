@@ -75,7 +75,7 @@ class Mixtral:
         """One step: ids [T], positions [T] within each row's own sequence -> hidden states [T, D] float32."""
         h = self.token_embd[ids].float()
         angles = positions[:, None].float() * self._frequencies  # [T, head_dim / 2]
-        rotation = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, head_dim / 2]
+        rotation = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, head_dim / 2], complex
         for layer, block in enumerate(self.blk):
             h, x, chosen, weights = block.before_experts(h, rotation, cache)
             h = h + self.experts(layer, x, chosen, weights)
@@ -97,20 +97,18 @@ class Block:
         self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
         self._linear = linear
 
-    def before_experts(
-        self, h: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def before_experts(self, h: Tensor, rotation: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
         h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), rotation, cache)
         x = _rms_norm(h, self.ffn_norm, self.config.rms_epsilon)
         ids, weights = route(F.linear(x, self.ffn_gate_inp), self.config.expert_used_count)
         return h, x, ids, weights
 
-    def _attention(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+    def _attention(self, x: Tensor, rotation: Tensor, cache: Cache) -> Tensor:
         config, prefix = self.config, f"blk.{self.index}."
         made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
         q, k, v = (tensor.view(len(x), -1, config.head_dim) for tensor in made)  # [T, H or G, head_dim]
-        q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        q, k = _rotate(q, rotation), _rotate(k, rotation)
         out = torch.empty_like(q)
         for span in cache.append(self.index, k, v):
             out[span.rows] = attend(q[span.rows], span.keys, span.values, config.sliding_window)
@@ -134,32 +132,35 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     repeat = heads // groups
     # the queries that share a KV head stand together, so keys and values are never repeated
     grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
-    k, v = keys.float().transpose(0, 1), values.float().transpose(0, 1)  # [G, S, head_dim]
+    if n == 1:  # torch's SDPA takes ten times as long for so few queries of many keys
+        seen = slice(0 if window is None else max(0, total - window), None)
+        k, v = keys[seen].transpose(0, 1).float(), values[seen].transpose(0, 1).float()  # [G, S, head_dim]
+        scores = torch.bmm(grouped.reshape(groups, repeat, head_dim) * head_dim**-0.5, k.transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, -1), v).view(1, heads, head_dim)
+    k, v = keys.transpose(0, 1).float(), values.transpose(0, 1).float()  # [G, S, head_dim]
     out = torch.empty_like(grouped)
     step = max(1, _MASK_ELEMENTS // (repeat * total))
     for begin in range(0, n, step):
         end = min(begin + step, n)
         first, last = total - n + begin, total - n + end  # positions of this piece
         oldest = 0 if window is None else max(0, first - window + 1)
-        mask = None
-        if end - begin > 1:
-            position = torch.arange(first, last, device=q.device)[:, None]
-            seen = torch.arange(oldest, last, device=q.device)[None]
-            mask = seen <= position
-            if window is not None:
-                mask &= seen > position - window
-            mask = mask.repeat_interleave(repeat, 0)
+        position = torch.arange(first, last, device=q.device)[:, None]
+        key = torch.arange(oldest, last, device=q.device)[None]
+        mask = key <= position
+        if window is not None:
+            mask &= key > position - window
+        mask = mask.repeat_interleave(repeat, 0)
         piece = grouped[:, begin:end].reshape(1, groups, -1, head_dim)
         result = F.scaled_dot_product_attention(piece, k[None, :, oldest:last], v[None, :, oldest:last], mask)
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
     return out.transpose(0, 1).reshape(n, heads, head_dim)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs (GGUF's order): x [T, heads, head_dim]."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs (GGUF's order), which are complex numbers: x [T, heads, head_dim]."""
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+    return F.rms_norm(x, weight.shape, weight, epsilon)
