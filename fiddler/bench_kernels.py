@@ -82,7 +82,7 @@ def kernel_rows(
     """
     groups = _groups(model_file)
     nbytes = sum(bits.nbytes for bits in groups[0])
-    between, least = (len(groups) - 1) * nbytes, _CACHES * last_level_cache()
+    between, least = (len(groups) - 1) * nbytes, _CACHES * _last_level_cache()
     if between < least:
         raise ResourceError(
             f"{model_file.file.shown_path}: between two reads of an expert lie {between / 1e6:.0f} MB of others; to "
@@ -125,7 +125,7 @@ def kernel_rows(
                 )
 
 
-def last_level_cache() -> int:
+def _last_level_cache() -> int:
     """Bytes of the largest cache of the first CPU; 32 MiB where the system does not tell."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

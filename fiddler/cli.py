@@ -354,6 +354,10 @@ def inspect(
     from fiddler.description import describe, to_text
 
     description = describe(model)
+    from fiddler.kernels import available_tiers, choose_tier
+
+    tiers = [tier.name for tier in available_tiers()]
+    description["kernels"] = {"runs": choose_tier().name, "available": tiers}
     if as_json:
         import json
 

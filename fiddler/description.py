@@ -82,8 +82,9 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def to_text(description: dict[str, Any]) -> str:
-    """`describe`'s answer for a person: what the file says is shown without control characters."""
+    """`describe`'s answer for a person, without control characters; also this machine's "kernels" if the caller adds them."""
     a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
+    kernels = description.get("kernels")
     lines = [
         f"{printable(description['name'] or description['path'], _LONGEST)}: {a['parameters'] / 1e9:.3g} B parameters, "
         f"{sizes['file'] / 1e9:.2f} GB",
@@ -97,6 +98,7 @@ def to_text(description: dict[str, Any]) -> str:
         f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
         f"  tokenizer {tokenizer['model']}, {tokenizer['vocabulary']} tokens, BOS {tokenizer['bos']}, "
         f"EOS {tokenizer['eos']}, chat template: {'yes' if tokenizer['chat_template'] else 'no'}",
+        *([f"  CPU kernels: {kernels['runs']}; this CPU has {', '.join(kernels['available'])}"] if kernels else []),
         "  types: " + ", ".join(f"{count} {kind}" for kind, count in description["types"].items()),
         "",
     ]

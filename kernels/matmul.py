@@ -26,7 +26,6 @@ __all__ = ["block_product"]
 _BLOCK = 1024
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
-_COPY = True
 
 
 @njit(nogil=True, boundscheck=False)
@@ -158,14 +157,14 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
     block = _TILE_BLOCK_MANY if many else _TILE_BLOCK_FEW
     panel_width = panel_tokens(product)
     whole = rows - rows % TILE_ROWS
-    near = np.empty((whole if many and _COPY else 0, _TILE_BLOCK_MANY + 16), np.uint32)
+    near = np.empty((whole if many else 0, _TILE_BLOCK_MANY + 16), np.uint32)
     configure_tiles(product)
     for begin in range(0, words, block):
         count = min(block, words - begin)
         done = count - count % TILE_PAIRS
         row = w + 4 * begin
         tiles, tile_stride = row, stride
-        if many and _COPY:
+        if many:
             tiles, tile_stride = near.ctypes.data, near.shape[1]
             for r in range(whole):
                 copy_words(tiles + 4 * r * tile_stride, row + 4 * r * stride, done)
@@ -177,7 +176,7 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
                     wr, cr = tiles + 4 * r * tile_stride, sums + 4 * r * ldc
                     if wide == 16:
                         matrix_tile(product, 16, True, wr, tile_stride, panel, wide, cr, ldc, done)
-                    elif m == 0 and not (many and _COPY):
+                    elif m == 0 and not many:
                         matrix_tile(product, 32, True, wr, tile_stride, panel, wide, cr, ldc, done)
                     else:
                         matrix_tile(product, 32, False, wr, tile_stride, panel, wide, cr, ldc, done)

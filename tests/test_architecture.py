@@ -25,13 +25,17 @@ ROOMS = {
 MAY_IMPORT = {
     "fiddler": "engine completion sampling converters",  # when a name is first used
     "__main__": "cli",
-    "cli": "fiddler engine completion model_file sampling description converters",  # inside the commands
-    "engine": "completion runner model_file tokenizer experts sampling kernels models.mixtral",
+    "cli": "fiddler engine completion model_file sampling description converters"
+    " bench bench_kernels kernels recorder",  # inside the commands
+    "bench": "engine kernels memory recorder",
+    "bench_kernels": "kernels model_file",
+    "engine": "completion runner model_file tokenizer experts sampling kernels models.mixtral recorder",
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
     "cache": "models.config models.mixtral",
-    "experts": "kernels",
+    "experts": "kernels recorder",
+    "recorder": "",
     "sampling": "",
     "stopping": "",
     "memory": "",
@@ -54,10 +58,12 @@ ONLY_IN = {
     "gguf": "gguf_header converters.*",
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
-    "numpy": "cli engine experts generate sampling description model_file gguf_file gguf_header token_table"
+    "matplotlib": "bench_kernels",  # where a plot is asked for
+    "numpy": "bench bench_kernels cli engine experts generate sampling description model_file gguf_file"
+    " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
-    "torch": "engine runner cache experts models.mixtral",
+    "torch": "bench_kernels engine runner cache experts models.mixtral",
     "tqdm": "cli",
     "typer": "cli",
 }
@@ -155,7 +161,8 @@ def test_packages_from_outside_are_imported_where_they_belong(name):
 def test_the_dependencies_are_those_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
-    assert declared == ONLY_IN.keys() - {"llvmlite"}  # numba's own, in the version that fits it
+    extras = {re.match(r"[\w-]+", requirement)[0] for requirement in project["optional-dependencies"]["plot"]}
+    assert declared | extras == ONLY_IN.keys() - {"llvmlite"}  # numba's own, in the version that fits it
 
 
 @pytest.mark.parametrize(

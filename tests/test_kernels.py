@@ -274,6 +274,46 @@ def test_the_cache_key_holds_the_sources(monkeypatch):
     assert product_room._digest() in kind.name
 
 
+TWO_CALLERS = """
+import threading, numpy as np
+from fiddler import kernels
+from fiddler.kernels import threads
+threads._PARALLEL_FROM = 0
+product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
+w, x = np.full((300, 64), 0x3F80, np.uint16), np.ones((3, 64), np.float32)
+kernels.linear(x, w, product)
+assert kernels.threading_layer() == "workqueue", kernels.threading_layer()
+results = []
+def call():
+    results.extend(kernels.linear(x, w, product) for _ in range(200))
+callers = [threading.Thread(target=call) for _ in "ab"]
+[caller.start() for caller in callers]
+[caller.join() for caller in callers]
+assert len(results) == 400 and all((y == 64).all() for y in results)
+"""
+
+
+def test_two_callers_at_once_where_there_is_no_openmp():
+    """Numba's own thread pool ends the process when two threads use it; the doors let one in at a time."""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", TWO_CALLERS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_default_threads_are_physical_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
+    monkeypatch.setattr(threads, "_CPUS", tmp_path)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    for cpu, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 6: "2,6"}.items():
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
+    assert threads._usable_cores() == 4
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert threads._usable_cores() == 2
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert threads._usable_cores() == 4
+
+
 def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
     with pytest.raises(RequestError, match="'avx1024'"):
         kernels.choose_tier("avx1024")
