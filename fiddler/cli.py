@@ -1,4 +1,4 @@
-"""The command line: parses, calls one function, prints. The only file that prints or exits.
+"""The command line: parses, calls one function, prints. Nothing outside the `cli` files prints, nothing else exits.
 
 Text that was asked for goes to stdout; progress, statistics and warnings to stderr. Exit codes: 0 done, 1 an error
 in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the commands, so that `--help` is quick.
@@ -7,23 +7,23 @@ in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the comman
 from __future__ import annotations
 
 import io
-import math
 import os
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from fiddler.cli_bench import bench
+from fiddler.cli_options import Device, DType, Precision, say
 from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
     from fiddler.completion import Stats
 
-__all__ = ["DType", "Device", "Output", "Precision", "app", "bench", "convert", "inspect", "main", "run"]
+__all__ = ["app", "convert", "inspect", "main", "run"]
 
 app = typer.Typer(
     add_completion=False,
@@ -34,33 +34,7 @@ app = typer.Typer(
 )
 
 
-class DType(StrEnum):
-    """--dtype of `convert`."""
-
-    bf16 = "bf16"
-    f16 = "f16"
-
-
-class Device(StrEnum):
-    """--device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Output(StrEnum):
-    """-o of `bench`."""
-
-    md = "md"
-    json = "json"
-
-
-class Precision(StrEnum):
-    """--precision."""
-
-    fast = "fast"
-    exact = "exact"
+app.command()(bench)
 
 
 def main() -> NoReturn:
@@ -126,8 +100,8 @@ def convert(
 
         report = run_conversion(source, target, dtype.value if dtype else None, force=force, progress=progress)
     for warning in report.warnings:
-        _say(f"warning: {warning}")
-    _say(
+        say(f"warning: {warning}")
+    say(
         f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
         f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
     )
@@ -181,9 +155,9 @@ def run(
     from fiddler.engine import load
 
     wanted = 4096 if ctx is None else ctx
-    engine = load(opened, device.value, gpu_memory, threads, wanted, precision.value, notify=_say)
+    engine = load(opened, device.value, gpu_memory, threads, wanted, precision.value, notify=say)
     if ctx is not None and ctx > engine.context:
-        _say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
+        say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
     generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
     for piece in generation:
         sys.stdout.write(piece)
@@ -191,158 +165,7 @@ def run(
     sys.stdout.write("\n")
     sys.stdout.flush()
     if stats:
-        _say(_stats_text(generation.completion.stats))
-
-
-@app.command()
-def bench(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to measure.")],
-    prompt: Annotated[str, typer.Option("-p", "--n-prompt", help="Prompt lengths, as 512 or 128,512; 0: none.")] = "",
-    count: Annotated[str, typer.Option("-n", "--n-gen", help="Generated lengths, as 128; 0: none.")] = "",
-    both: Annotated[str, typer.Option("-pg", help="Prompt and generation in one test, as 512,128.")] = "",
-    depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="Tokens before each test, not timed.")] = 0,
-    repetitions: Annotated[int | None, typer.Option("-r", "--repetitions", min=1, help="Runs a test [3].")] = None,
-    threads: Annotated[str, typer.Option("-t", "--threads", help="CPU threads, as 8 or 4,8.")] = "",
-    output: Annotated[Output, typer.Option("-o", "--output", help="What to print.")] = Output.md,
-    no_warmup: Annotated[bool, typer.Option("--no-warmup", help="No run before the timed ones.")] = False,
-    ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Positions [what the tests need].")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random token ids.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
-    precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels by themselves.")] = False,
-    tokens: Annotated[str, typer.Option(help="With --kernels: tokens an expert, as 1,2,8-12.")] = "",
-    tiers: Annotated[str, typer.Option("--tiers", help="With --kernels: tiers, as avx512,avx2 [all].")] = "",
-    types: Annotated[str, typer.Option("--types", help="With --kernels: weights, bf16, f16 or bf16,f16.")] = "",
-    png: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="With --kernels: draw it.")] = None,
-) -> None:
-    """Measure the speed of prompts and generation, as llama-bench does, against what the memory gives."""
-    if kernels:
-        ignored = {"-p": prompt, "-n": count, "-pg": both, "-d": depth, "-c": ctx, "--gpu-memory": gpu_memory}
-    else:
-        ignored = {"--tokens": tokens, "--tiers": tiers, "--types": types, "--plot": png}
-    for name, value in ignored.items():
-        if value:
-            raise typer.BadParameter(f"{name} means nothing {'with' if kernels else 'without'} --kernels")
-    thread_counts: list[int | None] = list(_numbers("-t", threads)) or [None]
-    if kernels:
-        if len(thread_counts) > 1:
-            raise typer.BadParameter(f"-t {threads}: give one number with --kernels")
-        _bench_kernels(model, tiers, types, tokens, repetitions or 7, thread_counts[0], output, png)
-        return
-    pair = _numbers("-pg", both)
-    if both and len(pair) != 2:
-        raise typer.BadParameter(f"-pg {both}: give two numbers, as 512,128")
-    lengths = [(size, 0) for size in _numbers("-p", prompt or "512")]
-    lengths += [(0, size) for size in _numbers("-n", count or "128")]
-    lengths = [sizes for sizes in [*lengths, *([(pair[0], pair[1])] if pair else [])] if any(sizes)]
-    if not lengths:
-        raise typer.BadParameter("nothing to measure: -p and -n are 0")
-    _bench_model(
-        model,
-        lengths,
-        depth,
-        repetitions or 3,
-        thread_counts,
-        output,
-        not no_warmup,
-        ctx,
-        seed,
-        device,
-        gpu_memory,
-        precision,
-    )
-
-
-def _bench_model(
-    model: Path,
-    lengths: list[tuple[int, int]],
-    depth: int,
-    repetitions: int,
-    thread_counts: list[int | None],
-    output: Output,
-    warm_up: bool,
-    ctx: int | None,
-    seed: int,
-    device: Device,
-    gpu_memory: str | None,
-    precision: Precision,
-) -> None:
-    from fiddler.model_file import ModelFile
-
-    opened = ModelFile.open(model)
-    opened.check_runnable()
-    from fiddler.bench import Result, Test, measure, to_markdown
-    from fiddler.engine import load
-    from fiddler.recorder import Meter
-
-    tests = [Test(*sizes, depth) for sizes in lengths]
-    context = ctx or max(depth + sum(sizes) for sizes in lengths)
-    results: list[Result] = []
-    for threads in thread_counts:
-        meter = Meter()
-        engine = load(opened, device.value, gpu_memory, threads, context, precision.value, notify=_say, recorder=meter)
-        for result in measure(engine, meter, tests, repetitions, warm_up=warm_up, seed=seed):
-            _say(f"{result.test.name}, {result.threads} threads: {result.tokens_per_second:.2f} tokens/s")
-            results.append(result)
-    if output is Output.json:
-        import json
-
-        print(json.dumps([result.to_json() for result in results], indent=2))
-    else:
-        sizes = list(opened.file.tensors.values())
-        parameters = sum(math.prod(tensor.shape) for tensor in sizes)
-        print(to_markdown(results, parameters, sum(tensor.nbytes for tensor in sizes)))
-
-
-def _bench_kernels(
-    model: Path,
-    tiers: str,
-    types: str,
-    tokens: str,
-    repetitions: int,
-    threads: int | None,
-    output: Output,
-    png: Path | None,
-) -> None:
-    kinds = types.split(",") if types else ["bf16", "f16"]
-    if not set(kinds) <= {"bf16", "f16"}:
-        raise typer.BadParameter(f"--types {types}: give bf16, f16 or both")
-    counts = _numbers("--tokens", tokens or "1,2,4,8,16,32,64,128,256,512")
-    if 0 in counts:
-        raise typer.BadParameter(f"--tokens {tokens}: give 1 or more")
-    from fiddler.kernels import available_tiers, choose_tier
-    from fiddler.model_file import ModelFile
-
-    chosen = [choose_tier(name) for name in tiers.split(",")] if tiers else list(available_tiers())
-    opened = ModelFile.open(model)
-    opened.check_runnable()
-    from tqdm import tqdm
-
-    from fiddler.bench_kernels import kernel_rows, plot, rows_to_markdown
-
-    total = len(kinds) * len(counts) * (len(chosen) + 2)
-    measured = kernel_rows(opened, chosen, kinds, counts, repetitions, threads)
-    rows = list(tqdm(measured, total=total, desc="kernels", leave=False, disable=None))
-    if output is Output.json:
-        import json
-
-        print(json.dumps([row.to_json() for row in rows], indent=2))
-    else:
-        print(rows_to_markdown(rows))
-    if png is not None:
-        plot(rows, png)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of an option like 1,2,8-12."""
-    numbers: list[int] = []
-    for part in text.split(",") if text else []:
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise typer.BadParameter(f"{option} {text}: give numbers, as 128 or 128,512")
-        numbers += range(int(first), int(last) + 1) if dash else [int(first)]
-    return numbers
+        say(_stats_text(generation.completion.stats))
 
 
 @app.command()
@@ -398,14 +221,10 @@ def _stats_text(stats: Stats) -> str:
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _fail(error: BaseException, message: str) -> NoReturn:
     if os.environ.get("FIDDLER_TRACEBACK") == "1":
         raise error
-    _say("error: " + " ".join(message.split()))
+    say("error: " + " ".join(message.split()))
     _leave(1)
 
 

@@ -82,7 +82,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def to_text(description: dict[str, Any]) -> str:
-    """`describe`'s answer for a person, without control characters; also this machine's "kernels" if the caller adds them."""
+    """`describe`'s answer for a person, without control characters; with "kernels" if the caller adds them."""
     a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
     kernels = description.get("kernels")
     lines = [

@@ -1,0 +1,55 @@
+"""What the commands of the command line share: options with a few values, lists of numbers, saying something."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+
+import typer
+
+__all__ = ["DType", "Device", "Output", "Precision", "numbers", "say"]
+
+
+class DType(StrEnum):
+    """--dtype of `convert`."""
+
+    bf16 = "bf16"
+    f16 = "f16"
+
+
+class Device(StrEnum):
+    """--device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Output(StrEnum):
+    """-o of `bench`."""
+
+    md = "md"
+    json = "json"
+
+
+class Precision(StrEnum):
+    """--precision."""
+
+    fast = "fast"
+    exact = "exact"
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of an option like 1,2,8-12. Raises BadParameter, wrong usage, for anything else."""
+    found: list[int] = []
+    for part in text.split(",") if text else []:
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise typer.BadParameter(f"{option} {text}: give numbers, as 128 or 128,512")
+        found += range(int(first), int(last) + 1) if dash else [int(first)]
+    return found
+
+
+def say(text: str) -> None:
+    """Progress, statistics, warnings and errors: to stderr, which is not what was asked for."""
+    print(text, file=sys.stderr)
