@@ -101,32 +101,6 @@ def test_same_bits_for_any_number_of_threads(product, tokens, monkeypatch):
     np.testing.assert_array_equal(alone.view(np.uint32), together.view(np.uint32))
 
 
-THREADS = """
-import numpy as np
-from fiddler import kernels
-from fiddler.kernels import threads
-threads._PARALLEL_FROM = 0
-product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
-rng = np.random.default_rng(0)
-w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
-down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
-x = rng.normal(size=(9, 130)).astype(np.float32)
-ids = np.stack([rng.permutation(4)[:2] for _ in range(9)])
-results = set()
-for count in (1, 2, 3, 7, 16, 33, 64):
-    kernels.set_threads(count)
-    results.add(kernels.expert_ffn(x, ids, np.ones((9, 2), np.float32), w, w, down, product).tobytes())
-assert len(results) == 1
-"""
-
-
-def test_same_bits_for_up_to_64_threads():
-    """More than there are cores, in a process of its own, since their number is fixed when it starts."""
-    environment = os.environ | {"NUMBA_NUM_THREADS": "64"}
-    result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 @ALL
 def test_weights_may_begin_at_any_even_address(product):
     rng = np.random.default_rng(6)
@@ -236,36 +210,6 @@ def test_a_product_that_no_kernel_multiplies_is_refused():
         Product(beyond, "bf16", "bf16")
 
 
-CACHE = """
-import sys, numpy as np
-from fiddler import kernels
-product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
-kernels.prepare(product)
-from fiddler.kernels.grouped import grouped_products
-y = kernels.linear(np.ones((1, 2), np.float32), np.full((1, 2), 0x3F80, np.uint16), product)
-print(y[0, 0], sum(grouped_products.stats.cache_hits.values()))
-"""
-
-
-def run_with_cache(folder):
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
-    result = subprocess.run([sys.executable, "-c", CACHE], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
-
-
-def test_a_damaged_cache_is_made_anew(tmp_path):
-    assert run_with_cache(tmp_path) == ["2.0", "0"]
-    assert run_with_cache(tmp_path) == ["2.0", "1"]
-    for pattern, keep in (("*.nbi", 0.5), ("*.nbc", 0.5), ("*.nbi", 0.0)):
-        damaged = list(tmp_path.rglob(pattern))
-        assert damaged
-        for path in damaged:
-            path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-        assert run_with_cache(tmp_path) == ["2.0", "0"], (pattern, keep)
-    assert run_with_cache(tmp_path) == ["2.0", "1"]
-
-
 def test_the_cache_key_holds_the_sources(monkeypatch):
     """Numba looks at the file of the function alone; the key must change with the files it is made of."""
     kind = product_room._typeof_product(PRODUCTS[0], None)
@@ -274,58 +218,12 @@ def test_the_cache_key_holds_the_sources(monkeypatch):
     assert product_room._digest() in kind.name
 
 
-TWO_CALLERS = """
-import threading, numpy as np
-from fiddler import kernels
-from fiddler.kernels import threads
-threads._PARALLEL_FROM = 0
-product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
-w, x = np.full((300, 64), 0x3F80, np.uint16), np.ones((3, 64), np.float32)
-kernels.linear(x, w, product)
-assert kernels.threading_layer() == "workqueue", kernels.threading_layer()
-results = []
-def call():
-    results.extend(kernels.linear(x, w, product) for _ in range(200))
-callers = [threading.Thread(target=call) for _ in "ab"]
-[caller.start() for caller in callers]
-[caller.join() for caller in callers]
-assert len(results) == 400 and all((y == 64).all() for y in results)
-"""
-
-
-def test_two_callers_at_once_where_there_is_no_openmp():
-    """Numba's own thread pool ends the process when two threads use it; the doors let one in at a time."""
-    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
-    result = subprocess.run([sys.executable, "-c", TWO_CALLERS], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def test_default_threads_are_physical_cores(monkeypatch, tmp_path):
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
-    monkeypatch.setattr(threads, "_CPUS", tmp_path)
-    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
-    for cpu, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 6: "2,6"}.items():
-        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
-        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
-    assert threads._usable_cores() == 4
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert threads._usable_cores() == 2
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert threads._usable_cores() == 4
-
-
 def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
     with pytest.raises(RequestError, match="'avx1024'"):
         kernels.choose_tier("avx1024")
     monkeypatch.setenv("FIDDLER_KERNEL", "portable")
     assert kernels.choose_tier().name == "portable"
     assert kernels.choose_tier(BEST.name) is BEST
-
-
-def test_threads_out_of_range_are_refused():
-    for count in (0, -1, 10**6):
-        with pytest.raises(RequestError, match=str(count)):
-            kernels.set_threads(count)
 
 
 LOWER_TIER = """
