@@ -24,7 +24,7 @@ from fiddler.kernels.tiles import store_activation, store_pair
 __all__ = ["Activations", "Groups", "group_tokens", "pack", "room_for", "sums_for"]
 
 _FEW = 4  # tokens; more are faster packed
-_FEW_FOR_TILES = 2  # and none beside packed ones
+_FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 
 
 class Groups(NamedTuple):
@@ -57,10 +57,11 @@ def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, experts
     expert, sizes, packed = [], [], []
     for e in np.flatnonzero(counts).tolist():
         count = int(counts[e])
-        if not packs or (product.in_tiles and count <= _FEW_FOR_TILES):
-            rest = count
-        else:
-            rest = count % 16 if count % 16 <= _FEW and not product.in_tiles else 0
+        rest = count if not packs else 0
+        if packs and product.in_tiles and (count <= _FEW_FOR_TILES or count > _BESIDE):
+            rest = count % 16 if count % 16 <= _FEW_FOR_TILES else 0
+        elif packs and not product.in_tiles:
+            rest = count % 16 if count % 16 <= _FEW else 0
         for size, is_packed in ((count - rest, True), (rest, False)):
             if size:
                 expert.append(e)
