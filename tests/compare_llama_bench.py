@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,8 @@ from measure_memory import say_row
 from fiddler import kernels
 
 
-def measured(command: list[str]) -> list[dict]:
+def measured(command: list[str], pause: float) -> list[dict]:
+    time.sleep(pause)
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)} ended with {result.returncode}: {result.stderr[-500:]}")
@@ -34,15 +36,17 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of both sides (default: all cores)")
+    parser.add_argument("--pause", type=float, default=0, help="seconds of rest before each process (0)")
     arguments = parser.parse_args()
+    pause = arguments.pause
     threads = str(kernels.set_threads(arguments.threads))
     sizes = ["-p", str(arguments.p), "-n", str(arguments.n), "-r", "1", "-t", threads, "-o", "json"]
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
-        for row in measured([sys.executable, "-m", "fiddler", "bench", str(arguments.model), *sizes]):
+        for row in measured([sys.executable, "-m", "fiddler", "bench", str(arguments.model), *sizes], pause):
             ours.setdefault(row["test"], []).append(row["tokens_per_second"])
-        for row in measured([str(arguments.llama), "-m", str(arguments.model), *sizes]):
+        for row in measured([str(arguments.llama), "-m", str(arguments.model), *sizes], pause):
             name = f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}"
             theirs.setdefault(name, []).append(row["avg_ts"])
     say_row(["test", "ours t/s", "(min-max)", "llama.cpp t/s", "(min-max)", "ours/llama.cpp", "(min-max)"])
