@@ -76,8 +76,9 @@ def kernel_rows(
 ) -> Iterator[Row]:
     """Measure the expert feed-forward on the model's own weights; `kinds` of "bf16" and "f16".
 
-    Where the file has the other type its bits are read as if they were of this one: no instruction's speed depends
-    on the values. Rows come by kind and number of tokens, the plain reads first.
+    Where the file has the other type its bits are read as if they were of this one: the speed of instructions does
+    not depend on values, as long as these are normal numbers, which trained weights are either way. Rows come by kind
+    and number of tokens, the plain reads first.
     Raises ResourceError where the model's experts are too few to keep them out of the cache.
     """
     groups = _groups(model_file)
@@ -101,7 +102,7 @@ def kernel_rows(
             product = Product(tier, kind, "bf16" if kind == "bf16" else "f32")
             kernels.prepare(product)
             sides[tier.name] = _kernel_layer(product)
-            errors[tier.name] = _error(sides[tier.name], product, groups[0])
+            errors[tier.name] = _error(sides[tier.name], product, groups[0], tokens)
         for count in tokens:
             x = np.random.default_rng(count).standard_normal((count, width), dtype=np.float32)
             x *= np.float32(0.01)  # so that float16, where torch computes in it, does not overflow
@@ -179,9 +180,10 @@ def _torch_layer(kind: str) -> Layer:
     return layer
 
 
-def _error(layer: Layer, product: Product, experts: Experts) -> float:
-    """How far one token's result is from a slow float64 computation, of its norm.
+def _error(layer: Layer, product: Product, experts: Experts, tokens: Ordered[int]) -> float:
+    """How far results are from a slow float64 computation, of its norm: the most of all these numbers of tokens.
 
+    Other numbers of tokens take other paths through a kernel; every token is the same one.
     Raises RuntimeError where it is farther than roundings explain: a kernel that computes something else.
     """
     first = tuple(bits[:1] for bits in experts)
@@ -194,10 +196,12 @@ def _error(layer: Layer, product: Product, experts: Experts) -> float:
     expected = _naive_product(
         down, _to_bf16(h.astype(np.float32)).astype(np.float64) if rounded else h, product.weights
     )
-    error = float(np.linalg.norm(layer(x, first)[0] - expected) / np.linalg.norm(expected))
-    if not error < _TOLERANCE:
-        raise RuntimeError(f"{product}: relative error {error:.1e} against float64")
-    return error
+    norm = float(np.linalg.norm(expected))
+    errors = [np.linalg.norm(layer(x.repeat(count, 0), first) - expected, axis=1).max() / norm for count in tokens]
+    for count, error in zip(tokens, errors, strict=True):
+        if not error < _TOLERANCE:
+            raise RuntimeError(f"{product}, {count} tokens: relative error {error:.1e} against float64")
+    return float(max(errors))
 
 
 def _naive_product(bits: np.ndarray, x: np.ndarray, kind: str) -> np.ndarray:

@@ -32,7 +32,6 @@ class Tier:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-
 _BF16 = _AVX512 | {"avx512bf16"}
 _AMX = _BF16 | {"amx-tile", "amx-bf16"}
 

@@ -115,7 +115,8 @@ def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
 in_pairs = _constant_of(lambda product: product.in_pairs, types.boolean)
 in_tiles = _constant_of(lambda product: product.in_tiles, types.boolean)
 outer_rows = _constant_of(lambda product: product.tier.outer_rows, types.intp)
-outer_tokens = _constant_of(lambda product: product.tier.outer_tokens, types.intp)
+# beside tile registers, outer products compute what is left over, and need no wide form of their own
+outer_tokens = _constant_of(lambda product: 16 if product.in_tiles else product.tier.outer_tokens, types.intp)
 activation_bytes = _constant_of(lambda product: 2 if product.in_pairs else 4, types.intp)
 panel_tokens = _constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
 """Tokens of a panel in the packed layout: as many as a tile takes at once."""
