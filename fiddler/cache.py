@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Ordered
-from dataclasses import dataclass
+from collections.abc import Sequence as Ordered
 
 import torch
 from torch import Tensor
 
 from fiddler.models.config import Config
-from fiddler.models.mixtral import Span
+from fiddler.models.mixtral import attend, rotary_turns, rotate
 
 __all__ = ["Sequence", "Step"]
 
@@ -23,7 +22,7 @@ class Sequence:
         self.context = context
         self.length = 0
         self._heads, self._head_dim = config.head_count_kv, config.head_dim
-        self._dtype, self._device = dtype, device
+        self.device, self._dtype = device, dtype
         self._keys = [self._empty(0) for _ in range(config.block_count)]
         self._values = [self._empty(0) for _ in range(config.block_count)]
 
@@ -54,36 +53,36 @@ class Sequence:
 
     def _empty(self, capacity: int) -> Tensor:
         """[G, capacity, head_dim]: what one head reads lies together."""
-        return torch.empty(self._heads, capacity, self._head_dim, dtype=self._dtype, device=self._device)
+        return torch.empty(self._heads, capacity, self._head_dim, dtype=self._dtype, device=self.device)
 
 
-@dataclass(frozen=True)
 class Step:
-    """Tokens appended to one or several sequences in one pass through the model: the model's `Cache`.
+    """Tokens appended to one or several sequences in one pass through the model: the model's `Cache`."""
 
-    `parts`: each sequence with the number of its tokens, in the order of the step's rows.
-    """
-
-    parts: Ordered[tuple[Sequence, int]]
-
-    def __post_init__(self) -> None:
-        assert len({id(sequence) for sequence, _ in self.parts}) == len(self.parts), "a sequence stands twice in a step"
-        for sequence, count in self.parts:
+    def __init__(self, parts: Ordered[tuple[Sequence, int]], config: Config) -> None:
+        """`parts`: each sequence with the number of its tokens, in the order of the step's rows."""
+        assert len({id(sequence) for sequence, _ in parts}) == len(parts), "a sequence stands twice in a step"
+        for sequence, count in parts:
             sequence.reserve(sequence.length + count)
+        self._parts = parts
+        self._window = config.sliding_window
+        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in parts]
+        device = parts[0][0].device
+        self._turns = rotary_turns(config, torch.cat(places).to(device))
 
-    def positions(self) -> Tensor:
-        """The position of each row within its own sequence: int64 [T]."""
-        return torch.cat([torch.arange(sequence.length, sequence.length + count) for sequence, count in self.parts])
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> Iterator[Span]:
-        """Store this step's keys and values [T, G, head_dim]; each sequence's part with all that it sees."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
+        q, k = rotate(q, self._turns), rotate(k, self._turns)
+        out = torch.empty_like(q)
         begin = 0
-        for sequence, count in self.parts:
+        for sequence, count in self._parts:
             rows = slice(begin, begin + count)
             begin += count
-            yield Span(rows, *sequence.write(layer, keys[rows], values[rows]))
+            keys, values = sequence.write(layer, k[rows], v[rows])
+            out[rows] = attend(q[rows], keys, values, self._window)
+        return out
 
     def commit(self) -> None:
         """The step went through every layer: the sequences are longer now."""
-        for sequence, count in self.parts:
+        for sequence, count in self._parts:
             sequence.length += count

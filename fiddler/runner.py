@@ -34,11 +34,11 @@ class Runner:
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
-        step = Step([(sequence, len(tokens)) for sequence, tokens in parts])
+        step = Step([(sequence, len(tokens)) for sequence, tokens in parts], self.model.config)
         seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
         attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention):
-            hidden = self.model(ids, step.positions(), step)
+            hidden = self.model(ids, step)
         step.commit()
         return hidden
 

@@ -28,6 +28,7 @@ def expert_ffn(
     up: np.ndarray,
     down: np.ndarray,
     product: Product,
+    hidden_rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
@@ -35,18 +36,24 @@ def expert_ffn(
     gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; any of them may be a read-only mapping.
     `product` says how those bits are read and to what activations are rounded: x before the first products, the
     SwiGLU product before the second.
+    hidden_rows: int64 [E], even numbers; of each expert only its first so many of the F hidden rows are computed,
+    that is, so many rows of gate and up and columns of down: the rest is someone else's share of the same sum.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     tokens, width, hidden = _validate(x, ids, weights, gate, up, down)
+    if hidden_rows is None:
+        hidden_rows = np.full(gate.shape[0], hidden)
+    else:
+        _validate_rows(hidden_rows, gate.shape[0], hidden)
     y = np.empty((tokens, width), np.float32)
-    if tokens == 0 or ids.shape[1] == 0:
+    groups = group_tokens(product, ids, weights, hidden_rows, (width, hidden))
+    if groups.expert.size == 0:
         y[:] = 0
         return y
-    groups = group_tokens(product, ids, weights, gate.shape[0], (width, hidden))
     most = int(np.diff(groups.first).max())
     given, between = (room_for(product, groups, size, use) for size, use in ((width, "x"), (hidden, "hidden")))
     gate_up, only_down = (np.array([bits.ctypes.data for bits in side]) for side in ((gate, up), (down,)))
-    with threads_for(3 * ids.size * width * hidden) as threads:
+    with threads_for(3 * width * int((np.diff(groups.first) * groups.hidden).sum())) as threads:
         pack(product, x, groups, given)
         sums = sums_for(product, threads, 2, hidden, most)
         grouped_products(product, gate_up, hidden, width, groups, given, between, y, sums, new_queue())
@@ -75,3 +82,12 @@ def _validate(
     if ids.size and not (ids.min() >= 0 and ids.max() < experts):
         raise ValueError(f"an expert id lies outside 0..{experts - 1}")
     return x.shape[0], width, hidden
+
+
+def _validate_rows(hidden_rows: np.ndarray, experts: int, hidden: int) -> None:
+    if hidden_rows.shape != (experts,) or hidden_rows.dtype != np.int64:
+        raise ValueError(f"hidden_rows are {hidden_rows.dtype} {hidden_rows.shape}; expected int64 [{experts}]")
+    if not (hidden_rows.min() >= 0 and hidden_rows.max() <= hidden):
+        raise ValueError(f"hidden_rows lie outside 0..{hidden}")
+    if ((hidden_rows % 2 != 0) & (hidden_rows != hidden)).any():
+        raise ValueError("hidden_rows are odd, which splits pairs; give even numbers")

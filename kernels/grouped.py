@@ -117,8 +117,9 @@ def grouped_products(
 ) -> None:
     """Products of matrices [E, outputs, width], whose addresses `weights` holds, with every group's activations x.
 
-    Two addresses: hidden = silu(first . x) * (second . x), with x's groups.
-    One: y[t] = sum over the groups that token t is in of its share . w[expert] . x[t], for y [T, outputs].
+    Two addresses: hidden = silu(first . x) * (second . x), with x's groups, for the rows that `groups.hidden` says.
+    One: y[t] = sum over the groups that token t is in of its share . w[expert] . x[t], for y [T, outputs], over so
+    many elements of each row as `groups.hidden` says.
     `sums`: float32 [threads, matrices, weight rows of a task, tokens]; so many threads take tasks from `queue`.
     """
     first = groups.first
@@ -128,22 +129,27 @@ def grouped_products(
         block = take_task(queue.ctypes.data)
         while block * task < outputs:
             begin = block * task
-            rows = min(task, outputs - begin)
             if weights.size == 1:
-                y[:, begin : begin + rows] = 0
+                y[:, begin : begin + min(task, outputs - begin)] = 0
             for g in range(groups.expert.size):
-                count, packed = first[g + 1] - first[g], groups.packed[g]
+                count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
+                rows = min(task, outputs - begin)
+                k = used
+                if weights.size == 2:
+                    rows, k = min(rows, used - begin), width
+                    if rows <= 0:
+                        continue
                 given = x.words.ctypes.data + 4 * x.at[g]
                 offset = 2 * (groups.expert[g] * outputs + begin) * width
                 for i in range(weights.size):
                     made = c.ctypes.data + 4 * i * task * ldc
                     block_product(
-                        product, packed, weights[i] + offset, width, rows, given, x.stride, count, width, made, ldc
+                        product, packed, weights[i] + offset, width, rows, given, x.stride, count, k, made, ldc
                     )
                 if weights.size == 2:
                     _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
                     h = hidden.words.ctypes.data + 4 * hidden.at[g]
-                    _store_hidden(product, packed, c[0], begin, rows, count, h, outputs, hidden.stride)
+                    _store_hidden(product, packed, c[0], begin, rows, count, h, used, hidden.stride)
                 else:
                     _add(
                         c[0],

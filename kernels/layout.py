@@ -36,6 +36,7 @@ class Groups(NamedTuple):
     expert: np.ndarray  # int64 [G]
     first: np.ndarray  # int64 [G + 1]
     packed: np.ndarray  # bool [G]
+    hidden: np.ndarray  # int64 [G]: the hidden rows of the expert that are computed, from the first on
     token: np.ndarray  # int64 [A]
     share: np.ndarray  # float32 [A]: how much of the expert's output the token gets
 
@@ -48,11 +49,19 @@ class Activations(NamedTuple):
     stride: int  # elements from one token to the next in the rows layout
 
 
-def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, experts: int, widths: Sequence[int]) -> Groups:
-    """Groups of the tokens with these experts, int [T, K] and float32 [T, K], for products of these `widths`."""
+def group_tokens(
+    product: Product, ids: np.ndarray, weights: np.ndarray, hidden: np.ndarray, widths: Sequence[int]
+) -> Groups:
+    """Groups of the tokens with these experts, int [T, K] and float32 [T, K], for products of these `widths`.
+
+    `hidden`: int64 [E], how many hidden rows of each expert are computed; one with none has no group.
+    """
     flat = ids.reshape(-1).astype(np.int64)
     order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
-    counts = np.bincount(flat, minlength=experts)
+    counts = np.bincount(flat, minlength=hidden.size)
+    if not hidden.all():
+        order = order[hidden[flat[order]] > 0]
+        counts[hidden == 0] = 0
     packs = not product.in_pairs or all(width % 2 == 0 for width in widths)
     expert, sizes, packed = [], [], []
     for e in np.flatnonzero(counts).tolist():
@@ -69,7 +78,8 @@ def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, experts
                 packed.append(is_packed)
     first = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
     share = weights.reshape(-1).astype(np.float32)[order]
-    return Groups(np.array(expert, np.int64), first, np.array(packed, np.bool_), order // ids.shape[1], share)
+    which = np.array(expert, np.int64)
+    return Groups(which, first, np.array(packed, np.bool_), hidden[which], order // max(ids.shape[1], 1), share)
 
 
 def room_for(product: Product, groups: Groups, width: int, use: str) -> Activations:

@@ -52,4 +52,4 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], product: Product) -> l
 def _one_group(product: Product, tokens: int, width: int) -> Groups:
     """Every token with a share of 1 in the one matrix there is."""
     ids, share = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
-    return group_tokens(product, ids, share, 1, (width,))
+    return group_tokens(product, ids, share, np.array([width]), (width,))

@@ -7,8 +7,8 @@ explained in `config.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,18 @@ from torch import Tensor
 
 from fiddler.models.config import Config
 
-__all__ = ["Block", "Cache", "Experts", "Linear", "Mixtral", "Span", "attend", "route"]
+__all__ = [
+    "Block",
+    "Cache",
+    "Experts",
+    "Linear",
+    "Mixtral",
+    "Router",
+    "attend",
+    "rotary_turns",
+    "rotate",
+    "route",
+]
 
 _MASK_ELEMENTS = 1 << 22  # attention goes over the queries in pieces whose mask is at most this large
 
@@ -41,43 +52,55 @@ class Linear(Protocol):
         ...
 
 
-class Span(NamedTuple):
-    """Consecutive rows of a step that belong to one sequence, with all that this sequence has seen so far."""
-
-    rows: slice  # of the step's T rows
-    keys: Tensor  # [S, G, head_dim]; row s is position s, the span's own rows come last
-    values: Tensor  # [S, G, head_dim]
-
-
 class Cache(Protocol):
-    """Keeps keys and values, knows which row of a step belongs to which sequence."""
+    """Keeps keys and values of the sequences of a step; knows the position of each of its rows."""
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> Iterable[Span]:
-        """Store keys and values [T, G, head_dim] of this step's rows; give every sequence's part of the step."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate q [T, H, head_dim] and k [T, G, head_dim] to their positions, store k and v [T, G, head_dim].
+
+        Then causal attention of each row over its own sequence: [T, H, head_dim] float32.
+        """
         ...
+
+
+class Router(Protocol):
+    """Chooses each token's experts."""
+
+    def __call__(self, x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """x [T, D], weight [E, D] -> the K most probable experts [T, K] and their probabilities, summing to 1."""
+        ...
+
+
+def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `Router` in plain torch."""
+    weights, ids = torch.topk(torch.softmax(F.linear(x, weight), -1), k)
+    return ids, weights / weights.sum(-1, keepdim=True)
 
 
 class Mixtral:
     """The model: embeddings, blocks, final norm, output."""
 
-    def __init__(self, config: Config, weights: Mapping[str, Tensor], linear: Linear, experts: Experts) -> None:
+    def __init__(
+        self,
+        config: Config,
+        weights: Mapping[str, Tensor],
+        linear: Linear,
+        experts: Experts,
+        router: Router = route,
+    ) -> None:
         """`weights`: the tensors that are not multiplied by `linear`: embeddings, norms and routers."""
         self.config = config
         self.token_embd = weights["token_embd.weight"]  # [V, D]
-        self.blk = [Block(config, index, weights, linear) for index in range(config.block_count)]
+        self.blk = [Block(config, index, weights, linear, router) for index in range(config.block_count)]
         self.output_norm = weights["output_norm.weight"]
         self._linear = linear
         self.experts = experts
-        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=self.token_embd.device)
-        self._frequencies = 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
 
-    def __call__(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """One step: ids [T], positions [T] within each row's own sequence -> hidden states [T, D] float32."""
+    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
+        """One step: ids [T] of the rows that `cache` knows the places of -> hidden states [T, D] float32."""
         h = self.token_embd[ids].float()
-        angles = positions[:, None].float() * self._frequencies  # [T, head_dim / 2]
-        rotation = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, head_dim / 2], complex
         for layer, block in enumerate(self.blk):
-            h, x, chosen, weights = block.before_experts(h, rotation, cache)
+            h, x, chosen, weights = block.before_experts(h, cache)
             h = h + self.experts(layer, x, chosen, weights)
         return h
 
@@ -90,35 +113,41 @@ class Mixtral:
 class Block:
     """One transformer block; its experts are the caller's business."""
 
-    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear) -> None:
+    def __init__(
+        self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, router: Router
+    ) -> None:
         self.config, self.index = config, index
         self.attn_norm = weights[f"blk.{index}.attn_norm.weight"]
         self.ffn_norm = weights[f"blk.{index}.ffn_norm.weight"]
         self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
-        self._linear = linear
+        self._linear, self._router = linear, router
 
-    def before_experts(self, h: Tensor, rotation: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def before_experts(self, h: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
-        h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), rotation, cache)
+        h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), cache)
         x = _rms_norm(h, self.ffn_norm, self.config.rms_epsilon)
-        ids, weights = route(F.linear(x, self.ffn_gate_inp), self.config.expert_used_count)
+        ids, weights = self._router(x, self.ffn_gate_inp, self.config.expert_used_count)
         return h, x, ids, weights
 
-    def _attention(self, x: Tensor, rotation: Tensor, cache: Cache) -> Tensor:
-        config, prefix = self.config, f"blk.{self.index}."
+    def _attention(self, x: Tensor, cache: Cache) -> Tensor:
+        prefix = f"blk.{self.index}."
         made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
-        q, k, v = (tensor.view(len(x), -1, config.head_dim) for tensor in made)  # [T, H or G, head_dim]
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
-        out = torch.empty_like(q)
-        for span in cache.append(self.index, k, v):
-            out[span.rows] = attend(q[span.rows], span.keys, span.values, config.sliding_window)
-        return self._linear(out.flatten(1), prefix + "attn_output.weight")
+        q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in made)  # [T, H or G, head_dim]
+        return self._linear(cache.attend(self.index, q, k, v).flatten(1), prefix + "attn_output.weight")
 
 
-def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] -> the K most probable experts [T, K] and their probabilities, summing to 1."""
-    weights, ids = torch.topk(torch.softmax(logits, -1), k)
-    return ids, weights / weights.sum(-1, keepdim=True)
+def rotary_turns(config: Config, positions: Tensor) -> Tensor:
+    """What turns each pair of a head's elements to its position (RoFormer): complex64 [T, 1, head_dim / 2]."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / config.rope_freq_base ** (pairs / config.head_dim)  # radians a position
+    angles = positions[:, None].float() * frequencies
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs (GGUF's order), which are complex numbers: x [T, heads, head_dim]."""
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
@@ -154,12 +183,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
         result = F.scaled_dot_product_attention(piece, k[None, :, oldest:last], v[None, :, oldest:last], mask)
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
     return out.transpose(0, 1).reshape(n, heads, head_dim)
-
-
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs (GGUF's order), which are complex numbers: x [T, heads, head_dim]."""
-    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -67,6 +67,23 @@ def test_expert_ffn_is_the_naive_one(product, data):
 
 @ALL
 @settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_part_of_the_hidden_rows_is_part_of_the_sum(product, data):
+    experts, hidden = data.draw(st.integers(1, 5)), 2 * data.draw(st.integers(1, 70))
+    tokens, width = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 140))
+    args = case(data.draw(st.integers(0, 2**32 - 1)), tokens, experts, 1, width, hidden, product.weights)
+    rows = np.array([2 * data.draw(st.integers(0, hidden // 2)) for _ in range(experts)])
+    y = kernels.expert_ffn(*args, product, rows)
+    x, ids, weights, gate, up, down = args
+    left_out = np.arange(hidden) >= rows[:, None]  # [E, F]
+    gate, up = (np.where(left_out[:, :, None], np.uint16(0), bits) for bits in (gate, up))
+    rounded = product.activations == "bf16"
+    expected, tolerance = naive.expert_ffn(x, ids, weights, gate, up, down, product.weights, rounded=rounded)
+    assert (np.abs(y - expected) <= tolerance).all()
+
+
+@ALL
+@settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 130), rows=st.integers(1, 150), width=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
 def test_linear_is_a_matrix_product(product, tokens, rows, width, seed):
     rng = np.random.default_rng(seed)
@@ -196,6 +213,9 @@ def test_bad_arguments_stop_at_the_door():
     for arguments in bad:
         with pytest.raises(ValueError):
             kernels.expert_ffn(*arguments, product)
+    for rows in ([24, 24, 24], [24, 24, 24, 26], [24, 24, 24, -2], [24, 24, 24, 3], [24.0, 2.0, 2.0, 2.0]):
+        with pytest.raises(ValueError, match="hidden_rows"):
+            kernels.expert_ffn(x, ids, weights, gate, up, down, product, np.array(rows))
     for bad_x, bad_w in ((x[0], gate[0]), (x, gate), (x, gate[0].T), (x, gate[0].astype(np.int16))):
         with pytest.raises(ValueError):
             kernels.linear(bad_x, bad_w, product)
