@@ -98,13 +98,14 @@ def measure(
     for test in tests:
         if warm_up:
             _run(engine, meter, Test(min(test.n_prompt, engine.runner.chunk), min(test.n_gen, 1)), seed)
-        samples, bandwidths, spent, nbytes, parts = [], [], 0.0, 0, dict.fromkeys(("experts", "dense"), 0.0)
+        samples, bandwidths, spent, nbytes, parts = [], [], 0.0, 0, {"experts": 0.0}
         for repetition in range(repetitions):
             seconds = _run(engine, meter, test, seed + repetition)
             bandwidths.append(read())  # after it: some shared machines slow down who has read much just before
             samples.append((test.n_prompt + test.n_gen) / seconds)
             spent, nbytes = spent + seconds, nbytes + sum(meter.nbytes.values())
-            parts = {name: parts[name] + meter.seconds[name] for name in parts}
+            for name, seconds in meter.seconds.items():
+                parts[name] = parts.get(name, 0.0) + seconds
         shares = {name: value / spent for name, value in parts.items()}
         shares["other"] = 1 - sum(shares.values())
         yield Result(

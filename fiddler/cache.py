@@ -18,13 +18,27 @@ _FIRST_CAPACITY = 256  # positions; doubled when full
 class Sequence:
     """Keys and values of one sequence, all layers. Memory grows with its length, up to `context` positions."""
 
-    def __init__(self, config: Config, context: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: tuple[list[Tensor], list[Tensor]] | None = None,
+    ) -> None:
+        """`storage`: of a sequence that is no longer used, to be used again."""
         self.context = context
         self.length = 0
         self._heads, self._head_dim = config.head_count_kv, config.head_dim
         self.device, self._dtype = device, dtype
-        self._keys = [self._empty(0) for _ in range(config.block_count)]
-        self._values = [self._empty(0) for _ in range(config.block_count)]
+        if storage is None:
+            storage = tuple([self._empty(0) for _ in range(config.block_count)] for _ in range(2))
+        self._keys, self._values = storage
+
+    @property
+    def storage(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer, [G, capacity, head_dim]."""
+        return self._keys, self._values
 
     def reserve(self, length: int) -> None:
         """Make room for positions up to `length`."""

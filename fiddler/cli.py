@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from fiddler.cli_bench import bench
-from fiddler.cli_options import Device, DType, Precision, say
+from fiddler.cli_calibrate import calibrate
+from fiddler.cli_options import Device, DType, Missing, Precision, loading_bar, say
 from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 
 app.command()(bench)
+app.command()(calibrate)
 
 
 def main() -> NoReturn:
@@ -127,6 +129,13 @@ def run(
     seed: Annotated[int, typer.Option(min=-1, help="Seed of the sampling; -1: a new one each time.")] = -1,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
+    gpu_experts: Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")] = None,
+    missing: Annotated[
+        Missing, typer.Option(help="Who computes experts that are not on the GPU; auto: what is fastest.")
+    ] = Missing.auto,
+    expert_counts: Annotated[
+        Path | None, typer.Option(help="How often each expert is chosen: the most popular go to the GPU.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")
     ] = None,
@@ -155,7 +164,20 @@ def run(
     from fiddler.engine import load
 
     wanted = 4096 if ctx is None else ctx
-    engine = load(opened, device.value, gpu_memory, threads, wanted, precision.value, notify=say)
+    with loading_bar() as progress:
+        engine = load(
+            opened,
+            device.value,
+            gpu_memory,
+            threads,
+            wanted,
+            precision.value,
+            notify=say,
+            expert_counts=expert_counts,
+            gpu_experts=gpu_experts,
+            missing=missing.value,
+            progress=progress,
+        )
     if ctx is not None and ctx > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
     generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fiddler.cli_options import Device, Output, Precision, numbers, say
+from fiddler.cli_options import Device, Missing, Output, Precision, loading_bar, numbers, say
 
 __all__ = ["bench"]
 
@@ -27,6 +27,9 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random token ids.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
     gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
+    gpu_experts: Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")] = None,
+    missing: Annotated[Missing, typer.Option(help="Who computes the others: auto, cpu or stream.")] = Missing.auto,
+    expert_counts: Annotated[Path | None, typer.Option(help="How often each expert is chosen.")] = None,
     precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
     kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels by themselves.")] = False,
     tokens: Annotated[str, typer.Option(help="With --kernels: tokens an expert, as 1,2,8-12.")] = "",
@@ -67,8 +70,13 @@ def bench(
         ctx,
         seed,
         device,
-        gpu_memory,
         precision,
+        {
+            "gpu_memory": gpu_memory,
+            "gpu_experts": gpu_experts,
+            "missing": missing.value,
+            "expert_counts": expert_counts,
+        },
     )
 
 
@@ -83,8 +91,8 @@ def _bench_model(
     ctx: int | None,
     seed: int,
     device: Device,
-    gpu_memory: str | None,
     precision: Precision,
+    gpu: dict[str, Any],
 ) -> None:
     from fiddler.model_file import ModelFile
 
@@ -99,7 +107,18 @@ def _bench_model(
     results: list[Result] = []
     for threads in thread_counts:
         meter = Meter()
-        engine = load(opened, device.value, gpu_memory, threads, context, precision.value, notify=say, recorder=meter)
+        with loading_bar() as progress:
+            engine = load(
+                opened,
+                device.value,
+                threads=threads,
+                context=context,
+                precision=precision.value,
+                notify=say,
+                recorder=meter,
+                progress=progress,
+                **gpu,
+            )
         for result in measure(engine, meter, tests, repetitions, warm_up=warm_up, seed=seed):
             say(f"{result.test.name}, {result.threads} threads: {result.tokens_per_second:.2f} tokens/s")
             results.append(result)

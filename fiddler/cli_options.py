@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 import typer
 
-__all__ = ["DType", "Device", "Output", "Precision", "numbers", "say"]
+__all__ = ["DType", "Device", "Missing", "Output", "Precision", "loading_bar", "numbers", "say"]
 
 
 class DType(StrEnum):
@@ -23,6 +25,14 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Missing(StrEnum):
+    """--missing."""
+
+    auto = "auto"
+    cpu = "cpu"
+    stream = "stream"
 
 
 class Output(StrEnum):
@@ -53,3 +63,23 @@ def numbers(option: str, text: str) -> list[int]:
 def say(text: str) -> None:
     """Progress, statistics, warnings and errors: to stderr, which is not what was asked for."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """What `load` tells its progress to: a bar on terminals, shown from the first experts on."""
+    from tqdm import tqdm
+
+    bar: tqdm[object] | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc="experts to the GPU", leave=False, disable=None)
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence as Ordered
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler import kernels
 from fiddler.completion import Completion, Generation
-from fiddler.errors import RequestError, ResourceError
-from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight
-from fiddler.kernels import Product
+from fiddler.devices import wants_gpu
+from fiddler.errors import RequestError
+from fiddler.mapped import COMPILING, mapped_experts, on_cpu
 from fiddler.model_file import ModelFile
-from fiddler.models.mixtral import Mixtral
+from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
 from fiddler.runner import Runner
 from fiddler.sampling import Sampling
@@ -31,6 +29,7 @@ DEMO_MODEL = Path(str(files("fiddler.models"))) / "demo" / "stories-18m.gguf"
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fast", "exact"]
+Missing = Literal["auto", "cpu", "stream"]
 
 
 class Engine:
@@ -163,11 +162,20 @@ def load(
     kernel: str | None = None,
     notify: Callable[[str], None] = lambda text: None,
     recorder: Recorder = SILENT,
+    expert_counts: str | Path | None = None,
+    gpu_experts: int | None = None,
+    missing: Missing = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
-    """Map a Mixtral GGUF and make it ready to run. Weights stay where they are: nothing is copied.
+    """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
     path: a .gguf file, any part of a split one, one opened before, or None for the demo model that ships.
-    device: "cpu", or "auto", which is the CPU as long as the GPU side is not built.
+    device: "cpu", "cuda", or "auto", which is the GPU where there is one that starts. gpu_memory: the most of it that
+    is used, for everything, as "24GiB"; None for nearly all that is free. It holds the dense part, keys and values,
+    and as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
+    gpu_experts: at most so many of them. missing: where experts that are not on the GPU are computed: "auto" does
+    what is fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
+    progress: is told of the bytes of experts that went to the GPU, and how many will.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
@@ -183,48 +191,42 @@ def load(
         raise RequestError(f"context is {context}; give at least 1")
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"device is {device!r}; give 'auto', 'cpu' or 'cuda'")
-    if device == "cuda" or gpu_memory is not None:
-        raise ResourceError("this version computes on the CPU only; leave out --gpu-memory and use --device cpu")
+    if missing not in ("auto", "cpu", "stream"):
+        raise RequestError(f"missing is {missing!r}; give 'auto', 'cpu' or 'stream'")
+    if gpu_experts is not None and gpu_experts < 0:
+        raise RequestError(f"gpu_experts is {gpu_experts}; give 0 or more")
+    gpu = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
     tokenizer = model_file.tokenizer
-    tier = kernels.choose_tier(kernel)
-    threads = kernels.set_threads(threads)
+    tier, exact, config = kernels.choose_tier(kernel), precision == "exact", model_file.config
+    if threads is not None:
+        kernels.set_threads(threads)
+    experts = mapped_experts(model_file, tier, exact=exact)
+    for product in {layer.product for layer in experts}:
+        kernels.prepare(product, lambda: notify(COMPILING))
+    capacity = min(context, config.context_length)
+    if gpu:
+        from fiddler.hybrid import on_gpu
 
-    def product(kind: str) -> Product:
-        weights = "bf16" if kind == "BF16" else "f16"
-        return Product(tier, weights, "bf16" if precision == "fast" and weights == "bf16" else "f32")
-
-    config = model_file.config
-    experts = []
-    for layer in range(config.block_count):
-        gate, up, down = (model_file.bits(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
-        experts.append(ExpertWeights(gate[0], up[0], down[0], product(gate[1])))
-    linears: dict[str, LinearWeight | Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    for name in config.tensor_shapes(tied=False):
-        if name.endswith("_exps.weight"):
-            continue
-        values, kind = model_file.bits(name)
-        if name.endswith(("norm.weight", "ffn_gate_inp.weight")):
-            weights[name] = _tensor(values, kind).float()
-        elif name == "token_embd.weight":
-            weights[name] = _tensor(values, kind)
-        else:
-            linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
-    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(experts, recorder))
-    used = {layer.product for layer in experts}
-    used |= {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}
-    for each in used:
-        kernels.prepare(each, lambda: notify("compiling kernels for this CPU; the next start finds them on disk"))
-    rounded = experts[0].product.activations == "bf16"
-    runner = Runner(model, min(context, config.context_length), torch.float16 if rounded else torch.float32, threads)
+        counts = None
+        if expert_counts is not None:
+            counts = read_counts(Path(expert_counts), config.block_count, config.expert_count)
+        hybrid = on_gpu(
+            model_file,
+            experts,
+            gpu_memory=gpu_memory,
+            threads=threads,
+            context=capacity,
+            exact=exact,
+            counts=counts,
+            most=gpu_experts,
+            missing=missing,
+            notify=notify,
+            progress=progress,
+            recorder=recorder,
+        )
+        notify(hybrid.summary)
+        return Engine(model_file, tokenizer, hybrid.runner, "cuda", tier.name, time.perf_counter() - started)
+    runner = on_cpu(model_file, experts, kernels.set_threads(threads), capacity, exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", tier.name, time.perf_counter() - started)
-
-
-def _tensor(values: np.ndarray, kind: str) -> Tensor:
-    """A torch tensor over the same memory as a view into the mapping."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch cannot mark a tensor read-only; nothing writes to weights
-        tensor = torch.from_numpy(values)
-    return tensor.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])

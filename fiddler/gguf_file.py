@@ -75,6 +75,12 @@ class GgufFile:
         return sum(len(part) for part in self._maps)
 
     @property
+    def mappings(self) -> list[tuple[int, int]]:
+        """Address and bytes of each part's mapping."""
+        views = [np.frombuffer(part, np.uint8) for part in self._maps]
+        return [(int(view.ctypes.data), view.nbytes) for view in views]
+
+    @property
     def shown_path(self) -> str:
         """`path` for a message: one printable line."""
         return _shown(self.path)

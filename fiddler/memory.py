@@ -1,14 +1,18 @@
-"""What memory this process uses, as the operating system counts it."""
+"""What memory this process uses and could have, as the operating system counts it."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "available_memory", "peak_memory"]
+__all__ = ["Memory", "available_memory", "cached_bytes", "peak_memory"]
 
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_LAST_BIT = bytes(value & 1 for value in range(256))
 _USED = ("VmHWM", "RssAnon")  # of /proc/self/status, in KiB
 
 
@@ -35,9 +39,51 @@ def peak_memory() -> Memory:
 
 
 def available_memory() -> int:
-    """Bytes that could be had without swapping (Linux's MemAvailable); 0 where the system does not tell."""
+    """Bytes that could be had without swapping; 0 where the system does not tell.
+
+    That is Linux's MemAvailable, or what this process's control group leaves it, where that is less.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return min([available, *_control_groups()])
+
+
+def _control_groups() -> list[int]:
+    """What each control group (version 2) that this process is in leaves it: its limit less what cannot be dropped."""
+    try:
+        name = next(
+            line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
+        )
+    except (OSError, StopIteration):
+        return []
+    left = []
+    folder = _CONTROL_GROUPS / name.lstrip("/")
+    for group in (folder, *folder.parents):
+        try:
+            limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            left.append(max(0, int(limit) - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))))
+        if group == _CONTROL_GROUPS:
+            break
+    return left
+
+
+def cached_bytes(address: int, nbytes: int) -> int:
+    """How much of a mapping lies in memory already, whoever brought it there; 0 where the system does not tell.
+
+    address: of a page.
+    """
+    pages = -(-nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    try:
+        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), found):
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return bytes(found).translate(_LAST_BIT).count(1) * mmap.PAGESIZE

@@ -34,6 +34,7 @@ class Runner:
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
+        ids = ids.to(self.model.token_embd.device)
         step = Step([(sequence, len(tokens)) for sequence, tokens in parts], self.model.config)
         seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
         attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim

@@ -29,6 +29,7 @@ def expert_ffn(
     down: np.ndarray,
     product: Product,
     hidden_rows: np.ndarray | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
@@ -38,6 +39,7 @@ def expert_ffn(
     SwiGLU product before the second.
     hidden_rows: int64 [E], even numbers; of each expert only its first so many of the F hidden rows are computed,
     that is, so many rows of gate and up and columns of down: the rest is someone else's share of the same sum.
+    out: float32 [T, D] that is written and returned, instead of a new one.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     tokens, width, hidden = _validate(x, ids, weights, gate, up, down)
@@ -45,7 +47,9 @@ def expert_ffn(
         hidden_rows = np.full(gate.shape[0], hidden)
     else:
         _validate_rows(hidden_rows, gate.shape[0], hidden)
-    y = np.empty((tokens, width), np.float32)
+    y = np.empty((tokens, width), np.float32) if out is None else out
+    if y.shape != (tokens, width) or y.dtype != np.float32 or not y.flags.c_contiguous:
+        raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {(tokens, width)}")
     groups = group_tokens(product, ids, weights, hidden_rows, (width, hidden))
     if groups.expert.size == 0:
         y[:] = 0

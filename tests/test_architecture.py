@@ -26,12 +26,31 @@ MAY_IMPORT = {
     "fiddler": "engine completion sampling converters",  # when a name is first used
     "__main__": "cli",
     "cli": "fiddler engine completion model_file sampling description converters kernels"  # inside the commands
-    " cli_bench cli_options",
+    " cli_bench cli_calibrate cli_options",
+    "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "",
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer experts sampling kernels models.mixtral recorder",
+    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement",
+    "devices": "",
+    "mapped": "experts kernels model_file models.mixtral recorder runner",
+    "hybrid": "cache calibrate cuda_driver devices experts gpu_decode gpu_experts gpu_kernels gpu_linear gpu_memory"
+    " gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder staging",
+    "orchestrator": "experts gpu_experts kernels plan recorder staging",
+    "plan": "",
+    "placement": "",
+    "calibrate": "experts gpu_experts kernels plan staging",
+    "staging": "experts link",
+    "link": "cuda_driver",
+    "cuda_driver": "",
+    "gpu_memory": "cuda_driver",
+    "gpu_experts": "experts link",
+    "gpu_linear": "models.mixtral",
+    "gpu_kernels": "",
+    "gpu_attention": "",
+    "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
+    "gpu_runner": "cache gpu_decode gpu_memory models.mixtral runner",
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
@@ -61,13 +80,16 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cli engine experts generate sampling description model_file gguf_file"
+    "numpy": "bench bench_kernels calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped orchestrator"
+    " sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
-    "torch": "bench_kernels engine runner cache experts models.mixtral",
-    "tqdm": "cli cli_bench",
-    "typer": "cli cli_bench cli_options",
+    "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
+    " gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
+    "tqdm": "cli cli_bench cli_options",
+    "triton": "gpu_attention gpu_kernels",
+    "typer": "cli cli_bench cli_calibrate cli_options",
 }
 """Every package from outside, and who may import it."""
 
@@ -164,7 +186,7 @@ def test_the_dependencies_are_those_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
     extras = {re.match(r"[\w-]+", requirement)[0] for requirement in project["optional-dependencies"]["plot"]}
-    assert declared | extras == ONLY_IN.keys() - {"llvmlite"}  # numba's own, in the version that fits it
+    assert declared | extras == ONLY_IN.keys() - {"llvmlite", "triton"}  # numba's and torch's own, in versions that fit
 
 
 @pytest.mark.parametrize(
@@ -188,7 +210,7 @@ def test_what_comes_along_with_an_import(modules, absent):
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
 def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"input", "sys.exit", "SystemExit", "os._exit"}
-    if name not in ("cli_bench", "cli_options"):
+    if name not in ("cli_bench", "cli_calibrate", "cli_options"):
         forbidden |= {"print", "sys.stdout", "sys.stderr"}
     for node in ast.walk(tree(MODULES[name])):
         written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""

@@ -1,0 +1,137 @@
+"""The few calls to NVIDIA's driver that torch does not offer: registering mapped memory, copies from it, memory used.
+
+Knows addresses and bytes; not tensors or models. The driver's own libraries are called, not the CUDA runtime's,
+which torch brings in a place and version of its own. See the CUDA Driver API, "Memory Management", and NVML.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from functools import cache
+
+from fiddler.errors import ResourceError
+
+__all__ = ["copy_rows_to_device", "copy_to_device", "copy_to_host", "register", "unregister", "used_memory"]
+
+_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the one flag with which a read-only, shared mapping is accepted
+_HOST, _DEVICE = 1, 2  # CUmemorytype
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        ("srcXInBytes", c_size_t),
+        ("srcY", c_size_t),
+        ("srcMemoryType", c_int),
+        ("srcHost", c_void_p),
+        ("srcDevice", c_uint64),
+        ("srcArray", c_void_p),
+        ("srcPitch", c_size_t),
+        ("dstXInBytes", c_size_t),
+        ("dstY", c_size_t),
+        ("dstMemoryType", c_int),
+        ("dstHost", c_void_p),
+        ("dstDevice", c_uint64),
+        ("dstArray", c_void_p),
+        ("dstPitch", c_size_t),
+        ("WidthInBytes", c_size_t),
+        ("Height", c_size_t),
+    ]
+
+
+class _NvmlMemory(ctypes.Structure):
+    """nvmlMemory_v2_t: unlike the first version, what the driver reserves for itself is not counted as used."""
+
+    _fields_ = [
+        ("version", c_uint),
+        ("total", c_uint64),
+        ("reserved", c_uint64),
+        ("free", c_uint64),
+        ("used", c_uint64),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ResourceError(f"NVIDIA's driver library cannot be loaded: {error}; use --device cpu") from None
+    library.cuMemHostRegister_v2.argtypes = [c_void_p, c_size_t, c_uint]
+    library.cuMemHostUnregister.argtypes = [c_void_p]
+    library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
+    library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
+    library.cuMemcpy2DAsync_v2.argtypes = [c_void_p, c_void_p]
+    return library
+
+
+def register(address: int, nbytes: int) -> bool:
+    """Pin mapped memory, so that the device's copy engine reads it in place; False where the driver refuses."""
+    return int(_driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY)) == 0
+
+
+def unregister(address: int) -> None:
+    """Undo `register`."""
+    _driver().cuMemHostUnregister(address)
+
+
+def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Start a copy of host memory to the device; asynchronous where the memory is pinned."""
+    _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
+
+
+def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Start a copy of the device's memory to pinned memory."""
+    _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "a copy from the GPU")
+
+
+def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
+    """Start a copy of `rows` rows of `width` bytes, `pitch` bytes apart in host memory, side by side on the device."""
+    made = _Copy2D(
+        srcMemoryType=_HOST,
+        srcHost=source,
+        srcPitch=pitch,
+        dstMemoryType=_DEVICE,
+        dstDevice=target,
+        dstPitch=width,
+        WidthInBytes=width,
+        Height=rows,
+    )
+    _check(_driver().cuMemcpy2DAsync_v2(byref(made), stream), "a copy to the GPU")
+
+
+def used_memory() -> dict[int, int] | None:
+    """Bytes in use on each of the machine's GPUs, by all programs, by the bus it sits on; None where NVML is missing.
+
+    Unlike torch's figure it needs no context on the GPU, which itself takes hundreds of megabytes.
+    """
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if library.nvmlInit_v2() != 0:
+        return None
+    found: dict[int, int] = {}
+    try:
+        count = c_uint()
+        library.nvmlDeviceGetCount_v2(byref(count))
+        for index in range(count.value):
+            handle, memory, pci = c_void_p(), _NvmlMemory(version=2 << 24 | ctypes.sizeof(_NvmlMemory)), (c_uint * 64)()
+            if library.nvmlDeviceGetHandleByIndex_v2(index, byref(handle)):
+                continue
+            # nvmlPciInfo_t (version 3): 16 bytes of text, then domain, bus, device
+            if library.nvmlDeviceGetPciInfo_v3(handle, byref(pci)) or library.nvmlDeviceGetMemoryInfo_v2(
+                handle, byref(memory)
+            ):
+                continue
+            found[int(pci[5])] = int(memory.used)
+    finally:
+        library.nvmlShutdown()
+    return found
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        raise ResourceError(f"{what} failed: CUDA driver error {result}; use --device cpu, or less --gpu-memory")

@@ -1,0 +1,172 @@
+"""Triton kernels for the attention of one token on the GPU: rotate and store, then attend in parts side by side.
+
+Knows tensors; not the model. The position is read on the device, so that a captured graph serves all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["attend_one", "rotate_and_store"]
+
+_SPLITS = 16  # parts of the context that are attended to side by side
+
+
+@triton.jit
+def _rotate_store(
+    q,
+    k,
+    v,
+    turns,
+    position,
+    rotated,
+    keys,
+    values,
+    heads,
+    groups,
+    capacity,
+    dim,
+    PAIRS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    at = tl.load(position)
+    i = tl.arange(0, PAIRS)
+    inside = i < dim // 2
+    if row < heads + groups:
+        head = row if row < heads else row - heads
+        source = (q if row < heads else k) + head * dim
+        a = tl.load(source + 2 * i, mask=inside, other=0.0)
+        b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
+        c = tl.load(turns + at * dim + 2 * i, mask=inside, other=0.0)
+        s = tl.load(turns + at * dim + 2 * i + 1, mask=inside, other=0.0)
+        if row < heads:
+            tl.store(rotated + head * dim + 2 * i, a * c - b * s, mask=inside)
+            tl.store(rotated + head * dim + 2 * i + 1, a * s + b * c, mask=inside)
+        else:
+            place = (head * capacity + at) * dim
+            tl.store(keys + place + 2 * i, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + place + 2 * i + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
+    else:
+        head = row - heads - groups
+        place = (head * capacity + at) * dim
+        for half in tl.static_range(2):
+            a = tl.load(v + head * dim + 2 * i + half, mask=inside, other=0.0)
+            tl.store(values + place + 2 * i + half, a.to(values.dtype.element_ty), mask=inside)
+
+
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, position: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotate q [1, H, d] and k [1, G, d] to `position`, int64 [1]; store k and v there; the rotated q.
+
+    turns: float32 [positions, d / 2, 2], cosine and sine; keys, values: [G, capacity, d].
+    """
+    heads, dim = q.shape[1:]
+    groups, capacity = keys.shape[:2]
+    rotated = torch.empty_like(q)
+    pairs = max(2, triton.next_power_of_2(dim // 2))
+    _rotate_store[(heads + 2 * groups,)](
+        q, k, v, turns, position, rotated, keys, values, heads, groups, capacity, dim, pairs, num_warps=1
+    )
+    return rotated
+
+
+@triton.jit
+def _attend(
+    q,
+    keys,
+    values,
+    position,
+    made,
+    best,
+    sums,
+    scale,
+    window,
+    repeat,
+    capacity,
+    dim,
+    SPLITS: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    group = tl.program_id(0)
+    split = tl.program_id(1)
+    end = tl.load(position) + 1
+    begin = tl.maximum(end - window, 0)
+    part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
+    first = begin + split * part
+    last = tl.minimum(first + part, end)
+    i = tl.arange(0, Q)
+    d = tl.arange(0, DIM)
+    n = tl.arange(0, N)
+    here = (i < repeat)[:, None] & (d < dim)[None, :]
+    a = tl.load(q + (group * repeat + i)[:, None] * dim + d[None, :], mask=here, other=0.0) * scale
+    top = tl.full([Q], float("-inf"), tl.float32)
+    total = tl.zeros([Q], tl.float32)
+    out = tl.zeros([Q, DIM], tl.float32)
+    for at in range(first, last, N):
+        seen = at + n < last
+        place = (group * capacity + at + n)[:, None] * dim + d[None, :]
+        mask = seen[:, None] & (d < dim)[None, :]
+        k = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(seen[None, :], tl.dot(a, tl.trans(k), input_precision="ieee"), float("-inf"))
+        now = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp(score - now[:, None])
+        fade = tl.exp(top - now)
+        total = total * fade + tl.sum(p, 1)
+        out = out * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+        top = now
+    place = (group * SPLITS + split) * Q + i
+    tl.store(best + place, top)
+    tl.store(sums + place, total)
+    tl.store(made + place[:, None] * DIM + d[None, :], out)
+
+
+@triton.jit
+def _merge(made, best, sums, out, repeat, dim, SPLITS: tl.constexpr, Q: tl.constexpr, DIM: tl.constexpr):
+    head = tl.program_id(0)
+    s = tl.arange(0, SPLITS)
+    d = tl.arange(0, DIM)
+    place = (head // repeat * SPLITS + s) * Q + head % repeat
+    top = tl.load(best + place)
+    fade = tl.where(top == float("-inf"), 0.0, tl.exp(top - tl.max(top, 0)))
+    total = tl.sum(fade * tl.load(sums + place), 0)
+    parts = tl.load(made + place[:, None] * DIM + d[None, :]) * fade[:, None]
+    tl.store(out + head * dim + d, tl.sum(parts, 0) / total, mask=d < dim)
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, window: int | None) -> Tensor:
+    """Attention of q [1, H, d] at `position`, int64 [1], over keys and values [G, capacity, d] up to there."""
+    heads, dim = q.shape[1:]
+    groups, capacity = keys.shape[:2]
+    repeat, wide = heads // groups, max(16, triton.next_power_of_2(dim))
+    rows = max(16, triton.next_power_of_2(repeat))
+    made = torch.empty(groups, _SPLITS, rows, wide, device=q.device)
+    best, sums = (torch.empty(groups, _SPLITS, rows, device=q.device) for _ in range(2))
+    out = torch.empty_like(q)
+    _attend[(groups, _SPLITS)](
+        q,
+        keys,
+        values,
+        position,
+        made,
+        best,
+        sums,
+        dim**-0.5,
+        capacity if window is None else window,
+        repeat,
+        capacity,
+        dim,
+        _SPLITS,
+        rows,
+        32,
+        wide,
+        num_warps=4,
+    )
+    _merge[(heads,)](made, best, sums, out, repeat, dim, _SPLITS, rows, wide, num_warps=1)
+    return out

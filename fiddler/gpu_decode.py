@@ -1,0 +1,190 @@
+"""A step of one token on the GPU, as captured CUDA graphs: replayed, they cost Python and the driver next to nothing.
+
+Knows the model's blocks and who has which experts; not sampling or text. Layers whose experts are all residents run
+one after the other in one graph. After any other layer the graph ends: the CPU must see which experts were chosen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiddler import cuda_driver, gpu_attention, gpu_kernels
+from fiddler.cache import Sequence
+from fiddler.gpu_experts import torch_type
+from fiddler.models.mixtral import Mixtral, rotary_turns
+from fiddler.orchestrator import Orchestrator, Split
+from fiddler.recorder import Recorder
+
+__all__ = ["Decoder"]
+
+
+class _OneToken:
+    """The model's `Cache` for one token of one sequence, whose position is read on the device."""
+
+    def __init__(self, sequence: Sequence, position: Tensor, turns: Tensor, window: int | None) -> None:
+        self._keys, self._values = sequence.storage
+        self._position, self._turns, self._window = position, turns, window
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        q = gpu_attention.rotate_and_store(
+            q.contiguous(), k.contiguous(), v.contiguous(), self._turns, self._position, keys, values
+        )
+        return gpu_attention.attend_one(q, keys, values, self._position, self._window)
+
+
+class Decoder:
+    """Decodes a sequence whose keys and values stay where they were when its graphs were captured."""
+
+    def __init__(self, model: Mixtral, orchestrator: Orchestrator, sequence: Sequence, recorder: Recorder) -> None:
+        """`sequence`: with room for its whole context; any later one that uses the same storage will do."""
+        config, device = model.config, sequence.device
+        self._model, self._orchestrator, self._recorder = model, orchestrator, recorder
+        self._experts, self._k = config.expert_count, config.expert_used_count
+        width = config.embedding_length
+        self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # the token and its position
+        self._place = torch.zeros(2, dtype=torch.int64, device=device)
+        positions = torch.arange(sequence.context, device=device)
+        turns = torch.view_as_real(rotary_turns(config, positions)).contiguous()
+        self._cache = _OneToken(sequence, self._place[1:], turns, config.sliding_window)
+        # what the CPU needs of a layer, in one piece: x [D], ids [K], weights [K]
+        self._handed = torch.zeros(1, width + 2 * self._k, device=device)
+        self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)
+        self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
+        self._from_cpu = torch.zeros(1, width, device=device)
+        self._made = torch.zeros(1, width, pin_memory=True)
+        slots = orchestrator.ring.slots
+        self._jobs = torch.zeros(slots, 5, dtype=torch.int64, device=device)
+        self._listed = torch.zeros(slots, 5, dtype=torch.int64, pin_memory=True)
+        self._arrived, self._taken = torch.cuda.Event(), torch.cuda.Event()
+        self._graphs: list[tuple[torch.cuda.CUDAGraph, int | None]] = []  # with the layer whose experts come next
+        self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
+        self.hidden = self.logits = torch.empty(0)
+        self._capture()
+
+    def step(self, token: int, position: int) -> None:
+        """Append `token`; then `hidden` [1, D] and `logits` [1, V] are its, until the next step."""
+        stream = torch.cuda.current_stream().cuda_stream
+        self._taken.synchronize()
+        self._given[0], self._given[1] = token, position
+        cuda_driver.copy_to_device(self._place.data_ptr(), self._given.data_ptr(), 16, stream)
+        self._taken.record()
+        for graph, layer in self._graphs:
+            graph.replay()
+            if layer is not None:
+                self._missing(layer, stream)
+
+    def _missing(self, layer: int, stream: int) -> None:
+        """The experts of a layer that are not residents: queue the GPU's part, compute the CPU's, send it there."""
+        orchestrator, width = self._orchestrator, self._y.shape[1]
+        cuda_driver.copy_to_host(self._seen.data_ptr(), self._handed.data_ptr(), self._seen.nbytes, stream)
+        self._arrived.record()
+        with self._recorder.span("wait", 0):
+            self._arrived.synchronize()
+        seen = self._seen.numpy()
+        x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
+        split = orchestrator.split(layer, np.bincount(ids, minlength=self._experts))
+        if any(split.gpu_rows.values()):
+            self._stream(layer, ids.tolist(), split, stream)
+        if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):
+            self._made.zero_()
+        cuda_driver.copy_to_device(self._from_cpu.data_ptr(), self._made.data_ptr(), self._made.nbytes, stream)
+
+    def _stream(self, layer: int, ids: list[int], split: Split, stream: int) -> None:
+        """Queue copies of the GPU's rows, and their products as soon as they are there."""
+        ring, weights = self._orchestrator.ring, self._orchestrator.layers[layer]
+        hidden = weights.gate.shape[1]
+        ranges = [
+            (e, begin, min(begin + ring.rows, hidden))
+            for e, rows in split.gpu_rows.items()
+            for begin in range(hidden - rows, hidden, ring.rows)
+        ]
+        nbytes = sum(split.gpu_rows.values()) * 6 * weights.gate.shape[2]
+        with self._recorder.span("link", nbytes):
+            for first in range(0, len(ranges), ring.slots):
+                if first:  # the list of jobs is read by what was queued before
+                    torch.cuda.current_stream().synchronize()
+                taken = ranges[first : first + ring.slots]
+                parts = [part for e, begin, end in taken for part in ring.send(weights, e, begin, end)]
+                listed = self._listed.numpy()
+                listed[:] = 0
+                for row, part in zip(listed, parts, strict=False):
+                    matrices = (part.gate, part.up, part.down)
+                    row[:] = [*(m.data_ptr() for m in matrices), part.end - part.begin, ids.index(part.expert)]
+                cuda_driver.copy_to_device(self._jobs.data_ptr(), self._listed.data_ptr(), self._listed.nbytes, stream)
+                parts[-1].arrived.wait()
+                self._streamed[torch_type(weights)].replay()
+                for part in parts:
+                    ring.done(part)
+
+    def _capture(self) -> None:
+        """Record the graphs, after a run that compiles and loads what they need."""
+        layers = self._orchestrator.layers
+        aside = torch.cuda.Stream(self._y.device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            kinds = {torch_type(weights) for weights in layers}
+            self._run(0, None, self._y)
+            for kind in kinds:
+                self._run_streamed(kind)
+            for kind in kinds:  # each with memory of its own: it runs while the other graphs' results are in use
+                self._streamed[kind] = torch.cuda.CUDAGraph()
+                self._streamed[kind].capture_begin(capture_error_mode="thread_local")
+                self._run_streamed(kind)
+                self._streamed[kind].capture_end()
+            breaks = [layer for layer in range(len(layers)) if not self._orchestrator.complete(layer)]
+            begin, state, pool = 0, self._y, torch.cuda.graph_pool_handle()
+            for end in [*breaks, None]:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                state = self._run(begin, end, state)
+                graph.capture_end()
+                self._graphs.append((graph, end))
+                begin = len(layers) if end is None else end + 1
+        torch.cuda.synchronize()
+
+    def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
+        """The model from the experts of layer `begin` - 1 to those of layer `end`, or to the logits."""
+        first = begin == 0
+        h = self._model.token_embd[self._place[:1]].float() if first else h + self._y + self._from_cpu
+        last = len(self._model.blk) - 1 if end is None else end
+        for layer in range(begin, last + 1):
+            h, x, ids, shares = self._model.blk[layer].before_experts(h, self._cache)
+            weights = self._orchestrator.layers[layer]
+            gpu_kernels.experts_of_one(
+                x,
+                self._orchestrator.residents.table[layer],
+                shares,
+                weights.gate.shape[1],
+                torch_type(weights),
+                ids=ids,
+                into=self._y,
+                add=False,
+                rounded=weights.product.activations == "bf16",
+                even=weights.gate.shape[1] % 16 == 0,
+            )
+            if layer == end:
+                torch.cat([x, ids.float(), shares], 1, out=self._handed)
+            else:
+                h = h + self._y
+        if end is None:
+            self.hidden, self.logits = h, self._model.logits(h)
+        return h
+
+    def _run_streamed(self, kind: torch.dtype) -> None:
+        width = self._y.shape[1]
+        weights = next(weights for weights in self._orchestrator.layers if torch_type(weights) == kind)
+        gpu_kernels.experts_of_one(
+            self._handed[:, :width],
+            self._jobs,
+            self._handed[0, width + self._k :],
+            self._orchestrator.ring.rows,
+            kind,
+            ids=None,
+            into=self._y,
+            add=True,
+            rounded=weights.product.activations == "bf16",
+            even=weights.gate.shape[1] % 16 == 0,
+        )

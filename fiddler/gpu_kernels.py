@@ -1,0 +1,219 @@
+"""Triton kernels for a step of one token on the GPU, where reading weights is all the time there is.
+
+Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with
+and which runs where Triton cannot (it builds its launcher with the machine's C compiler). Nothing here waits for the
+host: what varies from step to step is read on the device, so that a captured graph can be replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["experts_of_one", "gemv", "route_one", "works"]
+
+
+def works(device: torch.device) -> str | None:
+    """None where the kernels run on `device`; else why not, in one line."""
+    try:
+        gemv(torch.ones(1, 16, device=device), torch.ones(16, 16, dtype=torch.bfloat16, device=device), rounded=True)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a missing compiler, driver or architecture raises in there
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, rounded: tl.constexpr):
+    return x.to(dtype).to(tl.float32) if rounded else x
+
+
+@triton.jit
+def _gemv(x, w, y, rows, width, ROUNDED: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    total = tl.zeros([R, K], tl.float32)
+    for begin in range(0, width, K):
+        inside = begin + k < width
+        a = _rounded(tl.load(x + begin + k, mask=inside, other=0.0), w.dtype.element_ty, ROUNDED)
+        at = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
+        b = tl.load(w + at, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += b * a[None, :]
+    tl.store(y + r, tl.sum(total, 1), mask=r < rows)
+
+
+def gemv(x: Tensor, w: Tensor, *, rounded: bool) -> Tensor:
+    """x [1, K] float32, w [N, K] -> x . w transposed, [1, N] float32; `rounded`: x to w's type first."""
+    rows, width = w.shape
+    y = torch.empty(1, rows, device=x.device)
+    r, k = (2, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
+    _gemv[(triton.cdiv(rows, r),)](x, w, y, rows, width, rounded, r, k, num_warps=4)
+    return y
+
+
+@triton.jit
+def _up(
+    jobs,
+    ids,
+    x,
+    h,
+    width,
+    most,
+    BY_ID: tl.constexpr,
+    W: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    j = tl.program_id(1)
+    job = jobs + 5 * (tl.load(ids + j) if BY_ID else j)
+    rows = tl.load(job + 3)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    if tl.program_id(0) * R < rows:
+        gate = tl.multiple_of(tl.load(job).to(tl.pointer_type(W)), 16)
+        up = tl.multiple_of(tl.load(job + 1).to(tl.pointer_type(W)), 16)
+        k = tl.arange(0, K)
+        g = tl.zeros([R, K], tl.float32)
+        u = tl.zeros([R, K], tl.float32)
+        for begin in range(0, width, K):
+            inside = begin + k < width
+            a = _rounded(tl.load(x + begin + k, mask=inside, other=0.0), W, ROUNDED)[None, :]
+            at = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
+            mask = (r < rows)[:, None] & inside[None, :]
+            g += tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * a
+            u += tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * a
+        total = tl.sum(g, 1)
+        made = total / (1 + tl.exp(-total)) * tl.sum(u, 1)
+        tl.store(h + j * most + r, _rounded(made, W, ROUNDED), mask=r < rows)
+
+
+@triton.jit
+def _down(
+    jobs,
+    ids,
+    shares,
+    h,
+    y,
+    width,
+    most,
+    BY_ID: tl.constexpr,
+    ADD: tl.constexpr,
+    EVEN: tl.constexpr,
+    W: tl.constexpr,
+    J: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    total = tl.zeros([R, K], tl.float32)
+    for j in range(J):
+        job = jobs + 5 * (tl.load(ids + j) if BY_ID else j)
+        rows = tl.load(job + 3)
+        if EVEN:  # else every row might begin anywhere, and be read element by element
+            rows = tl.multiple_of(rows, 16)
+        share = tl.load(shares + (j if BY_ID else tl.load(job + 4)))
+        down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(W)), 16)
+        for begin in range(0, rows, K):
+            inside = begin + k < rows
+            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * share
+            at = r.to(tl.int64)[:, None] * rows + (begin + k)[None, :]
+            mask = (r < width)[:, None] & inside[None, :]
+            total += tl.load(down + at, mask=mask, other=0.0).to(tl.float32) * a
+    made = tl.sum(total, 1)
+    if ADD:
+        made += tl.load(y + r, mask=r < width, other=0.0)
+    tl.store(y + r, made, mask=r < width)
+
+
+def experts_of_one(
+    x: Tensor,
+    jobs: Tensor,
+    shares: Tensor,
+    most: int,
+    dtype: torch.dtype,
+    *,
+    ids: Tensor | None,
+    into: Tensor,
+    add: bool,
+    rounded: bool,
+    even: bool,
+) -> None:
+    """Feed-forwards of one token, x [1, D] float32 -> their sum, weighted by `shares` [K], `into` [1, D] float32.
+
+    jobs: int64 [n, 5]: the addresses of gate [rows, D], up [rows, D] and down [D, rows]
+    of some hidden rows of an expert, the number of rows, at most `most`, 0 for none, and whose share it gets.
+    ids: [K]; then job ids[j] is done for share j, else all jobs with the shares that they name. `dtype`: of the
+    weights; `rounded`: activations to that type; `add`: to what `into` holds. `even`:
+    every job's number of rows is a multiple of 16. Matrices begin at multiples of 16 bytes.
+    """
+    width = x.shape[1]
+    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    count = len(jobs) if ids is None else ids.numel()
+    h = torch.empty(count, most, device=x.device)
+    by_id, given = ids is not None, jobs if ids is None else ids
+    r, k = (1, 4096) if width > 2048 else (4, max(16, min(1024, triton.next_power_of_2(width))))
+    _up[(triton.cdiv(most, r), count)](
+        jobs, given, x, h, width, most, BY_ID=by_id, W=kind, ROUNDED=rounded, R=r, K=k, num_warps=4
+    )
+    r, k = (4, 512) if most > 1024 else (4, max(16, min(1024, triton.next_power_of_2(most))))
+    _down[(triton.cdiv(width, r),)](
+        jobs,
+        given,
+        shares,
+        h,
+        into,
+        width,
+        most,
+        BY_ID=by_id,
+        ADD=add,
+        EVEN=even,
+        W=kind,
+        J=count,
+        R=r,
+        K=k,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _route(x, w, ids, shares, experts, width, N: tl.constexpr, TOP: tl.constexpr, K: tl.constexpr):
+    e = tl.arange(0, N)
+    k = tl.arange(0, K)
+    total = tl.zeros([N, K], tl.float32)
+    for begin in range(0, width, K):
+        inside = begin + k < width
+        a = tl.load(x + begin + k, mask=inside, other=0.0)[None, :]
+        mask = (e < experts)[:, None] & inside[None, :]
+        total += tl.load(w + e[:, None] * width + (begin + k)[None, :], mask=mask, other=0.0) * a
+    logits = tl.where(e < experts, tl.sum(total, 1), float("-inf"))
+    best = tl.max(logits, 0)
+    p = tl.exp(logits - best)
+    kept = 0.0
+    left = p
+    for _ in tl.static_range(TOP):  # the softmax's own sum cancels: the chosen ones are made to sum to 1
+        top = tl.max(left, 0)
+        kept += top
+        first = tl.min(tl.where(left == top, e, N), 0)
+        left = tl.where(e == first, -1.0, left)
+    left = p
+    for j in tl.static_range(TOP):
+        top = tl.max(left, 0)
+        first = tl.min(tl.where(left == top, e, N), 0)
+        # where x is no number none is the largest: any expert does, the result is no number either
+        tl.store(ids + j, tl.minimum(first, experts - 1).to(tl.int64))
+        tl.store(shares + j, top / kept)
+        left = tl.where(e == first, -1.0, left)
+
+
+def route_one(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The model's `Router` for x [1, D]."""
+    experts, width = w.shape
+    ids = torch.empty(1, k, dtype=torch.int64, device=x.device)
+    shares = torch.empty(1, k, device=x.device)
+    n = max(2, triton.next_power_of_2(experts))
+    block = max(16, min(triton.next_power_of_2(width), 16384 // n))
+    _route[(1,)](x, w, ids, shares, experts, width, n, k, block, num_warps=8)
+    return ids, shares

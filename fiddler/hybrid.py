@@ -1,0 +1,285 @@
+"""Puts a model together on a GPU and the CPU: what goes into the GPU's memory, and over which link the rest is read.
+
+Knows the file, the budget and the parts; not how they compute. In this order, since each takes from the budget what
+the next may have: the driver, dense weights, keys and values, slots for streamed weights, work space; then experts.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler import cuda_driver, kernels
+from fiddler.cache import Sequence as Tokens
+from fiddler.calibrate import Calibration, calibrated
+from fiddler.devices import wants_gpu
+from fiddler.errors import RequestError, ResourceError
+from fiddler.experts import ExpertWeights
+from fiddler.gpu_experts import Residents
+from fiddler.gpu_linear import GpuLinear, GpuRouter
+from fiddler.gpu_memory import Budget, shown
+from fiddler.gpu_runner import GpuRunner
+from fiddler.kernels import Product
+from fiddler.link import BouncedLink, DirectLink, Link
+from fiddler.mapped import COMPILING, mapped_experts
+from fiddler.memory import available_memory, cached_bytes
+from fiddler.model_file import ModelFile
+from fiddler.models.mixtral import Mixtral
+from fiddler.orchestrator import Orchestrator
+from fiddler.placement import place
+from fiddler.plan import Costs, Curve
+from fiddler.recorder import Recorder
+from fiddler.staging import Ring
+
+__all__ = ["Hybrid", "calibrate_alone", "on_gpu"]
+
+_SLOTS = 3  # of the ring: one is filled while one is used, and one is ready
+_WORK = 128 << 20  # bytes for an expert's temporaries
+_CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens of one step
+_WORK_SHARE = 0.1  # of the budget that a step's activations may take
+_ACTIVATIONS = 60  # bytes a token and element of D: what of h, x, q, their copies and sums exists at once
+_SPARE = 0.05  # of memory that is left unpinned
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A model that runs, and one line that says where."""
+
+    runner: GpuRunner
+    orchestrator: Orchestrator
+    summary: str
+
+
+def on_gpu(
+    model_file: ModelFile,
+    experts: Sequence[ExpertWeights],
+    *,
+    gpu_memory: str | None,
+    threads: int | None,
+    context: int,
+    exact: bool,
+    counts: Sequence[Sequence[int]] | None,
+    most: int | None,
+    missing: str,
+    notify: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    recorder: Recorder,
+) -> Hybrid:
+    """Load `model_file` onto the GPU as far as `gpu_memory` goes; `experts` are its layers' in the mapping.
+
+    counts: how often each expert was chosen, [L][E], or None. most: experts on the GPU, or None for all that fit.
+    missing: "auto", "cpu" or "stream", who computes the others. progress: is told of bytes of experts, done and in all.
+    Raises RequestError, which names the least or the most that works, for a budget that does not.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    budget = Budget(device, gpu_memory)
+    config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    link = _link(model_file.file.mappings, device, notify)
+    one_token = _one_token(device, notify)
+    weights, linears = _dense(model_file, link, width)
+    rounded = not exact and experts[0].product.weights == "bf16"
+    cache_dtype = torch.float16 if rounded else torch.float32
+    home = Tokens(config, context, cache_dtype, device)
+    home.reserve(context)
+    chunk = _chunk(budget, width, context)
+    _warm_up(device, cache_dtype)
+    count = len(experts) * config.expert_count
+    expert_bytes = 3 * experts[0].gate[0].nbytes
+    rows = _slot_rows(hidden)
+    slots_bytes = Ring.nbytes(width, rows, _SLOTS)
+    room = budget.room() - chunk * width * _ACTIVATIONS - _WORK
+    most = count if most is None else min(most, count)
+    everything = most == count and count * expert_bytes <= room
+    if not everything and room < slots_bytes:
+        least = budget.total - room + slots_bytes
+        raise RequestError(
+            f"--gpu-memory {gpu_memory or shown(budget.total)}: too little; without any expert this model needs "
+            f"{shown(least)} with a context of {context}"
+        )
+    ring = Ring(link, width, 64 if everything else rows, _SLOTS, torch.bfloat16)
+    if everything:
+        costs, threads = _NO_COSTS, kernels.set_threads(threads)
+    else:
+        calibration = calibrated(experts, ring, threads, notify)
+        costs, threads = calibration.costs(), kernels.set_threads(calibration.threads)
+        if missing == "cpu":
+            costs = replace(costs, link=inf)
+        elif missing == "stream":
+            costs = replace(costs, cpu=Curve((1,), (1e9,)))
+        room -= slots_bytes
+    residents = Residents(experts, device)
+    placed = place(len(experts), config.expert_count, min(most, room // expert_bytes), counts)
+    total, done = sum(map(len, placed)) * expert_bytes, 0
+
+    def loaded(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    residents.load(placed, link, loaded)
+    budget.settle()
+    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder)
+    linear = GpuLinear(linears, one_token, exact=exact)
+    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token))
+    runner = GpuRunner(model, context, cache_dtype, threads, chunk, home, budget)
+    if one_token is not None:
+        from fiddler.gpu_decode import Decoder
+
+        with torch.inference_mode():
+            runner.decode_with(Decoder(model, orchestrator, home, recorder))
+    summary = (
+        f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
+        f"{shown(budget.used())} of {shown(budget.total)} used"
+    )
+    return Hybrid(runner, orchestrator, summary)
+
+
+def calibrate_alone(
+    model_file: ModelFile | None,
+    device: str,
+    threads: int | None,
+    *,
+    exact: bool,
+    notify: Callable[[str], None],
+) -> Calibration:
+    """Measure this machine anew, with a model's experts or with some of Mixtral-8x7B's shape, and store the result."""
+    gpu = wants_gpu(device, None, notify)
+    tier = kernels.choose_tier()
+    if model_file is not None:
+        experts = mapped_experts(model_file, tier, exact=exact)
+    else:
+        product = Product(tier, "bf16", "f32" if exact else "bf16")
+        size = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
+        if available_memory() < 8 * size:
+            raise ResourceError(
+                f"{shown(6 * size)} of memory are needed; give a MODEL.gguf, whose weights are measured"
+            )
+        memory = mmap.mmap(-1, 6 * size)  # shared, as a file's mapping is: else it cannot be registered read-only
+        bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
+        bits[:] = 0x3C00
+        experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), product)]
+    kernels.prepare(experts[0].product, lambda: notify(COMPILING))
+    ring = None
+    if gpu:
+        on = torch.device("cuda", torch.cuda.current_device())
+        mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
+        hidden, width = experts[0].gate.shape[1:]
+        ring = Ring(_link(mappings, on, notify), width, _slot_rows(hidden), _SLOTS, torch.bfloat16)
+    return calibrated(experts, ring, threads, notify, again=True)
+
+
+def _slot_rows(hidden: int) -> int:
+    """Hidden rows of a slot: a whole expert fills the ring."""
+    return -(-hidden // (64 * _SLOTS)) * 64
+
+
+_SHAPE = 4, 14336, 4096  # a few of Mixtral-8x7B's experts
+_NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # nothing is ever missing
+
+
+def _link(mappings: Sequence[tuple[int, int]], device: torch.device, notify: Callable[[str], None]) -> Link:
+    """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
+    nbytes = sum(size for _, size in mappings)
+    available = available_memory()
+    if nbytes > available * (1 - _SPARE):
+        available += sum(cached_bytes(*mapping) for mapping in mappings)
+    if nbytes > available * (1 - _SPARE):
+        notify(f"the model's {shown(nbytes)} exceed the memory ({shown(available)} available): reading through buffers")
+        return BouncedLink(device)
+    done: list[int] = []
+    for address, size in mappings:
+        if not cuda_driver.register(address, size):
+            for earlier in done:
+                cuda_driver.unregister(earlier)
+            notify("the driver does not let the GPU read the mapped file (no pinned memory?): reading through buffers")
+            return BouncedLink(device)
+        done.append(address)
+    return DirectLink(device)
+
+
+def _one_token(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
+    """The kernels for one token, where they run."""
+    try:
+        from fiddler import gpu_kernels
+    except ImportError:
+        notify("torch came without Triton: single tokens take the slower way through torch")
+        return None
+    reason = gpu_kernels.works(device)
+    if reason is not None:
+        notify(f"Triton does not run here ({reason}): single tokens take the slower way through torch")
+        return None
+    return gpu_kernels
+
+
+def _dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Everything but experts, on the GPU: what the model takes by itself, and what it multiplies by."""
+    weights: dict[str, Tensor] = {}
+    linears: dict[str, Tensor] = {}
+    config = model_file.config
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+    def send(target: Tensor, values: np.ndarray) -> None:
+        flat = np.ascontiguousarray(values).reshape(1, -1).view(np.uint16)
+        most = 1 << 22  # so that it also fits a link's buffers
+        for begin in range(0, flat.shape[1], most):
+            piece = flat[:, begin : begin + most]
+            link.copy(target.view(-1).view(torch.uint16)[begin : begin + most][None], piece)
+
+    def load(name: str, into: Tensor | None = None) -> Tensor:
+        values, kind = model_file.bits(name)
+        made = torch.empty(values.shape, dtype=kinds[kind], device=link.device) if into is None else into
+        send(made, values)
+        return made
+
+    for name in ("token_embd.weight", "output_norm.weight"):
+        weights[name] = load(name)
+    tied = model_file.tied
+    linears["output.weight"] = weights["token_embd.weight"] if tied else load("output.weight")
+    for layer in range(config.block_count):
+        prefix = f"blk.{layer}."
+        for name in ("attn_norm", "ffn_norm", "ffn_gate_inp"):
+            weights[f"{prefix}{name}.weight"] = load(f"{prefix}{name}.weight")
+        linears[f"{prefix}attn_output.weight"] = load(f"{prefix}attn_output.weight")
+        names = [f"{prefix}attn_{part}.weight" for part in "qkv"]
+        found = [model_file.bits(name) for name in names]
+        if len({kind for _, kind in found}) == 1:  # side by side, to be one product
+            rows = [len(values) for values, _ in found]
+            joined = torch.empty(sum(rows), width, dtype=kinds[found[0][1]], device=link.device)
+            for name, part in zip(names, joined.split(rows), strict=True):
+                linears[name] = load(name, part)
+        else:
+            linears.update({name: load(name) for name in names})
+    arrived = link.mark()
+    link.arrive(arrived)
+    arrived.synchronize()
+    for name, tensor in weights.items():
+        if name != "token_embd.weight":
+            weights[name] = tensor.float()
+    return weights, linears
+
+
+def _chunk(budget: Budget, width: int, context: int) -> int:
+    """Tokens of one step: as many as a share of the budget has room for."""
+    most = int(budget.total * _WORK_SHARE) // (width * _ACTIVATIONS)
+    return min(context, next((size for size in _CHUNKS if size <= most), _CHUNKS[-1]))
+
+
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Have the driver load what torch's products and attention need, so that their memory is known."""
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 64, 512):
+            F.linear(
+                torch.zeros(tokens, 256, dtype=kind, device=device), torch.zeros(256, 256, dtype=kind, device=device)
+            )
+    q = torch.zeros(1, 8, 64, 64, dtype=dtype, device=device)
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    torch.cuda.synchronize(device)

@@ -1,0 +1,219 @@
+"""A layer's experts on both sides at once: residents on the GPU, missing ones on the CPU, over the link, or split.
+
+Knows who has which weights and asks `plan` who does what; not the model's structure, nor how costs were measured.
+All-CPU, all-GPU and every plan between give the same sums within rounding: that is its whole specification, and with
+a `HostLink` both sides are the CPU.
+
+A step of several tokens queues the GPU's copies and products from a thread of its own, while the caller's is in the
+CPU's kernels, which are always called from there and leave Python's lock free; the sums meet on the GPU. (A step of
+one token queues so little, in `gpu_decode`, that it does without.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiddler import kernels
+from fiddler.experts import ExpertWeights
+from fiddler.gpu_experts import Residents, feed_forward, tokens_by_expert, torch_type
+from fiddler.plan import Costs, Plan, make_plan
+from fiddler.recorder import SILENT, Recorder
+from fiddler.staging import Part, Ring
+
+__all__ = ["Orchestrator", "Split"]
+
+_STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
+_SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
+
+
+class Split(NamedTuple):
+    """What a layer's missing experts become: the GPU has the last of their hidden rows, the CPU the others."""
+
+    gpu_rows: dict[int, int]  # of each missing expert with tokens
+    cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
+
+
+class Orchestrator:
+    """The model's `Experts` where some live on the GPU and some do not."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertWeights],
+        residents: Residents,
+        ring: Ring,
+        costs: Costs,
+        tokens: int,
+        work: int,
+        recorder: Recorder = SILENT,
+    ) -> None:
+        """`tokens`: the most of one step; `work`: bytes for the GPU's temporaries, see `feed_forward`."""
+        self.layers = layers
+        self.residents = residents
+        self.ring = ring
+        self._costs = costs
+        self._work = work
+        self._recorder = recorder
+        self._tokens = tokens
+        experts, self._hidden, width = layers[0].gate.shape
+        self._complete = [residents.complete(layer) for layer in range(len(layers))]
+        self._pinned = ring.link.device.type == "cuda"
+        self._x, self._y = self._host(tokens, width), self._host(tokens, width)
+        self._ids, self._shares = None, None
+        self._read = ring.link.mark()
+        self._ahead: tuple[int, list[Part]] = (0, [])
+        self._seen = np.zeros((len(layers), experts), np.int64)
+        aside = ring.link.blocks or self._pinned
+        self._side = ThreadPoolExecutor(1, "fiddler-gpu") if aside else None
+        self._plan = lru_cache(maxsize=4096)(self._make_plan)
+
+    def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that both sides reach."""
+        return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
+        tokens, experts = len(x), len(self.layers[layer].gate)
+        y = torch.zeros_like(x)
+        if tokens == 0:
+            return y
+        given = self._to_host(layer, x, ids, weights)
+        counts, first = tokens_by_expert(given[1], experts)
+        self._seen[layer] += counts
+        if layer == 0:
+            self.ring.release()
+        ahead = self._ahead[1] if self._ahead[0] == layer else []
+        self._ahead = (0, [])
+        split = self.split(layer, counts, ahead)
+
+        def on_gpu() -> None:
+            with torch.inference_mode():
+                self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
+
+        waiting = self._side.submit(on_gpu) if self._side else None
+        if waiting is None:
+            on_gpu()
+        on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
+        if waiting is not None:
+            waiting.result()
+        if on_cpu:
+            y += self._y[:tokens].to(y.device, non_blocking=True)
+        return y
+
+    def _to_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[np.ndarray, ...]:
+        """What the CPU needs to know, after one wait: x (where it may compute), ids and weights."""
+        tokens, k = ids.shape
+        if self._ids is None or self._ids.shape[1] != k:
+            self._ids, self._shares = self._host(self._tokens, k, dtype=torch.int64), self._host(self._tokens, k)
+        given = [(self._ids, ids), (self._shares, weights)]
+        if not self._complete[layer]:
+            given.append((self._x, x))
+        for target, source in given:
+            target[:tokens].copy_(source, non_blocking=True)
+        self._read.record()
+        with self._recorder.span("wait", 0):
+            self._read.synchronize()
+        return self._x[:tokens].numpy(), self._ids[:tokens].numpy(), self._shares[:tokens].numpy()
+
+    def complete(self, layer: int) -> bool:
+        """Whether all experts of a layer are residents, so that nothing is left for the CPU or the link."""
+        return self._complete[layer]
+
+    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = ()) -> Split:
+        """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already."""
+        missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
+        here = dict.fromkeys(missing, 0)
+        for part in ahead:
+            if part.expert in here:
+                here[part.expert] += part.end - part.begin
+        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()))
+        cpu_rows = np.zeros(len(counts), np.int64)
+        for e, rows in zip(missing, plan.gpu_rows, strict=True):
+            cpu_rows[e] = self._hidden - rows
+        return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows)
+
+    def _make_plan(self, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
+        return make_plan(tokens, self._costs, self._hidden, _STEP, ahead)
+
+    def on_cpu(
+        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, split: Split, out: np.ndarray
+    ) -> bool:
+        """The CPU's part of a layer, into `out` [T, D]; False where it has none."""
+        rows = int(split.cpu_rows.sum())
+        if rows == 0:
+            return False
+        w = self.layers[layer]
+        with self._recorder.span("experts", rows * 6 * w.gate.shape[2]):
+            kernels.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.product, split.cpu_rows, out)
+        return True
+
+    def _on_gpu(
+        self,
+        layer: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        first: np.ndarray,
+        split: Split,
+        ahead: Sequence[Part],
+        y: Tensor,
+    ) -> None:
+        """Queue the GPU's part of a layer, residents first: y [T, D] += it. Then send ahead for the next one."""
+        w = self.layers[layer]
+        rounded = w.product.activations == "bf16"
+        order = torch.argsort(ids.reshape(-1), stable=True)
+        token = order // ids.shape[1]
+        share = weights.reshape(-1)[order][:, None]
+        given = x.to(torch_type(w)) if rounded else x
+
+        def add(e: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
+            rows = token[first[e] : first[e + 1]]
+            made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
+            y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1]]))
+
+        for e in range(len(first) - 1):
+            if first[e + 1] > first[e] and (layer, e) in self.residents:
+                add(e, self.residents[layer, e])
+        for part in ahead:
+            if part.expert in split.gpu_rows:
+                self._use(part, w, add)
+            else:
+                self.ring.done(part)
+        sent = {e: sum(part.end - part.begin for part in ahead if part.expert == e) for e in split.gpu_rows}
+        nbytes = sum(rows - sent[e] for e, rows in split.gpu_rows.items()) * 6 * x.shape[1]
+        with self._recorder.span("link", nbytes):
+            for e, rows in split.gpu_rows.items():
+                for part in self.ring.send(w, e, self._hidden - rows, self._hidden - sent[e]):
+                    self._use(part, w, add)
+        if len(x) * ids.shape[1] >= _SURELY * (len(first) - 1):
+            self._send_ahead(layer + 1, len(x) * ids.shape[1])
+
+    def _use(self, part: Part, w: ExpertWeights, add: object) -> None:
+        part.arrived.wait()
+        kind = torch_type(w)
+        add(part.expert, tuple(matrix.view(kind) for matrix in (part.gate, part.up, part.down)))  # type: ignore[operator]
+        self.ring.done(part)
+
+    def _send_ahead(self, layer: int, chosen: int) -> None:
+        """Start sending an expert of the next layer that will be streamed, whatever its router says.
+
+        That is the missing one that had the most tokens so far, if a plan with evenly spread tokens would stream all
+        of some expert.
+        """
+        if layer >= len(self.layers) or self._complete[layer]:
+            return
+        experts = self._seen.shape[1]
+        missing = [e for e in range(experts) if (layer, e) not in self.residents]
+        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing))
+        if self._hidden not in plan.gpu_rows:
+            return
+        e = max(missing, key=lambda e: int(self._seen[layer, e]))
+        w, begin = self.layers[layer], max(0, self._hidden - self.ring.slots * self.ring.rows)
+        with self._recorder.span("link", (self._hidden - begin) * 6 * w.gate.shape[2]):
+            self._ahead = (layer, list(self.ring.send(w, e, begin, self._hidden)))

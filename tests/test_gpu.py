@@ -1,0 +1,224 @@
+"""What needs a GPU: kernels for one token against torch, and the whole engine there against the one on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+import torch.nn.functional as F
+
+import fiddler
+from fiddler.engine import load
+from fiddler.models.mixtral import attend, rotate, route
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+gpu_kernels = pytest.importorskip("fiddler.gpu_kernels")
+gpu_attention = pytest.importorskip("fiddler.gpu_attention")
+
+DEVICE = torch.device("cuda")
+PROMPT = "Once upon a time, in a small village, there lived"
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("shape", [(50, 96), (6144, 4096), (7, 2050)])
+def test_gemv(kind, rounded, shape):
+    torch.manual_seed(0)
+    x, w = torch.randn(1, shape[1], device=DEVICE), torch.randn(*shape, device=DEVICE).to(kind)
+    given = x.to(kind) if rounded else x
+    expected = given.double() @ w.double().T
+    assert (gpu_kernels.gemv(x, w, rounded=rounded) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(96, 200, 4), (4096, 14336, 2)])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_experts_of_one_token(size, rounded):
+    torch.manual_seed(1)
+    width, hidden, experts = size
+    gate, up = (torch.randn(experts, hidden, width, device=DEVICE).bfloat16() / width**0.5 for _ in range(2))
+    down = torch.randn(experts, width, hidden, device=DEVICE).bfloat16() / hidden**0.5
+    x, shares = torch.randn(1, width, device=DEVICE), torch.tensor([0.7, 0.3], device=DEVICE)
+
+    def naive(e, rows=slice(None)):
+        given = x.bfloat16() if rounded else x
+        made = F.silu(given.double() @ gate[e][rows].double().T) * (given.double() @ up[e][rows].double().T)
+        made = made.float().bfloat16() if rounded else made
+        return made.double() @ down[e][:, rows].double().T
+
+    def job(e, rows=hidden, share=0):
+        return [gate[e].data_ptr(), up[e].data_ptr(), down[e].data_ptr(), rows, share]
+
+    def run(jobs, ids, into, add):
+        table = torch.tensor(jobs, device=DEVICE)
+        ids = None if ids is None else torch.tensor(ids, device=DEVICE)
+        gpu_kernels.experts_of_one(
+            x,
+            table,
+            shares,
+            hidden,
+            torch.bfloat16,
+            ids=ids,
+            into=into,
+            add=add,
+            rounded=rounded,
+            even=hidden % 16 == 0,
+        )
+        return into
+
+    y = run([job(e) for e in range(experts)], [[experts - 1, 0]], torch.empty(1, width, device=DEVICE), False)
+    expected = 0.7 * naive(experts - 1) + 0.3 * naive(0)
+    scale = expected.abs().max()
+    bound = (2e-3 if rounded else 1e-5) * scale  # a hidden value may round to the other side
+    assert (y - expected).abs().max() <= bound
+    absent = [job(e, hidden if e else 0) for e in range(experts)]
+    y = run(absent, [[1, 0]], torch.ones(1, width, device=DEVICE), True)
+    assert (y - 1 - 0.7 * naive(1)).abs().max() <= bound
+    y = run([job(1, share=1), [0] * 5], None, torch.zeros(1, width, device=DEVICE), True)
+    assert (y - 0.3 * naive(1)).abs().max() <= bound
+
+
+def test_routes_as_torch_does():
+    torch.manual_seed(2)
+    for experts, k, width in ((8, 2, 4096), (5, 3, 90), (64, 6, 512)):
+        w = torch.randn(experts, width, device=DEVICE)
+        for _ in range(20):
+            x = torch.randn(1, width, device=DEVICE)
+            (ids, shares), expected = gpu_kernels.route_one(x, w, k), route(x, w, k)
+            assert (ids == expected[0]).all()
+            assert torch.allclose(shares, expected[1], atol=1e-5)
+    ids, shares = gpu_kernels.route_one(torch.full((1, 512), torch.nan, device=DEVICE), w, 6)
+    assert ids.max() < 64
+    assert shares.isnan().any()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (6, 2, 12)])
+def test_attention_of_one_token(kind, heads):
+    torch.manual_seed(3)
+    count, groups, dim = heads
+    capacity = 3000
+    for position, window in ((0, None), (31, None), (777, None), (2999, None), (2999, 64), (10, 64)):
+        q, k, v = (torch.randn(1, n, dim, device=DEVICE) for n in (count, groups, groups))
+        keys, values = (torch.randn(groups, capacity, dim, device=DEVICE).to(kind) for _ in range(2))
+        turns = torch.polar(torch.ones(capacity, dim // 2), torch.rand(capacity, dim // 2) * 6).to(DEVICE)
+        before = keys.clone()
+        at = torch.tensor([position], device=DEVICE)
+        turned = gpu_attention.rotate_and_store(q, k, v, torch.view_as_real(turns).contiguous(), at, keys, values)
+        assert torch.allclose(turned, rotate(q, turns[position, None][None]), atol=1e-5)
+        stored = rotate(k, turns[position, None][None])[0].to(kind).float()
+        assert torch.allclose(keys[:, position].float(), stored, atol=2e-3)
+        assert torch.allclose(values[:, position], v[0].to(kind))
+        keep = torch.arange(capacity, device=DEVICE) != position
+        assert (keys[:, keep] == before[:, keep]).all()
+        made = gpu_attention.attend_one(turned, keys, values, at, window)
+        seen = (tensor[:, : position + 1].transpose(0, 1).float() for tensor in (keys, values))
+        expected = attend(turned, *seen, window)
+        assert (made - expected).abs().max() <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return fiddler.load(device="cpu").tokenizer.encode(PROMPT, add_bos=True)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("residents", [0, 5, None])
+@pytest.mark.parametrize("missing", ["auto", "cpu", "stream"])
+def test_logits_are_those_of_the_cpu(precision, residents, missing, tokens):
+    expected = load(device="cpu", precision=precision).logits(tokens)
+    engine = load(device="cuda", precision=precision, gpu_experts=residents, missing=missing)
+    made = engine.logits(tokens)
+    bound = 1e-4 if precision == "exact" else 3e-2
+    assert (made - expected).norm() <= bound * expected.norm()
+    # token by token, through the captured graphs
+    sequence = engine.runner.sequence()
+    one = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in tokens])
+    assert (one - expected).norm() <= bound * expected.norm()
+
+
+def test_greedy_text_is_the_same_everywhere(tokens):
+    greedy = fiddler.Sampling(temperature=0.0)
+    texts = {
+        name: load(precision="exact", **options).generate(PROMPT, greedy, 60).text
+        for name, options in {
+            "cpu": {"device": "cpu"},
+            "hybrid": {"device": "cuda", "gpu_experts": 7},
+            "streamed": {"device": "cuda", "gpu_experts": 7, "missing": "stream"},
+            "gpu": {"device": "cuda"},
+        }.items()
+    }
+    assert len(set(texts.values())) == 1, texts
+
+
+def test_without_a_compiler_torch_does_it(tokens, tmp_path):
+    """In a process that finds no C compiler, and no launcher that was built before."""
+    code = (
+        "import sys, fiddler\n"
+        "say = lambda text: print(text, file=sys.stderr)\n"
+        "e = fiddler.load(device='cuda', precision='exact', gpu_experts=5, notify=say)\n"
+        "print(e.generate(sys.argv[1], fiddler.Sampling(temperature=0.0), 20).text)\n"
+    )
+    hidden = {**os.environ, "PATH": str(tmp_path), "CC": "", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    done = subprocess.run([sys.executable, "-c", code, PROMPT], env=hidden, capture_output=True, text=True, check=True)
+    assert "slower way through torch" in done.stderr
+    greedy = fiddler.load(device="cpu", precision="exact").generate(PROMPT, fiddler.Sampling(temperature=0.0), 20)
+    assert done.stdout.rstrip("\n") == greedy.text
+
+
+def test_two_sequences_at_once(tokens):
+    """The second one finds the first one's place taken."""
+    engine = load(device="cuda", precision="exact", gpu_experts=5)
+    expected = engine.logits(tokens)
+    a, b = engine.runner.sequence(), engine.runner.sequence()
+    engine.runner.step([(a, tokens[:3])])
+    engine.runner.step([(b, tokens[:5])])
+    for sequence, begin in ((a, 3), (b, 5)):
+        made = engine.runner.logits(engine.runner.step([(sequence, tokens[begin : begin + 1])]))[0]
+        assert torch.allclose(made, expected[begin], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"dtype": "f16", "window": 20},
+        {"experts": 7, "used": 3, "f": 100, "d": 60, "heads": 3, "kv_heads": 1},
+        {"tied": True, "head_dim": 24, "f": 320},
+        {"dense_dtype": "f32"},
+        {"dense_dtype": "f16", "layers": 3},
+    ],
+    ids=str,
+)
+def test_random_models(model, tmp_path):
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", **model)
+    ids = np.random.default_rng(0).integers(3, 200, 60).tolist()
+    expected = load(path, "cpu", precision="exact").logits(ids)
+    engine = load(path, "cuda", precision="exact", gpu_experts=3)
+    assert (engine.logits(ids) - expected).norm() <= 1e-4 * expected.norm()
+    sequence = engine.runner.sequence()
+    engine.runner.prefill(sequence, ids[:30])
+    one = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[30:]])
+    assert (one - expected[30:]).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_budget_holds():
+    """What the driver counts as used never passes what was asked for, prompts and generation included."""
+    path = fiddler.engine.DEMO_MODEL
+    engine = load(path, "cuda", gpu_memory="1400MiB")
+    ids = np.random.default_rng(0).integers(3, 200, engine.context - 40).tolist()
+    engine.generate(ids, fiddler.Sampling(temperature=0.0), 30, ignore_eos=True)
+    assert engine.runner.budget.used() <= 1400 << 20
+
+
+@pytest.mark.parametrize(
+    "asked,says", [("900GiB", "give at most"), ("100MiB", "give more"), ("8 apples", "give a size")]
+)
+def test_a_budget_that_makes_no_sense(asked, says):
+    with pytest.raises(fiddler.FiddlerError, match=says):
+        load(device="cuda", gpu_memory=asked)

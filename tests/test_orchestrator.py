@@ -1,0 +1,152 @@
+"""Both sides on the CPU: every mix of residents, CPU, streaming and splits gives the sum that float64 gives."""
+
+from __future__ import annotations
+
+from math import inf
+
+import naive
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from fiddler import kernels
+from fiddler.experts import ExpertWeights
+from fiddler.gpu_experts import Residents
+from fiddler.kernels import Product
+from fiddler.link import HostLink
+from fiddler.orchestrator import Orchestrator
+from fiddler.plan import Costs, Curve
+from fiddler.recorder import Meter
+from fiddler.staging import Ring
+
+D, F, E, LAYERS, MOST = 48, 320, 5, 3, 70
+COSTS = {
+    "CPU alone": Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), inf, 0.0),
+    "streamed": Costs(Curve((1,), (1e6,)), Curve((1,), (0.0,)), 1.0, 0.0),
+    "split": Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0),
+    "mostly CPU": Costs(Curve((1, 64), (1.0, 2.0)), Curve((1,), (0.0,)), 6.0, 0.0),
+}
+
+
+class BlockingLink(HostLink):
+    """A link that keeps its caller busy, so that it gets a thread."""
+
+    blocks = True
+
+
+def weights_of(kind, activations, seed=0):
+    rng = np.random.default_rng(seed)
+    product = Product(kernels.choose_tier(), kind, activations)
+    shapes = [(E, F, D), (E, F, D), (E, D, F)]
+    return [
+        ExpertWeights(*(naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind) for shape in shapes), product)
+        for _ in range(LAYERS)
+    ]
+
+
+EXACT = weights_of("bf16", "f32")
+KINDS = {"exact": EXACT, "f16": weights_of("f16", "f32"), "fast": weights_of("bf16", "bf16")}
+
+
+def orchestrator(layers, placed, costs, link=None, rows=128, slots=3):
+    link = link or HostLink()
+    residents = Residents(layers, link.device)
+    residents.load(placed, link, lambda nbytes: None)
+    ring = Ring(link, D, rows, slots, torch.bfloat16)
+    return Orchestrator(layers, residents, ring, costs, MOST, 1 << 20)
+
+
+def step(rng, tokens, k):
+    x = rng.normal(size=(tokens, D)).astype(np.float32)
+    ids = np.array([rng.permutation(E)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
+    return x, ids, rng.random((tokens, k)).astype(np.float32)
+
+
+def check(made, layers, layer, x, ids, weights):
+    w = layers[layer]
+    rounded = w.product.activations == "bf16"
+    expected, tolerance = naive.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.product.weights, rounded=rounded)
+    assert made.shape == x.shape
+    if rounded:  # torch rounds gate's, up's and down's products to 16 bits, too
+        assert np.linalg.norm(made - expected) <= 6e-3 * np.linalg.norm(expected) + 1e-30
+    else:
+        assert (np.abs(made - expected) <= tolerance * 2).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("costs", COSTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_every_mix_is_the_same_sum(kind, costs, data):
+    layers = KINDS[kind]
+    placed = [data.draw(st.lists(st.integers(0, E - 1), unique=True, max_size=E)) for _ in range(LAYERS)]
+    blocking = data.draw(st.booleans())
+    both = orchestrator(
+        layers, placed, COSTS[costs], BlockingLink() if blocking else None, data.draw(st.sampled_from([64, 128]))
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    k = data.draw(st.integers(1, 3))
+    for tokens in data.draw(st.lists(st.one_of(st.just(1), st.integers(0, MOST)), min_size=1, max_size=3)):
+        for layer in range(LAYERS):
+            x, ids, weights = step(rng, tokens, k)
+            made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
+            check(made.numpy(), layers, layer, x, ids, weights)
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_one_expert_for_all(costs):
+    both = orchestrator(EXACT, [[1], [], [0, 2]], COSTS[costs])
+    x, ids, weights = step(np.random.default_rng(3), MOST, 1)
+    ids[:] = 3
+    made = both(1, *(torch.from_numpy(array) for array in (x, ids, weights)))
+    check(made.numpy(), EXACT, 1, x, ids, weights)
+
+
+def test_no_sides_work_is_left_out_or_done_twice():
+    """Bytes that the recorder is told of: every missing expert's weights once, by one side or the other."""
+    layers, meter = EXACT, Meter()
+    for costs in COSTS.values():
+        both = orchestrator(layers, [[0], [1], []], costs)
+        both._recorder = meter
+        for layer in range(LAYERS):
+            x, ids, weights = step(np.random.default_rng(layer), 3, 2)
+            meter.clear()
+            both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
+            missing = {e for e in ids.reshape(-1).tolist() if (layer, e) not in both.residents}
+            assert meter.nbytes["experts"] + meter.nbytes["link"] == len(missing) * 3 * layers[0].gate[0].nbytes
+
+
+def test_weights_for_the_next_layer_are_sent_ahead_and_used():
+    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"])
+    rng = np.random.default_rng(0)
+    x, ids, weights = step(rng, 60, 2)
+    both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
+    layer, parts = both._ahead
+    assert layer == 1
+    assert sum(part.end - part.begin for part in parts) == F
+    x, ids, weights = step(rng, 60, 2)
+    check(both(1, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 1, x, ids, weights)
+    # whoever turns out to have no tokens was sent in vain
+    ahead = both._ahead[1][0].expert
+    x, ids, weights = step(rng, 30, 1)
+    ids[ids == ahead] = (ahead + 1) % E
+    check(both(2, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 2, x, ids, weights)
+
+
+def test_a_step_that_was_broken_off_leaves_nothing_behind():
+    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"])
+    rng = np.random.default_rng(0)
+    x, ids, weights = step(rng, 60, 2)
+    both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
+    x, ids, weights = step(rng, 60, 2)
+    check(both(0, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 0, x, ids, weights)
+
+
+def test_numbers_that_are_none_pass_through():
+    both = orchestrator(EXACT, [[0, 1], [], []], COSTS["split"])
+    x, ids, weights = step(np.random.default_rng(0), 4, 2)
+    x[2, 5] = np.nan
+    made = both(0, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy()
+    assert np.isnan(made[2]).all()
+    assert np.isfinite(made[[0, 1, 3]]).all()
