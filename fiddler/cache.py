@@ -31,9 +31,8 @@ class Sequence:
         self.length = 0
         self._heads, self._head_dim = config.head_count_kv, config.head_dim
         self.device, self._dtype = device, dtype
-        if storage is None:
-            storage = tuple([self._empty(0) for _ in range(config.block_count)] for _ in range(2))
-        self._keys, self._values = storage
+        empty = [self._empty(0) for _ in range(config.block_count)]
+        self._keys, self._values = (empty, list(empty)) if storage is None else storage
 
     @property
     def storage(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,6 +24,7 @@ import torch
 from fiddler import kernels
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import feed_forward, torch_type
+from fiddler.link import Mark
 from fiddler.plan import Costs, Curve
 from fiddler.staging import Ring
 
@@ -33,6 +34,7 @@ _VERSION = 1  # of what is measured and how; another one's results are measured 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _GPU_TOKENS = (1, 16, 128, 512, 2048)
 _AT_LEAST = 0.04  # seconds that are timed in one piece
+_ENOUGH = 2.5  # times the CPU's time, that the link is given work for
 
 
 @dataclass(frozen=True)
@@ -237,56 +239,55 @@ class _Bench(_CpuBench):
         super().__init__(layers)
         self._ring = ring
         self._sent = 0
+        self._parts = -(-self._hidden // ring.rows)  # of an expert
 
-    def _send(self, experts: int) -> None:
-        """Queue so many whole experts on the link."""
+    def _send(self, experts: int) -> list[Mark]:
+        """Queue so many whole experts on the link; a mark after each of their parts."""
+        marks = []
         for _ in range(experts):
-            weights = self._layers[self._sent // self._experts % len(self._layers)]
-            for part in self._ring.send(weights, self._sent % self._experts, 0, self._hidden):
+            layer = self._sent // self._experts % len(self._layers)
+            for part in self._ring.send(layer, self._sent % self._experts, 0, self._hidden):
                 self._ring.done(part)
+                marks.append(self._ring.link.mark())
+                self._ring.link.arrive(marks[-1])
             self._sent += 1
-
-    def _arrival(self) -> None:
-        arrived = self._ring.link.mark()
-        self._ring.link.arrive(arrived)
-        arrived.synchronize()
+        return marks
 
     def link(self) -> float:
         """Seconds an expert, nothing else going on."""
-        self._send(1)
-        self._arrival()
+        self._send(1)[-1].synchronize()
         count, seconds = 1, 0.0
         while seconds < _AT_LEAST:
             count *= 2
             started = time.perf_counter()
-            self._send(count)
-            self._arrival()
+            self._send(count)[-1].synchronize()
             seconds = time.perf_counter() - started
         return seconds / count
 
     def together(self, tokens: int, link_alone: float) -> tuple[float, float]:
-        """Seconds an expert of the CPU and of the link, both at work."""
+        """Seconds an expert of the CPU and of the link, both at work: the link has more than enough to do."""
         alone = self.cpu(tokens) * self._experts
         runs = max(1, round(_AT_LEAST / alone))
-        copies = max(1, round(1.2 * runs * alone / link_alone))
         cpu, link = [], []
         for _ in range(3):
             started = time.perf_counter()
-            self._send(copies)
+            marks = self._send(max(1, round(_ENOUGH * runs * alone / link_alone)))
             begun = time.perf_counter()
             for _ in range(runs):
                 self._run(tokens)
-            cpu.append((time.perf_counter() - begun) / runs / self._experts)
-            self._arrival()
-            link.append((time.perf_counter() - started) / copies)
+            ended = time.perf_counter()
+            arrived = sum(mark.query() for mark in marks)
+            marks[-1].synchronize()
+            cpu.append((ended - begun) / runs / self._experts)
+            link.append((ended - started) * self._parts / max(1, arrived))
         return median(cpu), median(link)
 
     def gpu(self, tokens: int) -> float:
         """Seconds that the GPU computes on an expert that is there."""
         weights, rows = self._layers[0], min(self._ring.rows, self._hidden)
         kind, rounded = torch_type(weights), weights.product.activations == "bf16"
-        (part,) = self._ring.send(weights, 0, 0, rows)
-        matrices = [matrix.view(kind) for matrix in (part.gate, part.up, part.down)]
+        (part,) = self._ring.send(0, 0, 0, rows)
+        matrices = part.matrices(kind)
         x = torch.ones(tokens, self._width, dtype=kind if rounded else torch.float32, device=self._ring.link.device)
         done, samples = self._ring.link.mark(), []
         part.arrived.wait()
@@ -297,4 +298,4 @@ class _Bench(_CpuBench):
             done.synchronize()
             samples.append(time.perf_counter() - started)
         self._ring.done(part)
-        return median(samples[1:]) * self._hidden / rows
+        return float(median(samples[1:]) * self._hidden / rows)

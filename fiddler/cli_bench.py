@@ -31,6 +31,9 @@ def bench(
     missing: Annotated[Missing, typer.Option(help="Who computes the others: auto, cpu or stream.")] = Missing.auto,
     expert_counts: Annotated[Path | None, typer.Option(help="How often each expert is chosen.")] = None,
     precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write a timeline for chrome://tracing or Perfetto.")
+    ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels by themselves.")] = False,
     tokens: Annotated[str, typer.Option(help="With --kernels: tokens an expert, as 1,2,8-12.")] = "",
     tiers: Annotated[str, typer.Option("--tiers", help="With --kernels: tiers, as avx512,avx2 [all].")] = "",
@@ -39,7 +42,15 @@ def bench(
 ) -> None:
     """Measure the speed of prompts and generation, as llama-bench does, against what the memory gives."""
     if kernels:
-        ignored = {"-p": prompt, "-n": count, "-pg": both, "-d": depth, "-c": ctx, "--gpu-memory": gpu_memory}
+        ignored = {
+            "-p": prompt,
+            "-n": count,
+            "-pg": both,
+            "-d": depth,
+            "-c": ctx,
+            "--gpu-memory": gpu_memory,
+            "--trace": trace,
+        }
     else:
         ignored = {"--tokens": tokens, "--tiers": tiers, "--types": types, "--plot": png}
     for name, value in ignored.items():
@@ -77,6 +88,7 @@ def bench(
             "missing": missing.value,
             "expert_counts": expert_counts,
         },
+        trace,
     )
 
 
@@ -93,6 +105,7 @@ def _bench_model(
     device: Device,
     precision: Precision,
     gpu: dict[str, Any],
+    trace: Path | None,
 ) -> None:
     from fiddler.model_file import ModelFile
 
@@ -100,13 +113,13 @@ def _bench_model(
     opened.check_runnable()
     from fiddler.bench import Result, Test, measure, to_markdown
     from fiddler.engine import load
-    from fiddler.recorder import Meter
+    from fiddler.recorder import Meter, Tracer
 
     tests = [Test(*sizes, depth) for sizes in lengths]
     context = ctx or max(depth + sum(sizes) for sizes in lengths)
     results: list[Result] = []
     for threads in thread_counts:
-        meter = Meter()
+        meter = Meter() if trace is None else Tracer()
         with loading_bar() as progress:
             engine = load(
                 opened,
@@ -122,6 +135,10 @@ def _bench_model(
         for result in measure(engine, meter, tests, repetitions, warm_up=warm_up, seed=seed):
             say(f"{result.test.name}, {result.threads} threads: {result.tokens_per_second:.2f} tokens/s")
             results.append(result)
+        if trace is not None and isinstance(meter, Tracer):
+            import json
+
+            trace.write_text(json.dumps(meter.to_chrome()))
     if output is Output.json:
         import json
 

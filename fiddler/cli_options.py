@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Never
 
 import typer
 
@@ -70,16 +71,16 @@ def loading_bar() -> Iterator[Callable[[int, int], None]]:
     """What `load` tells its progress to: a bar on terminals, shown from the first experts on."""
     from tqdm import tqdm
 
-    bar: tqdm[object] | None = None
+    bars: list[tqdm[Never]] = []
 
     def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="B", unit_scale=True, desc="experts to the GPU", leave=False, disable=None)
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None))
+            bars[0].set_description("experts to the GPU")
+        bars[0].update(done - bars[0].n)
 
     try:
         yield progress
     finally:
-        if bar is not None:
+        for bar in bars:
             bar.close()

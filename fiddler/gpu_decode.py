@@ -107,12 +107,11 @@ class Decoder:
                 if first:  # the list of jobs is read by what was queued before
                     torch.cuda.current_stream().synchronize()
                 taken = ranges[first : first + ring.slots]
-                parts = [part for e, begin, end in taken for part in ring.send(weights, e, begin, end)]
+                parts = [part for e, begin, end in taken for part in ring.send(layer, e, begin, end)]
                 listed = self._listed.numpy()
                 listed[:] = 0
                 for row, part in zip(listed, parts, strict=False):
-                    matrices = (part.gate, part.up, part.down)
-                    row[:] = [*(m.data_ptr() for m in matrices), part.end - part.begin, ids.index(part.expert)]
+                    row[:] = (*part.addresses, part.end - part.begin, ids.index(part.expert))
                 cuda_driver.copy_to_device(self._jobs.data_ptr(), self._listed.data_ptr(), self._listed.nbytes, stream)
                 parts[-1].arrived.wait()
                 self._streamed[torch_type(weights)].replay()

@@ -6,6 +6,7 @@ Knows tensors of weights and where residents lie; not who decides what is stream
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,18 @@ from torch import Tensor
 from fiddler.experts import ExpertWeights
 from fiddler.link import Link
 
-__all__ = ["Residents", "feed_forward", "tokens_by_expert", "torch_type"]
+__all__ = ["Job", "Residents", "feed_forward", "tokens_by_expert", "torch_type"]
 
 _BYTES = 14  # of temporaries a token and hidden row: gate and up in 16 and 32 bits, and what becomes of them
+
+
+class Job(NamedTuple):
+    """Tokens [first, end), in the order by expert, for some hidden rows of one expert."""
+
+    addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows], multiples of 16
+    rows: int
+    first: int
+    end: int
 
 
 def torch_type(weights: ExpertWeights) -> torch.dtype:
@@ -61,6 +71,11 @@ class Residents:
     def __len__(self) -> int:
         return len(self._weights)
 
+    def addresses(self, layer: int, expert: int) -> tuple[int, int, int]:
+        """Of gate, up and down."""
+        gate, up, down = self._weights[layer, expert]
+        return gate.data_ptr(), up.data_ptr(), down.data_ptr()
+
     def complete(self, layer: int) -> bool:
         """Whether every expert of a layer is here."""
         return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
@@ -77,7 +92,7 @@ class Residents:
                 gate, up, down = memory[:, : hidden * width]
                 made = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
                 for target, bits in zip(made, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
-                    link.copy(target, bits)
+                    link.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
                 self._weights[layer, e] = made
                 table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in made), hidden, 0])
                 progress(memory.nbytes)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler import cuda_driver, kernels
+from fiddler import kernels
 from fiddler.cache import Sequence as Tokens
 from fiddler.calibrate import Calibration, calibrated
 from fiddler.devices import wants_gpu
@@ -33,7 +33,7 @@ from fiddler.mapped import COMPILING, mapped_experts
 from fiddler.memory import available_memory, cached_bytes
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral
-from fiddler.orchestrator import Orchestrator
+from fiddler.orchestrator import Many, Orchestrator
 from fiddler.placement import place
 from fiddler.plan import Costs, Curve
 from fiddler.recorder import Recorder
@@ -83,7 +83,7 @@ def on_gpu(
     torch.backends.cuda.matmul.allow_tf32 = False
     budget = Budget(device, gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
-    link = _link(model_file.file.mappings, device, notify)
+    link = _link(model_file.file.mappings, model_file.file, device, notify)
     one_token = _one_token(device, notify)
     weights, linears = _dense(model_file, link, width)
     rounded = not exact and experts[0].product.weights == "bf16"
@@ -105,7 +105,7 @@ def on_gpu(
             f"--gpu-memory {gpu_memory or shown(budget.total)}: too little; without any expert this model needs "
             f"{shown(least)} with a context of {context}"
         )
-    ring = Ring(link, width, 64 if everything else rows, _SLOTS, torch.bfloat16)
+    ring = Ring(link, experts, 64 if everything else rows, _SLOTS)
     if everything:
         costs, threads = _NO_COSTS, kernels.set_threads(threads)
     else:
@@ -127,7 +127,12 @@ def on_gpu(
 
     residents.load(placed, link, loaded)
     budget.settle()
-    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder)
+    many: Many | None = None
+    if one_token is not None:
+        from fiddler.gpu_grouped import experts_of_many
+
+        many = experts_of_many
+    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, many)
     linear = GpuLinear(linears, one_token, exact=exact)
     model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token))
     runner = GpuRunner(model, context, cache_dtype, threads, chunk, home, budget)
@@ -172,8 +177,8 @@ def calibrate_alone(
     if gpu:
         on = torch.device("cuda", torch.cuda.current_device())
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
-        hidden, width = experts[0].gate.shape[1:]
-        ring = Ring(_link(mappings, on, notify), width, _slot_rows(hidden), _SLOTS, torch.bfloat16)
+        owner = model_file.file if model_file is not None else memory
+        ring = Ring(_link(mappings, owner, on, notify), experts, _slot_rows(experts[0].gate.shape[1]), _SLOTS)
     return calibrated(experts, ring, threads, notify, again=True)
 
 
@@ -186,7 +191,9 @@ _SHAPE = 4, 14336, 4096  # a few of Mixtral-8x7B's experts
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # nothing is ever missing
 
 
-def _link(mappings: Sequence[tuple[int, int]], device: torch.device, notify: Callable[[str], None]) -> Link:
+def _link(
+    mappings: Sequence[tuple[int, int]], owner: object, device: torch.device, notify: Callable[[str], None]
+) -> Link:
     """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
     nbytes = sum(size for _, size in mappings)
     available = available_memory()
@@ -195,15 +202,11 @@ def _link(mappings: Sequence[tuple[int, int]], device: torch.device, notify: Cal
     if nbytes > available * (1 - _SPARE):
         notify(f"the model's {shown(nbytes)} exceed the memory ({shown(available)} available): reading through buffers")
         return BouncedLink(device)
-    done: list[int] = []
-    for address, size in mappings:
-        if not cuda_driver.register(address, size):
-            for earlier in done:
-                cuda_driver.unregister(earlier)
-            notify("the driver does not let the GPU read the mapped file (no pinned memory?): reading through buffers")
-            return BouncedLink(device)
-        done.append(address)
-    return DirectLink(device)
+    try:
+        return DirectLink(device, mappings, owner)
+    except ResourceError as error:
+        notify(f"{error}: reading through buffers")
+        return BouncedLink(device)
 
 
 def _one_token(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
@@ -227,17 +230,10 @@ def _dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str, Ten
     config = model_file.config
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-    def send(target: Tensor, values: np.ndarray) -> None:
-        flat = np.ascontiguousarray(values).reshape(1, -1).view(np.uint16)
-        most = 1 << 22  # so that it also fits a link's buffers
-        for begin in range(0, flat.shape[1], most):
-            piece = flat[:, begin : begin + most]
-            link.copy(target.view(-1).view(torch.uint16)[begin : begin + most][None], piece)
-
     def load(name: str, into: Tensor | None = None) -> Tensor:
         values, kind = model_file.bits(name)
         made = torch.empty(values.shape, dtype=kinds[kind], device=link.device) if into is None else into
-        send(made, values)
+        link.copy(made.data_ptr(), values.ctypes.data, values.nbytes)
         return made
 
     for name in ("token_embd.weight", "output_norm.weight"):

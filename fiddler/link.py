@@ -1,4 +1,4 @@
-"""How weights get from a mapped file to where the GPU part computes. Knows arrays, tensors and streams; no models.
+"""How weights get from a mapped file to where the GPU part computes. Knows addresses and streams; no models.
 
 Three links, one interface. `DirectLink`: the mapping is registered, the GPU's copy engine reads it in place, at the
 speed of the bus and without a thread of ours. `BouncedLink`: through pinned buffers that threads fill, where
@@ -8,15 +8,18 @@ orchestration is tested with where there is no GPU.
 
 from __future__ import annotations
 
+import ctypes
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fiddler import cuda_driver
+from fiddler.errors import ResourceError
 
 __all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark"]
 
@@ -40,6 +43,10 @@ class Mark(Protocol):
         """The caller goes on only when the point is reached."""
         ...
 
+    def query(self) -> bool:
+        """Whether it is reached."""
+        ...
+
 
 class Link(Protocol):
     """Copies weights, in order, beside what the compute stream does."""
@@ -47,8 +54,11 @@ class Link(Protocol):
     device: torch.device
     blocks: bool  # whether `copy` keeps its caller busy until the copy is nearly done
 
-    def copy(self, target: Tensor, source: np.ndarray) -> None:
-        """Rows source [r, n] of 16-bit values, n together but the rows perhaps apart -> target [r, n], contiguous."""
+    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
+        """Copy `rows` rows of `width` bytes, which begin `pitch` bytes apart at the address `source` in a mapping.
+
+        At the address `target` on `device` they come to lie side by side.
+        """
         ...
 
     def mark(self) -> Mark:
@@ -73,6 +83,16 @@ class _Passed:
 
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool:
+        return True
+
+
+def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
+    """Bytes [rows, width] at an address."""
+    extent = (rows - 1) * pitch + width
+    flat = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(address))
+    return np.lib.stride_tricks.as_strided(flat, (rows, width), (pitch, 1))
+
 
 class HostLink:
     """Copies at once, on the CPU."""
@@ -82,9 +102,9 @@ class HostLink:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def copy(self, target: Tensor, source: np.ndarray) -> None:
+    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
-        np.copyto(target.view(torch.uint16).numpy(), source)
+        np.copyto(_view(target, width, rows, width), _view(source, width, rows, pitch))
 
     def mark(self) -> Mark:
         """A `Link`'s."""
@@ -124,16 +144,32 @@ class DirectLink(_CudaLink):
 
     blocks = False
 
-    def copy(self, target: Tensor, source: np.ndarray) -> None:
+    def __init__(self, device: torch.device, mappings: Sequence[tuple[int, int]], owner: object) -> None:
+        """Register `mappings`, address and bytes, which `owner` keeps alive.
+
+        Raises ResourceError where the driver refuses.
+        """
+        super().__init__(device)
+        done: list[int] = []
+        # before the mapping goes: the driver does not notice, and would stumble over the next one at that address
+        weakref.finalize(self, _unregister, done, owner).atexit = False
+        for address, nbytes in mappings:
+            if not cuda_driver.register(address, nbytes):
+                raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
+            done.append(address)
+
+    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
         stream = self._stream.cuda_stream
-        if source.strides[0] == source.shape[1] * 2:
-            cuda_driver.copy_to_device(target.data_ptr(), source.ctypes.data, source.nbytes, stream)
-            return
-        rows, width = source.shape
-        cuda_driver.copy_rows_to_device(
-            target.data_ptr(), source.ctypes.data, width * 2, rows, source.strides[0], stream
-        )
+        if rows == 1 or pitch == width:
+            cuda_driver.copy_to_device(target, source, width * rows, stream)
+        else:
+            cuda_driver.copy_rows_to_device(target, source, width, rows, pitch, stream)
+
+
+def _unregister(addresses: list[int], owner: object) -> None:
+    for address in addresses:
+        cuda_driver.unregister(address)
 
 
 class BouncedLink(_CudaLink):
@@ -143,26 +179,34 @@ class BouncedLink(_CudaLink):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._buffers = [torch.empty(_BOUNCE // 2, dtype=torch.uint16, pin_memory=True) for _ in range(_BOUNCES)]
+        self._buffers = [torch.empty(_BOUNCE, dtype=torch.uint8, pin_memory=True) for _ in range(_BOUNCES)]
         self._left = [torch.cuda.Event() for _ in range(_BOUNCES)]  # reached when a buffer may be filled again
         self._next = 0
         self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-link")
 
-    def copy(self, target: Tensor, source: np.ndarray) -> None:
+    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
-        width = source.shape[1]
-        most = max(1, _BOUNCE // 2 // width)
-        assert width * 2 <= _BOUNCE
-        for begin in range(0, len(source), most):
-            part = source[begin : begin + most]
-            index, self._next = self._next, (self._next + 1) % _BOUNCES
-            self._left[index].synchronize()
-            buffer = self._buffers[index].numpy()[: part.size].reshape(part.shape)
-            cuts = np.linspace(0, len(part), _FILLING_THREADS + 1).astype(int)
-            pieces = [(buffer[a:b], part[a:b]) for a, b in pairwise(cuts)]
-            for done in [self._threads.submit(np.copyto, *piece) for piece in pieces]:
-                done.result()
-            cuda_driver.copy_to_device(
-                target.data_ptr() + begin * width * 2, buffer.ctypes.data, part.nbytes, self._stream.cuda_stream
-            )
-            self._left[index].record(self._stream)
+        if rows == 1 or pitch == width:  # one long row, in pieces of a buffer
+            total = width * rows
+            for begin in range(0, total, _BOUNCE):
+                self._copy(target + begin, source + begin, min(_BOUNCE, total - begin), 1, 0)
+            return
+        most = _BOUNCE // width
+        assert most > 0, "a row is longer than a buffer"
+        for begin in range(0, rows, most):
+            count = min(most, rows - begin)
+            self._copy(target + begin * width, source + begin * pitch, width, count, pitch)
+
+    def _copy(self, target: int, source: int, width: int, rows: int, pitch: int) -> None:
+        """What fits into a buffer."""
+        index, self._next = self._next, (self._next + 1) % _BOUNCES
+        self._left[index].synchronize()
+        address = self._buffers[index].data_ptr()
+        given, buffer = _view(source, width, rows, pitch), _view(address, width, rows, width)
+        axis = 1 if rows == 1 else 0
+        cuts = np.linspace(0, given.shape[axis], _FILLING_THREADS + 1).astype(int)
+        pieces = [np.s_[a:b] if axis == 0 else np.s_[:, a:b] for a, b in pairwise(cuts)]
+        for done in [self._threads.submit(np.copyto, buffer[piece], given[piece]) for piece in pieces]:
+            done.result()
+        cuda_driver.copy_to_device(target, address, width * rows, self._stream.cuda_stream)
+        self._left[index].record(self._stream)

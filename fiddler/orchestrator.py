@@ -11,7 +11,7 @@ one token queues so little, in `gpu_decode`, that it does without.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,15 +22,18 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.experts import ExpertWeights
-from fiddler.gpu_experts import Residents, feed_forward, tokens_by_expert, torch_type
+from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
 from fiddler.plan import Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
 from fiddler.staging import Part, Ring
 
-__all__ = ["Orchestrator", "Split"]
+__all__ = ["Many", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
 _SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
+
+
+Many = Callable[[Tensor, Tensor, Tensor, Sequence[Job], int, Tensor, int], None]
 
 
 class Split(NamedTuple):
@@ -52,20 +55,25 @@ class Orchestrator:
         tokens: int,
         work: int,
         recorder: Recorder = SILENT,
+        many: Many | None = None,
     ) -> None:
-        """`tokens`: the most of one step; `work`: bytes for the GPU's temporaries, see `feed_forward`."""
+        """tokens: the most of one step. work: bytes for the GPU's temporaries, see `feed_forward`.
+
+        many: what computes several experts on the GPU at once in 16 bits, `gpu_grouped.experts_of_many`; without it
+        they go through torch, one by one.
+        """
         self.layers = layers
         self.residents = residents
         self.ring = ring
         self._costs = costs
         self._work = work
         self._recorder = recorder
-        self._tokens = tokens
+        self._tokens, self._many = tokens, many
         experts, self._hidden, width = layers[0].gate.shape
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.link.device.type == "cuda"
         self._x, self._y = self._host(tokens, width), self._host(tokens, width)
-        self._ids, self._shares = None, None
+        self._ids, self._shares = self._host(tokens, 1, dtype=torch.int64), self._host(tokens, 1)
         self._read = ring.link.mark()
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._seen = np.zeros((len(layers), experts), np.int64)
@@ -106,10 +114,12 @@ class Orchestrator:
             y += self._y[:tokens].to(y.device, non_blocking=True)
         return y
 
-    def _to_host(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[np.ndarray, ...]:
+    def _to_host(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the CPU needs to know, after one wait: x (where it may compute), ids and weights."""
         tokens, k = ids.shape
-        if self._ids is None or self._ids.shape[1] != k:
+        if self._ids.shape[1] != k:
             self._ids, self._shares = self._host(self._tokens, k, dtype=torch.int64), self._host(self._tokens, k)
         given = [(self._ids, ids), (self._shares, weights)]
         if not self._complete[layer]:
@@ -166,39 +176,49 @@ class Orchestrator:
     ) -> None:
         """Queue the GPU's part of a layer, residents first: y [T, D] += it. Then send ahead for the next one."""
         w = self.layers[layer]
-        rounded = w.product.activations == "bf16"
+        rounded, hidden = w.product.activations == "bf16", self._hidden
         order = torch.argsort(ids.reshape(-1), stable=True)
-        token = order // ids.shape[1]
-        share = weights.reshape(-1)[order][:, None]
+        token, share = order // ids.shape[1], weights.reshape(-1)[order]
         given = x.to(torch_type(w)) if rounded else x
+        together = self._many if rounded else None
 
         def add(e: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
+            """Expert by expert."""
             rows = token[first[e] : first[e + 1]]
             made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
-            y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1]]))
+            y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1], None]))
 
-        for e in range(len(first) - 1):
-            if first[e + 1] > first[e] and (layer, e) in self.residents:
+        def use(part: Part) -> None:
+            part.arrived.wait()
+            if together is None:
+                add(part.expert, part.matrices(torch_type(w)))
+            else:
+                e, rows = part.expert, part.end - part.begin
+                job = Job(part.addresses, rows, int(first[e]), int(first[e + 1]))
+                together(given, token, share, [job], rows, y, self._work)
+            self.ring.done(part)
+
+        here = [e for e in range(len(first) - 1) if first[e + 1] > first[e] and (layer, e) in self.residents]
+        if together is None:
+            for e in here:
                 add(e, self.residents[layer, e])
+        elif here:
+            found = [(e, self.residents.addresses(layer, e)) for e in here]
+            jobs = [Job(addresses, hidden, int(first[e]), int(first[e + 1])) for e, addresses in found]
+            together(given, token, share, jobs, hidden, y, self._work)
         for part in ahead:
             if part.expert in split.gpu_rows:
-                self._use(part, w, add)
+                use(part)
             else:
                 self.ring.done(part)
         sent = {e: sum(part.end - part.begin for part in ahead if part.expert == e) for e in split.gpu_rows}
         nbytes = sum(rows - sent[e] for e, rows in split.gpu_rows.items()) * 6 * x.shape[1]
         with self._recorder.span("link", nbytes):
             for e, rows in split.gpu_rows.items():
-                for part in self.ring.send(w, e, self._hidden - rows, self._hidden - sent[e]):
-                    self._use(part, w, add)
+                for part in self.ring.send(layer, e, hidden - rows, hidden - sent[e]):
+                    use(part)
         if len(x) * ids.shape[1] >= _SURELY * (len(first) - 1):
             self._send_ahead(layer + 1, len(x) * ids.shape[1])
-
-    def _use(self, part: Part, w: ExpertWeights, add: object) -> None:
-        part.arrived.wait()
-        kind = torch_type(w)
-        add(part.expert, tuple(matrix.view(kind) for matrix in (part.gate, part.up, part.down)))  # type: ignore[operator]
-        self.ring.done(part)
 
     def _send_ahead(self, layer: int, chosen: int) -> None:
         """Start sending an expert of the next layer that will be streamed, whatever its router says.
@@ -216,4 +236,4 @@ class Orchestrator:
         e = max(missing, key=lambda e: int(self._seen[layer, e]))
         w, begin = self.layers[layer], max(0, self._hidden - self.ring.slots * self.ring.rows)
         with self._recorder.span("link", (self._hidden - begin) * 6 * w.gate.shape[2]):
-            self._ahead = (layer, list(self.ring.send(w, e, begin, self._hidden)))
+            self._ahead = (layer, list(self.ring.send(layer, e, begin, self._hidden)))

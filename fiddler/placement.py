@@ -41,7 +41,7 @@ def read_counts(path: Path, layers: int, experts: int) -> list[list[int]]:
     Raises RequestError, in one line that names the file, where it is no such file or is of another model's shape.
     """
     try:
-        counts = json.loads(path.read_text())["counts"]
+        counts: list[list[int]] = json.loads(path.read_text())["counts"]
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):

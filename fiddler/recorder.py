@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-__all__ = ["SILENT", "Meter", "Recorder"]
+__all__ = ["SILENT", "Meter", "Recorder", "Tracer"]
 
 
 class Recorder(Protocol):
@@ -47,3 +48,35 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - started
         self.nbytes[name] += nbytes
+
+
+class Tracer(Meter):
+    """A `Meter` that also keeps every span, for a timeline."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[dict[str, object]] = []
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def span(self, name: str, nbytes: int) -> Iterator[None]:
+        """A `Recorder`'s."""
+        started = time.perf_counter()
+        with super().span(name, nbytes):
+            yield
+        ended = time.perf_counter()
+        self._events.append(
+            {
+                "name": name,
+                "ph": "X",
+                "ts": (started - self._started) * 1e6,
+                "dur": (ended - started) * 1e6,
+                "pid": 0,
+                "tid": threading.get_ident() % 100000,
+                "args": {"bytes": nbytes},
+            }
+        )
+
+    def to_chrome(self) -> dict[str, object]:
+        """The timeline as chrome://tracing and Perfetto read it ("Trace Event Format", complete events)."""
+        return {"traceEvents": self._events, "displayTimeUnit": "ms"}

@@ -5,7 +5,7 @@ A slot is filled over the link while the compute stream uses others; it is fille
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,22 +24,31 @@ class Part:
     expert: int
     begin: int
     end: int
-    gate: Tensor  # [rows, D]
-    up: Tensor  # [rows, D]
-    down: Tensor  # [D, rows]
     arrived: Mark
     slot: int
+    memory: Tensor  # [3, slot rows * D], 16 bits
+    addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows] in it
+
+    width: int  # D
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up [rows, D] and down [D, rows]."""
+        rows, width = self.end - self.begin, self.width
+        gate, up, down = self.memory.view(dtype)[:, : rows * width]
+        return gate.view(rows, width), up.view(rows, width), down.view(width, rows)
 
 
 class Ring:
-    """`slots` slots of `rows` hidden rows each, for experts of `width` D and 16-bit weights of `dtype`."""
+    """`slots` slots of `rows` hidden rows each, for these layers' experts."""
 
-    def __init__(self, link: Link, width: int, rows: int, slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, link: Link, layers: Sequence[ExpertWeights], rows: int, slots: int) -> None:
         self.link = link
         self.rows = rows
         self.slots = slots
-        self._width = width
-        self._memory = torch.empty(slots, 3, rows * width, dtype=dtype, device=link.device)
+        _, self._hidden, self._width = layers[0].gate.shape
+        self._mapped = [tuple(bits.ctypes.data for bits in (w.gate, w.up, w.down)) for w in layers]
+        self._memory = torch.empty(slots, 3, rows * self._width, dtype=torch.bfloat16, device=link.device)
+        self._addresses = [tuple(matrix.data_ptr() for matrix in slot) for slot in self._memory]
         self._arrived = [link.mark() for _ in range(slots)]
         self._free = [link.mark() for _ in range(slots)]
         self._taken = [False] * slots
@@ -50,29 +59,30 @@ class Ring:
         """Bytes of the GPU's memory that such a ring takes."""
         return slots * 3 * rows * width * 2
 
-    def send(self, weights: ExpertWeights, expert: int, begin: int, end: int) -> Iterator[Part]:
+    def send(self, layer: int, expert: int, begin: int, end: int) -> Iterator[Part]:
         """Start sending rows [begin, end) of an expert, in parts that fit a slot.
 
         Each part is to be handed to `done`, at the latest before `slots` more are sent.
         """
         while begin < end:
             last = min(begin + self.rows, end)
-            yield self._send(weights, expert, begin, last)
+            yield self._send(layer, expert, begin, last)
             begin = last
 
-    def _send(self, weights: ExpertWeights, expert: int, begin: int, end: int) -> Part:
+    def _send(self, layer: int, expert: int, begin: int, end: int) -> Part:
         slot, self._next = self._next, (self._next + 1) % self.slots
         assert not self._taken[slot], "a slot is filled again before its part was done with"
         self._taken[slot] = True
-        self.link.hold(self._free[slot])
-        rows = end - begin
-        gate, up, down = (matrix[: rows * self._width] for matrix in self._memory[slot])
-        gate, up, down = gate.view(rows, self._width), up.view(rows, self._width), down.view(self._width, rows)
-        self.link.copy(gate, weights.gate[expert, begin:end])
-        self.link.copy(up, weights.up[expert, begin:end])
-        self.link.copy(down, weights.down[expert, :, begin:end])
-        self.link.arrive(self._arrived[slot])
-        return Part(expert, begin, end, gate, up, down, self._arrived[slot], slot)
+        link, rows, hidden, width = self.link, end - begin, self._hidden, self._width
+        link.hold(self._free[slot])
+        (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
+        row = 2 * width * (expert * hidden + begin)
+        link.copy(to_gate, gate + row, 2 * width * rows)
+        link.copy(to_up, up + row, 2 * width * rows)
+        link.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
+        link.arrive(self._arrived[slot])
+        addresses = to_gate, to_up, to_down
+        return Part(expert, begin, end, self._arrived[slot], slot, self._memory[slot], addresses, width)
 
     def done(self, part: Part) -> None:
         """The compute stream has been given all that uses `part`."""

@@ -35,12 +35,13 @@ MAY_IMPORT = {
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
-    "hybrid": "cache calibrate cuda_driver devices experts gpu_decode gpu_experts gpu_kernels gpu_linear gpu_memory"
-    " gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder staging",
+    "hybrid": "cache calibrate cuda_driver devices experts gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
+    " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
+    " staging",
     "orchestrator": "experts gpu_experts kernels plan recorder staging",
     "plan": "",
     "placement": "",
-    "calibrate": "experts gpu_experts kernels plan staging",
+    "calibrate": "experts gpu_experts kernels link plan staging",
     "staging": "experts link",
     "link": "cuda_driver",
     "cuda_driver": "",
@@ -49,6 +50,7 @@ MAY_IMPORT = {
     "gpu_linear": "models.mixtral",
     "gpu_kernels": "",
     "gpu_attention": "",
+    "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory models.mixtral runner",
     "completion": "generate runner tokenizer sampling stopping memory",
@@ -86,9 +88,9 @@ ONLY_IN = {
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
-    " gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
+    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
     "tqdm": "cli cli_bench cli_options",
-    "triton": "gpu_attention gpu_kernels",
+    "triton": "gpu_attention gpu_grouped gpu_kernels",
     "typer": "cli cli_bench cli_calibrate cli_options",
 }
 """Every package from outside, and who may import it."""

@@ -53,7 +53,7 @@ def orchestrator(layers, placed, costs, link=None, rows=128, slots=3):
     link = link or HostLink()
     residents = Residents(layers, link.device)
     residents.load(placed, link, lambda nbytes: None)
-    ring = Ring(link, D, rows, slots, torch.bfloat16)
+    ring = Ring(link, layers, rows, slots)
     return Orchestrator(layers, residents, ring, costs, MOST, 1 << 20)
 
 
