@@ -62,9 +62,10 @@ class CpuLinear:
         self._weights = weights
         self._recorder = recorder
 
-    def __call__(self, x: Tensor, name: str) -> Tensor:
+    def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
         """The model's `Linear`."""
-        return self.together(x, [name])[0]
+        (made,) = self.together(x, [name])
+        return made if onto is None else made.add_(onto)
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         """The same for several weights that take the same x; neighbours of a kind in one call of the kernels."""

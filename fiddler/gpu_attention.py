@@ -89,50 +89,47 @@ def _attend(
     capacity,
     dim,
     SPLITS: tl.constexpr,
-    Q: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    group = tl.program_id(0)
+    head = tl.program_id(0)
     split = tl.program_id(1)
     end = tl.load(position) + 1
     begin = tl.maximum(end - window, 0)
     part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
     first = begin + split * part
     last = tl.minimum(first + part, end)
-    i = tl.arange(0, Q)
     d = tl.arange(0, DIM)
     n = tl.arange(0, N)
-    here = (i < repeat)[:, None] & (d < dim)[None, :]
-    a = tl.load(q + (group * repeat + i)[:, None] * dim + d[None, :], mask=here, other=0.0) * scale
-    top = tl.full([Q], float("-inf"), tl.float32)
-    total = tl.zeros([Q], tl.float32)
-    out = tl.zeros([Q, DIM], tl.float32)
+    a = tl.load(q + head * dim + d, mask=d < dim, other=0.0) * scale
+    base = (head // repeat).to(tl.int64) * capacity * dim
+    top = float("-inf")
+    total = 0.0
+    out = tl.zeros([DIM], tl.float32)
     for at in range(first, last, N):
         seen = at + n < last
-        place = (group * capacity + at + n)[:, None] * dim + d[None, :]
+        place = base + (at + n)[:, None] * dim + d[None, :]
         mask = seen[:, None] & (d < dim)[None, :]
         k = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(seen[None, :], tl.dot(a, tl.trans(k), input_precision="ieee"), float("-inf"))
-        now = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - now[:, None])
+        score = tl.where(seen, tl.sum(k * a[None, :], 1), float("-inf"))
+        now = tl.maximum(top, tl.max(score, 0))
+        p = tl.exp(score - now)
         fade = tl.exp(top - now)
-        total = total * fade + tl.sum(p, 1)
-        out = out * fade[:, None] + tl.dot(p, v, input_precision="ieee")
+        total = total * fade + tl.sum(p, 0)
+        out = out * fade + tl.sum(p[:, None] * v, 0)
         top = now
-    place = (group * SPLITS + split) * Q + i
+    place = head * SPLITS + split
     tl.store(best + place, top)
     tl.store(sums + place, total)
-    tl.store(made + place[:, None] * DIM + d[None, :], out)
+    tl.store(made + place * DIM + d, out)
 
 
 @triton.jit
-def _merge(made, best, sums, out, repeat, dim, SPLITS: tl.constexpr, Q: tl.constexpr, DIM: tl.constexpr):
+def _merge(made, best, sums, out, dim, SPLITS: tl.constexpr, DIM: tl.constexpr):
     head = tl.program_id(0)
-    s = tl.arange(0, SPLITS)
     d = tl.arange(0, DIM)
-    place = (head // repeat * SPLITS + s) * Q + head % repeat
+    place = head * SPLITS + tl.arange(0, SPLITS)
     top = tl.load(best + place)
     fade = tl.where(top == float("-inf"), 0.0, tl.exp(top - tl.max(top, 0)))
     total = tl.sum(fade * tl.load(sums + place), 0)
@@ -144,29 +141,14 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, window
     """Attention of q [1, H, d] at `position`, int64 [1], over keys and values [G, capacity, d] up to there."""
     heads, dim = q.shape[1:]
     groups, capacity = keys.shape[:2]
-    repeat, wide = heads // groups, max(16, triton.next_power_of_2(dim))
-    rows = max(16, triton.next_power_of_2(repeat))
-    made = torch.empty(groups, _SPLITS, rows, wide, device=q.device)
-    best, sums = (torch.empty(groups, _SPLITS, rows, device=q.device) for _ in range(2))
+    wide = max(16, triton.next_power_of_2(dim))
+    made = torch.empty(heads, _SPLITS, wide, device=q.device)
+    best, sums = (torch.empty(heads, _SPLITS, device=q.device) for _ in range(2))
     out = torch.empty_like(q)
-    _attend[(groups, _SPLITS)](
-        q,
-        keys,
-        values,
-        position,
-        made,
-        best,
-        sums,
-        dim**-0.5,
-        capacity if window is None else window,
-        repeat,
-        capacity,
-        dim,
-        _SPLITS,
-        rows,
-        32,
-        wide,
-        num_warps=4,
-    )
-    _merge[(heads,)](made, best, sums, out, repeat, dim, _SPLITS, rows, wide, num_warps=1)
+    seen = capacity if window is None else window
+    _attend[(heads, _SPLITS)](
+        q, keys, values, position, made, best, sums, dim**-0.5, seen, heads // groups, capacity, dim,
+        _SPLITS, 64, wide, num_warps=4,
+    )  # fmt: skip
+    _merge[(heads,)](made, best, sums, out, dim, _SPLITS, wide, num_warps=1)
     return out

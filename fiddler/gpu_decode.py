@@ -159,15 +159,13 @@ class Decoder:
                 weights.gate.shape[1],
                 torch_type(weights),
                 ids=ids,
-                into=self._y,
-                add=False,
+                into=self._y if layer == end else h,
+                add=layer != end,
                 rounded=weights.product.activations == "bf16",
                 even=weights.gate.shape[1] % 16 == 0,
             )
             if layer == end:
                 torch.cat([x, ids.float(), shares], 1, out=self._handed)
-            else:
-                h = h + self._y
         if end is None:
             self.hidden, self.logits = h, self._model.logits(h)
         return h

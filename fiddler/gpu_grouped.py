@@ -139,13 +139,28 @@ def _run(x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: in
     blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
     listed = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
     listed += [number for block in blocks for number in block]
-    told = torch.tensor(listed, dtype=torch.int64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+    told = torch.tensor(listed, dtype=torch.int64).to(x.device, non_blocking=True)  # so little leaves at once
     given, at = told[: 6 * len(jobs)], told[6 * len(jobs) :]
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
     h = torch.empty(jobs[-1].end - base, most, dtype=x.dtype, device=x.device)
-    n, k, warps = (128, 64, 8) if m > 64 else (128, 64, 4)
+    n, k = 128, 64
+    warps, stages = (8, 4) if m > 64 else (4, 3)
     _up[(len(blocks), triton.cdiv(most, n))](
-        x, token, given, at, h, width, most, base, kind, width % k == 0, m, n, k, num_warps=warps, num_stages=3
+        x,
+        token,
+        given,
+        at,
+        h,
+        width,
+        most,
+        base,
+        kind,
+        width % k == 0,
+        m,
+        n,
+        k,
+        num_warps=warps,
+        num_stages=4 if m > 64 else 3,
     )
     even = all(job.rows % 16 == 0 for job in jobs)
     _down[(len(blocks), triton.cdiv(width, n))](

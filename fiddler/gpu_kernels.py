@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["experts_of_one", "gemv", "route_one", "works"]
+__all__ = ["experts_of_one", "gemv", "norm_one", "route_one", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -31,7 +31,7 @@ def _rounded(x, dtype: tl.constexpr, rounded: tl.constexpr):
 
 
 @triton.jit
-def _gemv(x, w, y, rows, width, ROUNDED: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+def _gemv(x, w, onto, y, rows, width, ONTO: tl.constexpr, ROUNDED: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     total = tl.zeros([R, K], tl.float32)
@@ -41,15 +41,35 @@ def _gemv(x, w, y, rows, width, ROUNDED: tl.constexpr, R: tl.constexpr, K: tl.co
         at = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
         b = tl.load(w + at, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += b * a[None, :]
-    tl.store(y + r, tl.sum(total, 1), mask=r < rows)
+    made = tl.sum(total, 1)
+    if ONTO:
+        made += tl.load(onto + r, mask=r < rows, other=0.0)
+    tl.store(y + r, made, mask=r < rows)
 
 
-def gemv(x: Tensor, w: Tensor, *, rounded: bool) -> Tensor:
-    """x [1, K] float32, w [N, K] -> x . w transposed, [1, N] float32; `rounded`: x to w's type first."""
+def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> Tensor:
+    """x [1, K] float32, w [N, K] -> x . w transposed, plus `onto`, [1, N] float32; `rounded`: x to w's type first."""
     rows, width = w.shape
     y = torch.empty(1, rows, device=x.device)
-    r, k = (2, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
-    _gemv[(triton.cdiv(rows, r),)](x, w, y, rows, width, rounded, r, k, num_warps=4)
+    r, k = (1, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
+    given = y if onto is None else onto
+    _gemv[(triton.cdiv(rows, r),)](x, w, given, y, rows, width, onto is not None, rounded, r, k, num_warps=4)
+    return y
+
+
+@triton.jit
+def _norm(x, weight, y, width, epsilon, K: tl.constexpr):
+    k = tl.arange(0, K)
+    a = tl.load(x + k, mask=k < width, other=0.0)
+    scale = tl.rsqrt(tl.sum(a * a, 0) / width + epsilon)
+    tl.store(y + k, a * scale * tl.load(weight + k, mask=k < width, other=0.0), mask=k < width)
+
+
+def norm_one(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The model's `Norm` for x [1, D]."""
+    width = x.shape[1]
+    y = torch.empty_like(x)
+    _norm[(1,)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y
 
 
@@ -154,11 +174,12 @@ def experts_of_one(
     count = len(jobs) if ids is None else ids.numel()
     h = torch.empty(count, most, device=x.device)
     by_id, given = ids is not None, jobs if ids is None else ids
-    r, k = (1, 4096) if width > 2048 else (4, max(16, min(1024, triton.next_power_of_2(width))))
+    r, k = (2, 2048) if width > 1024 else (4, max(16, min(1024, triton.next_power_of_2(width))))
     _up[(triton.cdiv(most, r), count)](
         jobs, given, x, h, width, most, BY_ID=by_id, W=kind, ROUNDED=rounded, R=r, K=k, num_warps=4
     )
-    r, k = (4, 512) if most > 1024 else (4, max(16, min(1024, triton.next_power_of_2(most))))
+    r, k, warps = (4, 2048, 8) if most > 4096 else (4, 512, 4)
+    k = max(16, min(k, triton.next_power_of_2(most)))
     _down[(triton.cdiv(width, r),)](
         jobs,
         given,
@@ -174,46 +195,64 @@ def experts_of_one(
         J=count,
         R=r,
         K=k,
-        num_warps=4,
+        num_warps=warps,
     )
 
 
 @triton.jit
-def _route(x, w, ids, shares, experts, width, N: tl.constexpr, TOP: tl.constexpr, K: tl.constexpr):
+def _route(
+    h,
+    norm,
+    w,
+    x,
+    ids,
+    shares,
+    experts,
+    width,
+    epsilon,
+    N: tl.constexpr,
+    TOP: tl.constexpr,
+    WIDE: tl.constexpr,
+    K: tl.constexpr,
+):
+    wide = tl.arange(0, WIDE)
+    whole = tl.load(h + wide, mask=wide < width, other=0.0)
+    scale = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
+    tl.store(x + wide, whole * scale * tl.load(norm + wide, mask=wide < width, other=0.0), mask=wide < width)
     e = tl.arange(0, N)
     k = tl.arange(0, K)
     total = tl.zeros([N, K], tl.float32)
     for begin in range(0, width, K):
         inside = begin + k < width
-        a = tl.load(x + begin + k, mask=inside, other=0.0)[None, :]
+        a = tl.load(h + begin + k, mask=inside, other=0.0) * scale
+        a = a * tl.load(norm + begin + k, mask=inside, other=0.0)
         mask = (e < experts)[:, None] & inside[None, :]
-        total += tl.load(w + e[:, None] * width + (begin + k)[None, :], mask=mask, other=0.0) * a
+        total += tl.load(w + e[:, None] * width + (begin + k)[None, :], mask=mask, other=0.0) * a[None, :]
     logits = tl.where(e < experts, tl.sum(total, 1), float("-inf"))
-    best = tl.max(logits, 0)
-    p = tl.exp(logits - best)
+    p = tl.exp(logits - tl.max(logits, 0))
     kept = 0.0
     left = p
     for _ in tl.static_range(TOP):  # the softmax's own sum cancels: the chosen ones are made to sum to 1
         top = tl.max(left, 0)
         kept += top
-        first = tl.min(tl.where(left == top, e, N), 0)
-        left = tl.where(e == first, -1.0, left)
+        left = tl.where(e == tl.min(tl.where(left == top, e, N), 0), -1.0, left)
     left = p
     for j in tl.static_range(TOP):
         top = tl.max(left, 0)
         first = tl.min(tl.where(left == top, e, N), 0)
-        # where x is no number none is the largest: any expert does, the result is no number either
+        # where h is no number none is the largest: any expert does, the result is no number either
         tl.store(ids + j, tl.minimum(first, experts - 1).to(tl.int64))
         tl.store(shares + j, top / kept)
         left = tl.where(e == first, -1.0, left)
 
 
-def route_one(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The model's `Router` for x [1, D]."""
-    experts, width = w.shape
-    ids = torch.empty(1, k, dtype=torch.int64, device=x.device)
-    shares = torch.empty(1, k, device=x.device)
-    n = max(2, triton.next_power_of_2(experts))
-    block = max(16, min(triton.next_power_of_2(width), 16384 // n))
-    _route[(1,)](x, w, ids, shares, experts, width, n, k, block, num_warps=8)
-    return ids, shares
+def route_one(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's `Router` for h [1, D]."""
+    experts, width = weight.shape
+    x = torch.empty_like(h)
+    ids = torch.empty(1, k, dtype=torch.int64, device=h.device)
+    shares = torch.empty(1, k, device=h.device)
+    n, wide = max(2, triton.next_power_of_2(experts)), triton.next_power_of_2(width)
+    block = max(16, min(wide, 16384 // n))
+    _route[(1,)](h, norm, weight, x, ids, shares, experts, width, epsilon, n, k, wide, block, num_warps=16)
+    return x, ids, shares

@@ -1,4 +1,4 @@
-"""Dense products and routing on the GPU. Knows the weights by name; not the model's structure.
+"""Dense products, norms and routing on the GPU. Knows the weights by name; not the model's structure.
 
 Several tokens go through torch; one token, where the time is that of reading weights, through kernels of our own
 where they run.
@@ -7,18 +7,18 @@ where they run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler.models.mixtral import route
+from fiddler.models.mixtral import rms_norm, route
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["GpuLinear", "GpuRouter"]
+__all__ = ["GpuLinear", "GpuNorm", "GpuRouter"]
 
 _WIDENED = 1 << 24  # elements of a weight that are widened to float32 at once
 
@@ -35,9 +35,9 @@ class GpuLinear:
         self._kernels = one_token
         self._exact = exact
 
-    def __call__(self, x: Tensor, name: str) -> Tensor:
+    def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
         """A `Linear`'s: x [T, in] float32 -> [T, out] float32."""
-        return self._product(x, self._weights[name])
+        return self._product(x, self._weights[name], onto)
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         """A `Linear`'s: neighbours in memory are one product."""
@@ -47,17 +47,18 @@ class GpuLinear:
             return [self._product(x, weight) for weight in weights]
         return list(self._product(x, joined).split([len(weight) for weight in weights], 1))
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.float32:
-            return F.linear(x, weight)
+    def _product(self, x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
         rounded = weight.dtype == torch.bfloat16 and not self._exact
         if len(x) == 1 and self._kernels is not None:
-            made: Tensor = self._kernels.gemv(x, weight, rounded=rounded)
-            return made
-        if rounded:
-            return F.linear(x.to(weight.dtype), weight).float()
-        pieces = weight.split(max(1, _WIDENED // weight.shape[1]))
-        return torch.cat([F.linear(x, piece.float()) for piece in pieces], 1)
+            return cast(Tensor, self._kernels.gemv(x, weight, onto, rounded=rounded))
+        if weight.dtype == torch.float32:
+            made = F.linear(x, weight)
+        elif rounded:
+            made = F.linear(x.to(weight.dtype), weight).float()
+        else:
+            pieces = weight.split(max(1, _WIDENED // weight.shape[1]))
+            made = torch.cat([F.linear(x, piece.float()) for piece in pieces], 1)
+        return made if onto is None else made.add_(onto)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:
@@ -79,9 +80,23 @@ class GpuRouter:
     def __init__(self, one_token: ModuleType | None) -> None:
         self._kernels = one_token
 
-    def __call__(self, x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """A `Router`'s."""
+        if len(h) == 1 and self._kernels is not None:
+            return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route_one(h, norm, epsilon, weight, k))
+        return route(h, norm, epsilon, weight, k)
+
+
+class GpuNorm:
+    """The model's `Norm` on the GPU."""
+
+    def __init__(self, one_token: ModuleType | None) -> None:
+        self._kernels = one_token
+
+    def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """A `Norm`'s."""
         if len(x) == 1 and self._kernels is not None:
-            made: tuple[Tensor, Tensor] = self._kernels.route_one(x, weight, k)
-            return made
-        return route(x, weight, k)
+            return cast(Tensor, self._kernels.norm_one(x, weight, epsilon))
+        return rms_norm(x, weight, epsilon)

@@ -24,7 +24,7 @@ from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Residents
-from fiddler.gpu_linear import GpuLinear, GpuRouter
+from fiddler.gpu_linear import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu_memory import Budget, shown
 from fiddler.gpu_runner import GpuRunner
 from fiddler.kernels import Product
@@ -134,7 +134,7 @@ def on_gpu(
         many = experts_of_many
     orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, many)
     linear = GpuLinear(linears, one_token, exact=exact)
-    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token))
+    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token), GpuNorm(one_token))
     runner = GpuRunner(model, context, cache_dtype, threads, chunk, home, budget)
     if one_token is not None:
         from fiddler.gpu_decode import Decoder

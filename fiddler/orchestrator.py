@@ -101,7 +101,7 @@ class Orchestrator:
         split = self.split(layer, counts, ahead)
 
         def on_gpu() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._recorder.span("queue", 0):
                 self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
 
         waiting = self._side.submit(on_gpu) if self._side else None
@@ -109,7 +109,8 @@ class Orchestrator:
             on_gpu()
         on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
         if waiting is not None:
-            waiting.result()
+            with self._recorder.span("join", 0):
+                waiting.result()
         if on_cpu:
             y += self._y[:tokens].to(y.device, non_blocking=True)
         return y

@@ -23,8 +23,10 @@ __all__ = [
     "Experts",
     "Linear",
     "Mixtral",
+    "Norm",
     "Router",
     "attend",
+    "rms_norm",
     "rotary_turns",
     "rotate",
     "route",
@@ -44,8 +46,8 @@ class Experts(Protocol):
 class Linear(Protocol):
     """Multiplies by a named weight of the file."""
 
-    def __call__(self, x: Tensor, name: str) -> Tensor:
-        """x [T, in] float32 -> x . weight transposed, [T, out] float32."""
+    def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
+        """x [T, in] float32 -> x . weight transposed, [T, out] float32; plus `onto`, of that shape."""
         ...
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
@@ -65,17 +67,33 @@ class Cache(Protocol):
 
 
 class Router(Protocol):
-    """Chooses each token's experts."""
+    """Normalises what goes to the experts, and chooses each token's."""
 
-    def __call__(self, x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """x [T, D], weight [E, D] -> the K most probable experts [T, K] and their probabilities, summing to 1."""
+    def __call__(
+        self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [T, D], norm [D], weight [E, D] -> what `route` gives."""
         ...
 
 
-def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `Router` in plain torch."""
+def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS norm of h, and the K most probable experts with their probabilities, summing to 1: [T, D], [T, K], [T, K]."""
+    x = rms_norm(h, norm, epsilon)
     weights, ids = torch.topk(torch.softmax(F.linear(x, weight), -1), k)
-    return ids, weights / weights.sum(-1, keepdim=True)
+    return x, ids, weights / weights.sum(-1, keepdim=True)
+
+
+class Norm(Protocol):
+    """RMS normalisation (Zhang and Sennrich 2019)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """x [T, D], weight [D] -> [T, D]."""
+        ...
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The `Norm` in plain torch."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 class Mixtral:
@@ -88,13 +106,14 @@ class Mixtral:
         linear: Linear,
         experts: Experts,
         router: Router = route,
+        norm: Norm = rms_norm,
     ) -> None:
         """`weights`: the tensors that are not multiplied by `linear`: embeddings, norms and routers."""
         self.config = config
         self.token_embd = weights["token_embd.weight"]  # [V, D]
-        self.blk = [Block(config, index, weights, linear, router) for index in range(config.block_count)]
+        self.blk = [Block(config, index, weights, linear, router, norm) for index in range(config.block_count)]
         self.output_norm = weights["output_norm.weight"]
-        self._linear = linear
+        self._linear, self._norm = linear, norm
         self.experts = experts
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -107,34 +126,39 @@ class Mixtral:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V] float32."""
-        h = _rms_norm(h, self.output_norm, self.config.rms_epsilon)
-        return self._linear(h, "output.weight")
+        return self._linear(self._norm(h, self.output_norm, self.config.rms_epsilon), "output.weight")
 
 
 class Block:
     """One transformer block; its experts are the caller's business."""
 
     def __init__(
-        self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, router: Router
+        self,
+        config: Config,
+        index: int,
+        weights: Mapping[str, Tensor],
+        linear: Linear,
+        router: Router,
+        norm: Norm,
     ) -> None:
         self.config, self.index = config, index
         self.attn_norm = weights[f"blk.{index}.attn_norm.weight"]
         self.ffn_norm = weights[f"blk.{index}.ffn_norm.weight"]
         self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
-        self._linear, self._router = linear, router
+        self._linear, self._router, self._norm = linear, router, norm
 
     def before_experts(self, h: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
-        h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), cache)
-        x = _rms_norm(h, self.ffn_norm, self.config.rms_epsilon)
-        ids, weights = self._router(x, self.ffn_gate_inp, self.config.expert_used_count)
-        return h, x, ids, weights
+        h = self._attention(h, self._norm(h, self.attn_norm, self.config.rms_epsilon), cache)
+        k = self.config.expert_used_count
+        return h, *self._router(h, self.ffn_norm, self.config.rms_epsilon, self.ffn_gate_inp, k)
 
-    def _attention(self, x: Tensor, cache: Cache) -> Tensor:
+    def _attention(self, h: Tensor, x: Tensor, cache: Cache) -> Tensor:
+        """h and what attention to x, the normalised h, adds to it."""
         prefix = f"blk.{self.index}."
         made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
         q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in made)  # [T, H or G, head_dim]
-        return self._linear(cache.attend(self.index, q, k, v).flatten(1), prefix + "attn_output.weight")
+        return self._linear(cache.attend(self.index, q, k, v).flatten(1), prefix + "attn_output.weight", h)
 
 
 def rotary_turns(config: Config, positions: Tensor) -> Tensor:
@@ -200,7 +224,3 @@ def _attend_in_16_bits(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(n, total))
     return out[0].transpose(0, 1).float().reshape(shape)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, epsilon)

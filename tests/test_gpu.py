@@ -14,12 +14,14 @@ import torch.nn.functional as F
 
 import fiddler
 from fiddler.engine import load
+from fiddler.gpu_experts import Job, feed_forward
 from fiddler.models.mixtral import attend, rotate, route
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 gpu_kernels = pytest.importorskip("fiddler.gpu_kernels")
 gpu_attention = pytest.importorskip("fiddler.gpu_attention")
+gpu_grouped = pytest.importorskip("fiddler.gpu_grouped")
 
 DEVICE = torch.device("cuda")
 PROMPT = "Once upon a time, in a small village, there lived"
@@ -83,18 +85,44 @@ def test_experts_of_one_token(size, rounded):
     assert (y - 0.3 * naive(1)).abs().max() <= bound
 
 
-def test_routes_as_torch_does():
+def test_norms_and_routes_as_torch_does():
     torch.manual_seed(2)
     for experts, k, width in ((8, 2, 4096), (5, 3, 90), (64, 6, 512)):
-        w = torch.randn(experts, width, device=DEVICE)
+        w, norm = torch.randn(experts, width, device=DEVICE), torch.rand(width, device=DEVICE)
         for _ in range(20):
-            x = torch.randn(1, width, device=DEVICE)
-            (ids, shares), expected = gpu_kernels.route_one(x, w, k), route(x, w, k)
-            assert (ids == expected[0]).all()
-            assert torch.allclose(shares, expected[1], atol=1e-5)
-    ids, shares = gpu_kernels.route_one(torch.full((1, 512), torch.nan, device=DEVICE), w, 6)
+            h = torch.randn(1, width, device=DEVICE) * 3
+            made, expected = gpu_kernels.route_one(h, norm, 1e-5, w, k), route(h, norm, 1e-5, w, k)
+            assert (made[1] == expected[1]).all()
+            assert torch.allclose(made[0], expected[0], atol=1e-5)
+            assert torch.allclose(made[2], expected[2], atol=1e-4)
+            assert torch.allclose(gpu_kernels.norm_one(h, norm, 1e-5), expected[0], atol=1e-5)
+    _, ids, shares = gpu_kernels.route_one(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
     assert ids.max() < 64
     assert shares.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(40, 96, 208, 4, 2), (150, 64, 96, 3, 1), (600, 512, 320, 8, 2), (3, 60, 100, 5, 3)])
+def test_experts_of_many_tokens(shape):
+    torch.manual_seed(4)
+    tokens, width, hidden, experts, k = shape
+    gate, up = (torch.randn(experts, hidden, width, device=DEVICE).bfloat16() / width**0.5 for _ in range(2))
+    down = torch.randn(experts, width, hidden, device=DEVICE).bfloat16() / hidden**0.5
+    x = torch.randn(tokens, width, device=DEVICE).bfloat16()
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).to(DEVICE)
+    order = torch.argsort(ids.reshape(-1), stable=True)
+    token, share = order // k, torch.rand(tokens * k, device=DEVICE)
+    first = [0, *torch.bincount(ids.reshape(-1), minlength=experts).cumsum(0).tolist()]
+    expected, jobs = torch.zeros(tokens, width, device=DEVICE), []
+    for e in range(experts):
+        here = slice(first[e], first[e + 1])
+        made = feed_forward(x[token[here]].float(), gate[e], up[e], down[e], rounded=False, work=1 << 20)
+        expected.index_add_(0, token[here], made * share[here, None])
+        addresses = gate[e].data_ptr(), up[e].data_ptr(), down[e].data_ptr()
+        jobs.append(Job(addresses, hidden, first[e], first[e + 1]))
+    for work in (1 << 30, 2 * hidden * 20):
+        y = torch.zeros(tokens, width, device=DEVICE)
+        gpu_grouped.experts_of_many(x, token, share, jobs, hidden, y, work)
+        assert (y - expected).norm() <= 3e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
