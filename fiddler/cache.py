@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,10 +79,12 @@ class Step:
         for sequence, count in parts:
             sequence.reserve(sequence.length + count)
         self._parts = parts
-        self._window = config.sliding_window
-        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in parts]
-        device = parts[0][0].device
-        self._turns = rotary_turns(config, torch.cat(places).to(device))
+        self._config = config
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
+        return rotary_turns(self._config, torch.cat(places).to(self._parts[0][0].device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
@@ -92,7 +95,7 @@ class Step:
             rows = slice(begin, begin + count)
             begin += count
             keys, values = sequence.write(layer, k[rows], v[rows])
-            out[rows] = attend(q[rows], keys, values, self._window)
+            out[rows] = attend(q[rows], keys, values, self._config.sliding_window)
         return out
 
     def commit(self) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels for the attention of one token on the GPU: rotate and store, then attend in parts side by side.
+"""Triton kernels for attention on the GPU: rotate and store; and for one token, attend in parts side by side.
 
 Knows tensors; not the model. The position is read on the device, so that a captured graph serves all of them.
 """
@@ -29,48 +29,62 @@ def _rotate_store(
     groups,
     capacity,
     dim,
+    q_row,
+    k_row,
+    v_row,
     PAIRS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    at = tl.load(position)
+    t = tl.program_id(1)
+    at = tl.load(position) + t
     i = tl.arange(0, PAIRS)
     inside = i < dim // 2
     if row < heads + groups:
         head = row if row < heads else row - heads
-        source = (q if row < heads else k) + head * dim
+        source = (q + t * q_row if row < heads else k + t * k_row) + head * dim
         a = tl.load(source + 2 * i, mask=inside, other=0.0)
         b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
         c = tl.load(turns + at * dim + 2 * i, mask=inside, other=0.0)
         s = tl.load(turns + at * dim + 2 * i + 1, mask=inside, other=0.0)
         if row < heads:
-            tl.store(rotated + head * dim + 2 * i, a * c - b * s, mask=inside)
-            tl.store(rotated + head * dim + 2 * i + 1, a * s + b * c, mask=inside)
+            place = rotated + (t * heads + head) * dim
+            tl.store(place + 2 * i, (a * c - b * s).to(rotated.dtype.element_ty), mask=inside)
+            tl.store(place + 2 * i + 1, (a * s + b * c).to(rotated.dtype.element_ty), mask=inside)
         else:
-            place = (head * capacity + at) * dim
-            tl.store(keys + place + 2 * i, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
-            tl.store(keys + place + 2 * i + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
+            place = keys + (head * capacity + at) * dim
+            tl.store(place + 2 * i, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
+            tl.store(place + 2 * i + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
     else:
         head = row - heads - groups
-        place = (head * capacity + at) * dim
+        place = values + (head * capacity + at) * dim
         for half in tl.static_range(2):
-            a = tl.load(v + head * dim + 2 * i + half, mask=inside, other=0.0)
-            tl.store(values + place + 2 * i + half, a.to(values.dtype.element_ty), mask=inside)
+            a = tl.load(v + t * v_row + head * dim + 2 * i + half, mask=inside, other=0.0)
+            tl.store(place + 2 * i + half, a.to(values.dtype.element_ty), mask=inside)
 
 
 def rotate_and_store(
-    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, position: Tensor, keys: Tensor, values: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turns: Tensor,
+    position: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rotate q [1, H, d] and k [1, G, d] to `position`, int64 [1]; store k and v there; the rotated q.
+    """Rotate q [T, H, d] and k [T, G, d] to positions from `position`, int64 [1], on; store k and v [T, G, d] there.
 
-    turns: float32 [positions, d / 2, 2], cosine and sine; keys, values: [G, capacity, d].
+    turns: float32 [positions, d / 2, 2], cosine and sine; keys, values: [G, capacity, d]. q, k, v: float32, a token's
+    heads together. The rotated q, of type `dtype`.
     """
-    heads, dim = q.shape[1:]
+    tokens, heads, dim = q.shape
     groups, capacity = keys.shape[:2]
-    rotated = torch.empty_like(q)
+    rotated = torch.empty(tokens, heads, dim, dtype=dtype, device=q.device)
     pairs = max(2, triton.next_power_of_2(dim // 2))
-    _rotate_store[(heads + 2 * groups,)](
-        q, k, v, turns, position, rotated, keys, values, heads, groups, capacity, dim, pairs, num_warps=1
-    )
+    _rotate_store[(heads + 2 * groups, tokens)](
+        q, k, v, turns, position, rotated, keys, values, heads, groups, capacity, dim,
+        q.stride(0), k.stride(0), v.stride(0), pairs, num_warps=1,
+    )  # fmt: skip
     return rotated
 
 

@@ -6,6 +6,8 @@ one after the other in one graph. After any other layer the graph ends: the CPU 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from fiddler import cuda_driver, gpu_attention, gpu_kernels
 from fiddler.cache import Sequence
 from fiddler.gpu_experts import torch_type
-from fiddler.models.mixtral import Mixtral, rotary_turns
+from fiddler.models.mixtral import Mixtral
 from fiddler.orchestrator import Orchestrator, Split
 from fiddler.recorder import Recorder
 
@@ -29,25 +31,26 @@ class _OneToken:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        q = gpu_attention.rotate_and_store(
-            q.contiguous(), k.contiguous(), v.contiguous(), self._turns, self._position, keys, values
-        )
+        q = gpu_attention.rotate_and_store(q, k, v, self._turns, self._position, keys, values)
         return gpu_attention.attend_one(q, keys, values, self._position, self._window)
 
 
 class Decoder:
     """Decodes a sequence whose keys and values stay where they were when its graphs were captured."""
 
-    def __init__(self, model: Mixtral, orchestrator: Orchestrator, sequence: Sequence, recorder: Recorder) -> None:
-        """`sequence`: with room for its whole context; any later one that uses the same storage will do."""
+    def __init__(
+        self, model: Mixtral, orchestrator: Orchestrator, sequence: Sequence, turns: Tensor, recorder: Recorder
+    ) -> None:
+        """turns: of every position, see `rotate_and_store`.
+
+        sequence: with room for its whole context; any later one that uses the same storage will do.
+        """
         config, device = model.config, sequence.device
         self._model, self._orchestrator, self._recorder = model, orchestrator, recorder
         self._experts, self._k = config.expert_count, config.expert_used_count
         width = config.embedding_length
         self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
-        positions = torch.arange(sequence.context, device=device)
-        turns = torch.view_as_real(rotary_turns(config, positions)).contiguous()
         self._cache = _OneToken(sequence, self._place[1:], turns, config.sliding_window)
         # what the CPU needs of a layer, in one piece: x [D], ids [K], weights [K]
         self._handed = torch.zeros(1, width + 2 * self._k, device=device)
@@ -55,12 +58,14 @@ class Decoder:
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
         self._from_cpu = torch.zeros(1, width, device=device)
         self._made = torch.zeros(1, width, pin_memory=True)
-        slots = orchestrator.ring.slots
-        self._jobs = torch.zeros(slots, 5, dtype=torch.int64, device=device)
-        self._listed = torch.zeros(slots, 5, dtype=torch.int64, pin_memory=True)
+        self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
+        self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
         self._arrived, self._taken = torch.cuda.Event(), torch.cuda.Event()
         self._graphs: list[tuple[torch.cuda.CUDAGraph, int | None]] = []  # with the layer whose experts come next
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
+        self._residents: dict[int, torch.cuda.CUDAGraph] = {}
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
+        self._planned = lru_cache(maxsize=1 << 14)(self._split)
         self.hidden = self.logits = torch.empty(0)
         self._capture()
 
@@ -76,47 +81,56 @@ class Decoder:
             if layer is not None:
                 self._missing(layer, stream)
 
+    def _split(self, layer: int, ids: tuple[int, ...]) -> Split:
+        """The plan for one token with these experts."""
+        return self._orchestrator.split(layer, np.bincount(ids, minlength=self._experts))
+
     def _missing(self, layer: int, stream: int) -> None:
         """The experts of a layer that are not residents: queue the GPU's part, compute the CPU's, send it there."""
         orchestrator, width = self._orchestrator, self._y.shape[1]
         cuda_driver.copy_to_host(self._seen.data_ptr(), self._handed.data_ptr(), self._seen.nbytes, stream)
         self._arrived.record()
+        self._residents[layer].replay()
         with self._recorder.span("wait", 0):
             self._arrived.synchronize()
         seen = self._seen.numpy()
         x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
-        split = orchestrator.split(layer, np.bincount(ids, minlength=self._experts))
+        chosen = tuple(ids.tolist())
+        split = self._planned(layer, chosen)
         if any(split.gpu_rows.values()):
-            self._stream(layer, ids.tolist(), split, stream)
+            self._stream(layer, chosen, split, stream)
         if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):
             self._made.zero_()
         cuda_driver.copy_to_device(self._from_cpu.data_ptr(), self._made.data_ptr(), self._made.nbytes, stream)
 
-    def _stream(self, layer: int, ids: list[int], split: Split, stream: int) -> None:
+    def _stream(self, layer: int, chosen: tuple[int, ...], split: Split, stream: int) -> None:
         """Queue copies of the GPU's rows, and their products as soon as they are there."""
         ring, weights = self._orchestrator.ring, self._orchestrator.layers[layer]
-        hidden = weights.gate.shape[1]
-        ranges = [
-            (e, begin, min(begin + ring.rows, hidden))
+        hidden, room = weights.gate.shape[1], ring.rows * ring.slots
+        wanted = [
+            (e, begin, min(begin + room, hidden))
             for e, rows in split.gpu_rows.items()
-            for begin in range(hidden - rows, hidden, ring.rows)
+            for begin in range(hidden - rows, hidden, room)
         ]
         nbytes = sum(split.gpu_rows.values()) * 6 * weights.gate.shape[2]
         with self._recorder.span("link", nbytes):
-            for first in range(0, len(ranges), ring.slots):
-                if first:  # the list of jobs is read by what was queued before
-                    torch.cuda.current_stream().synchronize()
-                taken = ranges[first : first + ring.slots]
-                parts = [part for e, begin, end in taken for part in ring.send(layer, e, begin, end)]
+            while wanted:
+                taken, rows = 0, 0
+                while taken < len(wanted) and rows + wanted[taken][2] - wanted[taken][1] <= room:
+                    rows += wanted[taken][2] - wanted[taken][1]
+                    taken += 1
+                parts = ring.send_together(layer, wanted[:taken])
                 listed = self._listed.numpy()
                 listed[:] = 0
                 for row, part in zip(listed, parts, strict=False):
-                    row[:] = (*part.addresses, part.end - part.begin, ids.index(part.expert))
+                    row[:] = (*part.addresses, part.end - part.begin, chosen.index(part.expert))
                 cuda_driver.copy_to_device(self._jobs.data_ptr(), self._listed.data_ptr(), self._listed.nbytes, stream)
-                parts[-1].arrived.wait()
+                parts[0].arrived.wait()
                 self._streamed[torch_type(weights)].replay()
-                for part in parts:
-                    ring.done(part)
+                ring.done_together()
+                wanted = wanted[taken:]
+                if wanted:  # the list of jobs is read by what was queued before
+                    torch.cuda.current_stream().synchronize()
 
     def _capture(self) -> None:
         """Record the graphs, after a run that compiles and loads what they need."""
@@ -128,19 +142,25 @@ class Decoder:
             self._run(0, None, self._y)
             for kind in kinds:
                 self._run_streamed(kind)
-            for kind in kinds:  # each with memory of its own: it runs while the other graphs' results are in use
+            pool, aside_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+            for kind in kinds:  # with memory of their own: they run while the other graphs' results are in use
                 self._streamed[kind] = torch.cuda.CUDAGraph()
-                self._streamed[kind].capture_begin(capture_error_mode="thread_local")
+                self._streamed[kind].capture_begin(aside_pool, capture_error_mode="thread_local")
                 self._run_streamed(kind)
                 self._streamed[kind].capture_end()
             breaks = [layer for layer in range(len(layers)) if not self._orchestrator.complete(layer)]
-            begin, state, pool = 0, self._y, torch.cuda.graph_pool_handle()
+            begin, state = 0, self._y
             for end in [*breaks, None]:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 state = self._run(begin, end, state)
                 graph.capture_end()
                 self._graphs.append((graph, end))
+                if end is not None:
+                    self._residents[end] = torch.cuda.CUDAGraph()
+                    self._residents[end].capture_begin(aside_pool, capture_error_mode="thread_local")
+                    self._run_residents(end, *self._kept[-1], self._y, add=False)
+                    self._residents[end].capture_end()
                 begin = len(layers) if end is None else end + 1
         torch.cuda.synchronize()
 
@@ -151,24 +171,29 @@ class Decoder:
         last = len(self._model.blk) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, ids, shares = self._model.blk[layer].before_experts(h, self._cache)
-            weights = self._orchestrator.layers[layer]
-            gpu_kernels.experts_of_one(
-                x,
-                self._orchestrator.residents.table[layer],
-                shares,
-                weights.gate.shape[1],
-                torch_type(weights),
-                ids=ids,
-                into=self._y if layer == end else h,
-                add=layer != end,
-                rounded=weights.product.activations == "bf16",
-                even=weights.gate.shape[1] % 16 == 0,
-            )
             if layer == end:
                 torch.cat([x, ids.float(), shares], 1, out=self._handed)
+                self._kept.append((x, ids, shares))
+            else:
+                self._run_residents(layer, x, ids, shares, h, add=True)
         if end is None:
             self.hidden, self.logits = h, self._model.logits(h)
         return h
+
+    def _run_residents(self, layer: int, x: Tensor, ids: Tensor, shares: Tensor, into: Tensor, *, add: bool) -> None:
+        weights = self._orchestrator.layers[layer]
+        gpu_kernels.experts_of_one(
+            x,
+            self._orchestrator.residents.table[layer],
+            shares,
+            weights.gate.shape[1],
+            torch_type(weights),
+            ids=ids,
+            into=into,
+            add=add,
+            rounded=weights.product.activations == "bf16",
+            even=weights.gate.shape[1] % 16 == 0,
+        )
 
     def _run_streamed(self, kind: torch.dtype) -> None:
         width = self._y.shape[1]
@@ -177,7 +202,7 @@ class Decoder:
             self._handed[:, :width],
             self._jobs,
             self._handed[0, width + self._k :],
-            self._orchestrator.ring.rows,
+            self._orchestrator.ring.rows * self._orchestrator.ring.slots,
             kind,
             ids=None,
             into=self._y,

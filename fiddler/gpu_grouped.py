@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fiddler.gpu_experts import Job
 
-__all__ = ["experts_of_many"]
+__all__ = ["Grouped"]
+
+_LISTS, _LONGEST = 1024, 512  # lists of jobs that may be under way, and the numbers of one
 
 
 @triton.jit
@@ -105,17 +107,76 @@ def _down(
     tl.atomic_add(place, total * share[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
 
 
-def experts_of_many(
-    x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
-) -> None:
-    """Add to `into` [T, D] float32, for every job and each of its tokens, that token's share of the feed-forward.
+@triton.jit
+def _fetch(source, target, count, kind: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    given = tl.load(source.to(tl.pointer_type(kind)) + at, mask=at < count, other=0)
+    if ADD:
+        given += tl.load(target + at, mask=at < count, other=0)
+    tl.store(target + at, given, mask=at < count)
 
-    x: [T, D] in the weights' type. token, shares: [A], the row of x and the share of each place in the order by
-    expert. most: no job has more rows. work: bytes for temporaries. The sums of a token's jobs come in any order: two
-    give the same bits each time, three or more need not.
+
+class Grouped:
+    """What the GPU does with several tokens of several experts, all of it queued without the copy engine.
+
+    A small copy to the GPU would wait for all the weights that are on their way there; pinned memory is read by
+    kernels instead.
     """
-    for part in _in_pieces(jobs, max(1, work // (2 * most))):
-        _run(x, token, shares, part, most, into)
+
+    def __init__(self, device: torch.device) -> None:
+        self._lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._told = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, device=device)
+        self._next = 0
+
+    def experts_of_many(
+        self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
+    ) -> None:
+        """Add to `into` [T, D] float32, for every job and each of its tokens, that token's share of the feed-forward.
+
+        x: [T, D] in the weights' type. token, shares: [A], the row of x and the share of each place in the order by
+        expert. most: no job has more rows. work: bytes for temporaries. The sums of a token's jobs come in any order:
+        two give the same bits each time, three or more need not.
+        """
+        for part in _in_pieces(jobs, max(1, work // (2 * most))):
+            self._run(x, token, shares, part, most, into)
+
+    def add_from_host(self, into: Tensor, given: Tensor) -> None:
+        """Add pinned float32 numbers to `into`, of the same shape."""
+        count = into.numel()
+        _fetch[(triton.cdiv(count, 4096),)](given.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
+
+    def _run(self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor) -> None:
+        width, base = x.shape[1], jobs[0].first
+        largest = max(job.end - job.first for job in jobs)
+        m = 16 if largest <= 16 else 64 if largest <= 64 else 128
+        blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
+        listed = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
+        told = self._tell(listed + [number for block in blocks for number in block], x.device)
+        given, at = told[: 6 * len(jobs)], told[6 * len(jobs) :]
+        kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
+        h = torch.empty(jobs[-1].end - base, most, dtype=x.dtype, device=x.device)
+        n, k = 128, 64
+        warps, stages = (8, 4) if m > 64 else (4, 3)
+        _up[(len(blocks), triton.cdiv(most, n))](
+            x, token, given, at, h, width, most, base, kind, width % k == 0, m, n, k, num_warps=warps, num_stages=stages
+        )
+        even = all(job.rows % 16 == 0 for job in jobs)
+        _down[(len(blocks), triton.cdiv(width, n))](
+            h, token, shares, given, at, into, width, most, base, kind, even, m, n, k, num_warps=warps, num_stages=4
+        )
+
+    def _tell(self, numbers: list[int], device: torch.device) -> Tensor:
+        """Numbers on the GPU."""
+        count = len(numbers)
+        if count > _LONGEST:
+            return torch.tensor(numbers).to(device, non_blocking=True)
+        index, self._next = self._next, (self._next + 1) % _LISTS
+        if index == 0 and device.type == "cuda":  # the lists of the last round must have been read
+            torch.cuda.current_stream().synchronize()
+        self._lists[index].numpy()[:count] = numbers
+        told = self._told[index, :count]
+        _fetch[(1,)](self._lists[index].data_ptr(), told, count, tl.int64, False, _LONGEST, num_warps=4)
+        return told
 
 
 def _in_pieces(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
@@ -130,39 +191,3 @@ def _in_pieces(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
             piece.append(taken)
     if piece:
         yield piece
-
-
-def _run(x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor) -> None:
-    width, base = x.shape[1], jobs[0].first
-    largest = max(job.end - job.first for job in jobs)
-    m = 16 if largest <= 16 else 64 if largest <= 64 else 128
-    blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
-    listed = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
-    listed += [number for block in blocks for number in block]
-    told = torch.tensor(listed, dtype=torch.int64).to(x.device, non_blocking=True)  # so little leaves at once
-    given, at = told[: 6 * len(jobs)], told[6 * len(jobs) :]
-    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
-    h = torch.empty(jobs[-1].end - base, most, dtype=x.dtype, device=x.device)
-    n, k = 128, 64
-    warps, stages = (8, 4) if m > 64 else (4, 3)
-    _up[(len(blocks), triton.cdiv(most, n))](
-        x,
-        token,
-        given,
-        at,
-        h,
-        width,
-        most,
-        base,
-        kind,
-        width % k == 0,
-        m,
-        n,
-        k,
-        num_warps=warps,
-        num_stages=4 if m > 64 else 3,
-    )
-    even = all(job.rows % 16 == 0 for job in jobs)
-    _down[(len(blocks), triton.cdiv(width, n))](
-        h, token, shares, given, at, into, width, most, base, kind, even, m, n, k, num_warps=warps, num_stages=4
-    )

@@ -1,4 +1,4 @@
-"""Triton kernels for a step of one token on the GPU, where reading weights is all the time there is.
+"""Triton kernels for one token on the GPU, where reading weights is all the time there is; norms and routing.
 
 Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with
 and which runs where Triton cannot (it builds its launcher with the machine's C compiler). Nothing here waits for the
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["experts_of_one", "gemv", "norm_one", "route_one", "works"]
+__all__ = ["experts_of_one", "gemv", "norm", "route", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -60,16 +60,18 @@ def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> 
 @triton.jit
 def _norm(x, weight, y, width, epsilon, K: tl.constexpr):
     k = tl.arange(0, K)
+    x += tl.program_id(0).to(tl.int64) * width
+    y += tl.program_id(0).to(tl.int64) * width
     a = tl.load(x + k, mask=k < width, other=0.0)
     scale = tl.rsqrt(tl.sum(a * a, 0) / width + epsilon)
     tl.store(y + k, a * scale * tl.load(weight + k, mask=k < width, other=0.0), mask=k < width)
 
 
-def norm_one(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The model's `Norm` for x [1, D]."""
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The model's `Norm`."""
     width = x.shape[1]
     y = torch.empty_like(x)
-    _norm[(1,)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
+    _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y
 
 
@@ -215,6 +217,11 @@ def _route(
     WIDE: tl.constexpr,
     K: tl.constexpr,
 ):
+    t = tl.program_id(0).to(tl.int64)
+    h += t * width
+    x += t * width
+    ids += t * TOP
+    shares += t * TOP
     wide = tl.arange(0, WIDE)
     whole = tl.load(h + wide, mask=wide < width, other=0.0)
     scale = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
@@ -246,13 +253,13 @@ def _route(
         left = tl.where(e == first, -1.0, left)
 
 
-def route_one(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's `Router` for h [1, D]."""
+def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's `Router`."""
     experts, width = weight.shape
     x = torch.empty_like(h)
-    ids = torch.empty(1, k, dtype=torch.int64, device=h.device)
-    shares = torch.empty(1, k, device=h.device)
+    ids = torch.empty(len(h), k, dtype=torch.int64, device=h.device)
+    shares = torch.empty(len(h), k, device=h.device)
     n, wide = max(2, triton.next_power_of_2(experts)), triton.next_power_of_2(width)
     block = max(16, min(wide, 16384 // n))
-    _route[(1,)](h, norm, weight, x, ids, shares, experts, width, epsilon, n, k, wide, block, num_warps=16)
+    _route[(len(h),)](h, norm, weight, x, ids, shares, experts, width, epsilon, n, k, wide, block, num_warps=16)
     return x, ids, shares

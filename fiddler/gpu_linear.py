@@ -26,13 +26,13 @@ _WIDENED = 1 << 24  # elements of a weight that are widened to float32 at once
 class GpuLinear:
     """The model's `Linear` for weights on the GPU."""
 
-    def __init__(self, weights: Mapping[str, Tensor], one_token: ModuleType | None, *, exact: bool) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], kernels: ModuleType | None, *, exact: bool) -> None:
         """weights: by name; those of names that go `together` may be parts of one tensor, one after the other.
 
-        one_token: `fiddler.gpu_kernels`, or None where it does not run. exact: float32 activations for bf16, too.
+        kernels: `fiddler.gpu_kernels`, or None where it does not run. exact: float32 activations for bf16, too.
         """
         self._weights = weights
-        self._kernels = one_token
+        self._kernels = kernels
         self._exact = exact
 
     def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
@@ -77,26 +77,26 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
 class GpuRouter:
     """The model's `Router` on the GPU."""
 
-    def __init__(self, one_token: ModuleType | None) -> None:
-        self._kernels = one_token
+    def __init__(self, kernels: ModuleType | None) -> None:
+        self._kernels = kernels
 
     def __call__(
         self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A `Router`'s."""
-        if len(h) == 1 and self._kernels is not None:
-            return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route_one(h, norm, epsilon, weight, k))
+        if self._kernels is not None:
+            return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route(h, norm, epsilon, weight, k))
         return route(h, norm, epsilon, weight, k)
 
 
 class GpuNorm:
     """The model's `Norm` on the GPU."""
 
-    def __init__(self, one_token: ModuleType | None) -> None:
-        self._kernels = one_token
+    def __init__(self, kernels: ModuleType | None) -> None:
+        self._kernels = kernels
 
     def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """A `Norm`'s."""
-        if len(x) == 1 and self._kernels is not None:
-            return cast(Tensor, self._kernels.norm_one(x, weight, epsilon))
+        if self._kernels is not None:
+            return cast(Tensor, self._kernels.norm(x, weight, epsilon))
         return rms_norm(x, weight, epsilon)

@@ -7,21 +7,48 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence as Ordered
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fiddler.cache import Sequence
+from fiddler.cache import Sequence, Step
 from fiddler.errors import ResourceError
 from fiddler.gpu_memory import Budget, shown
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.config import Config
+from fiddler.models.mixtral import Mixtral, attend
 from fiddler.runner import Runner
 
 if TYPE_CHECKING:
     from fiddler.gpu_decode import Decoder
 
 __all__ = ["GpuRunner"]
+
+
+class _GpuStep(Step):
+    """A `Step` through a kernel that rotates and stores at once."""
+
+    def __init__(
+        self, parts: Ordered[tuple[Sequence, int]], config: Config, turns: Tensor, attention: ModuleType
+    ) -> None:
+        super().__init__(parts, config)
+        self._of_all, self._attention = turns, attention
+        self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(turns.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The model's `Cache`."""
+        made, begin = [], 0
+        for i, (sequence, count) in enumerate(self._parts):
+            rows, end = slice(begin, begin + count), sequence.length + count
+            begin += count
+            keys, values = (kept[layer] for kept in sequence.storage)
+            turned = self._attention.rotate_and_store(
+                q[rows], k[rows], v[rows], self._of_all, self._starts[i : i + 1], keys, values, keys.dtype
+            )
+            keys, values = (kept[:, :end].transpose(0, 1) for kept in (keys, values))
+            made.append(attend(turned, keys, values, self._config.sliding_window))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
 class GpuRunner(Runner):
@@ -43,10 +70,20 @@ class GpuRunner(Runner):
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
         self._decoder: Decoder | None = None
+        self._attention: ModuleType | None = None
+        self._turns = torch.empty(0)
 
-    def decode_with(self, decoder: Decoder) -> None:
-        """Take single tokens of the sequence at home through `decoder`."""
-        self._decoder = decoder
+    def decode_with(self, decoder: Decoder, turns: Tensor, attention: ModuleType) -> None:
+        """Take single tokens of the sequence at home through `decoder`, others through `attention`'s kernels.
+
+        turns: of every position, see `gpu_attention.rotate_and_store`.
+        """
+        self._decoder, self._turns, self._attention = decoder, turns, attention
+
+    def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
+        if self._attention is None:
+            return super()._place(parts)
+        return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
     def sequence(self) -> Sequence:
         """A new, empty sequence. The first one alive has its memory already, another one takes more."""

@@ -32,8 +32,8 @@ from fiddler.link import BouncedLink, DirectLink, Link
 from fiddler.mapped import COMPILING, mapped_experts
 from fiddler.memory import available_memory, cached_bytes
 from fiddler.model_file import ModelFile
-from fiddler.models.mixtral import Mixtral
-from fiddler.orchestrator import Many, Orchestrator
+from fiddler.models.mixtral import Mixtral, rotary_turns
+from fiddler.orchestrator import Grouped, Orchestrator
 from fiddler.placement import place
 from fiddler.plan import Costs, Curve
 from fiddler.recorder import Recorder
@@ -127,20 +127,23 @@ def on_gpu(
 
     residents.load(placed, link, loaded)
     budget.settle()
-    many: Many | None = None
+    grouped: Grouped | None = None
     if one_token is not None:
-        from fiddler.gpu_grouped import experts_of_many
+        from fiddler import gpu_grouped
 
-        many = experts_of_many
-    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, many)
+        grouped = gpu_grouped.Grouped(device)
+    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, grouped)
     linear = GpuLinear(linears, one_token, exact=exact)
     model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token), GpuNorm(one_token))
     runner = GpuRunner(model, context, cache_dtype, threads, chunk, home, budget)
     if one_token is not None:
+        from fiddler import gpu_attention
         from fiddler.gpu_decode import Decoder
 
         with torch.inference_mode():
-            runner.decode_with(Decoder(model, orchestrator, home, recorder))
+            turns = torch.view_as_real(rotary_turns(config, torch.arange(context, device=device))).contiguous()
+            decoder = Decoder(model, orchestrator, home, turns, recorder)
+        runner.decode_with(decoder, turns, gpu_attention)
     summary = (
         f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
         f"{shown(budget.used())} of {shown(budget.total)} used"

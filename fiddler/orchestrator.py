@@ -11,10 +11,10 @@ one token queues so little, in `gpu_decode`, that it does without.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,13 +27,24 @@ from fiddler.plan import Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
 from fiddler.staging import Part, Ring
 
-__all__ = ["Many", "Orchestrator", "Split"]
+__all__ = ["Grouped", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
 _SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
 
 
-Many = Callable[[Tensor, Tensor, Tensor, Sequence[Job], int, Tensor, int], None]
+class Grouped(Protocol):
+    """What `gpu_grouped` has for several tokens, see there."""
+
+    def experts_of_many(
+        self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
+    ) -> None:
+        """Several experts at once, in 16 bits."""
+        ...
+
+    def add_from_host(self, into: Tensor, given: Tensor) -> None:
+        """Add what the CPU computed."""
+        ...
 
 
 class Split(NamedTuple):
@@ -55,12 +66,11 @@ class Orchestrator:
         tokens: int,
         work: int,
         recorder: Recorder = SILENT,
-        many: Many | None = None,
+        grouped: Grouped | None = None,
     ) -> None:
         """tokens: the most of one step. work: bytes for the GPU's temporaries, see `feed_forward`.
 
-        many: what computes several experts on the GPU at once in 16 bits, `gpu_grouped.experts_of_many`; without it
-        they go through torch, one by one.
+        grouped: computes several experts on the GPU at once; without it they go through torch, one by one.
         """
         self.layers = layers
         self.residents = residents
@@ -68,7 +78,7 @@ class Orchestrator:
         self._costs = costs
         self._work = work
         self._recorder = recorder
-        self._tokens, self._many = tokens, many
+        self._tokens, self._grouped = tokens, grouped
         experts, self._hidden, width = layers[0].gate.shape
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.link.device.type == "cuda"
@@ -111,7 +121,9 @@ class Orchestrator:
         if waiting is not None:
             with self._recorder.span("join", 0):
                 waiting.result()
-        if on_cpu:
+        if on_cpu and self._grouped is not None:
+            self._grouped.add_from_host(y, self._y[:tokens])
+        elif on_cpu:
             y += self._y[:tokens].to(y.device, non_blocking=True)
         return y
 
@@ -181,7 +193,7 @@ class Orchestrator:
         order = torch.argsort(ids.reshape(-1), stable=True)
         token, share = order // ids.shape[1], weights.reshape(-1)[order]
         given = x.to(torch_type(w)) if rounded else x
-        together = self._many if rounded else None
+        together = self._grouped.experts_of_many if rounded and self._grouped else None
 
         def add(e: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
             """Expert by expert."""

@@ -35,13 +35,17 @@ class Runner:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
         ids = ids.to(self.model.token_embd.device)
-        step = Step([(sequence, len(tokens)) for sequence, tokens in parts], self.model.config)
+        step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
         seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
         attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention):
             hidden = self.model(ids, step)
         step.commit()
         return hidden
+
+    def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
+        """Room for so many more tokens of each sequence."""
+        return Step(parts, self.model.config)
 
     def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
         """Append a prompt, a chunk at a time: float32 logits [V] after its last token."""

@@ -186,6 +186,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     repeat = heads // groups
     if q.is_cuda and keys.dtype == torch.float16 and (window is None or total <= window):
         return _attend_in_16_bits(q, keys, values)
+    q = q.float()
     # the queries that share a KV head stand together, so keys and values are never repeated
     grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
     if n == 1:  # torch's SDPA takes ten times as long for so few queries of many keys
@@ -214,8 +215,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
 
 def _attend_in_16_bits(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`attend` through the GPU's fused kernel, products in 16 bits and sums in float32."""
-    n, total = len(q), len(keys)
-    shape = q.shape
+    n, total, shape = len(q), len(keys), q.shape
     q, k, v = (tensor.to(torch.float16).transpose(0, 1)[None] for tensor in (q, keys, values))  # [1, H or G, n or S, d]
     if n == total:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
-    "hybrid": "cache calibrate cuda_driver devices experts gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
+    "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
     " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
     " staging",
     "orchestrator": "experts gpu_experts kernels plan recorder staging",
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "gpu_attention": "",
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
-    "gpu_runner": "cache gpu_decode gpu_memory models.mixtral runner",
+    "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",

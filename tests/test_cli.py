@@ -216,7 +216,9 @@ def test_more_than_the_context_is_refused(model):
 
 
 def test_a_gpu_is_not_there_yet(model):
-    fails_in_one_line(run("run", model, "-p", "x", "-n", 1, "--device", "cuda", "--gpu-memory", "24GiB"), "use --device cpu")
+    fails_in_one_line(
+        run("run", model, "-p", "x", "-n", 1, "--device", "cuda", "--gpu-memory", "24GiB"), "use --device cpu"
+    )
 
 
 def test_a_stdout_that_cannot_say_it(model, engine):

@@ -89,14 +89,14 @@ def test_norms_and_routes_as_torch_does():
     torch.manual_seed(2)
     for experts, k, width in ((8, 2, 4096), (5, 3, 90), (64, 6, 512)):
         w, norm = torch.randn(experts, width, device=DEVICE), torch.rand(width, device=DEVICE)
-        for _ in range(20):
-            h = torch.randn(1, width, device=DEVICE) * 3
-            made, expected = gpu_kernels.route_one(h, norm, 1e-5, w, k), route(h, norm, 1e-5, w, k)
+        for tokens in (1, 1, 1, 2, 40):
+            h = torch.randn(tokens, width, device=DEVICE) * 3
+            made, expected = gpu_kernels.route(h, norm, 1e-5, w, k), route(h, norm, 1e-5, w, k)
             assert (made[1] == expected[1]).all()
             assert torch.allclose(made[0], expected[0], atol=1e-5)
             assert torch.allclose(made[2], expected[2], atol=1e-4)
-            assert torch.allclose(gpu_kernels.norm_one(h, norm, 1e-5), expected[0], atol=1e-5)
-    _, ids, shares = gpu_kernels.route_one(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
+            assert torch.allclose(gpu_kernels.norm(h, norm, 1e-5), expected[0], atol=1e-5)
+    _, ids, shares = gpu_kernels.route(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
     assert ids.max() < 64
     assert shares.isnan().any()
 
@@ -121,8 +121,12 @@ def test_experts_of_many_tokens(shape):
         jobs.append(Job(addresses, hidden, first[e], first[e + 1]))
     for work in (1 << 30, 2 * hidden * 20):
         y = torch.zeros(tokens, width, device=DEVICE)
-        gpu_grouped.experts_of_many(x, token, share, jobs, hidden, y, work)
+        gpu_grouped.Grouped(DEVICE).experts_of_many(x, token, share, jobs, hidden, y, work)
         assert (y - expected).norm() <= 3e-3 * expected.norm()
+    pinned = torch.randn(tokens, width, pin_memory=True)
+    before = y.clone()
+    gpu_grouped.Grouped(DEVICE).add_from_host(y, pinned)
+    assert torch.equal(y, before + pinned.to(DEVICE))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
@@ -144,6 +148,17 @@ def test_attention_of_one_token(kind, heads):
         assert torch.allclose(values[:, position], v[0].to(kind))
         keep = torch.arange(capacity, device=DEVICE) != position
         assert (keys[:, keep] == before[:, keep]).all()
+        if position == 777:  # several from there on, out of one product
+            rows = torch.randn(9, (count + 2 * groups) * dim, device=DEVICE)
+            many = [part.view(9, -1, dim) for part in rows.split([count * dim, groups * dim, groups * dim], 1)]
+            places = turns[position : position + 9, None]
+            args = torch.view_as_real(turns).contiguous(), at, keys, values, kind
+            rotated = gpu_attention.rotate_and_store(*many, *args)
+            assert torch.allclose(rotated.float(), rotate(many[0], places), atol=4e-3)
+            expected = rotate(many[1], places).transpose(0, 1)
+            assert torch.allclose(keys[:, position : position + 9].float(), expected, atol=4e-3)
+            assert torch.allclose(values[:, position : position + 9], many[2].transpose(0, 1).to(kind))
+            gpu_attention.rotate_and_store(q, k, v, *args[:-1])
         made = gpu_attention.attend_one(turned, keys, values, at, window)
         seen = (tensor[:, : position + 1].transpose(0, 1).float() for tensor in (keys, values))
         expected = attend(turned, *seen, window)
