@@ -6,8 +6,6 @@ one after the other in one graph. After any other layer the graph ends: the CPU 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,7 +45,7 @@ class Decoder:
         """
         config, device = model.config, sequence.device
         self._model, self._orchestrator, self._recorder = model, orchestrator, recorder
-        self._experts, self._k = config.expert_count, config.expert_used_count
+        self._k = config.expert_used_count
         width = config.embedding_length
         self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
@@ -65,7 +63,6 @@ class Decoder:
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
-        self._planned = lru_cache(maxsize=1 << 14)(self._split)
         self.hidden = self.logits = torch.empty(0)
         self._capture()
 
@@ -81,10 +78,6 @@ class Decoder:
             if layer is not None:
                 self._missing(layer, stream)
 
-    def _split(self, layer: int, ids: tuple[int, ...]) -> Split:
-        """The plan for one token with these experts."""
-        return self._orchestrator.split(layer, np.bincount(ids, minlength=self._experts))
-
     def _missing(self, layer: int, stream: int) -> None:
         """The experts of a layer that are not residents: queue the GPU's part, compute the CPU's, send it there."""
         orchestrator, width = self._orchestrator, self._y.shape[1]
@@ -96,7 +89,7 @@ class Decoder:
         seen = self._seen.numpy()
         x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
         chosen = tuple(ids.tolist())
-        split = self._planned(layer, chosen)
+        split = orchestrator.split_one(layer, chosen)
         if any(split.gpu_rows.values()):
             self._stream(layer, chosen, split, stream)
         if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):

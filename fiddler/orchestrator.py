@@ -75,7 +75,6 @@ class Orchestrator:
         self.layers = layers
         self.residents = residents
         self.ring = ring
-        self._costs = costs
         self._work = work
         self._recorder = recorder
         self._tokens, self._grouped = tokens, grouped
@@ -89,7 +88,14 @@ class Orchestrator:
         self._seen = np.zeros((len(layers), experts), np.int64)
         aside = ring.link.blocks or self._pinned
         self._side = ThreadPoolExecutor(1, "fiddler-gpu") if aside else None
+        self.planned_seconds = 0.0  # of all layers so far, if the plans came true
+        self.follow(costs)
+
+    def follow(self, costs: Costs) -> None:
+        """Plan by these costs from now on."""
+        self._costs = costs
         self._plan = lru_cache(maxsize=4096)(self._make_plan)
+        self.split_one = lru_cache(maxsize=1 << 14)(self._split_one)
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that both sides reach."""
@@ -156,10 +162,15 @@ class Orchestrator:
             if part.expert in here:
                 here[part.expert] += part.end - part.begin
         plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()))
+        self.planned_seconds += plan.seconds
         cpu_rows = np.zeros(len(counts), np.int64)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
         return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows)
+
+    def _split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
+        """`split` for one token with these experts."""
+        return self.split(layer, np.bincount(chosen, minlength=len(self.layers[layer].gate)))
 
     def _make_plan(self, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
         return make_plan(tokens, self._costs, self._hidden, _STEP, ahead)

@@ -1,0 +1,216 @@
+"""What the GPU and the CPU do together, measured: one table on stdout. Random weights of Mixtral's real shape will do.
+
+    python tests/measure_gpu.py MODEL.gguf --gpu-memory 24GiB
+    python tests/measure_gpu.py MODEL.gguf --gpu-experts 16 --prompts 1,4,16,32,64,128,256,512,1024,2048,4096
+    python tests/measure_gpu.py MODEL.gguf --gpu-memory 40GiB
+
+Ways that are compared take turns in one process, on the same tokens: "auto" (what `run` does), "cpu" (missing experts
+on the CPU only), "stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as
+the original Fiddler computes them). The ceiling is the speed of memory and link together, as calibration measured it
+in this very process, over the bytes of missing experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import defaultdict
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fiddler import kernels
+from fiddler.calibrate import measure
+from fiddler.engine import load
+from fiddler.memory import peak_memory
+from fiddler.model_file import ModelFile
+from fiddler.plan import Curve
+from fiddler.recorder import Tracer
+
+
+def torch_on_cpu(orchestrator):
+    """The CPU's part through torch, on every core."""
+    tensors = {}
+
+    def weights(layer):
+        if layer not in tensors:
+            w = orchestrator.layers[layer]
+            tensors[layer] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in (w.gate, w.up, w.down)]
+        return tensors[layer]
+
+    def on_cpu(layer, x, ids, shares, split, out):
+        missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (ids == e).any()]
+        if not missing:
+            return False
+        torch.set_num_threads(kernels.set_threads(None))
+        out[:] = 0
+        gate, up, down = weights(layer)
+        given = torch.from_numpy(x).bfloat16()
+        for e in missing:
+            rows, which = np.nonzero(ids == e)
+            mine = given[torch.from_numpy(rows)]
+            made = F.linear(F.silu(F.linear(mine, gate[e])) * F.linear(mine, up[e]), down[e]).float().numpy()
+            np.add.at(out, rows, made * shares[rows, which][:, None])
+        return True
+
+    return on_cpu
+
+
+class Bench:
+    """One engine, several ways of computing missing experts."""
+
+    def __init__(self, args):
+        self.meter = Tracer()
+        started = time.perf_counter()
+        self.model = ModelFile.open(args.model)
+        self.engine = load(
+            self.model,
+            "cuda",
+            args.gpu_memory,
+            context=args.ctx,
+            gpu_experts=args.gpu_experts,
+            notify=print,
+            recorder=self.meter,
+        )
+        self.loaded = time.perf_counter() - started
+        self.runner = self.engine.runner
+        self.orchestrator = self.runner.model.experts
+        self.ours, self.theirs = self.orchestrator.on_cpu, torch_on_cpu(self.orchestrator)
+        self.costs = self.orchestrator._costs
+        self.calibration = None
+        self.ways = ["auto"]
+        if len(self.orchestrator.residents) < self.model.config.block_count * self.model.config.expert_count:
+            threads = self.runner.threads
+            self.calibration = measure(self.orchestrator.layers, self.orchestrator.ring, threads, "this run")
+            self.costs = self.calibration.costs()
+            self.ways = ["auto", "cpu", "stream", "torch"]
+        self.plans = {}
+        self.sequence = self.runner.sequence()
+        self.random = random.Random(0)
+
+    def way(self, name):
+        """From now on; plans that were made stay made."""
+        chosen = self.orchestrator
+        if name not in self.plans:
+            costs = self.costs
+            if name in ("cpu", "torch"):
+                costs = replace(costs, link=inf)
+            elif name == "stream":
+                costs = replace(costs, cpu=Curve((1,), (1e9,)))
+            chosen.follow(costs)
+            self.plans[name] = chosen._costs, chosen._plan, chosen.split_one
+        chosen._costs, chosen._plan, chosen.split_one = self.plans[name]
+        chosen.on_cpu = self.theirs if name == "torch" else self.ours
+
+    def ids(self, count):
+        return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
+
+    def generate(self, count, warm=3):
+        """Seconds of each token each way; and of auto the seconds by kind, the bytes and the plans' seconds, a token."""
+        self.sequence.truncate(0)
+        self.runner.prefill(self.sequence, self.ids(64))
+        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(float), 0, 0.0
+        for i, token in enumerate(self.ids(count + warm)):
+            for name in self.ways:
+                self.way(name)
+                self.sequence.truncate(64)
+                self.meter.clear()
+                self.orchestrator.planned_seconds = 0.0
+                begun = time.perf_counter()
+                int(self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].argmax())
+                taken = time.perf_counter() - begun
+                if i < warm:
+                    continue
+                found[name].append(taken)
+                if name == "auto":
+                    nbytes += sum(self.meter.nbytes.values())
+                    for kind, seconds in self.meter.seconds.items():
+                        spent[kind] += seconds / count
+        if self.calibration:  # what the plans promise for so many bytes
+            planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
+        return found, spent, nbytes / count, planned
+
+    def prompt(self, length, repetitions):
+        """Seconds of each way, and the plan's of auto."""
+        ids = self.ids(length)
+        found = {name: [] for name in self.ways if name != "torch"}
+        planned = 0.0
+        for repetition in range(repetitions + 1):  # the first one loads what torch and the driver need
+            for name, samples in found.items():
+                self.way(name)
+                self.sequence.truncate(0)
+                self.orchestrator.planned_seconds = 0.0
+                begun = time.perf_counter()
+                self.runner.prefill(self.sequence, ids)
+                if repetition:
+                    samples.append(time.perf_counter() - begun)
+                if name == "auto":
+                    planned = self.orchestrator.planned_seconds
+        return found, planned
+
+
+def spread(samples, scale=1.0):
+    return f"{scale / median(samples):.1f} ({scale / max(samples):.1f}-{scale / min(samples):.1f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gpu-memory")
+    parser.add_argument("--gpu-experts", type=int)
+    parser.add_argument("--ctx", type=int, default=4096)
+    parser.add_argument("--prompts", default="512,2048")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("-r", type=int, default=3)
+    args = parser.parse_args()
+    bench = Bench(args)
+    layers, experts = bench.model.config.block_count, bench.model.config.expert_count
+    resident = len(bench.orchestrator.residents)
+    print(f"{args.model.name}: {layers} layers, {resident} of {layers * experts} experts on the GPU")
+    print(f"loaded in {bench.loaded:.1f} s; kernels {bench.engine.backend}, {bench.runner.threads} threads")
+    if bench.calibration:
+        print(bench.calibration.to_text())
+    found, spent, nbytes, planned = bench.generate(args.tokens)
+    print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
+    auto = median(found["auto"])
+    for name, samples in found.items():
+        pairs = [other / own for other, own in zip(samples, found["auto"], strict=True)]
+        print(f"| {name} | {spread(samples)} | {median(pairs):.2f}x |")
+    mean = float(np.mean(found["auto"]))
+    if bench.calibration:
+        both = bench.calibration.expert_bytes / bench.costs.memory
+        print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
+        print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
+    kinds = ", ".join(f"{kind} {seconds * 1e3:.2f}" for kind, seconds in spent.items())
+    rest = mean - spent["experts"] - spent["wait"]
+    print(f"a token takes {mean * 1e3:.2f} ms: {kinds}; neither reading nor waiting: {rest / mean:.1%}")
+    print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for length in map(int, args.prompts.split(",")):
+        samples, plan = bench.prompt(length, args.r)
+        auto = median(samples["auto"])
+        over = [f"{median(samples[name]) / auto:.2f}x" if name in samples else "" for name in ("cpu", "stream")]
+        over.append(f"{auto / plan:.2f}x" if plan else "")
+        print(f"| {length} | {spread(samples['auto'], length)} | {' | '.join(over)} |")
+    bench.way("auto")
+    bench.sequence.truncate(0)
+    full = bench.ids(bench.engine.context - 4)
+    bench.runner.prefill(bench.sequence, full)
+    for token in bench.ids(4):
+        bench.runner.logits(bench.runner.step([(bench.sequence, [token])]))
+    budget, memory = bench.runner.budget, peak_memory()
+    print(
+        f"\nafter a full context: {budget.used() / 2**30:.2f} of {budget.total / 2**30:.2f} GiB by the driver's count, "
+        f"peak of torch {torch.cuda.max_memory_reserved() / 2**30:.2f}; "
+        f"anonymous memory {memory.anonymous / 2**30:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
