@@ -169,8 +169,14 @@ class Orchestrator:
         return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows)
 
     def _split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
-        """`split` for one token with these experts."""
-        return self.split(layer, np.bincount(chosen, minlength=len(self.layers[layer].gate)))
+        """`split` for one token with these experts, which is over before a link that blocks would have begun."""
+        counts = np.bincount(chosen, minlength=len(self.layers[layer].gate))
+        if not self.ring.link.blocks:
+            return self.split(layer, counts)
+        missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
+        cpu_rows = np.zeros(len(counts), np.int64)
+        cpu_rows[missing] = self._hidden
+        return Split(dict.fromkeys(missing, 0), cpu_rows)
 
     def _make_plan(self, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
         return make_plan(tokens, self._costs, self._hidden, _STEP, ahead)

@@ -112,7 +112,7 @@ class Bench:
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, warm=3):
-        """Seconds of each token each way; and of auto the seconds by kind, the bytes and the plans' seconds, a token."""
+        """Seconds of each token each way; of auto the seconds by kind, the bytes and the plans' seconds, a token."""
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
         found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(float), 0, 0.0

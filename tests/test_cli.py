@@ -161,7 +161,7 @@ def test_the_continuation_goes_to_stdout_and_the_rest_to_stderr(model, engine):
     assert re.search(rf"prompt {prompt_tokens} tokens, [\d.]+ tokens/s \| generation 12 tokens, [\d.]+ tokens/s", stats)
     assert re.search(r"load [\d.]+ s", stats)
     assert re.search(r"[1-9]\d* MiB", stats)
-    assert stats.count("\n") == 1
+    assert stats.count("\n") == 2  # the other one says where it computes
 
 
 def test_a_prompt_on_standard_input(model, engine):
@@ -299,3 +299,19 @@ def test_convert_and_inspect(tmp_path):
     assert run("convert", TINY, target, "--force", "--dtype", "f16").returncode == 0
     assert json.loads(run("inspect", target, "--json").stdout)["types"]["F16"] > 0
     fails_in_one_line(run("convert", tmp_path, tmp_path / "other.gguf"), "config.json")
+
+
+def test_calibrate_measures_a_model_and_shows_it(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fails_in_one_line(run("calibrate", "--show"), "no calibration is stored")
+    done = run("calibrate", model, "--device", "cpu", "-t", 1)
+    assert done.returncode == 0
+    assert b"ms an expert for tokens" in done.stdout
+    assert run("calibrate", "--show").stdout == done.stdout
+    assert run("calibrate", model, "--show").returncode == 2
+
+
+def test_options_of_a_gpu_are_checked(model):
+    fails_in_one_line(run("run", model, "-p", "x", "--gpu-memory", "24GiB", "--device", "cpu"), "leave out one")
+    assert run("run", model, "-p", "x", "--gpu-experts", -1).returncode == 2
+    assert run("run", model, "-p", "x", "--missing", "both").returncode == 2

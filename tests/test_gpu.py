@@ -214,6 +214,20 @@ def test_without_a_compiler_torch_does_it(tokens, tmp_path):
     assert done.stdout.rstrip("\n") == greedy.text
 
 
+def test_through_buffers_where_the_mapping_may_not_be_registered(tokens, monkeypatch):
+    monkeypatch.setattr("fiddler.hybrid.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("fiddler.hybrid.cached_bytes", lambda address, nbytes: 0)
+    expected = load(device="cpu", precision="exact").logits(tokens)
+    for missing in ("auto", "stream"):
+        told = []
+        engine = load(device="cuda", precision="exact", gpu_experts=5, missing=missing, notify=told.append)
+        assert any("reading through buffers" in line for line in told)
+        assert (engine.logits(tokens) - expected).norm() <= 1e-4 * expected.norm()
+        sequence = engine.runner.sequence()
+        one = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in tokens])
+        assert (one - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_two_sequences_at_once(tokens):
     """The second one finds the first one's place taken."""
     engine = load(device="cuda", precision="exact", gpu_experts=5)

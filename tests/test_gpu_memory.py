@@ -1,0 +1,38 @@
+"""Sizes as people write them, and what memory the system tells of."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+
+from fiddler.errors import RequestError
+from fiddler.gpu_memory import parse_size
+from fiddler.memory import available_memory, cached_bytes
+
+
+@pytest.mark.parametrize(
+    "text,nbytes",
+    [("24GiB", 24 << 30), ("24gib", 24 << 30), ("1.5 GiB", 3 << 29), ("24G", 24 * 10**9), ("8000MB", 8 * 10**9),
+     ("1073741824", 1 << 30), ("512KiB", 1 << 19), ("1T", 10**12)],
+)  # fmt: skip
+def test_sizes(text, nbytes):
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GiB", "-1GiB", "GiB", "1PiB", "1e9", "24 apples", "٣GiB", "1" * 50])
+def test_what_is_no_size(text):
+    with pytest.raises(RequestError, match="--gpu-memory"):
+        parse_size(text)
+
+
+def test_pages_that_are_in_memory_are_counted(tmp_path):
+    path, pages = tmp_path / "file", 300
+    path.write_bytes(bytes(pages * mmap.PAGESIZE))
+    with path.open("rb") as file:
+        view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    assert cached_bytes(view.ctypes.data, view.nbytes) == view.nbytes  # it was just written
+    untouched = np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
+    assert cached_bytes(untouched.ctypes.data, untouched.nbytes) == 0
+    assert 0 < available_memory() < 1 << 50
