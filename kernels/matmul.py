@@ -5,15 +5,17 @@ Works on addresses that its callers have validated: no bounds checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import numpy as np
 from numba import njit
+from numba.extending import overload
 
 from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
 from fiddler.kernels.product import (
     Product,
     activation_bytes,
-    in_pairs,
-    in_tiles,
     outer_rows,
     outer_tokens,
     panel_tokens,
@@ -52,12 +54,7 @@ def block_product(
         for r in range(rows):
             for m in range(padded):
                 store_float(c, r * ldc + m, np.float32(0))
-        if in_tiles(product):
-            _tiles(product, w, ldw, rows, x, padded, k, c, ldc)
-        elif in_pairs(product):
-            _outers(product, w, ldw // 2, rows, x, padded, k // 2, c, ldc)
-        else:
-            _outers_of_floats(product, w, ldw, rows, x, padded, k, c, ldc)
+        _packed_product(product, w, ldw, rows, x, padded, k, c, ldc)
     else:
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc)
 
@@ -112,32 +109,30 @@ def _outer_block(
             m += 16
 
 
-@njit(nogil=True, boundscheck=False)
-def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, words: int, c: int, ldc: int) -> None:
+def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
     """bf16 pairs, straight from the weights."""
-    panel_width = panel_tokens(product)
+    panel_width, words, stride = panel_tokens(product), k // 2, ldw // 2
     for begin in range(0, words, _BLOCK):
         count = min(_BLOCK, words - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             _outer_block(
-                product, w + 4 * begin, ldw, rows, x + 4 * (m * words + begin * wide), wide, count, c + 4 * m, ldc
+                product, w + 4 * begin, stride, rows, x + 4 * (m * words + begin * wide), wide, count, c + 4 * m, ldc
             )
 
 
-@njit(nogil=True, boundscheck=False)
 def _outers_of_floats(
-    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, words: int, c: int, ldc: int
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
 ) -> None:
     """A few rows are widened to float32 at a time, and used from the first-level cache."""
     panel_width, several = panel_tokens(product), outer_rows(product)
     wide_rows = np.empty((several, _BLOCK), np.float32)
     scratch = wide_rows.ctypes.data
-    for begin in range(0, words, _BLOCK):
-        count = min(_BLOCK, words - begin)
+    for begin in range(0, k, _BLOCK):
+        count = min(_BLOCK, k - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
-            panel = x + 4 * (m * words + begin * wide)
+            panel = x + 4 * (m * k + begin * wide)
             for r in range(0, rows, several):
                 taken = min(several, rows - r)
                 for i in range(taken):
@@ -145,7 +140,6 @@ def _outers_of_floats(
                 _outer_block(product, scratch, _BLOCK, taken, panel, wide, count, c + 4 * (r * ldc + m), ldc)
 
 
-@njit(nogil=True, boundscheck=False)
 def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
     """Tile registers, and outer products for what they leave: rows beyond a multiple of 32, the end of K.
 
@@ -184,3 +178,21 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
             rest, rest_sums = row + 4 * whole * stride, sums + 4 * whole * ldc
             _outer_block(product, rest, stride, rows - whole, panel, wide, count, rest_sums, ldc)
     release_tiles(product)
+
+
+def _packed_product(
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+) -> None:
+    """c += the product, for tokens in the packed layout: whichever of these functions is this product's."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(_packed_product, jit_options={"nogil": True, "boundscheck": False})
+def _packed_product_of(
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+) -> Callable[..., None]:
+    # chosen before anything is compiled: code for the other kinds, never run, took a third of the time
+    kind: Product = cast(Any, product).product  # the arguments are Numba's types
+    if kind.in_tiles:
+        return _tiles
+    return _outers if kind.in_pairs else _outers_of_floats

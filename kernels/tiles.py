@@ -19,6 +19,7 @@ from fiddler.kernels.instructions import (
     I16,
     I32,
     I64,
+    PASSING,
     address,
     dot_bf16,
     horizontal_sum,
@@ -166,7 +167,7 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
             for u in range(_UNROLL):
                 at = b.add(k, ir.Constant(I64, u * step))
                 if 2 * u * step % _LINE == 0:
-                    prefetch(b, address(b, w, b.add(at, ir.Constant(I64, _AHEAD // 2)), 2))
+                    prefetch(b, address(b, w, b.add(at, ir.Constant(I64, _AHEAD // 2)), 2), PASSING)
                 result += products(at, sums[u * M : (u + 1) * M], None)
             return result
 
