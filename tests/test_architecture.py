@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
-    "cache": "models.config models.mixtral",
+    "cache": "kernels models.config models.mixtral",
     "experts": "kernels recorder",
     "recorder": "",
     "sampling": "",
@@ -61,7 +61,7 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cli engine experts generate sampling description model_file gguf_file"
+    "numpy": "bench bench_kernels cache cli engine experts generate sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
