@@ -1,6 +1,7 @@
 """The KV cache: sequences that grow, and the steps that append to several of them. Knows no model.
 
-One position of a sequence on the CPU is attended by our kernel, more at once and other devices by torch.
+One position of a sequence on the CPU is attended by our kernel, on one thread; more positions at once, a long
+sequence and other devices by torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rot
 
 __all__ = ["Sequence", "Step"]
 
+_LONG = 1024  # positions, from which on more than one thread pays
 _FIRST_CAPACITY = 256  # positions; doubled when full
 
 
@@ -93,7 +95,7 @@ class Step:
         begin = 0
         for sequence, count in self._parts:
             rows = slice(begin, begin + count)
-            if count == 1 and sequence.device.type == "cpu":
+            if count == 1 and sequence.device.type == "cpu" and sequence.length < _LONG:
                 out.append(sequence.attend_one(layer, q[begin], k[begin], v[begin])[None])
             else:
                 turns = self._turns[rows]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.completion import Completion, Generation
 from fiddler.errors import RequestError, ResourceError
-from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight
+from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight, rms_norm, route
 from fiddler.kernels import Product
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral
@@ -212,7 +212,7 @@ def load(
             weights[name] = _tensor(values, kind)
         else:
             linears[name] = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product(kind))
-    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(experts, recorder))
+    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(experts, recorder), route, rms_norm)
     used = {layer.product for layer in experts}
     used |= {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}
     for each in used:

@@ -11,6 +11,7 @@ from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.prepare import prepare
 from fiddler.kernels.product import Product
+from fiddler.kernels.routing import rms_norm, route
 from fiddler.kernels.threads import set_threads, thread_count, threading_layer
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "linears",
     "prepare",
     "read_bandwidth",
+    "rms_norm",
+    "route",
     "set_threads",
     "thread_count",
     "threading_layer",

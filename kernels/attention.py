@@ -1,20 +1,21 @@
 """Attention of one new position over a sequence's keys and values, which it joins: rotate, store, attend.
 
-Knows arrays. Does not know sequences, layers or how many positions there is room for beyond the arrays it is given.
+On one thread, for contexts of which attention is a small part. Knows arrays. Does not know sequences, layers or how
+many positions there is room for beyond the arrays it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from fiddler.kernels.arithmetic import exponential, from_half, to_half
 from fiddler.kernels.jit import FASTMATH, kernel
-from fiddler.kernels.threads import threads_for
 
 __all__ = ["attend_one"]
 
@@ -41,8 +42,7 @@ def attend_one(
     _validate(q, k, v, keys, values, position, frequencies, window)
     out = np.empty(q.shape, np.float32)
     oldest = 0 if window is None else max(0, position + 1 - window)
-    with threads_for(2 * q.size * (position + 1 - oldest)):
-        _attend(q, k, v, keys, values, position, oldest, frequencies, out)
+    _attend(q, k, v, keys, values, position, oldest, frequencies, out)
     return out
 
 
@@ -73,40 +73,44 @@ def _validate(
         raise ValueError(f"a window of {window} positions; give at least 1")
 
 
-def _read(kept: np.ndarray, g: int, s: int, i: int) -> np.float32:
-    """An element of keys or values."""
+def _read(kept: np.ndarray, row: np.ndarray) -> None:
+    """row = one position's keys or values."""
     raise NotImplementedError("called from compiled code only")
 
 
-def _write(kept: np.ndarray, g: int, s: int, i: int, value: np.float32) -> None:
-    """Store an element of keys or values."""
+def _write(kept: np.ndarray, row: np.ndarray) -> None:
+    """One position's keys or values = row."""
     raise NotImplementedError("called from compiled code only")
 
 
 @overload(_read, jit_options=_OPTIONS)
-def _read_of(kept: np.ndarray, g: int, s: int, i: int) -> Callable[..., np.float32]:
+def _read_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     if cast(Any, kept).dtype == types.float32:
 
-        def read(kept: np.ndarray, g: int, s: int, i: int) -> np.float32:
-            return kept[g, s, i]  # type: ignore[no-any-return]
+        def read(kept: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                row[i] = kept[i]
     else:
 
-        def read(kept: np.ndarray, g: int, s: int, i: int) -> np.float32:
-            return from_half(kept[g, s, i])  # type: ignore[no-any-return]
+        def read(kept: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                row[i] = from_half(kept[i])
 
     return read
 
 
 @overload(_write, jit_options=_OPTIONS)
-def _write_of(kept: np.ndarray, g: int, s: int, i: int, value: np.float32) -> Callable[..., None]:
+def _write_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     if cast(Any, kept).dtype == types.float32:
 
-        def write(kept: np.ndarray, g: int, s: int, i: int, value: np.float32) -> None:
-            kept[g, s, i] = value
+        def write(kept: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                kept[i] = row[i]
     else:
 
-        def write(kept: np.ndarray, g: int, s: int, i: int, value: np.float32) -> None:
-            kept[g, s, i] = to_half(value)
+        def write(kept: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                kept[i] = to_half(row[i])
 
     return write
 
@@ -125,7 +129,17 @@ def _weigh(scores: np.ndarray) -> np.float32:
     return total
 
 
-@kernel
+@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+def _turn(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.float32, turned: np.ndarray) -> None:
+    """Neighbouring pairs of a head, as complex numbers, turned to their position, and scaled."""
+    for i in range(frequencies.size):
+        angle = np.float32(position) * frequencies[i]
+        c, s = np.cos(angle) * scale, np.sin(angle) * scale
+        turned[2 * i] = row[2 * i] * c - row[2 * i + 1] * s
+        turned[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
+
+
+@partial(kernel, parallel=False)
 def _attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -141,36 +155,29 @@ def _attend(
     groups, size = k.shape
     each, seen = q.shape[0] // groups, position + 1 - oldest
     scale = np.float32(1 / np.sqrt(size))
-    for group in prange(groups):
-        g = np.int64(group)
+    for g in range(groups):
         turned, scores = np.empty((each, size), np.float32), np.empty((each, seen), np.float32)
         row = np.empty(size, np.float32)
-        for i in range(size // 2):
-            angle = np.float32(position) * frequencies[i]
-            c, s = np.cos(angle), np.sin(angle)
-            _write(keys, g, position, 2 * i, k[g, 2 * i] * c - k[g, 2 * i + 1] * s)
-            _write(keys, g, position, 2 * i + 1, k[g, 2 * i] * s + k[g, 2 * i + 1] * c)
-            for r in range(each):
-                a, b = q[g * each + r, 2 * i] * scale, q[g * each + r, 2 * i + 1] * scale
-                turned[r, 2 * i], turned[r, 2 * i + 1] = a * c - b * s, a * s + b * c
-        for i in range(size):
-            _write(values, g, position, i, v[g, i])
+        _turn(k[g], position, frequencies, np.float32(1), row)
+        _write(keys[g, position], row)
+        _write(values[g, position], v[g])
+        for r in range(each):
+            _turn(q[g * each + r], position, frequencies, scale, turned[r])
         for p in range(seen):
-            for i in range(size):
-                row[i] = _read(keys, g, oldest + p, i)
+            _read(keys[g, oldest + p], row)
             for r in range(each):
                 total = np.float32(0)
                 for i in range(size):
                     total += turned[r, i] * row[i]
                 scores[r, p] = total
         for r in range(each):
-            scale_back = np.float32(1) / _weigh(scores[r])
+            once = np.float32(1) / _weigh(scores[r])
             for p in range(seen):
-                scores[r, p] *= scale_back
-            out[g * each + r, :] = 0
-        for p in range(seen):
+                scores[r, p] *= once
             for i in range(size):
-                row[i] = _read(values, g, oldest + p, i)
+                out[g * each + r, i] = 0
+        for p in range(seen):
+            _read(values[g, oldest + p], row)
             for r in range(each):
                 share, h = scores[r, p], g * each + r
                 for i in range(size):

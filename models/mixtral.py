@@ -22,8 +22,10 @@ __all__ = [
     "Experts",
     "Linear",
     "Mixtral",
+    "Norm",
     "Router",
     "attend",
+    "rms_norm",
     "rotary_frequencies",
     "rotary_turns",
     "rotate",
@@ -72,6 +74,19 @@ class Router(Protocol):
         ...
 
 
+class Norm(Protocol):
+    """Divides each row by its root mean square."""
+
+    def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """x [T, D], weight [D] -> [T, D] float32."""
+        ...
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The `Norm` in plain torch."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
 def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `Router` in plain torch."""
     weights, ids = torch.topk(torch.softmax(F.linear(x, weight), -1), k)
@@ -88,13 +103,14 @@ class Mixtral:
         linear: Linear,
         experts: Experts,
         router: Router = route,
+        norm: Norm = rms_norm,
     ) -> None:
         """`weights`: the tensors that are not multiplied by `linear`: embeddings, norms and routers."""
         self.config = config
         self.token_embd = weights["token_embd.weight"]  # [V, D]
-        self.blk = [Block(config, index, weights, linear, router) for index in range(config.block_count)]
+        self.blk = [Block(config, index, weights, linear, router, norm) for index in range(config.block_count)]
         self.output_norm = weights["output_norm.weight"]
-        self._linear = linear
+        self._linear, self._norm = linear, norm
         self.experts = experts
 
     def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -107,7 +123,7 @@ class Mixtral:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V] float32."""
-        h = _rms_norm(h, self.output_norm, self.config.rms_epsilon)
+        h = self._norm(h, self.output_norm, self.config.rms_epsilon)
         return self._linear(h, "output.weight")
 
 
@@ -115,18 +131,18 @@ class Block:
     """One transformer block; its experts are the caller's business."""
 
     def __init__(
-        self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, router: Router
+        self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, router: Router, norm: Norm
     ) -> None:
         self.config, self.index = config, index
         self.attn_norm = weights[f"blk.{index}.attn_norm.weight"]
         self.ffn_norm = weights[f"blk.{index}.ffn_norm.weight"]
         self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
-        self._linear, self._router = linear, router
+        self._linear, self._router, self._norm = linear, router, norm
 
     def before_experts(self, h: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
-        h = h + self._attention(_rms_norm(h, self.attn_norm, self.config.rms_epsilon), cache)
-        x = _rms_norm(h, self.ffn_norm, self.config.rms_epsilon)
+        h = h + self._attention(self._norm(h, self.attn_norm, self.config.rms_epsilon), cache)
+        x = self._norm(h, self.ffn_norm, self.config.rms_epsilon)
         ids, weights = self._router(x, self.ffn_gate_inp, self.config.expert_used_count)
         return h, x, ids, weights
 
@@ -188,7 +204,3 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
         result = F.scaled_dot_product_attention(piece, k[None, :, oldest:last], v[None, :, oldest:last], mask)
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
     return out.transpose(0, 1).reshape(n, heads, head_dim)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, epsilon)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
     "cache": "kernels models.config models.mixtral",
-    "experts": "kernels recorder",
+    "experts": "kernels models.mixtral recorder",
     "recorder": "",
     "sampling": "",
     "stopping": "",

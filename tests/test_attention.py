@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from numba import njit
 
 from fiddler import kernels
-from fiddler.kernels import arithmetic, threads
+from fiddler.kernels import arithmetic
 
 KINDS = pytest.mark.parametrize("kind", [np.float16, np.float32])
 
@@ -52,21 +52,6 @@ def test_attention_is_the_naive_one(kind, data):
     score = (step + 10 * naive.EPSILON) * np.abs(q).max() * max(largest, np.abs(before[0]).max()) * (2 * pairs) ** 0.5
     largest = max(np.abs(v).max(), np.abs(before[1]).max())
     assert np.abs(out - expected).max() <= (2 * score + 2 * step + naive.EPSILON) * largest
-
-
-@KINDS
-def test_same_bits_for_any_number_of_threads(kind, monkeypatch):
-    monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)
-    q, k, v, keys, values, frequencies = case(1, 5, 3, 34, 70, kind)
-    before = kernels.thread_count()
-    try:
-        results = []
-        for count in (1, None):
-            kernels.set_threads(count)
-            results.append(attend(q, k, v, keys, values, 69, frequencies))
-    finally:
-        kernels.set_threads(before)
-    np.testing.assert_array_equal(results[0].view(np.uint32), results[1].view(np.uint32))
 
 
 @KINDS
