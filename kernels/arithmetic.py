@@ -68,7 +68,8 @@ def from_half(bits: np.uint16) -> np.float32:
     magnitude = _float_of(np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13))) * np.float32(2.0**112)
     special = np.uint32(0x7F800000) if (word & np.uint32(0x7FFF)) >= np.uint32(0x7C00) else np.uint32(0)
     sign = np.uint32((word & np.uint32(0x8000)) << np.uint32(16))
-    return _float_of(np.uint32(_bits_of(np.float32(magnitude)) | special | sign))
+    value: np.float32 = _float_of(np.uint32(_bits_of(np.float32(magnitude)) | special | sign))
+    return value
 
 
 @njit

@@ -21,8 +21,6 @@ from fiddler.kernels.tiles import store_activation, store_pairs
 
 __all__ = ["grouped_products", "run"]
 
-_FEW = 4  # tokens that one thread packs sooner than the others are there
-
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
 def _gate(a: np.ndarray, b: np.ndarray, rows: int, used: int) -> None:
@@ -87,7 +85,7 @@ def run(
     x = np.ascontiguousarray(x)
     with threads_for(multiplications) as threads:
         arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
-        lacks = grouped_products(*arguments, _workspace.words, threads)
+        lacks: int = grouped_products(*arguments, _workspace.words, threads)
         if lacks > 0:
             lacks = grouped_products(*arguments, _workspace.grow(lacks), threads)
     assert lacks <= 0
@@ -140,15 +138,12 @@ def grouped_products(
         sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
     x_at = places(product, groups, width, (sums_words + 15) // 16 * 16)
     hidden_at = places(product, groups, between, x_at[-1])
-    if workspace.size < hidden_at[-1]:
-        return hidden_at[-1]
+    needed: int = hidden_at[-1]
+    if workspace.size < needed:
+        return needed
     words, blocks = workspace.ctypes.data, (width + 15) // 16
-    if tokens <= _FEW:
-        for block in range(blocks):
-            pack(product, x, groups, words, x_at, block)
-    else:
-        for block in prange(blocks):
-            pack(product, x, groups, words, x_at, np.int64(block))
+    for block in prange(blocks):
+        pack(product, x, groups, words, x_at, np.int64(block))
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
     for stage in range(2 if gated else outputs.size):

@@ -22,7 +22,8 @@ from fiddler.kernels.tiles import store_activation, store_pair
 
 __all__ = ["Groups", "Workspace", "group_tokens", "pack", "places", "row_stride"]
 
-_FEW = 4  # tokens; more are faster packed
+_FEW_PAIRS, _FEW_FLOATS = 9, 12  # tokens of an expert in all: more are faster packed
+_BESIDE_OTHERS = 4  # tokens beside packed ones
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 
 
@@ -83,7 +84,9 @@ def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
         return count
-    most = _FEW
+    most = _BESIDE_OTHERS if count > 16 else _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
+    if count <= most and not in_tiles(product):
+        return count
     if in_tiles(product):
         if _FEW_FOR_TILES < count <= _BESIDE:
             return 0

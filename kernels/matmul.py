@@ -26,6 +26,8 @@ __all__ = ["block_product"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
+_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
+_NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
 
@@ -49,11 +51,11 @@ def block_product(
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
     next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens.
     """
+    padded = (tokens + 15) // 16 * 16 if packed else tokens
+    for r in range(rows):
+        for m in range(padded):
+            store_float(c, r * ldc + m, np.float32(0))
     if packed:
-        padded = (tokens + 15) // 16 * 16
-        for r in range(rows):
-            for m in range(padded):
-                store_float(c, r * ldc + m, np.float32(0))
         _packed_product(product, w, ldw, rows, x, padded, k, c, ldc)
     else:
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc)
@@ -63,20 +65,36 @@ def block_product(
 def _dots(
     product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int
 ) -> None:
-    """Row after row, each from its beginning to its end: the order in which memory is read fastest."""
+    """Row after row, each from its beginning to its end: the order in which memory is read fastest.
+
+    Unless so much of x does not fit the first-level cache: then a part of all rows after the other.
+    """
     token = ldx * activation_bytes(product)
-    for r in range(rows):
-        wr, cr = w + 2 * r * ldw, c + 4 * r * ldc
-        m = 0
-        while m + 4 <= tokens:
-            dot_tile(product, 4, wr, x + m * token, ldx, cr + 4 * m, k)
-            m += 4
-        if m + 3 == tokens:
-            dot_tile(product, 3, wr, x + m * token, ldx, cr + 4 * m, k)
-        elif m + 2 == tokens:
-            dot_tile(product, 2, wr, x + m * token, ldx, cr + 4 * m, k)
-        elif m + 1 == tokens:
-            dot_tile(product, 1, wr, x + m * token, ldx, cr + 4 * m, k)
+    fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
+    part, ahead = (k, _AHEAD) if tokens == 1 or k <= fits else (fits, 2 * ldw)
+    for begin in range(0, k, part):
+        count = min(part, k - begin)
+        near = x + begin * activation_bytes(product)
+        for r in range(rows):
+            wr, cr = w + 2 * (r * ldw + begin), c + 4 * r * ldc
+            m = 0
+            while m + 8 <= tokens:
+                dot_tile(product, 8, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                m += 8
+            if m + 7 == tokens:
+                dot_tile(product, 7, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 6 == tokens:
+                dot_tile(product, 6, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 5 == tokens:
+                dot_tile(product, 5, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 4 == tokens:
+                dot_tile(product, 4, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 3 == tokens:
+                dot_tile(product, 3, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 2 == tokens:
+                dot_tile(product, 2, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 1 == tokens:
+                dot_tile(product, 1, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
 
 
 @njit(nogil=True, boundscheck=False)
@@ -136,7 +154,9 @@ def _outers_of_floats(
             for r in range(0, rows, several):
                 taken = min(several, rows - r)
                 for i in range(taken):
-                    widen_row(product, w + 2 * ((r + i) * ldw + begin), scratch + 4 * i * _BLOCK, count)
+                    widen_row(
+                        product, w + 2 * ((r + i) * ldw + begin), scratch + 4 * i * _BLOCK, count, 2 * several * ldw
+                    )
                 _outer_block(product, scratch, _BLOCK, taken, panel, wide, count, c + 4 * (r * ldc + m), ldc)
 
 
