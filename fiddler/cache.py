@@ -1,18 +1,25 @@
-"""The KV cache: sequences that grow, and the steps that append to several of them. Knows no model."""
+"""The KV cache: sequences that grow, and the steps that append to several of them. Knows no model.
+
+One position of a sequence on the CPU is attended by our kernel, on one thread; more positions at once, a long
+sequence and other devices by torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fiddler import kernels
 from fiddler.models.config import Config
-from fiddler.models.mixtral import attend, rotary_turns, rotate
+from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rotate
 
 __all__ = ["Sequence", "Step"]
 
+_LONG = 1024  # positions, from which on more than one thread pays
 _FIRST_CAPACITY = 256  # positions; doubled when full
 
 
@@ -34,6 +41,9 @@ class Sequence:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []  # the same memory, for the kernel
+        self._frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
+        self._window = config.sliding_window
 
     @property
     def storage(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -51,6 +61,17 @@ class Sequence:
             for layer, old in enumerate(kept):
                 kept[layer] = self._empty(capacity)
                 kept[layer][:, : self.length] = old[:, : self.length]
+        if self.device.type == "cpu":
+            pairs = zip(self._keys, self._values, strict=True)
+            self._arrays = [(_array(keys), _array(values)) for keys, values in pairs]
+
+    def attend_one(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The next position, on the CPU: rotate q [H, head_dim] and k [G, head_dim], store k and v, attend: as q."""
+        keys, values = self._arrays[layer]
+        made = kernels.attend_one(
+            q.numpy(), k.numpy(), v.numpy(), keys, values, self.length, self._frequencies, self._window
+        )
+        return torch.from_numpy(made)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
@@ -81,24 +102,34 @@ class Step:
         self._parts = parts
         self._config = config
 
-    @cached_property
-    def _turns(self) -> Tensor:
-        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
-        return rotary_turns(self._config, torch.cat(places).to(self._parts[0][0].device))
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
-        q, k = rotate(q, self._turns), rotate(k, self._turns)
-        out = torch.empty_like(q)
+        out = []
         begin = 0
         for sequence, count in self._parts:
             rows = slice(begin, begin + count)
+            if count == 1 and sequence.device.type == "cpu" and sequence.length < _LONG:
+                out.append(sequence.attend_one(layer, q[begin], k[begin], v[begin])[None])
+            else:
+                turns = self._turns[rows]
+                keys, values = sequence.write(layer, rotate(k[rows], turns), v[rows])
+                out.append(attend(rotate(q[rows], turns), keys, values, self._config.sliding_window))
             begin += count
-            keys, values = sequence.write(layer, k[rows], v[rows])
-            out[rows] = attend(q[rows], keys, values, self._config.sliding_window)
-        return out
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        """What turns the step's rows to their positions."""
+        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
+        return rotary_turns(self._config, torch.cat(places).to(self._parts[0][0].device))
 
     def commit(self) -> None:
         """The step went through every layer: the sequences are longer now."""
         for sequence, count in self._parts:
             sequence.length += count
+
+
+def _array(kept: Tensor) -> np.ndarray:
+    """Keys or values as the kernel takes them: float32, or the bits of float16."""
+    array = kept.numpy()
+    return array.view(np.uint16) if array.dtype == np.float16 else array

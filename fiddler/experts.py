@@ -16,9 +16,12 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.kernels import Product
+from fiddler.models import mixtral
 from fiddler.recorder import SILENT, Recorder
 
-__all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight"]
+__all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
+
+_FEW = 4  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class CpuExperts:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`."""
         w = self._layers[layer]
-        read = len(set(ids.reshape(-1).tolist())) * 3 * w.gate[0].nbytes
+        read = len(set(ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
         with self._recorder.span("experts", read):
             y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
         return torch.from_numpy(y)
@@ -79,6 +82,22 @@ class CpuLinear:
                     results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], product)
                     made += (torch.from_numpy(y) for y in results)
         return made
+
+
+def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's `Router`: by our kernels where there are few tokens, by torch on all its threads where many."""
+    if len(h) > _FEW:
+        return mixtral.route(h, norm, epsilon, weight, k)
+    x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
+    ids, shares = kernels.route(x, weight.numpy(), k)
+    return torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(shares)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The model's `Norm`, likewise."""
+    if len(x) > _FEW:
+        return mixtral.rms_norm(x, weight, epsilon)
+    return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 
 
 def _product_of(weight: LinearWeight | Tensor) -> Product | None:

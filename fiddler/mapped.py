@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight
+from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight, rms_norm, route
 from fiddler.kernels import Product, Tier
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral
@@ -58,7 +58,7 @@ def on_cpu(
             linears[name] = made
     for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
         kernels.prepare(product, lambda: notify(COMPILING))
-    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder))
+    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     rounded = experts[0].product.activations == "bf16"
     return Runner(model, context, torch.float16 if rounded else torch.float32, threads)
 

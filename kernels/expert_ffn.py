@@ -9,13 +9,12 @@ one task in one order: the result does not depend on the number of threads.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
-from fiddler.kernels.grouped import grouped_products
-from fiddler.kernels.layout import group_tokens, pack, room_for, sums_for
+from fiddler.kernels.grouped import run
 from fiddler.kernels.product import Product
-from fiddler.kernels.tasks import new_queue
-from fiddler.kernels.threads import threads_for
 
 __all__ = ["expert_ffn"]
 
@@ -44,26 +43,30 @@ def expert_ffn(
     """
     tokens, width, hidden = _validate(x, ids, weights, gate, up, down)
     if hidden_rows is None:
-        hidden_rows = np.full(gate.shape[0], hidden)
+        hidden_rows = _all_rows(gate.shape[0], hidden)
     else:
         _validate_rows(hidden_rows, gate.shape[0], hidden)
+    matrices = np.array([bits.__array_interface__["data"][0] for bits in (gate, up, down)])
+    multiplications = 3 * x.shape[0] * ids.shape[1] * width * hidden
+    ids, weights = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
     y = np.empty((tokens, width), np.float32) if out is None else out
     if y.shape != (tokens, width) or y.dtype != np.float32 or not y.flags.c_contiguous:
         raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {(tokens, width)}")
-    groups = group_tokens(product, ids, weights, hidden_rows, (width, hidden))
-    if groups.expert.size == 0:
-        y[:] = 0
-        return y
-    most = int(np.diff(groups.first).max())
-    given, between = (room_for(product, groups, size, use) for size, use in ((width, "x"), (hidden, "hidden")))
-    gate_up, only_down = (np.array([bits.ctypes.data for bits in side]) for side in ((gate, up), (down,)))
-    with threads_for(3 * width * int((np.diff(groups.first) * groups.hidden).sum())) as threads:
-        pack(product, x, groups, given)
-        sums = sums_for(product, threads, 2, hidden, most)
-        grouped_products(product, gate_up, hidden, width, groups, given, between, y, sums, new_queue())
-        sums = sums_for(product, threads, 1, width, most)
-        grouped_products(product, only_down, width, hidden, groups, between, given, y, sums, new_queue())
+    if not run(
+        product, x, ids, weights, hidden_rows, matrices, _outputs(hidden, width), True, y.reshape(-1), multiplications
+    ):
+        raise ValueError(f"an expert id lies outside 0..{gate.shape[0] - 1}")
     return y
+
+
+@lru_cache(maxsize=64)
+def _all_rows(experts: int, hidden: int) -> np.ndarray:
+    return np.full(experts, hidden, np.int64)
+
+
+@lru_cache(maxsize=64)
+def _outputs(hidden: int, width: int) -> np.ndarray:
+    return np.array([hidden, hidden, width])
 
 
 def _validate(
@@ -83,8 +86,6 @@ def _validate(
             raise ValueError(f"{name} is {bits.dtype}; expected contiguous uint16 bits")
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.kind not in "iu" or weights.shape != ids.shape:
         raise ValueError(f"ids are {ids.dtype} {ids.shape}, weights {weights.shape}; expected [{x.shape[0]}, K] both")
-    if ids.size and not (ids.min() >= 0 and ids.max() < experts):
-        raise ValueError(f"an expert id lies outside 0..{experts - 1}")
     return x.shape[0], width, hidden
 
 

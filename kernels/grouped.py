@@ -7,52 +7,19 @@ compile the products is what takes the time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 
+from fiddler.kernels.arithmetic import silu
 from fiddler.kernels.jit import FASTMATH, kernel
-from fiddler.kernels.layout import Activations, Groups
+from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul import block_product
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
-from fiddler.kernels.tasks import take_task
+from fiddler.kernels.tasks import take_task, task_rows
+from fiddler.kernels.threads import threads_for
 from fiddler.kernels.tiles import store_activation, store_pairs
 
-__all__ = ["grouped_products"]
-
-
-@intrinsic
-def _float_of(_context: Any, bits: Any) -> Any:
-    """uint32 bits -> the float32 they spell."""
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        return b.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@njit(inline="always")
-def _silu(value: np.float32) -> np.float32:
-    """value * sigmoid(value) in float32; plain arithmetic without calls, so that loops over it vectorise.
-
-    exp(y) = 2**n * exp(r) with |r| <= ln(2)/2, exp(r) by its Taylor polynomial of degree 7.
-    """
-    y = min(max(np.float32(-value), np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(y * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = y - n * np.float32(0.693359375)  # ln(2), in two parts
-    r = r + n * np.float32(2.12194440e-4)
-    p = r * np.float32(1 / 5040) + np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    power = _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
-    return np.float32(value / (np.float32(1.0) + p * power))
+__all__ = ["grouped_products", "run"]
 
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
@@ -60,7 +27,7 @@ def _gate(a: np.ndarray, b: np.ndarray, rows: int, used: int) -> None:
     """a = silu(a) * b: nothing but arithmetic on arrays, so that it becomes vector code."""
     for r in range(rows):
         for m in range(used):
-            a[r, m] = _silu(a[r, m]) * b[r, m]
+            a[r, m] = silu(a[r, m]) * b[r, m]
 
 
 @njit(nogil=True, boundscheck=False)
@@ -102,61 +69,116 @@ def _add(c: np.ndarray, rows: int, token: np.ndarray, share: np.ndarray, y: np.n
                     y[t, begin + r] += weight * c[r, m]
 
 
+def run(
+    product: Product,
+    x: np.ndarray,
+    ids: np.ndarray,
+    share: np.ndarray,
+    hidden: np.ndarray,
+    matrices: np.ndarray,
+    outputs: np.ndarray,
+    gated: bool,
+    y: np.ndarray,
+    multiplications: int,
+) -> bool:
+    """`grouped_products` on as many threads as so many multiplications are worth; False where an id is none."""
+    x = np.ascontiguousarray(x)
+    with threads_for(multiplications) as threads:
+        arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
+        lacks: int = grouped_products(*arguments, _workspace.words, threads)
+        if lacks > 0:
+            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads)
+    assert lacks <= 0
+    return lacks == 0
+
+
+_workspace = Workspace()
+
+
 @kernel
 def grouped_products(
     product: Product,
-    weights: np.ndarray,
-    outputs: int,
-    width: int,
-    groups: Groups,
-    x: Activations,
-    hidden: Activations,
+    x: np.ndarray,
+    ids: np.ndarray,
+    share: np.ndarray,
+    hidden: np.ndarray,
+    matrices: np.ndarray,
+    outputs: np.ndarray,
+    gated: bool,
     y: np.ndarray,
-    sums: np.ndarray,
-    queue: np.ndarray,
-) -> None:
-    """Products of matrices [E, outputs, width], whose addresses `weights` holds, with every group's activations x.
+    workspace: np.ndarray,
+    threads: int,
+) -> int:
+    """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
-    Two addresses: hidden = silu(first . x) * (second . x), with x's groups, for the rows that `groups.hidden` says.
-    One: y[t] = sum over the groups that token t is in of its share . w[expert] . x[t], for y [T, outputs], over so
-    many elements of each row as `groups.hidden` says.
-    `sums`: float32 [threads, matrices, weight rows of a task, tokens]; so many threads take tasks from `queue`.
+    Gated, three of them: y [T, outputs[2]] = sum over j of share[t, j] * third . (silu(first . x) * (second . x)), of
+    expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
+    y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
+    `y` is flat. Returns 0, or, having done nothing, how many words `workspace` needs, or -1 where an id is not one of
+    `hidden`'s. On `threads` threads, which share out weight rows.
     """
+    tokens, width = x.shape
+    for t in range(tokens):
+        for j in range(ids.shape[1]):
+            if not 0 <= ids[t, j] < hidden.size:
+                return -1
+    between = outputs[0] if gated else 0  # hidden width
+    # made here, since Numba hands a named tuple to the threads only where it sees its class
+    groups = Groups(*group_tokens(product, ids, share, hidden, width % 2 == 0 and between % 2 == 0))
     first = groups.first
-    threads, _, task, ldc = sums.shape
-    for thread in prange(threads):
-        c = sums[thread]
-        block = take_task(queue.ctypes.data)
-        while block * task < outputs:
-            begin = block * task
-            if weights.size == 1:
-                y[:, begin : begin + min(task, outputs - begin)] = 0
-            for g in range(groups.expert.size):
-                count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
-                rows = min(task, outputs - begin)
-                k = used
-                if weights.size == 2:
-                    rows, k = min(rows, used - begin), width
-                    if rows <= 0:
-                        continue
-                given = x.words.ctypes.data + 4 * x.at[g]
-                offset = 2 * (groups.expert[g] * outputs + begin) * width
-                for i in range(weights.size):
-                    made = c.ctypes.data + 4 * i * task * ldc
-                    block_product(
-                        product, packed, weights[i] + offset, width, rows, given, x.stride, count, k, made, ldc
-                    )
-                if weights.size == 2:
-                    _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
-                    h = hidden.words.ctypes.data + 4 * hidden.at[g]
-                    _store_hidden(product, packed, c[0], begin, rows, count, h, used, hidden.stride)
-                else:
-                    _add(
-                        c[0],
-                        rows,
-                        groups.token[first[g] : first[g + 1]],
-                        groups.share[first[g] : first[g + 1]],
-                        y,
-                        begin,
-                    )
-            block = take_task(queue.ctypes.data)
+    most = np.int64(0)
+    for g in range(groups.expert.size):
+        most = max(most, first[g + 1] - first[g])
+    # a row of sums is a vector longer than needed: rows a power of two apart would share their places in the cache
+    ldc = (most + 15) // 16 * 16 + 16
+    tasks = np.empty(outputs.size, np.int64)
+    sums_words = 0
+    for i in range(outputs.size):
+        tasks[i] = task_rows(product, most, outputs[i], threads)
+        sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
+    x_at = places(product, groups, width, (sums_words + 15) // 16 * 16)
+    hidden_at = places(product, groups, between, x_at[-1])
+    needed: int = hidden_at[-1]
+    if workspace.size < needed:
+        return needed
+    words, blocks = workspace.ctypes.data, (width + 15) // 16
+    for block in prange(blocks):
+        pack(product, x, groups, words, x_at, np.int64(block))
+    queues = np.zeros(outputs.size, np.int64)
+    done = 0  # elements of y
+    for stage in range(2 if gated else outputs.size):
+        opens, closes = gated and stage == 0, gated and stage == 1
+        which = 2 if closes else stage
+        rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * stage
+        k_of_all, at = (between, hidden_at) if closes else (width, x_at)
+        stride, pair = row_stride(product, k_of_all), 2 if opens else 1
+        result = y[done : done + (0 if opens else tokens * rows_of_all)].reshape(0 if opens else tokens, rows_of_all)
+        done += result.size
+        sums = workspace[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
+        for thread in prange(threads):
+            c = sums[thread]
+            begin = take_task(queue) * task
+            while begin < rows_of_all:
+                if not opens:
+                    result[:, begin : begin + min(task, rows_of_all - begin)] = 0
+                for g in range(groups.expert.size):
+                    count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
+                    rows, k = min(task, rows_of_all - begin), used
+                    if opens:
+                        rows, k = min(rows, used - begin), k_of_all
+                        if rows <= 0:
+                            continue
+                    offset = 2 * (groups.expert[g] * rows_of_all + begin) * k_of_all
+                    for i in range(pair):
+                        weights, made = matrices[which + i] + offset, c.ctypes.data + 4 * i * task * ldc
+                        given = words + 4 * at[g]
+                        block_product(product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc)
+                    if opens:
+                        _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+                        h, next_stride = words + 4 * hidden_at[g], row_stride(product, between)
+                        _store_hidden(product, packed, c[0], begin, rows, count, h, used, next_stride)
+                    else:
+                        token, part = groups.token[first[g] : first[g + 1]], groups.share[first[g] : first[g + 1]]
+                        _add(c[0], rows, token, part, result, begin)
+                begin = take_task(queue) * task
+    return 0

@@ -20,6 +20,7 @@ __all__ = [
     "I16",
     "I32",
     "I64",
+    "PASSING",
     "address",
     "dot_bf16",
     "horizontal_sum",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 F16, F32 = ir.HalfType(), ir.FloatType()
+PASSING = 4
 I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 
 
@@ -52,7 +54,10 @@ def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, align: int) -> ir.Va
 
 
 def prefetch(b: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
-    """Ask for a cache line of data, into this level of cache; an address outside of any mapping does no harm."""
+    """Ask for a cache line of data, into this level of cache; an address outside of any mapping does no harm.
+
+    Level PASSING: as near as level 1, for data that is used once and should displace nothing else.
+    """
     byte = I8.as_pointer()
     function = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0"

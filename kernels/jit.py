@@ -16,13 +16,15 @@ FASTMATH = {"reassoc", "contract", "nsz"}
 _kernels: list[Any] = []
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
     """Compile a function with parallel loops when it is first called, without the GIL and without bounds checks.
+
+    Without `parallel` its loops are ordinary ones, which compile in a fraction of the time.
 
     Machine code is kept beside the source, or in the user's cache directory where that cannot be written; where
     neither can, every process compiles anew.
     """
-    options = {"parallel": True, "nogil": True, "boundscheck": False, "fastmath": FASTMATH}
+    options = {"parallel": parallel, "nogil": True, "boundscheck": False, "fastmath": FASTMATH}
     try:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it

@@ -5,25 +5,25 @@ Activations are kept in one of two layouts, counted in 4-byte words:
 *packed*: panels of tokens, one after another; a panel is words [its tokens' width, its tokens]. Entry (p, t) is the
 bf16 elements 2p and 2p + 1 of token t, or, where activations are float32, its element p. The last panel may be
 narrower; tokens are padded to a multiple of 16.
+
+All of it is compiled: between two products of one token, Python would find its code and data evicted by the weights.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
+from numba import njit
 
-from fiddler.kernels.jit import kernel
-from fiddler.kernels.product import Product, in_pairs, panel_tokens
-from fiddler.kernels.tasks import task_rows
+from fiddler.kernels.product import Product, in_pairs, in_tiles, panel_tokens
 from fiddler.kernels.tiles import store_activation, store_pair
 
-__all__ = ["Activations", "Groups", "group_tokens", "pack", "room_for", "sums_for"]
+__all__ = ["Groups", "Workspace", "group_tokens", "pack", "places", "row_stride"]
 
-_FEW = 4  # tokens; more are faster packed
+_FEW_PAIRS, _FEW_FLOATS = 9, 12  # tokens of an expert in all: more are faster packed
+_BESIDE_OTHERS = 4  # tokens beside packed ones
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 
 
@@ -41,121 +41,128 @@ class Groups(NamedTuple):
     share: np.ndarray  # float32 [A]: how much of the expert's output the token gets
 
 
-class Activations(NamedTuple):
-    """The activations of all groups, each in its layout."""
+@njit(nogil=True, boundscheck=False)
+def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, hidden: np.ndarray, even: bool) -> Groups:
+    """Groups of the tokens with these experts, int64 [T, K] and float32 [T, K].
 
-    words: np.ndarray  # uint32
-    at: np.ndarray  # int64 [G]: where each group's begin
-    stride: int  # elements from one token to the next in the rows layout
-
-
-def group_tokens(
-    product: Product, ids: np.ndarray, weights: np.ndarray, hidden: np.ndarray, widths: Sequence[int]
-) -> Groups:
-    """Groups of the tokens with these experts, int [T, K] and float32 [T, K], for products of these `widths`.
-
-    `hidden`: int64 [E], how many hidden rows of each expert are computed; one with none has no group.
+    `hidden`: int64 [E], how many hidden rows of each expert are computed; one with none has no group. `even`: whether
+    every width that is multiplied is even, which pairs need to be packed.
     """
-    flat = ids.reshape(-1).astype(np.int64)
-    order = np.argsort(flat, kind="stable")  # assignments, grouped by expert
-    counts = np.bincount(flat, minlength=hidden.size)
-    if not hidden.all():
-        order = order[hidden[flat[order]] > 0]
-        counts[hidden == 0] = 0
-    packs = not product.in_pairs or all(width % 2 == 0 for width in widths)
-    expert, sizes, packed = [], [], []
-    for e in np.flatnonzero(counts).tolist():
-        count = int(counts[e])
-        rest = count if not packs else 0
-        if packs and product.in_tiles and (count <= _FEW_FOR_TILES or count > _BESIDE):
-            rest = count % 16 if count % 16 <= _FEW_FOR_TILES else 0
-        elif packs and not product.in_tiles:
-            rest = count % 16 if count % 16 <= _FEW else 0
-        for size, is_packed in ((count - rest, True), (rest, False)):
-            if size:
-                expert.append(e)
-                sizes.append(size)
-                packed.append(is_packed)
-    first = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-    share = weights.reshape(-1).astype(np.float32)[order]
-    which = np.array(expert, np.int64)
-    return Groups(which, first, np.array(packed, np.bool_), hidden[which], order // max(ids.shape[1], 1), share)
+    tokens, each = ids.shape
+    begin = np.zeros(hidden.size + 1, np.int64)  # of an expert's assignments; at first how many it has, one further
+    for t in range(tokens):
+        for j in range(each):
+            if hidden[ids[t, j]] > 0:
+                begin[ids[t, j] + 1] += 1
+    groups = 0
+    for e in range(hidden.size):
+        groups += 2 * (begin[e + 1] > 0)
+        begin[e + 1] += begin[e]
+    expert, first = np.empty(groups, np.int64), np.zeros(groups + 1, np.int64)
+    packed, rows = np.empty(groups, np.bool_), np.empty(groups, np.int64)
+    token, share = np.empty(begin[-1], np.int64), np.empty(begin[-1], np.float32)
+    g = 0
+    for e in range(hidden.size):
+        count = begin[e + 1] - begin[e]
+        rest = _rest(product, count, even)
+        for part in range(2):
+            size = rest if part else count - rest
+            if size > 0:
+                expert[g], packed[g], rows[g], first[g + 1] = e, part == 0, hidden[e], first[g] + size
+                g += 1
+    for t in range(tokens):
+        for j in range(each):
+            e = ids[t, j]
+            if hidden[e] > 0:
+                token[begin[e]], share[begin[e]] = t, weights[t, j]
+                begin[e] += 1
+    return Groups(expert[:g], first[: g + 1], packed[:g], rows[:g], token, share)
 
 
-def room_for(product: Product, groups: Groups, width: int, use: str) -> Activations:
-    """Uninitialised activations of `width` elements a token; they are this thread's until its next call for `use`.
+@njit(nogil=True, boundscheck=False)
+def _rest(product: Product, count: int, even: bool) -> int:
+    """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
+    if in_pairs(product) and not even:
+        return count
+    most = _BESIDE_OTHERS if count > 16 else _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
+    if count <= most and not in_tiles(product):
+        return count
+    if in_tiles(product):
+        if _FEW_FOR_TILES < count <= _BESIDE:
+            return 0
+        most = _FEW_FOR_TILES
+    return count % 16 if count % 16 <= most else 0
 
-    Every group begins at a cache line.
+
+@njit(nogil=True, boundscheck=False)
+def row_stride(product: Product, width: int) -> int:
+    """Elements from one token to the next in the rows layout."""
+    return width + width % 2 if in_pairs(product) else width
+
+
+@njit(nogil=True, boundscheck=False)
+def places(product: Product, groups: Groups, width: int, begin: int) -> np.ndarray:
+    """At which word each group's activations of `width` elements a token begin, from `begin` on, and the end: [G + 1].
+
+    Every group begins at a cache line where `begin` is one.
     """
-    stride = width + width % 2 if product.in_pairs else width
-    words = stride // 2 if product.in_pairs else stride
-    at, end = [], 0
-    for count, packed in zip(np.diff(groups.first).tolist(), groups.packed.tolist(), strict=True):
-        at.append(end)
-        padded = -(-count // 16) * 16 if packed else count
-        end += -(-padded * words // 16) * 16
-    return Activations(_workspace.words(use, end), np.array(at, np.int64), stride)
+    stride = row_stride(product, width)
+    words = stride // 2 if in_pairs(product) else stride
+    at = np.empty(groups.expert.size + 1, np.int64)
+    at[0] = begin
+    for g in range(groups.expert.size):
+        count = groups.first[g + 1] - groups.first[g]
+        padded = (count + 15) // 16 * 16 if groups.packed[g] else count
+        at[g + 1] = at[g] + (padded * words + 15) // 16 * 16
+    return at
 
 
-class _Workspace(threading.local):
-    """Memory that is used again by the next call from the same thread: fresh pages cost as much as a product.
+class Workspace(threading.local):
+    """A thread's memory that is used again by its next call: fresh pages cost as much as a product.
 
     It is as large as the largest call has needed.
     """
 
     def __init__(self) -> None:
-        self._memory: dict[str, np.ndarray] = {}
+        self.words = np.empty(0, np.uint32)  # begins at a cache line
 
-    def words(self, use: str, count: int) -> np.ndarray:
-        """An uninitialised uint32 [count] that begins at a cache line, the same memory for the same use."""
-        memory = self._memory.get(use)
-        if memory is None or memory.size < count + 15:
-            memory = self._memory[use] = np.empty(count + 15, np.uint32)
+    def grow(self, count: int) -> np.ndarray:
+        """From now on `count` words, uninitialised."""
+        memory = np.empty(count + 15, np.uint32)
         begin = -(memory.ctypes.data // 4) % 16
-        return memory[begin : begin + count]
+        self.words = memory[begin : begin + count]
+        return self.words
 
 
-_workspace = _Workspace()
+@njit(nogil=True, boundscheck=False)
+def pack(product: Product, x: np.ndarray, groups: Groups, words: int, at: np.ndarray, block: int) -> None:
+    """Gather 16 columns of x [T, K] float32, the `block`-th, group by group, each group in its layout.
 
-
-def sums_for(product: Product, threads: int, matrices: int, outputs: int, tokens: int) -> np.ndarray:
-    """Where each thread keeps the sums of a task: float32 [threads, matrices, weight rows of a task, tokens and more].
-
-    For matrices of `outputs` rows and groups of at most `tokens`. A row is a vector longer than they need, else rows
-    that lie a power of two apart would share their places in the cache.
+    `words`: an address, from which `at` counts words.
     """
-    rows, row = task_rows(product, tokens, outputs, threads), -(-tokens // 16) * 16 + 16
-    words = _workspace.words("sums", threads * matrices * rows * row)
-    return words.view(np.float32).reshape(threads, matrices, rows, row)
-
-
-@kernel
-def pack(product: Product, x: np.ndarray, groups: Groups, into: Activations) -> None:
-    """Gather rows of x [T, K] float32, group by group, each group in its layout."""
     first, token = groups.first, groups.token
     width = x.shape[1]
-    panel_width = panel_tokens(product)
-    for block in prange((width + 15) // 16):
-        begin, end = block * 16, min(block * 16 + 16, width)
-        for g in range(first.size - 1):
-            count = first[g + 1] - first[g]
-            start = into.words.ctypes.data + 4 * into.at[g]
-            if not groups.packed[g]:
-                for m in range(count):
-                    source = token[first[g] + m]
-                    for i in range(begin, end):
-                        store_activation(product, start, m * into.stride + i, x[source, i])
-                continue
-            padded = (count + 15) // 16 * 16
-            row = width // 2 if in_pairs(product) else width
-            for panel in range(0, padded, panel_width):
-                wide = min(panel_width, padded - panel)
-                for m in range(panel, panel + wide):
-                    word = panel * row + m - panel
-                    source = token[first[g] + min(m, count - 1)]  # what pads is computed and never read
-                    if in_pairs(product):
-                        for p in range(begin // 2, end // 2):
-                            store_pair(start, word + p * wide, x[source, 2 * p], x[source, 2 * p + 1])
-                    else:
-                        for p in range(begin, end):
-                            store_activation(product, start, word + p * wide, x[source, p])
+    panel_width, stride = panel_tokens(product), row_stride(product, width)
+    begin, end = block * 16, min(block * 16 + 16, width)
+    for g in range(first.size - 1):
+        count = first[g + 1] - first[g]
+        start = words + 4 * at[g]
+        if not groups.packed[g]:
+            for m in range(count):
+                source = token[first[g] + m]
+                for i in range(begin, end):
+                    store_activation(product, start, m * stride + i, x[source, i])
+            continue
+        padded = (count + 15) // 16 * 16
+        row = width // 2 if in_pairs(product) else width
+        for panel in range(0, padded, panel_width):
+            wide = min(panel_width, padded - panel)
+            for m in range(panel, panel + wide):
+                word = panel * row + m - panel
+                source = token[first[g] + min(m, count - 1)]  # what pads is computed and never read
+                if in_pairs(product):
+                    for p in range(begin // 2, end // 2):
+                        store_pair(start, word + p * wide, x[source, 2 * p], x[source, 2 * p + 1])
+                else:
+                    for p in range(begin, end):
+                        store_activation(product, start, word + p * wide, x[source, p])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
-from fiddler.kernels.grouped import grouped_products
-from fiddler.kernels.layout import Groups, group_tokens, pack, room_for, sums_for
+from fiddler.kernels.grouped import run
 from fiddler.kernels.product import Product
-from fiddler.kernels.tasks import new_queue
-from fiddler.kernels.threads import threads_for
 
 __all__ = ["linear", "linears"]
 
@@ -34,22 +32,18 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], product: Product) -> l
     for w in weights:
         if w.ndim != 2 or w.dtype != np.uint16 or w.shape[1] != width or not w.flags.c_contiguous:
             raise ValueError(f"w is {w.dtype} {w.shape}; expected contiguous uint16 bits [N, {width}]")
-    results = [np.empty((tokens, w.shape[0]), np.float32) for w in weights]
     if tokens == 0:
-        return results
-    groups = _one_group(product, tokens, width)
-    given = room_for(product, groups, width, "x")
-    with threads_for(tokens * sum(w.size for w in weights)) as threads:
-        pack(product, x, groups, given)
-        for w, y in zip(weights, results, strict=True):
-            address, outputs = np.array([w.ctypes.data]), w.shape[0]
-            sums = sums_for(product, threads, 1, outputs, tokens)
-            grouped_products(product, address, outputs, width, groups, given, given, y, sums, new_queue())
-    return results
+        return [np.empty((0, w.shape[0]), np.float32) for w in weights]
+    outputs = [w.shape[0] for w in weights]
+    y = np.empty(tokens * sum(outputs), np.float32)
+    matrices = np.array([w.__array_interface__["data"][0] for w in weights])
+    ids, share, every = _one_expert(tokens, width)
+    run(product, x, ids, share, every, matrices, np.array(outputs), False, y, y.size * width)
+    ends = [tokens * end for end in accumulate(outputs)]
+    return [y[end - tokens * rows : end].reshape(tokens, rows) for rows, end in zip(outputs, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)
-def _one_group(product: Product, tokens: int, width: int) -> Groups:
+def _one_expert(tokens: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every token with a share of 1 in the one matrix there is."""
-    ids, share = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
-    return group_tokens(product, ids, share, np.array([width]), (width,))
+    return np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32), np.array([width])

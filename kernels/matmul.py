@@ -5,15 +5,17 @@ Works on addresses that its callers have validated: no bounds checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import numpy as np
 from numba import njit
+from numba.extending import overload
 
 from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
 from fiddler.kernels.product import (
     Product,
     activation_bytes,
-    in_pairs,
-    in_tiles,
     outer_rows,
     outer_tokens,
     panel_tokens,
@@ -24,6 +26,8 @@ __all__ = ["block_product"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
+_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
+_NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
 
@@ -47,17 +51,12 @@ def block_product(
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
     next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens.
     """
+    padded = (tokens + 15) // 16 * 16 if packed else tokens
+    for r in range(rows):
+        for m in range(padded):
+            store_float(c, r * ldc + m, np.float32(0))
     if packed:
-        padded = (tokens + 15) // 16 * 16
-        for r in range(rows):
-            for m in range(padded):
-                store_float(c, r * ldc + m, np.float32(0))
-        if in_tiles(product):
-            _tiles(product, w, ldw, rows, x, padded, k, c, ldc)
-        elif in_pairs(product):
-            _outers(product, w, ldw // 2, rows, x, padded, k // 2, c, ldc)
-        else:
-            _outers_of_floats(product, w, ldw, rows, x, padded, k, c, ldc)
+        _packed_product(product, w, ldw, rows, x, padded, k, c, ldc)
     else:
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc)
 
@@ -66,20 +65,38 @@ def block_product(
 def _dots(
     product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int
 ) -> None:
-    """Row after row, each from its beginning to its end: the order in which memory is read fastest."""
+    """Row after row, each from its beginning to its end: the order in which memory is read fastest.
+
+    Unless so much of x does not fit the first-level cache: then a part of all rows after the other.
+    """
     token = ldx * activation_bytes(product)
-    for r in range(rows):
-        wr, cr = w + 2 * r * ldw, c + 4 * r * ldc
-        m = 0
-        while m + 4 <= tokens:
-            dot_tile(product, 4, wr, x + m * token, ldx, cr + 4 * m, k)
-            m += 4
-        if m + 3 == tokens:
-            dot_tile(product, 3, wr, x + m * token, ldx, cr + 4 * m, k)
-        elif m + 2 == tokens:
-            dot_tile(product, 2, wr, x + m * token, ldx, cr + 4 * m, k)
-        elif m + 1 == tokens:
-            dot_tile(product, 1, wr, x + m * token, ldx, cr + 4 * m, k)
+    fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
+    part, ahead = (k, _AHEAD) if tokens == 1 or k <= fits else (fits, 2 * ldw)
+    if k < ldw:  # what follows in a row is not ours
+        ahead = 2 * ldw
+    for begin in range(0, k, part):
+        count = min(part, k - begin)
+        near = x + begin * activation_bytes(product)
+        for r in range(rows):
+            wr, cr = w + 2 * (r * ldw + begin), c + 4 * r * ldc
+            m = 0
+            while m + 8 <= tokens:
+                dot_tile(product, 8, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                m += 8
+            if m + 7 == tokens:
+                dot_tile(product, 7, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 6 == tokens:
+                dot_tile(product, 6, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 5 == tokens:
+                dot_tile(product, 5, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 4 == tokens:
+                dot_tile(product, 4, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 3 == tokens:
+                dot_tile(product, 3, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 2 == tokens:
+                dot_tile(product, 2, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+            elif m + 1 == tokens:
+                dot_tile(product, 1, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
 
 
 @njit(nogil=True, boundscheck=False)
@@ -112,40 +129,39 @@ def _outer_block(
             m += 16
 
 
-@njit(nogil=True, boundscheck=False)
-def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, words: int, c: int, ldc: int) -> None:
+def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
     """bf16 pairs, straight from the weights."""
-    panel_width = panel_tokens(product)
+    panel_width, words, stride = panel_tokens(product), k // 2, ldw // 2
     for begin in range(0, words, _BLOCK):
         count = min(_BLOCK, words - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             _outer_block(
-                product, w + 4 * begin, ldw, rows, x + 4 * (m * words + begin * wide), wide, count, c + 4 * m, ldc
+                product, w + 4 * begin, stride, rows, x + 4 * (m * words + begin * wide), wide, count, c + 4 * m, ldc
             )
 
 
-@njit(nogil=True, boundscheck=False)
 def _outers_of_floats(
-    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, words: int, c: int, ldc: int
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
 ) -> None:
     """A few rows are widened to float32 at a time, and used from the first-level cache."""
     panel_width, several = panel_tokens(product), outer_rows(product)
     wide_rows = np.empty((several, _BLOCK), np.float32)
     scratch = wide_rows.ctypes.data
-    for begin in range(0, words, _BLOCK):
-        count = min(_BLOCK, words - begin)
+    for begin in range(0, k, _BLOCK):
+        count = min(_BLOCK, k - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
-            panel = x + 4 * (m * words + begin * wide)
+            panel = x + 4 * (m * k + begin * wide)
             for r in range(0, rows, several):
                 taken = min(several, rows - r)
                 for i in range(taken):
-                    widen_row(product, w + 2 * ((r + i) * ldw + begin), scratch + 4 * i * _BLOCK, count)
+                    widen_row(
+                        product, w + 2 * ((r + i) * ldw + begin), scratch + 4 * i * _BLOCK, count, 2 * several * ldw
+                    )
                 _outer_block(product, scratch, _BLOCK, taken, panel, wide, count, c + 4 * (r * ldc + m), ldc)
 
 
-@njit(nogil=True, boundscheck=False)
 def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
     """Tile registers, and outer products for what they leave: rows beyond a multiple of 32, the end of K.
 
@@ -184,3 +200,21 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
             rest, rest_sums = row + 4 * whole * stride, sums + 4 * whole * ldc
             _outer_block(product, rest, stride, rows - whole, panel, wide, count, rest_sums, ldc)
     release_tiles(product)
+
+
+def _packed_product(
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+) -> None:
+    """c += the product, for tokens in the packed layout: whichever of these functions is this product's."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(_packed_product, jit_options={"nogil": True, "boundscheck": False})
+def _packed_product_of(
+    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+) -> Callable[..., None]:
+    # chosen before anything is compiled: code for the other kinds, never run, took a third of the time
+    kind: Product = cast(Any, product).product  # the arguments are Numba's types
+    if kind.in_tiles:
+        return _tiles
+    return _outers if kind.in_pairs else _outers_of_floats

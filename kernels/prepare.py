@@ -8,10 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numba.core import event
 
+from fiddler.kernels.attention import attend_one
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.jit import discard_cache
 from fiddler.kernels.linear import linear
 from fiddler.kernels.product import Product
+from fiddler.kernels.routing import rms_norm, route
 
 __all__ = ["prepare"]
 
@@ -35,8 +37,9 @@ class _FirstCompilation(event.Listener):
 
 
 def prepare(product: Product, on_compile: Callable[[], None] = lambda: None) -> None:
-    """Compile the kernels of `product`, or read them from the cache: seconds the first time, then a moment.
+    """Compile the kernels of `product` and what stands between the products, or read them from the cache.
 
+    Seconds the first time, then a moment.
     `on_compile` is called, once, where there is something to compile. A cache that cannot be read is removed and
     made anew.
     """
@@ -53,3 +56,6 @@ def _run(product: Product) -> None:
     x = np.zeros((1, 2), np.float32)
     linear(x, bits[0], product)
     expert_ffn(x, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), bits, bits, bits, product)
+    kept = np.zeros((1, 1, 2), np.uint16 if product.activations == "bf16" else np.float32)
+    attend_one(x, x, x, kept, kept, 0, x[0, :1])
+    route(rms_norm(x, x[0], 1.0), x, 1)

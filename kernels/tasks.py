@@ -9,38 +9,33 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 
-from fiddler.kernels.product import Product, compiled
+from fiddler.kernels.product import Product, compiled, in_tiles
 
-__all__ = ["new_queue", "take_task", "task_rows"]
+__all__ = ["take_task", "task_rows"]
 
 _TASKS_A_THREAD = 4  # at least, where the rows allow: the last task is then a small part of the whole
 
 
+@njit(nogil=True)
 def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
 
     With many tokens, whose activations every task reads again, as many rows as still leave the threads enough tasks.
     """
     most = 32 if tokens <= 48 else 128
-    if product.in_tiles:
+    if in_tiles(product) and tokens > 2:  # one or two go row by row, and the memory decides
         most = max(most, 64)
     while most > 32 and rows < most * _TASKS_A_THREAD * threads:
         most //= 2
     return most
 
 
-def new_queue() -> np.ndarray:
-    """Where `take_task` counts: an int64 [1]."""
-    return np.zeros(1, np.int64)
-
-
 @compiled
 def take_task(_context: Any, queue: Any) -> Any:
-    """The number of the next task, 0 and up, from the address of a queue; no two threads get the same."""
+    """The number of the next task, 0 and up, from the address of a queue, an int64; no two threads get the same."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         counter = b.inttoptr(arguments[0], ir.IntType(64).as_pointer())

@@ -19,6 +19,7 @@ from fiddler.kernels.instructions import (
     I16,
     I32,
     I64,
+    PASSING,
     address,
     dot_bf16,
     horizontal_sum,
@@ -45,8 +46,7 @@ __all__ = [
     "widen_row",
 ]
 
-_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
-_AHEAD_IN_ROWS = 1024  # and where several are
+_AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
 _LINE = 64  # bytes
 _UNROLL = 4
 
@@ -125,17 +125,18 @@ def copy_words(_context: Any, to: Any, source: Any, count: Any) -> Any:
 
 
 @compiled
-def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any, c: Any, k: Any) -> Any:
-    """c[m] = sum over k of w[k] * x[m * ldx + k], for m < tokens (a constant).
+def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any, c: Any, k: Any, ahead: Any) -> Any:
+    """c[m] += sum over k of w[k] * x[m * ldx + k], for m < tokens (a constant).
 
     `w` is one row of 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `ldx` counts
-    its elements; `c` is float32. Nothing past k is read; what lies _AHEAD bytes further is prefetched.
+    its elements; `c` is float32. Nothing past k is read; what lies `ahead` bytes further is prefetched.
     """
     M, kind = tokens.literal_value, product.product
-    signature = types.void(product, tokens, *([types.intp] * 5))
+    unroll = _UNROLL if M <= 4 else 2  # as many sums as there are registers for
+    signature = types.void(product, tokens, *([types.intp] * 6))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, x, ldx, c, K = arguments[2:]
+        w, x, ldx, c, K, ahead = arguments[2:]
         floats, words = ir.VectorType(F32, kind.tier.lanes), ir.VectorType(I32, kind.tier.lanes)
         step = kind.tier.lanes * (2 if kind.in_pairs else 1)
         bits = ir.VectorType(I16, step)
@@ -163,18 +164,18 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
 
         def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             result: list[ir.Value] = []
-            for u in range(_UNROLL):
+            for u in range(unroll):
                 at = b.add(k, ir.Constant(I64, u * step))
                 if 2 * u * step % _LINE == 0:
-                    prefetch(b, address(b, w, b.add(at, ir.Constant(I64, _AHEAD // 2)), 2))
+                    prefetch(b, address(b, b.add(w, ahead), at, 2), PASSING)
                 result += products(at, sums[u * M : (u + 1) * M], None)
             return result
 
         zero = ir.Constant(I64, 0)
-        whole = b.sub(K, b.srem(K, ir.Constant(I64, step * _UNROLL)))
-        sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (M * _UNROLL)
-        k, sums = loop(b, "whole", zero, whole, step * _UNROLL, sums, several)
-        for u in range(1, _UNROLL):
+        whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
+        sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (M * unroll)
+        k, sums = loop(b, "whole", zero, whole, step * unroll, sums, several)
+        for u in range(1, unroll):
             for m in range(M):
                 sums[m] = b.fadd(sums[m], sums[u * M + m])
 
@@ -184,7 +185,7 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
         _, sums = loop(b, "tail", k, K, step, sums[:M], rest)
         for m in range(M):
             pointer = b.bitcast(address(b, c, ir.Constant(I64, m), 4), F32.as_pointer())
-            b.store(horizontal_sum(b, sums[m]), pointer)
+            b.store(b.fadd(b.load(pointer), horizontal_sum(b, sums[m])), pointer)
         return context.get_dummy_value()
 
     return signature, generate
@@ -258,15 +259,19 @@ def outer_tile(
 
 
 @compiled
-def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any) -> Any:
-    """out[i] = w[i] as float32 for i < k; `out` has room for a multiple of 16."""
+def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
+    """out[i] = w[i] as float32 for i < k; `out` has room for a multiple of 16.
+
+    What lies `ahead` bytes further is prefetched.
+    """
     kind = product.product
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        _, w, out, K = arguments
+        _, w, out, K, ahead = arguments
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def write(k: ir.Value, weights: ir.Value) -> list[ir.Value]:
+            prefetch(b, address(b, b.add(w, ahead), k, 2), PASSING)
             values = widen(b, kind, weights)
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []
@@ -289,4 +294,4 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any) -> Any:
         loop(b, "tail", k, K, kind.tier.lanes, [], rest)
         return context.get_dummy_value()
 
-    return types.void(product, types.intp, types.intp, types.intp), generate
+    return types.void(product, *([types.intp] * 4)), generate

@@ -27,6 +27,7 @@ __all__ = [
     "Router",
     "attend",
     "rms_norm",
+    "rotary_frequencies",
     "rotary_turns",
     "rotate",
     "route",
@@ -161,11 +162,15 @@ class Block:
         return self._linear(cache.attend(self.index, q, k, v).flatten(1), prefix + "attn_output.weight", h)
 
 
+def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Radians a position, of each pair of a head's elements (RoFormer): float32 [head_dim / 2]."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
+
+
 def rotary_turns(config: Config, positions: Tensor) -> Tensor:
-    """What turns each pair of a head's elements to its position (RoFormer): complex64 [T, 1, head_dim / 2]."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / config.rope_freq_base ** (pairs / config.head_dim)  # radians a position
-    angles = positions[:, None].float() * frequencies
+    """What turns each pair of a head's elements to its position: complex64 [T, 1, head_dim / 2]."""
+    angles = positions[:, None].float() * rotary_frequencies(config, positions.device)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["EPSILON", "expert_ffn", "from_bits", "round_bf16", "to_bits"]
+__all__ = ["EPSILON", "attend_one", "expert_ffn", "from_bits", "round_bf16", "to_bits"]
 
 
 EPSILON = 2e-6
@@ -63,3 +63,37 @@ def expert_ffn(
             y[t] += weight * (W @ h)
             tolerance[t] += weight * (np.abs(W) @ (error + EPSILON * np.abs(h)))
     return y, tolerance
+
+
+def attend_one(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    position: int,
+    frequencies: np.ndarray,
+    window: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One head at a time: the output [H, head_dim] and the rotated key [G, head_dim], where nothing is rounded.
+
+    But angles, which are what float32 makes of them.
+    """
+    angles = (np.float32(position) * frequencies).astype(np.float64)
+    turn = np.exp(1j * angles)
+
+    def rotated(row: np.ndarray) -> np.ndarray:
+        turned = (row[0::2] + 1j * row[1::2].astype(np.float64)) * turn
+        return np.stack([turned.real, turned.imag], 1).reshape(-1)
+
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    new = np.array([rotated(row) for row in k])
+    keys[:, position], values[:, position] = new, v
+    oldest = 0 if window is None else max(0, position + 1 - window)
+    out = np.empty(q.shape)
+    for h in range(len(q)):
+        g = h // (len(q) // len(k))
+        scores = keys[g, oldest : position + 1] @ rotated(q[h]) / q.shape[1] ** 0.5
+        shares = np.exp(scores - scores.max())
+        out[h] = shares / shares.sum() @ values[g, oldest : position + 1]
+    return out, new

@@ -56,8 +56,8 @@ MAY_IMPORT = {
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
-    "cache": "models.config models.mixtral",
-    "experts": "kernels recorder",
+    "cache": "kernels models.config models.mixtral",
+    "experts": "kernels models.mixtral recorder",
     "recorder": "",
     "sampling": "",
     "stopping": "",
@@ -82,8 +82,8 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped orchestrator"
-    " sampling description model_file gguf_file"
+    "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
+    " orchestrator sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
