@@ -47,19 +47,19 @@ def _rotate_store(
         c = tl.load(turns + at * dim + 2 * i, mask=inside, other=0.0)
         s = tl.load(turns + at * dim + 2 * i + 1, mask=inside, other=0.0)
         if row < heads:
-            place = rotated + (t * heads + head) * dim
-            tl.store(place + 2 * i, (a * c - b * s).to(rotated.dtype.element_ty), mask=inside)
-            tl.store(place + 2 * i + 1, (a * s + b * c).to(rotated.dtype.element_ty), mask=inside)
+            to = (t * heads + head) * dim + 2 * i
+            tl.store(rotated + to, (a * c - b * s).to(rotated.dtype.element_ty), mask=inside)
+            tl.store(rotated + to + 1, (a * s + b * c).to(rotated.dtype.element_ty), mask=inside)
         else:
-            place = keys + (head * capacity + at) * dim
-            tl.store(place + 2 * i, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
-            tl.store(place + 2 * i + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
+            kept = (head * capacity + at) * dim + 2 * i
+            tl.store(keys + kept, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + kept + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
     else:
-        head = row - heads - groups
-        place = values + (head * capacity + at) * dim
+        value = row - heads - groups
+        stored = (value * capacity + at) * dim + 2 * i
         for half in tl.static_range(2):
-            a = tl.load(v + t * v_row + head * dim + 2 * i + half, mask=inside, other=0.0)
-            tl.store(place + 2 * i + half, a.to(values.dtype.element_ty), mask=inside)
+            given = tl.load(v + t * v_row + value * dim + 2 * i + half, mask=inside, other=0.0)
+            tl.store(values + stored + half, given.to(values.dtype.element_ty), mask=inside)
 
 
 def rotate_and_store(

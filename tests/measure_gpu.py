@@ -136,10 +136,10 @@ class Bench:
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
         return found, spent, nbytes / count, planned
 
-    def prompt(self, length, repetitions):
+    def prompt(self, length, repetitions, ways):
         """Seconds of each way, and the plan's of auto."""
         ids = self.ids(length)
-        found = {name: [] for name in self.ways if name != "torch"}
+        found = {name: [] for name in self.ways if name in ways}
         planned = 0.0
         for repetition in range(repetitions + 1):  # the first one loads what torch and the driver need
             for name, samples in found.items():
@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--gpu-experts", type=int)
     parser.add_argument("--ctx", type=int, default=4096)
     parser.add_argument("--prompts", default="512,2048")
+    parser.add_argument("--prompt-ways", default="auto,cpu,stream")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("-r", type=int, default=3)
     args = parser.parse_args()
@@ -193,7 +194,7 @@ def main():
     print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):
-        samples, plan = bench.prompt(length, args.r)
+        samples, plan = bench.prompt(length, args.r, args.prompt_ways.split(","))
         auto = median(samples["auto"])
         over = [f"{median(samples[name]) / auto:.2f}x" if name in samples else "" for name in ("cpu", "stream")]
         over.append(f"{auto / plan:.2f}x" if plan else "")
