@@ -187,7 +187,7 @@ def run(
     sys.stdout.write("\n")
     sys.stdout.flush()
     if stats:
-        say(_stats_text(generation.completion.stats))
+        say(f"{engine.where} | {_stats_text(generation.completion.stats)}")
 
 
 @app.command()

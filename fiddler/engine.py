@@ -41,16 +41,18 @@ class Engine:
         tokenizer: Tokenizer,
         runner: Runner,
         device: str,
+        where: str,
         backend: str,
-        load_seconds: float,
+        started: float,
     ) -> None:
         self.model_file = model_file
         self.config = model_file.config
         self.tokenizer = tokenizer
         self.runner = runner
         self.device = device
+        self.where = where  # it computes, and why, in a line
         self.backend = backend  # the kernel tier
-        self.load_seconds = load_seconds
+        self.load_seconds = time.perf_counter() - started
 
     @property
     def context(self) -> int:
@@ -195,7 +197,7 @@ def load(
         raise RequestError(f"missing is {missing!r}; give 'auto', 'cpu' or 'stream'")
     if gpu_experts is not None and gpu_experts < 0:
         raise RequestError(f"gpu_experts is {gpu_experts}; give 0 or more")
-    gpu = wants_gpu(device, gpu_memory, notify)
+    gpu, why_not = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
     tokenizer = model_file.tokenizer
@@ -227,6 +229,6 @@ def load(
             recorder=recorder,
         )
         notify(hybrid.summary)
-        return Engine(model_file, tokenizer, hybrid.runner, "cuda", tier.name, time.perf_counter() - started)
+        return Engine(model_file, tokenizer, hybrid.runner, "cuda", hybrid.summary, tier.name, started)
     runner = on_cpu(model_file, experts, kernels.set_threads(threads), capacity, exact, notify, recorder)
-    return Engine(model_file, tokenizer, runner, "cpu", tier.name, time.perf_counter() - started)
+    return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)

@@ -160,7 +160,7 @@ def calibrate_alone(
     notify: Callable[[str], None],
 ) -> Calibration:
     """Measure this machine anew, with a model's experts or with some of Mixtral-8x7B's shape, and store the result."""
-    gpu = wants_gpu(device, None, notify)
+    gpu, _ = wants_gpu(device, None, notify)
     tier = kernels.choose_tier()
     if model_file is not None:
         experts = mapped_experts(model_file, tier, exact=exact)

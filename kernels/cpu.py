@@ -8,12 +8,13 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 
+from llvmlite.binding import get_host_cpu_name
 from numba.core import config as numba_config
 from numba.core.codegen import get_host_cpu_features
 
 from fiddler.errors import RequestError
 
-__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features"]
+__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features", "passes_weights"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,12 @@ def choose_tier(name: str | None = None) -> Tier:
             return tier
     names = ", ".join(tier.name for tier in available)
     raise RequestError(f"kernel {name!r} does not run here; this CPU offers {names}")
+
+
+def passes_weights() -> bool:
+    """Whether weights that are read once are best prefetched as non-temporal.
+
+    On AMD's Zen they then leave code and data in the caches: 4 % of a token. On Intel's Emerald Rapids they are gone
+    again before they are used: one token read 57 to 70 GB/s so, 97 to 107 otherwise.
+    """
+    return str(numba_config.CPU_NAME or get_host_cpu_name()).startswith("znver")

@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from fiddler.kernels.cpu import passes_weights
 from fiddler.kernels.instructions import (
     F32,
     I8,
@@ -133,6 +134,7 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
     """
     M, kind = tokens.literal_value, product.product
     unroll = _UNROLL if M <= 4 else 2  # as many sums as there are registers for
+    level = PASSING if passes_weights() else 1
     signature = types.void(product, tokens, *([types.intp] * 6))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -167,7 +169,7 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
             for u in range(unroll):
                 at = b.add(k, ir.Constant(I64, u * step))
                 if 2 * u * step % _LINE == 0:
-                    prefetch(b, address(b, b.add(w, ahead), at, 2), PASSING)
+                    prefetch(b, address(b, b.add(w, ahead), at, 2), level)
                 result += products(at, sums[u * M : (u + 1) * M], None)
             return result
 
@@ -271,7 +273,7 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any)
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def write(k: ir.Value, weights: ir.Value) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, ahead), k, 2), PASSING)
+            prefetch(b, address(b, b.add(w, ahead), k, 2), PASSING if passes_weights() else 1)
             values = widen(b, kind, weights)
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []

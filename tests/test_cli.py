@@ -161,7 +161,8 @@ def test_the_continuation_goes_to_stdout_and_the_rest_to_stderr(model, engine):
     assert re.search(rf"prompt {prompt_tokens} tokens, [\d.]+ tokens/s \| generation 12 tokens, [\d.]+ tokens/s", stats)
     assert re.search(r"load [\d.]+ s", stats)
     assert re.search(r"[1-9]\d* MiB", stats)
-    assert stats.count("\n") == 2  # the other one says where it computes
+    assert re.match(r"CPU: [^|]+ \| |NVIDIA ", stats)
+    assert stats.count("\n") == 1
 
 
 def test_a_prompt_on_standard_input(model, engine):
