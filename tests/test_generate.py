@@ -135,7 +135,7 @@ class Untouchable:
     ],
 )
 def test_refused_before_any_work(engine, request_, message):
-    idle = Engine(engine.model_file, engine.tokenizer, Untouchable(), "cpu", engine.backend, 0.0)
+    idle = Engine(engine.model_file, engine.tokenizer, Untouchable(), "cpu", "CPU", engine.backend, 0.0)
     with pytest.raises(RequestError, match=message) as refused:
         request_(idle)
     assert "\n" not in str(refused.value)
