@@ -68,6 +68,7 @@ class Decoder:
 
     def step(self, token: int, position: int) -> None:
         """Append `token`; then `hidden` [1, D] and `logits` [1, V] are its, until the next step."""
+        self._orchestrator.start_over()
         stream = torch.cuda.current_stream().cuda_stream
         self._taken.synchronize()
         self._given[0], self._given[1] = token, position

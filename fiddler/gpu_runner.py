@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuRunner"]
 
+_LOGITS = 256  # tokens whose logits are computed at once
+
 
 class _GpuStep(Step):
     """A `Step` through a kernel that rotates and stores at once."""
@@ -120,4 +122,5 @@ class GpuRunner(Runner):
         """A `Runner`'s."""
         if self._decoder is not None and hidden is self._decoder.hidden:
             return self._decoder.logits.cpu()
-        return super().logits(hidden)
+        # a step may be longer than there is room for the logits of all its tokens
+        return torch.cat([super(GpuRunner, self).logits(part) for part in hidden.split(_LOGITS)])

@@ -12,7 +12,7 @@ one token queues so little, in `gpu_decode`, that it does without.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -88,6 +88,7 @@ class Orchestrator:
         self._seen = np.zeros((len(layers), experts), np.int64)
         aside = ring.link.blocks or self._pinned
         self._side = ThreadPoolExecutor(1, "fiddler-gpu") if aside else None
+        self._queueing: Future[None] | None = None
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -111,7 +112,7 @@ class Orchestrator:
         counts, first = tokens_by_expert(given[1], experts)
         self._seen[layer] += counts
         if layer == 0:
-            self.ring.release()
+            self.start_over()
         ahead = self._ahead[1] if self._ahead[0] == layer else []
         self._ahead = (0, [])
         split = self.split(layer, counts, ahead)
@@ -120,18 +121,25 @@ class Orchestrator:
             with torch.inference_mode(), self._recorder.span("queue", 0):
                 self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
 
-        waiting = self._side.submit(on_gpu) if self._side else None
-        if waiting is None:
+        self._queueing = self._side.submit(on_gpu) if self._side else None
+        if self._queueing is None:
             on_gpu()
         on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
-        if waiting is not None:
+        if self._queueing is not None:
             with self._recorder.span("join", 0):
-                waiting.result()
+                self._queueing.result()
         if on_cpu and self._grouped is not None:
             self._grouped.add_from_host(y, self._y[:tokens])
         elif on_cpu:
             y += self._y[:tokens].to(y.device, non_blocking=True)
         return y
+
+    def start_over(self) -> None:
+        """Forget a step that was broken off: what was sent for it is nobody's."""
+        if self._queueing is not None:
+            self._queueing.exception()
+        self._queueing, self._ahead = None, (0, [])
+        self.ring.release()
 
     def _to_host(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor
