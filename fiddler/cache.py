@@ -53,7 +53,7 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Make room for positions up to `length`."""
         assert length <= self.context, f"{length} positions in a context of {self.context}"
-        capacity = self._keys[0].shape[1]
+        capacity = min(kept.shape[1] for kept in (*self._keys, *self._values))  # of one that was broken off
         if length <= capacity:
             return
         capacity = min(self.context, max(length, 2 * capacity, _FIRST_CAPACITY))

@@ -241,7 +241,9 @@ class _Bench(_CpuBench):
         super().__init__(layers)
         self._ring = ring
         self._sent = 0
-        self._aside = ThreadPoolExecutor(1)
+        device = ring.link.device
+        cuda = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._aside = ThreadPoolExecutor(1, "", *cuda)
         self._parts = -(-self._hidden // ring.rows)  # of an expert
 
     def _send(self, experts: int) -> list[Mark]:

@@ -32,7 +32,8 @@ def bench(
     expert_counts: Annotated[Path | None, typer.Option(help="How often each expert is chosen.")] = None,
     precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write a timeline for chrome://tracing or Perfetto.")
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Write a timeline of the last -t, for Perfetto."),
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels by themselves.")] = False,
     tokens: Annotated[str, typer.Option(help="With --kernels: tokens an expert, as 1,2,8-12.")] = "",
@@ -118,6 +119,7 @@ def _bench_model(
     tests = [Test(*sizes, depth) for sizes in lengths]
     context = ctx or max(depth + sum(sizes) for sizes in lengths)
     results: list[Result] = []
+    timeline: Meter | None = None
     for threads in thread_counts:
         meter = Meter() if trace is None else Tracer()
         with loading_bar() as progress:
@@ -135,10 +137,8 @@ def _bench_model(
         for result in measure(engine, meter, tests, repetitions, warm_up=warm_up, seed=seed):
             say(f"{result.test.name}, {result.threads} threads: {result.tokens_per_second:.2f} tokens/s")
             results.append(result)
-        if trace is not None and isinstance(meter, Tracer):
-            import json
-
-            trace.write_text(json.dumps(meter.to_chrome()))
+        timeline = meter
+        del engine  # its memory on a GPU is the next one's
     if output is Output.json:
         import json
 
@@ -147,6 +147,10 @@ def _bench_model(
         sizes = list(opened.file.tensors.values())
         parameters = sum(math.prod(tensor.shape) for tensor in sizes)
         print(to_markdown(results, parameters, sum(tensor.nbytes for tensor in sizes)))
+    if trace is not None and isinstance(timeline, Tracer):
+        import json
+
+        trace.write_text(json.dumps(timeline.to_chrome()))
 
 
 def _bench_kernels(

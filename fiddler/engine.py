@@ -14,7 +14,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.completion import Completion, Generation
 from fiddler.devices import wants_gpu
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, ResourceError
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
@@ -209,26 +209,41 @@ def load(
         kernels.prepare(product, lambda: notify(COMPILING))
     capacity = min(context, config.context_length)
     if gpu:
+        from fiddler.gpu_memory import GpuStartError
         from fiddler.hybrid import on_gpu
 
         counts = None
         if expert_counts is not None:
             counts = read_counts(Path(expert_counts), config.block_count, config.expert_count)
-        hybrid = on_gpu(
-            model_file,
-            experts,
-            gpu_memory=gpu_memory,
-            threads=threads,
-            context=capacity,
-            exact=exact,
-            counts=counts,
-            most=gpu_experts,
-            missing=missing,
-            notify=notify,
-            progress=progress,
-            recorder=recorder,
-        )
-        notify(hybrid.summary)
-        return Engine(model_file, tokenizer, hybrid.runner, "cuda", hybrid.summary, tier.name, started)
+        try:
+            hybrid = on_gpu(
+                model_file,
+                experts,
+                gpu_memory=gpu_memory,
+                threads=threads,
+                context=capacity,
+                exact=exact,
+                counts=counts,
+                most=gpu_experts,
+                missing=missing,
+                notify=notify,
+                progress=progress,
+                recorder=recorder,
+            )
+        except GpuStartError as error:
+            if device == "cuda" or gpu_memory is not None:
+                raise
+            why_not = f"CPU: {error}"
+            notify(f"computing on the CPU: {error}")
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"the GPU's memory does not suffice for {gpu_memory or 'all that is free'}; give less --gpu-memory, "
+                "or --gpu-experts"
+            ) from error
+        else:
+            notify(hybrid.summary)
+            return Engine(model_file, tokenizer, hybrid.runner, "cuda", hybrid.summary, tier.name, started)
+    elif expert_counts is not None or gpu_experts is not None or missing != "auto":
+        notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
     runner = on_cpu(model_file, experts, kernels.set_threads(threads), capacity, exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)

@@ -41,8 +41,13 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounded: 
     gate, up: [rows, D]; down: [D, rows]. rounded: x is in the weights' type, products are of 16 bits with float32
     sums; else x is float32 and so is everything, the weights widened. work: bytes for temporaries, more or less.
     """
-    if not rounded:
-        gate, up, down = gate.float(), up.float(), down.float()
+    if not rounded and gate.dtype != torch.float32:  # widened a few rows at a time, whose sums add up
+        some = max(64, work // (12 * gate.shape[1]))
+        total = torch.zeros_like(x)
+        for rows in (slice(begin, begin + some) for begin in range(0, len(gate), some)):
+            wide = gate[rows].float(), up[rows].float(), down[:, rows].float()
+            total += feed_forward(x, *wide, rounded=False, work=work)
+        return total
     many = max(64, work // (_BYTES * len(gate)))
     made = []
     for piece in x.split(many):

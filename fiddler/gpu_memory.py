@@ -6,14 +6,16 @@ graphs), is the growth of the GPU's used memory since before there was a context
 
 from __future__ import annotations
 
+import math
 import re
+from functools import cache
 
 import torch
 
 from fiddler import cuda_driver
 from fiddler.errors import RequestError, ResourceError
 
-__all__ = ["Budget", "parse_size", "shown"]
+__all__ = ["Budget", "GpuStartError", "at_least", "parse_size", "shown"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MARGIN = 256 << 20  # that is never planned for: fragments of torch's allocator, code that is loaded later
@@ -33,23 +35,38 @@ def shown(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
 
 
+def at_least(nbytes: int) -> str:
+    """Bytes for a message, in GiB, rounded up so that what it says suffices."""
+    return f"{math.ceil(nbytes / 2**30 * 100) / 100:.2f}GiB"
+
+
+@cache
+def _used_at_first() -> dict[int, int] | None:
+    """Bytes in use before this process took any."""
+    return cuda_driver.used_memory()
+
+
+class GpuStartError(ResourceError):
+    """A GPU that is there and cannot be used."""
+
+
 class Budget:
     """At most `total` bytes of a GPU's memory, all of this process."""
 
     def __init__(self, device: torch.device, asked: str | None) -> None:
         """Start using `device`, with what `asked` says, or nearly all that is free.
 
-        Raises RequestError for a size that is none or is more than the GPU has free; ResourceError where the GPU
+        Raises RequestError for a size that is none or is more than the GPU has free; GpuStartError where the GPU
         does not start.
         """
         wanted = None if asked is None else parse_size(asked)
-        before = cuda_driver.used_memory()
+        before = _used_at_first()
         try:
             torch.zeros(1, device=device)
             free, whole = torch.cuda.mem_get_info(device)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ResourceError(f"the GPU cannot be used: {reason}; use --device cpu") from error
+            raise GpuStartError(f"the GPU cannot be used: {reason}; use --device cpu") from error
         self.device = device
         used = self._bus(before)
         self._before = used or 0  # where nothing tells what others use, all that is used counts as ours
@@ -59,7 +76,9 @@ class Budget:
         self.total = most - _LEFT if wanted is None else wanted
         if self.total <= self.driver_bytes() + _MARGIN:
             least = self.driver_bytes() + _MARGIN
-            raise RequestError(f"--gpu-memory {asked}: starting the GPU alone takes {shown(least)}; give more")
+            if asked is None:
+                raise GpuStartError(f"the GPU has {shown(most)} free, and {at_least(least)} go before any model")
+            raise RequestError(f"--gpu-memory {asked}: starting the GPU alone takes {at_least(least)}; give more")
         cap = min(1.0, (self.total - self.driver_bytes()) / whole)
         torch.cuda.set_per_process_memory_fraction(cap, device)
 

@@ -6,7 +6,8 @@ Knows one sequence's place on the GPU, which the next sequence takes over when n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -103,18 +104,13 @@ class GpuRunner(Runner):
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""
-        try:
+        with self._within_budget():
             if self._decoder is None or len(parts) != 1 or len(parts[0][1]) != 1 or parts[0][0] is not self._at_home():
                 return super().step(parts)
             ((sequence, tokens),) = parts
             sequence.reserve(sequence.length + 1)
             with torch.inference_mode(), self._on_threads(0):
                 self._decoder.step(tokens[0], sequence.length)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"the GPU's memory does not suffice within {shown(self.budget.total)}; give more --gpu-memory, or "
-                "less --ctx"
-            ) from error
         sequence.length += 1
         return self._decoder.hidden
 
@@ -122,5 +118,16 @@ class GpuRunner(Runner):
         """A `Runner`'s."""
         if self._decoder is not None and hidden is self._decoder.hidden:
             return self._decoder.logits.cpu()
-        # a step may be longer than there is room for the logits of all its tokens
-        return torch.cat([super(GpuRunner, self).logits(part) for part in hidden.split(_LOGITS)])
+        with self._within_budget():  # in pieces: a step may be longer than there is room for all its logits
+            return torch.cat([Runner.logits(self, part) for part in hidden.split(_LOGITS)])
+
+    @contextmanager
+    def _within_budget(self) -> Iterator[None]:
+        """Says what helps where the GPU's memory does not suffice, as with several sequences at once."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"the GPU's memory does not suffice within {shown(self.budget.total)}; give --gpu-experts, fewer than "
+                "now, or less --ctx"
+            ) from error

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -25,16 +26,16 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Residents
 from fiddler.gpu_linear import GpuLinear, GpuNorm, GpuRouter
-from fiddler.gpu_memory import Budget, shown
+from fiddler.gpu_memory import Budget, at_least, shown
 from fiddler.gpu_runner import GpuRunner
 from fiddler.kernels import Product
 from fiddler.link import BouncedLink, DirectLink, Link
 from fiddler.mapped import COMPILING, mapped_experts
-from fiddler.memory import available_memory, cached_bytes
+from fiddler.memory import available_memory, cached_bytes, in_memory
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral, rotary_turns
 from fiddler.orchestrator import Grouped, Orchestrator
-from fiddler.placement import place
+from fiddler.placement import Sizes, lay_out, least_room, place
 from fiddler.plan import Costs, Curve
 from fiddler.recorder import Recorder
 from fiddler.staging import Ring
@@ -43,8 +44,6 @@ __all__ = ["Hybrid", "calibrate_alone", "on_gpu"]
 
 _SLOTS = 3  # of the ring: one is filled while one is used, and one is ready
 _WORK = 128 << 20  # bytes for an expert's temporaries
-_CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens of one step
-_WORK_SHARE = 0.1  # of the budget that a step's activations may take
 _ACTIVATIONS = 60  # bytes a token and element of D: what of h, x, q, their copies and sums exists at once
 _SPARE = 0.05  # of memory that is left unpinned
 
@@ -81,30 +80,25 @@ def on_gpu(
     """
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     budget = Budget(device, gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
-    link = _link(model_file.file.mappings, model_file.file, device, notify)
-    one_token = _one_token(device, notify)
-    weights, linears = _dense(model_file, link, width)
     rounded = not exact and experts[0].product.weights == "bf16"
     cache_dtype = torch.float16 if rounded else torch.float32
+    sizes = _sizes(model_file, experts, context, cache_dtype)
+    _check(budget, sizes, gpu_memory)
+    link = _link(model_file.file.mappings, model_file.file, model_file.file.path, device, notify)
+    one_token = _one_token(device, notify)
+    weights, linears = _dense(model_file, link, width)
     home = Tokens(config, context, cache_dtype, device)
     home.reserve(context)
-    chunk = _chunk(budget, width, context)
     _warm_up(device, cache_dtype)
-    count = len(experts) * config.expert_count
-    expert_bytes = 3 * experts[0].gate[0].nbytes
-    rows = _slot_rows(hidden)
-    slots_bytes = Ring.nbytes(width, rows, _SLOTS)
-    room = budget.room() - chunk * width * _ACTIVATIONS - _WORK
-    most = count if most is None else min(most, count)
-    everything = most == count and count * expert_bytes <= room
-    if not everything and room < slots_bytes:
-        least = budget.total - room + slots_bytes
-        raise RequestError(
-            f"--gpu-memory {gpu_memory or shown(budget.total)}: too little; without any expert this model needs "
-            f"{shown(least)} with a context of {context}"
-        )
+    count = sizes.experts
+    sizes = replace(sizes, fixed=_WORK)  # the rest is there by now
+    layout = lay_out(budget.room(), sizes, count if most is None else min(most, count))
+    if layout is None:
+        raise _too_little(budget, sizes, gpu_memory)
+    chunk, everything, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, _slot_rows(hidden)
     ring = Ring(link, experts, 64 if everything else rows, _SLOTS)
     if everything:
         costs, threads = _NO_COSTS, kernels.set_threads(threads)
@@ -115,9 +109,8 @@ def on_gpu(
             costs = replace(costs, link=inf)
         elif missing == "stream":
             costs = replace(costs, cpu=Curve((1,), (1e9,)))
-        room -= slots_bytes
     residents = Residents(experts, device)
-    placed = place(len(experts), config.expert_count, min(most, room // expert_bytes), counts)
+    placed = place(len(experts), config.expert_count, layout.residents, counts)
     total, done = sum(map(len, placed)) * expert_bytes, 0
 
     def loaded(nbytes: int) -> None:
@@ -144,6 +137,7 @@ def on_gpu(
             turns = torch.view_as_real(rotary_turns(config, torch.arange(context, device=device))).contiguous()
             decoder = Decoder(model, orchestrator, home, turns, recorder)
         runner.decode_with(decoder, turns, gpu_attention)
+    budget.settle()
     summary = (
         f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
         f"{shown(budget.used())} of {shown(budget.total)} used"
@@ -169,7 +163,7 @@ def calibrate_alone(
         size = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
         if available_memory() < 8 * size:
             raise ResourceError(
-                f"{shown(6 * size)} of memory are needed; give a MODEL.gguf, whose weights are measured"
+                f"{shown(8 * size)} of memory are needed; give a MODEL.gguf, whose weights are measured"
             )
         memory = mmap.mmap(-1, 6 * size)  # shared, as a file's mapping is: else it cannot be registered read-only
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
@@ -180,8 +174,8 @@ def calibrate_alone(
     if gpu:
         on = torch.device("cuda", torch.cuda.current_device())
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
-        owner = model_file.file if model_file is not None else memory
-        ring = Ring(_link(mappings, owner, on, notify), experts, _slot_rows(experts[0].gate.shape[1]), _SLOTS)
+        owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
+        ring = Ring(_link(mappings, owner, path, on, notify), experts, _slot_rows(experts[0].gate.shape[1]), _SLOTS)
     return calibrated(experts, ring, threads, notify, again=True)
 
 
@@ -195,13 +189,17 @@ _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # nothing
 
 
 def _link(
-    mappings: Sequence[tuple[int, int]], owner: object, device: torch.device, notify: Callable[[str], None]
+    mappings: Sequence[tuple[int, int]],
+    owner: object,
+    path: Path | None,
+    device: torch.device,
+    notify: Callable[[str], None],
 ) -> Link:
     """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
     nbytes = sum(size for _, size in mappings)
     available = available_memory()
-    if nbytes > available * (1 - _SPARE):
-        available += sum(cached_bytes(*mapping) for mapping in mappings)
+    if nbytes > available * (1 - _SPARE) and in_memory(path):
+        available += sum(cached_bytes(*mapping) for mapping in mappings)  # not counted as available, and ours already
     if nbytes > available * (1 - _SPARE):
         notify(f"the model's {shown(nbytes)} exceed the memory ({shown(available)} available): reading through buffers")
         return BouncedLink(device)
@@ -266,10 +264,35 @@ def _dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str, Ten
     return weights, linears
 
 
-def _chunk(budget: Budget, width: int, context: int) -> int:
-    """Tokens of one step: as many as a share of the budget has room for."""
-    most = int(budget.total * _WORK_SHARE) // (width * _ACTIVATIONS)
-    return min(context, next((size for size in _CHUNKS if size <= most), _CHUNKS[-1]))
+def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache: torch.dtype) -> Sizes:
+    """What goes to the GPU, before anything did."""
+    config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    tensors = model_file.file.tensors
+    names = config.tensor_shapes(tied=model_file.tied)
+    dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
+    kept = 2 * config.block_count * config.head_count_kv * config.head_dim * context * cache.itemsize
+    return Sizes(
+        fixed=dense + kept + _WORK,
+        token=width * _ACTIVATIONS,
+        slots=Ring.nbytes(width, _slot_rows(hidden), _SLOTS),
+        expert=3 * experts[0].gate[0].nbytes,
+        experts=len(experts) * config.expert_count,
+        context=context,
+    )
+
+
+def _check(budget: Budget, sizes: Sizes, asked: str | None) -> None:
+    """Raises RequestError where the budget is too small, before anything goes to the GPU."""
+    if least_room(sizes) > budget.room():
+        raise _too_little(budget, sizes, asked)
+
+
+def _too_little(budget: Budget, sizes: Sizes, asked: str | None) -> RequestError:
+    least = budget.total - budget.room() + least_room(sizes)
+    return RequestError(
+        f"--gpu-memory {asked or shown(budget.total)}: too little; without any expert this model needs "
+        f"{at_least(least)} with a context of {sizes.context}"
+    )
 
 
 def _warm_up(device: torch.device, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "available_memory", "cached_bytes", "peak_memory"]
+__all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "peak_memory"]
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _LAST_BIT = bytes(value & 1 for value in range(256))
@@ -72,6 +72,19 @@ def _control_groups() -> list[int]:
         if group == _CONTROL_GROUPS:
             break
     return left
+
+
+def in_memory(path: Path | None) -> bool:
+    """Whether a file lives in memory (tmpfs), so that none of its pages could be dropped; None: memory of our own."""
+    if path is None:
+        return True
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        real = path.resolve()
+    except OSError:
+        return False
+    over = [fields for fields in mounts if real.is_relative_to(fields[1])]
+    return bool(over) and max(over, key=lambda fields: len(fields[1]))[2] in ("tmpfs", "ramfs", "hugetlbfs")
 
 
 def cached_bytes(address: int, nbytes: int) -> int:

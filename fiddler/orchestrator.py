@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +52,7 @@ class Split(NamedTuple):
 
     gpu_rows: dict[int, int]  # of each missing expert with tokens
     cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
+    seconds: float  # that it should take
 
 
 class Orchestrator:
@@ -87,7 +88,10 @@ class Orchestrator:
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._seen = np.zeros((len(layers), experts), np.int64)
         aside = ring.link.blocks or self._pinned
-        self._side = ThreadPoolExecutor(1, "fiddler-gpu") if aside else None
+        self._side = None
+        if aside:
+            cuda = (torch.cuda.set_device, (ring.link.device,)) if self._pinned else (None, ())
+            self._side = ThreadPoolExecutor(1, "fiddler-gpu", *cuda)
         self._queueing: Future[None] | None = None
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
@@ -95,8 +99,9 @@ class Orchestrator:
     def follow(self, costs: Costs) -> None:
         """Plan by these costs from now on."""
         self._costs = costs
-        self._plan = lru_cache(maxsize=4096)(self._make_plan)
-        self.split_one = lru_cache(maxsize=1 << 14)(self._split_one)
+        # without self, which would then never be freed by counting references
+        self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden))
+        self._ones: dict[tuple[int, tuple[int, ...]], Split] = {}
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that both sides reach."""
@@ -105,6 +110,9 @@ class Orchestrator:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
         tokens, experts = len(x), len(self.layers[layer].gate)
+        if tokens > self._tokens:  # several long sequences
+            parts = zip(*(tensor.split(self._tokens) for tensor in (x, ids, weights)), strict=True)
+            return torch.cat([self(layer, *part) for part in parts])
         y = torch.zeros_like(x)
         if tokens == 0:
             return y
@@ -113,9 +121,13 @@ class Orchestrator:
         self._seen[layer] += counts
         if layer == 0:
             self.start_over()
-        ahead = self._ahead[1] if self._ahead[0] == layer else []
-        self._ahead = (0, [])
+        (sent_for, ahead), self._ahead = self._ahead, (0, [])
+        if sent_for != layer:
+            for part in ahead:
+                self.ring.done(part)
+            ahead = []
         split = self.split(layer, counts, ahead)
+        self.planned_seconds += split.seconds
 
         def on_gpu() -> None:
             with torch.inference_mode(), self._recorder.span("queue", 0):
@@ -124,10 +136,14 @@ class Orchestrator:
         self._queueing = self._side.submit(on_gpu) if self._side else None
         if self._queueing is None:
             on_gpu()
-        on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
+        try:
+            on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
+        finally:
+            if self._queueing is not None:
+                with self._recorder.span("join", 0):
+                    self._queueing.exception()
         if self._queueing is not None:
-            with self._recorder.span("join", 0):
-                self._queueing.result()
+            self._queueing.result()
         if on_cpu and self._grouped is not None:
             self._grouped.add_from_host(y, self._y[:tokens])
         elif on_cpu:
@@ -170,24 +186,28 @@ class Orchestrator:
             if part.expert in here:
                 here[part.expert] += part.end - part.begin
         plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()))
-        self.planned_seconds += plan.seconds
         cpu_rows = np.zeros(len(counts), np.int64)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
-        return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows)
+        return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows, plan.seconds)
+
+    def split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
+        """`split` for one token with these experts, remembered."""
+        found = self._ones.get((layer, chosen))
+        if found is None:
+            found = self._ones[layer, chosen] = self._split_one(layer, chosen)
+        self.planned_seconds += found.seconds
+        return found
 
     def _split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
-        """`split` for one token with these experts, which is over before a link that blocks would have begun."""
+        """A link that blocks has no part in it: it would begin when the CPU is done."""
         counts = np.bincount(chosen, minlength=len(self.layers[layer].gate))
         if not self.ring.link.blocks:
             return self.split(layer, counts)
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         cpu_rows = np.zeros(len(counts), np.int64)
         cpu_rows[missing] = self._hidden
-        return Split(dict.fromkeys(missing, 0), cpu_rows)
-
-    def _make_plan(self, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
-        return make_plan(tokens, self._costs, self._hidden, _STEP, ahead)
+        return Split(dict.fromkeys(missing, 0), cpu_rows, 0.0)
 
     def on_cpu(
         self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, split: Split, out: np.ndarray
@@ -275,3 +295,7 @@ class Orchestrator:
         w, begin = self.layers[layer], max(0, self._hidden - self.ring.slots * self.ring.rows)
         with self._recorder.span("link", (self._hidden - begin) * 6 * w.gate.shape[2]):
             self._ahead = (layer, list(self.ring.send(layer, e, begin, self._hidden)))
+
+
+def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
+    return make_plan(tokens, costs, hidden, _STEP, ahead)

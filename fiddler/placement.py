@@ -1,14 +1,64 @@
-"""Which experts live on the GPU. Pure: knows numbers of bytes and how popular experts are, not devices."""
+"""What fits on the GPU, and which experts live there. Pure: knows bytes and how popular experts are, not devices."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fiddler.errors import RequestError
 
-__all__ = ["place", "read_counts"]
+__all__ = ["Layout", "Sizes", "lay_out", "least_room", "place", "read_counts"]
+
+_CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens of one step
+_ACTIVATIONS = 0.1  # the share of the room that a step's activations may take, where there is a choice
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a model takes on a GPU."""
+
+    fixed: int  # whatever else is there: dense weights, keys and values, temporaries
+    token: int  # activations of a token of a step
+    slots: int  # for weights that pass through
+    expert: int
+    experts: int  # how many there are
+    context: int  # tokens; no step is longer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What fits: steps of `chunk` tokens, so many experts, and slots, unless all experts are there."""
+
+    chunk: int
+    residents: int
+    slots: bool
+
+
+def _chunks(sizes: Sizes) -> list[int]:
+    return sorted({min(chunk, sizes.context) for chunk in _CHUNKS}, reverse=True)
+
+
+def lay_out(room: int, sizes: Sizes, most: int) -> Layout | None:
+    """The layout for so many bytes, with at most `most` experts; None where there is none.
+
+    Steps are as long as a share of the room allows, and shorter where nothing would fit otherwise.
+    """
+    for chunk in _chunks(sizes):
+        left = room - sizes.fixed - chunk * sizes.token
+        modest = chunk * sizes.token <= _ACTIVATIONS * room or chunk == _chunks(sizes)[-1]
+        if modest and most >= sizes.experts and left >= sizes.experts * sizes.expert:
+            return Layout(chunk, sizes.experts, slots=False)
+        if modest and left >= sizes.slots:
+            return Layout(chunk, min(most, (left - sizes.slots) // sizes.expert), slots=True)
+    return None
+
+
+def least_room(sizes: Sizes) -> int:
+    """Bytes from which on there is a layout."""
+    others = min(sizes.slots, sizes.experts * sizes.expert)
+    return sizes.fixed + _chunks(sizes)[-1] * sizes.token + others
 
 
 def place(layers: int, experts: int, room: int, counts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:

@@ -30,9 +30,10 @@ SILENT: Recorder = _Silent()
 
 
 class Meter:
-    """Adds up the seconds and the bytes of each kind of work."""
+    """Adds up the bytes of each kind of work, and the seconds of what the thread did that made the meter."""
 
     def __init__(self) -> None:
+        self._thread = threading.get_ident()
         self.seconds: dict[str, float] = defaultdict(float)
         self.nbytes: dict[str, int] = defaultdict(int)
 
@@ -46,7 +47,8 @@ class Meter:
         """A `Recorder`'s."""
         started = time.perf_counter()
         yield
-        self.seconds[name] += time.perf_counter() - started
+        if threading.get_ident() == self._thread:  # what another one does goes on beside it
+            self.seconds[name] += time.perf_counter() - started
         self.nbytes[name] += nbytes
 
 

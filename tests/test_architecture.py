@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "cli_options": "",
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement",
+    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
+    " gpu_memory",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -265,12 +266,29 @@ def test_random_models(model, tmp_path):
 
 
 def test_the_budget_holds():
-    """What the driver counts as used never passes what was asked for, prompts and generation included."""
-    path = fiddler.engine.DEMO_MODEL
-    engine = load(path, "cuda", gpu_memory="1400MiB")
-    ids = np.random.default_rng(0).integers(3, 200, engine.context - 40).tolist()
-    engine.generate(ids, fiddler.Sampling(temperature=0.0), 30, ignore_eos=True)
-    assert engine.runner.budget.used() <= 1400 << 20
+    """What the driver counts as used never passes what was asked for, prompts and generation included.
+
+    In a process of its own, which has nothing on the GPU before.
+    """
+    code = (
+        "import fiddler\n"
+        "e = fiddler.load(device='cuda', gpu_memory='1400MiB')\n"
+        "g = e.start([5] * (e.context - 40), fiddler.Sampling(temperature=0.0), 30, ignore_eos=True)\n"
+        "[None for _ in g]\n"
+        "e.logits([5] * e.context)\n"
+        "print(e.runner.budget.used(), e.runner.budget.total)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    used, total = map(int, done.stdout.split())
+    assert 0 < used <= total == 1400 << 20
+
+
+def test_a_budget_too_small_for_the_dense_part_says_what_suffices(tmp_path):
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=32768)
+    with pytest.raises(fiddler.FiddlerError, match="needs") as error:
+        load(path, "cuda", gpu_memory="900MiB", context=32768)
+    least = re.search(r"needs ([\d.]+GiB)", str(error.value))[1]
+    assert load(path, "cuda", gpu_memory=least, context=32768).logits([5, 6]).isfinite().all()
 
 
 @pytest.mark.parametrize(

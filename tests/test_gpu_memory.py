@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fiddler.errors import RequestError
-from fiddler.gpu_memory import parse_size
-from fiddler.memory import available_memory, cached_bytes
+from fiddler.gpu_memory import at_least, parse_size
+from fiddler.memory import available_memory, cached_bytes, in_memory
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,11 @@ from fiddler.memory import available_memory, cached_bytes
 )  # fmt: skip
 def test_sizes(text, nbytes):
     assert parse_size(text) == nbytes
+
+
+def test_what_a_message_says_suffices():
+    for nbytes in (1, 5 << 30, (5 << 30) + 1, 5_529_000_000):
+        assert nbytes <= parse_size(at_least(nbytes)) < nbytes * 1.01 + (1 << 24)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0GiB", "-1GiB", "GiB", "1PiB", "1e9", "24 apples", "٣GiB", "1" * 50])
@@ -36,3 +42,10 @@ def test_pages_that_are_in_memory_are_counted(tmp_path):
     untouched = np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
     assert cached_bytes(untouched.ctypes.data, untouched.nbytes) == 0
     assert 0 < available_memory() < 1 << 50
+
+
+def test_files_that_live_in_memory():
+    assert in_memory(None)
+    assert not in_memory(Path("/proc/self/mounts"))
+    if Path("/dev/shm").is_dir():
+        assert in_memory(Path("/dev/shm/any.gguf"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from math import inf
 
 import naive
@@ -166,3 +168,40 @@ def test_numbers_that_are_none_pass_through():
     made = both(0, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy()
     assert np.isnan(made[2]).all()
     assert np.isfinite(made[[0, 1, 3]]).all()
+
+
+def test_a_step_longer_than_there_is_room_for_goes_in_parts():
+    both = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
+    rng = np.random.default_rng(1)
+    for layer in range(LAYERS):
+        x, ids, weights = step(rng, 2 * MOST + 5, 2)
+        made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
+        check(made.numpy(), EXACT, layer, x, ids, weights)
+
+
+def test_freed_by_counting_references():
+    """A GPU's memory and a registered mapping must not wait for the collector of cycles."""
+    gc.disable()
+    try:
+        both = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
+        x, ids, weights = step(np.random.default_rng(1), 3, 2)
+        both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
+        both.split_one(0, (1, 2))
+        gone = weakref.ref(both), weakref.ref(both.residents)
+        del both
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_one_token_has_its_plan_and_the_time_it_should_take():
+    both = orchestrator(EXACT, [[0], [], []], COSTS["split"])
+    split = both.split_one(0, (0, 3))
+    assert set(split.gpu_rows) == {3}
+    assert split.cpu_rows[3] + split.gpu_rows[3] == F
+    before = both.planned_seconds
+    assert both.split_one(0, (0, 3)) is split
+    assert both.planned_seconds == before + split.seconds
+    # a link that blocks would only begin when the CPU is done
+    blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingLink())
+    assert blocking.split_one(0, (0, 3)).cpu_rows.tolist() == [0, 0, 0, F, 0]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fiddler.errors import RequestError
-from fiddler.placement import place, read_counts
+from fiddler.placement import Sizes, lay_out, least_room, place, read_counts
 
 
 @given(layers=st.integers(1, 40), experts=st.integers(1, 16), room=st.integers(-3, 700))
@@ -47,3 +47,63 @@ def test_counts_of_a_file(tmp_path):
             read_counts(path, 3, 2)
     with pytest.raises(RequestError, match="cannot be read"):
         read_counts(tmp_path / "none", 3, 2)
+
+
+def needed(sizes, layout):
+    """Bytes of a layout, summed up once more."""
+    return (
+        sizes.fixed
+        + layout.chunk * sizes.token
+        + layout.residents * sizes.expert
+        + (sizes.slots if layout.slots else 0)
+    )
+
+
+@given(
+    room=st.integers(0, 10**6),
+    sizes=st.builds(
+        Sizes,
+        fixed=st.integers(0, 10**5),
+        token=st.integers(1, 300),
+        slots=st.integers(1, 10**5),
+        expert=st.integers(1, 10**5),
+        experts=st.integers(1, 64),
+        context=st.integers(1, 9000),
+    ),
+    most=st.integers(0, 70),
+)
+def test_a_layout_fits_and_wastes_no_expert(room, sizes, most):
+    layout = lay_out(room, sizes, most)
+    if layout is None:
+        # with all experts allowed this is the least that works; slots are needed where some are left out
+        assert room < least_room(sizes) or most < sizes.experts
+        return
+    assert needed(sizes, layout) <= room
+    assert layout.chunk <= sizes.context
+    assert layout.residents == sizes.experts or layout.slots
+    assert layout.residents <= min(most, sizes.experts)
+    if layout.residents < min(most, sizes.experts):
+        assert needed(sizes, layout) + sizes.expert > room
+
+
+@given(
+    fixed=st.integers(0, 10**5),
+    token=st.integers(1, 300),
+    slots=st.integers(1, 10**5),
+    expert=st.integers(1, 10**5),
+    context=st.integers(1, 9000),
+)
+def test_the_least_room_is_the_least(fixed, token, slots, expert, context):
+    sizes = Sizes(fixed, token, slots, expert, 8, context)
+    assert lay_out(least_room(sizes), sizes, 8) is not None
+    assert lay_out(least_room(sizes) - 1, sizes, 8) is None
+
+
+def test_mixtral_on_24_gib():
+    """The figures of Mixtral-8x7B: steps of 4096 tokens take 1 GB, some 55 of 256 experts fit."""
+    sizes = Sizes(fixed=3_900 << 20, token=4096 * 60, slots=354 << 20, expert=336 << 20, experts=256, context=4096)
+    layout = lay_out((24 << 30) - (900 << 20), sizes, 256)
+    assert (layout.chunk, layout.slots) == (4096, True)
+    assert 50 <= layout.residents <= 60
+    assert lay_out(100 << 30, sizes, 256).residents == 256
+    assert not lay_out(100 << 30, sizes, 256).slots
