@@ -41,7 +41,7 @@ class Sequence:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
-        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []  # the same memory, for the kernel
+        self._arrays = self._as_arrays()
         self._frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
         self._window = config.sliding_window
 
@@ -61,9 +61,13 @@ class Sequence:
             for layer, old in enumerate(kept):
                 kept[layer] = self._empty(capacity)
                 kept[layer][:, : self.length] = old[:, : self.length]
-        if self.device.type == "cpu":
-            pairs = zip(self._keys, self._values, strict=True)
-            self._arrays = [(_array(keys), _array(values)) for keys, values in pairs]
+        self._arrays = self._as_arrays()
+
+    def _as_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The same memory, for the kernel of one token; none where it is not the CPU's."""
+        if self.device.type != "cpu":
+            return []
+        return [(_array(keys), _array(values)) for keys, values in zip(self._keys, self._values, strict=True)]
 
     def attend_one(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The next position, on the CPU: rotate q [H, head_dim] and k [G, head_dim], store k and v, attend: as q."""

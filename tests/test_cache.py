@@ -1,0 +1,48 @@
+"""Sequences: memory that is taken over, and growth that was broken off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fiddler.cache import Sequence
+from fiddler.engine import load
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(device="cpu", precision="exact")
+
+
+def test_a_sequence_takes_over_anothers_memory(engine):
+    """It computes as in memory of its own, and uses none."""
+    runner, config, ids = engine.runner, engine.config, [1, 40, 50, 60, 70]
+    first = Sequence(config, 300, torch.float32, torch.device("cpu"))
+    first.reserve(300)
+    runner.step([(first, ids[::-1])])
+    second = Sequence(config, 300, torch.float32, torch.device("cpu"), first.storage)
+    places = [kept.data_ptr() for kept in second.storage[0]]
+    made = torch.cat([runner.logits(runner.step([(second, part)])) for part in (ids[:3], ids[3:4], ids[4:])])
+    assert torch.allclose(made, engine.logits(ids), atol=1e-4)
+    assert [kept.data_ptr() for kept in second.storage[0]] == places
+
+
+def test_growth_that_was_broken_off_goes_on(engine, monkeypatch):
+    """As where memory runs out half way: every layer has room afterwards, and what was there is still there."""
+    runner, ids = engine.runner, list(range(3, 303))
+    sequence = runner.sequence()
+    runner.step([(sequence, ids[:250])])
+    real, left = Sequence._empty, iter(range(3))
+
+    def scarce(self, capacity):
+        if next(left, None) is None:
+            raise MemoryError
+        return real(self, capacity)
+
+    monkeypatch.setattr(Sequence, "_empty", scarce)
+    with pytest.raises(MemoryError):
+        runner.step([(sequence, ids[250:])])
+    monkeypatch.undo()
+    made = runner.logits(runner.step([(sequence, ids[250:])]))
+    assert {kept.shape[1] for half in sequence.storage for kept in half} == {512}
+    assert torch.allclose(made, engine.logits(ids)[250:], atol=1e-3)
