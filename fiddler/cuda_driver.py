@@ -103,7 +103,7 @@ def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: 
 
 
 def used_memory() -> dict[int, int] | None:
-    """Bytes in use on each of the machine's GPUs, by all programs, by the bus it sits on; None where NVML is missing.
+    """Bytes in use on each of the machine's GPUs, by all programs, by the bus it sits on; None without (a new) NVML.
 
     Unlike torch's figure it needs no context on the GPU, which itself takes hundreds of megabytes.
     """
@@ -111,7 +111,7 @@ def used_memory() -> dict[int, int] | None:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    if library.nvmlInit_v2() != 0:
+    if not hasattr(library, "nvmlDeviceGetMemoryInfo_v2") or library.nvmlInit_v2() != 0:
         return None
     found: dict[int, int] = {}
     try:

@@ -43,15 +43,18 @@ def _chunks(sizes: Sizes) -> list[int]:
 def lay_out(room: int, sizes: Sizes, most: int) -> Layout | None:
     """The layout for so many bytes, with at most `most` experts; None where there is none.
 
-    Steps are as long as a share of the room allows, and shorter where nothing would fit otherwise.
+    Every expert where that is possible at all; then steps as long as a share of the room allows, shorter ones where
+    else nothing would fit.
     """
-    for chunk in _chunks(sizes):
-        left = room - sizes.fixed - chunk * sizes.token
-        modest = chunk * sizes.token <= _ACTIVATIONS * room or chunk == _chunks(sizes)[-1]
-        if modest and most >= sizes.experts and left >= sizes.experts * sizes.expert:
+    least = _chunks(sizes)[-1]
+    chunks = [chunk for chunk in _chunks(sizes) if chunk * sizes.token <= _ACTIVATIONS * room or chunk == least]
+    left = {chunk: room - sizes.fixed - chunk * sizes.token for chunk in chunks}
+    for chunk in chunks:
+        if most >= sizes.experts and left[chunk] >= sizes.experts * sizes.expert:
             return Layout(chunk, sizes.experts, slots=False)
-        if modest and left >= sizes.slots:
-            return Layout(chunk, min(most, (left - sizes.slots) // sizes.expert), slots=True)
+    for chunk in chunks:
+        if left[chunk] >= sizes.slots:
+            return Layout(chunk, min(most, (left[chunk] - sizes.slots) // sizes.expert), slots=True)
     return None
 
 

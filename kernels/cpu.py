@@ -94,6 +94,6 @@ def passes_weights() -> bool:
     """Whether weights that are read once are best prefetched as non-temporal.
 
     On AMD's Zen they then leave code and data in the caches: 4 % of a token. On Intel's Emerald Rapids they are gone
-    again before they are used: one token read 57 to 70 GB/s so, 97 to 107 otherwise.
+    again before they are used: one token read 61 to 70 GB/s so, 95 to 119 otherwise.
     """
     return str(numba_config.CPU_NAME or get_host_cpu_name()).startswith("znver")

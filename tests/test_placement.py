@@ -84,6 +84,8 @@ def test_a_layout_fits_and_wastes_no_expert(room, sizes, most):
     assert layout.residents <= min(most, sizes.experts)
     if layout.residents < min(most, sizes.experts):
         assert needed(sizes, layout) + sizes.expert > room
+    if most >= sizes.experts and layout.slots:  # not even with the shortest steps
+        assert sizes.fixed + min(128, sizes.context) * sizes.token + sizes.experts * sizes.expert > room
 
 
 @given(
