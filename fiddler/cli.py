@@ -12,19 +12,17 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from fiddler.cli_bench import bench
 from fiddler.cli_calibrate import calibrate
-from fiddler.cli_options import Device, DType, Missing, Precision, loading_bar, say
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.cli_options import DType, say
+from fiddler.cli_run import run
+from fiddler.errors import FiddlerError
 
-if TYPE_CHECKING:
-    from fiddler.completion import Stats
-
-__all__ = ["app", "convert", "inspect", "main", "run"]
+__all__ = ["app", "convert", "inspect", "main"]
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +33,7 @@ app = typer.Typer(
 )
 
 
+app.command()(run)
 app.command()(bench)
 app.command()(calibrate)
 
@@ -110,87 +109,6 @@ def convert(
 
 
 @app.command()
-def run(
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if none.")] = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
-    count: Annotated[
-        int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
-    ] = -1,
-    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 or less: all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability; 1: all.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this probable, relative to the first; 0: all.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option(help="Penalty on tokens seen lately; 1: none.")] = 1.0,
-    repeat_last_n: Annotated[int, typer.Option(min=-1, help="How many tokens are lately; -1: all.")] = 64,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed of the sampling; -1: a new one each time.")] = -1,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
-    gpu_experts: Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")] = None,
-    missing: Annotated[
-        Missing, typer.Option(help="Who computes experts that are not on the GPU; auto: what is fastest.")
-    ] = Missing.auto,
-    expert_counts: Annotated[
-        Path | None, typer.Option(help="How often each expert is chosen: the most popular go to the GPU.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")
-    ] = None,
-    ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx", min=1, help="Positions of context [default: 4096, or the model's].")
-    ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")
-    ] = Precision.fast,
-) -> None:
-    """Continue a text. Without MODEL.gguf: the small demo model that ships with fiddler."""
-    text = _prompt_text(prompt, prompt_file)
-    from fiddler.sampling import Sampling
-
-    try:
-        sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, None if seed < 0 else seed)
-    except RequestError as error:
-        raise typer.BadParameter(str(error)) from None
-    opened = None
-    if model is not None:
-        from fiddler.model_file import ModelFile
-
-        opened = ModelFile.open(model)  # a bad file is refused here, before torch is imported
-        opened.check_runnable()
-        _ = opened.tokenizer
-    from fiddler.engine import load
-
-    wanted = 4096 if ctx is None else ctx
-    with loading_bar() as progress:
-        engine = load(
-            opened,
-            device.value,
-            gpu_memory,
-            threads,
-            wanted,
-            precision.value,
-            notify=say,
-            expert_counts=expert_counts,
-            gpu_experts=gpu_experts,
-            missing=missing.value,
-            progress=progress,
-        )
-    if ctx is not None and ctx > engine.context:
-        say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
-    generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
-    for piece in generation:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if stats:
-        say(f"{engine.where} | {_stats_text(generation.completion.stats)}")
-
-
-@app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to look at.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -209,38 +127,6 @@ def inspect(
         print(json.dumps(description, indent=2))
     else:
         print(to_text(description))
-
-
-def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from -p, a file or standard input; wrong usage where there is none or more than one.
-
-    As with llama.cpp one newline at the end of a file is not part of it: `echo` and editors put it there. Bytes that
-    are no UTF-8 reach the tokenizer as they are.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("give -p or --prompt-file, not both")
-    if prompt is not None:
-        return prompt
-    if prompt_file is not None:
-        try:
-            given = prompt_file.read_bytes()
-        except OSError as error:
-            raise FiddlerError(f"{prompt_file}: cannot be read: {error.strerror}") from None
-    elif sys.stdin is None or sys.stdin.isatty():
-        raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or a text on standard input")
-    else:
-        given = sys.stdin.buffer.read()
-    return given.removesuffix(b"\n").decode("utf-8", "surrogateescape")
-
-
-def _stats_text(stats: Stats) -> str:
-    return (
-        f"load {stats.load_seconds:.2f} s | "
-        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_speed:.1f} tokens/s | "
-        f"generation {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tokens/s | "
-        f"peak memory {stats.peak_resident / 2**20:.0f} MiB with the mapped file, "
-        f"{stats.anonymous / 2**20:.0f} MiB of its own"
-    )
 
 
 def _fail(error: BaseException, message: str) -> NoReturn:

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from fiddler.cli_options import Device, Missing, Output, Precision, loading_bar, numbers, say
+from fiddler.cli_options import (
+    Device,
+    DeviceOption,
+    ExpertCounts,
+    GpuExperts,
+    GpuMemory,
+    Missing,
+    MissingOption,
+    Output,
+    Precision,
+    PrecisionOption,
+    loading_bar,
+    numbers,
+    say,
+)
 
 __all__ = ["bench"]
 
@@ -25,12 +39,12 @@ def bench(
     no_warmup: Annotated[bool, typer.Option("--no-warmup", help="No run before the timed ones.")] = False,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Positions [what the tests need].")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random token ids.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")] = None,
-    gpu_experts: Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")] = None,
-    missing: Annotated[Missing, typer.Option(help="Who computes the others: auto, cpu or stream.")] = Missing.auto,
-    expert_counts: Annotated[Path | None, typer.Option(help="How often each expert is chosen.")] = None,
-    precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemory = None,
+    gpu_experts: GpuExperts = None,
+    missing: MissingOption = Missing.auto,
+    expert_counts: ExpertCounts = None,
+    precision: PrecisionOption = Precision.fast,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Write a timeline of the last -t, for Perfetto."),

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options with a few values, lists of numbers, saying something."""
+"""What the commands of the command line share: options, loading a model by them, lists of numbers, saying something."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Never
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Never
 
 import typer
 
-__all__ = ["DType", "Device", "Missing", "Output", "Precision", "loading_bar", "numbers", "say"]
+if TYPE_CHECKING:
+    from fiddler.engine import Engine
+
+__all__ = [
+    "Ctx",
+    "DType",
+    "Device",
+    "DeviceOption",
+    "ExpertCounts",
+    "GpuExperts",
+    "GpuMemory",
+    "Missing",
+    "MissingOption",
+    "ModelOrDemo",
+    "Output",
+    "Precision",
+    "PrecisionOption",
+    "Threads",
+    "loaded",
+    "loading_bar",
+    "numbers",
+    "say",
+]
 
 
 class DType(StrEnum):
@@ -48,6 +71,44 @@ class Precision(StrEnum):
 
     fast = "fast"
     exact = "exact"
+
+
+ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if none.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")]
+GpuExperts = Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")]
+MissingOption = Annotated[
+    Missing, typer.Option(help="Who computes experts that are not on the GPU; auto: what is fastest.")
+]
+ExpertCounts = Annotated[
+    Path | None, typer.Option(help="How often each expert is chosen: the most popular go to the GPU.")
+]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")]
+Ctx = Annotated[
+    int | None, typer.Option("-c", "--ctx", min=1, help="Positions of context [default: 4096, or the model's].")
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")]
+
+
+def loaded(model: Path | None, ctx: int | None, **options: Any) -> Engine:
+    """The engine for MODEL.gguf, or the demo model, by the options of `fiddler.load`; it tells on stderr what it does.
+
+    A bad file is refused before torch is imported.
+    """
+    opened = None
+    if model is not None:
+        from fiddler.model_file import ModelFile
+
+        opened = ModelFile.open(model)
+        opened.check_runnable()
+        _ = opened.tokenizer
+    from fiddler.engine import load
+
+    with loading_bar() as progress:
+        engine = load(opened, context=4096 if ctx is None else ctx, notify=say, progress=progress, **options)
+    if ctx is not None and ctx > engine.context:
+        say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
+    return engine
 
 
 def numbers(option: str, text: str) -> list[int]:

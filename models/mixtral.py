@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from fiddler.models.config import Config
 
@@ -226,6 +225,17 @@ def _attend_in_16_bits(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
         repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(n, total))
+        out = _attend_behind(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
     return out[0].transpose(0, 1).float().reshape(shape)
+
+
+def _attend_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last n of S positions: q [1, H, n, head_dim], k and v [1, H, S, head_dim] -> as q."""
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    if q.shape[-1] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(params):
+        # what torch calls for its `causal_lower_right`, whose import takes a second and brings the compiler along
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        return attended
+    from torch.nn.attention.bias import causal_lower_right
+
+    return F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]))
