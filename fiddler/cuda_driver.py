@@ -12,7 +12,14 @@ from functools import cache
 
 from fiddler.errors import ResourceError
 
-__all__ = ["copy_rows_to_device", "copy_to_device", "copy_to_host", "register", "unregister", "used_memory"]
+__all__ = [
+    "copy_rows_to_device",
+    "copy_to_device",
+    "register",
+    "unregister",
+    "used_memory",
+    "wait_for_value",
+]
 
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the one flag with which a read-only, shared mapping is accepted
 _HOST, _DEVICE = 1, 2  # CUmemorytype
@@ -62,8 +69,9 @@ def _driver() -> ctypes.CDLL:
     library.cuMemHostRegister_v2.argtypes = [c_void_p, c_size_t, c_uint]
     library.cuMemHostUnregister.argtypes = [c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
-    library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
     library.cuMemcpy2DAsync_v2.argtypes = [c_void_p, c_void_p]
+    if hasattr(library, "cuStreamWaitValue32_v2"):
+        library.cuStreamWaitValue32_v2.argtypes = [c_void_p, c_uint64, c_uint, c_uint]
     return library
 
 
@@ -82,11 +90,6 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
 
 
-def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Start a copy of the device's memory to pinned memory."""
-    _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "a copy from the GPU")
-
-
 def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
     """Start a copy of `rows` rows of `width` bytes, `pitch` bytes apart in host memory, side by side on the device."""
     made = _Copy2D(
@@ -100,6 +103,17 @@ def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: 
         Height=rows,
     )
     _check(_driver().cuMemcpy2DAsync_v2(byref(made), stream), "a copy to the GPU")
+
+
+def wait_for_value(stream: int, address: int, value: int) -> bool:
+    """The stream goes on only when the int32 at `address`, in pinned memory, has come as far as `value`.
+
+    "As far" is counted around 2**32, by CU_STREAM_WAIT_VALUE_GEQ, which is 0. False where the driver cannot.
+    """
+    library = _driver()
+    if not hasattr(library, "cuStreamWaitValue32_v2"):
+        return False
+    return int(library.cuStreamWaitValue32_v2(stream, address, value & 0xFFFFFFFF, 0)) == 0
 
 
 def used_memory() -> dict[int, int] | None:

@@ -11,8 +11,7 @@ one token queues so little, in `gpu_decode`, that it does without.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
 from fiddler.plan import Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
+from fiddler.side_thread import SideThread, Task
 from fiddler.staging import Part, Ring
 
 __all__ = ["Grouped", "Orchestrator", "Split"]
@@ -88,11 +88,11 @@ class Orchestrator:
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._seen = np.zeros((len(layers), experts), np.int64)
         aside = ring.link.blocks or self._pinned
-        self._side = None
+        self._side: SideThread | None = None
         if aside:
-            cuda = (torch.cuda.set_device, (ring.link.device,)) if self._pinned else (None, ())
-            self._side = ThreadPoolExecutor(1, "fiddler-gpu", *cuda)
-        self._queueing: Future[None] | None = None
+            there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
+            self._side = SideThread("fiddler-gpu", there)
+        self._queueing: Task | None = None
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -133,7 +133,7 @@ class Orchestrator:
             with torch.inference_mode(), self._recorder.span("queue", 0):
                 self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
 
-        self._queueing = self._side.submit(on_gpu) if self._side else None
+        self.aside(on_gpu)
         if self._queueing is None:
             on_gpu()
         try:
@@ -141,9 +141,9 @@ class Orchestrator:
         finally:
             if self._queueing is not None:
                 with self._recorder.span("join", 0):
-                    self._queueing.exception()
+                    self._queueing.join()
         if self._queueing is not None:
-            self._queueing.result()
+            self._queueing.wait()
         if on_cpu and self._grouped is not None:
             self._grouped.add_from_host(y, self._y[:tokens])
         elif on_cpu:
@@ -153,9 +153,14 @@ class Orchestrator:
     def start_over(self) -> None:
         """Forget a step that was broken off: what was sent for it is nobody's."""
         if self._queueing is not None:
-            self._queueing.exception()
+            self._queueing.join()
         self._queueing, self._ahead = None, (0, [])
         self.ring.release()
+
+    def aside(self, call: Callable[[], None]) -> Task | None:
+        """Have something done by the thread that queues the GPU's work; None where there is none."""
+        self._queueing = self._side.give(call) if self._side else None
+        return self._queueing
 
     def _to_host(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
     " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
     " staging",
-    "orchestrator": "experts gpu_experts kernels plan recorder staging",
+    "orchestrator": "experts gpu_experts kernels plan recorder side_thread staging",
+    "side_thread": "",
     "plan": "",
     "placement": "",
     "calibrate": "experts gpu_experts kernels link plan staging",

@@ -102,6 +102,26 @@ def test_norms_and_routes_as_torch_does():
     assert shares.isnan().any()
 
 
+@pytest.mark.parametrize("width", [96, 4096])
+def test_what_passes_between_the_two_sides(width):
+    x, shares, ids = torch.randn(1, width, device=DEVICE), torch.rand(1, 3, device=DEVICE), [[7, 0, 200]]
+    kept, seen = torch.zeros(width + 3, device=DEVICE), torch.zeros(width + 6, pin_memory=True)
+    gpu_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, kept, seen)
+    torch.cuda.synchronize()
+    assert torch.equal(kept, torch.cat([x, shares], 1)[0])
+    assert torch.equal(seen, torch.cat([x.cpu(), torch.tensor(ids).float(), shares.cpu()], 1)[0])
+    h, y, made = torch.randn(1, width, device=DEVICE), torch.randn(1, width, device=DEVICE), torch.randn(1, width)
+    assert torch.equal(gpu_kernels.gather(h, y, made.pin_memory()), h + y + made.to(DEVICE))
+
+
+@pytest.mark.parametrize("n,total,dim", [(40, 40, 128), (40, 170, 128), (33, 100, 24), (5, 9, 20)])
+def test_attention_in_16_bits(n, total, dim):
+    torch.manual_seed(5)
+    q, keys, values = (torch.randn(rows, heads, dim, device=DEVICE) for rows, heads in ((n, 6), (total, 2), (total, 2)))
+    exact = attend(q, keys.half().float(), values.half().float(), None)
+    assert (attend(q, keys.half(), values.half(), None) - exact).abs().max() < 5e-3
+
+
 @pytest.mark.parametrize("shape", [(40, 96, 208, 4, 2), (150, 64, 96, 3, 1), (600, 512, 320, 8, 2), (3, 60, 100, 5, 3)])
 def test_experts_of_many_tokens(shape):
     torch.manual_seed(4)
@@ -284,11 +304,11 @@ def test_the_budget_holds():
 
 
 def test_a_budget_too_small_for_the_dense_part_says_what_suffices(tmp_path):
-    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=32768)
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=131072)
     with pytest.raises(fiddler.FiddlerError, match="needs") as error:
-        load(path, "cuda", gpu_memory="900MiB", context=32768)
+        load(path, "cuda", gpu_memory="900MiB", context=131072)
     least = re.search(r"needs ([\d.]+GiB)", str(error.value))[1]
-    assert load(path, "cuda", gpu_memory=least, context=32768).logits([5, 6]).isfinite().all()
+    assert load(path, "cuda", gpu_memory=least, context=131072).logits([5, 6]).isfinite().all()
 
 
 @pytest.mark.parametrize(
