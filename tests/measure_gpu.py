@@ -74,6 +74,7 @@ class Bench:
             "cuda",
             args.gpu_memory,
             context=args.ctx,
+            threads=args.threads,
             gpu_experts=args.gpu_experts,
             notify=print,
             recorder=self.meter,
@@ -183,6 +184,7 @@ def main():
     parser.add_argument("--prompt-ways", default="auto,cpu,stream")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("-r", type=int, default=3)
+    parser.add_argument("-t", "--threads", type=int)
     args = parser.parse_args()
     bench = Bench(args)
     layers, experts = bench.model.config.block_count, bench.model.config.expert_count
