@@ -106,14 +106,14 @@ def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: 
 
 
 def wait_for_value(stream: int, address: int, value: int) -> bool:
-    """The stream goes on only when the int32 at `address`, in pinned memory, has come as far as `value`.
+    """The stream goes on only when the uint32 at `address`, in pinned memory, has come as far as `value`.
 
     "As far" is counted around 2**32, by CU_STREAM_WAIT_VALUE_GEQ, which is 0. False where the driver cannot.
     """
     library = _driver()
     if not hasattr(library, "cuStreamWaitValue32_v2"):
         return False
-    return int(library.cuStreamWaitValue32_v2(stream, address, value & 0xFFFFFFFF, 0)) == 0
+    return int(library.cuStreamWaitValue32_v2(stream, address, value, 0)) == 0
 
 
 def used_memory() -> dict[int, int] | None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fiddler import cuda_driver, gpu_attention, gpu_kernels
 from fiddler.cache import Sequence
-from fiddler.errors import ResourceError
 from fiddler.gpu_experts import torch_type
 from fiddler.models.mixtral import Mixtral
 from fiddler.orchestrator import Orchestrator, Split
@@ -60,10 +59,6 @@ class Decoder:
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
         self._arrived, self._taken = torch.cuda.Event(), torch.cuda.Event()
-        self._counter = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._finished = self._counter.numpy().view(np.uint32)  # how many layers the CPU has done its part of
-        self._due = 0  # how many it is to do, as far as the GPU's queue goes
-        self._waits = self._wait(torch.cuda.current_stream().cuda_stream)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._breaks: list[int] = []  # the layers after which they end, but for the last
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
@@ -75,29 +70,24 @@ class Decoder:
     def step(self, token: int, position: int) -> None:
         """Append `token`; then `hidden` [1, D] and `logits` [1, V] are its, until the next step."""
         self._orchestrator.start_over()
-        self._finished[0] = self._due  # a step that was broken off may have left the GPU waiting
         self._taken.synchronize()
         self._given[0], self._given[1] = token, position
         stream = torch.cuda.current_stream().cuda_stream
         cuda_driver.copy_to_device(self._place.data_ptr(), self._given.data_ptr(), 16, stream)
         self._taken.record()
         self._queue(0)
-        for number, layer in enumerate(self._breaks):
-            self._missing(number, layer)
+        for graph, layer in enumerate(self._breaks):
+            self._missing(graph, layer)
 
-    def _wait(self, stream: int) -> bool:
-        """Let the GPU wait for the CPU's part; False where it cannot."""
-        return cuda_driver.wait_for_value(stream, self._counter.data_ptr(), self._due)
-
-    def _queue(self, number: int) -> None:
+    def _queue(self, graph: int) -> None:
         """Queue a graph, and the residents of the layer after it."""
-        self._graphs[number].replay()
-        if number < len(self._breaks):
+        self._graphs[graph].replay()
+        if graph < len(self._breaks):
             self._arrived.record()
-            self._residents[self._breaks[number]].replay()
+            self._residents[self._breaks[graph]].replay()
 
-    def _missing(self, number: int, layer: int) -> None:
-        """The experts of a layer that are not residents, and the graph after it."""
+    def _missing(self, graph: int, layer: int) -> None:
+        """The experts of a layer that are not residents, after this graph, and the next one."""
         orchestrator, width = self._orchestrator, self._y.shape[1]
         with self._recorder.span("wait", 0):
             self._arrived.synchronize()
@@ -105,26 +95,21 @@ class Decoder:
         x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
         chosen = tuple(ids.tolist())
         split = orchestrator.split_one(layer, chosen)
-        self._due = (self._due + 1) & 0xFFFFFFFF
+        number, after = orchestrator.gate.next(), graph + 1
 
         def on_gpu() -> None:
             if any(split.gpu_rows.values()):
                 self._stream(layer, chosen, split)
-            if self._waits:
-                if not self._wait(torch.cuda.current_stream().cuda_stream):
-                    raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
-                self._queue(number + 1)
+            orchestrator.gate.wait(number)
+            self._queue(after)
 
         queueing = orchestrator.aside(on_gpu)
-        assert queueing is not None
         try:
             if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):
                 self._made.zero_()
         finally:
-            self._finished[0] = self._due
+            orchestrator.gate.open(number)
         queueing.wait()
-        if not self._waits:
-            self._queue(number + 1)
 
     def _stream(self, layer: int, chosen: tuple[int, ...], split: Split) -> None:
         """Queue copies of the GPU's rows, and their products as soon as they are there."""

@@ -19,6 +19,7 @@ from fiddler.errors import ResourceError
 from fiddler.gpu_memory import Budget, shown
 from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral, attend
+from fiddler.orchestrator import Orchestrator
 from fiddler.runner import Runner
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Mixtral,
+        orchestrator: Orchestrator,
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -67,9 +69,13 @@ class GpuRunner(Runner):
         home: Sequence,
         budget: Budget,
     ) -> None:
-        """`home`: a sequence with room for the whole context, whose storage the others use after it."""
+        """orchestrator: the model's experts.
+
+        home: a sequence with room for the whole context, whose storage the others use after it.
+        """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
+        self._orchestrator = orchestrator
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
         self._decoder: Decoder | None = None
@@ -87,6 +93,9 @@ class GpuRunner(Runner):
         if self._attention is None:
             return super()._place(parts)
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
+
+    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        return self._orchestrator.beside(lambda: self.model(ids, step))
 
     def sequence(self) -> Sequence:
         """A new, empty sequence. The first one alive has its memory already, another one takes more."""

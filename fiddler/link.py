@@ -20,6 +20,7 @@ import torch
 
 from fiddler import cuda_driver
 from fiddler.errors import ResourceError
+from fiddler.side_thread import Gate, HostGate
 
 __all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark"]
 
@@ -65,6 +66,10 @@ class Link(Protocol):
         """A new point, reached already."""
         ...
 
+    def gate(self) -> Gate:
+        """A new gate, open so far."""
+        ...
+
     def arrive(self, mark: Mark) -> None:
         """Set `mark` after all copies so far."""
         ...
@@ -85,6 +90,34 @@ class _Passed:
 
     def query(self) -> bool:
         return True
+
+
+class _CudaGate(HostGate):
+    """The stream waits for a number in pinned memory; where the driver cannot do that, the caller waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._seen = self._memory.numpy().view(np.uint32)
+        self._by_stream = self._wait(0)
+
+    def wait(self, number: int) -> None:
+        """A `Gate`'s."""
+        if not self._by_stream:
+            super().wait(number)
+        elif not self._wait(number):
+            raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
+
+    def open(self, number: int | None = None) -> None:
+        """A `Gate`'s."""
+        if self._by_stream:
+            self._seen[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
+        else:
+            super().open(number)
+
+    def _wait(self, number: int) -> bool:
+        stream = torch.cuda.current_stream().cuda_stream
+        return cuda_driver.wait_for_value(stream, self._memory.data_ptr(), number & 0xFFFFFFFF)
 
 
 def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
@@ -110,6 +143,10 @@ class HostLink:
         """A `Link`'s."""
         return _Passed()
 
+    def gate(self) -> Gate:
+        """A `Link`'s."""
+        return HostGate()
+
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""
 
@@ -127,6 +164,10 @@ class _CudaLink:
     def mark(self) -> Mark:
         """A `Link`'s."""
         return torch.cuda.Event()
+
+    def gate(self) -> Gate:
+        """A `Link`'s."""
+        return _CudaGate()
 
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""

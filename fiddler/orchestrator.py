@@ -4,9 +4,9 @@ Knows who has which weights and asks `plan` who does what; not the model's struc
 All-CPU, all-GPU and every plan between give the same sums within rounding: that is its whole specification, and with
 a `HostLink` both sides are the CPU.
 
-A step of several tokens queues the GPU's copies and products from a thread of its own, while the caller's is in the
-CPU's kernels, which are always called from there and leave Python's lock free; the sums meet on the GPU. (A step of
-one token queues so little, in `gpu_decode`, that it does without.)
+Two threads: the caller's is in the CPU's kernels, which are always called from there and leave Python's lock free; the
+side thread runs the model meanwhile, and queues the GPU's copies and products. The GPU waits for the CPU's sum of a
+layer at a gate; behind it the next layer's dense half is queued already. (One token has its own way, in `gpu_decode`.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
 from fiddler.plan import Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
-from fiddler.side_thread import SideThread, Task
+from fiddler.side_thread import SharedStep, SideThread, Task
 from fiddler.staging import Part, Ring
 
 __all__ = ["Grouped", "Orchestrator", "Split"]
@@ -53,6 +53,16 @@ class Split(NamedTuple):
     gpu_rows: dict[int, int]  # of each missing expert with tokens
     cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
     seconds: float  # that it should take
+
+
+class _CpuPart(NamedTuple):
+    """What the CPU is to compute of a layer."""
+
+    layer: int
+    x: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    split: Split
 
 
 class Orchestrator:
@@ -87,12 +97,11 @@ class Orchestrator:
         self._read = ring.link.mark()
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._seen = np.zeros((len(layers), experts), np.int64)
-        aside = ring.link.blocks or self._pinned
-        self._side: SideThread | None = None
-        if aside:
-            there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
-            self._side = SideThread("fiddler-gpu", there)
+        self.gate = ring.link.gate()
+        there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
+        self._side = SideThread("fiddler-gpu", there)
         self._queueing: Task | None = None
+        self._step: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -107,8 +116,40 @@ class Orchestrator:
         """Memory that both sides reach."""
         return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
 
+    def beside(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What `forward` returns, the model's step: it runs on the side thread, and what it leaves to the CPU here."""
+        self.start_over()
+
+        def step() -> Tensor:
+            with torch.inference_mode():
+                return forward()
+
+        def do(part: _CpuPart) -> None:
+            self.on_cpu(*part, self._y[: len(part.x)].numpy())
+
+        return self._step.run(step, do)
+
+    def aside(self, call: Callable[[], None]) -> Task:
+        """Have something done by the side thread."""
+        self._queueing = self._side.give(call)
+        return self._queueing
+
+    def start_over(self) -> None:
+        """Forget a step that was broken off: what was sent for it is nobody's."""
+        self._step.stop()
+        if self._queueing is not None:
+            self._queueing.join()
+            self._queueing = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ahead = (0, [])
+        self.ring.release()
+
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
+        if not self._step.running:
+            return self.beside(lambda: self(layer, x, ids, weights))
         tokens, experts = len(x), len(self.layers[layer].gate)
         if tokens > self._tokens:  # several long sequences
             parts = zip(*(tensor.split(self._tokens) for tensor in (x, ids, weights)), strict=True)
@@ -120,7 +161,7 @@ class Orchestrator:
         counts, first = tokens_by_expert(given[1], experts)
         self._seen[layer] += counts
         if layer == 0:
-            self.start_over()
+            self._forget()
         (sent_for, ahead), self._ahead = self._ahead, (0, [])
         if sent_for != layer:
             for part in ahead:
@@ -128,39 +169,18 @@ class Orchestrator:
             ahead = []
         split = self.split(layer, counts, ahead)
         self.planned_seconds += split.seconds
-
-        def on_gpu() -> None:
-            with torch.inference_mode(), self._recorder.span("queue", 0):
-                self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
-
-        self.aside(on_gpu)
-        if self._queueing is None:
-            on_gpu()
-        try:
-            on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
-        finally:
-            if self._queueing is not None:
-                with self._recorder.span("join", 0):
-                    self._queueing.join()
-        if self._queueing is not None:
-            self._queueing.wait()
-        if on_cpu and self._grouped is not None:
-            self._grouped.add_from_host(y, self._y[:tokens])
-        elif on_cpu:
-            y += self._y[:tokens].to(y.device, non_blocking=True)
+        number = None
+        if split.cpu_rows.any():
+            number = self._step.leave(_CpuPart(layer, *given, split))
+        with self._recorder.span("queue", 0):
+            self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
+        if number is not None:
+            self.gate.wait(number)
+            if self._grouped is not None:
+                self._grouped.add_from_host(y, self._y[:tokens])
+            else:
+                y += self._y[:tokens].to(y.device, non_blocking=True)
         return y
-
-    def start_over(self) -> None:
-        """Forget a step that was broken off: what was sent for it is nobody's."""
-        if self._queueing is not None:
-            self._queueing.join()
-        self._queueing, self._ahead = None, (0, [])
-        self.ring.release()
-
-    def aside(self, call: Callable[[], None]) -> Task | None:
-        """Have something done by the thread that queues the GPU's work; None where there is none."""
-        self._queueing = self._side.give(call) if self._side else None
-        return self._queueing
 
     def _to_host(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor

@@ -39,9 +39,13 @@ class Runner:
         seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
         attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention):
-            hidden = self.model(ids, step)
+            hidden = self._forward(ids, step)
         step.commit()
         return hidden
+
+    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        """The model's step."""
+        return self.model(ids, step)
 
     def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
         """Room for so many more tokens of each sequence."""

@@ -1,4 +1,4 @@
-"""One thread beside the caller's, for work in order. Knows nothing of what it does.
+"""One thread beside the caller's: work in order, a gate between the two, and a step that both do. Knows no model.
 
 Much of a step is handed over, tens of times a token: this costs a few microseconds, an executor's futures cost twenty.
 """
@@ -9,8 +9,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Generic, Protocol, TypeVar
 
-__all__ = ["SideThread", "Task"]
+__all__ = ["Gate", "HostGate", "SharedStep", "SideThread", "Task"]
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
 
 
 class Task:
@@ -66,3 +70,109 @@ def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
     first()
     while (task := tasks.get()) is not None:
         task.run()
+
+
+class Gate(Protocol):
+    """Where a device's queue waits for the host, again and again."""
+
+    def next(self) -> int:
+        """The number of another wait. One thread at a time asks."""
+        ...
+
+    def wait(self, number: int) -> None:
+        """The queue goes on only when the gate has been opened that far; nor does the caller, if need be."""
+        ...
+
+    def open(self, number: int | None = None) -> None:
+        """Let this wait and those before it pass; None: all that have a number."""
+        ...
+
+
+class HostGate:
+    """A `Gate` at which the caller waits itself, for another thread."""
+
+    def __init__(self) -> None:
+        self.numbered = self._opened = 0
+        self._changed = threading.Condition()
+
+    def next(self) -> int:
+        """A `Gate`'s."""
+        self.numbered += 1
+        return self.numbered
+
+    def wait(self, number: int) -> None:
+        """A `Gate`'s."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._opened >= number)
+
+    def open(self, number: int | None = None) -> None:
+        """A `Gate`'s."""
+        with self._changed:
+            self._opened = max(self._opened, self.numbered if number is None else number)
+            self._changed.notify_all()
+
+
+class SharedStep(Generic[Part]):
+    """Work on the side thread that leaves parts of it to the caller's, and goes on behind a gate when they are done."""
+
+    def __init__(self, side: SideThread, gate: Gate) -> None:
+        self._side, self._gate = side, gate
+        self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
+        self._task: Task | None = None
+        self.running = False
+
+    def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
+        """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
+
+        Raises what either of them raises, when both have come to an end.
+        """
+        self.stop()
+        made: list[Made] = []
+
+        def run() -> None:
+            try:
+                made.append(step())
+            finally:
+                self._parts.put(None)
+
+        failed: Exception | None = None
+        self.running = True
+        self._task = self._side.give(run)
+        try:
+            while (left := self._next()) is not None:
+                part, number = left
+                try:
+                    if failed is None:
+                        do(part)
+                except Exception as error:  # noqa: BLE001 - raised below
+                    failed = error
+                finally:
+                    self._gate.open(number)
+            self._task.wait()
+        finally:
+            self.stop()
+        if failed is not None:
+            raise failed
+        return made[0]
+
+    def leave(self, part: Part) -> int:
+        """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
+        number = self._gate.next()
+        self._parts.put((part, number))
+        return number
+
+    def stop(self) -> None:
+        """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
+        self._gate.open()
+        while self.running:
+            left = self._next()
+            if left is not None:
+                self._gate.open(left[1])
+        if self._task is not None:
+            self._task.join()
+            self._task = None
+
+    def _next(self) -> tuple[Part, int] | None:
+        left = self._parts.get()
+        self.running = left is not None
+        return left

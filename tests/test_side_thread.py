@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from fiddler.side_thread import SideThread
+from fiddler.side_thread import HostGate, SharedStep, SideThread
 
 
 def test_everything_is_done_in_order_by_one_thread():
@@ -62,3 +62,57 @@ def test_the_thread_ends_and_nothing_is_kept():
             return
         time.sleep(0.01)
     pytest.fail("the thread goes on without an owner")
+
+
+@pytest.fixture
+def gate():
+    return HostGate()
+
+
+def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(gate):
+    shared, done = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        total = 0
+        for part in range(20):
+            gate.wait(shared.leave(part))
+            total += done[-1][0]
+        return total, threading.current_thread().name
+
+    assert shared.run(step, lambda part: done.append((part, threading.current_thread()))) == (190, "side")
+    assert done == [(part, threading.current_thread()) for part in range(20)]
+    assert not shared.running
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(gate, error):
+    shared, passed = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        for part in range(5):
+            gate.wait(shared.leave(part))
+            passed.append(part)
+        return passed
+
+    def fail(part):
+        if part == 2:
+            raise error(f"part {part}")
+
+    with pytest.raises(error, match="part 2"):
+        shared.run(step, fail)
+    assert passed == [0, 1, 2, 3, 4]  # nobody is left waiting
+    passed.clear()
+    assert shared.run(step, lambda part: None) == [0, 1, 2, 3, 4]
+
+
+def test_a_step_that_fails_itself_raises_to_its_caller(gate):
+    shared, done = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        gate.wait(shared.leave("one part"))
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        shared.run(step, done.append)
+    assert done == ["one part"]
+    assert shared.run(lambda: 7, done.append) == 7
