@@ -16,8 +16,9 @@ __all__ = [
     "copy_rows_to_device",
     "copy_to_device",
     "register",
+    "start",
     "unregister",
-    "used_memory",
+    "used_at_first",
     "wait_for_value",
 ]
 
@@ -75,6 +76,21 @@ def _driver() -> ctypes.CDLL:
     return library
 
 
+def start() -> None:
+    """Start the first of the GPUs that this process may use, for the calling thread. Raises ResourceError.
+
+    In the context that torch will use, too.
+    """
+    library, device, context = _driver(), c_int(), c_void_p()
+    if (
+        library.cuInit(0)
+        or library.cuDeviceGet(byref(device), 0)
+        or library.cuDevicePrimaryCtxRetain(byref(context), device)
+        or library.cuCtxSetCurrent(context)
+    ):
+        raise ResourceError("the GPU does not start")
+
+
 def register(address: int, nbytes: int) -> bool:
     """Pin mapped memory, so that the device's copy engine reads it in place; False where the driver refuses."""
     return int(_driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY)) == 0
@@ -116,10 +132,12 @@ def wait_for_value(stream: int, address: int, value: int) -> bool:
     return int(library.cuStreamWaitValue32_v2(stream, address, value, 0)) == 0
 
 
-def used_memory() -> dict[int, int] | None:
-    """Bytes in use on each of the machine's GPUs, by all programs, by the bus it sits on; None without (a new) NVML.
+@cache
+def used_at_first() -> dict[int, int] | None:
+    """Bytes in use on each of the machine's GPUs, by the bus it sits on, at the first call; None without (a new) NVML.
 
-    Unlike torch's figure it needs no context on the GPU, which itself takes hundreds of megabytes.
+    By all programs, to be called before this process uses any of it. Unlike torch's figure it needs no context on the
+    GPU, which itself takes hundreds of megabytes.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")

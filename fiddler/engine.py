@@ -19,6 +19,7 @@ from fiddler.mapped import COMPILING, mapped_experts, on_cpu
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
+from fiddler.registration import Registration
 from fiddler.runner import Runner
 from fiddler.sampling import Sampling
 from fiddler.tokenizer import Tokenizer
@@ -168,6 +169,7 @@ def load(
     gpu_experts: int | None = None,
     missing: Missing = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    registration: Registration | None = None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
@@ -177,7 +179,8 @@ def load(
     and as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
     gpu_experts: at most so many of them. missing: where experts that are not on the GPU are computed: "auto" does
     what is fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
-    progress: is told of the bytes of experts that went to the GPU, and how many will.
+    progress: is told of the bytes of experts that went to the GPU, and how many will. registration: of the file's
+    mapping with the GPU's driver, begun before; None begins it.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
@@ -200,6 +203,8 @@ def load(
     gpu, why_not = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
+    if gpu and registration is None:
+        registration = Registration(model_file.file.mappings, model_file.file.path, model_file.file)
     tokenizer = model_file.tokenizer
     tier, exact, config = kernels.choose_tier(kernel), precision == "exact", model_file.config
     if threads is not None:
@@ -208,7 +213,7 @@ def load(
     for product in {layer.product for layer in experts}:
         kernels.prepare(product, lambda: notify(COMPILING))
     capacity = min(context, config.context_length)
-    if gpu:
+    if registration is not None and gpu:
         from fiddler.gpu_memory import GpuStartError
         from fiddler.hybrid import on_gpu
 
@@ -219,6 +224,7 @@ def load(
             hybrid = on_gpu(
                 model_file,
                 experts,
+                registration,
                 gpu_memory=gpu_memory,
                 threads=threads,
                 context=capacity,

@@ -9,8 +9,6 @@ orchestration is tested with where there is no GPU.
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol
@@ -20,6 +18,7 @@ import torch
 
 from fiddler import cuda_driver
 from fiddler.errors import ResourceError
+from fiddler.registration import Registration
 from fiddler.side_thread import Gate, HostGate
 
 __all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark"]
@@ -185,19 +184,11 @@ class DirectLink(_CudaLink):
 
     blocks = False
 
-    def __init__(self, device: torch.device, mappings: Sequence[tuple[int, int]], owner: object) -> None:
-        """Register `mappings`, address and bytes, which `owner` keeps alive.
-
-        Raises ResourceError where the driver refuses.
-        """
+    def __init__(self, device: torch.device, registration: Registration) -> None:
+        """Raises ResourceError where the mapping cannot be registered."""
         super().__init__(device)
-        done: list[int] = []
-        # before the mapping goes: the driver does not notice, and would stumble over the next one at that address
-        weakref.finalize(self, _unregister, done, owner).atexit = False
-        for address, nbytes in mappings:
-            if not cuda_driver.register(address, nbytes):
-                raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
-            done.append(address)
+        self._registration = registration  # which goes with the last who holds it
+        registration.wait()
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
@@ -206,11 +197,6 @@ class DirectLink(_CudaLink):
             cuda_driver.copy_to_device(target, source, width * rows, stream)
         else:
             cuda_driver.copy_rows_to_device(target, source, width, rows, pitch, stream)
-
-
-def _unregister(addresses: list[int], owner: object) -> None:
-    for address in addresses:
-        cuda_driver.unregister(address)
 
 
 class BouncedLink(_CudaLink):

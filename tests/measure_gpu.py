@@ -113,10 +113,10 @@ class Bench:
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, warm=3):
-        """Seconds of each token each way; of auto the seconds by kind, the bytes and the plans' seconds, a token."""
+        """Seconds of each token each way; of auto each token's seconds by kind; its bytes and plans' seconds, a token."""
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
-        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(float), 0, 0.0
+        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
         for i, token in enumerate(self.ids(count + warm)):
             for name in self.ways:
                 self.way(name)
@@ -131,8 +131,8 @@ class Bench:
                 found[name].append(taken)
                 if name == "auto":
                     nbytes += sum(self.meter.nbytes.values())
-                    for kind, seconds in self.meter.seconds.items():
-                        spent[kind] += seconds / count
+                    for kind in ("experts", "wait"):
+                        spent[kind].append(self.meter.seconds[kind])
         if self.calibration:  # what the plans promise for so many bytes
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
         return found, spent, nbytes / count, planned
@@ -204,12 +204,15 @@ def main():
         both = bench.calibration.expert_bytes / bench.costs.memory
         print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
         print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
-    kinds = ", ".join(f"{kind} {seconds * 1e3:.2f}" for kind, seconds in spent.items())
-    dense = bench.dense()
-    print(f"a token takes {mean * 1e3:.2f} ms: {kinds}; the GPU's kernels between experts {dense * 1e3:.2f}")
+    dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in spent.items()}
+    print(
+        f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for them and"
+    )
+    print(f"experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
     if bench.calibration:
-        rest = mean - spent["experts"] - dense
-        print(f"neither reading weights nor in those kernels: {rest * 1e3:.2f} ms, {rest / mean:.1%}")
+        rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
+        share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
+        print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
     print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):

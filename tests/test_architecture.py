@@ -29,23 +29,24 @@ MAY_IMPORT = {
     "cli_run": "cli_options completion sampling",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
-    "cli_options": "engine model_file",  # inside a function
+    "cli_options": "engine model_file registration",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory",
+    " gpu_memory registration",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
     " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
-    " staging",
+    " registration staging",
     "orchestrator": "experts gpu_experts kernels plan recorder side_thread staging",
     "side_thread": "",
     "plan": "",
     "placement": "",
     "calibrate": "experts gpu_experts kernels link plan staging",
     "staging": "experts link",
-    "link": "cuda_driver side_thread",
+    "link": "cuda_driver registration side_thread",
+    "registration": "cuda_driver memory",
     "cuda_driver": "",
     "gpu_memory": "cuda_driver",
     "gpu_experts": "experts link",

@@ -236,8 +236,8 @@ def test_without_a_compiler_torch_does_it(tokens, tmp_path):
 
 
 def test_through_buffers_where_the_mapping_may_not_be_registered(tokens, monkeypatch):
-    monkeypatch.setattr("fiddler.hybrid.available_memory", lambda: 1 << 20)
-    monkeypatch.setattr("fiddler.hybrid.cached_bytes", lambda address, nbytes: 0)
+    monkeypatch.setattr("fiddler.registration.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("fiddler.registration.cached_bytes", lambda address, nbytes: 0)
     expected = load(device="cpu", precision="exact").logits(tokens)
     for missing in ("auto", "stream"):
         told = []
