@@ -9,6 +9,8 @@ orchestration is tested with where there is no GPU.
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol
@@ -21,7 +23,7 @@ from fiddler.errors import ResourceError
 from fiddler.registration import Registration
 from fiddler.side_thread import Gate, HostGate
 
-__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark"]
+__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark", "within"]
 
 _FILLING_THREADS = 4
 _BOUNCE = 1 << 24  # bytes of a pinned buffer
@@ -192,11 +194,38 @@ class DirectLink(_CudaLink):
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
-        stream = self._stream.cuda_stream
-        if rows == 1 or pitch == width:
-            cuda_driver.copy_to_device(target, source, width * rows, stream)
-        else:
-            cuda_driver.copy_rows_to_device(target, source, width, rows, pitch, stream)
+        stream, borders = self._stream.cuda_stream, self._registration.borders
+        for begin, count, size, to in within(source, width, rows, pitch, borders):
+            if count == 1 or pitch == size:
+                cuda_driver.copy_to_device(target + to, begin, size * count, stream)
+            else:
+                cuda_driver.copy_rows_to_device(target + to, begin, size, count, pitch, stream)
+
+
+def within(
+    source: int, width: int, rows: int, pitch: int, borders: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """The parts of such a copy as `Link.copy` makes, none of which goes past one of the `borders`, in order.
+
+    Of each: its address, rows, bytes a row, and how far after the target's address it goes.
+    """
+    if rows == 1 or pitch == width:
+        begin, end = source, source + width * rows
+        for border in [*borders[bisect_right(borders, begin) : bisect_left(borders, end)], end]:
+            yield begin, 1, border - begin, begin - source
+            begin = border
+        return
+    to = 0
+    while rows:
+        place = bisect_right(borders, source)
+        fit = rows if place == len(borders) else min(rows, (borders[place] - source - width) // pitch + 1)
+        if fit > 0:
+            yield source, fit, width, to
+        else:  # a row that lies on both sides of a border
+            fit = 1
+            for begin, _, size, after in within(source, width, 1, 0, borders):
+                yield begin, 1, size, to + after
+        source, rows, to = source + fit * pitch, rows - fit, to + fit * width
 
 
 class BouncedLink(_CudaLink):

@@ -195,6 +195,7 @@ class Orchestrator:
         for target, source in given:
             target[:tokens].copy_(source, non_blocking=True)
         self._read.record()
+        self._step.rest()  # rather than where a thread waits for the GPU, busily
         with self._recorder.span("wait", 0):
             self._read.synchronize()
         return self._x[:tokens].numpy(), self._ids[:tokens].numpy(), self._shares[:tokens].numpy()

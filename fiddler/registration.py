@@ -15,18 +15,23 @@ from fiddler import cuda_driver
 from fiddler.errors import ResourceError
 from fiddler.memory import available_memory, cached_bytes, in_memory, populate
 
-__all__ = ["Registration", "torch_for_gpus"]
+__all__ = ["Registration", "pieces", "torch_for_gpus"]
 
 _SPARE = 0.05  # of memory that is left unpinned
 _THREADS = 8  # that walk the mapping: more than one gets its pages faster, 1.5 instead of 6.6 s for 93 GB
-_PIECE = 1 << 30  # bytes, that one of them takes at a time; whole pages
+_WALKED = 1 << 27  # bytes, that one of them takes at a time; whole pages
+_PIECE = 1 << 31  # bytes, that are registered at a time: nothing else in the process can be mapped meanwhile
 
 
 class Registration:
     """A mapping that is being registered with the driver, and is unregistered when nobody holds this any more."""
 
     def __init__(self, mappings: Sequence[tuple[int, int]], path: Path | None, owner: object) -> None:
-        """Begin. mappings: address, of a page, and bytes; `owner` keeps them alive. path: of the file, if it is one."""
+        """Begin. mappings: address, of a page, and bytes; `owner` keeps them alive. path: of the file, if it is one.
+
+        They are registered in pieces: a copy must not go past one of the `borders`.
+        """
+        self.borders = sorted(begin for begin, _ in pieces(mappings, _PIECE))
         self._work = _Work(mappings, path)
         thread = threading.Thread(target=self._work.run, name="fiddler-registration", daemon=True)
         thread.start()
@@ -75,19 +80,14 @@ class _Work:
             )
         cuda_driver.start()
         self._all(populate)
-        for address, size in self._mappings:
+        for address, size in pieces(self._mappings, _PIECE):
             if not cuda_driver.register(address, size):
                 raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
             self.done.append(address)
 
     def _all(self, do: Callable[[int, int], int]) -> list[int]:
         """Do something to every piece of the mappings, on several threads."""
-        pieces = [
-            (address + begin, min(_PIECE, size - begin))
-            for address, size in self._mappings
-            for begin in range(0, size, _PIECE)
-        ]
-        left, found = iter(pieces), list[int]()
+        left, found = iter(pieces(self._mappings, _WALKED)), list[int]()
 
         def work() -> None:
             for piece in left:
@@ -100,6 +100,11 @@ class _Work:
         for thread in threads:
             thread.join()
         return found
+
+
+def pieces(mappings: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Mappings, address and bytes each, in pieces of at most so many bytes."""
+    return [(address + begin, min(most, size - begin)) for address, size in mappings for begin in range(0, size, most)]
 
 
 def _undo(thread: threading.Thread, work: _Work, owner: object) -> None:

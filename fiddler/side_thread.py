@@ -116,7 +116,7 @@ class SharedStep(Generic[Part]):
     """Work on the side thread that leaves parts of it to the caller's, and goes on behind a gate when they are done."""
 
     def __init__(self, side: SideThread, gate: Gate) -> None:
-        self._side, self._gate = side, gate
+        self._side, self._gate, self._done = side, gate, HostGate()
         self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
         self._task: Task | None = None
         self.running = False
@@ -147,7 +147,7 @@ class SharedStep(Generic[Part]):
                 except Exception as error:  # noqa: BLE001 - raised below
                     failed = error
                 finally:
-                    self._gate.open(number)
+                    self._open(number)
             self._task.wait()
         finally:
             self.stop()
@@ -158,19 +158,28 @@ class SharedStep(Generic[Part]):
     def leave(self, part: Part) -> int:
         """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
         number = self._gate.next()
+        self._done.numbered = number
         self._parts.put((part, number))
         return number
 
+    def rest(self) -> None:
+        """On the side thread: sleep until all parts are done, which does not keep a core busy."""
+        self._done.wait(self._done.numbered)
+
     def stop(self) -> None:
         """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
-        self._gate.open()
+        self._open(None)
         while self.running:
             left = self._next()
             if left is not None:
-                self._gate.open(left[1])
+                self._open(left[1])
         if self._task is not None:
             self._task.join()
             self._task = None
+
+    def _open(self, number: int | None) -> None:
+        self._gate.open(number)
+        self._done.open(number)
 
     def _next(self) -> tuple[Part, int] | None:
         left = self._parts.get()

@@ -113,7 +113,7 @@ class Bench:
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, warm=3):
-        """Seconds of each token each way; of auto each token's seconds by kind; its bytes and plans' seconds, a token."""
+        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds."""
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
         found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
@@ -205,10 +205,8 @@ def main():
         print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
         print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
     dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in spent.items()}
-    print(
-        f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for them and"
-    )
-    print(f"experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
+    print(f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for those")
+    print(f"and experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
     if bench.calibration:
         rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
         share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
