@@ -58,7 +58,7 @@ class Decoder:
         self._made = torch.zeros(1, width, pin_memory=True)  # the CPU's
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
-        self._arrived, self._taken = torch.cuda.Event(), torch.cuda.Event()
+        self._arrived, self._taken, self._streamed_all = (torch.cuda.Event() for _ in range(3))
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._breaks: list[int] = []  # the layers after which they end, but for the last
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
@@ -96,17 +96,23 @@ class Decoder:
         chosen = tuple(ids.tolist())
         split = orchestrator.split_one(layer, chosen)
         number, after = orchestrator.gate.next(), graph + 1
+        streamed, queued = any(split.gpu_rows.values()), list[bool]()
 
         def on_gpu() -> None:
-            if any(split.gpu_rows.values()):
+            if streamed:
                 self._stream(layer, chosen, split)
+                self._streamed_all.record()
+                queued.append(True)
             orchestrator.gate.wait(number)
             self._queue(after)
 
         queueing = orchestrator.aside(on_gpu)
         try:
-            if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):
+            computed = orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy())
+            if not computed:
                 self._made.zero_()
+            elif streamed:
+                orchestrator.balance.tell(gpu_first=bool(queued) and self._streamed_all.query())
         finally:
             orchestrator.gate.open(number)
         queueing.wait()

@@ -12,6 +12,7 @@ layer at a gate; behind it the next layer's dense half is queued already. (One t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
-from fiddler.plan import Costs, Plan, make_plan
+from fiddler.plan import Balance, Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
 from fiddler.side_thread import SharedStep, SideThread, Task
 from fiddler.staging import Part, Ring
@@ -110,7 +111,8 @@ class Orchestrator:
         self._costs = costs
         # without self, which would then never be freed by counting references
         self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden))
-        self._ones: dict[tuple[int, tuple[int, ...]], Split] = {}
+        self._ones: dict[tuple[int, tuple[int, ...], float], Split] = {}
+        self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that both sides reach."""
@@ -204,14 +206,17 @@ class Orchestrator:
         """Whether all experts of a layer are residents, so that nothing is left for the CPU or the link."""
         return self._complete[layer]
 
-    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = ()) -> Split:
-        """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already."""
+    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = (), later: float = 0.0) -> Split:
+        """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already.
+
+        later: seconds by which the GPU begins after the CPU.
+        """
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         here = dict.fromkeys(missing, 0)
         for part in ahead:
             if part.expert in here:
                 here[part.expert] += part.end - part.begin
-        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()))
+        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()), later)
         cpu_rows = np.zeros(len(counts), np.int64)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
@@ -219,17 +224,18 @@ class Orchestrator:
 
     def split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
         """`split` for one token with these experts, remembered."""
-        found = self._ones.get((layer, chosen))
+        key = layer, chosen, self.balance.seconds
+        found = self._ones.get(key)
         if found is None:
-            found = self._ones[layer, chosen] = self._split_one(layer, chosen)
+            found = self._ones[key] = self._split_one(*key)
         self.planned_seconds += found.seconds
         return found
 
-    def _split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
+    def _split_one(self, layer: int, chosen: tuple[int, ...], later: float) -> Split:
         """A link that blocks has no part in it: it would begin when the CPU is done."""
         counts = np.bincount(chosen, minlength=len(self.layers[layer].gate))
         if not self.ring.link.blocks:
-            return self.split(layer, counts)
+            return self.split(layer, counts, (), later)
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         cpu_rows = np.zeros(len(counts), np.int64)
         cpu_rows[missing] = self._hidden
@@ -314,7 +320,7 @@ class Orchestrator:
             return
         experts = self._seen.shape[1]
         missing = [e for e in range(experts) if (layer, e) not in self.residents]
-        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing))
+        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing), 0.0)
         if self._hidden not in plan.gpu_rows:
             return
         e = max(missing, key=lambda e: int(self._seen[layer, e]))
@@ -323,5 +329,5 @@ class Orchestrator:
             self._ahead = (layer, list(self.ring.send(layer, e, begin, self._hidden)))
 
 
-def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
-    return make_plan(tokens, costs, hidden, _STEP, ahead)
+def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...], later: float) -> Plan:
+    return make_plan(tokens, replace(costs, link_start=costs.link_start + later), hidden, _STEP, ahead)

@@ -105,8 +105,8 @@ class Bench:
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
             chosen.follow(costs)
-            self.plans[name] = chosen._costs, chosen._plan, chosen._ones
-        chosen._costs, chosen._plan, chosen._ones = self.plans[name]
+            self.plans[name] = chosen._costs, chosen._plan, chosen._ones, chosen.balance
+        chosen._costs, chosen._plan, chosen._ones, chosen.balance = self.plans[name]
         chosen.on_cpu = self.theirs if name == "torch" else self.ours
 
     def ids(self, count):
