@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fiddler
 from fiddler.engine import load
 from fiddler.gpu_experts import Job, feed_forward
+from fiddler.gpu_linear import GpuLinear
 from fiddler.models.mixtral import attend, rotate, route
 
 if not torch.cuda.is_available():
@@ -37,6 +38,17 @@ def test_gemv(kind, rounded, shape):
     given = x.to(kind) if rounded else x
     expected = given.double() @ w.double().T
     assert (gpu_kernels.gemv(x, w, rounded=rounded) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="torch rounds sums before 2.8")
+@pytest.mark.parametrize("tokens", [2, 100])
+def test_products_of_several_tokens_keep_their_sums(tokens):
+    torch.manual_seed(0)
+    x, w = torch.randn(tokens, 512, device=DEVICE), torch.randn(300, 512, device=DEVICE).bfloat16()
+    expected = x.bfloat16().double() @ w.double().T
+    made = GpuLinear({"w": w}, gpu_kernels, exact=False)(x, "w")
+    assert made.dtype == torch.float32
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", [(96, 200, 4), (4096, 14336, 2)])
