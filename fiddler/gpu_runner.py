@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fiddler import kernels
 from fiddler.cache import Sequence, Step
 from fiddler.errors import ResourceError
 from fiddler.gpu_memory import Budget, shown
@@ -95,6 +96,8 @@ class GpuRunner(Runner):
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
     def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
+        kernels.set_threads(max(1, min(self.threads, kernels.usable_cores() - 1)))
         return self._orchestrator.beside(lambda: self.model(ids, step))
 
     def sequence(self) -> Sequence:

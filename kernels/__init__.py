@@ -12,7 +12,7 @@ from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.prepare import prepare
 from fiddler.kernels.product import Product
 from fiddler.kernels.routing import rms_norm, route
-from fiddler.kernels.threads import set_threads, thread_count, threading_layer
+from fiddler.kernels.threads import set_threads, thread_count, threading_layer, usable_cores
 
 __all__ = [
     "TIERS",
@@ -31,4 +31,5 @@ __all__ = [
     "set_threads",
     "thread_count",
     "threading_layer",
+    "usable_cores",
 ]

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "gpu_attention": "",
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
-    "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral orchestrator runner",
+    "gpu_runner": "cache gpu_decode gpu_memory kernels models.config models.mixtral orchestrator runner",
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
