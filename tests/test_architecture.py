@@ -54,6 +54,9 @@ MAY_IMPORT = {
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
+    "chat_template": "template_process tokenizer",
+    "template_process": "",
+    "template_sandbox": "",  # a process of its own
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
@@ -80,6 +83,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "gguf": "gguf_header converters.*",
+    "jinja2": "template_sandbox",
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
