@@ -86,6 +86,11 @@ class Tokenizer:
         return self._table.add_eos
 
     @property
+    def add_space_prefix(self) -> bool:
+        """Whether a space goes before a text, which decoding takes off again."""
+        return self._table.add_space_prefix
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja source that the file carries, unread."""
         return self._table.chat_template

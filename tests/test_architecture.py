@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
+    "chat": "chat_template completion engine sampling",
     "chat_template": "template_process tokenizer",
     "template_process": "",
     "template_sandbox": "",  # a process of its own
