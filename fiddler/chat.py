@@ -59,6 +59,11 @@ class Chat:
         return self._template is not None
 
     @property
+    def context(self) -> int:
+        """Positions there are."""
+        return self._engine.context
+
+    @property
     def messages(self) -> list[Message]:
         """All that was said, the system message first."""
         return [*self._system, *self._turns]
