@@ -102,7 +102,7 @@ def _obey(chat: Chat, line: str, to_text: Callable[[Stats], str]) -> bool:
     elif command == "/save":
         try:
             _save(chat, argument.strip())
-        except FiddlerError as error:
+        except (FiddlerError, OSError, RuntimeError, ValueError) as error:  # the latter by names that no file has
             say(f"error: {error}")
     else:
         say(f'there is no {harmless(command)}; /help lists what there is (in """ """ a message may begin with /)')

@@ -8,7 +8,9 @@ before the chat. Knows no model.
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,6 +51,8 @@ class Terminal:
             self._line_buffer = readline.get_line_buffer
 
     def __enter__(self) -> Self:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is typed may be no UTF-8
         before = signal.getsignal(signal.SIGINT)
         if before is not None and not isinstance(before, int):  # not where it is ignored, or not Python's
             self._before = before

@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "engine completion sampling converters",  # when a name is first used
+    "fiddler": "chat engine completion sampling converters",  # when a name is first used
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
     "cli_run": "cli_options completion sampling chat cli_chat",

@@ -29,7 +29,7 @@ def refused(process, template, *fragments):
     started = time.monotonic()
     with pytest.raises(FileFormatError) as caught:
         process.render(template, {"messages": MESSAGES, "bos_token": "<s>"})
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     message = str(caught.value)
     assert message.startswith("the chat template ")
     assert "\n" not in message
