@@ -45,6 +45,10 @@ def run(
     min_p: Annotated[float, typer.Option(help="Keep tokens this probable, relative to the first; 0: all.")] = 0.05,
     repeat_penalty: Annotated[float, typer.Option(help="Penalty on tokens seen lately; 1: none.")] = 1.0,
     repeat_last_n: Annotated[int, typer.Option(min=-1, help="How many tokens are lately; -1: all.")] = 64,
+    system: Annotated[str | None, typer.Option(help="Message that a chat begins with.")] = None,
+    chat_template_file: Annotated[
+        Path | None, typer.Option(help="Jinja chat template for a chat, instead of the model's.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
@@ -58,8 +62,16 @@ def run(
     ctx: Ctx = None,
     precision: PrecisionOption = Precision.fast,
 ) -> None:
-    """Continue a text. Without MODEL.gguf: the small demo model that ships with fiddler."""
-    text = _prompt_text(prompt, prompt_file)
+    """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
+    chatting = prompt is None and prompt_file is None and _on_terminal()
+    if not chatting and (system is not None or chat_template_file is not None):
+        raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
+    text = "" if chatting else _prompt_text(prompt, prompt_file)
+    template = None
+    if chat_template_file is not None:
+        from fiddler.cli_chat import read_template
+
+        template = read_template(chat_template_file)
     from fiddler.sampling import Sampling
 
     try:
@@ -77,7 +89,15 @@ def run(
         threads=threads,
         precision=precision.value,
     )
-    generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
+    limit = None if count < 0 else count
+    if chatting:
+        from fiddler.chat import Chat
+        from fiddler.cli_chat import open_chat
+
+        chat = Chat(engine, system, sampling, limit, template=template, stop=stop or (), ignore_eos=ignore_eos)
+        open_chat(chat, str(model or "the demo model"), _stats_text, show_stats=stats)
+        return
+    generation = engine.start(text, sampling, limit, stop=stop or (), ignore_eos=ignore_eos)
     for piece in generation:
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -85,6 +105,10 @@ def run(
     sys.stdout.flush()
     if stats:
         say(f"{engine.where} | {_stats_text(generation.completion.stats)}")
+
+
+def _on_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
