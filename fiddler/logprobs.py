@@ -1,8 +1,8 @@
 """Log-probabilities of a chosen token and of the most probable ones. Knows logits only.
 
 They are those of the model itself, as llama.cpp's server and OpenAI give them: the softmax of its logits before a
-constraint, a bias, a penalty or the temperature changed anything. What was ruled out by one of these can stand among the
-most probable, and the chosen token need not.
+constraint, a bias, a penalty or the temperature changed anything. What one of these ruled out can stand among the most
+probable, and the chosen token need not.
 """
 
 from __future__ import annotations

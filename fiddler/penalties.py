@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fiddler.errors import RequestError
-
 __all__ = ["add_bias", "lately", "penalize_repeats", "penalize_runs", "since_breaker"]
 
 _LARGEST = math.log(np.finfo(np.float32).max)
@@ -26,14 +24,11 @@ def lately(tokens: Sequence[int], count: int) -> Sequence[int]:
 
 
 def add_bias(logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
-    """Add to the logits of single tokens; -inf bans one. Raises RequestError for an id that logits [V] do not have."""
+    """Add to the logits of single tokens; -inf bans one."""
     if not bias:
         return logits
     logits = logits.astype(np.float64)
-    for token, value in bias.items():
-        if token >= logits.size:
-            raise RequestError(f"logit_bias names token {token}; the vocabulary has {logits.size}, from 0")
-        logits[token] += value
+    logits[list(bias)] += list(bias.values())
     return logits
 
 

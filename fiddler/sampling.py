@@ -114,7 +114,7 @@ class Guide(Protocol):
 
 
 class Sampler:
-    """A `Sampling` with its state: one a generation. `log_probs`: of every step so far, where `n_probs` asks for them."""
+    """A `Sampling` with its state: one a generation. `log_probs`: of every step, where `n_probs` asks for them."""
 
     def __init__(self, sampling: Sampling, pieces: Sequence[bytes] = (), guide: Guide | None = None) -> None:
         """`pieces`: each token's text as bytes, by id; DRY looks for its breakers there. `guide`: what may be chosen.

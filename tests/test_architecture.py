@@ -23,17 +23,18 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "engine completion sampling converters",  # when a name is first used
+    "fiddler": "engine completion constrain sampling converters",  # when a name is first used
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
-    "cli_run": "cli_options completion sampling",
+    "cli_run": "cli_options cli_sampling completion",
+    "cli_sampling": "constrain logprobs sampling",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "engine model_file",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory",
+    "engine": "completion constrain runner model_file tokenizer sampling kernels recorder devices mapped hybrid"
+    " placement gpu_memory",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -54,13 +55,16 @@ MAY_IMPORT = {
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
-    "completion": "generate runner tokenizer sampling stopping memory",
+    "completion": "generate logprobs runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
-    "sampling": "",
+    "sampling": "logprobs penalties",
+    "logprobs": "",
+    "penalties": "",
+    "constrain": "tokenizer",
     "stopping": "",
     "memory": "",
     "description": "model_file gguf_header",
@@ -80,11 +84,12 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "gguf": "gguf_header converters.*",
+    "llguidance": "constrain",  # where something is constrained
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
-    " orchestrator sampling description model_file gguf_file"
+    "numpy": "bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid link"
+    " mapped orchestrator logprobs penalties sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
@@ -92,7 +97,7 @@ ONLY_IN = {
     " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
     "tqdm": "cli cli_bench cli_options",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling",
 }
 """Every package from outside, and who may import it."""
 
@@ -188,7 +193,8 @@ def test_packages_from_outside_are_imported_where_they_belong(name):
 def test_the_dependencies_are_those_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
-    extras = {re.match(r"[\w-]+", requirement)[0] for requirement in project["optional-dependencies"]["plot"]}
+    optional = project["optional-dependencies"]
+    extras = {re.match(r"[\w-]+", requirement)[0] for requirement in (*optional["plot"], *optional["constrain"])}
     assert declared | extras == ONLY_IN.keys() - {"llvmlite", "triton"}  # numba's and torch's own, in versions that fit
 
 
@@ -213,7 +219,7 @@ def test_what_comes_along_with_an_import(modules, absent):
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
 def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"input", "sys.exit", "SystemExit", "os._exit"}
-    if name not in ("cli_bench", "cli_calibrate", "cli_options", "cli_run"):
+    if name not in ("cli_bench", "cli_calibrate", "cli_options", "cli_run", "cli_sampling"):
         forbidden |= {"print", "sys.stdout", "sys.stderr"}
     for node in ast.walk(tree(MODULES[name])):
         written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
