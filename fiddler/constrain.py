@@ -31,7 +31,7 @@ _BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
-_CONTROL = re.compile(r"[\0-\x1f]")
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _OPERATOR = re.compile(r"[&~]|(?<=-)-")
 
 
