@@ -84,7 +84,7 @@ class Sampling:
             if not low <= value <= high or abs(value) == math.inf:
                 raise RequestError(f"{name} is {value}; it must lie between {low} and {high}")
         breakers, bias = self.dry_sequence_breakers, self.logit_bias
-        if isinstance(breakers, str) or not all(isinstance(text, str) and text for text in breakers):
+        if not isinstance(breakers, list | tuple) or not all(isinstance(text, str) and text for text in breakers):
             raise RequestError(f"dry_sequence_breakers is {breakers!r}; it must be a list of texts, none of them empty")
         object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
         if not isinstance(bias, Mapping):

@@ -236,7 +236,7 @@ def test_dry_is_told_the_tokenizers_pieces():
         ("dry_base", [0.9, math.inf, None]),
         ("dry_allowed_length", [-1, 2.0, None]),
         ("dry_penalty_last_n", [-2, 64.0]),
-        ("dry_sequence_breakers", ["\n", [""], [b":"]]),
+        ("dry_sequence_breakers", ["\n", [""], [b":"], None, 3]),
         ("xtc_probability", [-0.1, 1.1, math.nan]),
         ("xtc_threshold", [-0.1, 1.1, math.nan]),
         ("logit_bias", [{-1: 1.0}, {"1": 1.0}, {1: math.inf}, {1: math.nan}, {1: None}, [(1, 1.0)]]),

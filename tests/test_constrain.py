@@ -5,6 +5,7 @@ regular expressions and Python's parser.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import random
 import re
@@ -43,8 +44,19 @@ def mixtral(tmp_path_factory):
 
 def test_json_by_random_schemas_is_valid(engine):
     """`hold` asserts it of every answer that is whole; the others say `length`, and are few."""
-    cut = [seed for seed in range(SCHEMAS) if hold(engine, seed)[0].finish_reason == "length"]
+    cut = [seed for seed in range(SCHEMAS) if hold(engine, seed).finish_reason == "length"]
     assert len(cut) <= 0.05 * SCHEMAS
+
+
+def test_blanks_between_the_parts_come_to_an_end(engine):
+    """As llama.cpp's grammars have it: at most a blank, or two line breaks and 20 blanks."""
+    blanks = [token for token, piece in enumerate(engine.tokenizer.pieces()) if piece and not piece.strip(b" \t\n")]
+    schema = {"type": "array", "items": {"enum": ["a b"]}, "minItems": 2, "maxItems": 2}
+    sampling = Sampling(0.0, logit_bias=dict.fromkeys(blanks, 1e5))
+    done = engine.generate("x", sampling, 200, constraint=Constraint.json_schema(schema))
+    assert done.finish_reason == "stop"
+    assert json.loads(done.text) == ["a b"] * 2
+    assert re.fullmatch(r'\[(\s{1,22}"a b"\s{1,22}.){2}', done.text, re.DOTALL)
 
 
 def literal(text):
