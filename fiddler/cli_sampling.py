@@ -79,7 +79,7 @@ DryMultiplier = Annotated[
 DryBase = Annotated[float, _option("--dry-base", text="It grows by this factor with every token of the run.")]
 DryAllowedLength = Annotated[int, _option("--dry-allowed-length", text="Shorter runs are free.")]
 DryPenaltyLastN = Annotated[
-    int, _option("--dry-penalty-last-n", min=-1, text="How many tokens are searched for runs; -1: all.")
+    int, _option("--dry-penalty-last-n", text="How many tokens are searched for runs; -1: all.")
 ]
 DrySequenceBreaker = Annotated[
     list[str] | None,

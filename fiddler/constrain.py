@@ -157,7 +157,6 @@ class _Tokens:
         self._tokenizer = tokenizer
         pieces = tokenizer.pieces()
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
-        self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
         self.tokens = [piece or b"\xff[%d]" % token for token, piece in enumerate(pieces)]
         self._byte_ids = {
             piece: token for token, piece in enumerate(pieces) if tokenizer.token(token).startswith("<0x")

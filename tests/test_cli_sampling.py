@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import fiddler
 from fiddler import Sampling
+from fiddler.cli import app
 from fiddler.cli_sampling import constraint_of, probs_line, sampling_of
 from fiddler.logprobs import LogProbs
 
@@ -31,8 +33,33 @@ def engine():
     return fiddler.load()
 
 
-def test_every_option_arrives(engine, tmp_path):
-    """Of what would end the text, or change nothing, nothing is left to chance: the same text as from Python."""
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--temp", -1, "temperature is -1.0"),
+        ("--top-p", 2, "top_p is 2.0"),
+        ("--min-p", 2, "min_p is 2.0"),
+        ("--typical", 2, "typical_p is 2.0"),
+        ("--repeat-penalty", 0, "repeat_penalty is 0.0"),
+        ("--presence-penalty", "inf", "presence_penalty is inf"),
+        ("--frequency-penalty", "nan", "frequency_penalty is nan"),
+        ("--dry-multiplier", -1, "dry_multiplier is -1.0"),
+        ("--dry-base", 0.5, "dry_base is 0.5"),
+        ("--dry-allowed-length", -1, "dry_allowed_length is -1"),
+        ("--dry-penalty-last-n", -2, "dry_penalty_last_n is -2"),
+        ("--dry-sequence-breaker", "", "dry_sequence_breakers is ['']"),
+        ("--xtc-probability", 2, "xtc_probability is 2.0"),
+        ("--xtc-threshold", 2, "xtc_threshold is 2.0"),
+        ("--logit-bias", "5+inf", "logit_bias is inf for token 5"),
+    ],
+)
+def test_every_option_arrives_by_its_name(option, value, message):
+    done = CliRunner().invoke(app, ["run", "-p", "x", option, str(value)])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_text_is_that_of_the_same_sampling(engine, tmp_path):
     sampling = Sampling(
         1.2,
         60,
@@ -136,7 +163,6 @@ def test_a_schema_from_a_file_or_as_it_is(engine, tmp_path):
         (["--grammar", "no such file"], 1, "error: no such file: cannot be read: No such file"),
         (["--json-schema", "{}", "--grammar", 'root ::= "x"'], 2, "not both"),
         (["--probs-file", "x"], 2, "needs --n-probs"),
-        (["--typical", "2"], 2, "typical_p is 2.0"),
         (["--n-probs", "1", "--probs-file", "/nowhere/x"], 1, "error: /nowhere/x: No such file"),
     ],
 )

@@ -118,6 +118,38 @@ def test_masks_are_what_trying_every_token_gives(engine, mixtral):
             assert check_masks(tokenizer, tokens, [text], draw) == text.encode()
 
 
+def test_what_is_certain_is_written_as_the_tokenizer_does(engine, mixtral):
+    """Without the space that goes before a text: byte tokens are for what it cannot write."""
+    for tokenizer in (engine.tokenizer, mixtral):
+        for text in (" the red apple", "red apple", '{"name":'):
+            guide, tokens = Vocabulary(tokenizer).guide(Constraint.grammar(literal(text))), []
+            while not guide.finished:
+                tokens.append(int(guide.allowed().argmax()))
+                guide.advance(tokens[-1])
+            assert tokens == tokenizer.encode(text, continuing=True)
+
+
+@pytest.mark.parametrize(
+    "part, expected",
+    [
+        ("[&&a~~b+--]", set("&a~b+,-")),
+        (".", {chr(code) for code in range(128)}),
+        ("[^a]", {chr(code) for code in range(128)} - {"a"}),
+        (r"[^\x00-\x20\u0041-\U0000005A]", {chr(code) for code in range(0x21, 128)} - {*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"}),
+        (r"[\]\[\\\"^\n/-]", set('][\\"^\n/-')),
+        ('"&&" # [a]', {"&"}),
+        ('"." | "--"', set(".-")),
+        ('"\x7f"', {"\x7f"}),
+    ],
+)
+def test_gbnf_means_what_llama_cpp_takes_it_to_mean(engine, part, expected):
+    """By the byte tokens that may come first: which characters of ASCII may."""
+    guide = Vocabulary(engine.tokenizer).guide(Constraint.grammar(f'root ::= {part} "x"'))
+    allowed = guide.allowed()
+    pieces = [engine.tokenizer.pieces()[token] for token in np.flatnonzero(allowed)]
+    assert {chr(piece[0]) for piece in pieces if piece and piece[0] < 128} == expected
+
+
 def test_a_mask_never_allows_what_has_no_text(mixtral):
     guide = Vocabulary(mixtral).guide(Constraint.grammar("root ::= .*"))
     silent = [token for token, piece in enumerate(mixtral.pieces()) if not piece and token not in mixtral.end_ids]
