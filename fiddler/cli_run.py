@@ -156,7 +156,8 @@ def run(
         pieces = engine.tokenizer.pieces(special=True)
         lines = [probs_line(pieces, step) for step in generation.completion.log_probs]
         if probs_file is None:
-            say("\n".join(lines))
+            for line in lines:
+                say(line)
         else:
             probs_file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if stats:

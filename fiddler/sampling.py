@@ -125,7 +125,7 @@ class Sampler:
         self.log_probs: list[LogProbs] = []
         self._random = np.random.default_rng(sampling.seed)
         self._pieces, self._guide = pieces, guide
-        self._breakers = [text.encode("utf-8", "surrogateescape") for text in sampling.dry_sequence_breakers]
+        self._breakers = [text.encode("utf-8", "surrogatepass") for text in sampling.dry_sequence_breakers]
         if sampling.dry_multiplier and self._breakers and not pieces:
             raise RequestError("DRY's sequence breakers need the tokenizer's pieces: make the sampler with an engine's")
 
