@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from fiddler.chat_template import ChatTemplate, Message
 from fiddler.completion import Completion, Generation
+from fiddler.constrain import Constraint
 from fiddler.engine import Engine
 from fiddler.errors import RequestError
 from fiddler.sampling import Sampling
@@ -38,13 +39,15 @@ class Chat:
         template: str | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> None:
         """`max_tokens` of an answer; None for what the context has room for. `template`: Jinja instead of the model's.
+        `constraint`: of every answer.
 
         Raises FileFormatError where the template cannot be used, RequestError where it takes no system message.
         """
         self._engine, self._sampling, self._max_tokens = engine, sampling, max_tokens
-        self._stop, self._ignore_eos = stop, ignore_eos
+        self._stop, self._ignore_eos, self._constraint = stop, ignore_eos, constraint
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # of the user and of the model, by turns
@@ -84,7 +87,9 @@ class Chat:
         first, ids = self._prompt({"role": "user", "content": text})
         room = self._engine.context - len(ids)
         limit = room if self._max_tokens is None else min(room, self._max_tokens)
-        generation = self._engine.start(ids, self._sampling, limit, stop=self._stop, ignore_eos=self._ignore_eos)
+        generation = self._engine.start(
+            ids, self._sampling, limit, stop=self._stop, ignore_eos=self._ignore_eos, constraint=self._constraint
+        )
         return self._answer(text, first, len(ids), generation)
 
     def reset(self) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
 from dataclasses import dataclass
 from typing import Literal
 
 from fiddler.generate import generate
+from fiddler.logprobs import LogProbs
 from fiddler.memory import peak_memory
 from fiddler.runner import Runner
-from fiddler.sampling import Sampler, Sampling
+from fiddler.sampling import Sampler
 from fiddler.stopping import StopText
 from fiddler.tokenizer import Tokenizer
 
@@ -45,12 +46,17 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. `finish_reason`: "stop" (end token or stop string) or "length"."""
+    """A finished generation.
+
+    `finish_reason`: "stop" (end token, stop string, or a constraint that is met) or "length". `log_probs`: where the
+    sampling's `n_probs` asks for them, one entry a token; of the model's own distribution, see `logprobs.py`.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    log_probs: tuple[LogProbs, ...] = ()
 
 
 class Generation:
@@ -61,15 +67,13 @@ class Generation:
         runner: Runner,
         tokenizer: Tokenizer,
         prompt: Ordered[int],
-        sampling: Sampling,
+        new_sampler: Callable[[], Sampler],
         limit: int,
         stop: Ordered[str],
-        ignore_eos: bool,
         load_seconds: float,
     ) -> None:
         self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._sampling, self._limit = prompt, sampling, limit
-        self._stop, self._ignore_eos = stop, ignore_eos
+        self._prompt, self._new_sampler, self._limit, self._stop = prompt, new_sampler, limit, stop
         self._load_seconds = load_seconds
         self._completion: Completion | None = None
 
@@ -82,19 +86,13 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
         ends = self._tokenizer.end_ids
+        sampler = self._new_sampler()
         decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
         reason: FinishReason = "length"
         tokens: list[int] = []
         text: list[str] = []
         started = first = time.perf_counter()
-        for token in generate(
-            self._runner,
-            self._runner.sequence(),
-            self._prompt,
-            Sampler(self._sampling),
-            self._limit,
-            banned=sorted(ends) if self._ignore_eos else (),
-        ):
+        for token in generate(self._runner, self._runner.sequence(), self._prompt, sampler, self._limit):
             if not tokens:
                 first = time.perf_counter()
             tokens.append(token)
@@ -115,7 +113,7 @@ class Generation:
         if rest:
             text.append(rest)
             yield rest
-        if stop.found:
+        if stop.found or sampler.finished:
             reason = "stop"
         memory = peak_memory()
         stats = Stats(
@@ -127,4 +125,4 @@ class Generation:
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
         )
-        self._completion = Completion("".join(text), tuple(tokens), reason, stats)
+        self._completion = Completion("".join(text), tuple(tokens), reason, stats, tuple(sampler.log_probs))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence as Ordered
+from dataclasses import replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.completion import Completion, Generation
+from fiddler.constrain import Constraint, Vocabulary
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
@@ -21,7 +25,7 @@ from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
 from fiddler.registration import Registration
 from fiddler.runner import Runner
-from fiddler.sampling import Sampling
+from fiddler.sampling import Sampler, Sampling
 from fiddler.tokenizer import Tokenizer
 
 __all__ = ["DEMO_MODEL", "Engine", "load"]
@@ -80,12 +84,14 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
-        not included. `ignore_eos`: end tokens are never chosen.
+        not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
+        that is complete.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos) if isinstance(prompt, str) else prompt
@@ -107,9 +113,28 @@ class Engine:
         if any(not text for text in stop):
             raise RequestError("a stop string is empty; give at least one character")
         limit = room if max_tokens is None else max_tokens
-        return Generation(
-            self.runner, self.tokenizer, ids, sampling or Sampling(), limit, stop, ignore_eos, self.load_seconds
-        )
+        new_sampler = self.samplers(sampling, constraint, ignore_eos)
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, self.load_seconds)
+
+    def samplers(
+        self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
+    ) -> Callable[[], Sampler]:
+        """What makes a sampler for this model, one a generation. Arguments: see `start`.
+
+        Raises RequestError where `sampling` is for another vocabulary or nothing can follow the constraint.
+        """
+        sampling = sampling or Sampling()
+        bad = next((token for token in sampling.logit_bias if token >= self.config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"logit_bias is for token {bad}, outside the vocabulary of {self.config.vocab_size}")
+        if ignore_eos:
+            banned = dict.fromkeys(self.tokenizer.end_ids, -math.inf)
+            sampling = replace(sampling, logit_bias={**sampling.logit_bias, **banned})
+        pieces = self._pieces if sampling.dry_multiplier else ()
+        if constraint is None:
+            return lambda: Sampler(sampling, pieces)
+        guide = self._vocabulary.guide(constraint)
+        return lambda: Sampler(sampling, pieces, guide.copy())
 
     def stream(
         self,
@@ -119,9 +144,10 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """The continuation of `prompt` as pieces of text, as they come. Arguments and errors: see `start`."""
-        return iter(self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos))
+        return iter(self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint))
 
     def generate(
         self,
@@ -131,12 +157,21 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Completion:
         """The whole continuation of `prompt`. Arguments and errors: see `start`."""
-        generation = self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos)
+        generation = self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint)
         for _ in generation:
             continue
         return generation.completion
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self.tokenizer.pieces(special=True)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
     def _checked(self, ids: Ordered[int]) -> list[int]:
         ids = [int(token) for token in ids]

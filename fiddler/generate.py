@@ -20,27 +20,25 @@ def generate(
     prompt: Ordered[int],
     sampler: Sampler,
     limit: int,
-    banned: Ordered[int] = (),
 ) -> Iterator[int]:
     """Read `prompt` into `sequence`, then yield up to `limit` tokens, each fed back only when the next is asked for.
 
-    `banned` tokens are never chosen. Ends by itself only at `limit`: the caller decides what an end token is.
+    Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
     Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
     logits = runner.prefill(sequence, history)
     for produced in range(limit):
+        if sampler.finished:
+            return
+        if produced:
+            logits = runner.logits(runner.step([(sequence, history[-1:])]))[0]
         values = logits.numpy()
         if not np.isfinite(values).all():
             raise FileFormatError(
                 f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: a weight or an "
                 "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
             )
-        if banned:
-            values = values.copy()
-            values[list(banned)] = -np.inf
         token = sampler(values, history)
         history.append(token)
         yield token
-        if produced + 1 < limit:
-            logits = runner.logits(runner.step([(sequence, [token])]))[0]

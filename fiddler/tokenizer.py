@@ -105,8 +105,22 @@ class Tokenizer:
         """The token's name in the vocabulary: `▁the`, `<0x0A>`, `</s>`."""
         return self._table.texts[self._checked(index)]
 
+    def pieces(self, special: bool = False) -> list[bytes]:
+        """Each token's text as bytes, by id: what it adds to a text that goes on. Control, unknown and unused tokens
+        add none; with `special` their names are given.
+        """
+        if not special:
+            return list(self._bytes)
+        return [found or _raw(text) for found, text in zip(self._bytes, self._table.texts, strict=True)]
+
     def encode(
-        self, text: str | bytes, add_bos: bool = False, parse_special: bool = False, *, bar: str = ""
+        self,
+        text: str | bytes,
+        add_bos: bool = False,
+        parse_special: bool = False,
+        continuing: bool = False,
+        *,
+        bar: str = "",
     ) -> list[int]:
         """The ids of `text`; those of SentencePiece wherever no special token is in play.
 
@@ -114,13 +128,14 @@ class Tokenizer:
         tokens; any other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text;
         control tokens only with `parse_special`, so that what a user typed never turns into one. As in
         llama.cpp the longest token is looked for first, and the space that goes before a text also goes
-        before what follows a special token. `add_bos` puts `bos_id` first.
+        before what follows a special token. `add_bos` puts `bos_id` first. `continuing`: the text goes on from an
+        earlier one, and no space goes before it.
 
         `bar`: a character across which no special token is recognised, and which counts for nothing else; where it
         is given, control tokens of a single character, which it could not keep apart, are not recognised at all.
         """
         ids = [self.bos_id] if add_bos else []
-        prefix = self._table.add_space_prefix
+        prefix = self._table.add_space_prefix and not continuing
         special = self._all_special if parse_special else self._user_defined
         if bar:
             types = self._table.types

@@ -23,19 +23,20 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "chat engine completion sampling converters",  # when a name is first used
+    "fiddler": "chat engine completion sampling converters constrain",  # when a name is first used
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
-    "cli_run": "cli_options completion sampling chat cli_chat",
+    "cli_run": "cli_options completion sampling chat cli_chat cli_sampling",
     "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
     "cli_terminal": "cli_options",
+    "cli_sampling": "constrain logprobs sampling",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "engine model_file registration",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory registration",
+    " gpu_memory registration constrain",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -58,17 +59,20 @@ MAY_IMPORT = {
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory kernels models.config models.mixtral orchestrator runner",
-    "chat": "chat_template completion engine sampling",
+    "chat": "chat_template completion constrain engine sampling",
     "chat_template": "template_process tokenizer",
     "template_process": "",
-    "template_sandbox": "",  # a process of its own
-    "completion": "generate runner tokenizer sampling stopping memory",
+    "template_sandbox": "",
+    "completion": "generate runner tokenizer sampling stopping memory logprobs",
     "generate": "runner cache sampling",
     "runner": "kernels cache models.mixtral",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
-    "sampling": "",
+    "sampling": "logprobs penalties",
+    "logprobs": "",
+    "penalties": "",
+    "constrain": "tokenizer",
     "stopping": "",
     "memory": "",
     "description": "model_file gguf_header",
@@ -88,12 +92,13 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "gguf": "gguf_header converters.*",
-    "jinja2": "template_sandbox",
+    "jinja2": "template_sandbox",  # a process of its own
+    "llguidance": "constrain",  # where something is constrained
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
-    " orchestrator sampling description model_file gguf_file"
+    "numpy": "bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid link"
+    " mapped orchestrator logprobs penalties sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
@@ -101,7 +106,7 @@ ONLY_IN = {
     " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
     "tqdm": "cli cli_bench cli_options",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling",
 }
 """Every package from outside, and who may import it."""
 
@@ -197,7 +202,8 @@ def test_packages_from_outside_are_imported_where_they_belong(name):
 def test_the_dependencies_are_those_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
-    extras = {re.match(r"[\w-]+", requirement)[0] for requirement in project["optional-dependencies"]["plot"]}
+    optional = project["optional-dependencies"]
+    extras = {re.match(r"[\w-]+", requirement)[0] for requirement in (*optional["plot"], *optional["constrain"])}
     assert declared | extras == ONLY_IN.keys() - {"llvmlite", "triton"}  # numba's and torch's own, in versions that fit
 
 
@@ -224,7 +230,7 @@ def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"sys.exit", "SystemExit", "os._exit"}
     if name != "cli_terminal":
         forbidden.add("input")
-    if name not in ("cli_bench", "cli_calibrate", "cli_chat", "cli_options", "cli_run", "cli_terminal"):
+    if not name.startswith("cli_"):
         forbidden |= {"print", "sys.stdout", "sys.stderr"}
     for node in ast.walk(tree(MODULES[name])):
         written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
