@@ -14,7 +14,7 @@ from fiddler.sampling import Sampler, Sampling
 from fiddler.stopping import StopText
 from fiddler.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Generation", "Stats"]
+__all__ = ["Completion", "Generation", "Reply", "Stats"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -53,8 +53,39 @@ class Completion:
     stats: Stats
 
 
+class Reply:
+    """The text of a generation as its tokens come, until an end token, a stop string or the last token allowed."""
+
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Ordered[str]) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
+        self._ends, self._limit = tokenizer.end_ids, limit
+        self._decoder, self._stop = tokenizer.stream(continuing=True), StopText(stop)
+        self._text: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._text)
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token, maybe none; all that was held back where it is the last one."""
+        assert self.finish_reason is None, "the reply has ended"
+        self.tokens.append(token)
+        ended = token in self._ends
+        piece = "" if ended else self._stop.push(self._decoder.push(token))
+        if ended or self._stop.found or len(self.tokens) == self._limit:
+            piece += self._stop.push(self._decoder.finish()) + self._stop.finish()
+            self.finish_reason = "stop" if ended or self._stop.found else "length"
+        self._text.append(piece)
+        return piece
+
+
 class Generation:
-    """A running generation: iterate for pieces of text; afterwards `completion` says how it went."""
+    """A generation that was asked for: iterate for pieces of text; afterwards `completion` says how it went.
+
+    Or let it take part in an engine's `batch`, which takes what it needs from here.
+    """
 
     def __init__(
         self,
@@ -67,9 +98,10 @@ class Generation:
         ignore_eos: bool,
         load_seconds: float,
     ) -> None:
+        self.prompt, self.limit = prompt, limit
+        self.banned = sorted(tokenizer.end_ids) if ignore_eos else []
         self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._sampling, self._limit = prompt, sampling, limit
-        self._stop, self._ignore_eos = stop, ignore_eos
+        self._sampling, self._stop = sampling, stop
         self._load_seconds = load_seconds
         self._completion: Completion | None = None
 
@@ -81,50 +113,39 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
-        ends = self._tokenizer.end_ids
-        decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
-        reason: FinishReason = "length"
-        tokens: list[int] = []
-        text: list[str] = []
+        reply = self.reply()
         started = first = time.perf_counter()
         for token in generate(
-            self._runner,
-            self._runner.sequence(),
-            self._prompt,
-            Sampler(self._sampling),
-            self._limit,
-            banned=sorted(ends) if self._ignore_eos else (),
+            self._runner, self._runner.sequence(), self.prompt, self.sampler(), self.limit, self.banned
         ):
-            if not tokens:
+            if not reply.tokens:
                 first = time.perf_counter()
-            tokens.append(token)
-            if token in ends:
-                reason = "stop"
-                break
-            piece = stop.push(decoder.push(token))
+            piece = reply.push(token)
             if piece:
-                text.append(piece)
                 yield piece
-            if stop.found:
-                reason = "stop"
+            if reply.finish_reason is not None:
                 break
-        ended = time.perf_counter()
-        if not tokens:
-            first = ended
-        rest = stop.push(decoder.finish()) + stop.finish()
-        if rest:
-            text.append(rest)
-            yield rest
-        if stop.found:
-            reason = "stop"
+        self._completion = self.completed(reply, started, first if reply.tokens else time.perf_counter())
+
+    def reply(self) -> Reply:
+        """An empty one, for this generation's tokens."""
+        return Reply(self._tokenizer, self.limit, self._stop)
+
+    def sampler(self) -> Sampler:
+        """A new one, as if nothing had been chosen yet."""
+        return Sampler(self._sampling)
+
+    def completed(self, reply: Reply, started: float, first: float) -> Completion:
+        """What `reply` has become by now; `started` and `first`, its first token's, by `time.perf_counter`."""
+        assert reply.finish_reason is not None, "the reply has not ended"
         memory = peak_memory()
         stats = Stats(
             load_seconds=self._load_seconds,
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=len(self.prompt),
             prompt_seconds=first - started,
-            generated_tokens=len(tokens),
-            generation_seconds=ended - first,
+            generated_tokens=len(reply.tokens),
+            generation_seconds=time.perf_counter() - first,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
         )
-        self._completion = Completion("".join(text), tuple(tokens), reason, stats)
+        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats)

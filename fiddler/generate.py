@@ -11,7 +11,7 @@ from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
-__all__ = ["generate"]
+__all__ = ["choose", "generate"]
 
 
 def generate(
@@ -30,17 +30,24 @@ def generate(
     history = list(prompt)
     logits = runner.prefill(sequence, history)
     for produced in range(limit):
-        values = logits.numpy()
-        if not np.isfinite(values).all():
-            raise FileFormatError(
-                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: a weight or an "
-                "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
-            )
-        if banned:
-            values = values.copy()
-            values[list(banned)] = -np.inf
-        token = sampler(values, history)
+        token = choose(logits.numpy(), history, sampler, banned)
         history.append(token)
         yield token
         if produced + 1 < limit:
             logits = runner.logits(runner.step([(sequence, [token])]))[0]
+
+
+def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler, banned: Ordered[int] = ()) -> int:
+    """The token that goes on from `history`, after which the model computes `logits` [V]; none of the `banned`.
+
+    Raises FileFormatError where one of them is no number.
+    """
+    if not np.isfinite(logits).all():
+        raise FileFormatError(
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {len(history)} tokens: a weight or an "
+            "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+        )
+    if banned:
+        logits = logits.copy()
+        logits[list(banned)] = -np.inf
+    return sampler(logits, history)
