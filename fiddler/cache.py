@@ -18,7 +18,7 @@ from fiddler import kernels
 from fiddler.models.config import Config
 from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rotate
 
-__all__ = ["Sequence", "Step"]
+__all__ = ["Sequence", "Step", "kept_bytes"]
 
 _LONG = 1024  # positions, from which on more than one thread pays
 _FIRST_CAPACITY = 256  # positions; doubled when full
@@ -56,7 +56,7 @@ class Sequence:
         capacity = min(kept.shape[1] for kept in (*self._keys, *self._values))  # of one that was broken off
         if length <= capacity:
             return
-        capacity = min(self.context, max(length, 2 * capacity, _FIRST_CAPACITY))
+        capacity = _capacity(length, self.context, capacity)
         for kept in (self._keys, self._values):
             for layer, old in enumerate(kept):
                 kept[layer] = self._empty(capacity)
@@ -149,6 +149,17 @@ class Step:
         """The step went through every layer: the sequences are longer now."""
         for sequence, count in self._parts:
             sequence.length += count
+
+
+def kept_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
+    """Bytes of keys and values of a new sequence that reserves `length` positions at once."""
+    row = config.head_count_kv * config.head_dim * dtype.itemsize
+    return 2 * config.block_count * row * _capacity(length, context)
+
+
+def _capacity(length: int, context: int, present: int = 0) -> int:
+    """Positions to make room for, where `length` are needed."""
+    return min(context, max(length, 2 * present, _FIRST_CAPACITY))
 
 
 def _array(kept: Tensor) -> np.ndarray:

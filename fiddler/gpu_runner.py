@@ -88,8 +88,8 @@ class GpuRunner(Runner):
             return super()._place(parts)
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
-    def sequence(self) -> Sequence:
-        """A new, empty sequence. The first one alive has its memory already, another one takes more."""
+    def sequence(self, positions: int = 0) -> Sequence:
+        """A `Runner`'s. The first one alive has its memory already, another one takes more."""
         home = self._at_home() is None
         made = Sequence(
             self.model.config,
@@ -100,7 +100,14 @@ class GpuRunner(Runner):
         )
         if home:
             self._at_home = weakref.ref(made)
+        if positions:
+            with self._within_budget():
+                made.reserve(positions)
         return made
+
+    def room(self, weights: int) -> int | None:
+        """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
+        return max(0, self.budget.room())
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""

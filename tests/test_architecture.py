@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "cli_options": "engine model_file",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory",
+    "engine": "batch completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
+    " gpu_memory memory width",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -56,7 +56,9 @@ MAY_IMPORT = {
     "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
     "completion": "generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
-    "runner": "kernels cache models.mixtral",
+    "batch": "cache completion generate runner width",
+    "width": "",
+    "runner": "kernels cache memory models.mixtral width",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
@@ -83,7 +85,7 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
+    "numpy": "batch bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
     " orchestrator sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
