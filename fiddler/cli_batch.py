@@ -1,0 +1,166 @@
+"""The command `batch`: prompts from one file, results into another, many at once, on from where it was interrupted."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fiddler.cli_options import (
+    Ctx,
+    Device,
+    DeviceOption,
+    ExpertCounts,
+    GpuExperts,
+    GpuMemory,
+    Missing,
+    MissingOption,
+    Precision,
+    PrecisionOption,
+    Threads,
+    loaded,
+    say,
+)
+from fiddler.errors import FiddlerError, RequestError
+
+if TYPE_CHECKING:
+    from fiddler.completion import Generation
+    from fiddler.engine import Engine
+    from fiddler.jobs import Id, Job, JobFile
+    from fiddler.results import Results
+
+__all__ = ["batch"]
+
+
+def batch(
+    prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A prompt a line: id, prompt, and options.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; those that it holds are not made again.")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if none.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option("-np", "--parallel", min=1, help="At most so many at once; as many as pay if not given.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without; -1: to the end or --ctx.")
+    ] = -1,
+    temp: Annotated[float, typer.Option(help="temperature of lines without; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="top_k of lines without; 0 or less: all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="top_p of lines without; 1: all.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="min_p of lines without; 0: all.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option(help="repeat_penalty of lines without; 1: none.")] = 1.0,
+    repeat_last_n: Annotated[int, typer.Option(min=-1, help="repeat_last_n of lines without; -1: all.")] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="stop of lines without; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=-1, help="Lines without a seed get theirs from this and their id; -1: a new one.")
+    ] = -1,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemory = None,
+    gpu_experts: GpuExperts = None,
+    missing: MissingOption = Missing.auto,
+    expert_counts: ExpertCounts = None,
+    threads: Threads = None,
+    ctx: Ctx = None,
+    precision: PrecisionOption = Precision.fast,
+) -> None:
+    """Continue many texts at once. What is interrupted goes on with the same command."""
+    from fiddler.jobs import Defaults, JobFile
+    from fiddler.results import Results
+    from fiddler.sampling import Sampling
+
+    try:
+        sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, None if seed < 0 else seed)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not all(stop or ()):
+        raise typer.BadParameter("--stop is empty; give at least one character")
+    jobs = JobFile(prompts, Defaults(sampling, None if count < 0 else count, tuple(stop or ()), ignore_eos))
+    with Results(out, prompts, jobs.ids) as results:
+        if len(results.done) == len(jobs.ids):
+            say(f"{out} has all {len(jobs.ids)} results")
+            return
+        engine = loaded(
+            model,
+            ctx,
+            device=device.value,
+            gpu_memory=gpu_memory,
+            gpu_experts=gpu_experts,
+            missing=missing.value,
+            expert_counts=expert_counts,
+            threads=threads,
+            precision=precision.value,
+        )
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: there is time to say something
+        try:
+            _run(engine, jobs, results, parallel)
+        except KeyboardInterrupt:
+            say(f"interrupted: {len(results.done)} of {len(jobs.ids)} are in {out}; the same command goes on")
+            raise
+
+
+def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) -> None:
+    """All jobs that have no result yet, with a bar, and a line about them at the end."""
+    from tqdm import tqdm
+
+    before, began, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
+    generated = 0
+    running: dict[int, Id] = {}
+    bar = tqdm(total=len(jobs.ids), initial=before, unit="prompt", leave=False, disable=None, miniters=0)
+
+    def refused(identity: Id, error: FiddlerError) -> None:
+        nonlocal failed
+        results.add(identity, error=str(error))
+        failed += 1
+
+    def started() -> Iterator[Generation]:
+        """A line that cannot run has its result at once, and stops none of the others."""
+        place = 0
+        for job in jobs.jobs(results.done):
+            try:
+                generation = _generation(engine, job)
+            except RequestError as error:
+                refused(job.id, error)
+                bar.update(1)
+                continue
+            running[place] = job.id
+            place += 1
+            yield generation
+
+    def stepped(tokens: int, sequences: int) -> None:
+        nonlocal generated, widest
+        generated, widest = tokens, max(widest, sequences)
+        speed = tokens / (time.perf_counter() - began)
+        bar.set_postfix_str(f"{speed:.1f} tokens/s, {sequences} at once", refresh=False)
+        bar.update(0)
+
+    with bar:
+        for place, outcome in engine.batch(started(), parallel, on_step=stepped):
+            identity = running.pop(place)
+            if isinstance(outcome, FiddlerError):
+                refused(identity, outcome)
+            else:
+                results.add(
+                    identity,
+                    text=outcome.text,
+                    finish_reason=outcome.finish_reason,
+                    prompt_tokens=outcome.stats.prompt_tokens,
+                    generated_tokens=outcome.stats.generated_tokens,
+                )
+                prompt_tokens += outcome.stats.prompt_tokens
+            bar.update(1)
+    seconds = time.perf_counter() - began
+    say(
+        f"{len(results.done) - before} results ({failed} errors), {before} were there | "
+        f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
+        f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
+    )
+
+
+def _generation(engine: Engine, job: Job) -> Generation:
+    """What a line asks for, prepared; the one place where messages would become a prompt."""
+    assert isinstance(job.prompt, str), "messages were refused when the file was checked"
+    return engine.start(job.prompt, job.sampling, job.max_tokens, stop=job.stop, ignore_eos=job.ignore_eos)
