@@ -41,7 +41,8 @@ def batch(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; those that it holds are not made again.")],
     model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if none.")] = None,
     parallel: Annotated[
-        int | None, typer.Option("-np", "--parallel", min=1, help="At most so many at once; as many as pay if not given.")
+        int | None,
+        typer.Option("-np", "--parallel", min=1, help="At most so many at once; as many as pay if not given."),
     ] = None,
     count: Annotated[
         int, typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without; -1: to the end or --ctx.")
@@ -154,7 +155,7 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
             bar.update(1)
     seconds = time.perf_counter() - began
     say(
-        f"{len(results.done) - before} results ({failed} errors), {before} were there | "
+        f"{len(results.done) - before} results (errors: {failed}), {before} were there | "
         f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
         f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
     )
