@@ -79,7 +79,7 @@ class Batch:
                 failed = _as_error(error)
             else:
                 outcomes = [outcome for member, logits in whole for outcome in self._go_on(member, logits)]
-                if max(counts) == 1:
+                if counts == [1] * sequences:
                     self._width.measured(sequences, time.perf_counter() - began)
                 self._on_step(self._generated, sequences)
                 yield from outcomes
@@ -128,15 +128,16 @@ class Batch:
 
         Where that fails, nothing has changed.
         """
-        parts, rows, whole = [], [], []
+        parts, rows, whole, end = [], [], [], 0
         for member, count in zip(self._members, counts, strict=True):
             if count:
                 assert member.sequence is not None, "it has not joined"
                 held = member.sequence.length
                 parts.append((member.sequence, member.tokens[held : held + count]))
+            end += count
             if count == member.lacks:
                 whole.append(member)
-                rows.append(sum(len(tokens) for _, tokens in parts) - 1)
+                rows.append(end - 1)
         before = [sequence.length for sequence, _ in parts]
         try:
             hidden = self._runner.step(parts)
