@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,7 +49,7 @@ from fiddler.cli_sampling import (
     XtcProbability,
     XtcThreshold,
     constraint_of,
-    probs_line,
+    probs_of,
     sampling_of,
 )
 from fiddler.errors import FiddlerError
@@ -183,7 +184,7 @@ def run(
     sys.stdout.flush()
     if n_probs:
         pieces = engine.tokenizer.pieces(special=True)
-        lines = [probs_line(pieces, step) for step in generation.completion.log_probs]
+        lines = [json.dumps(probs_of(pieces, step)) for step in generation.completion.log_probs]
         if probs_file is None:
             for line in lines:
                 say(line)

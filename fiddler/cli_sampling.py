@@ -1,12 +1,11 @@
 """How tokens are chosen, as options of the command line: shared by the commands that generate.
 
 Names and defaults are llama.cpp's. Each option is an annotated type; `sampling_of` and `constraint_of` make of their
-values what the engine takes, `probs_line` what --n-probs prints.
+values what the engine takes, `probs_of` what --n-probs prints.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ __all__ = [
     "XtcProbability",
     "XtcThreshold",
     "constraint_of",
-    "probs_line",
+    "probs_of",
     "sampling_of",
 ]
 
@@ -162,8 +161,8 @@ def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | 
     return None
 
 
-def probs_line(pieces: Sequence[bytes], found: LogProbs) -> str:
-    """One step as a line of JSON, with the keys of `completion_probabilities` of llama.cpp's server.
+def probs_of(pieces: Sequence[bytes], found: LogProbs) -> dict[str, Any]:
+    """One step as JSON has it, with the keys of `completion_probabilities` of llama.cpp's server.
 
     `pieces`: each token's text. `bytes` are exact; `token` shows what is no UTF-8 as U+FFFD.
     """
@@ -172,7 +171,7 @@ def probs_line(pieces: Sequence[bytes], found: LogProbs) -> str:
         piece = pieces[token]
         return {"id": token, "token": piece.decode(errors="replace"), "bytes": [*piece], "logprob": logprob}
 
-    return json.dumps({**shown(found.token, found.logprob), "top_logprobs": [shown(*pair) for pair in found.top]})
+    return {**shown(found.token, found.logprob), "top_logprobs": [shown(*pair) for pair in found.top]}
 
 
 def _biases(given: Sequence[str]) -> dict[int, float]:

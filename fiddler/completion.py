@@ -15,7 +15,7 @@ from fiddler.sampling import Sampler
 from fiddler.stopping import StopText
 from fiddler.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Generation", "Stats"]
+__all__ = ["Completion", "Generation", "Reply", "Stats"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -59,8 +59,47 @@ class Completion:
     log_probs: tuple[LogProbs, ...] = ()
 
 
+class Reply:
+    """The text of a generation as its tokens come, until an end token, a stop string or the last token allowed."""
+
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Ordered[str]) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
+        self._ends, self._limit = tokenizer.end_ids, limit
+        self._decoder, self._stop = tokenizer.stream(continuing=True), StopText(stop)
+        self._text: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._text)
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """The text that is certain with this token, maybe none; all that was held back where it is the last one.
+
+        last: nothing more can be chosen.
+        """
+        assert self.finish_reason is None, "the reply has ended"
+        self.tokens.append(token)
+        ended = token in self._ends
+        piece = "" if ended else self._stop.push(self._decoder.push(token))
+        if ended or last or self._stop.found or len(self.tokens) == self._limit:
+            piece += self._stop.push(self._decoder.finish()) + self._stop.finish()
+            self.finish_reason = "stop" if ended or last or self._stop.found else "length"
+        self._text.append(piece)
+        return piece
+
+    def end(self) -> None:
+        """Nothing can be chosen, not even a first token."""
+        assert not self.tokens
+        self.finish_reason = "stop"
+
+
 class Generation:
-    """A running generation: iterate for pieces of text; afterwards `completion` says how it went."""
+    """A generation that was asked for: iterate for pieces of text; afterwards `completion` says how it went.
+
+    Or let it take part in an engine's `batch`, which takes what it needs from here.
+    """
 
     def __init__(
         self,
@@ -72,8 +111,9 @@ class Generation:
         stop: Ordered[str],
         load_seconds: float,
     ) -> None:
+        self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._new_sampler, self._limit, self._stop = prompt, new_sampler, limit, stop
+        self._new_sampler, self._stop = new_sampler, stop
         self._load_seconds = load_seconds
         self._completion: Completion | None = None
 
@@ -85,44 +125,37 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
-        ends = self._tokenizer.end_ids
-        sampler = self._new_sampler()
-        decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
-        reason: FinishReason = "length"
-        tokens: list[int] = []
-        text: list[str] = []
+        reply, sampler = self.begin()
         started = first = time.perf_counter()
-        for token in generate(self._runner, self._runner.sequence(), self._prompt, sampler, self._limit):
-            if not tokens:
+        for token in generate(self._runner, self._runner.sequence(), self.prompt, sampler, self.limit):
+            if not reply.tokens:
                 first = time.perf_counter()
-            tokens.append(token)
-            if token in ends:
-                reason = "stop"
-                break
-            piece = stop.push(decoder.push(token))
+            piece = reply.push(token, last=sampler.finished)
             if piece:
-                text.append(piece)
                 yield piece
-            if stop.found:
-                reason = "stop"
+            if reply.finish_reason is not None:
                 break
-        ended = time.perf_counter()
-        if not tokens:
-            first = ended
-        rest = stop.push(decoder.finish()) + stop.finish()
-        if rest:
-            text.append(rest)
-            yield rest
-        if stop.found or sampler.finished:
-            reason = "stop"
+        self._completion = self.completed(reply, sampler, started, first if reply.tokens else time.perf_counter())
+
+    def begin(self) -> tuple[Reply, Sampler]:
+        """An empty reply for this generation's tokens, and who chooses them."""
+        reply, sampler = Reply(self._tokenizer, self.limit, self._stop), self._new_sampler()
+        if sampler.finished:
+            reply.end()
+        return reply, sampler
+
+    def completed(self, reply: Reply, sampler: Sampler, started: float, first: float) -> Completion:
+        """What `reply` has become by now; `started` and `first`, its first token's, by `time.perf_counter`."""
+        assert reply.finish_reason is not None, "the reply has not ended"
         memory = peak_memory()
         stats = Stats(
             load_seconds=self._load_seconds,
-            prompt_tokens=len(self._prompt),
+            prompt_tokens=len(self.prompt),
             prompt_seconds=first - started,
-            generated_tokens=len(tokens),
-            generation_seconds=ended - first,
+            generated_tokens=len(reply.tokens),
+            generation_seconds=time.perf_counter() - first,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
         )
-        self._completion = Completion("".join(text), tuple(tokens), reason, stats, tuple(sampler.log_probs))
+        log_probs = tuple(sampler.log_probs)
+        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence as Ordered
 from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.batch import Batch, Outcome
 from fiddler.completion import Completion, Generation
 from fiddler.constrain import Constraint, Vocabulary
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
+from fiddler.memory import in_memory
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
@@ -27,6 +29,7 @@ from fiddler.registration import Registration
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler, Sampling
 from fiddler.tokenizer import Tokenizer
+from fiddler.width import Width, first_width
 
 __all__ = ["DEMO_MODEL", "Engine", "load"]
 
@@ -164,6 +167,30 @@ class Engine:
         for _ in generation:
             continue
         return generation.completion
+
+    def batch(
+        self,
+        generations: Iterable[Generation],
+        parallel: int | None = None,
+        *,
+        on_step: Callable[[int, int], None] = lambda generated, sequences: None,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Many generations, as `start` gives them, at once: (place, completion or error) of each as it finishes.
+
+        What they say does not depend on each other, beyond rounding; an expert that several want is read once a step.
+        They are taken from the iterable when there is room for them, so it may prepare them as it goes.
+        parallel: at most so many sequences at once; None begins with as many as make every step read every expert, and
+        doubles that as long as it gives more tokens a second. Fewer where keys and values of all would exceed half of
+        the memory beside the model. on_step: is told of tokens generated so far, and the sequences of the last step.
+        Raises RequestError when `parallel` makes no sense.
+        """
+        if parallel is not None and parallel < 1:
+            raise RequestError(f"parallel is {parallel}; give at least 1")
+        most = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
+        first = first_width(self.config.expert_count, self.config.expert_used_count) if parallel is None else most
+        file = self.model_file.file
+        weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
+        return iter(Batch(self.runner, generations, self.runner.room(weights), Width(min(first, most), most), on_step))
 
     @cached_property
     def _pieces(self) -> list[bytes]:

@@ -11,7 +11,7 @@ from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
-__all__ = ["generate"]
+__all__ = ["choose", "generate"]
 
 
 def generate(
@@ -33,12 +33,19 @@ def generate(
             return
         if produced:
             logits = runner.logits(runner.step([(sequence, history[-1:])]))[0]
-        values = logits.numpy()
-        if not np.isfinite(values).all():
-            raise FileFormatError(
-                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: a weight or an "
-                "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
-            )
-        token = sampler(values, history)
+        token = choose(logits.numpy(), history, sampler)
         history.append(token)
         yield token
+
+
+def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler) -> int:
+    """The token that goes on from `history`, after which the model computes `logits` [V].
+
+    Raises FileFormatError where one of them is no number.
+    """
+    if not np.isfinite(logits).all():
+        raise FileFormatError(
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {len(history)} tokens: a weight or an "
+            "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+        )
+    return sampler(logits, history)

@@ -100,8 +100,8 @@ class GpuRunner(Runner):
         kernels.set_threads(max(1, min(self.threads, kernels.usable_cores() - 1)))
         return self._orchestrator.beside(lambda: self.model(ids, step))
 
-    def sequence(self) -> Sequence:
-        """A new, empty sequence. The first one alive has its memory already, another one takes more."""
+    def sequence(self, positions: int = 0) -> Sequence:
+        """A `Runner`'s. The first one alive has its memory already, another one takes more."""
         home = self._at_home() is None
         made = Sequence(
             self.model.config,
@@ -112,7 +112,14 @@ class GpuRunner(Runner):
         )
         if home:
             self._at_home = weakref.ref(made)
+        if positions:
+            with self._within_budget():
+                made.reserve(positions)
         return made
+
+    def room(self, weights: int) -> int | None:
+        """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
+        return max(0, self.budget.room())
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""

@@ -4,7 +4,7 @@ Knows arrays and CPU features; not files, tensors or models. The functions here 
 are the only doors to the compiled code, which has no bounds checks.
 """
 
-from fiddler.kernels.attention import attend_one
+from fiddler.kernels.attention import attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.expert_ffn import expert_ffn
@@ -18,7 +18,7 @@ __all__ = [
     "TIERS",
     "Product",
     "Tier",
-    "attend_one",
+    "attend_each",
     "available_tiers",
     "choose_tier",
     "expert_ffn",

@@ -25,18 +25,21 @@ ROOMS = {
 MAY_IMPORT = {
     "fiddler": "chat engine completion sampling converters constrain",  # when a name is first used
     "__main__": "cli",
-    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
+    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch",
     "cli_run": "cli_options completion sampling chat cli_chat cli_sampling",
     "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
     "cli_terminal": "cli_options",
     "cli_sampling": "constrain logprobs sampling",
+    "cli_batch": "chat_template cli_sampling cli_options completion engine jobs results sampling",
+    "jobs": "sampling",
+    "results": "jobs",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "engine model_file registration",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory registration constrain",
+    " gpu_memory registration constrain batch memory width",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -65,7 +68,9 @@ MAY_IMPORT = {
     "template_sandbox": "",
     "completion": "generate runner tokenizer sampling stopping memory logprobs",
     "generate": "runner cache sampling",
-    "runner": "kernels cache models.mixtral",
+    "batch": "cache completion generate runner width",
+    "width": "",
+    "runner": "kernels cache memory models.mixtral width",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
@@ -97,16 +102,16 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid link"
-    " mapped orchestrator logprobs penalties sampling description model_file gguf_file"
+    "numpy": "batch bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid"
+    " link mapped orchestrator logprobs penalties sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
     " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
-    "tqdm": "cli cli_bench cli_options",
+    "tqdm": "cli cli_batch cli_bench cli_options",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch",
 }
 """Every package from outside, and who may import it."""
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fiddler
 from fiddler import Sampling
 from fiddler.cli import app
-from fiddler.cli_sampling import constraint_of, probs_line, sampling_of
+from fiddler.cli_sampling import constraint_of, probs_of, sampling_of
 from fiddler.logprobs import LogProbs
 
 PROMPT = "Tom saw a red ball. Tom saw a red ball. Tom"
@@ -93,7 +93,7 @@ def test_the_text_is_that_of_the_same_sampling(engine, tmp_path):
     rows = [json.loads(line) for line in probs.read_text(encoding="utf-8").splitlines()]
     pieces = engine.tokenizer.pieces(special=True)
     for row, step in zip(rows, expected.log_probs, strict=True):
-        assert row == json.loads(probs_line(pieces, step))
+        assert row == probs_of(pieces, step)
         assert row["id"] == step.token
         assert len(row["top_logprobs"]) == 2
 
@@ -107,7 +107,7 @@ def test_probabilities_go_to_stderr_after_the_text():
 
 
 def test_a_line_is_that_of_llama_cpps_server():
-    line = json.loads(probs_line([b"a", b"\xe6"], LogProbs(1, -2.0, ((0, -0.5), (1, -2.0)))))
+    line = json.loads(json.dumps(probs_of([b"a", b"\xe6"], LogProbs(1, -2.0, ((0, -0.5), (1, -2.0))))))
     assert line == {
         "id": 1,
         "token": "\ufffd",
