@@ -5,6 +5,7 @@ Nothing of fiddler takes part, so that what reads these files is held against an
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -97,6 +98,16 @@ def write_random_mixtral(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_context(source: Path, target: Path, context: int) -> Path:
+    """A copy of a GGUF that says it was trained with so many positions."""
+    shutil.copyfile(source, target)
+    reader = gguf.GGUFReader(target, "r+")
+    field = reader.fields["llama.context_length"]
+    field.parts[field.data[0]][0] = context
+    reader.data.flush()
+    return target
 
 
 def _add_vocabulary(
