@@ -19,6 +19,7 @@ import typer
 from fiddler.cli_bench import bench
 from fiddler.cli_calibrate import calibrate
 from fiddler.cli_options import DType, say
+from fiddler.cli_perplexity import perplexity
 from fiddler.cli_run import run
 from fiddler.errors import FiddlerError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(bench)
 app.command()(calibrate)
+app.command()(perplexity)
 
 
 def main() -> NoReturn:

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
+    from fiddler.model_file import ModelFile
 
 __all__ = [
     "Ctx",
@@ -90,22 +91,21 @@ Ctx = Annotated[
 PrecisionOption = Annotated[Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")]
 
 
-def loaded(model: Path | None, ctx: int | None, **options: Any) -> Engine:
+def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> Engine:
     """The engine for MODEL.gguf, or the demo model, by the options of `fiddler.load`; it tells on stderr what it does.
 
     A bad file is refused before torch is imported.
     """
-    opened = None
-    if model is not None:
+    if isinstance(model, Path):
         from fiddler.model_file import ModelFile
 
-        opened = ModelFile.open(model)
-        opened.check_runnable()
-        _ = opened.tokenizer
+        model = ModelFile.open(model)
+        model.check_runnable()
+        _ = model.tokenizer
     from fiddler.engine import load
 
     with loading_bar() as progress:
-        engine = load(opened, context=4096 if ctx is None else ctx, notify=say, progress=progress, **options)
+        engine = load(model, context=4096 if ctx is None else ctx, notify=say, progress=progress, **options)
     if ctx is not None and ctx > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
     return engine

@@ -226,6 +226,8 @@ def _blocks(q: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, T
         k, v = (some[past:].transpose(0, 1).float() for some in (keys, values))  # [G, n, head_dim]
         k, v = (some.repeat_interleave(heads // groups, 0) for some in (k, v))
         yield _FLASH(q.transpose(0, 1)[None], k[None], v[None], 0.0, True)
+        if past == 0:
+            return
     # the queries that share a KV head stand together, so keys and values of the past are never repeated
     grouped = q.view(n, groups, -1, head_dim).permute(1, 2, 0, 3).reshape(groups, -1, head_dim)  # [G, H / G * n, d]
     for begin in range(0, past, _BLOCK):

@@ -25,11 +25,15 @@ ROOMS = {
 MAY_IMPORT = {
     "fiddler": "engine completion sampling converters",  # when a name is first used
     "__main__": "cli",
-    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
+    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_perplexity cli_run",
     "cli_run": "cli_options completion sampling",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
+    "cli_perplexity": "cli_options converters.output_file engine model_file models.config perplexity placement"
+    " popularity",
     "cli_options": "engine model_file",  # inside a function
+    "perplexity": "runner",
+    "popularity": "models.mixtral",
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
@@ -84,15 +88,16 @@ ONLY_IN = {
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
     "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
-    " orchestrator sampling description model_file gguf_file"
+    " orchestrator perplexity sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
-    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
-    "tqdm": "cli cli_bench cli_options",
+    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator perplexity popularity"
+    " staging models.mixtral",
+    "tqdm": "cli cli_bench cli_options cli_perplexity",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_perplexity cli_run",
 }
 """Every package from outside, and who may import it."""
 
@@ -213,7 +218,7 @@ def test_what_comes_along_with_an_import(modules, absent):
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
 def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"input", "sys.exit", "SystemExit", "os._exit"}
-    if name not in ("cli_bench", "cli_calibrate", "cli_options", "cli_run"):
+    if name not in ("cli_bench", "cli_calibrate", "cli_options", "cli_perplexity", "cli_run"):
         forbidden |= {"print", "sys.stdout", "sys.stderr"}
     for node in ast.walk(tree(MODULES[name])):
         written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
