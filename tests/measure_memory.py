@@ -239,7 +239,7 @@ engine = fiddler.engine.load(sys.argv[1], device="cpu", context=count, precision
 ids = [random.Random(0).randrange(3, engine.config.vocab_size) for _ in range(count)]
 loaded, samples, done = peak_memory().anonymous, [], threading.Event()
 def sample():
-    while not done.wait(0.002):
+    while not done.wait(0.005):
         samples.append(peak_memory().anonymous)
 thread = threading.Thread(target=sample)
 thread.start()
