@@ -38,6 +38,7 @@ class Sequence:
         """`storage`: of a sequence that is no longer used, to be used again."""
         self.context = context
         self.length = 0
+        self._config = config
         self._heads, self._head_dim = config.head_count_kv, config.head_dim
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
@@ -62,6 +63,23 @@ class Sequence:
                 kept[layer] = self._empty(capacity)
                 kept[layer][:, : self.length] = old[:, : self.length]
         self._arrays = self._as_arrays()
+
+    def divided(self, count: int, length: int) -> list[Sequence]:
+        """So many empty sequences of at most `length` positions each, in this one's memory.
+
+        It is theirs from now on; keep this sequence until they are done with, and do not use it.
+        """
+        self.reserve(count * length)
+        size = self._heads * length * self._head_dim
+
+        def parts(layers: list[Tensor], index: int) -> list[Tensor]:
+            flat = (kept.view(-1)[index * size : (index + 1) * size] for kept in layers)
+            return [kept.view(self._heads, length, self._head_dim) for kept in flat]
+
+        return [
+            Sequence(self._config, length, self._dtype, self.device, (parts(self._keys, i), parts(self._values, i)))
+            for i in range(count)
+        ]
 
     def _as_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """The same memory, for the kernel; none where it is not the CPU's."""

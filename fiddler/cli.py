@@ -20,6 +20,7 @@ from fiddler.cli_batch import batch
 from fiddler.cli_bench import bench
 from fiddler.cli_calibrate import calibrate
 from fiddler.cli_options import DType, say
+from fiddler.cli_perplexity import perplexity
 from fiddler.cli_run import run
 from fiddler.errors import FiddlerError
 
@@ -38,6 +39,7 @@ app.command()(run)
 app.command()(batch)
 app.command()(bench)
 app.command()(calibrate)
+app.command()(perplexity)
 
 
 def main() -> NoReturn:

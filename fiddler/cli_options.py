@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
+    from fiddler.model_file import ModelFile
 
 __all__ = [
     "Ctx",
@@ -90,19 +91,19 @@ Ctx = Annotated[
 PrecisionOption = Annotated[Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")]
 
 
-def loaded(model: Path | None, ctx: int | None, **options: Any) -> Engine:
+def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> Engine:
     """The engine for MODEL.gguf, or the demo model, by the options of `fiddler.load`; it tells on stderr what it does.
 
     A bad file is refused before torch is imported.
     """
-    opened, registration = None, None
-    if model is not None:
+    opened, registration = model, None
+    if opened is not None:
         from fiddler.model_file import ModelFile
-
-        opened = ModelFile.open(model)
-        opened.check_runnable()
         from fiddler.registration import Registration, torch_for_gpus
 
+        if isinstance(opened, Path):
+            opened = ModelFile.open(opened)
+        opened.check_runnable()
         if options.get("device") != "cpu" and torch_for_gpus():
             registration = Registration(opened.file.mappings, opened.file.path, opened.file)
         _ = opened.tokenizer

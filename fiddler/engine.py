@@ -73,11 +73,11 @@ class Engine:
         Raises RequestError when an id is outside the vocabulary or there are more ids than `context`.
         """
         ids = self._checked(ids)
-        sequence = self.runner.sequence()
-        chunks = [ids[begin : begin + self.runner.chunk] for begin in range(0, len(ids), self.runner.chunk)]
-        if not chunks:
-            return torch.empty(0, self.config.vocab_size)
-        return torch.cat([self.runner.logits(self.runner.step([(sequence, chunk)])) for chunk in chunks])
+        sequence, chunk = self.runner.sequence(), self.runner.chunk
+        made = torch.empty(len(ids), self.config.vocab_size)
+        for begin in range(0, len(ids), chunk):
+            made[begin : begin + chunk] = self.runner.logits(self.runner.step([(sequence, ids[begin : begin + chunk])]))
+        return made
 
     def start(
         self,

@@ -133,12 +133,20 @@ class GpuRunner(Runner):
         sequence.length += 1
         return self._decoder.hidden
 
+    def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
+        """A `Runner`'s."""
+        with self._within_budget():
+            return super().prefill(sequence, tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """A `Runner`'s."""
         if self._decoder is not None and hidden is self._decoder.hidden:
             return self._decoder.logits.cpu()
+        made = torch.empty(len(hidden), self.model.config.vocab_size)
         with self._within_budget():  # in pieces: a step may be longer than there is room for all its logits
-            return torch.cat([Runner.logits(self, part) for part in hidden.split(_LOGITS)])
+            for begin in range(0, len(hidden), _LOGITS):
+                made[begin : begin + _LOGITS] = Runner.logits(self, hidden[begin : begin + _LOGITS])
+        return made
 
     @contextmanager
     def _within_budget(self) -> Iterator[None]:

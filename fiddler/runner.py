@@ -66,6 +66,7 @@ class Runner:
     def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
         """Append a prompt, a chunk at a time: float32 logits [V] after its last token."""
         assert tokens, "a prompt has at least one token"
+        sequence.reserve(sequence.length + len(tokens))  # at once: growing by steps would copy, and leave holes
         hidden = None
         for begin in range(0, len(tokens), self.chunk):
             hidden = self.step([(sequence, tokens[begin : begin + self.chunk])])

@@ -7,7 +7,7 @@ explained in `config.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -32,7 +32,10 @@ __all__ = [
     "route",
 ]
 
-_MASK_ELEMENTS = 1 << 22  # attention goes over the queries in pieces whose mask is at most this large
+_MASK_ELEMENTS = 1 << 22  # masked attention goes over the queries in pieces whose mask is at most this large
+_BLOCK = 4096  # positions of the past that are attended to at once
+# what torch's scaled_dot_product_attention calls on a CPU; it also gives the logarithms of the softmax's sums
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Experts(Protocol):
@@ -183,21 +186,66 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     """Causal grouped-query attention of the last n positions: q [n, H, head_dim] -> [n, H, head_dim] float32.
 
     keys and values [S, G, head_dim]: query i is position S - n + i and sees the positions up to its own, at most
-    the last `window` of them. Keys and values may be stored in 16 bits; the arithmetic is float32.
+    the last `window` of them. Keys and values may be stored in 16 bits; the arithmetic is float32. Memory does not
+    grow with S.
     """
+    n, total = len(q), len(keys)
+    if q.is_cuda and keys.dtype == torch.float16 and (window is None or total <= window):
+        return _attend_in_16_bits(q, keys, values)
+    if window is not None:
+        seen = slice(max(0, total - n - window + 1), None)  # by any of the queries
+        keys, values = keys[seen], values[seen]
+    if n > 1 and (q.is_cuda or (window is not None and len(keys) > window)):
+        return _attend_masked(q.float(), keys, values, window)
+    return _attend_in_blocks(q.float(), keys, values)
+
+
+def _attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`attend` without a window, block by block.
+
+    They are put together by the sums of their exponentials (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    """
+    n, heads, head_dim = q.shape
+    blocks = _blocks(q, keys, values)
+    made, sums = next(blocks)
+    out, total = made.reshape(heads, n, head_dim), sums.reshape(heads, n, 1)
+    for made, sums in blocks:
+        sums = sums.reshape(heads, n, 1)
+        both = torch.logaddexp(total, sums)
+        out = out * torch.exp(total - both) + made.reshape(heads, n, head_dim) * torch.exp(sums - both)
+        total = both
+    return out.transpose(0, 1).contiguous()
+
+
+def _blocks(q: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention to some positions at a time: what it gives, and the logarithm of the sum of its exponentials."""
+    n, heads, head_dim = q.shape
+    groups, past = keys.shape[1], len(keys)
+    if n > 1:  # their own positions, causally
+        past -= n
+        k, v = (some[past:].transpose(0, 1).float() for some in (keys, values))  # [G, n, head_dim]
+        k, v = (some.repeat_interleave(heads // groups, 0) for some in (k, v))
+        yield _FLASH(q.transpose(0, 1)[None], k[None], v[None], 0.0, True)
+        if past == 0:
+            return
+    # the queries that share a KV head stand together, so keys and values of the past are never repeated
+    grouped = q.view(n, groups, -1, head_dim).permute(1, 2, 0, 3).reshape(groups, -1, head_dim)  # [G, H / G * n, d]
+    for begin in range(0, past, _BLOCK):
+        k, v = (some[begin : min(begin + _BLOCK, past)].transpose(0, 1).float() for some in (keys, values))
+        if n > 1:
+            yield _FLASH(grouped[None], k[None], v[None])
+        else:  # torch's takes ten times as long for so few queries of many keys
+            scores = torch.bmm(grouped * head_dim**-0.5, k.transpose(1, 2))
+            shares = torch.softmax(scores, -1)
+            yield torch.bmm(shares, v), scores.amax(-1) - shares.amax(-1).log()
+
+
+def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """`attend` with a mask for each piece of the queries."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
     repeat = heads // groups
-    if q.is_cuda and keys.dtype == torch.float16 and (window is None or total <= window):
-        return _attend_in_16_bits(q, keys, values)
-    q = q.float()
-    # the queries that share a KV head stand together, so keys and values are never repeated
     grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
-    if n == 1:  # torch's SDPA takes ten times as long for so few queries of many keys
-        seen = slice(0 if window is None else max(0, total - window), None)
-        k, v = keys[seen].transpose(0, 1).float(), values[seen].transpose(0, 1).float()  # [G, S, head_dim]
-        scores = torch.bmm(grouped.reshape(groups, repeat, head_dim) * head_dim**-0.5, k.transpose(1, 2))
-        return torch.bmm(torch.softmax(scores, -1), v).view(1, heads, head_dim)
     k, v = keys.transpose(0, 1).float(), values.transpose(0, 1).float()  # [G, S, head_dim]
     out = torch.empty_like(grouped)
     step = max(1, _MASK_ELEMENTS // (repeat * total))

@@ -1,7 +1,7 @@
 """Memory and speed at the real shape of Mixtral-8x7B, some layers of it: `python tests/measure_memory.py convert`.
 
 Not a test that pytest collects: each layer needs 6 GB of disk while it runs. Every sub-command makes its model
-in a temporary directory, runs `fiddler` on it in a process of its own and samples that process from outside.
+in a temporary directory and runs `fiddler` on it in a process of its own, whose memory is sampled.
 The figure is RssAnon of /proc/PID/status: memory that is the process's own, without the pages of mapped files,
 which the kernel takes back at will. Needs the `dev` extra, for the tokenizer in mistral-common.
 """
@@ -22,6 +22,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from synthetic import with_context
 
 D, F, E, H, G, V = 4096, 14336, 8, 32, 8, 32000
 HEAD_DIM = D // H
@@ -229,6 +230,55 @@ def run(arguments: argparse.Namespace) -> bool:
     return bool(grown < arguments.limit * 1e6 and answer["open_seconds"] <= arguments.open_limit)
 
 
+PREFILL = """
+import json, random, sys, threading, time
+import fiddler.engine
+from fiddler.memory import peak_memory
+count = int(sys.argv[2])
+engine = fiddler.engine.load(sys.argv[1], device="cpu", context=count, precision=sys.argv[3])
+ids = [random.Random(0).randrange(3, engine.config.vocab_size) for _ in range(count)]
+loaded, samples, done = peak_memory().anonymous, [], threading.Event()
+def sample():
+    while not done.wait(0.005):
+        samples.append(peak_memory().anonymous)
+thread = threading.Thread(target=sample)
+thread.start()
+sequence, started = engine.runner.sequence(), time.perf_counter()
+engine.runner.prefill(sequence, ids)
+seconds = time.perf_counter() - started
+done.set()
+thread.join()
+kept = sum(half.nbytes for layers in sequence.storage for half in layers)
+print(json.dumps({"seconds": seconds, "kept": kept, "grown": max(samples) - loaded}))
+"""
+
+
+def measured_prefill(model: Path, tokens: int, precision: str) -> dict[str, float]:
+    """A prompt read by a process of its own: seconds, bytes of keys and values, RssAnon's growth at its highest."""
+    command = [sys.executable, "-c", PREFILL, str(model), str(tokens), precision]
+    answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return answer
+
+
+def prefill(arguments: argparse.Namespace) -> bool:
+    """Read prompts with the demo model, its context raised; whether memory beyond keys and values stayed small."""
+    from fiddler.engine import DEMO_MODEL
+
+    say_row(["tokens", "seconds", "tokens/s", "keys, values MB", "grown MB", "beyond MB"])
+    say_row(["---:"] * 6)
+    beyond = []
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        model = with_context(arguments.model or DEMO_MODEL, Path(scratch) / "long.gguf", max(arguments.tokens))
+        measured_prefill(model, 16, arguments.precision)  # compiles the kernels
+        for tokens in arguments.tokens:
+            got = measured_prefill(model, tokens, arguments.precision)
+            beyond.append((got["grown"] - got["kept"]) / 1e6)
+            sizes = [f"{size / 1e6:.0f}" for size in (got["kept"], got["grown"])]
+            speed = f"{tokens / got['seconds']:.0f}"
+            say_row([tokens, f"{got['seconds']:.1f}", speed, *sizes, f"{beyond[-1]:.0f}"])
+    return max(beyond) < arguments.limit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -246,6 +296,13 @@ def main() -> None:
     command.add_argument("--limit", type=int, default=400, metavar="MB", help="exit with 1 if it grew by more (400)")
     command.add_argument("--open-limit", type=float, default=0.2, metavar="S", help="exit with 1 if slower (0.2)")
     command.add_argument("--directory", type=Path, help="where to put some 6 GB a layer (default: the temporary one)")
+    command = commands.add_parser("prefill", help="read long prompts with the demo model")
+    command.set_defaults(function=prefill)
+    command.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    command.add_argument("--precision", choices=["fast", "exact"], default="fast")
+    command.add_argument("--model", type=Path, metavar="MODEL.gguf", help="another model, of which a copy is made")
+    command.add_argument("--limit", type=int, default=300, metavar="MB", help="exit with 1 if it took more (300)")
+    command.add_argument("--directory", type=Path, help="where to put the copy (default: the temporary one)")
     arguments = parser.parse_args()
     sys.exit(0 if arguments.function(arguments) else 1)
 

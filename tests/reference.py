@@ -114,7 +114,7 @@ def from_gguf(path: Path) -> MixtralForCausalLM:
         num_experts_per_tok=fields["llama.expert_used_count"],
         max_position_embeddings=fields["llama.context_length"],
         rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        sliding_window=None,
+        sliding_window=fields.get("llama.attention.sliding_window"),
         rope_parameters={"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"},
         experts_implementation="eager",
         attn_implementation="eager",

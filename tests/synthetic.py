@@ -5,6 +5,7 @@ Nothing of fiddler takes part, so that what reads these files is held against an
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,16 @@ def with_template(source: Path, target: Path, template: str) -> Path:
     reader, key = gguf.GGUFReader(source), gguf.Keys.Tokenizer.CHAT_TEMPLATE
     new = {key: MetadataDetails(gguf.GGUFValueType.STRING, template)}
     copy_with_new_metadata(reader, gguf.GGUFWriter(target, "llama"), new, [])
+    return target
+
+
+def with_context(source: Path, target: Path, context: int) -> Path:
+    """A copy of a GGUF that says it was trained with so many positions."""
+    shutil.copyfile(source, target)
+    reader = gguf.GGUFReader(target, "r+")
+    field = reader.fields["llama.context_length"]
+    field.parts[field.data[0]][0] = context
+    reader.data.flush()
     return target
 
 

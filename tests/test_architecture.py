@@ -25,7 +25,8 @@ ROOMS = {
 MAY_IMPORT = {
     "fiddler": "chat engine completion sampling converters constrain",  # when a name is first used
     "__main__": "cli",
-    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch",
+    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch"
+    " cli_perplexity",
     "cli_run": "cli_options completion sampling chat cli_chat cli_sampling",
     "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
     "cli_terminal": "cli_options",
@@ -36,6 +37,10 @@ MAY_IMPORT = {
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "engine model_file registration",  # inside a function
+    "cli_perplexity": "cli_options converters.output_file engine model_file models.config perplexity placement"
+    " popularity",
+    "perplexity": "runner",
+    "popularity": "models.mixtral",
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
     "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
@@ -103,15 +108,16 @@ ONLY_IN = {
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
     "numpy": "batch bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid"
-    " link mapped orchestrator logprobs penalties sampling description model_file gguf_file"
+    " link mapped orchestrator logprobs penalties perplexity sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
-    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator staging models.mixtral",
-    "tqdm": "cli cli_batch cli_bench cli_options",
+    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator perplexity popularity"
+    " staging models.mixtral",
+    "tqdm": "cli cli_batch cli_bench cli_options cli_perplexity",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity",
 }
 """Every package from outside, and who may import it."""
 

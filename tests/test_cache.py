@@ -27,6 +27,23 @@ def test_a_sequence_takes_over_anothers_memory(engine):
     assert [kept.data_ptr() for kept in second.storage[0]] == places
 
 
+def test_sequences_in_one_sequences_memory(engine):
+    """Side by side in a step, of which each sees its own; when they are used again, what was there is forgotten."""
+    runner, parts = engine.runner, [[1, 40, 50, 60, 70], [1, 80, 90, 100, 110]]
+    home = Sequence(engine.config, 300, torch.float32, torch.device("cpu"))
+    home.reserve(300)
+    sequences = home.divided(2, 5)
+    for ids in (parts, parts[::-1]):
+        for sequence in sequences:
+            sequence.truncate(0)
+        for begin, end in ((0, 3), (3, 4), (4, 5)):
+            hidden = runner.step([(s, some[begin:end]) for s, some in zip(sequences, ids, strict=True)])
+        made = runner.logits(hidden)
+        assert torch.allclose(made, torch.stack([engine.logits(some)[-1] for some in ids]), atol=1e-4)
+    kept, room = sequences[1].storage[0][3], home.storage[0][3]
+    assert 0 <= kept.data_ptr() - room.data_ptr() <= room.nbytes - kept.nbytes
+
+
 def test_growth_that_was_broken_off_goes_on(engine, monkeypatch):
     """As where memory runs out half way: every layer has room afterwards, and what was there is still there."""
     runner, ids = engine.runner, list(range(3, 303))

@@ -18,6 +18,8 @@ from fiddler.engine import load
 from fiddler.gpu_experts import Job, feed_forward
 from fiddler.gpu_linear import GpuLinear
 from fiddler.models.mixtral import attend, rotate, route
+from fiddler.perplexity import cut, measure
+from fiddler.popularity import counting
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -295,6 +297,23 @@ def test_random_models(model, tmp_path):
     engine.runner.prefill(sequence, ids[:30])
     one = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[30:]])
     assert (one - expected[30:]).norm() <= 1e-4 * expected.norm()
+
+
+def test_perplexity_and_expert_counts_are_those_of_the_cpu(tmp_path):
+    """Several windows in a step, all in the memory of one sequence; then one window in a step."""
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", experts=5, used=3)
+    ids = np.random.default_rng(1).integers(3, 200, 1200).tolist()
+    engines = [load(path, "cpu", precision="exact")]
+    engines += [load(path, "cuda", precision="exact", gpu_experts=most) for most in (0, 4, None)]
+    for size in (65, 500):
+        found = []
+        for engine in engines:
+            with counting(engine.runner.model) as counted:
+                *_, made = measure(engine.runner, cut(ids, size), 1)
+            found.append((made.perplexity, counted.counts))
+        for perplexity, counts in found[1:]:
+            assert perplexity == pytest.approx(found[0][0], rel=1e-4)
+            assert counts == found[0][1]
 
 
 def test_the_budget_holds():
