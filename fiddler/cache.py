@@ -106,13 +106,19 @@ class Step:
         self._parts = parts
         self._config = config
 
+    @property
+    def seen_by_torch(self) -> int:
+        """Pairs of a row and a position it sees, but for rows that our kernel attends."""
+        parts = ((sequence, count) for sequence, count in self._parts if not _is_for_kernel(sequence, count))
+        return sum((sequence.length + count) * count for sequence, count in parts)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
         out = []
         begin = 0
         for sequence, count in self._parts:
             rows = slice(begin, begin + count)
-            if count == 1 and sequence.device.type == "cpu" and sequence.length < _LONG:
+            if _is_for_kernel(sequence, count):
                 out.append(sequence.attend_one(layer, q[begin], k[begin], v[begin])[None])
             else:
                 turns = self._turns[rows]
@@ -131,6 +137,10 @@ class Step:
         """The step went through every layer: the sequences are longer now."""
         for sequence, count in self._parts:
             sequence.length += count
+
+
+def _is_for_kernel(sequence: Sequence, count: int) -> bool:
+    return count == 1 and sequence.device.type == "cpu" and sequence.length < _LONG
 
 
 def _array(kept: Tensor) -> np.ndarray:

@@ -36,8 +36,7 @@ class Runner:
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
         ids = ids.to(self.model.token_embd.device)
         step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
-        seen = sum((sequence.length + len(tokens)) * len(tokens) for sequence, tokens in parts)
-        attention = 2 * seen * self.model.config.head_count * self.model.config.head_dim
+        attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention):
             hidden = self.model(ids, step)
         step.commit()
