@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING
 from fiddler.errors import FiddlerError
 
 if TYPE_CHECKING:
+    from fiddler.beam import Beam
     from fiddler.completion import Completion
     from fiddler.converters import convert
     from fiddler.engine import Engine, load
     from fiddler.sampling import Sampling
 
-__all__ = ["Completion", "Engine", "FiddlerError", "Sampling", "convert", "load"]
+__all__ = ["Beam", "Completion", "Engine", "FiddlerError", "Sampling", "convert", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Beam": "fiddler.beam",
     "Completion": "fiddler.completion",
     "Engine": "fiddler.engine",
     "Sampling": "fiddler.sampling",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
 from dataclasses import dataclass
 from typing import Literal
 
+from fiddler.cache import Sequence
 from fiddler.generate import generate
 from fiddler.memory import peak_memory
 from fiddler.runner import Runner
@@ -30,11 +31,12 @@ class Stats:
     generation_seconds: float
     peak_resident: int  # includes the parts of the mapped file that were touched
     anonymous: int  # memory of the process's own, at the end
+    cached_tokens: int = 0  # of the prompt, whose keys and values were there already
 
     @property
     def prompt_speed(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Prompt tokens a second, of those that were computed."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def generation_speed(self) -> float:
@@ -66,11 +68,13 @@ class Generation:
         stop: Ordered[str],
         ignore_eos: bool,
         load_seconds: float,
+        after_prompt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else."""
         self._runner, self._tokenizer = runner, tokenizer
         self._prompt, self._sampling, self._limit = prompt, sampling, limit
         self._stop, self._ignore_eos = stop, ignore_eos
-        self._load_seconds = load_seconds
+        self._load_seconds, self._after_prompt = load_seconds, after_prompt
         self._completion: Completion | None = None
 
     @property
@@ -81,21 +85,33 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
+        sequence, tokens = self._runner.resume(self._prompt), list[int]()
+        try:
+            yield from self._pieces(sequence, tokens)
+        except (GeneratorExit, KeyboardInterrupt):
+            self._runner.keep(sequence, [*self._prompt, *tokens])
+            raise
+        self._runner.keep(sequence, [*self._prompt, *tokens])
+
+    def _pieces(self, sequence: Sequence, tokens: list[int]) -> Iterator[str]:
+        """The same, computed with `sequence`; `tokens` grows by what is chosen."""
         ends = self._tokenizer.end_ids
         decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
         reason: FinishReason = "length"
-        tokens: list[int] = []
+        cached = sequence.length
         text: list[str] = []
-        started = first = time.perf_counter()
+        started = read = first = time.perf_counter()
         for token in generate(
             self._runner,
-            self._runner.sequence(),
+            sequence,
             self._prompt,
             Sampler(self._sampling),
             self._limit,
             banned=sorted(ends) if self._ignore_eos else (),
         ):
             if not tokens:
+                read = time.perf_counter()
+                self._after_prompt(sequence)
                 first = time.perf_counter()
             tokens.append(token)
             if token in ends:
@@ -110,7 +126,8 @@ class Generation:
                 break
         ended = time.perf_counter()
         if not tokens:
-            first = ended
+            read = first = ended
+            self._after_prompt(sequence)
         rest = stop.push(decoder.finish()) + stop.finish()
         if rest:
             text.append(rest)
@@ -121,10 +138,11 @@ class Generation:
         stats = Stats(
             load_seconds=self._load_seconds,
             prompt_tokens=len(self._prompt),
-            prompt_seconds=first - started,
+            prompt_seconds=read - started,
             generated_tokens=len(tokens),
             generation_seconds=ended - first,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
+            cached_tokens=cached,
         )
         self._completion = Completion("".join(text), tuple(tokens), reason, stats)

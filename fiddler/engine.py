@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.beam import Beam, BeamSearch
 from fiddler.completion import Completion, Generation
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
+from fiddler.hypotheses import Beaming, EarlyStopping
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
@@ -87,25 +89,7 @@ class Engine:
         not included. `ignore_eos`: end tokens are never chosen.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos) if isinstance(prompt, str) else prompt
-        ids = self._checked(ids)
-        if not ids:
-            raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
-        room = self.context - len(ids)
-        if max_tokens is not None and max_tokens > room:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {self.context}; "
-                f"ask for at most {room} ({self._context_remedy()})"
-            )
-        if room == 0 and max_tokens is None:
-            raise RequestError(
-                f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})"
-            )
-        if any(not text for text in stop):
-            raise RequestError("a stop string is empty; give at least one character")
-        limit = room if max_tokens is None else max_tokens
+        ids, limit = self._request(prompt, max_tokens, stop)
         return Generation(
             self.runner, self.tokenizer, ids, sampling or Sampling(), limit, stop, ignore_eos, self.load_seconds
         )
@@ -136,6 +120,59 @@ class Engine:
         for _ in generation:
             continue
         return generation.completion
+
+    def start_beams(
+        self,
+        prompt: str | Ordered[int],
+        beaming: Beaming,
+        max_tokens: int | None = None,
+        *,
+        stop: Ordered[str] = (),
+        ignore_eos: bool = False,
+    ) -> BeamSearch:
+        """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
+        ids, limit = self._request(prompt, max_tokens, stop)
+        return BeamSearch(self.runner, self.tokenizer, ids, beaming, limit, stop, ignore_eos, self.load_seconds)
+
+    def beam_search(
+        self,
+        prompt: str | Ordered[int],
+        width: int = 4,
+        max_tokens: int | None = None,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        stop: Ordered[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Beam]:
+        """The finished beams of a search `width` wide, best first, as transformers' `generate(num_beams=width)`.
+
+        length_penalty, early_stopping: see `fiddler.hypotheses.Beaming`. Other arguments, and errors: see `start`.
+        """
+        beaming = Beaming(width, length_penalty, early_stopping)
+        return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos).run()
+
+    def _request(self, prompt: str | Ordered[int], max_tokens: int | None, stop: Ordered[str]) -> tuple[list[int], int]:
+        """The prompt's ids and the most tokens that may follow."""
+        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos) if isinstance(prompt, str) else prompt
+        ids = self._checked(ids)
+        if not ids:
+            raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
+        if max_tokens is not None and max_tokens < 0:
+            raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
+        room = self.context - len(ids)
+        if max_tokens is not None and max_tokens > room:
+            raise RequestError(
+                f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {self.context}; "
+                f"ask for at most {room} ({self._context_remedy()})"
+            )
+        if room == 0 and max_tokens is None:
+            raise RequestError(
+                f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})"
+            )
+        if any(not text for text in stop):
+            raise RequestError("a stop string is empty; give at least one character")
+        return ids, room if max_tokens is None else max_tokens
 
     def _checked(self, ids: Ordered[int]) -> list[int]:
         ids = [int(token) for token in ids]

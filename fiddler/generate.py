@@ -11,7 +11,7 @@ from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
-__all__ = ["generate"]
+__all__ = ["finite", "generate"]
 
 
 def generate(
@@ -22,20 +22,16 @@ def generate(
     limit: int,
     banned: Ordered[int] = (),
 ) -> Iterator[int]:
-    """Read `prompt` into `sequence`, then yield up to `limit` tokens, each fed back only when the next is asked for.
+    """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
+    tokens, each fed back only when the next is asked for.
 
     `banned` tokens are never chosen. Ends by itself only at `limit`: the caller decides what an end token is.
     Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
-    logits = runner.prefill(sequence, history)
+    logits = runner.prefill(sequence, history[sequence.length :])
     for produced in range(limit):
-        values = logits.numpy()
-        if not np.isfinite(values).all():
-            raise FileFormatError(
-                f"the model computes {values[~np.isfinite(values)][0]} after {len(history)} tokens: a weight or an "
-                "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
-            )
+        values = finite(logits.numpy(), len(history))
         if banned:
             values = values.copy()
             values[list(banned)] = -np.inf
@@ -44,3 +40,13 @@ def generate(
         yield token
         if produced + 1 < limit:
             logits = runner.logits(runner.step([(sequence, [token])]))[0]
+
+
+def finite(logits: np.ndarray, position: int) -> np.ndarray:
+    """`logits`, if they are numbers. Raises FileFormatError where the model computed none, after so many tokens."""
+    if not np.isfinite(logits).all():
+        raise FileFormatError(
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight or an "
+            "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+        )
+    return logits

@@ -89,18 +89,25 @@ class GpuRunner(Runner):
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
     def sequence(self) -> Sequence:
-        """A new, empty sequence. The first one alive has its memory already, another one takes more."""
+        """A new, empty sequence. The first one in use has its memory already, another one takes more."""
+        if self.kept.holds(self._at_home()):
+            self.kept.drop()
         home = self._at_home() is None
         made = Sequence(
             self.model.config,
             self.context,
-            self._cache_dtype,
+            self.cache_dtype,
             self.model.token_embd.device,
             self._storage if home else None,
         )
         if home:
             self._at_home = weakref.ref(made)
         return made
+
+    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+        """A `Runner`'s, but only the sequence at home: another one would cost memory, and be slower."""
+        if sequence is self._at_home():
+            super().keep(sequence, tokens)
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""

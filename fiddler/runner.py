@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.cache import Sequence, Step
+from fiddler.kept import Kept
 from fiddler.models.mixtral import Mixtral
 
 __all__ = ["Runner"]
@@ -25,11 +26,20 @@ class Runner:
         self.threads = threads
         self.context = context
         self.chunk = chunk
-        self._cache_dtype = cache_dtype
+        self.cache_dtype = cache_dtype
+        self.kept = Kept()
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""
-        return Sequence(self.model.config, self.context, self._cache_dtype, self.model.token_embd.device)
+        return Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
+
+    def resume(self, ids: Ordered[int]) -> Sequence:
+        """A sequence for `ids`: the kept one with what it has of their beginning, never all of them, or a new one."""
+        return self.kept.take(ids) or self.sequence()
+
+    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+        """Have `resume` go on from `sequence`, which its user is done with; it holds the first of `tokens`."""
+        self.kept.put(sequence, tokens)
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""

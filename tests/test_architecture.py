@@ -23,7 +23,7 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "engine completion sampling converters",  # when a name is first used
+    "fiddler": "engine beam completion sampling converters",  # when a name is first used
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run",
     "cli_run": "cli_options completion sampling",
@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "cli_options": "engine model_file",  # inside a function
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory",
+    "engine": "beam completion hypotheses runner model_file tokenizer sampling kernels recorder devices mapped hybrid"
+    " placement gpu_memory",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -54,9 +54,12 @@ MAY_IMPORT = {
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
     "gpu_runner": "cache gpu_decode gpu_memory models.config models.mixtral runner",
-    "completion": "generate runner tokenizer sampling stopping memory",
+    "beam": "cache completion generate hypotheses kept memory runner stopping tokenizer",
+    "hypotheses": "",
+    "completion": "cache generate runner tokenizer sampling stopping memory",
     "generate": "runner cache sampling",
-    "runner": "kernels cache models.mixtral",
+    "runner": "kernels cache kept models.mixtral",
+    "kept": "cache",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
@@ -83,8 +86,8 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid link mapped"
-    " orchestrator sampling description model_file gguf_file"
+    "numpy": "beam bench bench_kernels cache calibrate cli experts generate gpu_decode gpu_experts hybrid hypotheses"
+    " link mapped orchestrator sampling description model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
