@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fiddler.cli_beams import (
+    Beams,
+    EarlyStop,
+    EarlyStopOption,
+    LengthPenalty,
+    NBest,
+    beaming_of,
+    check_beam_options,
+    print_beams,
+)
 from fiddler.cli_options import (
     Ctx,
     Device,
@@ -31,8 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_SAMPLING = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed")  # what beams do without
+
 
 def run(
+    given: typer.Context,
     model: ModelOrDemo = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
@@ -47,6 +61,13 @@ def run(
     repeat_last_n: Annotated[int, typer.Option(min=-1, help="How many tokens are lately; -1: all.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    beams: Beams = None,
+    n_best: NBest = 1,
+    length_penalty: LengthPenalty = 1.0,
+    early_stopping: EarlyStopOption = EarlyStop.false,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps what was computed of the prompt, for the next run.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
     seed: Annotated[int, typer.Option(min=-1, help="Seed of the sampling; -1: a new one each time.")] = -1,
     device: DeviceOption = Device.auto,
@@ -59,6 +80,8 @@ def run(
     precision: PrecisionOption = Precision.fast,
 ) -> None:
     """Continue a text. Without MODEL.gguf: the small demo model that ships with fiddler."""
+    check_beam_options(given, beams, n_best, _SAMPLING)
+    beaming = None if beams is None else beaming_of(beams, length_penalty, early_stopping)
     text = _prompt_text(prompt, prompt_file)
     from fiddler.sampling import Sampling
 
@@ -77,7 +100,25 @@ def run(
         threads=threads,
         precision=precision.value,
     )
-    generation = engine.start(text, sampling, None if count < 0 else count, stop=stop or (), ignore_eos=ignore_eos)
+    limit = None if count < 0 else count
+    if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
+    if beaming is not None:
+        took = print_beams(
+            engine,
+            text,
+            beaming,
+            limit,
+            n_best,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            prompt_cache=prompt_cache,
+            stats=stats,
+        )
+        if stats:
+            say(f"{engine.where} | {_stats_text(took)}")
+        return
+    generation = engine.start(text, sampling, limit, stop=stop or (), ignore_eos=ignore_eos, prompt_cache=prompt_cache)
     for piece in generation:
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -110,9 +151,10 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _stats_text(stats: Stats) -> str:
+    cached = f" ({stats.cached_tokens} of them computed before)" if stats.cached_tokens else ""
     return (
         f"load {stats.load_seconds:.2f} s | "
-        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_speed:.1f} tokens/s | "
+        f"prompt {stats.prompt_tokens} tokens{cached}, {stats.prompt_speed:.1f} tokens/s | "
         f"generation {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tokens/s | "
         f"peak memory {stats.peak_resident / 2**20:.0f} MiB with the mapped file, "
         f"{stats.anonymous / 2**20:.0f} MiB of its own"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.beam import Beam, BeamSearch
+from fiddler.cache import Sequence
 from fiddler.completion import Completion, Generation
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
@@ -81,17 +82,28 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        prompt_cache: str | Path | None = None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
-        not included. `ignore_eos`: end tokens are never chosen.
+        not included. `ignore_eos`: end tokens are never chosen. What the prompt shares with the last one is not
+        computed again. `prompt_cache`: a file that keeps the prompt's keys and values for other processes, see
+        `fiddler.prompt_cache`; it is read now, and written once the prompt was read.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids, limit = self._request(prompt, max_tokens, stop)
         return Generation(
-            self.runner, self.tokenizer, ids, sampling or Sampling(), limit, stop, ignore_eos, self.load_seconds
+            self.runner,
+            self.tokenizer,
+            ids,
+            sampling or Sampling(),
+            limit,
+            stop,
+            ignore_eos,
+            self.load_seconds,
+            self._after_prompt(prompt_cache, ids),
         )
 
     def stream(
@@ -129,10 +141,21 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        prompt_cache: str | Path | None = None,
     ) -> BeamSearch:
         """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
         ids, limit = self._request(prompt, max_tokens, stop)
-        return BeamSearch(self.runner, self.tokenizer, ids, beaming, limit, stop, ignore_eos, self.load_seconds)
+        return BeamSearch(
+            self.runner,
+            self.tokenizer,
+            ids,
+            beaming,
+            limit,
+            stop,
+            ignore_eos,
+            self.load_seconds,
+            self._after_prompt(prompt_cache, ids),
+        )
 
     def beam_search(
         self,
@@ -173,6 +196,13 @@ class Engine:
         if any(not text for text in stop):
             raise RequestError("a stop string is empty; give at least one character")
         return ids, room if max_tokens is None else max_tokens
+
+    def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
+        if prompt_cache is None:
+            return lambda sequence: None
+        from fiddler.prompt_cache import resume_from
+
+        return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
 
     def _checked(self, ids: Ordered[int]) -> list[int]:
         ids = [int(token) for token in ids]
