@@ -10,8 +10,10 @@ import pytest
 import torch
 from compare_beams import BEGINNINGS, STORIES, WIDTHS, beginning, near_the_end, their_beams
 from reference import from_gguf
+from typer.testing import CliRunner
 
 import fiddler
+from fiddler.cli import app
 from fiddler.engine import DEMO_MODEL
 from fiddler.errors import FileFormatError, RequestError
 
@@ -133,3 +135,33 @@ def test_what_is_no_number_is_an_error(engine, monkeypatch):
     monkeypatch.setattr(engine.runner, "logits", lambda hidden: torch.full((len(hidden), 8), torch.nan))
     with pytest.raises(FileFormatError, match=r"computes nan after \d tokens"):
         engine.beam_search("Once", 2, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--beams", "0"], "--beams"),
+        (["--beams", "4", "--temp", "0.8", "--seed", "1"], "--temp, --seed: not with --beams"),
+        (["--beams", "2", "--n-best", "3"], "--n-best 3 of 2 beams"),
+        (["--n-best", "1", "--early-stopping", "true"], "--n-best, --early-stopping: only with --beams"),
+        (["--beams", "2", "--length-penalty", "nan"], "length_penalty is nan"),
+        (["--beams", "2", "--early-stopping", "maybe"], "--early-stopping"),
+    ],
+)
+def test_wrong_usage(arguments, said):
+    done = CliRunner().invoke(app, ["run", "-p", "Once", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_on_the_command_line(engine):
+    """The best text, or the best few below their scores; more about them with --stats."""
+    given = ["run", "-p", "Once upon a time", "-n", "8", "--precision", "exact", "--device", "cpu", "--beams", "3"]
+    beams = engine.beam_search("Once upon a time", 3, 8)
+    assert CliRunner().invoke(app, given).stdout == beams[0].text + "\n"
+    done = CliRunner().invoke(app, [*given, "--n-best", "2", "--stats"])
+    assert done.stdout == "".join(
+        f"== {rank}: score {beam.score:.4f}\n{beam.text}\n" for rank, beam in enumerate(beams[:2], 1)
+    )
+    assert f"scores of 2 of 3 beams: {beams[0].score:.4f} (8 tokens, length)" in done.stderr
+    assert "generation 8 tokens" in done.stderr
