@@ -137,11 +137,10 @@ class BeamSearch:
     def _copied(self, source: _Place, free: list[_Place]) -> _Place:
         target = max(free, key=lambda place: common(place.tokens, source.tokens), default=None)
         if target is None:
-            target, shared = _Place(self._runner.sequence()), 0
-        else:
-            free.remove(target)
-            shared = len(self._prompt) + common(target.tokens, source.tokens)
-        target.sequence.become(source.sequence, shared)
+            return _Place(self._runner.copy(source.sequence))
+        free.remove(target)
+        shared = len(self._prompt) + common(target.tokens, source.tokens)
+        self._runner.copy(source.sequence, target.sequence, shared)
         return target
 
     def _is_ended(self, tokens: tuple[int, ...]) -> bool:

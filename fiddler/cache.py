@@ -89,7 +89,7 @@ class Sequence:
         """Hold what `other` holds. Copied are its positions from `shared` on: those before are the same in both."""
         assert shared <= min(self.length, other.length)
         self.length = shared  # what is kept where memory grows, and where that fails
-        self.reserve(other.length)
+        self.reserve(min(other.length + _FIRST_CAPACITY, self.context))  # or it would grow at the next step
         for mine, its in ((self._keys, other._keys), (self._values, other._values)):
             for kept, given in zip(mine, its, strict=True):
                 kept[:, shared : other.length] = given[:, shared : other.length]

@@ -109,6 +109,11 @@ class GpuRunner(Runner):
         if sequence is self._at_home():
             super().keep(sequence, tokens)
 
+    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
+        """A `Runner`'s."""
+        with self._within_budget():
+            return super().copy(source, target, shared)
+
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""
         with self._within_budget():

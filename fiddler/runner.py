@@ -41,6 +41,12 @@ class Runner:
         """Have `resume` go on from `sequence`, which its user is done with; it holds the first of `tokens`."""
         self.kept.put(sequence, tokens)
 
+    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
+        """`target`, or else a new sequence, with all that `source` holds; see `Sequence.become`."""
+        target = self.sequence() if target is None else target
+        target.become(source, shared)
+        return target
+
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
