@@ -1,4 +1,4 @@
-"""The KV cache: sequences that grow, and the steps that append to several of them. Knows no model.
+"""The KV cache: sequences that grow and may be copied, and the steps that append to several of them. Knows no model.
 
 On the CPU, one new position of each of several sequences is attended by one call of our kernel; more positions at
 once, a long sequence by itself and other devices by torch.
@@ -98,6 +98,16 @@ class Sequence:
         for kept, new in zip(stored, (keys, values), strict=True):
             kept[self.length : end] = new
         return stored[0][:end], stored[1][:end]
+
+    def become(self, other: Sequence, shared: int = 0) -> None:
+        """Hold what `other` holds. Copied are its positions from `shared` on: those before are the same in both."""
+        assert shared <= min(self.length, other.length)
+        self.length = shared  # what is kept where memory grows, and where that fails
+        self.reserve(min(other.length + _FIRST_CAPACITY, self.context))  # or it would grow at the next step
+        for mine, its in ((self._keys, other._keys), (self._values, other._values)):
+            for kept, given in zip(mine, its, strict=True):
+                kept[:, shared : other.length] = given[:, shared : other.length]
+        self.length = other.length
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on."""

@@ -45,7 +45,7 @@ from fiddler.cli_sampling import (
     XtcProbability,
     XtcThreshold,
     probs_of,
-    sampling_of,
+    sampling_from,
 )
 from fiddler.errors import FiddlerError, RequestError
 
@@ -60,6 +60,7 @@ __all__ = ["batch"]
 
 
 def batch(
+    given: typer.Context,
     prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A prompt a line: id, prompt, and options.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; those that it holds are not made again.")],
     model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if none.")] = None,
@@ -109,27 +110,7 @@ def batch(
     from fiddler.jobs import Defaults, JobFile
     from fiddler.results import Results
 
-    sampling = sampling_of(
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        dry_multiplier=dry_multiplier,
-        dry_base=dry_base,
-        dry_allowed_length=dry_allowed_length,
-        dry_penalty_last_n=dry_penalty_last_n,
-        dry_sequence_breaker=dry_sequence_breaker,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        logit_bias=logit_bias,
-        seed=seed,
-        n_probs=n_probs,
-    )
+    sampling = sampling_from(given)
     if not all(stop or ()):
         raise typer.BadParameter("--stop is empty; give at least one character")
     jobs = JobFile(prompts, Defaults(sampling, None if count < 0 else count, tuple(stop or ()), ignore_eos))

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fiddler.cli_beams import (
+    Beams,
+    EarlyStop,
+    EarlyStopOption,
+    LengthPenalty,
+    NBest,
+    beaming_of,
+    check_beam_options,
+    print_beams,
+)
 from fiddler.cli_options import (
     Ctx,
     Device,
@@ -26,6 +37,7 @@ from fiddler.cli_options import (
     say,
 )
 from fiddler.cli_sampling import (
+    SAMPLING,
     DryAllowedLength,
     DryBase,
     DryMultiplier,
@@ -50,7 +62,7 @@ from fiddler.cli_sampling import (
     XtcThreshold,
     constraint_of,
     probs_of,
-    sampling_of,
+    sampling_from,
 )
 from fiddler.errors import FiddlerError
 
@@ -59,8 +71,11 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_CHOOSING = (*SAMPLING, "probs_file", "json_schema", "grammar")  # what beams do without
+
 
 def run(
+    given: typer.Context,
     model: ModelOrDemo = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
@@ -95,6 +110,13 @@ def run(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    beams: Beams = None,
+    n_best: NBest = 1,
+    length_penalty: LengthPenalty = 1.0,
+    early_stopping: EarlyStopOption = EarlyStop.false,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps what was computed of the prompt, for the next run.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemory = None,
@@ -106,36 +128,20 @@ def run(
     precision: PrecisionOption = Precision.fast,
 ) -> None:
     """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
+    check_beam_options(given, beams, n_best, _CHOOSING)
+    beaming = None if beams is None else beaming_of(beams, length_penalty, early_stopping)
     chatting = prompt is None and prompt_file is None and _on_terminal()
     if not chatting and (system is not None or chat_template_file is not None):
         raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
+    if chatting and (beams is not None or prompt_cache is not None or n_probs):
+        raise typer.BadParameter("--beams, --prompt-cache and --n-probs are not for a chat; give a prompt")
     text = "" if chatting else _prompt_text(prompt, prompt_file)
     template = None
     if chat_template_file is not None:
         from fiddler.cli_chat import read_template
 
         template = read_template(chat_template_file)
-    sampling = sampling_of(
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        dry_multiplier=dry_multiplier,
-        dry_base=dry_base,
-        dry_allowed_length=dry_allowed_length,
-        dry_penalty_last_n=dry_penalty_last_n,
-        dry_sequence_breaker=dry_sequence_breaker,
-        xtc_probability=xtc_probability,
-        xtc_threshold=xtc_threshold,
-        logit_bias=logit_bias,
-        seed=seed,
-        n_probs=n_probs,
-    )
+    sampling = sampling_from(given)
     if probs_file is not None and not n_probs:
         raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
     constraint = constraint_of(json_schema, grammar)
@@ -167,6 +173,23 @@ def run(
         )
         open_chat(chat, str(model or "the demo model"), _stats_text, show_stats=stats)
         return
+    if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
+    if beaming is not None:
+        took = print_beams(
+            engine,
+            text,
+            beaming,
+            limit,
+            n_best,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            prompt_cache=prompt_cache,
+            stats=stats,
+        )
+        if stats:
+            say(f"{engine.where} | {_stats_text(took)}")
+        return
     generation = engine.start(
         text,
         sampling,
@@ -174,6 +197,7 @@ def run(
         stop=stop or (),
         ignore_eos=ignore_eos,
         constraint=constraint,
+        prompt_cache=prompt_cache,
     )
     if probs_file is not None:
         probs_file.write_bytes(b"")  # a name that cannot be written to is refused before any work
@@ -221,9 +245,10 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _stats_text(stats: Stats) -> str:
+    cached = f" ({stats.cached_tokens} of them computed before)" if stats.cached_tokens else ""
     return (
         f"load {stats.load_seconds:.2f} s | "
-        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_speed:.1f} tokens/s | "
+        f"prompt {stats.prompt_tokens} tokens{cached}, {stats.prompt_speed:.1f} tokens/s | "
         f"generation {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tokens/s | "
         f"peak memory {stats.peak_resident / 2**20:.0f} MiB with the mapped file, "
         f"{stats.anonymous / 2**20:.0f} MiB of its own"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fiddler.sampling import Sampling
 
 __all__ = [
+    "SAMPLING",
     "DryAllowedLength",
     "DryBase",
     "DryMultiplier",
@@ -45,6 +46,7 @@ __all__ = [
     "XtcThreshold",
     "constraint_of",
     "probs_of",
+    "sampling_from",
     "sampling_of",
 ]
 
@@ -124,6 +126,26 @@ Grammar = Annotated[
         "--grammar", "--grammar-file", metavar="FILE", text="Answer in the language of this grammar, GBNF or Lark."
     ),
 ]
+
+
+SAMPLING = {
+    "temp": "temperature",
+    "typical": "typical_p",
+    **{
+        name: name
+        for name in (
+            *("top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty"),
+            *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breaker"),
+            *("xtc_probability", "xtc_threshold", "logit_bias", "seed", "n_probs"),
+        )
+    },
+}
+"""Parameters of a command, and what `sampling_of` calls them."""
+
+
+def sampling_from(given: typer.Context) -> Sampling:
+    """The `Sampling` that a command's options ask for. Errors: see `sampling_of`."""
+    return sampling_of(**{name: given.params[parameter] for parameter, name in SAMPLING.items()})
 
 
 def sampling_of(

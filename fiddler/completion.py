@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence as Ordered
 from dataclasses import dataclass
 from typing import Literal
 
+from fiddler.cache import Sequence
 from fiddler.generate import generate
 from fiddler.logprobs import LogProbs
 from fiddler.memory import peak_memory
@@ -31,11 +32,12 @@ class Stats:
     generation_seconds: float
     peak_resident: int  # includes the parts of the mapped file that were touched
     anonymous: int  # memory of the process's own, at the end
+    cached_tokens: int = 0  # of the prompt, whose keys and values were there already
 
     @property
     def prompt_speed(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Prompt tokens a second, of those that were computed."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def generation_speed(self) -> float:
@@ -110,11 +112,13 @@ class Generation:
         limit: int,
         stop: Ordered[str],
         load_seconds: float,
+        after_prompt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else."""
         self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
         self._new_sampler, self._stop = new_sampler, stop
-        self._load_seconds = load_seconds
+        self._load_seconds, self._after_prompt = load_seconds, after_prompt
         self._completion: Completion | None = None
 
     @property
@@ -126,16 +130,28 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
         reply, sampler = self.begin()
-        started = first = time.perf_counter()
-        for token in generate(self._runner, self._runner.sequence(), self.prompt, sampler, self.limit):
-            if not reply.tokens:
-                first = time.perf_counter()
-            piece = reply.push(token, last=sampler.finished)
-            if piece:
-                yield piece
-            if reply.finish_reason is not None:
-                break
-        self._completion = self.completed(reply, sampler, started, first if reply.tokens else time.perf_counter())
+        sequence = self._runner.resume(self.prompt)
+        cached = sequence.length
+        started = read = first = time.perf_counter()
+        try:
+            for token in generate(self._runner, sequence, self.prompt, sampler, self.limit):
+                if not reply.tokens:
+                    read = time.perf_counter()
+                    self._after_prompt(sequence)
+                    first = time.perf_counter()
+                piece = reply.push(token, last=sampler.finished)
+                if piece:
+                    yield piece
+                if reply.finish_reason is not None:
+                    break
+        except (GeneratorExit, KeyboardInterrupt):
+            self._runner.keep(sequence, [*self.prompt, *reply.tokens])
+            raise
+        if not reply.tokens:
+            read = first = time.perf_counter()
+            self._after_prompt(sequence)
+        self._runner.keep(sequence, [*self.prompt, *reply.tokens])
+        self._completion = self.completed(reply, sampler, started, first, read=read, cached=cached)
 
     def begin(self) -> tuple[Reply, Sampler]:
         """An empty reply for this generation's tokens, and who chooses them."""
@@ -144,18 +160,31 @@ class Generation:
             reply.end()
         return reply, sampler
 
-    def completed(self, reply: Reply, sampler: Sampler, started: float, first: float) -> Completion:
-        """What `reply` has become by now; `started` and `first`, its first token's, by `time.perf_counter`."""
+    def completed(
+        self,
+        reply: Reply,
+        sampler: Sampler,
+        started: float,
+        first: float,
+        *,
+        read: float | None = None,
+        cached: int = 0,
+    ) -> Completion:
+        """What `reply` has become by now. Times by `time.perf_counter`: `started`, and `first`, its first token's.
+
+        read: when the prompt was, if something else came between. cached: tokens of it that were there already.
+        """
         assert reply.finish_reason is not None, "the reply has not ended"
         memory = peak_memory()
         stats = Stats(
             load_seconds=self._load_seconds,
             prompt_tokens=len(self.prompt),
-            prompt_seconds=first - started,
+            prompt_seconds=(first if read is None else read) - started,
             generated_tokens=len(reply.tokens),
             generation_seconds=time.perf_counter() - first,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
+            cached_tokens=cached,
         )
         log_probs = tuple(sampler.log_probs)
         return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs)

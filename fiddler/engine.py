@@ -16,16 +16,20 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.batch import Batch, Outcome
+from fiddler.beam import Beam, BeamSearch
+from fiddler.cache import Sequence
 from fiddler.completion import Completion, Generation
 from fiddler.constrain import Constraint, Vocabulary
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
+from fiddler.hypotheses import Beaming, EarlyStopping
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
 from fiddler.memory import in_memory
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
 from fiddler.registration import Registration
+from fiddler.request import checked_ids, checked_request
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler, Sampling
 from fiddler.tokenizer import Tokenizer
@@ -72,7 +76,7 @@ class Engine:
 
         Raises RequestError when an id is outside the vocabulary or there are more ids than `context`.
         """
-        ids = self._checked(ids)
+        ids = checked_ids(ids, self.config, self.context)
         sequence, chunk = self.runner.sequence(), self.runner.chunk
         made = torch.empty(len(ids), self.config.vocab_size)
         for begin in range(0, len(ids), chunk):
@@ -88,36 +92,22 @@ class Engine:
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        prompt_cache: str | Path | None = None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
         not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
-        that is complete.
+        that is complete. What the prompt shares with the last one is not computed again. `prompt_cache`: a file that
+        keeps the prompt's keys and values for other processes, see `fiddler.prompt_cache`; it is read now, and written
+        once the prompt was read.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos) if isinstance(prompt, str) else prompt
-        ids = self._checked(ids)
-        if not ids:
-            raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
-        room = self.context - len(ids)
-        if max_tokens is not None and max_tokens > room:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {self.context}; "
-                f"ask for at most {room} ({self._context_remedy()})"
-            )
-        if room == 0 and max_tokens is None:
-            raise RequestError(
-                f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})"
-            )
-        if any(not text for text in stop):
-            raise RequestError("a stop string is empty; give at least one character")
-        limit = room if max_tokens is None else max_tokens
+        ids, limit = self._request(prompt, max_tokens, stop)
         new_sampler = self.samplers(sampling, constraint, ignore_eos)
-        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, self.load_seconds)
+        after_prompt = self._after_prompt(prompt_cache, ids)
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, self.load_seconds, after_prompt)
 
     def samplers(
         self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
@@ -200,20 +190,57 @@ class Engine:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer)
 
-    def _checked(self, ids: Ordered[int]) -> list[int]:
-        ids = [int(token) for token in ids]
-        bad = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        if len(ids) > self.context:
-            raise RequestError(
-                f"{len(ids)} tokens exceed the context of {self.context}; shorten them ({self._context_remedy()})"
-            )
-        return ids
+    def start_beams(
+        self,
+        prompt: str | Ordered[int],
+        beaming: Beaming,
+        max_tokens: int | None = None,
+        *,
+        stop: Ordered[str] = (),
+        ignore_eos: bool = False,
+        prompt_cache: str | Path | None = None,
+    ) -> BeamSearch:
+        """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
+        ids, limit = self._request(prompt, max_tokens, stop)
+        return BeamSearch(
+            self.runner,
+            self.tokenizer,
+            ids,
+            beaming,
+            limit,
+            stop,
+            ignore_eos,
+            self.load_seconds,
+            self._after_prompt(prompt_cache, ids),
+        )
 
-    def _context_remedy(self) -> str:
-        most = self.config.context_length
-        return f"or raise --ctx, up to {most}" if self.context < most else "the model was trained with no more"
+    def beam_search(
+        self,
+        prompt: str | Ordered[int],
+        width: int = 4,
+        max_tokens: int | None = None,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        stop: Ordered[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Beam]:
+        """The finished beams of a search `width` wide, best first, as transformers' `generate(num_beams=width)`.
+
+        length_penalty, early_stopping: see `fiddler.hypotheses.Beaming`. Other arguments, and errors: see `start`.
+        """
+        beaming = Beaming(width, length_penalty, early_stopping)
+        return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos).run()
+
+    def _request(self, prompt: str | Ordered[int], max_tokens: int | None, stop: Ordered[str]) -> tuple[list[int], int]:
+        return checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
+
+    def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
+        if prompt_cache is None:
+            return lambda sequence: None
+        from fiddler.prompt_cache import resume_from
+
+        return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
 
 
 def load(

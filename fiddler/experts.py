@@ -21,7 +21,7 @@ from fiddler.recorder import SILENT, Recorder
 
 __all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
 
-_FEW = 4  # tokens
+_FEW = 32  # tokens
 
 
 @dataclass(frozen=True)

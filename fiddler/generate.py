@@ -11,7 +11,7 @@ from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
-__all__ = ["choose", "generate"]
+__all__ = ["choose", "finite", "generate"]
 
 
 def generate(
@@ -21,13 +21,14 @@ def generate(
     sampler: Sampler,
     limit: int,
 ) -> Iterator[int]:
-    """Read `prompt` into `sequence`, then yield up to `limit` tokens, each fed back only when the next is asked for.
+    """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
+    tokens, each fed back only when the next is asked for.
 
     Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
     Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
-    logits = runner.prefill(sequence, history)
+    logits = runner.prefill(sequence, history[sequence.length :])
     for produced in range(limit):
         if sampler.finished:
             return
@@ -43,9 +44,14 @@ def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler) -> int:
 
     Raises FileFormatError where one of them is no number.
     """
+    return sampler(finite(logits, len(history)), history)
+
+
+def finite(logits: np.ndarray, position: int) -> np.ndarray:
+    """`logits`, if they are numbers. Raises FileFormatError where the model computed none, after so many tokens."""
     if not np.isfinite(logits).all():
         raise FileFormatError(
-            f"the model computes {logits[~np.isfinite(logits)][0]} after {len(history)} tokens: a weight or an "
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight or an "
             "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
         )
-    return sampler(logits, history)
+    return logits

@@ -20,7 +20,6 @@ from fiddler.errors import ResourceError
 from fiddler.gpu_memory import Budget, shown
 from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral, attend
-from fiddler.orchestrator import Orchestrator
 from fiddler.runner import Runner
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Mixtral,
-        orchestrator: Orchestrator,
+        beside: Callable[[Callable[[], Tensor]], Tensor],
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -70,13 +69,13 @@ class GpuRunner(Runner):
         home: Sequence,
         budget: Budget,
     ) -> None:
-        """orchestrator: the model's experts.
+        """beside: runs a step of the model, and computes meanwhile what it leaves to the CPU; an `Orchestrator`'s.
 
         home: a sequence with room for the whole context, whose storage the others use after it.
         """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
-        self._orchestrator = orchestrator
+        self._beside = beside
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
         self._decoder: Decoder | None = None
@@ -98,15 +97,17 @@ class GpuRunner(Runner):
     def _forward(self, ids: Tensor, step: Step) -> Tensor:
         # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
         kernels.set_threads(max(1, min(self.threads, kernels.usable_cores() - 1)))
-        return self._orchestrator.beside(lambda: self.model(ids, step))
+        return self._beside(lambda: self.model(ids, step))
 
     def sequence(self, positions: int = 0) -> Sequence:
-        """A `Runner`'s. The first one alive has its memory already, another one takes more."""
+        """A `Runner`'s. The first one in use has its memory already, another one takes more."""
+        if self.kept.holds(self._at_home()):
+            self.kept.drop()
         home = self._at_home() is None
         made = Sequence(
             self.model.config,
             self.context,
-            self._cache_dtype,
+            self.cache_dtype,
             self.model.token_embd.device,
             self._storage if home else None,
         )
@@ -120,6 +121,16 @@ class GpuRunner(Runner):
     def room(self, weights: int) -> int | None:
         """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
         return max(0, self.budget.room())
+
+    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+        """A `Runner`'s, but only the sequence at home: another one would cost memory, and be slower."""
+        if sequence is self._at_home():
+            super().keep(sequence, tokens)
+
+    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
+        """A `Runner`'s."""
+        with self._within_budget():
+            return super().copy(source, target, shared)
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.cache import Sequence, Step, kept_bytes
+from fiddler.kept import Kept
 from fiddler.memory import available_memory
 from fiddler.models.mixtral import Mixtral
 from fiddler.width import memory_for_sequences
@@ -27,22 +28,37 @@ class Runner:
         self.threads = threads
         self.context = context
         self.chunk = chunk
-        self._cache_dtype = cache_dtype
+        self.cache_dtype = cache_dtype
+        self.kept = Kept()
 
     def sequence(self, positions: int = 0) -> Sequence:
         """A new, empty sequence, with room for so many positions; it grows where it gets more."""
-        made = Sequence(self.model.config, self.context, self._cache_dtype, self.model.token_embd.device)
+        made = Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
             made.reserve(positions)
         return made
 
     def kept_bytes(self, positions: int) -> int:
         """Bytes of keys and values of a `sequence` with room for so many positions."""
-        return kept_bytes(self.model.config, self.context, self._cache_dtype, positions)
+        return kept_bytes(self.model.config, self.context, self.cache_dtype, positions)
 
     def room(self, weights: int) -> int | None:
         """Bytes that sequences may have in all, beside weights in so many bytes of mapped files; None: any number."""
         return memory_for_sequences(available_memory(), weights)
+
+    def resume(self, ids: Ordered[int]) -> Sequence:
+        """A sequence for `ids`: the kept one with what it has of their beginning, never all of them, or a new one."""
+        return self.kept.take(ids) or self.sequence()
+
+    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+        """Have `resume` go on from `sequence`, which its user is done with; it holds the first of `tokens`."""
+        self.kept.put(sequence, tokens)
+
+    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
+        """`target`, or else a new sequence, with all that `source` holds; see `Sequence.become`."""
+        target = self.sequence() if target is None else target
+        target.become(source, shared)
+        return target
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""

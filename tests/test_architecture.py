@@ -23,17 +23,19 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "chat engine completion sampling converters constrain",  # when a name is first used
+    "fiddler": "chat engine completion sampling converters constrain beam",
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch"
     " cli_perplexity",
-    "cli_run": "cli_options completion sampling chat cli_chat cli_sampling",
+    "cli_run": "cli_options completion sampling chat cli_chat cli_sampling cli_beams",
     "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
     "cli_terminal": "cli_options",
     "cli_sampling": "constrain logprobs sampling",
     "cli_batch": "chat_template cli_sampling cli_options completion engine jobs results sampling",
+    "request": "models.config tokenizer",
     "jobs": "sampling",
     "results": "jobs",
+    "cli_beams": "cli_options completion engine hypotheses",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
     "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
     "cli_options": "engine model_file registration",  # inside a function
@@ -43,8 +45,8 @@ MAY_IMPORT = {
     "popularity": "models.mixtral",
     "bench": "engine kernels memory recorder",
     "bench_kernels": "kernels model_file",
-    "engine": "completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory registration constrain batch memory width",
+    "engine": "request completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
+    " gpu_memory registration constrain batch memory width beam cache hypotheses prompt_cache",
     "devices": "",
     "mapped": "experts kernels model_file models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
@@ -66,16 +68,20 @@ MAY_IMPORT = {
     "gpu_attention": "",
     "gpu_grouped": "gpu_experts",
     "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
-    "gpu_runner": "cache gpu_decode gpu_memory kernels models.config models.mixtral orchestrator runner",
+    "gpu_runner": "cache gpu_decode gpu_memory kernels models.config models.mixtral runner",
     "chat": "chat_template completion constrain engine sampling",
     "chat_template": "template_process tokenizer",
     "template_process": "",
     "template_sandbox": "",
-    "completion": "generate runner tokenizer sampling stopping memory logprobs",
+    "completion": "generate runner tokenizer sampling stopping memory logprobs cache",
     "generate": "runner cache sampling",
     "batch": "cache completion generate runner width",
     "width": "",
-    "runner": "kernels cache memory models.mixtral width",
+    "runner": "kernels cache memory models.mixtral width kept",
+    "beam": "cache completion generate hypotheses kept memory runner stopping tokenizer",
+    "hypotheses": "",
+    "prompt_cache": "cache converters.output_file kept model_file runner",
+    "kept": "cache",
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
@@ -107,17 +113,18 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "batch bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts hybrid"
-    " link mapped orchestrator logprobs penalties perplexity sampling description model_file gguf_file"
+    "numpy": "batch beam bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts"
+    " hybrid hypotheses link mapped orchestrator logprobs penalties perplexity prompt_cache sampling description"
+    " model_file gguf_file"
     " gguf_header token_table"
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
     " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator perplexity popularity"
-    " staging models.mixtral",
+    " prompt_cache staging models.mixtral",
     "tqdm": "cli cli_batch cli_bench cli_options cli_perplexity",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity",
+    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity cli_beams",
 }
 """Every package from outside, and who may import it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fiddler.cache import Sequence
+from fiddler.cache import Sequence, Step
 from fiddler.engine import load
 
 
@@ -63,3 +63,35 @@ def test_growth_that_was_broken_off_goes_on(engine, monkeypatch):
     made = runner.logits(runner.step([(sequence, ids[250:])]))
     assert {kept.shape[1] for half in sequence.storage for kept in half} == {512}
     assert torch.allclose(made, engine.logits(ids)[250:], atol=1e-3)
+
+
+def test_a_sequence_becomes_another(engine):
+    """All of it, or what comes after a common beginning; either one goes on without the other noticing."""
+    runner, ids, more = engine.runner, list(range(3, 303)), [9, 8, 7]
+    first, second, third = (runner.sequence() for _ in range(3))
+    runner.step([(first, ids)])
+    second.become(first)
+    runner.step([(third, ids[:40] + more)])
+    third.become(first, 40)
+    made = runner.logits(runner.step([(second, more), (first, more[::-1]), (third, more)]))
+    again, expected = engine.logits(ids + more[::-1])[300:], engine.logits(ids + more)[300:]
+    for rows, wanted in zip(made.split(3), (expected, again, expected), strict=True):
+        assert torch.allclose(rows, wanted, atol=1e-3)
+    third.truncate(10)
+    third.become(second, 10)
+    for half, other in zip(second.storage, third.storage, strict=True):
+        assert all(torch.equal(a[:, 10:303], b[:, 10:303]) for a, b in zip(half, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "lengths, counts, expected",
+    [([0], [1], 0), ([1023], [1], 0), ([1024], [1], 1025), ([10, 20], [1, 1], 0), ([10, 20], [1, 2], 44)],
+)
+def test_what_torch_attends(engine, lengths, counts, expected):
+    """Not single positions, which have a kernel, up to where torch's threads pay."""
+    sequences = [Sequence(engine.config, 2000, torch.float32, torch.device("cpu")) for _ in lengths]
+    for sequence, length in zip(sequences, lengths, strict=True):
+        sequence.reserve(length)
+        sequence.length = length
+    step = Step(list(zip(sequences, counts, strict=True)), engine.config)
+    assert step.seen_by_torch == expected
