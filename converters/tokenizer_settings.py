@@ -112,24 +112,33 @@ class TokenizerSettings:
                 raise self._wrong(file, key, value, f"the id of one of {vocab_size} tokens")
         return found
 
-    def chat_template(self) -> str | None:
-        """The template called `default` where there are several."""
-        path = self._folder / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"cannot read {path}: {quoted(str(error))}; download it again") from None
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name, the usual one as "default". Files of their own count before the configurations."""
+        default = self._folder / "chat_template.jinja"
+        more = sorted((self._folder / "additional_chat_templates").glob("*.jinja"))
+        found = {path.stem: _read(path) for path in more} | ({"default": _read(default)} if default.is_file() else {})
         for file in ("chat_template", "tokenizer_config"):
             value = self._files[file].get("chat_template")
-            if isinstance(value, list):
-                named = [one for one in value if isinstance(one, dict) and one.get("name") == "default"]
-                value = named[0].get("template") if named else None
+            if found or value is None:
+                continue
             if isinstance(value, str):
-                return value
-            if value is not None:
-                raise self._wrong(file, "chat_template", value, "a string")
-        return None
+                found = {"default": value}
+            elif isinstance(value, list):
+                for one in value:
+                    name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+                    if not isinstance(name, str) or not isinstance(text, str):
+                        raise self._wrong(file, "chat_template", value, "a list of objects with name and template")
+                    found[name] = text
+            else:
+                raise self._wrong(file, "chat_template", value, "a string or a list")
+        return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {quoted(str(error))}; download it again") from None
 
 
 def _text(value: object) -> str | None:

@@ -60,6 +60,7 @@ class Vocabulary:
     add_space_prefix: bool
     prepend_scheme: str | None  # see fiddler.token_table.PREPEND_SCHEME
     chat_template: str | None
+    more_templates: Mapping[str, str]  # by name: tool_use, rag
 
     def metadata(self) -> dict[str, str | bool | int | list[str] | NDArray[np.float32] | NDArray[np.int32]]:
         """GGUF keys -> values: `int` is uint32, arrays have the type they have in the file."""
@@ -82,7 +83,8 @@ class Vocabulary:
             names.ADD_PREFIX: self.add_space_prefix,
             PREPEND_SCHEME: self.prepend_scheme,
             names.CHAT_TEMPLATE: self.chat_template,
-        }
+            names.CHAT_TEMPLATES: list(self.more_templates) or None,
+        } | {names.CHAT_TEMPLATE_N.format(name=name): text for name, text in self.more_templates.items()}
         return {key: value for key, value in values.items() if value is not None}
 
     @property
@@ -137,6 +139,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         if index in by_id and by_id[index].type in (TokenType.NORMAL, TokenType.USER_DEFINED):
             by_id[index] = by_id[index]._replace(type=kind)
     entries = _padded(by_id, vocab_size)
+    templates = settings.chat_templates()
     adds = fast.adds() or {"bos": True, "eos": False}
     return Vocabulary(
         tokens=tuple(piece.text for piece in entries),
@@ -151,7 +154,9 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         add_eos=settings.flag("add_eos_token", adds["eos"]),
         add_space_prefix=pieces.add_space_prefix,
         prepend_scheme=pieces.prepend_scheme,
-        chat_template=settings.chat_template(),
+        chat_template=templates.pop("default", None),
+        # as the gguf package writes them: no other characters in a name
+        more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
     )
 
 

@@ -16,17 +16,21 @@ from fiddler.errors import FiddlerError
 
 if TYPE_CHECKING:
     from fiddler.beam import Beam
+    from fiddler.chat import Chat
     from fiddler.completion import Completion
+    from fiddler.constrain import Constraint
     from fiddler.converters import convert
     from fiddler.engine import Engine, load
     from fiddler.sampling import Sampling
 
-__all__ = ["Beam", "Completion", "Engine", "FiddlerError", "Sampling", "convert", "load"]
+__all__ = ["Beam", "Chat", "Completion", "Constraint", "Engine", "FiddlerError", "Sampling", "convert", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Beam": "fiddler.beam",
+    "Chat": "fiddler.chat",
     "Completion": "fiddler.completion",
+    "Constraint": "fiddler.constrain",
     "Engine": "fiddler.engine",
     "Sampling": "fiddler.sampling",
     "convert": "fiddler.converters",

@@ -1,13 +1,14 @@
 """The KV cache: sequences that grow and may be copied, and the steps that append to several of them. Knows no model.
 
-One position of a sequence on the CPU is attended by our kernel, on one thread; more positions at once, a long
-sequence and other devices by torch.
+On the CPU, one new position of each of several sequences is attended by one call of our kernel; more positions at
+once, a long sequence by itself and other devices by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from fiddler import kernels
 from fiddler.models.config import Config
 from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rotate
 
-__all__ = ["Sequence", "Step"]
+__all__ = ["Sequence", "Step", "kept_bytes"]
 
 _LONG = 1024  # positions, from which on more than one thread pays
 _FIRST_CAPACITY = 256  # positions; doubled when full
@@ -42,8 +43,7 @@ class Sequence:
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
         self._arrays = self._as_arrays()
-        self._frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
-        self._window = config.sliding_window
+        self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
 
     @property
     def storage(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,7 +56,7 @@ class Sequence:
         capacity = min(kept.shape[1] for kept in (*self._keys, *self._values))  # of one that was broken off
         if length <= capacity:
             return
-        capacity = min(self.context, max(length, 2 * capacity, _FIRST_CAPACITY))
+        capacity = _capacity(length, self.context, capacity)
         for kept in (self._keys, self._values):
             for layer, old in enumerate(kept):
                 kept[layer] = self._empty(capacity)
@@ -64,18 +64,14 @@ class Sequence:
         self._arrays = self._as_arrays()
 
     def _as_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The same memory, for the kernel of one token; none where it is not the CPU's."""
+        """The same memory, for the kernel; none where it is not the CPU's."""
         if self.device.type != "cpu":
             return []
         return [(_array(keys), _array(values)) for keys, values in zip(self._keys, self._values, strict=True)]
 
-    def attend_one(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The next position, on the CPU: rotate q [H, head_dim] and k [G, head_dim], store k and v, attend: as q."""
-        keys, values = self._arrays[layer]
-        made = kernels.attend_one(
-            q.numpy(), k.numpy(), v.numpy(), keys, values, self.length, self._frequencies, self._window
-        )
-        return torch.from_numpy(made)
+    def arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's keys and values as the kernel takes them, on the CPU."""
+        return self._arrays[layer]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
@@ -115,27 +111,43 @@ class Step:
             sequence.reserve(sequence.length + count)
         self._parts = parts
         self._config = config
+        ends = list(accumulate(count for _, count in parts))
+        begun = [end - count for end, (_, count) in zip(ends, parts, strict=True)]
+        ones = [i for i, (sequence, count) in enumerate(parts) if count == 1 and sequence.device.type == "cpu"]
+        if len(ones) == 1 and parts[ones[0]][0].length >= _LONG:
+            ones = []
+        self._ones, self._rows = [parts[i][0] for i in ones], [begun[i] for i in ones]
+        others = sorted(set(range(len(parts))) - set(ones))
+        self._others = [(parts[i][0], slice(begun[i], ends[i])) for i in others]
 
     @property
     def seen_by_torch(self) -> int:
-        """Pairs of a row and a position it sees, but for rows that our kernel attends."""
-        parts = ((sequence, count) for sequence, count in self._parts if not _is_for_kernel(sequence, count))
-        return sum((sequence.length + count) * count for sequence, count in parts)
+        """Pairs of positions that torch's share of the attention is about."""
+        return sum(
+            (sequence.length + rows.stop - rows.start) * (rows.stop - rows.start) for sequence, rows in self._others
+        )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
-        out = []
-        begin = 0
-        for sequence, count in self._parts:
-            rows = slice(begin, begin + count)
-            if _is_for_kernel(sequence, count):
-                out.append(sequence.attend_one(layer, q[begin], k[begin], v[begin])[None])
-            else:
-                turns = self._turns[rows]
-                keys, values = sequence.write(layer, rotate(k[rows], turns), v[rows])
-                out.append(attend(rotate(q[rows], turns), keys, values, self._config.sliding_window))
-            begin += count
-        return out[0] if len(out) == 1 else torch.cat(out)
+        if not self._others:
+            return self._attend_ones(layer, q, k, v)
+        out = torch.empty_like(q)
+        if self._ones:
+            out[self._rows] = self._attend_ones(layer, *(tensor[self._rows] for tensor in (q, k, v)))
+        for sequence, rows in self._others:
+            turns = self._turns[rows]
+            keys, values = sequence.write(layer, rotate(k[rows], turns), v[rows])
+            out[rows] = attend(rotate(q[rows], turns), keys, values, self._config.sliding_window)
+        return out
+
+    def _attend_ones(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """For the sequences that get one position each."""
+        keys, values = zip(*(sequence.arrays(layer) for sequence in self._ones), strict=True)
+        lengths = [sequence.length for sequence in self._ones]
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
+        frequencies, window = self._ones[0].frequencies, self._config.sliding_window
+        made = kernels.attend_each(q.numpy(), k.numpy(), v.numpy(), keys, values, lengths, frequencies, window)
+        return torch.from_numpy(made)
 
     @cached_property
     def _turns(self) -> Tensor:
@@ -149,8 +161,15 @@ class Step:
             sequence.length += count
 
 
-def _is_for_kernel(sequence: Sequence, count: int) -> bool:
-    return count == 1 and sequence.device.type == "cpu" and sequence.length < _LONG
+def kept_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
+    """Bytes of keys and values of a new sequence that reserves `length` positions at once."""
+    row = config.head_count_kv * config.head_dim * dtype.itemsize
+    return 2 * config.block_count * row * _capacity(length, context)
+
+
+def _capacity(length: int, context: int, present: int = 0) -> int:
+    """Positions to make room for, where `length` are needed."""
+    return min(context, max(length, 2 * present, _FIRST_CAPACITY))
 
 
 def _array(kept: Tensor) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from fiddler.cli_batch import batch
 from fiddler.cli_bench import bench
 from fiddler.cli_calibrate import calibrate
 from fiddler.cli_options import DType, say
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 
 app.command()(run)
+app.command()(batch)
 app.command()(bench)
 app.command()(calibrate)
 

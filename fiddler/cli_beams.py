@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli_options import say
+from fiddler.cli_sampling import PANEL
 from fiddler.errors import RequestError
 
 if TYPE_CHECKING:
@@ -57,12 +58,10 @@ EarlyStopOption = Annotated[
 ]
 
 
-def check_beam_options(given: typer.Context, beams: int | None, n_best: int, sampling: Sequence[str]) -> None:
-    """Raise BadParameter, wrong usage, for options on the command line that mean nothing with beams, or without.
-
-    `sampling`: the parameters of those that mean nothing with them.
-    """
-    wrong = [name for name in (_ONLY_WITH if beams is None else sampling) if _is_given(given, name)]
+def check_beam_options(given: typer.Context, beams: int | None, n_best: int) -> None:
+    """Raise BadParameter, wrong usage, for options on the command line that mean nothing with beams, or without."""
+    sampling = [param.name for param in given.command.params if getattr(param, "rich_help_panel", None) == PANEL]
+    wrong = [name for name in (_ONLY_WITH if beams is None else sampling) if name and _is_given(given, name)]
     if wrong:
         names = ", ".join("--" + name.replace("_", "-") for name in wrong)
         raise typer.BadParameter(f"{names}: only with --beams" if beams is None else f"{names}: not with --beams")

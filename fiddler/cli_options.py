@@ -95,17 +95,28 @@ def loaded(model: Path | None, ctx: int | None, **options: Any) -> Engine:
 
     A bad file is refused before torch is imported.
     """
-    opened = None
+    opened, registration = None, None
     if model is not None:
         from fiddler.model_file import ModelFile
 
         opened = ModelFile.open(model)
         opened.check_runnable()
+        from fiddler.registration import Registration, torch_for_gpus
+
+        if options.get("device") != "cpu" and torch_for_gpus():
+            registration = Registration(opened.file.mappings, opened.file.path, opened.file)
         _ = opened.tokenizer
     from fiddler.engine import load
 
     with loading_bar() as progress:
-        engine = load(opened, context=4096 if ctx is None else ctx, notify=say, progress=progress, **options)
+        engine = load(
+            opened,
+            context=4096 if ctx is None else ctx,
+            notify=say,
+            progress=progress,
+            registration=registration,
+            **options,
+        )
     if ctx is not None and ctx > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
     return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -35,14 +36,39 @@ from fiddler.cli_options import (
     loaded,
     say,
 )
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.cli_sampling import (
+    DryAllowedLength,
+    DryBase,
+    DryMultiplier,
+    DryPenaltyLastN,
+    DrySequenceBreaker,
+    FrequencyPenalty,
+    Grammar,
+    JsonSchema,
+    LogitBias,
+    MinP,
+    NProbs,
+    PresencePenalty,
+    ProbsFile,
+    RepeatLastN,
+    RepeatPenalty,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+    Typical,
+    XtcProbability,
+    XtcThreshold,
+    constraint_of,
+    probs_of,
+    sampling_of,
+)
+from fiddler.errors import FiddlerError
 
 if TYPE_CHECKING:
     from fiddler.completion import Stats
 
 __all__ = ["run"]
-
-_SAMPLING = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed")  # what beams do without
 
 
 def run(
@@ -53,12 +79,32 @@ def run(
     count: Annotated[
         int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
     ] = -1,
-    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 or less: all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability; 1: all.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this probable, relative to the first; 0: all.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option(help="Penalty on tokens seen lately; 1: none.")] = 1.0,
-    repeat_last_n: Annotated[int, typer.Option(min=-1, help="How many tokens are lately; -1: all.")] = 64,
+    temp: Temp = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    typical: Typical = 1.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    dry_base: DryBase = 1.75,
+    dry_allowed_length: DryAllowedLength = 2,
+    dry_penalty_last_n: DryPenaltyLastN = 64,
+    dry_sequence_breaker: DrySequenceBreaker = None,
+    xtc_probability: XtcProbability = 0.0,
+    xtc_threshold: XtcThreshold = 0.1,
+    logit_bias: LogitBias = None,
+    seed: Seed = -1,
+    n_probs: NProbs = 0,
+    probs_file: ProbsFile = None,
+    json_schema: JsonSchema = None,
+    grammar: Grammar = None,
+    system: Annotated[str | None, typer.Option(help="Message that a chat begins with.")] = None,
+    chat_template_file: Annotated[
+        Path | None, typer.Option(help="Jinja chat template for a chat, instead of the model's.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
     beams: Beams = None,
@@ -69,7 +115,6 @@ def run(
         Path | None, typer.Option(help="File that keeps what was computed of the prompt, for the next run.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
-    seed: Annotated[int, typer.Option(min=-1, help="Seed of the sampling; -1: a new one each time.")] = -1,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemory = None,
     gpu_experts: GpuExperts = None,
@@ -79,16 +124,44 @@ def run(
     ctx: Ctx = None,
     precision: PrecisionOption = Precision.fast,
 ) -> None:
-    """Continue a text. Without MODEL.gguf: the small demo model that ships with fiddler."""
-    check_beam_options(given, beams, n_best, _SAMPLING)
+    """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
+    chatting = prompt is None and prompt_file is None and _on_terminal()
+    if not chatting and (system is not None or chat_template_file is not None):
+        raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
+    check_beam_options(given, beams, n_best)
+    if chatting and (beams is not None or prompt_cache is not None):
+        raise typer.BadParameter("--beams and --prompt-cache are for a text to continue, not for a chat: give -p TEXT")
     beaming = None if beams is None else beaming_of(beams, length_penalty, early_stopping)
-    text = _prompt_text(prompt, prompt_file)
-    from fiddler.sampling import Sampling
+    text = "" if chatting else _prompt_text(prompt, prompt_file)
+    template = None
+    if chat_template_file is not None:
+        from fiddler.cli_chat import read_template
 
-    try:
-        sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, None if seed < 0 else seed)
-    except RequestError as error:
-        raise typer.BadParameter(str(error)) from None
+        template = read_template(chat_template_file)
+    sampling = sampling_of(
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        dry_multiplier=dry_multiplier,
+        dry_base=dry_base,
+        dry_allowed_length=dry_allowed_length,
+        dry_penalty_last_n=dry_penalty_last_n,
+        dry_sequence_breaker=dry_sequence_breaker,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        logit_bias=logit_bias,
+        seed=seed,
+        n_probs=n_probs,
+    )
+    if probs_file is not None and not n_probs:
+        raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
+    constraint = constraint_of(json_schema, grammar)
     engine = loaded(
         model,
         ctx,
@@ -101,6 +174,22 @@ def run(
         precision=precision.value,
     )
     limit = None if count < 0 else count
+    if chatting:
+        from fiddler.chat import Chat
+        from fiddler.cli_chat import open_chat
+
+        chat = Chat(
+            engine,
+            system,
+            sampling,
+            limit,
+            template=template,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            constraint=constraint,
+        )
+        open_chat(chat, str(model or "the demo model"), _stats_text, show_stats=stats)
+        return
     if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
     if beaming is not None:
@@ -118,14 +207,36 @@ def run(
         if stats:
             say(f"{engine.where} | {_stats_text(took)}")
         return
-    generation = engine.start(text, sampling, limit, stop=stop or (), ignore_eos=ignore_eos, prompt_cache=prompt_cache)
+    generation = engine.start(
+        text,
+        sampling,
+        limit,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        constraint=constraint,
+        prompt_cache=prompt_cache,
+    )
+    if probs_file is not None:
+        probs_file.write_bytes(b"")  # a name that cannot be written to is refused before any work
     for piece in generation:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if n_probs:
+        pieces = engine.tokenizer.pieces(special=True)
+        lines = [json.dumps(probs_of(pieces, step)) for step in generation.completion.log_probs]
+        if probs_file is None:
+            for line in lines:
+                say(line)
+        else:
+            probs_file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if stats:
         say(f"{engine.where} | {_stats_text(generation.completion.stats)}")
+
+
+def _on_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

@@ -9,13 +9,14 @@ from typing import Literal
 
 from fiddler.cache import Sequence
 from fiddler.generate import generate
+from fiddler.logprobs import LogProbs
 from fiddler.memory import peak_memory
 from fiddler.runner import Runner
-from fiddler.sampling import Sampler, Sampling
+from fiddler.sampling import Sampler
 from fiddler.stopping import StopText
 from fiddler.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Generation", "Stats"]
+__all__ = ["Completion", "Generation", "Reply", "Stats"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -47,33 +48,76 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. `finish_reason`: "stop" (end token or stop string) or "length"."""
+    """A finished generation.
+
+    `finish_reason`: "stop" (end token, stop string, or a constraint that is met) or "length". `log_probs`: where the
+    sampling's `n_probs` asks for them, one entry a token; of the model's own distribution, see `logprobs.py`.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    log_probs: tuple[LogProbs, ...] = ()
+
+
+class Reply:
+    """The text of a generation as its tokens come, until an end token, a stop string or the last token allowed."""
+
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Ordered[str]) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
+        self._ends, self._limit = tokenizer.end_ids, limit
+        self._decoder, self._stop = tokenizer.stream(continuing=True), StopText(stop)
+        self._text: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._text)
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """The text that is certain with this token, maybe none; all that was held back where it is the last one.
+
+        last: nothing more can be chosen.
+        """
+        assert self.finish_reason is None, "the reply has ended"
+        self.tokens.append(token)
+        ended = token in self._ends
+        piece = "" if ended else self._stop.push(self._decoder.push(token))
+        if ended or last or self._stop.found or len(self.tokens) == self._limit:
+            piece += self._stop.push(self._decoder.finish()) + self._stop.finish()
+            self.finish_reason = "stop" if ended or last or self._stop.found else "length"
+        self._text.append(piece)
+        return piece
+
+    def end(self) -> None:
+        """Nothing can be chosen, not even a first token."""
+        assert not self.tokens
+        self.finish_reason = "stop"
 
 
 class Generation:
-    """A running generation: iterate for pieces of text; afterwards `completion` says how it went."""
+    """A generation that was asked for: iterate for pieces of text; afterwards `completion` says how it went.
+
+    Or let it take part in an engine's `batch`, which takes what it needs from here.
+    """
 
     def __init__(
         self,
         runner: Runner,
         tokenizer: Tokenizer,
         prompt: Ordered[int],
-        sampling: Sampling,
+        new_sampler: Callable[[], Sampler],
         limit: int,
         stop: Ordered[str],
-        ignore_eos: bool,
         load_seconds: float,
         after_prompt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else."""
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`."""
+        self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._sampling, self._limit = prompt, sampling, limit
-        self._stop, self._ignore_eos = stop, ignore_eos
+        self._new_sampler, self._stop = new_sampler, stop
         self._load_seconds, self._after_prompt = load_seconds, after_prompt
         self._completion: Completion | None = None
 
@@ -85,64 +129,58 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
-        sequence, tokens = self._runner.resume(self._prompt), list[int]()
+        reply, sampler = self.begin()
+        sequence = self._runner.resume(self.prompt)
         try:
-            yield from self._pieces(sequence, tokens)
+            yield from self._pieces(reply, sampler, sequence)
         except (GeneratorExit, KeyboardInterrupt):
-            self._runner.keep(sequence, [*self._prompt, *tokens])
+            self._runner.keep(sequence, [*self.prompt, *reply.tokens])
             raise
-        self._runner.keep(sequence, [*self._prompt, *tokens])
+        self._runner.keep(sequence, [*self.prompt, *reply.tokens])
 
-    def _pieces(self, sequence: Sequence, tokens: list[int]) -> Iterator[str]:
-        """The same, computed with `sequence`; `tokens` grows by what is chosen."""
-        ends = self._tokenizer.end_ids
-        decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
-        reason: FinishReason = "length"
+    def _pieces(self, reply: Reply, sampler: Sampler, sequence: Sequence) -> Iterator[str]:
         cached = sequence.length
-        text: list[str] = []
-        started = read = first = time.perf_counter()
-        for token in generate(
-            self._runner,
-            sequence,
-            self._prompt,
-            Sampler(self._sampling),
-            self._limit,
-            banned=sorted(ends) if self._ignore_eos else (),
-        ):
-            if not tokens:
-                read = time.perf_counter()
-                self._after_prompt(sequence)
+        started = first = time.perf_counter()
+        for token in generate(self._runner, sequence, self.prompt, sampler, self.limit):
+            if not reply.tokens:
                 first = time.perf_counter()
-            tokens.append(token)
-            if token in ends:
-                reason = "stop"
-                break
-            piece = stop.push(decoder.push(token))
+                self._after_prompt(sequence)
+                saving = time.perf_counter() - first
+                started, first = started + saving, first + saving
+                first = time.perf_counter()
+            piece = reply.push(token, last=sampler.finished)
             if piece:
-                text.append(piece)
                 yield piece
-            if stop.found:
-                reason = "stop"
+            if reply.finish_reason is not None:
                 break
-        ended = time.perf_counter()
-        if not tokens:
-            read = first = ended
+        if not reply.tokens:
+            first = time.perf_counter()
             self._after_prompt(sequence)
-        rest = stop.push(decoder.finish()) + stop.finish()
-        if rest:
-            text.append(rest)
-            yield rest
-        if stop.found:
-            reason = "stop"
+        self._completion = self.completed(reply, sampler, started, first, cached)
+
+    def begin(self) -> tuple[Reply, Sampler]:
+        """An empty reply for this generation's tokens, and who chooses them."""
+        reply, sampler = Reply(self._tokenizer, self.limit, self._stop), self._new_sampler()
+        if sampler.finished:
+            reply.end()
+        return reply, sampler
+
+    def completed(self, reply: Reply, sampler: Sampler, started: float, first: float, cached: int = 0) -> Completion:
+        """What `reply` has become by now; `started` and `first`, its first token's, by `time.perf_counter`.
+
+        cached: tokens of the prompt that were not computed.
+        """
+        assert reply.finish_reason is not None, "the reply has not ended"
         memory = peak_memory()
         stats = Stats(
             load_seconds=self._load_seconds,
-            prompt_tokens=len(self._prompt),
-            prompt_seconds=read - started,
-            generated_tokens=len(tokens),
-            generation_seconds=ended - first,
+            prompt_tokens=len(self.prompt),
+            prompt_seconds=first - started,
+            generated_tokens=len(reply.tokens),
+            generation_seconds=time.perf_counter() - first,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
             cached_tokens=cached,
         )
-        self._completion = Completion("".join(text), tuple(tokens), reason, stats)
+        log_probs = tuple(sampler.log_probs)
+        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs)

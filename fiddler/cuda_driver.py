@@ -12,7 +12,15 @@ from functools import cache
 
 from fiddler.errors import ResourceError
 
-__all__ = ["copy_rows_to_device", "copy_to_device", "copy_to_host", "register", "unregister", "used_memory"]
+__all__ = [
+    "copy_rows_to_device",
+    "copy_to_device",
+    "register",
+    "start",
+    "unregister",
+    "used_at_first",
+    "wait_for_value",
+]
 
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the one flag with which a read-only, shared mapping is accepted
 _HOST, _DEVICE = 1, 2  # CUmemorytype
@@ -62,9 +70,25 @@ def _driver() -> ctypes.CDLL:
     library.cuMemHostRegister_v2.argtypes = [c_void_p, c_size_t, c_uint]
     library.cuMemHostUnregister.argtypes = [c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
-    library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
     library.cuMemcpy2DAsync_v2.argtypes = [c_void_p, c_void_p]
+    if hasattr(library, "cuStreamWaitValue32_v2"):
+        library.cuStreamWaitValue32_v2.argtypes = [c_void_p, c_uint64, c_uint, c_uint]
     return library
+
+
+def start() -> None:
+    """Start the first of the GPUs that this process may use, for the calling thread. Raises ResourceError.
+
+    In the context that torch will use, too.
+    """
+    library, device, context = _driver(), c_int(), c_void_p()
+    if (
+        library.cuInit(0)
+        or library.cuDeviceGet(byref(device), 0)
+        or library.cuDevicePrimaryCtxRetain(byref(context), device)
+        or library.cuCtxSetCurrent(context)
+    ):
+        raise ResourceError("the GPU does not start")
 
 
 def register(address: int, nbytes: int) -> bool:
@@ -82,11 +106,6 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
 
 
-def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Start a copy of the device's memory to pinned memory."""
-    _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "a copy from the GPU")
-
-
 def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
     """Start a copy of `rows` rows of `width` bytes, `pitch` bytes apart in host memory, side by side on the device."""
     made = _Copy2D(
@@ -102,10 +121,23 @@ def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: 
     _check(_driver().cuMemcpy2DAsync_v2(byref(made), stream), "a copy to the GPU")
 
 
-def used_memory() -> dict[int, int] | None:
-    """Bytes in use on each of the machine's GPUs, by all programs, by the bus it sits on; None without (a new) NVML.
+def wait_for_value(stream: int, address: int, value: int) -> bool:
+    """The stream goes on only when the uint32 at `address`, in pinned memory, has come as far as `value`.
 
-    Unlike torch's figure it needs no context on the GPU, which itself takes hundreds of megabytes.
+    "As far" is counted around 2**32, by CU_STREAM_WAIT_VALUE_GEQ, which is 0. False where the driver cannot.
+    """
+    library = _driver()
+    if not hasattr(library, "cuStreamWaitValue32_v2"):
+        return False
+    return int(library.cuStreamWaitValue32_v2(stream, address, value, 0)) == 0
+
+
+@cache
+def used_at_first() -> dict[int, int] | None:
+    """Bytes in use on each of the machine's GPUs, by the bus it sits on, at the first call; None without (a new) NVML.
+
+    By all programs, to be called before this process uses any of it. Unlike torch's figure it needs no context on the
+    GPU, which itself takes hundreds of megabytes.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")

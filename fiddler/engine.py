@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence as Ordered
+from dataclasses import replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -12,19 +15,25 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.batch import Batch, Outcome
 from fiddler.beam import Beam, BeamSearch
 from fiddler.cache import Sequence
 from fiddler.completion import Completion, Generation
+from fiddler.constrain import Constraint, Vocabulary
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 from fiddler.hypotheses import Beaming, EarlyStopping
 from fiddler.mapped import COMPILING, mapped_experts, on_cpu
+from fiddler.memory import in_memory
 from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
+from fiddler.registration import Registration
+from fiddler.request import Room, checked_request
 from fiddler.runner import Runner
-from fiddler.sampling import Sampling
+from fiddler.sampling import Sampler, Sampling
 from fiddler.tokenizer import Tokenizer
+from fiddler.width import Width, first_width
 
 __all__ = ["DEMO_MODEL", "Engine", "load"]
 
@@ -52,6 +61,7 @@ class Engine:
         self.config = model_file.config
         self.tokenizer = tokenizer
         self.runner = runner
+        self._room = Room(self.config.vocab_size, runner.context, self.config.context_length)
         self.device = device
         self.where = where  # it computes, and why, in a line
         self.backend = backend  # the kernel tier
@@ -67,7 +77,7 @@ class Engine:
 
         Raises RequestError when an id is outside the vocabulary or there are more ids than `context`.
         """
-        ids = self._checked(ids)
+        ids = self._room.checked(ids)
         sequence = self.runner.sequence()
         chunks = [ids[begin : begin + self.runner.chunk] for begin in range(0, len(ids), self.runner.chunk)]
         if not chunks:
@@ -82,29 +92,43 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
         prompt_cache: str | Path | None = None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
-        not included. `ignore_eos`: end tokens are never chosen. What the prompt shares with the last one is not
-        computed again. `prompt_cache`: a file that keeps the prompt's keys and values for other processes, see
-        `fiddler.prompt_cache`; it is read now, and written once the prompt was read.
+        not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
+        that is complete. What the prompt shares with the last one is not computed again. `prompt_cache`: a file that
+        keeps the prompt's keys and values for other processes, see `fiddler.prompt_cache`; it is read now, and written
+        once the prompt was read; not in a `batch`.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        ids, limit = self._request(prompt, max_tokens, stop)
-        return Generation(
-            self.runner,
-            self.tokenizer,
-            ids,
-            sampling or Sampling(),
-            limit,
-            stop,
-            ignore_eos,
-            self.load_seconds,
-            self._after_prompt(prompt_cache, ids),
-        )
+        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self._room)
+        new_sampler = self.samplers(sampling, constraint, ignore_eos)
+        after_prompt = self._after_prompt(prompt_cache, ids)
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, self.load_seconds, after_prompt)
+
+    def samplers(
+        self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
+    ) -> Callable[[], Sampler]:
+        """What makes a sampler for this model, one a generation. Arguments: see `start`.
+
+        Raises RequestError where `sampling` is for another vocabulary or nothing can follow the constraint.
+        """
+        sampling = sampling or Sampling()
+        bad = next((token for token in sampling.logit_bias if token >= self.config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"logit_bias is for token {bad}, outside the vocabulary of {self.config.vocab_size}")
+        if ignore_eos:
+            banned = dict.fromkeys(self.tokenizer.end_ids, -math.inf)
+            sampling = replace(sampling, logit_bias={**sampling.logit_bias, **banned})
+        pieces = self._pieces if sampling.dry_multiplier else ()
+        if constraint is None:
+            return lambda: Sampler(sampling, pieces)
+        guide = self._vocabulary.guide(constraint)
+        return lambda: Sampler(sampling, pieces, guide.copy())
 
     def stream(
         self,
@@ -114,9 +138,10 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """The continuation of `prompt` as pieces of text, as they come. Arguments and errors: see `start`."""
-        return iter(self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos))
+        return iter(self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint))
 
     def generate(
         self,
@@ -126,9 +151,10 @@ class Engine:
         *,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
     ) -> Completion:
         """The whole continuation of `prompt`. Arguments and errors: see `start`."""
-        generation = self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos)
+        generation = self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint)
         for _ in generation:
             continue
         return generation.completion
@@ -144,7 +170,7 @@ class Engine:
         prompt_cache: str | Path | None = None,
     ) -> BeamSearch:
         """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
-        ids, limit = self._request(prompt, max_tokens, stop)
+        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self._room)
         return BeamSearch(
             self.runner,
             self.tokenizer,
@@ -175,27 +201,29 @@ class Engine:
         beaming = Beaming(width, length_penalty, early_stopping)
         return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos).run()
 
-    def _request(self, prompt: str | Ordered[int], max_tokens: int | None, stop: Ordered[str]) -> tuple[list[int], int]:
-        """The prompt's ids and the most tokens that may follow."""
-        ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos) if isinstance(prompt, str) else prompt
-        ids = self._checked(ids)
-        if not ids:
-            raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
-        room = self.context - len(ids)
-        if max_tokens is not None and max_tokens > room:
-            raise RequestError(
-                f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {self.context}; "
-                f"ask for at most {room} ({self._context_remedy()})"
-            )
-        if room == 0 and max_tokens is None:
-            raise RequestError(
-                f"{len(ids)} prompt tokens fill the context of {self.context} ({self._context_remedy()})"
-            )
-        if any(not text for text in stop):
-            raise RequestError("a stop string is empty; give at least one character")
-        return ids, room if max_tokens is None else max_tokens
+    def batch(
+        self,
+        generations: Iterable[Generation],
+        parallel: int | None = None,
+        *,
+        on_step: Callable[[int, int], None] = lambda generated, sequences: None,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Many generations, as `start` gives them, at once: (place, completion or error) of each as it finishes.
+
+        What they say does not depend on each other, beyond rounding; an expert that several want is read once a step.
+        They are taken from the iterable when there is room for them, so it may prepare them as it goes.
+        parallel: at most so many sequences at once; None begins with as many as make every step read every expert, and
+        doubles that as long as it gives more tokens a second. Fewer where keys and values of all would exceed half of
+        the memory beside the model. on_step: is told of tokens generated so far, and the sequences of the last step.
+        Raises RequestError when `parallel` makes no sense.
+        """
+        if parallel is not None and parallel < 1:
+            raise RequestError(f"parallel is {parallel}; give at least 1")
+        most = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
+        first = first_width(self.config.expert_count, self.config.expert_used_count) if parallel is None else most
+        file = self.model_file.file
+        weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
+        return iter(Batch(self.runner, generations, self.runner.room(weights), Width(min(first, most), most), on_step))
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
         if prompt_cache is None:
@@ -204,20 +232,13 @@ class Engine:
 
         return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
 
-    def _checked(self, ids: Ordered[int]) -> list[int]:
-        ids = [int(token) for token in ids]
-        bad = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        if len(ids) > self.context:
-            raise RequestError(
-                f"{len(ids)} tokens exceed the context of {self.context}; shorten them ({self._context_remedy()})"
-            )
-        return ids
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self.tokenizer.pieces(special=True)
 
-    def _context_remedy(self) -> str:
-        most = self.config.context_length
-        return f"or raise --ctx, up to {most}" if self.context < most else "the model was trained with no more"
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
 
 def load(
@@ -235,6 +256,7 @@ def load(
     gpu_experts: int | None = None,
     missing: Missing = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    registration: Registration | None = None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
@@ -244,7 +266,8 @@ def load(
     and as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
     gpu_experts: at most so many of them. missing: where experts that are not on the GPU are computed: "auto" does
     what is fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
-    progress: is told of the bytes of experts that went to the GPU, and how many will.
+    progress: is told of the bytes of experts that went to the GPU, and how many will. registration: of the file's
+    mapping with the GPU's driver, begun before; None begins it.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
@@ -267,6 +290,8 @@ def load(
     gpu, why_not = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
+    if gpu and registration is None:
+        registration = Registration(model_file.file.mappings, model_file.file.path, model_file.file)
     tokenizer = model_file.tokenizer
     tier, exact, config = kernels.choose_tier(kernel), precision == "exact", model_file.config
     if threads is not None:
@@ -275,7 +300,7 @@ def load(
     for product in {layer.product for layer in experts}:
         kernels.prepare(product, lambda: notify(COMPILING))
     capacity = min(context, config.context_length)
-    if gpu:
+    if registration is not None and gpu:
         from fiddler.gpu_memory import GpuStartError
         from fiddler.hybrid import on_gpu
 
@@ -286,6 +311,7 @@ def load(
             hybrid = on_gpu(
                 model_file,
                 experts,
+                registration,
                 gpu_memory=gpu_memory,
                 threads=threads,
                 context=capacity,

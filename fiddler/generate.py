@@ -11,7 +11,7 @@ from fiddler.errors import FileFormatError
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler
 
-__all__ = ["finite", "generate"]
+__all__ = ["choose", "finite", "generate"]
 
 
 def generate(
@@ -20,26 +20,31 @@ def generate(
     prompt: Ordered[int],
     sampler: Sampler,
     limit: int,
-    banned: Ordered[int] = (),
 ) -> Iterator[int]:
     """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
     tokens, each fed back only when the next is asked for.
 
-    `banned` tokens are never chosen. Ends by itself only at `limit`: the caller decides what an end token is.
+    Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
     Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
     logits = runner.prefill(sequence, history[sequence.length :])
     for produced in range(limit):
-        values = finite(logits.numpy(), len(history))
-        if banned:
-            values = values.copy()
-            values[list(banned)] = -np.inf
-        token = sampler(values, history)
+        if sampler.finished:
+            return
+        if produced:
+            logits = runner.logits(runner.step([(sequence, history[-1:])]))[0]
+        token = choose(logits.numpy(), history, sampler)
         history.append(token)
         yield token
-        if produced + 1 < limit:
-            logits = runner.logits(runner.step([(sequence, [token])]))[0]
+
+
+def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler) -> int:
+    """The token that goes on from `history`, after which the model computes `logits` [V].
+
+    Raises FileFormatError where one of them is no number.
+    """
+    return sampler(finite(logits, len(history)), history)
 
 
 def finite(logits: np.ndarray, position: int) -> np.ndarray:

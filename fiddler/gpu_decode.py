@@ -2,6 +2,8 @@
 
 Knows the model's blocks and who has which experts; not sampling or text. Layers whose experts are all residents run
 one after the other in one graph. After any other layer the graph ends: the CPU must see which experts were chosen.
+While it computes its part of them, the side thread queues the GPU's and, behind a wait for the CPU's, the next graph.
+So what lies between one layer's experts and the next one's is the GPU's time, and little of ours.
 """
 
 from __future__ import annotations
@@ -50,16 +52,15 @@ class Decoder:
         self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
         self._cache = _OneToken(sequence, self._place[1:], turns, config.sliding_window)
-        # what the CPU needs of a layer, in one piece: x [D], ids [K], weights [K]
-        self._handed = torch.zeros(1, width + 2 * self._k, device=device)
-        self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)
+        self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
+        self._handed = torch.zeros(width + self._k, device=device)  # of it what streamed experts need: x, weights
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
-        self._from_cpu = torch.zeros(1, width, device=device)
-        self._made = torch.zeros(1, width, pin_memory=True)
+        self._made = torch.zeros(1, width, pin_memory=True)  # the CPU's
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
-        self._arrived, self._taken = torch.cuda.Event(), torch.cuda.Event()
-        self._graphs: list[tuple[torch.cuda.CUDAGraph, int | None]] = []  # with the layer whose experts come next
+        self._arrived, self._taken, self._streamed_all = (torch.cuda.Event() for _ in range(3))
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._breaks: list[int] = []  # the layers after which they end, but for the last
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
@@ -69,37 +70,57 @@ class Decoder:
     def step(self, token: int, position: int) -> None:
         """Append `token`; then `hidden` [1, D] and `logits` [1, V] are its, until the next step."""
         self._orchestrator.start_over()
-        stream = torch.cuda.current_stream().cuda_stream
         self._taken.synchronize()
         self._given[0], self._given[1] = token, position
+        stream = torch.cuda.current_stream().cuda_stream
         cuda_driver.copy_to_device(self._place.data_ptr(), self._given.data_ptr(), 16, stream)
         self._taken.record()
-        for graph, layer in self._graphs:
-            graph.replay()
-            if layer is not None:
-                self._missing(layer, stream)
+        self._queue(0)
+        for graph, layer in enumerate(self._breaks):
+            self._missing(graph, layer)
 
-    def _missing(self, layer: int, stream: int) -> None:
-        """The experts of a layer that are not residents: queue the GPU's part, compute the CPU's, send it there."""
+    def _queue(self, graph: int) -> None:
+        """Queue a graph, and the residents of the layer after it."""
+        self._graphs[graph].replay()
+        if graph < len(self._breaks):
+            self._arrived.record()
+            self._residents[self._breaks[graph]].replay()
+
+    def _missing(self, graph: int, layer: int) -> None:
+        """The experts of a layer that are not residents, after this graph, and the next one."""
         orchestrator, width = self._orchestrator, self._y.shape[1]
-        cuda_driver.copy_to_host(self._seen.data_ptr(), self._handed.data_ptr(), self._seen.nbytes, stream)
-        self._arrived.record()
-        self._residents[layer].replay()
         with self._recorder.span("wait", 0):
             self._arrived.synchronize()
         seen = self._seen.numpy()
         x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
         chosen = tuple(ids.tolist())
         split = orchestrator.split_one(layer, chosen)
-        if any(split.gpu_rows.values()):
-            self._stream(layer, chosen, split, stream)
-        if not orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy()):
-            self._made.zero_()
-        cuda_driver.copy_to_device(self._from_cpu.data_ptr(), self._made.data_ptr(), self._made.nbytes, stream)
+        number, after = orchestrator.gate.next(), graph + 1
+        streamed, queued = any(split.gpu_rows.values()), list[bool]()
 
-    def _stream(self, layer: int, chosen: tuple[int, ...], split: Split, stream: int) -> None:
+        def on_gpu() -> None:
+            if streamed:
+                self._stream(layer, chosen, split)
+                self._streamed_all.record()
+                queued.append(True)
+            orchestrator.gate.wait(number)
+            self._queue(after)
+
+        queueing = orchestrator.aside(on_gpu)
+        try:
+            computed = orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy())
+            if not computed:
+                self._made.zero_()
+            elif streamed:
+                orchestrator.balance.tell(gpu_first=bool(queued) and self._streamed_all.query())
+        finally:
+            orchestrator.gate.open(number)
+        queueing.wait()
+
+    def _stream(self, layer: int, chosen: tuple[int, ...], split: Split) -> None:
         """Queue copies of the GPU's rows, and their products as soon as they are there."""
         ring, weights = self._orchestrator.ring, self._orchestrator.layers[layer]
+        stream = torch.cuda.current_stream().cuda_stream
         hidden, room = weights.gate.shape[1], ring.rows * ring.slots
         wanted = [
             (e, begin, min(begin + room, hidden))
@@ -133,23 +154,26 @@ class Decoder:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             kinds = {torch_type(weights) for weights in layers}
+            self._breaks = [layer for layer in range(len(layers)) if not self._orchestrator.complete(layer)]
             self._run(0, None, self._y)
+            for layer in self._breaks[:1]:
+                self._run(layer + 1, None, self._run(layer, layer, self._y))
             for kind in kinds:
                 self._run_streamed(kind)
+            self._kept.clear()
             pool, aside_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             for kind in kinds:  # with memory of their own: they run while the other graphs' results are in use
                 self._streamed[kind] = torch.cuda.CUDAGraph()
                 self._streamed[kind].capture_begin(aside_pool, capture_error_mode="thread_local")
                 self._run_streamed(kind)
                 self._streamed[kind].capture_end()
-            breaks = [layer for layer in range(len(layers)) if not self._orchestrator.complete(layer)]
             begin, state = 0, self._y
-            for end in [*breaks, None]:
+            for end in [*self._breaks, None]:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 state = self._run(begin, end, state)
                 graph.capture_end()
-                self._graphs.append((graph, end))
+                self._graphs.append(graph)
                 if end is not None:
                     self._residents[end] = torch.cuda.CUDAGraph()
                     self._residents[end].capture_begin(aside_pool, capture_error_mode="thread_local")
@@ -160,13 +184,15 @@ class Decoder:
 
     def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
         """The model from the experts of layer `begin` - 1 to those of layer `end`, or to the logits."""
-        first = begin == 0
-        h = self._model.token_embd[self._place[:1]].float() if first else h + self._y + self._from_cpu
+        if begin == 0:
+            h = self._model.token_embd[self._place[:1]].float()
+        else:
+            h = gpu_kernels.gather(h, self._y, self._made)
         last = len(self._model.blk) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, ids, shares = self._model.blk[layer].before_experts(h, self._cache)
             if layer == end:
-                torch.cat([x, ids.float(), shares], 1, out=self._handed)
+                gpu_kernels.hand_over(x, ids, shares, self._handed, self._seen)
                 self._kept.append((x, ids, shares))
             else:
                 self._run_residents(layer, x, ids, shares, h, add=True)
@@ -193,9 +219,9 @@ class Decoder:
         width = self._y.shape[1]
         weights = next(weights for weights in self._orchestrator.layers if torch_type(weights) == kind)
         gpu_kernels.experts_of_one(
-            self._handed[:, :width],
+            self._handed[None, :width],
             self._jobs,
-            self._handed[0, width + self._k :],
+            self._handed[width:],
             self._orchestrator.ring.rows * self._orchestrator.ring.slots,
             kind,
             ids=None,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["experts_of_one", "gemv", "norm", "route", "works"]
+__all__ = ["experts_of_one", "gather", "gemv", "hand_over", "norm", "route", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -263,3 +263,41 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
     block = max(16, min(wide, 16384 // n))
     _route[(len(h),)](h, norm, weight, x, ids, shares, experts, width, epsilon, n, k, wide, block, num_warps=16)
     return x, ids, shares
+
+
+@triton.jit
+def _gather(h, on_gpu, on_cpu, made, width, K: tl.constexpr):
+    k = tl.program_id(0) * K + tl.arange(0, K)
+    inside = k < width
+    total = tl.load(h + k, mask=inside) + tl.load(on_gpu + k, mask=inside)
+    tl.store(made + k, total + tl.load(on_cpu + k, mask=inside), mask=inside)
+
+
+def gather(h: Tensor, on_gpu: Tensor, on_cpu: Tensor) -> Tensor:
+    """The sum of three [1, D] float32, the last in pinned memory, which is read over the link."""
+    made = torch.empty_like(h)
+    _gather[(triton.cdiv(h.shape[1], 512),)](h, on_gpu, on_cpu, made, h.shape[1], 512, num_warps=4)
+    return made
+
+
+@triton.jit
+def _hand_over(x, ids, shares, kept, seen, width, TOP: tl.constexpr, K: tl.constexpr):
+    k = tl.program_id(0) * K + tl.arange(0, K)
+    values = tl.load(x + k, mask=k < width)
+    tl.store(kept + k, values, mask=k < width)
+    tl.store(seen + k, values, mask=k < width)
+    if tl.program_id(0) == 0:
+        for j in tl.static_range(TOP):
+            tl.store(seen + width + j, tl.load(ids + j).to(tl.float32))
+            share = tl.load(shares + j)
+            tl.store(kept + width + j, share)
+            tl.store(seen + width + TOP + j, share)
+
+
+def hand_over(x: Tensor, ids: Tensor, shares: Tensor, kept: Tensor, seen: Tensor) -> None:
+    """x [1, D] and shares [1, K], one after the other, into `kept` [D + K]; with ids [1, K] between, into `seen`.
+
+    All float32; `seen` [D + 2 K] is pinned memory, which is written over the link.
+    """
+    width = x.shape[1]
+    _hand_over[(triton.cdiv(width, 512),)](x, ids, shares, kept, seen, width, ids.shape[1], 512, num_warps=4)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuLinear", "GpuNorm", "GpuRouter"]
 
+_KEEPS_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: float32 sums of 16-bit products, not rounded again
 _WIDENED = 1 << 24  # elements of a weight that are widened to float32 at once
 
 
@@ -53,6 +54,8 @@ class GpuLinear:
             return cast(Tensor, self._kernels.gemv(x, weight, onto, rounded=rounded))
         if weight.dtype == torch.float32:
             made = F.linear(x, weight)
+        elif rounded and _KEEPS_SUMS and x.is_cuda:
+            made = torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
         elif rounded:
             made = F.linear(x.to(weight.dtype), weight).float()
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from functools import cache
 
 import torch
 
@@ -40,12 +39,6 @@ def at_least(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**30 * 100) / 100:.2f}GiB"
 
 
-@cache
-def _used_at_first() -> dict[int, int] | None:
-    """Bytes in use before this process took any."""
-    return cuda_driver.used_memory()
-
-
 class GpuStartError(ResourceError):
     """A GPU that is there and cannot be used."""
 
@@ -60,7 +53,7 @@ class Budget:
         does not start.
         """
         wanted = None if asked is None else parse_size(asked)
-        before = _used_at_first()
+        before = cuda_driver.used_at_first()
         try:
             torch.zeros(1, device=device)
             free, whole = torch.cuda.mem_get_info(device)

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fiddler import kernels
 from fiddler.cache import Sequence, Step
 from fiddler.errors import ResourceError
 from fiddler.gpu_memory import Budget, shown
 from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral, attend
+from fiddler.orchestrator import Orchestrator
 from fiddler.runner import Runner
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Mixtral,
+        orchestrator: Orchestrator,
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -67,9 +70,13 @@ class GpuRunner(Runner):
         home: Sequence,
         budget: Budget,
     ) -> None:
-        """`home`: a sequence with room for the whole context, whose storage the others use after it."""
+        """orchestrator: the model's experts.
+
+        home: a sequence with room for the whole context, whose storage the others use after it.
+        """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
+        self._orchestrator = orchestrator
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
         self._decoder: Decoder | None = None
@@ -88,8 +95,13 @@ class GpuRunner(Runner):
             return super()._place(parts)
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
-    def sequence(self) -> Sequence:
-        """A new, empty sequence. The first one in use has its memory already, another one takes more."""
+    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
+        kernels.set_threads(max(1, min(self.threads, kernels.usable_cores() - 1)))
+        return self._orchestrator.beside(lambda: self.model(ids, step))
+
+    def sequence(self, positions: int = 0) -> Sequence:
+        """A `Runner`'s. The first one in use has its memory already, another one takes more."""
         if self.kept.holds(self._at_home()):
             self.kept.drop()
         home = self._at_home() is None
@@ -102,6 +114,9 @@ class GpuRunner(Runner):
         )
         if home:
             self._at_home = weakref.ref(made)
+        if positions:
+            with self._within_budget():
+                made.reserve(positions)
         return made
 
     def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
@@ -113,6 +128,10 @@ class GpuRunner(Runner):
         """A `Runner`'s."""
         with self._within_budget():
             return super().copy(source, target, shared)
+
+    def room(self, weights: int) -> int | None:
+        """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
+        return max(0, self.budget.room())
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""

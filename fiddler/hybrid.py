@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -31,21 +30,22 @@ from fiddler.gpu_runner import GpuRunner
 from fiddler.kernels import Product
 from fiddler.link import BouncedLink, DirectLink, Link
 from fiddler.mapped import COMPILING, mapped_experts
-from fiddler.memory import available_memory, cached_bytes, in_memory
+from fiddler.memory import available_memory
 from fiddler.model_file import ModelFile
 from fiddler.models.mixtral import Mixtral, rotary_turns
 from fiddler.orchestrator import Grouped, Orchestrator
 from fiddler.placement import Sizes, lay_out, least_room, place
 from fiddler.plan import Costs, Curve
 from fiddler.recorder import Recorder
+from fiddler.registration import Registration
 from fiddler.staging import Ring
 
 __all__ = ["Hybrid", "calibrate_alone", "on_gpu"]
 
 _SLOTS = 3  # of the ring: one is filled while one is used, and one is ready
 _WORK = 128 << 20  # bytes for an expert's temporaries
+_CODE = 48 << 20  # bytes that the driver takes for code, libraries' included, while a model is loaded
 _ACTIVATIONS = 60  # bytes a token and element of D: what of h, x, q, their copies and sums exists at once
-_SPARE = 0.05  # of memory that is left unpinned
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Hybrid:
 def on_gpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
+    registration: Registration,
     *,
     gpu_memory: str | None,
     threads: int | None,
@@ -74,6 +75,7 @@ def on_gpu(
 ) -> Hybrid:
     """Load `model_file` onto the GPU as far as `gpu_memory` goes; `experts` are its layers' in the mapping.
 
+    registration: of that mapping.
     counts: how often each expert was chosen, [L][E], or None. most: experts on the GPU, or None for all that fit.
     missing: "auto", "cpu" or "stream", who computes the others. progress: is told of bytes of experts, done and in all.
     Raises RequestError, which names the least or the most that works, for a budget that does not.
@@ -81,14 +83,15 @@ def on_gpu(
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    registration.counted()
     budget = Budget(device, gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
     rounded = not exact and experts[0].product.weights == "bf16"
     cache_dtype = torch.float16 if rounded else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, gpu_memory)
-    link = _link(model_file.file.mappings, model_file.file, model_file.file.path, device, notify)
     one_token = _one_token(device, notify)
+    link = _link(registration, device, notify)
     weights, linears = _dense(model_file, link, width)
     home = Tokens(config, context, cache_dtype, device)
     home.reserve(context)
@@ -128,7 +131,7 @@ def on_gpu(
     orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, grouped)
     linear = GpuLinear(linears, one_token, exact=exact)
     model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token), GpuNorm(one_token))
-    runner = GpuRunner(model, context, cache_dtype, threads, chunk, home, budget)
+    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, chunk, home, budget)
     if one_token is not None:
         from fiddler import gpu_attention
         from fiddler.gpu_decode import Decoder
@@ -175,7 +178,8 @@ def calibrate_alone(
         on = torch.device("cuda", torch.cuda.current_device())
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
         owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
-        ring = Ring(_link(mappings, owner, path, on, notify), experts, _slot_rows(experts[0].gate.shape[1]), _SLOTS)
+        registration = Registration(mappings, path, owner)
+        ring = Ring(_link(registration, on, notify), experts, _slot_rows(experts[0].gate.shape[1]), _SLOTS)
     return calibrated(experts, ring, threads, notify, again=True)
 
 
@@ -188,23 +192,10 @@ _SHAPE = 4, 14336, 4096  # a few of Mixtral-8x7B's experts
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # nothing is ever missing
 
 
-def _link(
-    mappings: Sequence[tuple[int, int]],
-    owner: object,
-    path: Path | None,
-    device: torch.device,
-    notify: Callable[[str], None],
-) -> Link:
+def _link(registration: Registration, device: torch.device, notify: Callable[[str], None]) -> Link:
     """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
-    nbytes = sum(size for _, size in mappings)
-    available = available_memory()
-    if nbytes > available * (1 - _SPARE) and in_memory(path):
-        available += sum(cached_bytes(*mapping) for mapping in mappings)  # not counted as available, and ours already
-    if nbytes > available * (1 - _SPARE):
-        notify(f"the model's {shown(nbytes)} exceed the memory ({shown(available)} available): reading through buffers")
-        return BouncedLink(device)
     try:
-        return DirectLink(device, mappings, owner)
+        return DirectLink(device, registration)
     except ResourceError as error:
         notify(f"{error}: reading through buffers")
         return BouncedLink(device)
@@ -283,6 +274,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
 
 def _check(budget: Budget, sizes: Sizes, asked: str | None) -> None:
     """Raises RequestError where the budget is too small, before anything goes to the GPU."""
+    sizes = replace(sizes, fixed=sizes.fixed + _CODE)
     if least_room(sizes) > budget.room():
         raise _too_little(budget, sizes, asked)
 

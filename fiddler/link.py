@@ -9,8 +9,8 @@ orchestration is tested with where there is no GPU.
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol
@@ -20,8 +20,10 @@ import torch
 
 from fiddler import cuda_driver
 from fiddler.errors import ResourceError
+from fiddler.registration import Registration
+from fiddler.side_thread import Gate, HostGate
 
-__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark"]
+__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark", "within"]
 
 _FILLING_THREADS = 4
 _BOUNCE = 1 << 24  # bytes of a pinned buffer
@@ -65,6 +67,10 @@ class Link(Protocol):
         """A new point, reached already."""
         ...
 
+    def gate(self) -> Gate:
+        """A new gate, open so far."""
+        ...
+
     def arrive(self, mark: Mark) -> None:
         """Set `mark` after all copies so far."""
         ...
@@ -85,6 +91,34 @@ class _Passed:
 
     def query(self) -> bool:
         return True
+
+
+class _CudaGate(HostGate):
+    """The stream waits for a number in pinned memory; where the driver cannot do that, the caller waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._seen = self._memory.numpy().view(np.uint32)
+        self._by_stream = self._wait(0)
+
+    def wait(self, number: int) -> None:
+        """A `Gate`'s."""
+        if not self._by_stream:
+            super().wait(number)
+        elif not self._wait(number):
+            raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
+
+    def open(self, number: int | None = None) -> None:
+        """A `Gate`'s."""
+        if self._by_stream:
+            self._seen[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
+        else:
+            super().open(number)
+
+    def _wait(self, number: int) -> bool:
+        stream = torch.cuda.current_stream().cuda_stream
+        return cuda_driver.wait_for_value(stream, self._memory.data_ptr(), number & 0xFFFFFFFF)
 
 
 def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
@@ -110,6 +144,10 @@ class HostLink:
         """A `Link`'s."""
         return _Passed()
 
+    def gate(self) -> Gate:
+        """A `Link`'s."""
+        return HostGate()
+
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""
 
@@ -128,6 +166,10 @@ class _CudaLink:
         """A `Link`'s."""
         return torch.cuda.Event()
 
+    def gate(self) -> Gate:
+        """A `Link`'s."""
+        return _CudaGate()
+
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""
         assert isinstance(mark, torch.cuda.Event)
@@ -144,32 +186,46 @@ class DirectLink(_CudaLink):
 
     blocks = False
 
-    def __init__(self, device: torch.device, mappings: Sequence[tuple[int, int]], owner: object) -> None:
-        """Register `mappings`, address and bytes, which `owner` keeps alive.
-
-        Raises ResourceError where the driver refuses.
-        """
+    def __init__(self, device: torch.device, registration: Registration) -> None:
+        """Raises ResourceError where the mapping cannot be registered."""
         super().__init__(device)
-        done: list[int] = []
-        # before the mapping goes: the driver does not notice, and would stumble over the next one at that address
-        weakref.finalize(self, _unregister, done, owner).atexit = False
-        for address, nbytes in mappings:
-            if not cuda_driver.register(address, nbytes):
-                raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
-            done.append(address)
+        self._registration = registration  # which goes with the last who holds it
+        registration.wait()
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
-        stream = self._stream.cuda_stream
-        if rows == 1 or pitch == width:
-            cuda_driver.copy_to_device(target, source, width * rows, stream)
-        else:
-            cuda_driver.copy_rows_to_device(target, source, width, rows, pitch, stream)
+        stream, borders = self._stream.cuda_stream, self._registration.borders
+        for begin, count, size, to in within(source, width, rows, pitch, borders):
+            if count == 1 or pitch == size:
+                cuda_driver.copy_to_device(target + to, begin, size * count, stream)
+            else:
+                cuda_driver.copy_rows_to_device(target + to, begin, size, count, pitch, stream)
 
 
-def _unregister(addresses: list[int], owner: object) -> None:
-    for address in addresses:
-        cuda_driver.unregister(address)
+def within(
+    source: int, width: int, rows: int, pitch: int, borders: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """The parts of such a copy as `Link.copy` makes, none of which goes past one of the `borders`, in order.
+
+    Of each: its address, rows, bytes a row, and how far after the target's address it goes.
+    """
+    if rows == 1 or pitch == width:
+        begin, end = source, source + width * rows
+        for border in [*borders[bisect_right(borders, begin) : bisect_left(borders, end)], end]:
+            yield begin, 1, border - begin, begin - source
+            begin = border
+        return
+    to = 0
+    while rows:
+        place = bisect_right(borders, source)
+        fit = rows if place == len(borders) else min(rows, (borders[place] - source - width) // pitch + 1)
+        if fit > 0:
+            yield source, fit, width, to
+        else:  # a row that lies on both sides of a border
+            fit = 1
+            for begin, _, size, after in within(source, width, 1, 0, borders):
+                yield begin, 1, size, to + after
+        source, rows, to = source + fit * pitch, rows - fit, to + fit * width
 
 
 class BouncedLink(_CudaLink):

@@ -9,10 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "peak_memory"]
+__all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "peak_memory", "populate"]
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _LAST_BIT = bytes(value & 1 for value in range(256))
+_POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14
 _USED = ("VmHWM", "RssAnon")  # of /proc/self/status, in KiB
 
 
@@ -100,3 +101,15 @@ def cached_bytes(address: int, nbytes: int) -> int:
     except (OSError, AttributeError):
         return 0
     return bytes(found).translate(_LAST_BIT).count(1) * mmap.PAGESIZE
+
+
+def populate(address: int, nbytes: int) -> int:
+    """Enter a mapping's pages into this process's tables, reading those that are on disk; 0 where that was done.
+
+    address: of a page. What comes after goes faster; where the system cannot, nothing is lost.
+    """
+    try:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+    except (OSError, AttributeError):
+        return -1
+    return int(madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_READ))

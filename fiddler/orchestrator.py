@@ -4,15 +4,15 @@ Knows who has which weights and asks `plan` who does what; not the model's struc
 All-CPU, all-GPU and every plan between give the same sums within rounding: that is its whole specification, and with
 a `HostLink` both sides are the CPU.
 
-A step of several tokens queues the GPU's copies and products from a thread of its own, while the caller's is in the
-CPU's kernels, which are always called from there and leave Python's lock free; the sums meet on the GPU. (A step of
-one token queues so little, in `gpu_decode`, that it does without.)
+Two threads: the caller's is in the CPU's kernels, which are always called from there and leave Python's lock free; the
+side thread runs the model meanwhile, and queues the GPU's copies and products. The GPU waits for the CPU's sum of a
+layer at a gate; behind it the next layer's dense half is queued already. (One token has its own way, in `gpu_decode`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
-from fiddler.plan import Costs, Plan, make_plan
+from fiddler.plan import Balance, Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
+from fiddler.side_thread import SharedStep, SideThread, Task
 from fiddler.staging import Part, Ring
 
 __all__ = ["Grouped", "Orchestrator", "Split"]
@@ -53,6 +54,16 @@ class Split(NamedTuple):
     gpu_rows: dict[int, int]  # of each missing expert with tokens
     cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
     seconds: float  # that it should take
+
+
+class _CpuPart(NamedTuple):
+    """What the CPU is to compute of a layer."""
+
+    layer: int
+    x: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    split: Split
 
 
 class Orchestrator:
@@ -87,12 +98,11 @@ class Orchestrator:
         self._read = ring.link.mark()
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._seen = np.zeros((len(layers), experts), np.int64)
-        aside = ring.link.blocks or self._pinned
-        self._side = None
-        if aside:
-            cuda = (torch.cuda.set_device, (ring.link.device,)) if self._pinned else (None, ())
-            self._side = ThreadPoolExecutor(1, "fiddler-gpu", *cuda)
-        self._queueing: Future[None] | None = None
+        self.gate = ring.link.gate()
+        there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
+        self._side = SideThread("fiddler-gpu", there)
+        self._queueing: Task | None = None
+        self._step: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -101,14 +111,47 @@ class Orchestrator:
         self._costs = costs
         # without self, which would then never be freed by counting references
         self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden))
-        self._ones: dict[tuple[int, tuple[int, ...]], Split] = {}
+        self._ones: dict[tuple[int, tuple[int, ...], float], Split] = {}
+        self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that both sides reach."""
         return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
 
+    def beside(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What `forward` returns, the model's step: it runs on the side thread, and what it leaves to the CPU here."""
+        self.start_over()
+
+        def step() -> Tensor:
+            with torch.inference_mode():
+                return forward()
+
+        def do(part: _CpuPart) -> None:
+            self.on_cpu(*part, self._y[: len(part.x)].numpy())
+
+        return self._step.run(step, do)
+
+    def aside(self, call: Callable[[], None]) -> Task:
+        """Have something done by the side thread."""
+        self._queueing = self._side.give(call)
+        return self._queueing
+
+    def start_over(self) -> None:
+        """Forget a step that was broken off: what was sent for it is nobody's."""
+        self._step.stop()
+        if self._queueing is not None:
+            self._queueing.join()
+            self._queueing = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ahead = (0, [])
+        self.ring.release()
+
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
+        if not self._step.running:
+            return self.beside(lambda: self(layer, x, ids, weights))
         tokens, experts = len(x), len(self.layers[layer].gate)
         if tokens > self._tokens:  # several long sequences
             parts = zip(*(tensor.split(self._tokens) for tensor in (x, ids, weights)), strict=True)
@@ -120,7 +163,7 @@ class Orchestrator:
         counts, first = tokens_by_expert(given[1], experts)
         self._seen[layer] += counts
         if layer == 0:
-            self.start_over()
+            self._forget()
         (sent_for, ahead), self._ahead = self._ahead, (0, [])
         if sent_for != layer:
             for part in ahead:
@@ -128,34 +171,18 @@ class Orchestrator:
             ahead = []
         split = self.split(layer, counts, ahead)
         self.planned_seconds += split.seconds
-
-        def on_gpu() -> None:
-            with torch.inference_mode(), self._recorder.span("queue", 0):
-                self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
-
-        self._queueing = self._side.submit(on_gpu) if self._side else None
-        if self._queueing is None:
-            on_gpu()
-        try:
-            on_cpu = self.on_cpu(layer, *given, split, self._y[:tokens].numpy())
-        finally:
-            if self._queueing is not None:
-                with self._recorder.span("join", 0):
-                    self._queueing.exception()
-        if self._queueing is not None:
-            self._queueing.result()
-        if on_cpu and self._grouped is not None:
-            self._grouped.add_from_host(y, self._y[:tokens])
-        elif on_cpu:
-            y += self._y[:tokens].to(y.device, non_blocking=True)
+        number = None
+        if split.cpu_rows.any():
+            number = self._step.leave(_CpuPart(layer, *given, split))
+        with self._recorder.span("queue", 0):
+            self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
+        if number is not None:
+            self.gate.wait(number)
+            if self._grouped is not None:
+                self._grouped.add_from_host(y, self._y[:tokens])
+            else:
+                y += self._y[:tokens].to(y.device, non_blocking=True)
         return y
-
-    def start_over(self) -> None:
-        """Forget a step that was broken off: what was sent for it is nobody's."""
-        if self._queueing is not None:
-            self._queueing.exception()
-        self._queueing, self._ahead = None, (0, [])
-        self.ring.release()
 
     def _to_host(
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor
@@ -170,6 +197,7 @@ class Orchestrator:
         for target, source in given:
             target[:tokens].copy_(source, non_blocking=True)
         self._read.record()
+        self._step.rest()  # rather than where a thread waits for the GPU, busily
         with self._recorder.span("wait", 0):
             self._read.synchronize()
         return self._x[:tokens].numpy(), self._ids[:tokens].numpy(), self._shares[:tokens].numpy()
@@ -178,14 +206,17 @@ class Orchestrator:
         """Whether all experts of a layer are residents, so that nothing is left for the CPU or the link."""
         return self._complete[layer]
 
-    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = ()) -> Split:
-        """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already."""
+    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = (), later: float = 0.0) -> Split:
+        """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already.
+
+        later: seconds by which the GPU begins after the CPU.
+        """
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         here = dict.fromkeys(missing, 0)
         for part in ahead:
             if part.expert in here:
                 here[part.expert] += part.end - part.begin
-        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()))
+        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()), later)
         cpu_rows = np.zeros(len(counts), np.int64)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
@@ -193,17 +224,18 @@ class Orchestrator:
 
     def split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
         """`split` for one token with these experts, remembered."""
-        found = self._ones.get((layer, chosen))
+        key = layer, chosen, self.balance.seconds
+        found = self._ones.get(key)
         if found is None:
-            found = self._ones[layer, chosen] = self._split_one(layer, chosen)
+            found = self._ones[key] = self._split_one(*key)
         self.planned_seconds += found.seconds
         return found
 
-    def _split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
+    def _split_one(self, layer: int, chosen: tuple[int, ...], later: float) -> Split:
         """A link that blocks has no part in it: it would begin when the CPU is done."""
         counts = np.bincount(chosen, minlength=len(self.layers[layer].gate))
         if not self.ring.link.blocks:
-            return self.split(layer, counts)
+            return self.split(layer, counts, (), later)
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         cpu_rows = np.zeros(len(counts), np.int64)
         cpu_rows[missing] = self._hidden
@@ -288,7 +320,7 @@ class Orchestrator:
             return
         experts = self._seen.shape[1]
         missing = [e for e in range(experts) if (layer, e) not in self.residents]
-        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing))
+        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing), 0.0)
         if self._hidden not in plan.gpu_rows:
             return
         e = max(missing, key=lambda e: int(self._seen[layer, e]))
@@ -297,5 +329,5 @@ class Orchestrator:
             self._ahead = (layer, list(self.ring.send(layer, e, begin, self._hidden)))
 
 
-def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...]) -> Plan:
-    return make_plan(tokens, costs, hidden, _STEP, ahead)
+def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...], later: float) -> Plan:
+    return make_plan(tokens, replace(costs, link_start=costs.link_start + later), hidden, _STEP, ahead)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf
 
-__all__ = ["Costs", "Curve", "Plan", "make_plan"]
+__all__ = ["Balance", "Costs", "Curve", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,28 @@ class Plan:
 
     gpu_rows: tuple[int, ...]
     seconds: float
+
+
+class Balance:
+    """How much later than the CPU the GPU begins its part, found while running, by who of the two is done first.
+
+    What calibration cannot know: how long the copies take to be queued beside a busy CPU, and how fast each side is
+    today. A step at a time, so that it follows what changes and one odd moment moves it little.
+    """
+
+    _STEP, _MOST = 25e-6, 40
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    @property
+    def seconds(self) -> float:
+        """To be taken for the `link_start` of `Costs`; negative where the GPU is the faster one."""
+        return self._steps * self._STEP
+
+    def tell(self, *, gpu_first: bool) -> None:
+        """Who was done first where both had a part."""
+        self._steps = max(-self._MOST, min(self._MOST, self._steps + (-1 if gpu_first else 1)))
 
 
 def make_plan(tokens: Sequence[int], costs: Costs, hidden: int, step: int, ahead: Sequence[int] | None = None) -> Plan:

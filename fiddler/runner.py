@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cache import Sequence, Step
+from fiddler.cache import Sequence, Step, kept_bytes
 from fiddler.kept import Kept
+from fiddler.memory import available_memory
 from fiddler.models.mixtral import Mixtral
+from fiddler.width import memory_for_sequences
 
 __all__ = ["Runner"]
 
@@ -29,9 +31,12 @@ class Runner:
         self.cache_dtype = cache_dtype
         self.kept = Kept()
 
-    def sequence(self) -> Sequence:
-        """A new, empty sequence."""
-        return Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
+    def sequence(self, positions: int = 0) -> Sequence:
+        """A new, empty sequence, with room for so many positions; it grows where it gets more."""
+        made = Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
+        if positions:
+            made.reserve(positions)
+        return made
 
     def resume(self, ids: Ordered[int]) -> Sequence:
         """A sequence for `ids`: the kept one with what it has of their beginning, never all of them, or a new one."""
@@ -47,6 +52,14 @@ class Runner:
         target.become(source, shared)
         return target
 
+    def kept_bytes(self, positions: int) -> int:
+        """Bytes of keys and values of a `sequence` with room for so many positions."""
+        return kept_bytes(self.model.config, self.context, self.cache_dtype, positions)
+
+    def room(self, weights: int) -> int | None:
+        """Bytes that sequences may have in all, beside weights in so many bytes of mapped files; None: any number."""
+        return memory_for_sequences(available_memory(), weights)
+
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
@@ -54,9 +67,13 @@ class Runner:
         step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
         attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention):
-            hidden = self.model(ids, step)
+            hidden = self._forward(ids, step)
         step.commit()
         return hidden
+
+    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+        """The model's step."""
+        return self.model(ids, step)
 
     def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
         """Room for so many more tokens of each sequence."""

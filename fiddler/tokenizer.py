@@ -86,30 +86,69 @@ class Tokenizer:
         return self._table.add_eos
 
     @property
+    def add_space_prefix(self) -> bool:
+        """Whether a space goes before a text, which decoding takes off again."""
+        return self._table.add_space_prefix
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja source that the file carries, unread."""
         return self._table.chat_template
+
+    @property
+    def control_names(self) -> list[str]:
+        """What `parse_special` finds in a text and what an ordinary text must not bring about; the longest first."""
+        types = self._table.types
+        return [name for name, index in self._all_special if types[index] != TokenType.USER_DEFINED]
 
     def token(self, index: int) -> str:
         """The token's name in the vocabulary: `▁the`, `<0x0A>`, `</s>`."""
         return self._table.texts[self._checked(index)]
 
-    def encode(self, text: str | bytes, add_bos: bool = False, parse_special: bool = False) -> list[int]:
+    def pieces(self, special: bool = False) -> list[bytes]:
+        """Each token's text as bytes, by id: what it adds to a text that goes on. Control, unknown and unused tokens
+        add none; with `special` their names are given.
+        """
+        if not special:
+            return list(self._bytes)
+        return [found or _raw(text) for found, text in zip(self._bytes, self._table.texts, strict=True)]
+
+    def encode(
+        self,
+        text: str | bytes,
+        add_bos: bool = False,
+        parse_special: bool = False,
+        continuing: bool = False,
+        *,
+        bar: str = "",
+    ) -> list[int]:
         """The ids of `text`; those of SentencePiece wherever no special token is in play.
 
         Bytes that are no UTF-8 (in `bytes`, or in a `str` as `surrogateescape` leaves them) become byte
         tokens; any other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text;
         control tokens only with `parse_special`, so that what a user typed never turns into one. As in
         llama.cpp the longest token is looked for first, and the space that goes before a text also goes
-        before what follows a special token. `add_bos` puts `bos_id` first.
+        before what follows a special token. `add_bos` puts `bos_id` first. `continuing`: the text goes on from an
+        earlier one, and no space goes before it.
+
+        `bar`: a character across which no special token is recognised, and which counts for nothing else; where it
+        is given, control tokens of a single character, which it could not keep apart, are not recognised at all.
         """
         ids = [self.bos_id] if add_bos else []
-        prefix = self._table.add_space_prefix
-        for part in self._split(_canonical(text), self._all_special if parse_special else self._user_defined):
+        prefix = self._table.add_space_prefix and not continuing
+        special = self._all_special if parse_special else self._user_defined
+        if bar:
+            types = self._table.types
+            special = [(name, i) for name, i in special if len(name) > 1 or types[i] == TokenType.USER_DEFINED]
+        for part in self._split(_canonical(text), special):
             if isinstance(part, int):
                 ids.append(part)
                 prefix = self._table.add_space_prefix and self._table.prepend_scheme != "first"
                 continue
+            if bar:
+                part = part.replace(bar, "")
+                if not part:
+                    continue
             if prefix and not (self._table.prepend_scheme and part.startswith(_BLANK)):
                 part = " " + part
             ids += self._encode_text(part)

@@ -4,7 +4,7 @@ Knows arrays and CPU features; not files, tensors or models. The functions here 
 are the only doors to the compiled code, which has no bounds checks.
 """
 
-from fiddler.kernels.attention import attend_one
+from fiddler.kernels.attention import attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.expert_ffn import expert_ffn
@@ -12,13 +12,13 @@ from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.prepare import prepare
 from fiddler.kernels.product import Product
 from fiddler.kernels.routing import rms_norm, route
-from fiddler.kernels.threads import set_threads, thread_count, threading_layer
+from fiddler.kernels.threads import set_threads, thread_count, threading_layer, usable_cores
 
 __all__ = [
     "TIERS",
     "Product",
     "Tier",
-    "attend_one",
+    "attend_each",
     "available_tiers",
     "choose_tier",
     "expert_ffn",
@@ -31,4 +31,5 @@ __all__ = [
     "set_threads",
     "thread_count",
     "threading_layer",
+    "usable_cores",
 ]

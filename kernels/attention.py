@@ -1,48 +1,57 @@
-"""Attention of one new position over a sequence's keys and values, which it joins: rotate, store, attend.
+"""Attention of one new position of each of several sequences over its keys and values, which it joins.
 
-On one thread, for contexts of which attention is a small part. Knows arrays. Does not know sequences, layers or how
-many positions there is room for beyond the arrays it is given.
+Rotate, store, attend: a task for each key-value head of each sequence, shared out among the threads. Knows arrays. Does
+not know sequences, layers or how many positions there is room for beyond the arrays it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from llvmlite import ir
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic, overload
 
 from fiddler.kernels.arithmetic import exponential, from_half, to_half
 from fiddler.kernels.jit import FASTMATH, kernel
+from fiddler.kernels.threads import threads_for
 
-__all__ = ["attend_one"]
+__all__ = ["attend_each"]
 
 _OPTIONS = {"nogil": True, "boundscheck": False}
 
 
-def attend_one(
+def attend_each(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    position: int,
+    keys: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    positions: Sequence[int],
     frequencies: np.ndarray,
     window: int | None = None,
 ) -> np.ndarray:
-    """Grouped-query attention of the position `position` to itself and those before it: float32 [H, head_dim].
+    """Grouped-query attention of each sequence's new position to itself and those before it: float32 [N, H, head_dim].
 
-    q: float32 [H, head_dim]; k, v: float32 [G, head_dim]. keys, values: [G, capacity, head_dim], float32 or the uint16
-    bits of float16, whose place `position` is written: k rotated, v as it is. frequencies: float32 [head_dim / 2],
-    radians a position of each pair of neighbouring elements (RoFormer). window: the most positions that are seen.
+    q: float32 [N, H, head_dim]; k, v: float32 [N, G, head_dim]. keys, values: of each sequence, float32 or the uint16
+    bits of float16, [G, capacity, head_dim], whose place `positions[n]` is written: k rotated, v as it is; no two of
+    them share memory. frequencies: float32 [head_dim / 2], radians a position of each pair of neighbouring elements
+    (RoFormer). window: the most positions that are seen. One sequence is done on one thread.
     Raises ValueError when a shape, a data type or the memory order does not fit.
     """
-    _validate(q, k, v, keys, values, position, frequencies, window)
+    _validate(q, k, v, keys, values, positions, frequencies, window)
     out = np.empty(q.shape, np.float32)
-    oldest = 0 if window is None else max(0, position + 1 - window)
-    _attend(q, k, v, keys, values, position, oldest, frequencies, out)
+    if not len(q):
+        return out
+    at = np.array(positions, np.int64)
+    oldest = np.zeros_like(at) if window is None else np.maximum(0, at + 1 - window)
+    places = np.array([[kept.__array_interface__["data"][0] for kept in half] for half in (keys, values)])
+    capacities = np.array([kept.shape[1] for kept in keys])
+    multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
+    with threads_for(multiplications if len(q) > 1 else 0):
+        _attend(q, k, v, places, capacities, np.empty(0, keys[0].dtype), at, oldest, frequencies, out)
     return out
 
 
@@ -50,27 +59,36 @@ def _validate(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    position: int,
+    keys: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    positions: Sequence[int],
     frequencies: np.ndarray,
     window: int | None,
 ) -> None:
-    if keys.ndim != 3 or keys.dtype not in (np.float32, np.uint16) or values.shape != keys.shape:
-        raise ValueError(f"keys are {keys.dtype} {keys.shape}, values {values.shape}; expected [G, capacity, head_dim]")
-    groups, capacity, size = keys.shape
-    if q.ndim != 2 or q.shape[1] != size or size % 2 or q.shape[0] % max(groups, 1):
-        raise ValueError(f"q is {q.shape}; expected a multiple of {groups} heads of {size} elements, an even number")
-    if k.shape != (groups, size) or v.shape != k.shape or frequencies.shape != (size // 2,):
-        raise ValueError(f"k is {k.shape}, v {v.shape}, frequencies {frequencies.shape}; keys are {keys.shape}")
-    if any(array.dtype != np.float32 for array in (q, k, v, frequencies)) or values.dtype != keys.dtype:
-        raise ValueError("q, k, v and frequencies are float32, and values of the keys' type")
-    if not all(array.flags.c_contiguous for array in (q, k, v, keys, values, frequencies)):
-        raise ValueError("attention takes contiguous arrays")
-    if not 0 <= position < capacity:
-        raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
+    if q.ndim != 3 or not len(q) == len(k) == len(v) == len(keys) == len(values) == len(positions):
+        raise ValueError(
+            f"q is {q.shape}, for {len(keys)} sequences' keys, {len(values)} values, {len(positions)} places"
+        )
+    _, heads, size = q.shape
+    groups = k.shape[1] if k.ndim == 3 else 0
+    if k.shape != (len(q), groups, size) or v.shape != k.shape or not groups or heads % groups or size % 2:
+        raise ValueError(f"q is {q.shape}, k {k.shape}, v {v.shape}; expected [N, H, head_dim] and [N, G, head_dim]")
+    if frequencies.shape != (size // 2,):
+        raise ValueError(f"frequencies are {frequencies.shape}; expected {(size // 2,)}")
+    if any(array.dtype != np.float32 or not array.flags.c_contiguous for array in (q, k, v, frequencies)):
+        raise ValueError("q, k, v and frequencies are float32, and contiguous")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} positions; give at least 1")
+    kind = keys[0].dtype if len(keys) else np.float32
+    if kind not in (np.float32, np.uint16):
+        raise ValueError(f"keys are {kind}; expected float32, or the bits of float16")
+    for one, other, position in zip(keys, values, positions, strict=True):
+        if one.ndim != 3 or (one.shape[0], one.shape[2]) != (groups, size) or other.shape != one.shape:
+            raise ValueError(f"keys are {one.shape}, values {other.shape}; expected [{groups}, capacity, {size}]")
+        if one.dtype != kind or other.dtype != kind or not (one.flags.c_contiguous and other.flags.c_contiguous):
+            raise ValueError("keys and values are contiguous, and all of one type")
+        if not 0 <= position < one.shape[1]:
+            raise ValueError(f"position {position} lies outside 0..{one.shape[1] - 1}")
 
 
 def _read(kept: np.ndarray, row: np.ndarray) -> None:
@@ -139,8 +157,18 @@ def _turn(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.flo
         turned[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
 
 
-@partial(kernel, parallel=False)
-def _attend(
+@intrinsic
+def _pointer(_context: Any, _address: Any) -> Any:
+    """An address, as Numba takes a pointer."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        return b.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+def _attend_group(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
@@ -151,34 +179,57 @@ def _attend(
     frequencies: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """A key-value head, and the query heads that share it, after the other."""
-    groups, size = k.shape
-    each, seen = q.shape[0] // groups, position + 1 - oldest
+    """One key-value head, k and v [head_dim], and the query heads that share it, q [H / G, head_dim]."""
+    (each, size), seen = q.shape, position + 1 - oldest
     scale = np.float32(1 / np.sqrt(size))
-    for g in range(groups):
-        turned, scores = np.empty((each, size), np.float32), np.empty((each, seen), np.float32)
-        row = np.empty(size, np.float32)
-        _turn(k[g], position, frequencies, np.float32(1), row)
-        _write(keys[g, position], row)
-        _write(values[g, position], v[g])
+    turned, scores = np.empty((each, size), np.float32), np.empty((each, seen), np.float32)
+    row = np.empty(size, np.float32)
+    _turn(k, position, frequencies, np.float32(1), row)
+    _write(keys[position], row)
+    _write(values[position], v)
+    for r in range(each):
+        _turn(q[r], position, frequencies, scale, turned[r])
+    for p in range(seen):
+        _read(keys[oldest + p], row)
         for r in range(each):
-            _turn(q[g * each + r], position, frequencies, scale, turned[r])
-        for p in range(seen):
-            _read(keys[g, oldest + p], row)
-            for r in range(each):
-                total = np.float32(0)
-                for i in range(size):
-                    total += turned[r, i] * row[i]
-                scores[r, p] = total
-        for r in range(each):
-            once = np.float32(1) / _weigh(scores[r])
-            for p in range(seen):
-                scores[r, p] *= once
+            total = np.float32(0)
             for i in range(size):
-                out[g * each + r, i] = 0
+                total += turned[r, i] * row[i]
+            scores[r, p] = total
+    for r in range(each):
+        once = np.float32(1) / _weigh(scores[r])
         for p in range(seen):
-            _read(values[g, oldest + p], row)
-            for r in range(each):
-                share, h = scores[r, p], g * each + r
-                for i in range(size):
-                    out[h, i] += share * row[i]
+            scores[r, p] *= once
+        for i in range(size):
+            out[r, i] = 0
+    for p in range(seen):
+        _read(values[oldest + p], row)
+        for r in range(each):
+            share = scores[r, p]
+            for i in range(size):
+                out[r, i] += share * row[i]
+
+
+@kernel
+def _attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    places: np.ndarray,
+    capacities: np.ndarray,
+    kind: np.ndarray,
+    positions: np.ndarray,
+    oldest: np.ndarray,
+    frequencies: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """places: int64 [2, N], the addresses of keys and values, of the type of `kind`, which is empty."""
+    sequences, groups, size = k.shape
+    each = q.shape[1] // groups
+    for task in prange(sequences * groups):
+        n, g = task // groups, task % groups
+        shape = (groups, capacities[n], size)
+        keys = carray(_pointer(places[0, n]), shape, kind.dtype)[g]
+        values = carray(_pointer(places[1, n]), shape, kind.dtype)[g]
+        heads = slice(g * each, (g + 1) * each)
+        _attend_group(q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numba.core import event
 
-from fiddler.kernels.attention import attend_one
+from fiddler.kernels.attention import attend_each
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.jit import discard_cache
 from fiddler.kernels.linear import linear
@@ -57,5 +57,5 @@ def _run(product: Product) -> None:
     linear(x, bits[0], product)
     expert_ffn(x, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), bits, bits, bits, product)
     kept = np.zeros((1, 1, 2), np.uint16 if product.activations == "bf16" else np.float32)
-    attend_one(x, x, x, kept, kept, 0, x[0, :1])
+    attend_each(x[None], x[None], x[None], [kept], [kept], [0], x[0, :1])
     route(rms_norm(x, x[0], 1.0), x, 1)

@@ -13,7 +13,7 @@ import numba
 
 from fiddler.errors import RequestError
 
-__all__ = ["one_caller", "set_threads", "thread_count", "threading_layer", "threads_for"]
+__all__ = ["one_caller", "set_threads", "thread_count", "threading_layer", "threads_for", "usable_cores"]
 
 _PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
 _CPUS = Path("/sys/devices/system/cpu")
@@ -22,7 +22,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _calling = threading.RLock()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Physical cores among the CPUs this process may run on, at most what its control group is granted.
 
     Two hardware threads of a core share its multipliers and its path to memory: a second one only gets in the way.
@@ -48,7 +48,7 @@ def set_threads(threads: int | None) -> int:
     """
     most = int(numba.config.NUMBA_NUM_THREADS)
     if threads is None:
-        threads = min(_usable_cores(), most)
+        threads = min(usable_cores(), most)
     if not 1 <= threads <= most:
         raise RequestError(f"{threads} threads: this machine runs 1 to {most}; change -t/--threads")
     numba.set_num_threads(threads)

@@ -74,6 +74,7 @@ class Bench:
             "cuda",
             args.gpu_memory,
             context=args.ctx,
+            threads=args.threads,
             gpu_experts=args.gpu_experts,
             notify=print,
             recorder=self.meter,
@@ -104,18 +105,18 @@ class Bench:
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
             chosen.follow(costs)
-            self.plans[name] = chosen._costs, chosen._plan, chosen._ones
-        chosen._costs, chosen._plan, chosen._ones = self.plans[name]
+            self.plans[name] = chosen._costs, chosen._plan, chosen._ones, chosen.balance
+        chosen._costs, chosen._plan, chosen._ones, chosen.balance = self.plans[name]
         chosen.on_cpu = self.theirs if name == "torch" else self.ours
 
     def ids(self, count):
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, warm=3):
-        """Seconds of each token each way; of auto the seconds by kind, the bytes and the plans' seconds, a token."""
+        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds."""
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
-        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(float), 0, 0.0
+        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
         for i, token in enumerate(self.ids(count + warm)):
             for name in self.ways:
                 self.way(name)
@@ -130,11 +131,25 @@ class Bench:
                 found[name].append(taken)
                 if name == "auto":
                     nbytes += sum(self.meter.nbytes.values())
-                    for kind, seconds in self.meter.seconds.items():
-                        spent[kind] += seconds / count
+                    for kind in ("experts", "wait"):
+                        spent[kind].append(self.meter.seconds[kind])
         if self.calibration:  # what the plans promise for so many bytes
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
         return found, spent, nbytes / count, planned
+
+    def dense(self, repetitions=20):
+        """Seconds a token that the GPU takes between the layers' experts: the captured graphs by themselves."""
+        graphs, total = self.runner._decoder._graphs, 0.0
+        for graph in graphs:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            begin.record()
+            for _ in range(repetitions):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1e3 / repetitions
+        return total
 
     def prompt(self, length, repetitions, ways):
         """Seconds of each way, and the plan's of auto."""
@@ -169,6 +184,7 @@ def main():
     parser.add_argument("--prompt-ways", default="auto,cpu,stream")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("-r", type=int, default=3)
+    parser.add_argument("-t", "--threads", type=int)
     args = parser.parse_args()
     bench = Bench(args)
     layers, experts = bench.model.config.block_count, bench.model.config.expert_count
@@ -188,9 +204,13 @@ def main():
         both = bench.calibration.expert_bytes / bench.costs.memory
         print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
         print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
-    kinds = ", ".join(f"{kind} {seconds * 1e3:.2f}" for kind, seconds in spent.items())
-    rest = mean - spent["experts"] - spent["wait"]
-    print(f"a token takes {mean * 1e3:.2f} ms: {kinds}; neither reading nor waiting: {rest / mean:.1%}")
+    dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in spent.items()}
+    print(f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for those")
+    print(f"and experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
+    if bench.calibration:
+        rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
+        share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
+        print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
     print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import sentencepiece
 import torch
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
 VOCABULARY = Path(__file__).parent / "data" / "tiny" / "tokenizer.model"
 
@@ -97,6 +98,14 @@ def write_random_mixtral(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_template(source: Path, target: Path, template: str) -> Path:
+    """Write a copy of a model to `target`, with a chat template, and return it."""
+    reader, key = gguf.GGUFReader(source), gguf.Keys.Tokenizer.CHAT_TEMPLATE
+    new = {key: MetadataDetails(gguf.GGUFValueType.STRING, template)}
+    copy_with_new_metadata(reader, gguf.GGUFWriter(target, "llama"), new, [])
+    return target
 
 
 def _add_vocabulary(

@@ -23,9 +23,13 @@ def case(seed, groups, each, size, capacity, kind):
 
 
 def attend(q, k, v, keys, values, position, frequencies, window=None):
-    """The kernel, on the bits of float16 where keys are that."""
-    bits = [kept.view(np.uint16) if kept.dtype == np.float16 else kept for kept in (keys, values)]
-    return kernels.attend_one(q, k, v, *bits, position, frequencies, window)
+    """The kernel for one sequence, on the bits of float16 where keys are that."""
+    keys, values = bits(keys), bits(values)
+    return kernels.attend_each(q[None], k[None], v[None], [keys], [values], [position], frequencies, window)[0]
+
+
+def bits(kept):
+    return kept.view(np.uint16) if kept.dtype == np.float16 else kept
 
 
 @KINDS
@@ -71,24 +75,54 @@ def test_old_positions_may_hold_anything_outside_the_window():
     assert np.isfinite(attend(q, k, v, keys, values, 11, frequencies, 4)).all()
 
 
+@KINDS
+@pytest.mark.parametrize("window", [None, 30])
+def test_several_sequences_are_each_alone(kind, window):
+    """Bit by bit, whatever their lengths and capacities, on one thread and on several."""
+    places, capacities = [0, 299, 40, 7, 120, 1], [1, 300, 64, 8, 500, 2]
+    cases = [case(n, 2, 4, 64, capacity, kind) for n, capacity in enumerate(capacities)]
+    frequencies = cases[0][5]
+    kept = [[bits(one[i].copy()) for one in cases] for i in (3, 4)]
+    alone = [attend(*one[:5], place, frequencies, window) for one, place in zip(cases, places, strict=True)]
+    before, most = [[half.copy() for half in halves] for halves in kept], kernels.thread_count()
+    q, k, v = (np.stack([one[i] for one in cases]) for i in range(3))
+    try:
+        for threads in (1, most):
+            kernels.set_threads(threads)
+            keys, values = ([half.copy() for half in halves] for halves in before)
+            together = kernels.attend_each(q, k, v, keys, values, places, frequencies, window)
+            np.testing.assert_array_equal(together, np.stack(alone))
+            for one, key, value in zip(cases, keys, values, strict=True):
+                np.testing.assert_array_equal(key, bits(one[3]))  # where `alone` has written
+                np.testing.assert_array_equal(value, bits(one[4]))
+    finally:
+        kernels.set_threads(most)
+
+
+def test_no_sequence_at_all():
+    none = np.empty((0, 4, 8), np.float32)
+    assert kernels.attend_each(none, none[:, :2], none[:, :2], [], [], [], np.ones(4, np.float32)).shape == (0, 4, 8)
+
+
 def test_bad_arguments_stop_at_the_door():
-    good = dict(zip(("q", "k", "v", "keys", "values", "frequencies"), case(4, 2, 2, 8, 20, np.float32), strict=True))
-    good["position"] = 5
-    kernels.attend_one(**good)
+    q, k, v, keys, values, frequencies = case(4, 2, 2, 8, 20, np.float32)
+    good = {"q": q[None], "k": k[None], "v": v[None], "keys": [keys], "values": [values], "positions": [5]}
+    good["frequencies"] = frequencies
+    kernels.attend_each(**good)
     bad = {
-        "q": [good["q"][:3], good["q"][:, :6], good["q"][0], good["q"].astype(np.float64)],
-        "k": [good["k"][:1], good["k"][:, ::-1], good["k"].astype(np.float16)],
-        "v": [good["v"][:1]],
-        "keys": [good["keys"][0], good["keys"].astype(np.float64), good["keys"].astype(np.float16)],
-        "values": [good["values"][:, :19], good["values"].view(np.uint16)[..., :8].copy()],
-        "frequencies": [good["frequencies"][:3]],
-        "position": [-1, 20],
+        "q": [good["q"][:, :3], good["q"][..., :6], q, good["q"].astype(np.float64), np.concatenate([good["q"]] * 2)],
+        "k": [good["k"][:, :1], good["k"][:, ::-1], good["k"].astype(np.float16), k],
+        "v": [good["v"][:, :1]],
+        "keys": [[keys[0]], [keys.astype(np.float64)], [keys.astype(np.float16)], [], [keys, keys], [keys[:1]]],
+        "values": [[values[:, :19]], [values.view(np.uint16)[..., :8].copy()], [values[:, ::-1]]],
+        "frequencies": [frequencies[:3]],
+        "positions": [[-1], [20], [1, 2]],
         "window": [0, -1],
     }
     for name, wrong in bad.items():
         for value in wrong:
             with pytest.raises(ValueError):
-                kernels.attend_one(**good | {name: value})
+                kernels.attend_each(**good | {name: value})
 
 
 @njit

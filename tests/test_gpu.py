@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fiddler
 from fiddler.engine import load
 from fiddler.gpu_experts import Job, feed_forward
+from fiddler.gpu_linear import GpuLinear
 from fiddler.models.mixtral import attend, rotate, route
 
 if not torch.cuda.is_available():
@@ -37,6 +38,17 @@ def test_gemv(kind, rounded, shape):
     given = x.to(kind) if rounded else x
     expected = given.double() @ w.double().T
     assert (gpu_kernels.gemv(x, w, rounded=rounded) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="torch rounds sums before 2.8")
+@pytest.mark.parametrize("tokens", [2, 100])
+def test_products_of_several_tokens_keep_their_sums(tokens):
+    torch.manual_seed(0)
+    x, w = torch.randn(tokens, 512, device=DEVICE), torch.randn(300, 512, device=DEVICE).bfloat16()
+    expected = x.bfloat16().double() @ w.double().T
+    made = GpuLinear({"w": w}, gpu_kernels, exact=False)(x, "w")
+    assert made.dtype == torch.float32
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", [(96, 200, 4), (4096, 14336, 2)])
@@ -100,6 +112,26 @@ def test_norms_and_routes_as_torch_does():
     _, ids, shares = gpu_kernels.route(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
     assert ids.max() < 64
     assert shares.isnan().any()
+
+
+@pytest.mark.parametrize("width", [96, 4096])
+def test_what_passes_between_the_two_sides(width):
+    x, shares, ids = torch.randn(1, width, device=DEVICE), torch.rand(1, 3, device=DEVICE), [[7, 0, 200]]
+    kept, seen = torch.zeros(width + 3, device=DEVICE), torch.zeros(width + 6, pin_memory=True)
+    gpu_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, kept, seen)
+    torch.cuda.synchronize()
+    assert torch.equal(kept, torch.cat([x, shares], 1)[0])
+    assert torch.equal(seen, torch.cat([x.cpu(), torch.tensor(ids).float(), shares.cpu()], 1)[0])
+    h, y, made = torch.randn(1, width, device=DEVICE), torch.randn(1, width, device=DEVICE), torch.randn(1, width)
+    assert torch.equal(gpu_kernels.gather(h, y, made.pin_memory()), h + y + made.to(DEVICE))
+
+
+@pytest.mark.parametrize("n,total,dim", [(40, 40, 128), (40, 170, 128), (33, 100, 24), (5, 9, 20)])
+def test_attention_in_16_bits(n, total, dim):
+    torch.manual_seed(5)
+    q, keys, values = (torch.randn(rows, heads, dim, device=DEVICE) for rows, heads in ((n, 6), (total, 2), (total, 2)))
+    exact = attend(q, keys.half().float(), values.half().float(), None)
+    assert (attend(q, keys.half(), values.half(), None) - exact).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("shape", [(40, 96, 208, 4, 2), (150, 64, 96, 3, 1), (600, 512, 320, 8, 2), (3, 60, 100, 5, 3)])
@@ -216,8 +248,8 @@ def test_without_a_compiler_torch_does_it(tokens, tmp_path):
 
 
 def test_through_buffers_where_the_mapping_may_not_be_registered(tokens, monkeypatch):
-    monkeypatch.setattr("fiddler.hybrid.available_memory", lambda: 1 << 20)
-    monkeypatch.setattr("fiddler.hybrid.cached_bytes", lambda address, nbytes: 0)
+    monkeypatch.setattr("fiddler.registration.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("fiddler.registration.cached_bytes", lambda address, nbytes: 0)
     expected = load(device="cpu", precision="exact").logits(tokens)
     for missing in ("auto", "stream"):
         told = []
@@ -284,11 +316,11 @@ def test_the_budget_holds():
 
 
 def test_a_budget_too_small_for_the_dense_part_says_what_suffices(tmp_path):
-    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=32768)
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=131072)
     with pytest.raises(fiddler.FiddlerError, match="needs") as error:
-        load(path, "cuda", gpu_memory="900MiB", context=32768)
+        load(path, "cuda", gpu_memory="900MiB", context=131072)
     least = re.search(r"needs ([\d.]+GiB)", str(error.value))[1]
-    assert load(path, "cuda", gpu_memory=least, context=32768).logits([5, 6]).isfinite().all()
+    assert load(path, "cuda", gpu_memory=least, context=131072).logits([5, 6]).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ CASES = {  # kernel: kinds of its arguments in turn, its constants
         {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
     "route": (gpu_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
+    "gather": (gpu_kernels._gather, "ffffi", {"K": 512}),
+    "hand over": (gpu_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (gpu_attention._rotate_store, "fffflfhhiiiiiii", {"PAIRS": 64}),
     "rotate to 16 bits": (gpu_attention._rotate_store, "fffflhhhiiiiiii", {"PAIRS": 64}),
     "rotate in 32 bits": (gpu_attention._rotate_store, "fffflfffiiiiiii", {"PAIRS": 64}),

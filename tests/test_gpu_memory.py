@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, ResourceError
 from fiddler.gpu_memory import at_least, parse_size
-from fiddler.memory import available_memory, cached_bytes, in_memory
+from fiddler.memory import available_memory, cached_bytes, in_memory, populate
+from fiddler.registration import Registration
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,9 @@ def test_pages_that_are_in_memory_are_counted(tmp_path):
     assert cached_bytes(view.ctypes.data, view.nbytes) == view.nbytes  # it was just written
     untouched = np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
     assert cached_bytes(untouched.ctypes.data, untouched.nbytes) == 0
+    if populate(view.ctypes.data, view.nbytes) == 0:
+        assert populate(untouched.ctypes.data, untouched.nbytes) == 0
+        assert cached_bytes(untouched.ctypes.data, untouched.nbytes) == untouched.nbytes
     assert 0 < available_memory() < 1 << 50
 
 
@@ -49,3 +53,18 @@ def test_files_that_live_in_memory():
     assert not in_memory(Path("/proc/self/mounts"))
     if Path("/dev/shm").is_dir():
         assert in_memory(Path("/dev/shm/any.gguf"))
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
+def test_without_a_driver_registering_says_why():
+    memory = mmap.mmap(-1, 1 << 22)
+    registration = Registration([(np.frombuffer(memory, np.uint8).ctypes.data, 1 << 22)], None, memory)
+    registration.counted()
+    with pytest.raises(ResourceError, match=r"driver library|GPU does not start"):
+        registration.wait()
+
+
+def test_more_than_the_memory_is_not_registered():
+    huge = [(mmap.PAGESIZE, 1 << 50)]
+    with pytest.raises(ResourceError, match=r"1048576.00 GiB exceed the memory"):
+        Registration(huge, Path("/proc/self/mounts"), None).wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,7 +167,8 @@ def test_the_place_on_a_gpu_is_kept_and_given_up(engine):
     home = Sequence(engine.config, 100, torch.float32, torch.device("cpu"))
     home.reserve(100)
     place = home.storage[0][0].data_ptr()
-    engine.runner = runner = GpuRunner(plain.model, 100, torch.float32, plain.threads, 512, home, None)
+    beside = SimpleNamespace(beside=lambda run: run())  # the CPU's experts are all here
+    engine.runner = runner = GpuRunner(plain.model, beside, 100, torch.float32, plain.threads, 512, home, None)
 
     def at_home(sequence):
         return sequence.storage[0][0].data_ptr() == place

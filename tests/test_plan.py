@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import inf
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fiddler.plan import Costs, Curve, make_plan
+from fiddler.plan import Balance, Costs, Curve, make_plan
 
 HIDDEN = 6
 
@@ -90,3 +91,17 @@ def test_curves_are_straight_between_points_and_beyond_the_last():
     curve = Curve((1, 3, 5), (1.0, 2.0, 6.0))
     assert [curve(t) for t in (1, 2, 3, 4, 5, 7)] == [1.0, 1.5, 2.0, 4.0, 6.0, 10.0]
     assert Curve((1,), (2.0,))(9) == 2.0
+
+
+def test_balance_finds_what_the_gpu_begins_later():
+    """Sides whose speeds the plan knows, of which one begins late by what it does not know: both end together."""
+    costs, hidden = Costs(Curve((1,), (3e-3,)), Curve((1,), (0.0,)), 6e-3, 0.0), 14336
+    for late in (0.0, 300e-6, -200e-6):
+        balance = Balance()
+        for _ in range(60):
+            plan = make_plan([1, 1], replace(costs, link_start=balance.seconds), hidden, 64)
+            share = sum(plan.gpu_rows) / hidden
+            cpu, gpu = (2 - share) * costs.cpu(1), share * costs.link + late
+            balance.tell(gpu_first=gpu < cpu)
+        assert abs(balance.seconds - late) < 60e-6
+        assert abs(cpu - gpu) < 100e-6

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings, strategies as st
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from fiddler.errors import RequestError
-from fiddler.sampling import Sampler, Sampling, min_p, penalize_repeats, pick, top_k, top_p
+from fiddler.penalties import penalize_repeats
+from fiddler.sampling import Sampler, Sampling, min_p, pick, top_k, top_p
 
 PROPERTY = settings(deadline=None, max_examples=150, derandomize=True)
 LARGEST = float(np.finfo(np.float32).max)

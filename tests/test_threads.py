@@ -71,11 +71,11 @@ def test_default_threads_are_physical_cores(monkeypatch, tmp_path):
     for cpu, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 6: "2,6"}.items():
         (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
         (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
-    assert threads._usable_cores() == 4
+    assert threads.usable_cores() == 4
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert threads._usable_cores() == 2
+    assert threads.usable_cores() == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert threads._usable_cores() == 4
+    assert threads.usable_cores() == 4
 
 
 def test_threads_out_of_range_are_refused():

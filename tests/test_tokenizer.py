@@ -72,6 +72,15 @@ def test_streamed_is_whole():
         assert rest == ""
 
 
+def test_what_goes_on_from_a_text_gets_no_space():
+    pieces = REAL.pieces()
+    for text in texts()[::5]:
+        ids = REAL.encode(text, continuing=True)
+        assert b"".join(pieces[index] for index in ids) == plain(text).encode()
+        assert REAL.decode(ids, continuing=True) == plain(text)
+    assert (pieces[1], REAL.pieces(special=True)[1], pieces[3]) == (b"", b"<s>", b"\0")
+
+
 def test_a_continuation_joins_its_prompt():
     for text in texts()[::5]:
         ids = REAL.encode(text)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import pytest
 from hypothesis import given, settings, strategies as st
 from texts import CONFIG
+from transformers import PreTrainedTokenizerFast
 from vocabularies import CONTROL, NORMAL, SMALL, UNKNOWN, UNUSED, USER, saved, sentencepiece_model, vocabulary
 
 from fiddler.converters.vocabulary import read_vocabulary
@@ -149,6 +151,7 @@ def test_chat_templates(tmp_path):
     assert read(tmp_path).chat_template is None
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     assert read(tmp_path, tokenizer_config_json={"chat_template": named}).chat_template == "d"
+    assert read(tmp_path, tokenizer_config_json={"chat_template": named}).more_templates == {"tools": "t"}
     assert read(tmp_path, tokenizer_config_json={"chat_template": named[:1]}).chat_template is None
     assert read(tmp_path, tokenizer_config_json={"chat_template": "c"}).chat_template == "c"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "j"}')
@@ -160,10 +163,35 @@ def test_chat_templates(tmp_path):
         read(tmp_path)
 
 
+def test_chat_templates_are_those_of_transformers_and_named_as_gguf_names_them(tmp_path):
+    templates = {"default": "{{ d }}", "tool_use": "{{ t }}", "rag-1": "{{ r }}"}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    (tmp_path / "fast").mkdir()
+    fast = PreTrainedTokenizerFast(tokenizer_object=SMALL, eos_token="</s>", chat_template=named)
+    fast.save_pretrained(tmp_path / "fast")
+    assert (tmp_path / "fast" / "additional_chat_templates" / "tool_use.jinja").exists()
+    for found in (
+        vocabulary(tmp_path / "fast", 300),
+        read(tmp_path / "list", tokenizer_config_json={"chat_template": named}),
+    ):
+        theirs, ours = (gguf.GGUFWriter(tmp_path / name, "llama") for name in ("theirs", "ours"))
+        theirs.add_chat_template(named)
+        found.write_to(ours)
+        values = [
+            {key: one.value for key, one in writer.kv_data[0].items() if "chat_template" in key}
+            for writer in (theirs, ours)
+        ]
+        for one in values:
+            one["tokenizer.chat_templates"] = set(one["tokenizer.chat_templates"])  # gguf's order is a set's
+        assert values[0] == values[1]
+        assert len(values[0]) == 4
+
+
 WRONG = {
     "flag": ({"tokenizer_config_json": {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"),
     "name": ({"tokenizer_config_json": {"eos_token": 5}}, "eos_token is 5"),
     "template": ({"tokenizer_config_json": {"chat_template": 5}}, "chat_template is 5"),
+    "list of templates": ({"tokenizer_config_json": {"chat_template": [{"name": "default"}]}}, "name and template"),
     "decoder": ({"tokenizer_config_json": {"added_tokens_decoder": 5}}, "added_tokens_decoder is 5"),
     "decoder's key": ({"tokenizer_config_json": {"added_tokens_decoder": {"-1": {"content": "x"}}}}, "'-1' is"),
     "decoder's token": ({"tokenizer_config_json": {"added_tokens_decoder": {"262": "x"}}}, "262 is 'x'"),

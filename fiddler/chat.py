@@ -1,0 +1,162 @@
+"""A conversation with a loaded model: what was said, prompts that fit the context, answers as they come.
+
+A model with a chat template gets the messages as the template writes them; one without gets plain text, everything
+said so far, a line break between one message and the next, and continues it. Knows no terminal and no files.
+
+What happens when the context is full: a prompt must leave a quarter of the context for the answer, or `max_tokens`
+where that is less. Where it does not, the oldest turns (a message and its answer) are left out of this and all later
+prompts, until the prompt is no more than half of the context, so that this does not happen, and the model need not
+read everything anew, at every turn. The system message and the new one always stay; a new one for which that is not
+enough is refused. `messages` keeps everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fiddler.chat_template import ChatTemplate, Message
+from fiddler.completion import Completion, Generation
+from fiddler.constrain import Constraint
+from fiddler.engine import Engine
+from fiddler.errors import RequestError
+from fiddler.sampling import Sampling
+
+__all__ = ["Chat"]
+
+_PROBE: Message = {"role": "user", "content": "Hello"}
+
+
+class Chat:
+    """A system message, if any, and turns of the user and the model. Not for several threads at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        *,
+        template: str | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """`max_tokens` of an answer; None for what the context has room for. `template`: Jinja instead of the model's.
+        `constraint`: of every answer.
+
+        Raises FileFormatError where the template cannot be used, RequestError where it takes no system message.
+        """
+        self._engine, self._sampling, self._max_tokens = engine, sampling, max_tokens
+        self._stop, self._ignore_eos, self._constraint = stop, ignore_eos, constraint
+        self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[Message] = []  # of the user and of the model, by turns
+        self._first = 0  # of those that prompts still hold
+        self._check_system()
+        self.context_used = 0  # positions, after the last answer
+        self.completion: Completion | None = None  # of the last answer, unless it was broken off
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages are marked as such; else everything is one text."""
+        return self._template is not None
+
+    @property
+    def context(self) -> int:
+        """Positions there are."""
+        return self._engine.context
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said, the system message first."""
+        return [*self._system, *self._turns]
+
+    @property
+    def left_out(self) -> int:
+        """Turns that prompts no longer hold."""
+        return self._first // 2
+
+    def send(self, text: str) -> Iterator[str]:
+        """The answer to `text`, as pieces of text; it is computed as they are taken.
+
+        An iterator that is closed before its end leaves what it gave as the answer; if that is nothing, `text` is
+        forgotten as well, and the conversation is as it was. One space at an answer's beginning, which belongs to
+        the tokenizer, is left out where there is a template. Raises RequestError at once for a message that is too
+        long, or that the template refuses.
+        """
+        first, ids = self._prompt({"role": "user", "content": text})
+        room = self._engine.context - len(ids)
+        limit = room if self._max_tokens is None else min(room, self._max_tokens)
+        generation = self._engine.start(
+            ids, self._sampling, limit, stop=self._stop, ignore_eos=self._ignore_eos, constraint=self._constraint
+        )
+        return self._answer(text, first, len(ids), generation)
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self._turns, self._first = [], 0
+        self.completion, self.context_used = None, 0
+
+    def close(self) -> None:
+        """End the process that renders the template, which a later `send` starts again."""
+        if self._template is not None:
+            self._template.close()
+
+    def _answer(self, text: str, first: int, prompt: int, generation: Generation) -> Iterator[str]:
+        said: list[str] = []
+        unprefixed = self._template is not None and self._engine.tokenizer.add_space_prefix
+        self.completion = None
+        try:
+            for piece in generation:
+                if unprefixed:
+                    piece, unprefixed = piece.removeprefix(" "), False
+                if piece:
+                    said.append(piece)
+                    yield piece
+            self.completion = generation.completion
+        finally:
+            if said:
+                answer = "".join(said)
+                self._first = first
+                self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                made = len(self._engine.tokenizer.encode(answer)) if self.completion is None else 0
+                self.context_used = prompt + (made if self.completion is None else len(self.completion.tokens))
+
+    def _prompt(self, new: Message) -> tuple[int, list[int]]:
+        """The first message that the prompt holds, and its ids."""
+        context = self._engine.context
+        room = max(1, context // 4)
+        room = room if self._max_tokens is None else min(room, self._max_tokens)
+        first = self._first
+        ids = self._ids([*self._system, *self._turns[first:], new])
+        if len(ids) + room <= context:
+            return first, ids
+        while first < len(self._turns) and len(ids) > context // 2:
+            first += 2
+            ids = self._ids([*self._system, *self._turns[first:], new])
+        if len(ids) + room > context:
+            most = self._engine.config.context_length
+            remedy = f", or raise --ctx, up to {most}" if context < most else ""
+            raise RequestError(
+                f"the message makes a prompt of {len(ids)} tokens, which leaves less than {room} of the context of "
+                f"{context} for an answer; shorten it{remedy}"
+            )
+        return first, ids
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        if self._template is not None:
+            return self._template.ids(messages)
+        tokenizer = self._engine.tokenizer
+        return tokenizer.encode("\n".join(message["content"] for message in messages), add_bos=tokenizer.add_bos)
+
+    def _check_system(self) -> None:
+        """Refuse at the beginning what every message would be refused for."""
+        if self._template is None:
+            if self._system:
+                raise RequestError("the model has no chat template, so there is no place for a system message")
+            return
+        self._template.ids([_PROBE])
+        try:
+            self._template.ids([*self._system, _PROBE])
+        except RequestError as error:
+            raise RequestError(f"leave out the system message: {error}") from None

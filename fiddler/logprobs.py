@@ -1,0 +1,36 @@
+"""Log-probabilities of a chosen token and of the most probable ones. Knows logits only.
+
+They are those of the model itself, as llama.cpp's server and OpenAI give them: the softmax of its logits before a
+constraint, a bias, a penalty or the temperature changed anything. What one of these ruled out can stand among the most
+probable, and the chosen token need not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["LogProbs", "log_probs"]
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """One step: the chosen `token`, its natural logarithm of probability, and (token, logprob) of the most probable
+    tokens, the most probable first, the lowest id first among equals.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
+    """Of `token` and of the `count` most probable ones, given the logits [V] of the model."""
+    values = logits.astype(np.float64) - float(logits.max())
+    values -= np.log(np.exp(values).sum())
+    count = min(count, values.size)
+    least = np.partition(values, -count)[-count] if count else np.inf
+    ids = np.flatnonzero(values >= least)
+    ids = ids[np.argsort(-values[ids], kind="stable")][:count]
+    return LogProbs(token, float(values[token]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))

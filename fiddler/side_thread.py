@@ -1,0 +1,187 @@
+"""One thread beside the caller's: work in order, a gate between the two, and a step that both do. Knows no model.
+
+Much of a step is handed over, tens of times a token: this costs a few microseconds, an executor's futures cost twenty.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["Gate", "HostGate", "SharedStep", "SideThread", "Task"]
+
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+class Task:
+    """Something that was given to a `SideThread`."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._failed: BaseException | None = None
+        self._ended = False
+
+    def run(self) -> None:
+        """Do it; what it raises is kept for the one who waits."""
+        call, self._call = self._call, None  # what it holds on to is not kept
+        assert call is not None
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            self._failed = error
+        self._ended = True
+        self._lock.release()
+
+    def join(self) -> None:
+        """Wait until it is over, however it went."""
+        if not self._ended:  # so that one who was interrupted here may come again
+            self._lock.acquire()
+
+    def wait(self) -> None:
+        """Wait until it is done. Raises what it raised."""
+        self.join()
+        if self._failed is not None:
+            raise self._failed
+
+
+class SideThread:
+    """Does what it is given, one after the other; ends with its last owner."""
+
+    def __init__(self, name: str, first: Callable[[], None] = lambda: None) -> None:
+        """first: what it does before anything else."""
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(self._tasks, first), name=name, daemon=True).start()
+        weakref.finalize(self, self._tasks.put, None)
+
+    def give(self, call: Callable[[], None]) -> Task:
+        """Have it done as soon as all that was given before is."""
+        task = Task(call)
+        self._tasks.put(task)
+        return task
+
+
+def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
+    first()
+    while (task := tasks.get()) is not None:
+        task.run()
+
+
+class Gate(Protocol):
+    """Where a device's queue waits for the host, again and again."""
+
+    def next(self) -> int:
+        """The number of another wait. One thread at a time asks."""
+        ...
+
+    def wait(self, number: int) -> None:
+        """The queue goes on only when the gate has been opened that far; nor does the caller, if need be."""
+        ...
+
+    def open(self, number: int | None = None) -> None:
+        """Let this wait and those before it pass; None: all that have a number."""
+        ...
+
+
+class HostGate:
+    """A `Gate` at which the caller waits itself, for another thread."""
+
+    def __init__(self) -> None:
+        self.numbered = self._opened = 0
+        self._changed = threading.Condition()
+
+    def next(self) -> int:
+        """A `Gate`'s."""
+        self.numbered += 1
+        return self.numbered
+
+    def wait(self, number: int) -> None:
+        """A `Gate`'s."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._opened >= number)
+
+    def open(self, number: int | None = None) -> None:
+        """A `Gate`'s."""
+        with self._changed:
+            self._opened = max(self._opened, self.numbered if number is None else number)
+            self._changed.notify_all()
+
+
+class SharedStep(Generic[Part]):
+    """Work on the side thread that leaves parts of it to the caller's, and goes on behind a gate when they are done."""
+
+    def __init__(self, side: SideThread, gate: Gate) -> None:
+        self._side, self._gate, self._done = side, gate, HostGate()
+        self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
+        self._task: Task | None = None
+        self.running = False
+
+    def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
+        """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
+
+        Raises what either of them raises, when both have come to an end.
+        """
+        self.stop()
+        made: list[Made] = []
+
+        def run() -> None:
+            try:
+                made.append(step())
+            finally:
+                self._parts.put(None)
+
+        failed: Exception | None = None
+        self.running = True
+        self._task = self._side.give(run)
+        try:
+            while (left := self._next()) is not None:
+                part, number = left
+                try:
+                    if failed is None:
+                        do(part)
+                except Exception as error:  # noqa: BLE001 - raised below
+                    failed = error
+                finally:
+                    self._open(number)
+            self._task.wait()
+        finally:
+            self.stop()
+        if failed is not None:
+            raise failed
+        return made[0]
+
+    def leave(self, part: Part) -> int:
+        """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
+        number = self._gate.next()
+        self._done.numbered = number
+        self._parts.put((part, number))
+        return number
+
+    def rest(self) -> None:
+        """On the side thread: sleep until all parts are done, which does not keep a core busy."""
+        self._done.wait(self._done.numbered)
+
+    def stop(self) -> None:
+        """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
+        self._open(None)
+        while self.running:
+            left = self._next()
+            if left is not None:
+                self._open(left[1])
+        if self._task is not None:
+            self._task.join()
+            self._task = None
+
+    def _open(self, number: int | None) -> None:
+        self._gate.open(number)
+        self._done.open(number)
+
+    def _next(self) -> tuple[Part, int] | None:
+        left = self._parts.get()
+        self.running = left is not None
+        return left

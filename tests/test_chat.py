@@ -1,0 +1,150 @@
+"""A conversation's history and prompts, on the demo model with Mixtral's chat template put into its metadata."""
+
+from __future__ import annotations
+
+import pytest
+from chat_templates import MIXTRAL, MIXTRAL_OLD
+from synthetic import with_template
+
+import fiddler
+from fiddler import Sampling
+from fiddler.chat import Chat
+from fiddler.chat_template import ChatTemplate
+from fiddler.engine import DEMO_MODEL
+from fiddler.errors import FileFormatError, RequestError
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return with_template(DEMO_MODEL, tmp_path_factory.mktemp("chat") / "demo.gguf", MIXTRAL)
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    return fiddler.load(path, context=160)
+
+
+@pytest.fixture(scope="module")
+def template(engine):
+    made = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata)
+    yield made
+    made.close()
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def test_an_answer_is_what_the_model_says_to_the_template(engine, template):
+    chat = Chat(engine, "Tell stories.", GREEDY, 12)
+    first = "".join(chat.send("Once upon a time"))
+    history = [said("system", "Tell stories."), said("user", "Once upon a time")]
+    expected = engine.generate(template.ids(history), GREEDY, 12)
+    assert first == expected.text.removeprefix(" ")
+    assert chat.completion.tokens == expected.tokens
+    second = "".join(chat.send("And then?"))
+    history += [said("assistant", first), said("user", "And then?")]
+    assert second == engine.generate(template.ids(history), GREEDY, 12).text.removeprefix(" ")
+    assert chat.messages == [*history, said("assistant", second)]
+    assert chat.context_used == len(template.ids(history)) + 12
+    chat.reset()
+    assert chat.messages == history[:1]
+    assert (chat.context_used, chat.completion) == (0, None)
+    assert "".join(chat.send("Once upon a time")) == first
+
+
+def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_went(engine, template):
+    chat = Chat(engine, sampling=GREEDY, ignore_eos=True)
+    whole = "".join(Chat(engine, sampling=GREEDY, ignore_eos=True).send("Hello"))
+    pieces = chat.send("Hello")
+    begun = next(pieces) + next(pieces)
+    pieces.close()
+    assert whole.startswith(begun)
+    assert chat.messages == [said("user", "Hello"), said("assistant", begun)]
+    assert chat.completion is None
+    assert chat.context_used >= len(template.ids([said("user", "Hello")])) + 1
+    assert "".join(chat.send("Go on"))
+    assert len(chat.messages) == 4
+
+
+def test_a_message_without_an_answer_is_forgotten(engine):
+    chat = Chat(engine, sampling=GREEDY)
+    chat.send("never taken")
+    begun = chat.send("never taken")
+    begun.close()
+    assert "".join(Chat(engine, sampling=GREEDY, max_tokens=0).send("Hello")) == ""
+    assert chat.messages == []
+
+
+def prompt_of(chat, text):
+    """The next prompt, as text."""
+    return chat._engine.tokenizer.decode(chat._prompt(said("user", text))[1])
+
+
+def test_the_oldest_turns_are_left_out_when_the_context_is_full(engine):
+    """A quarter of 160 must be left, and then no more than half is kept."""
+    chat = Chat(engine, "Stay.", GREEDY, ignore_eos=True, max_tokens=20)
+    lengths, left = [], []
+    for turn in range(9):
+        prompt = prompt_of(chat, f"turn {turn}")
+        kept = [other for other in range(turn) if f"turn {other}" in prompt]
+        "".join(chat.send(f"turn {turn}"))
+        lengths.append(chat.completion.stats.prompt_tokens)
+        left.append(chat.left_out)
+        assert "Stay." in prompt
+        assert prompt.rstrip().endswith(f"turn {turn} [/INST]")
+        assert kept == list(range(left[-1], turn))  # the latest, without a gap
+    assert max(lengths) + 20 <= 160
+    steps = [after - before for before, after in zip([0, *left], left, strict=False)]
+    assert sum(step > 0 for step in steps) >= 2
+    assert all(lengths[i] <= 80 for i, step in enumerate(steps) if step)
+    assert all(step == 0 or steps[i + 1] == 0 for i, step in enumerate(steps[:-1]))  # not at every turn
+    assert len(chat.messages) == 19
+    chat.reset()
+    assert (chat.left_out, prompt_of(chat, "x").count("INST")) == (0, 2)
+
+
+def test_a_message_that_is_too_long_is_refused_and_leaves_no_trace(engine):
+    chat = Chat(engine, sampling=GREEDY, max_tokens=3)
+    "".join(chat.send("Hello"))
+    before = chat.messages
+    with pytest.raises(
+        RequestError, match=r"prompt of \d+ tokens, .* context of 160 .*; shorten it, or raise --ctx, up"
+    ):
+        chat.send("word " * 200)
+    assert (chat.messages, chat.left_out) == (before, 0)
+    assert prompt_of(chat, "x").count("Hello") == 1
+    assert "".join(chat.send("Hello again"))
+
+
+def test_an_answer_ends_where_the_context_ends(engine):
+    chat = Chat(engine, sampling=GREEDY, ignore_eos=True)
+    "".join(chat.send("Hello"))
+    assert chat.completion.finish_reason == "length"
+    assert chat.context_used == 160
+
+
+def test_a_template_that_takes_no_system_message(engine):
+    with pytest.raises(RequestError, match=r"leave out the system message: .*Conversation roles must alternate"):
+        Chat(engine, "Be nice.", template=MIXTRAL_OLD)
+    assert "".join(Chat(engine, sampling=GREEDY, max_tokens=5, template=MIXTRAL_OLD).send("Hello"))
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", "{% for %}", "{{ ''.__class__ }}"])
+def test_a_template_that_cannot_be_used_is_refused_at_once(engine, template):
+    with pytest.raises(FileFormatError, match="the chat template"):
+        Chat(engine, template=template)
+
+
+def test_without_a_template_the_text_goes_on():
+    plain = fiddler.load(context=160)
+    chat = Chat(plain, sampling=GREEDY, max_tokens=10)
+    assert not chat.has_template
+    first = "".join(chat.send("Once upon a time"))
+    assert first == plain.generate("Once upon a time", GREEDY, 10).text
+    second = "".join(chat.send("Then the bear"))
+    assert second == plain.generate(f"Once upon a time\n{first}\nThen the bear", GREEDY, 10).text
+    with pytest.raises(RequestError, match="no chat template"):
+        Chat(plain, "Be nice.")

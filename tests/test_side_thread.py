@@ -1,0 +1,118 @@
+"""The thread beside the caller's: order, exceptions, interruptions, its end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+
+from fiddler.side_thread import HostGate, SharedStep, SideThread
+
+
+def test_everything_is_done_in_order_by_one_thread():
+    begun, done = [], []
+    side = SideThread("side", lambda: begun.append(threading.current_thread().name))
+    tasks = [side.give(lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
+    tasks[-1].wait()
+    assert done == [(i, "side") for i in range(100)]
+    assert begun == ["side"]
+    for task in tasks:
+        task.wait()
+
+
+def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
+    side, done = SideThread("side"), []
+    failed, fine = side.give(lambda: 1 // 0), side.give(lambda: done.append(1))
+    failed.join()
+    with pytest.raises(ZeroDivisionError):
+        failed.wait()
+    fine.wait()
+    assert done == [1]
+
+
+def test_one_who_was_interrupted_may_wait_again():
+    side, go = SideThread("side"), threading.Event()
+    task = side.give(lambda: go.wait(60) and None)
+    waiting = threading.Thread(target=task.join)
+    waiting.start()
+    go.set()
+    waiting.join(60)
+    task.join()
+    task.wait()
+
+
+def test_the_thread_ends_and_nothing_is_kept():
+    class Held:
+        pass
+
+    held, side = Held(), SideThread("a side of its own")
+    seen = weakref.ref(held)
+    task = side.give(lambda held=held: None)
+    task.wait()
+    del held
+    gc.collect()
+    assert seen() is None
+    del side
+    gc.collect()
+    for _ in range(600):
+        if not any(thread.name == "a side of its own" for thread in threading.enumerate()):
+            return
+        time.sleep(0.01)
+    pytest.fail("the thread goes on without an owner")
+
+
+@pytest.fixture
+def gate():
+    return HostGate()
+
+
+def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(gate):
+    shared, done = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        total = 0
+        for part in range(20):
+            gate.wait(shared.leave(part))
+            total += done[-1][0]
+        return total, threading.current_thread().name
+
+    assert shared.run(step, lambda part: done.append((part, threading.current_thread()))) == (190, "side")
+    assert done == [(part, threading.current_thread()) for part in range(20)]
+    assert not shared.running
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(gate, error):
+    shared, passed = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        for part in range(5):
+            gate.wait(shared.leave(part))
+            passed.append(part)
+        return passed
+
+    def fail(part):
+        if part == 2:
+            raise error(f"part {part}")
+
+    with pytest.raises(error, match="part 2"):
+        shared.run(step, fail)
+    assert passed == [0, 1, 2, 3, 4]  # nobody is left waiting
+    passed.clear()
+    assert shared.run(step, lambda part: None) == [0, 1, 2, 3, 4]
+
+
+def test_a_step_that_fails_itself_raises_to_its_caller(gate):
+    shared, done = SharedStep(SideThread("side"), gate), []
+
+    def step():
+        gate.wait(shared.leave("one part"))
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        shared.run(step, done.append)
+    assert done == ["one part"]
+    assert shared.run(lambda: 7, done.append) == 7
