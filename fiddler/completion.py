@@ -114,7 +114,7 @@ class Generation:
         load_seconds: float,
         after_prompt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else."""
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`."""
         self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
         self._new_sampler, self._stop = new_sampler, stop

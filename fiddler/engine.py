@@ -101,7 +101,7 @@ class Engine:
         not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
         that is complete. What the prompt shares with the last one is not computed again. `prompt_cache`: a file that
         keeps the prompt's keys and values for other processes, see `fiddler.prompt_cache`; it is read now, and written
-        once the prompt was read.
+        once the prompt was read; not in a `batch`.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids, limit = self._request(prompt, max_tokens, stop)

@@ -138,7 +138,7 @@ class Watched(Runner):
     """Notes the steps, and takes no more than `most` sequences or `sequences` at all."""
 
     def __init__(self, runner, chunk=512, most=100):
-        super().__init__(runner.model, runner.context, runner._cache_dtype, runner.threads, chunk)
+        super().__init__(runner.model, runner.context, runner.cache_dtype, runner.threads, chunk)
         self.most, self.steps = most, []
 
     def step(self, parts):
