@@ -154,12 +154,13 @@ class Batch:
         """Choose a member's next token. Where it is the last one the member leaves, and this is its outcome."""
         try:
             token = choose(logits, member.tokens, member.sampler)
+            last = member.sampler.finished
         except FiddlerError as error:
             return [self._leave(member, error)]
         if not member.reply.tokens:
             member.first = time.perf_counter()
         member.tokens.append(token)
-        member.reply.push(token, last=member.sampler.finished)
+        member.reply.push(token, last=last)
         self._generated += 1
         if member.reply.finish_reason is None:
             return []

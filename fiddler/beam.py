@@ -60,8 +60,10 @@ class BeamSearch:
         ignore_eos: bool,
         load_seconds: float,
         after_prompt: Callable[[Sequence], None] = lambda sequence: None,
+        reuse: bool = False,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else."""
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else. `reuse`: as of a `Generation`."""
+        self._reuse = reuse
         self._runner, self._tokenizer = runner, tokenizer
         self._prompt, self._beaming, self._limit = prompt, beaming, limit
         self._stop, self._load_seconds, self._after_prompt = stop, load_seconds, after_prompt
@@ -82,10 +84,11 @@ class BeamSearch:
         Raises FileFormatError where the model computes something that is no number.
         """
         started = time.perf_counter()
-        first = _Place(self._runner.resume(self._prompt))
+        first = _Place(self._runner.resume(self._prompt if self._reuse else []))
         cached = first.sequence.length
         logits = self._runner.prefill(first.sequence, self._prompt[cached:])[None]
         read = time.perf_counter()
+        finite(logits.numpy(), len(self._prompt))  # before anything is kept
         self._after_prompt(first.sequence)
         search = Hypotheses(self._beaming, max(self._limit, 1), self._is_ended, len(self._ends))
         begun, steps, places = time.perf_counter(), 0, [first]

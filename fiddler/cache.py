@@ -43,7 +43,7 @@ class Sequence:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
-        self._arrays = self._as_arrays()
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
 
     @property
@@ -58,11 +58,12 @@ class Sequence:
         if length <= capacity:
             return
         capacity = _capacity(length, self.context, capacity)
-        for kept in (self._keys, self._values):
-            for layer, old in enumerate(kept):
-                kept[layer] = self._empty(capacity)
-                kept[layer][:, : self.length] = old[:, : self.length]
-        self._arrays = self._as_arrays()
+        self._arrays = None  # they are of memory that goes, even where this is broken off
+        for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
+            grown = [self._empty(capacity) for _ in olds]
+            for new, old in zip(grown, olds, strict=True):
+                new[:, : self.length] = old[:, : self.length]
+            self._keys[layer], self._values[layer] = grown
 
     def divided(self, count: int, length: int) -> list[Sequence]:
         """So many empty sequences of at most `length` positions each, in this one's memory.
@@ -89,6 +90,8 @@ class Sequence:
 
     def arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """A layer's keys and values as the kernel takes them, on the CPU."""
+        if self._arrays is None:
+            self._arrays = self._as_arrays()
         return self._arrays[layer]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,13 @@ class Chat:
         room = self._engine.context - len(ids)
         limit = room if self._max_tokens is None else min(room, self._max_tokens)
         generation = self._engine.start(
-            ids, self._sampling, limit, stop=self._stop, ignore_eos=self._ignore_eos, constraint=self._constraint
+            ids,
+            self._sampling,
+            limit,
+            stop=self._stop,
+            ignore_eos=self._ignore_eos,
+            constraint=self._constraint,
+            reuse=True,
         )
         return self._answer(text, first, len(ids), generation)
 

@@ -47,7 +47,7 @@ from fiddler.cli_sampling import (
     probs_of,
     sampling_from,
 )
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.errors import FiddlerError, RequestError, ResourceError
 
 if TYPE_CHECKING:
     from fiddler.chat_template import ChatTemplate
@@ -143,7 +143,7 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
     from tqdm import tqdm
 
     before, began, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
-    generated = 0
+    generated = lacking = 0
     running: dict[int, Id] = {}
     prompts, pieces = _Prompts(engine), engine.tokenizer.pieces(special=True)
     bar = tqdm(total=len(jobs.ids), initial=before, unit="prompt", leave=False, disable=None, miniters=0)
@@ -177,7 +177,10 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
     with bar:
         for place, outcome in engine.batch(started(), parallel, on_step=stepped):
             identity = running.pop(place)
-            if isinstance(outcome, FiddlerError):
+            if isinstance(outcome, ResourceError):  # no result: with more memory the same command makes it
+                say(f"{identity}: {outcome}")
+                lacking += 1
+            elif isinstance(outcome, FiddlerError):
                 refused(identity, outcome)
             else:
                 probs = [probs_of(pieces, step) for step in outcome.log_probs]
@@ -197,6 +200,10 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
         f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
         f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
     )
+    if lacking:
+        raise ResourceError(
+            f"{lacking} prompts lacked memory and have no result; the same command with more makes them"
+        )
 
 
 class _Prompts:

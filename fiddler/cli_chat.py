@@ -25,7 +25,8 @@ _HELP = """\
 /stats       speed, memory and context of the last answer
 /exit        leave, as Ctrl-D does
 A line that ends with \\ goes on in the next; lines between \"\"\" and \"\"\" are one message, whatever they begin with.
-Ctrl-C stops an answer; what came of it stays in the conversation."""
+Ctrl-C stops an answer; what came of it stays in the conversation. While a long message is read it has to wait for
+the first token; pressed again after a second it leaves fiddler."""
 
 _NO_TEMPLATE = (
     "this model has no chat template: what you type is plain text, and the model continues all of it, "

@@ -144,6 +144,9 @@ def run(
     sampling = sampling_from(given)
     if probs_file is not None and not n_probs:
         raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
+    if probs_file is not None:
+        with probs_file.open("ab"):
+            pass  # a name that cannot be written to is refused before any work
     constraint = constraint_of(json_schema, grammar)
     engine = loaded(
         model,
@@ -199,8 +202,6 @@ def run(
         constraint=constraint,
         prompt_cache=prompt_cache,
     )
-    if probs_file is not None:
-        probs_file.write_bytes(b"")  # a name that cannot be written to is refused before any work
     for piece in generation:
         sys.stdout.write(piece)
         sys.stdout.flush()

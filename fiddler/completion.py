@@ -113,12 +113,16 @@ class Generation:
         stop: Ordered[str],
         load_seconds: float,
         after_prompt: Callable[[Sequence], None] = lambda sequence: None,
+        reuse: bool = False,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`."""
+        """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`.
+
+        reuse: go on from the sequence computed last, with what it shares with the prompt.
+        """
         self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
         self._new_sampler, self._stop = new_sampler, stop
-        self._load_seconds, self._after_prompt = load_seconds, after_prompt
+        self._load_seconds, self._after_prompt, self._reuse = load_seconds, after_prompt, reuse
         self._completion: Completion | None = None
 
     @property
@@ -130,7 +134,7 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, none of them empty; whole characters only."""
         reply, sampler = self.begin()
-        sequence = self._runner.resume(self.prompt)
+        sequence = self._runner.resume(self.prompt if self._reuse else [])
         cached = sequence.length
         started = read = first = time.perf_counter()
         try:
@@ -144,7 +148,7 @@ class Generation:
                     yield piece
                 if reply.finish_reason is not None:
                     break
-        except (GeneratorExit, KeyboardInterrupt):
+        except BaseException:  # whatever holds on to the exception: the next one goes on with the sequence
             self._runner.keep(sequence, [*self.prompt, *reply.tokens])
             raise
         if not reply.tokens:

@@ -29,7 +29,7 @@ from fiddler.model_file import ModelFile
 from fiddler.placement import read_counts
 from fiddler.recorder import SILENT, Recorder
 from fiddler.registration import Registration
-from fiddler.request import checked_ids, checked_request
+from fiddler.request import check_options, checked_ids, checked_request
 from fiddler.runner import Runner
 from fiddler.sampling import Sampler, Sampling
 from fiddler.tokenizer import Tokenizer
@@ -93,21 +93,26 @@ class Engine:
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         prompt_cache: str | Path | None = None,
+        reuse: bool | None = None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
         not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
-        that is complete. What the prompt shares with the last one is not computed again. `prompt_cache`: a file that
-        keeps the prompt's keys and values for other processes, see `fiddler.prompt_cache`; it is read now, and written
-        once the prompt was read; not in a `batch`.
+        that is complete. `reuse`: what the prompt shares with the last one is not computed again, which may change
+        roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the request should
+        give the same again. `prompt_cache`: a file that keeps the prompt's keys and values for other processes, see
+        `fiddler.prompt_cache`; it is read now, and written once the prompt was read; not in a `batch`.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        ids, limit = self._request(prompt, max_tokens, stop)
+        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
         new_sampler = self.samplers(sampling, constraint, ignore_eos)
         after_prompt = self._after_prompt(prompt_cache, ids)
-        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, self.load_seconds, after_prompt)
+        if reuse is None:
+            reuse = prompt_cache is not None or not (sampling or Sampling()).repeatable
+        load_seconds = self.load_seconds
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, load_seconds, after_prompt, reuse)
 
     def samplers(
         self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
@@ -138,9 +143,14 @@ class Engine:
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        reuse: bool | None = None,
     ) -> Iterator[str]:
         """The continuation of `prompt` as pieces of text, as they come. Arguments and errors: see `start`."""
-        return iter(self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint))
+        return iter(
+            self.start(
+                prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint, reuse=reuse
+            )
+        )
 
     def generate(
         self,
@@ -151,9 +161,12 @@ class Engine:
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        reuse: bool | None = None,
     ) -> Completion:
         """The whole continuation of `prompt`. Arguments and errors: see `start`."""
-        generation = self.start(prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint)
+        generation = self.start(
+            prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint, reuse=reuse
+        )
         for _ in generation:
             continue
         return generation.completion
@@ -199,9 +212,10 @@ class Engine:
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
         prompt_cache: str | Path | None = None,
+        reuse: bool = False,
     ) -> BeamSearch:
         """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
-        ids, limit = self._request(prompt, max_tokens, stop)
+        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
         return BeamSearch(
             self.runner,
             self.tokenizer,
@@ -212,6 +226,7 @@ class Engine:
             ignore_eos,
             self.load_seconds,
             self._after_prompt(prompt_cache, ids),
+            reuse=reuse or prompt_cache is not None,
         )
 
     def beam_search(
@@ -224,16 +239,14 @@ class Engine:
         early_stopping: EarlyStopping = False,
         stop: Ordered[str] = (),
         ignore_eos: bool = False,
+        reuse: bool = False,
     ) -> list[Beam]:
         """The finished beams of a search `width` wide, best first, as transformers' `generate(num_beams=width)`.
 
         length_penalty, early_stopping: see `fiddler.hypotheses.Beaming`. Other arguments, and errors: see `start`.
         """
         beaming = Beaming(width, length_penalty, early_stopping)
-        return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos).run()
-
-    def _request(self, prompt: str | Ordered[int], max_tokens: int | None, stop: Ordered[str]) -> tuple[list[int], int]:
-        return checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
+        return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos, reuse=reuse).run()
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
         if prompt_cache is None:
@@ -279,16 +292,7 @@ def load(
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
-    if precision not in ("fast", "exact"):
-        raise RequestError(f"precision is {precision!r}; give 'fast' or 'exact'")
-    if context < 1:
-        raise RequestError(f"context is {context}; give at least 1")
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"device is {device!r}; give 'auto', 'cpu' or 'cuda'")
-    if missing not in ("auto", "cpu", "stream"):
-        raise RequestError(f"missing is {missing!r}; give 'auto', 'cpu' or 'stream'")
-    if gpu_experts is not None and gpu_experts < 0:
-        raise RequestError(f"gpu_experts is {gpu_experts}; give 0 or more")
+    check_options(device, precision, missing, context, gpu_experts)
     gpu, why_not = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()

@@ -106,8 +106,8 @@ class Decoder:
             orchestrator.gate.wait(number)
             self._queue(after)
 
-        queueing = orchestrator.aside(on_gpu)
         try:
+            queueing = orchestrator.aside(on_gpu)
             computed = orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy())
             if not computed:
                 self._made.zero_()

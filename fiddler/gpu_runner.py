@@ -76,6 +76,7 @@ class GpuRunner(Runner):
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
         self._beside = beside
+        self._threads_beside = max(1, min(threads, kernels.usable_cores() - 1))
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
         self._decoder: Decoder | None = None
@@ -96,7 +97,7 @@ class GpuRunner(Runner):
 
     def _forward(self, ids: Tensor, step: Step) -> Tensor:
         # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
-        kernels.set_threads(max(1, min(self.threads, kernels.usable_cores() - 1)))
+        kernels.set_threads(self._threads_beside)
         return self._beside(lambda: self.model(ids, step))
 
     def sequence(self, positions: int = 0) -> Sequence:

@@ -202,7 +202,7 @@ def _biases(value: object) -> object:
     """JSON's keys are texts: ids of tokens."""
     if not isinstance(value, dict):
         return value
-    return {int(key) if key.isascii() and key.isdigit() else key: bias for key, bias in value.items()}
+    return {int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key: b for key, b in value.items()}
 
 
 def _seed(seed: int, identity: Id) -> int:

@@ -31,6 +31,7 @@ from fiddler.staging import Part, Ring
 __all__ = ["Grouped", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
+_REMEMBERED = 1 << 14  # splits of single tokens
 _SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
 
 
@@ -133,13 +134,15 @@ class Orchestrator:
 
     def aside(self, call: Callable[[], None]) -> Task:
         """Have something done by the side thread."""
-        self._queueing = self._side.give(call)
-        return self._queueing
+        self._queueing = task = Task(call)
+        self._side.take(task)
+        return task
 
     def start_over(self) -> None:
         """Forget a step that was broken off: what was sent for it is nobody's."""
         self._step.stop()
         if self._queueing is not None:
+            self._side.take(self._queueing)  # once more, where the caller was interrupted before that
             self._queueing.join()
             self._queueing = None
         self._forget()
@@ -227,6 +230,8 @@ class Orchestrator:
         key = layer, chosen, self.balance.seconds
         found = self._ones.get(key)
         if found is None:
+            if len(self._ones) >= _REMEMBERED:
+                self._ones.clear()
             found = self._ones[key] = self._split_one(*key)
         self.planned_seconds += found.seconds
         return found

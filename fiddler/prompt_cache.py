@@ -14,6 +14,7 @@ The format, little-endian throughout; every part is followed by its CRC-32 (uint
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence as Ordered
@@ -49,6 +50,8 @@ def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Ordered[
     cache = PromptCache(path, model_file, runner.cache_dtype)
     held = common(cache.tokens, ids)
     if held < len(ids):
+        if not os.access(path.parent, os.W_OK):
+            raise RequestError(f"{path.parent} cannot be written in; name a file elsewhere")
         check_space(path, cache.nbytes(len(ids)))
     count = min(held, len(ids) - 1)
     if count > common(runner.kept.tokens, ids):

@@ -57,14 +57,15 @@ class _Work:
         self.counted, self.ended = threading.Event(), threading.Event()
         self.refused: str | None = None
         self.done: list[int] = []
+        self.unwanted = False  # nobody waits for it any more
 
     def run(self) -> None:
         try:
             cuda_driver.used_at_first()
             self.counted.set()
             self._register()
-        except ResourceError as error:
-            self.refused = str(error)
+        except Exception as error:  # noqa: BLE001 - of the driver's library; told in `wait`
+            self.refused = str(error) or type(error).__name__
         finally:
             self.counted.set()
             self.ended.set()
@@ -81,6 +82,8 @@ class _Work:
         cuda_driver.start()
         self._all(populate)
         for address, size in pieces(self._mappings, _PIECE):
+            if self.unwanted:
+                return
             if not cuda_driver.register(address, size):
                 raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
             self.done.append(address)
@@ -91,6 +94,8 @@ class _Work:
 
         def work() -> None:
             for piece in left:
+                if self.unwanted:
+                    return
                 found.append(do(*piece))
 
         # none that the interpreter would wait for at its end, as it does for an executor's
@@ -108,6 +113,7 @@ def pieces(mappings: Sequence[tuple[int, int]], most: int) -> list[tuple[int, in
 
 
 def _undo(thread: threading.Thread, work: _Work, owner: object) -> None:
+    work.unwanted = True
     thread.join()
     for address in work.done:
         cuda_driver.unregister(address)

@@ -1,4 +1,4 @@
-"""What a prompt and a number of tokens must be to be run: checked before anything is computed. Pure."""
+"""What may be asked of a model: options, prompts and numbers of tokens, checked before anything is done. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fiddler.errors import RequestError
 from fiddler.models.config import Config
 from fiddler.tokenizer import Tokenizer
 
-__all__ = ["checked_ids", "checked_request"]
+__all__ = ["check_options", "checked_ids", "checked_request"]
 
 
 def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:
@@ -50,6 +50,20 @@ def checked_request(
     if any(not text for text in stop):
         raise RequestError("a stop string is empty; give at least one character")
     return ids, room if max_tokens is None else max_tokens
+
+
+def check_options(device: str, precision: str, missing: str, context: int, gpu_experts: int | None) -> None:
+    """Raises RequestError for options of `load` that make no sense."""
+    if precision not in ("fast", "exact"):
+        raise RequestError(f"precision is {precision!r}; give 'fast' or 'exact'")
+    if context < 1:
+        raise RequestError(f"context is {context}; give at least 1")
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"device is {device!r}; give 'auto', 'cpu' or 'cuda'")
+    if missing not in ("auto", "cpu", "stream"):
+        raise RequestError(f"missing is {missing!r}; give 'auto', 'cpu' or 'stream'")
+    if gpu_experts is not None and gpu_experts < 0:
+        raise RequestError(f"gpu_experts is {gpu_experts}; give 0 or more")
 
 
 def _remedy(config: Config, context: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.cache import Sequence, Step, kept_bytes
+from fiddler.errors import ResourceError
 from fiddler.kept import Kept
 from fiddler.memory import available_memory
 from fiddler.models.mixtral import Mixtral
@@ -35,7 +36,8 @@ class Runner:
         """A new, empty sequence, with room for so many positions; it grows where it gets more."""
         made = Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
-            made.reserve(positions)
+            with _out_of_memory():
+                made.reserve(positions)
         return made
 
     def kept_bytes(self, positions: int) -> int:
@@ -57,16 +59,18 @@ class Runner:
     def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
         """`target`, or else a new sequence, with all that `source` holds; see `Sequence.become`."""
         target = self.sequence() if target is None else target
-        target.become(source, shared)
+        with _out_of_memory():
+            target.become(source, shared)
         return target
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
         ids = ids.to(self.model.token_embd.device)
-        step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
+        with _out_of_memory():
+            step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
         attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
-        with torch.inference_mode(), self._on_threads(attention):
+        with torch.inference_mode(), self._on_threads(attention), _out_of_memory():
             hidden = self._forward(ids, step)
         step.commit()
         return hidden
@@ -112,3 +116,14 @@ class Runner:
             kernels.set_threads(before[0])
             if threads != before[1]:
                 torch.set_num_threads(before[1])
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """What torch raises as any other error where the CPU's memory does not suffice, as one that says what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise ResourceError("out of memory; close other programs, lower --ctx or shorten the prompts") from error

@@ -92,11 +92,20 @@ class Sampling:
         for token, value in bias.items():
             if not isinstance(token, Integral) or token < 0:
                 raise RequestError(f"logit_bias is for {token!r}; it must be for a token id, 0 or more")
-            if not isinstance(value, Real) or not (-1e6 <= value <= 1e6 or value == -math.inf):
+            if (
+                not isinstance(value, Real)
+                or isinstance(value, bool)
+                or not (-1e6 <= value <= 1e6 or value == -math.inf)
+            ):
                 raise RequestError(
                     f"logit_bias is {value!r} for token {token}; it must lie between -1e6 and 1e6, or be -inf"
                 )
         object.__setattr__(self, "logit_bias", dict(bias))
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same logits give the same tokens again."""
+        return self.temperature == 0 or self.seed is not None
 
 
 class Guide(Protocol):

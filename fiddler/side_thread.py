@@ -30,7 +30,8 @@ class Task:
     def run(self) -> None:
         """Do it; what it raises is kept for the one who waits."""
         call, self._call = self._call, None  # what it holds on to is not kept
-        assert call is not None
+        if call is None:
+            return
         try:
             call()
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
@@ -46,8 +47,9 @@ class Task:
     def wait(self) -> None:
         """Wait until it is done. Raises what it raised."""
         self.join()
-        if self._failed is not None:
-            raise self._failed
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
 
 
 class SideThread:
@@ -62,14 +64,19 @@ class SideThread:
     def give(self, call: Callable[[], None]) -> Task:
         """Have it done as soon as all that was given before is."""
         task = Task(call)
-        self._tasks.put(task)
+        self.take(task)
         return task
+
+    def take(self, task: Task) -> None:
+        """The same for one that was made already. Given twice it is done once."""
+        self._tasks.put(task)
 
 
 def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
     first()
     while (task := tasks.get()) is not None:
         task.run()
+        del task  # nor what it raised, while there is nothing to do
 
 
 class Gate(Protocol):
@@ -119,7 +126,12 @@ class SharedStep(Generic[Part]):
         self._side, self._gate, self._done = side, gate, HostGate()
         self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
         self._task: Task | None = None
-        self.running = False
+        self._over = True  # and its end was seen
+
+    @property
+    def running(self) -> bool:
+        """Whether the side thread is within a step."""
+        return self._task is not None and not self._over
 
     def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
         """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
@@ -136,9 +148,10 @@ class SharedStep(Generic[Part]):
                 self._parts.put(None)
 
         failed: Exception | None = None
-        self.running = True
-        self._task = self._side.give(run)
+        self._over = False
         try:
+            self._task = Task(run)
+            self._side.take(self._task)
             while (left := self._next()) is not None:
                 part, number = left
                 try:
@@ -169,13 +182,15 @@ class SharedStep(Generic[Part]):
     def stop(self) -> None:
         """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
         self._open(None)
+        if self._task is not None:
+            self._side.take(self._task)  # once more, where the caller was interrupted before that
         while self.running:
             left = self._next()
             if left is not None:
                 self._open(left[1])
         if self._task is not None:
             self._task.join()
-            self._task = None
+        self._task = None
 
     def _open(self, number: int | None) -> None:
         self._gate.open(number)
@@ -183,5 +198,5 @@ class SharedStep(Generic[Part]):
 
     def _next(self) -> tuple[Part, int] | None:
         left = self._parts.get()
-        self.running = left is not None
+        self._over = left is None
         return left

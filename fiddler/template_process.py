@@ -49,7 +49,11 @@ class TemplateProcess:
         """
         request = json.dumps({"source": source, "variables": dict(variables)}).encode() + b"\n"
         process = self._running()
-        line = _exchange(process, request, time.monotonic() + _PATIENCE * (self._limits.seconds + 1))
+        try:
+            line = _exchange(process, request, time.monotonic() + _PATIENCE * (self._limits.seconds + 1))
+        except BaseException:
+            self.close()  # else its answer would be taken for the next one's
+            raise
         if not line.endswith(b"\n"):
             raise FileFormatError(f"the chat template {self._death(process)}")
         answer = json.loads(line)

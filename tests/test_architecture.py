@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch"
     " cli_perplexity",
-    "cli_run": "cli_options completion sampling chat cli_chat cli_sampling cli_beams",
+    "cli_run": "cli_options completion chat cli_chat cli_sampling cli_beams",
     "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
     "cli_terminal": "cli_options",
     "cli_sampling": "constrain logprobs sampling",
-    "cli_batch": "chat_template cli_sampling cli_options completion engine jobs results sampling",
+    "cli_batch": "chat_template cli_sampling cli_options completion engine jobs results",
     "request": "models.config tokenizer",
     "jobs": "sampling",
     "results": "jobs",
@@ -113,7 +113,7 @@ ONLY_IN = {
     "llvmlite": "kernels.*",
     "numba": "kernels.*",
     "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "batch beam bench bench_kernels cache calibrate cli constrain experts generate gpu_decode gpu_experts"
+    "numpy": "batch beam bench bench_kernels cache calibrate constrain experts generate gpu_decode gpu_experts"
     " hybrid hypotheses link mapped orchestrator logprobs penalties perplexity prompt_cache sampling description"
     " model_file gguf_file"
     " gguf_header token_table"

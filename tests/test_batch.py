@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import numpy as np
 import pytest
 from synthetic import write_random_mixtral
 
@@ -11,6 +12,7 @@ from fiddler import Sampling
 from fiddler.batch import Batch
 from fiddler.errors import FileFormatError, RequestError, ResourceError
 from fiddler.runner import Runner
+from fiddler.sampling import Sampler
 from fiddler.width import Width, first_width, memory_for_sequences, tokens_of_each
 
 GREEDY = Sampling(temperature=0.0)
@@ -242,3 +244,29 @@ def test_generations_are_taken_when_there_is_room(demo):
     next(running)
     assert len(taken) <= 3
     assert len(list(running)) == 8
+
+
+def test_a_constraint_that_fails_ends_its_own_generation_only(demo):
+    class Fails:
+        """A guide that allows all, once, and then knows no more."""
+
+        asked = 0
+
+        @property
+        def finished(self):
+            if self.asked:
+                raise RequestError("the constraint cannot be followed")
+            return False
+
+        def allowed(self):
+            self.asked += 1
+            return np.ones(demo.config.vocab_size, bool)
+
+        def advance(self, token):
+            pass
+
+    bad, good = (demo.start(prompt, GREEDY, 5) for prompt in ("Once", "A cat"))
+    bad._new_sampler = lambda: Sampler(GREEDY, guide=Fails())
+    outcomes = dict(demo.batch([bad, good], 2))
+    assert "cannot be followed" in str(outcomes[0])
+    assert outcomes[1].text == demo.generate("A cat", GREEDY, 5).text

@@ -104,7 +104,7 @@ def test_several_beams_are_one_step(engine, monkeypatch):
     assert steps == [[20], *[[1] * 4] * 11]
     assert len(made) <= 4
     steps.clear()
-    engine.beam_search(ids, 4, 2, ignore_eos=True)
+    engine.beam_search(ids, 4, 2, ignore_eos=True, reuse=True)
     assert steps == [[1], [1] * 4]  # the prompt is there already, but for its last token
 
 

@@ -95,3 +95,28 @@ def test_what_torch_attends(engine, lengths, counts, expected):
         sequence.length = length
     step = Step(list(zip(sequences, counts, strict=True)), engine.config)
     assert step.seen_by_torch == expected
+
+
+def test_growing_that_is_broken_off_leaves_what_the_kernel_and_torch_both_see(monkeypatch):
+    engine = load(device="cpu", precision="exact")
+    ids = list(range(5, 305))
+    whole, broken = engine.runner.sequence(), engine.runner.sequence()
+    for sequence in (whole, broken):
+        engine.runner.prefill(sequence, ids[:250])
+    allocate, left = Sequence._empty, [3]
+
+    def fail(self, capacity):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return allocate(self, capacity)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "_empty", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.runner.step([(broken, ids[250:])])
+    for token in ids[250:254]:  # by our kernel
+        made, expected = (engine.runner.step([(sequence, [token])]) for sequence in (broken, whole))
+        assert torch.equal(made, expected)
+    made, expected = (engine.runner.step([(sequence, ids[254:])]) for sequence in (broken, whole))  # by torch
+    assert torch.allclose(made, expected, atol=1e-5)

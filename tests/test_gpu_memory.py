@@ -68,3 +68,12 @@ def test_more_than_the_memory_is_not_registered():
     huge = [(mmap.PAGESIZE, 1 << 50)]
     with pytest.raises(ResourceError, match=r"1048576.00 GiB exceed the memory"):
         Registration(huge, Path("/proc/self/mounts"), None).wait()
+
+
+def test_whatever_the_driver_raises_is_told(monkeypatch):
+    def fail():
+        raise AttributeError("no such symbol")
+
+    monkeypatch.setattr("fiddler.registration.cuda_driver.used_at_first", fail)
+    with pytest.raises(ResourceError, match="no such symbol"):
+        Registration([(mmap.PAGESIZE, mmap.PAGESIZE)], None, None).wait()

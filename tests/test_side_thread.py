@@ -116,3 +116,44 @@ def test_a_step_that_fails_itself_raises_to_its_caller(gate):
         shared.run(step, done.append)
     assert done == ["one part"]
     assert shared.run(lambda: 7, done.append) == 7
+
+
+class Interrupted(SideThread):
+    """Ctrl-C before the first task is given."""
+
+    def take(self, task):
+        if not hasattr(self, "once"):
+            self.once = True
+            raise KeyboardInterrupt
+        super().take(task)
+
+
+def test_a_step_that_was_not_given_yet_can_be_interrupted(gate):
+    shared, done = SharedStep(Interrupted("side"), gate), []
+
+    def step():
+        gate.wait(shared.leave(1))
+        return 5
+
+    with pytest.raises(KeyboardInterrupt):
+        shared.run(step, done.append)
+    assert not shared.running
+    assert shared.run(step, done.append) == 5
+    assert done == [1]
+
+
+def test_what_failed_is_not_kept_either():
+    class Held:
+        pass
+
+    def fail(held):
+        raise ValueError
+
+    side, held = SideThread("side"), Held()
+    seen = weakref.ref(held)
+    with pytest.raises(ValueError):
+        side.give(lambda held=held: fail(held)).wait()
+    side.give(lambda: None).wait()
+    del held
+    gc.collect()
+    assert seen() is None

@@ -10,6 +10,7 @@ import time
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from fiddler import template_process
 from fiddler.errors import FileFormatError, RequestError, ResourceError
 from fiddler.template_process import Limits, TemplateProcess
 
@@ -260,3 +261,22 @@ def test_a_python_that_cannot_be_started(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ResourceError, match=r"cannot start /nowhere/python"):
         TemplateProcess(LIMITS).render("x", {})
+
+
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch):
+    process = TemplateProcess(Limits())
+    assert process.render("{{ a }}", {"a": "one"}) == "one"
+    real = template_process._exchange
+
+    def interrupted(asked, request, deadline):
+        asked.stdin.write(request)
+        asked.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template_process, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.render("{{ a }}", {"a": "two"})
+    assert template_process._exchange is real
+    assert process.render("{{ a }}", {"a": "three"}) == "three"
+    process.close()
