@@ -25,7 +25,7 @@ class Task:
         self._lock = threading.Lock()
         self._lock.acquire()
         self._failed: BaseException | None = None
-        self._ended = False
+        self.ended = False
 
     def run(self) -> None:
         """Do it; what it raises is kept for the one who waits."""
@@ -36,12 +36,12 @@ class Task:
             call()
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
             self._failed = error
-        self._ended = True
+        self.ended = True
         self._lock.release()
 
     def join(self) -> None:
         """Wait until it is over, however it went."""
-        if not self._ended:  # so that one who was interrupted here may come again
+        if not self.ended:  # so that one who was interrupted here may come again
             self._lock.acquire()
 
     def wait(self) -> None:
@@ -69,7 +69,8 @@ class SideThread:
 
     def take(self, task: Task) -> None:
         """The same for one that was made already. Given twice it is done once."""
-        self._tasks.put(task)
+        if not task.ended:
+            self._tasks.put(task)
 
 
 def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
