@@ -15,8 +15,9 @@ import numpy as np
 from fiddler.cache import Sequence
 from fiddler.completion import FinishReason, Stats
 from fiddler.generate import finite
-from fiddler.hypotheses import Beaming, Finished, Hypotheses, Live, log_softmax
+from fiddler.hypotheses import Beaming, Finished, Hypotheses, Live
 from fiddler.kept import common
+from fiddler.logprobs import log_softmax
 from fiddler.memory import peak_memory
 from fiddler.runner import Runner
 from fiddler.stopping import StopText

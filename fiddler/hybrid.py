@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cache import Sequence as Tokens
+from fiddler.cache import Sequence as Tokens, kept_bytes
 from fiddler.calibrate import Calibration, calibrated
 from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
@@ -261,7 +261,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     names = config.tensor_shapes(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
-    kept = 2 * config.block_count * config.head_count_kv * config.head_dim * context * cache.itemsize
+    kept = kept_bytes(config, context, cache, context)
     return Sizes(
         fixed=dense + kept + _WORK,
         token=width * _ACTIVATIONS,

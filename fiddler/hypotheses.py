@@ -19,7 +19,7 @@ import numpy as np
 
 from fiddler.errors import RequestError
 
-__all__ = ["Beaming", "EarlyStopping", "Finished", "Hypotheses", "Live", "best", "log_softmax"]
+__all__ = ["Beaming", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
 
 EarlyStopping = bool | Literal["never"]
 
@@ -123,10 +123,3 @@ def best(totals: np.ndarray, count: int) -> list[tuple[int, int]]:
         places = np.arange(flat.size)
     places = places[np.argsort(-flat[places], kind="stable")][:count]
     return [divmod(int(place), totals.shape[1]) for place in places if flat[place] > -math.inf]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits [B, V], finite -> log-probabilities, float64."""
-    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = below - np.log(np.exp(below).sum(-1, keepdims=True))
-    return result

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["LogProbs", "log_probs"]
+__all__ = ["LogProbs", "log_probs", "log_softmax"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,16 @@ class LogProbs:
 
 def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
     """Of `token` and of the `count` most probable ones, given the logits [V] of the model."""
-    values = logits.astype(np.float64) - float(logits.max())
-    values -= np.log(np.exp(values).sum())
+    values = log_softmax(logits)
     count = min(count, values.size)
     least = np.partition(values, -count)[-count] if count else np.inf
     ids = np.flatnonzero(values >= least)
     ids = ids[np.argsort(-values[ids], kind="stable")][:count]
     return LogProbs(token, float(values[token]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits [..., V], of which some are finite -> log-probabilities, float64."""
+    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = below - np.log(np.exp(below).sum(-1, keepdims=True))
+    return result

@@ -145,9 +145,6 @@ class Orchestrator:
             self._side.take(self._queueing)  # once more, where the caller was interrupted before that
             self._queueing.join()
             self._queueing = None
-        self._forget()
-
-    def _forget(self) -> None:
         self._ahead = (0, [])
         self.ring.release()
 
@@ -165,8 +162,6 @@ class Orchestrator:
         given = self._to_host(layer, x, ids, weights)
         counts, first = tokens_by_expert(given[1], experts)
         self._seen[layer] += counts
-        if layer == 0:
-            self._forget()
         (sent_for, ahead), self._ahead = self._ahead, (0, [])
         if sent_for != layer:
             for part in ahead:

@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "batch": "cache completion generate runner width",
     "width": "",
     "runner": "kernels cache memory models.mixtral width kept",
-    "beam": "cache completion generate hypotheses kept memory runner stopping tokenizer",
+    "beam": "cache completion generate hypotheses kept logprobs memory runner stopping tokenizer",
     "hypotheses": "",
     "prompt_cache": "cache converters.output_file kept model_file runner",
     "kept": "cache",

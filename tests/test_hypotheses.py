@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fiddler.errors import RequestError
-from fiddler.hypotheses import Beaming, Hypotheses, best, log_softmax
+from fiddler.hypotheses import Beaming, Hypotheses, best
+from fiddler.logprobs import log_softmax
 
 END = 3
 

@@ -134,20 +134,31 @@ def test_no_sides_work_is_left_out_or_done_twice():
 
 
 def test_weights_for_the_next_layer_are_sent_ahead_and_used():
-    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"])
+    both, expert, meter = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), EXACT[0].gate[0].nbytes * 3, Meter()
+    both._recorder = meter
     rng = np.random.default_rng(0)
-    x, ids, weights = step(rng, 60, 2)
-    both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
-    layer, parts = both._ahead
-    assert layer == 1
-    assert sum(part.end - part.begin for part in parts) == F
-    x, ids, weights = step(rng, 60, 2)
-    check(both(1, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 1, x, ids, weights)
-    # whoever turns out to have no tokens was sent in vain
-    ahead = both._ahead[1][0].expert
-    x, ids, weights = step(rng, 30, 1)
-    ids[ids == ahead] = (ahead + 1) % E
-    check(both(2, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 2, x, ids, weights)
+
+    def forward():  # as the model's step
+        x, ids, weights = step(rng, 60, 2)
+        both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
+        layer, parts = both._ahead
+        assert layer == 1
+        assert sum(part.end - part.begin for part in parts) == F
+        assert meter.nbytes["link"] == (E + 1) * expert
+        x, ids, weights = step(rng, 60, 2)
+        made = both(1, *(torch.from_numpy(array) for array in (x, ids, weights)))
+        check(made.numpy(), EXACT, 1, x, ids, weights)
+        assert meter.nbytes["link"] == (2 * E + 1) * expert  # one of layer 1 was there, one of layer 2 is now
+        # whoever turns out to have no tokens was sent in vain
+        ahead = both._ahead[1][0].expert
+        x, ids, weights = step(rng, 30, 1)
+        ids[ids == ahead] = (ahead + 1) % E
+        made = both(2, *(torch.from_numpy(array) for array in (x, ids, weights)))
+        check(made.numpy(), EXACT, 2, x, ids, weights)
+        return made
+
+    both.beside(forward)
+    assert meter.nbytes["link"] == 3 * E * expert
 
 
 @pytest.mark.parametrize("link", [HostLink, BlockingLink])
