@@ -16,7 +16,7 @@ from fiddler import kernels
 from fiddler.engine import Engine
 from fiddler.errors import RequestError
 from fiddler.memory import available_memory
-from fiddler.recorder import Meter
+from fiddler.recorder import Meter, Tracer
 
 __all__ = ["Result", "Test", "measure", "plain_reads", "to_markdown"]
 
@@ -48,6 +48,7 @@ class Result:
     gb_per_second: float
     read_bandwidth_gb_per_second: float
     shares: dict[str, float]  # of the time: experts, dense, other
+    idle: float | None  # share of the time in which nobody read weights or computed on a GPU; where there is a timeline
     device: str
     threads: int
     model: str
@@ -71,6 +72,7 @@ class Result:
             "gb_per_second": self.gb_per_second,
             "read_bandwidth_gb_per_second": self.read_bandwidth_gb_per_second,
             "time_shares": self.shares,
+            **({} if self.idle is None else {"idle_share": self.idle}),
             "device": self.device,
             "threads": self.threads,
             "model": self.model,
@@ -84,7 +86,7 @@ def measure(
 ) -> Iterator[Result]:
     """Run each test `repetitions` times, after one that does not count; token ids are random, as llama-bench's are.
 
-    `meter` is the recorder that the engine was loaded with.
+    `meter` is the recorder that the engine was loaded with; a `Tracer`'s timeline also tells what share was idle.
     Raises RequestError where a test does not fit the engine's context.
     """
     for test in tests:
@@ -99,8 +101,10 @@ def measure(
         if warm_up:
             _run(engine, meter, Test(min(test.n_prompt, engine.runner.chunk), min(test.n_gen, 1)), seed)
         samples, bandwidths, spent, nbytes, parts = [], [], 0.0, 0, {"experts": 0.0}
+        idle = 0.0
         for repetition in range(repetitions):
-            seconds = _run(engine, meter, test, seed + repetition)
+            started, seconds = _run(engine, meter, test, seed + repetition)
+            idle += meter.idle(started, started + seconds) if isinstance(meter, Tracer) else 0.0
             bandwidths.append(read())  # after it: some shared machines slow down who has read much just before
             samples.append((test.n_prompt + test.n_gen) / seconds)
             spent, nbytes = spent + seconds, nbytes + sum(meter.nbytes.values())
@@ -114,6 +118,7 @@ def measure(
             nbytes / spent / 1e9,
             median(bandwidths) / 1e9,
             shares,
+            idle / spent if isinstance(meter, Tracer) else None,
             engine.device,
             engine.runner.threads,
             str(engine.model_file.file.path),
@@ -140,8 +145,8 @@ def plain_reads(engine: Engine) -> Callable[[], float]:
     return read
 
 
-def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> float:
-    """Seconds that a test takes; `meter` has only its work."""
+def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> tuple[float, float]:
+    """When a test began, and the seconds that it took; `meter` has only its work."""
     numbers, runner = random.Random(seed), engine.runner
     ids = [numbers.randrange(engine.config.vocab_size) for _ in range(test.depth + test.n_prompt + test.n_gen)]
     sequence = runner.sequence()
@@ -153,7 +158,7 @@ def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> float:
         runner.prefill(sequence, ids[test.depth : test.depth + test.n_prompt])
     for token in ids[test.depth + test.n_prompt :]:
         runner.logits(runner.step([(sequence, [token])]))
-    return time.perf_counter() - started
+    return started, time.perf_counter() - started
 
 
 def to_markdown(results: Ordered[Result], parameters: int, nbytes: int) -> str:
@@ -179,7 +184,8 @@ def to_markdown(results: Ordered[Result], parameters: int, nbytes: int) -> str:
     lines.append("")
     for result in results:
         parts = ", ".join(f"{name} {share:.0%}" for name, share in result.shares.items())
-        lines.append(f"{result.test.name}, {result.threads} threads, time: {parts}")
+        idle = "" if result.idle is None else f"; neither weights read nor a GPU at work: {result.idle:.1%}"
+        lines.append(f"{result.test.name}, {result.threads} threads, time: {parts}{idle}")
     low, high = (pick(result.read_bandwidth_gb_per_second for result in results) for pick in (min, max))
     lines.append(
         f"plain reads of memory beside the tests: {low:.1f} to {high:.1f} GB/s; "

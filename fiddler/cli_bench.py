@@ -128,6 +128,7 @@ def _bench_model(
     opened.check_runnable()
     from fiddler.bench import Result, Test, measure, to_markdown
     from fiddler.engine import load
+    from fiddler.gpu_timeline import GpuTracer
     from fiddler.recorder import Meter, Tracer
 
     tests = [Test(*sizes, depth) for sizes in lengths]
@@ -135,7 +136,7 @@ def _bench_model(
     results: list[Result] = []
     timeline: Meter | None = None
     for threads in thread_counts:
-        meter = Meter() if trace is None else Tracer()
+        meter = Meter() if trace is None else GpuTracer()
         with loading_bar() as progress:
             engine = load(
                 opened,

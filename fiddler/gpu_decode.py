@@ -81,10 +81,12 @@ class Decoder:
 
     def _queue(self, graph: int) -> None:
         """Queue a graph, and the residents of the layer after it."""
-        self._graphs[graph].replay()
+        with self._recorder.queued("dense"):
+            self._graphs[graph].replay()
         if graph < len(self._breaks):
             self._arrived.record()
-            self._residents[self._breaks[graph]].replay()
+            with self._recorder.queued("experts"):
+                self._residents[self._breaks[graph]].replay()
 
     def _missing(self, graph: int, layer: int) -> None:
         """The experts of a layer that are not residents, after this graph, and the next one."""
@@ -141,7 +143,8 @@ class Decoder:
                     row[:] = (*part.addresses, part.end - part.begin, chosen.index(part.expert))
                 cuda_driver.copy_to_device(self._jobs.data_ptr(), self._listed.data_ptr(), self._listed.nbytes, stream)
                 parts[0].arrived.wait()
-                self._streamed[torch_type(weights)].replay()
+                with self._recorder.queued("experts"):
+                    self._streamed[torch_type(weights)].replay()
                 ring.done_together()
                 wanted = wanted[taken:]
                 if wanted:  # the list of jobs is read by what was queued before

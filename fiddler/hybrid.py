@@ -102,7 +102,7 @@ def on_gpu(
     if layout is None:
         raise _too_little(budget, sizes, gpu_memory)
     chunk, everything, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, _slot_rows(hidden)
-    ring = Ring(link, experts, 64 if everything else rows, _SLOTS)
+    ring = Ring(link, experts, 64 if everything else rows, _SLOTS, recorder)
     if everything:
         costs, threads = _NO_COSTS, kernels.set_threads(threads)
     else:

@@ -56,6 +56,11 @@ class Link(Protocol):
     device: torch.device
     blocks: bool  # whether `copy` keeps its caller busy until the copy is nearly done
 
+    @property
+    def stream(self) -> object:
+        """Torch's stream in which the copies are; None where there is none."""
+        ...
+
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """Copy `rows` rows of `width` bytes, which begin `pitch` bytes apart at the address `source` in a mapping.
 
@@ -132,6 +137,7 @@ class HostLink:
     """Copies at once, on the CPU."""
 
     blocks = False
+    stream = None
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -160,7 +166,7 @@ class _CudaLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)
 
     def mark(self) -> Mark:
         """A `Link`'s."""
@@ -173,12 +179,12 @@ class _CudaLink:
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""
         assert isinstance(mark, torch.cuda.Event)
-        mark.record(self._stream)
+        mark.record(self.stream)
 
     def hold(self, mark: Mark) -> None:
         """A `Link`'s."""
         assert isinstance(mark, torch.cuda.Event)
-        self._stream.wait_event(mark)
+        self.stream.wait_event(mark)
 
 
 class DirectLink(_CudaLink):
@@ -194,7 +200,7 @@ class DirectLink(_CudaLink):
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
         """A `Link`'s."""
-        stream, borders = self._stream.cuda_stream, self._registration.borders
+        stream, borders = self.stream.cuda_stream, self._registration.borders
         for begin, count, size, to in within(source, width, rows, pitch, borders):
             if count == 1 or pitch == size:
                 cuda_driver.copy_to_device(target + to, begin, size * count, stream)
@@ -264,5 +270,5 @@ class BouncedLink(_CudaLink):
         pieces = [np.s_[a:b] if axis == 0 else np.s_[:, a:b] for a, b in pairwise(cuts)]
         for done in [self._threads.submit(np.copyto, buffer[piece], given[piece]) for piece in pieces]:
             done.result()
-        cuda_driver.copy_to_device(target, address, width * rows, self._stream.cuda_stream)
-        self._left[index].record(self._stream)
+        cuda_driver.copy_to_device(target, address, width * rows, self.stream.cuda_stream)
+        self._left[index].record(self.stream)

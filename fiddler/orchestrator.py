@@ -12,6 +12,7 @@ layer at a gate; behind it the next layer's dense half is queued already. (One t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
@@ -103,6 +104,7 @@ class Orchestrator:
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
         self._side = SideThread("fiddler-gpu", there)
         self._queueing: Task | None = None
+        self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
         self._step: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
@@ -124,7 +126,8 @@ class Orchestrator:
         self.start_over()
 
         def step() -> Tensor:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._between:
+                self._between.enter_context(self._recorder.queued("dense"))
                 return forward()
 
         def do(part: _CpuPart) -> None:
@@ -180,6 +183,7 @@ class Orchestrator:
                 self._grouped.add_from_host(y, self._y[:tokens])
             else:
                 y += self._y[:tokens].to(y.device, non_blocking=True)
+        self._between.enter_context(self._recorder.queued("dense"))
         return y
 
     def _to_host(
@@ -194,6 +198,7 @@ class Orchestrator:
             given.append((self._x, x))
         for target, source in given:
             target[:tokens].copy_(source, non_blocking=True)
+        self._between.close()
         self._read.record()
         self._step.rest()  # rather than where a thread waits for the GPU, busily
         with self._recorder.span("wait", 0):
@@ -270,32 +275,37 @@ class Orchestrator:
         order = torch.argsort(ids.reshape(-1), stable=True)
         token, share = order // ids.shape[1], weights.reshape(-1)[order]
         given = x.to(torch_type(w)) if rounded else x
-        together = self._grouped.experts_of_many if rounded and self._grouped else None
+        together = rounded and self._grouped is not None
 
         def add(e: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
             """Expert by expert."""
             rows = token[first[e] : first[e + 1]]
-            made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
-            y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1], None]))
+            with self._recorder.queued("experts"):
+                made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
+                y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1], None]))
+
+        def add_together(jobs: Sequence[Job], most: int) -> None:
+            """In 16 bits."""
+            assert self._grouped is not None
+            with self._recorder.queued("experts"):
+                self._grouped.experts_of_many(given, token, share, jobs, most, y, self._work)
 
         def use(part: Part) -> None:
             part.arrived.wait()
-            if together is None:
-                add(part.expert, part.matrices(torch_type(w)))
-            else:
+            if together:
                 e, rows = part.expert, part.end - part.begin
-                job = Job(part.addresses, rows, int(first[e]), int(first[e + 1]))
-                together(given, token, share, [job], rows, y, self._work)
+                add_together([Job(part.addresses, rows, int(first[e]), int(first[e + 1]))], rows)
+            else:
+                add(part.expert, part.matrices(torch_type(w)))
             self.ring.done(part)
 
         here = [e for e in range(len(first) - 1) if first[e + 1] > first[e] and (layer, e) in self.residents]
-        if together is None:
+        if not together:
             for e in here:
                 add(e, self.residents[layer, e])
         elif here:
             found = [(e, self.residents.addresses(layer, e)) for e in here]
-            jobs = [Job(addresses, hidden, int(first[e]), int(first[e + 1])) for e, addresses in found]
-            together(given, token, share, jobs, hidden, y, self._work)
+            add_together([Job(addresses, hidden, int(first[e]), int(first[e + 1])) for e, addresses in found], hidden)
         for part in ahead:
             if part.expert in split.gpu_rows:
                 use(part)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fiddler.experts import ExpertWeights
 from fiddler.link import Link, Mark
+from fiddler.recorder import SILENT, Recorder
 
 __all__ = ["Part", "Ring"]
 
@@ -43,8 +44,11 @@ class Part:
 class Ring:
     """`slots` slots of `rows` hidden rows each, for these layers' experts."""
 
-    def __init__(self, link: Link, layers: Sequence[ExpertWeights], rows: int, slots: int) -> None:
+    def __init__(
+        self, link: Link, layers: Sequence[ExpertWeights], rows: int, slots: int, recorder: Recorder = SILENT
+    ) -> None:
         self.link = link
+        self._recorder = recorder
         self.rows = rows
         self.slots = slots
         _, self._hidden, self._width = layers[0].gate.shape
@@ -81,9 +85,10 @@ class Ring:
         link.hold(self._free[slot])
         (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
         row = 2 * width * (expert * hidden + begin)
-        link.copy(to_gate, gate + row, 2 * width * rows)
-        link.copy(to_up, up + row, 2 * width * rows)
-        link.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
+        with self._recorder.queued("link", 6 * width * rows, link.stream):
+            link.copy(to_gate, gate + row, 2 * width * rows)
+            link.copy(to_up, up + row, 2 * width * rows)
+            link.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
         link.arrive(self._arrived[slot])
         addresses = to_gate, to_up, to_down
         return Part(expert, begin, end, self._arrived[slot], slot, self._memory[slot], addresses, width)
@@ -103,9 +108,11 @@ class Ring:
             row = 2 * width * (expert * hidden + begin)
             aligned = -(-size // 16) * 16
             addresses = at, at + aligned, at + 2 * aligned
-            link.copy(addresses[0], gate + row, size)
-            link.copy(addresses[1], up + row, size)
-            link.copy(addresses[2], down + 2 * (expert * width * hidden + begin), 2 * (end - begin), width, 2 * hidden)
+            columns = down + 2 * (expert * width * hidden + begin)
+            with self._recorder.queued("link", 3 * size, link.stream):
+                link.copy(addresses[0], gate + row, size)
+                link.copy(addresses[1], up + row, size)
+                link.copy(addresses[2], columns, 2 * (end - begin), width, 2 * hidden)
             parts.append(Part(expert, begin, end, self._arrived[0], 0, self._memory, addresses, width))
             at += 3 * aligned
         assert at <= self._whole.data_ptr() + self._whole.nbytes

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from fiddler import kernels
 from fiddler.calibrate import measure
 from fiddler.engine import load
+from fiddler.gpu_timeline import GpuTracer
 from fiddler.memory import peak_memory
 from fiddler.model_file import ModelFile
 from fiddler.plan import Curve
-from fiddler.recorder import Tracer
+from fiddler.recorder import Meter
 
 
 def torch_on_cpu(orchestrator):
@@ -66,7 +67,7 @@ class Bench:
     """One engine, several ways of computing missing experts."""
 
     def __init__(self, args):
-        self.meter = Tracer()
+        self.meter, self.tracer = Meter(), GpuTracer()
         started = time.perf_counter()
         self.model = ModelFile.open(args.model)
         self.engine = load(
@@ -109,24 +110,39 @@ class Bench:
         chosen._costs, chosen._plan, chosen._ones, chosen.balance = self.plans[name]
         chosen.on_cpu = self.theirs if name == "torch" else self.ours
 
+    def record(self, recorder):
+        for part in (self.orchestrator, self.orchestrator.ring, self.runner._decoder):
+            part._recorder = recorder
+
     def ids(self, count):
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, warm=3):
-        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds."""
+        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds.
+
+        The last: the share of each token with a timeline, which costs a little, in which nothing was at work.
+        """
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
         found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
+        idle = []
         for i, token in enumerate(self.ids(count + warm)):
-            for name in self.ways:
-                self.way(name)
+            for name in [*self.ways, "traced"]:
+                self.way("auto" if name == "traced" else name)
                 self.sequence.truncate(64)
                 self.meter.clear()
+                self.record(self.meter)
+                if name == "traced":
+                    self.tracer.clear()
+                    self.record(self.tracer)
                 self.orchestrator.planned_seconds = 0.0
                 begun = time.perf_counter()
                 int(self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].argmax())
                 taken = time.perf_counter() - begun
                 if i < warm:
+                    continue
+                if name == "traced":
+                    idle.append(self.tracer.idle(begun, begun + taken) / taken)
                     continue
                 found[name].append(taken)
                 if name == "auto":
@@ -135,7 +151,8 @@ class Bench:
                         spent[kind].append(self.meter.seconds[kind])
         if self.calibration:  # what the plans promise for so many bytes
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
-        return found, spent, nbytes / count, planned
+        self.record(self.meter)
+        return found, spent, nbytes / count, planned, idle
 
     def dense(self, repetitions=20):
         """Seconds a token that the GPU takes between the layers' experts: the captured graphs by themselves."""
@@ -193,7 +210,7 @@ def main():
     print(f"loaded in {bench.loaded:.1f} s; kernels {bench.engine.backend}, {bench.runner.threads} threads")
     if bench.calibration:
         print(bench.calibration.to_text())
-    found, spent, nbytes, planned = bench.generate(args.tokens)
+    found, spent, nbytes, planned, idle = bench.generate(args.tokens)
     print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
     auto = median(found["auto"])
     for name, samples in found.items():
@@ -211,6 +228,8 @@ def main():
         rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
         share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
         print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
+    shares = f"{median(idle):.1%} ({min(idle):.1%}-{max(idle):.1%})"
+    print(f"neither weights being read nor the GPU at work, by a timeline: {shares} of a token")
     print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):

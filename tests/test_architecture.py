@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "results": "jobs",
     "cli_beams": "cli_options completion engine hypotheses",
     "cli_calibrate": "cli_options calibrate hybrid model_file",
-    "cli_bench": "cli_options bench bench_kernels engine kernels model_file recorder",
+    "cli_bench": "cli_options bench bench_kernels engine gpu_timeline kernels model_file recorder",
     "cli_options": "engine model_file registration",  # inside a function
     "cli_perplexity": "cli_options converters.output_file engine model_file models.config perplexity placement"
     " popularity",
@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "plan": "",
     "placement": "",
     "calibrate": "experts gpu_experts kernels link plan staging",
-    "staging": "experts link",
+    "staging": "experts link recorder",
     "link": "cuda_driver registration side_thread",
     "registration": "cuda_driver memory",
     "cuda_driver": "",
@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "cache": "kernels models.config models.mixtral",
     "experts": "kernels models.mixtral recorder",
     "recorder": "",
+    "gpu_timeline": "recorder",
     "sampling": "logprobs penalties",
     "logprobs": "",
     "penalties": "",
