@@ -8,6 +8,9 @@ So what lies between one layer's experts and the next one's is the GPU's time, a
 
 from __future__ import annotations
 
+from functools import partial
+from queue import SimpleQueue
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,68 +61,112 @@ class Decoder:
         self._made = torch.zeros(1, width, pin_memory=True)  # the CPU's
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
-        self._arrived, self._taken, self._streamed_all = (torch.cuda.Event() for _ in range(3))
+        seen = self._seen.numpy()
+        self._x, self._ids, self._shares = np.split(seen[None], [width, width + self._k], axis=1)
+        self._sum = self._made.numpy()
+        self._taken, self._streamed_all, self._ended = (torch.cuda.Event() for _ in range(3))
+        self._streamed_for = -1  # the layer after which `_streamed_all` was set
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._breaks: list[int] = []  # the layers after which they end, but for the last
+        # the layers after which they end, but for the last
+        self._breaks = [layer for layer in range(len(orchestrator.layers)) if not orchestrator.complete(layer)]
+        self._arrived = [torch.cuda.Event() for _ in self._breaks]
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
-        self.hidden = self.logits = torch.empty(0)
+        self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
+        self.hidden = torch.empty(0)
         self._capture()
 
     def step(self, token: int, position: int) -> None:
-        """Append `token`; then `hidden` [1, D] and `logits` [1, V] are its, until the next step."""
-        self._orchestrator.start_over()
+        """Append `token`; then `hidden` [1, D] is its, and what `logits` returns, until the next step."""
+        orchestrator = self._orchestrator
+        orchestrator.start_over()
         self._taken.synchronize()
         self._given[0], self._given[1] = token, position
         stream = torch.cuda.current_stream().cuda_stream
         cuda_driver.copy_to_device(self._place.data_ptr(), self._given.data_ptr(), 16, stream)
         self._taken.record()
         self._queue(0)
-        for graph, layer in enumerate(self._breaks):
-            self._missing(graph, layer)
+        if not self._breaks:
+            return
+        told, self._streamed_for = SimpleQueue[int | None](), -1
+        try:
+            queueing = orchestrator.aside(partial(self._queue_all, told))
+            for graph, layer in enumerate(self._breaks):
+                if not self._compute(graph, layer, told):
+                    break
+            queueing.wait()
+        except BaseException:
+            orchestrator.start_over()
+            raise
+
+    def logits(self) -> Tensor:
+        """Of the last step: [1, V], on the CPU. Waits for them."""
+        self._ended.synchronize()
+        return self._logits.clone()
 
     def _queue(self, graph: int) -> None:
         """Queue a graph, and the residents of the layer after it."""
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
-        if graph < len(self._breaks):
-            self._arrived.record()
-            with self._recorder.queued("experts"):
-                self._residents[self._breaks[graph]].replay()
+        if graph == len(self._breaks):
+            self._ended.record()
+            return
+        self._arrived[graph].record()
+        with self._recorder.queued("experts"):
+            self._residents[self._breaks[graph]].replay()
 
-    def _missing(self, graph: int, layer: int) -> None:
-        """The experts of a layer that are not residents, after this graph, and the next one."""
-        orchestrator, width = self._orchestrator, self._y.shape[1]
-        with self._recorder.span("wait", 0):
-            self._arrived.synchronize()
-        seen = self._seen.numpy()
-        x, ids, weights = seen[:width], seen[width : width + self._k].astype(np.int64), seen[width + self._k :]
-        chosen = tuple(ids.tolist())
-        split = orchestrator.split_one(layer, chosen)
-        number, after = orchestrator.gate.next(), graph + 1
-        streamed, queued = any(split.gpu_rows.values()), list[bool]()
+    def _chosen(self, layer: int) -> tuple[list[int], Split]:
+        """Which experts the GPU chose, and who does what. Both threads find it, the one waiting for the other longer.
 
-        def on_gpu() -> None:
-            if streamed:
-                self._stream(layer, chosen, split)
-                self._streamed_all.record()
-                queued.append(True)
-            orchestrator.gate.wait(number)
-            self._queue(after)
+        It is the same for both: what a plan depends on changes only while the GPU waits for the CPU.
+        """
+        chosen = [int(e) for e in self._ids[0].tolist()]
+        return chosen, self._orchestrator.split_one(layer, chosen)
 
+    def _queue_all(self, told: SimpleQueue[int | None]) -> None:
+        """On the side thread: queue the GPU's part of each layer with missing experts, and the graph after it.
+
+        Tells the number of the wait between the two, then that the graph is queued (0); None when it is over.
+        """
+        orchestrator = self._orchestrator
+        gate = orchestrator.gate
         try:
-            queueing = orchestrator.aside(on_gpu)
-            computed = orchestrator.on_cpu(layer, x[None], ids[None], weights[None], split, self._made.numpy())
-            if not computed:
-                self._made.zero_()
-            elif streamed:
-                orchestrator.balance.tell(gpu_first=bool(queued) and self._streamed_all.query())
+            for graph, layer in enumerate(self._breaks):
+                self._arrived[graph].synchronize()
+                chosen, split = self._chosen(layer)
+                number = gate.next()
+                if orchestrator.stopping:  # after the number, which is never waited for then; see `start_over`
+                    return
+                told.put(number)
+                if any(split.gpu_rows.values()):
+                    self._stream(layer, chosen, split)
+                    self._streamed_all.record()
+                    self._streamed_for = layer
+                gate.wait(number)
+                self._queue(graph + 1)
+                told.put(0)
         finally:
-            orchestrator.gate.open(number)
-        queueing.wait()
+            told.put(None)
 
-    def _stream(self, layer: int, chosen: tuple[int, ...], split: Split) -> None:
+    def _compute(self, graph: int, layer: int, told: SimpleQueue[int | None]) -> bool:
+        """The CPU's experts of the layer after this graph; False where the side thread came to an end instead."""
+        orchestrator = self._orchestrator
+        with self._recorder.span("wait", 0):
+            self._arrived[graph].synchronize()
+        chosen, split = self._chosen(layer)
+        ids = np.array(chosen, np.int64)[None]
+        computed = orchestrator.on_cpu(layer, self._x, ids, self._shares, split, self._sum)
+        if not computed:
+            self._made.zero_()
+        elif any(split.gpu_rows.values()):
+            first = self._streamed_for == layer and self._streamed_all.query()
+            orchestrator.balance.tell(gpu_first=first)
+        number = told.get()
+        orchestrator.gate.open(number)
+        return number is not None and told.get() is not None
+
+    def _stream(self, layer: int, chosen: list[int], split: Split) -> None:
         """Queue copies of the GPU's rows, and their products as soon as they are there."""
         ring, weights = self._orchestrator.ring, self._orchestrator.layers[layer]
         stream = torch.cuda.current_stream().cuda_stream
@@ -157,7 +204,6 @@ class Decoder:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             kinds = {torch_type(weights) for weights in layers}
-            self._breaks = [layer for layer in range(len(layers)) if not self._orchestrator.complete(layer)]
             self._run(0, None, self._y)
             for layer in self._breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
@@ -200,7 +246,8 @@ class Decoder:
             else:
                 self._run_residents(layer, x, ids, shares, h, add=True)
         if end is None:
-            self.hidden, self.logits = h, self._model.logits(h)
+            self.hidden = h
+            self._logits.copy_(self._model.logits(h), non_blocking=True)
         return h
 
     def _run_residents(self, layer: int, x: Tensor, ids: Tensor, shares: Tensor, into: Tensor, *, add: bool) -> None:

@@ -153,7 +153,7 @@ class GpuRunner(Runner):
     def logits(self, hidden: Tensor) -> Tensor:
         """A `Runner`'s."""
         if self._decoder is not None and hidden is self._decoder.hidden:
-            return self._decoder.logits.cpu()
+            return self._decoder.logits()
         made = torch.empty(len(hidden), self.model.config.vocab_size)
         with self._within_budget():  # in pieces: a step may be longer than there is room for all its logits
             for begin in range(0, len(hidden), _LOGITS):

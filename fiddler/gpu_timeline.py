@@ -26,7 +26,8 @@ class GpuTracer(Tracer):
     def clear(self) -> None:
         """A `Meter`'s; and compare the clocks again, which drift apart."""
         self._settle()
-        self._same = None
+        if self._same is not None:
+            self._same = _now()
         super().clear()
 
     @contextmanager

@@ -32,7 +32,6 @@ from fiddler.staging import Part, Ring
 __all__ = ["Grouped", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
-_REMEMBERED = 1 << 14  # splits of single tokens
 _SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
 
 
@@ -104,6 +103,7 @@ class Orchestrator:
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
         self._side = SideThread("fiddler-gpu", there)
         self._queueing: Task | None = None
+        self.stopping = False
         self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
         self._step: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
@@ -114,7 +114,6 @@ class Orchestrator:
         self._costs = costs
         # without self, which would then never be freed by counting references
         self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden))
-        self._ones: dict[tuple[int, tuple[int, ...], float], Split] = {}
         self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,12 +141,18 @@ class Orchestrator:
         return task
 
     def start_over(self) -> None:
-        """Forget a step that was broken off: what was sent for it is nobody's."""
+        """Forget a step that was broken off: what was sent for it is nobody's.
+
+        What is done aside sees `stopping` after it asked the gate for a number, or before it waits for that number,
+        which is open then.
+        """
+        self.stopping = True
         self._step.stop()
         if self._queueing is not None:
             self._side.take(self._queueing)  # once more, where the caller was interrupted before that
             self._queueing.join()
             self._queueing = None
+        self.stopping = False
         self._ahead = (0, [])
         self.ring.release()
 
@@ -170,7 +175,7 @@ class Orchestrator:
             for part in ahead:
                 self.ring.done(part)
             ahead = []
-        split = self.split(layer, counts, ahead)
+        split = self.split(layer, counts, ahead, self._until_arrived(ahead))
         self.planned_seconds += split.seconds
         number = None
         if split.cpu_rows.any():
@@ -225,26 +230,25 @@ class Orchestrator:
             cpu_rows[e] = self._hidden - rows
         return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows, plan.seconds)
 
-    def split_one(self, layer: int, chosen: tuple[int, ...]) -> Split:
-        """`split` for one token with these experts, remembered."""
-        key = layer, chosen, self.balance.seconds
-        found = self._ones.get(key)
-        if found is None:
-            if len(self._ones) >= _REMEMBERED:
-                self._ones.clear()
-            found = self._ones[key] = self._split_one(*key)
-        self.planned_seconds += found.seconds
-        return found
+    def _until_arrived(self, ahead: Sequence[Part]) -> float:
+        """Seconds for which the link still has these to carry, about half of the first having passed."""
+        rows = [part.end - part.begin for part in ahead if not part.arrived.query()]
+        return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.link if rows else 0.0
 
-    def _split_one(self, layer: int, chosen: tuple[int, ...], later: float) -> Split:
-        """A link that blocks has no part in it: it would begin when the CPU is done."""
-        counts = np.bincount(chosen, minlength=len(self.layers[layer].gate))
-        if not self.ring.link.blocks:
-            return self.split(layer, counts, (), later)
-        missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
-        cpu_rows = np.zeros(len(counts), np.int64)
-        cpu_rows[missing] = self._hidden
-        return Split(dict.fromkeys(missing, 0), cpu_rows, 0.0)
+    def split_one(self, layer: int, chosen: Sequence[int]) -> Split:
+        """`split` for one token with these experts, each once: in microseconds.
+
+        A link that blocks has no part in it: it would begin when the CPU is done.
+        """
+        missing = [e for e in chosen if (layer, e) not in self.residents]
+        cpu_rows = np.zeros(self._seen.shape[1], np.int64)
+        if self.ring.link.blocks:
+            cpu_rows[missing] = self._hidden
+            return Split(dict.fromkeys(missing, 0), cpu_rows, 0.0)
+        plan = self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds)
+        for e, rows in zip(missing, plan.gpu_rows, strict=True):
+            cpu_rows[e] = self._hidden - rows
+        return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows, plan.seconds)
 
     def on_cpu(
         self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, split: Split, out: np.ndarray

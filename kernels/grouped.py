@@ -15,7 +15,7 @@ from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul import block_product
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
-from fiddler.kernels.tasks import take_task, task_rows
+from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
 from fiddler.kernels.tiles import store_activation, store_pairs
 
@@ -154,16 +154,18 @@ def grouped_products(
         stride, pair = row_stride(product, k_of_all), 2 if opens else 1
         result = y[done : done + (0 if opens else tokens * rows_of_all)].reshape(0 if opens else tokens, rows_of_all)
         done += result.size
+        alike = not groups.packed.any()
         sums = workspace[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
         for thread in prange(threads):
             c = sums[thread]
-            begin = take_task(queue) * task
+            begin, most_rows = take_rows(queue, task, rows_of_all, threads, alike)
             while begin < rows_of_all:
+                most_rows = min(most_rows, rows_of_all - begin)
                 if not opens:
-                    result[:, begin : begin + min(task, rows_of_all - begin)] = 0
+                    result[:, begin : begin + most_rows] = 0
                 for g in range(groups.expert.size):
                     count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
-                    rows, k = min(task, rows_of_all - begin), used
+                    rows, k = most_rows, used
                     if opens:
                         rows, k = min(rows, used - begin), k_of_all
                         if rows <= 0:
@@ -180,5 +182,5 @@ def grouped_products(
                     else:
                         token, part = groups.token[first[g] : first[g + 1]], groups.share[first[g] : first[g + 1]]
                         _add(c[0], rows, token, part, result, begin)
-                begin = take_task(queue) * task
+                begin, most_rows = take_rows(queue, task, rows_of_all, threads, alike)
     return 0

@@ -14,9 +14,10 @@ from numba import njit, types
 
 from fiddler.kernels.product import Product, compiled, in_tiles
 
-__all__ = ["take_task", "task_rows"]
+__all__ = ["take_rows", "task_rows"]
 
 _TASKS_A_THREAD = 4  # at least, where the rows allow: the last task is then a small part of the whole
+_LEAST = 8  # rows of the last tasks, where any number will do
 
 
 @njit(nogil=True)
@@ -33,12 +34,26 @@ def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     return most
 
 
+@njit(nogil=True)
+def take_rows(queue: int, most: int, rows: int, threads: int, alike: bool) -> tuple[int, int]:
+    """The next task from the address of a queue, an int64: its first row, and how many; no two threads get the same.
+
+    alike: whether a row's sum is the same whatever rows are beside it. Then the last tasks are smaller and smaller, so
+    that the threads end together: with one token, a task of 32 rows takes a sixteenth of a small call on 16 threads.
+    """
+    count = most
+    if alike:
+        left = rows - _add(queue, 0)
+        count = min(most, max(_LEAST, left // (2 * threads) // _LEAST * _LEAST))
+    return _add(queue, count), count
+
+
 @compiled
-def take_task(_context: Any, queue: Any) -> Any:
-    """The number of the next task, 0 and up, from the address of a queue, an int64; no two threads get the same."""
+def _add(_context: Any, counter: Any, amount: Any) -> Any:
+    """Add to an int64 at this address, at once for all threads; what it was before."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        counter = b.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return b.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        word = ir.IntType(64)
+        return b.atomic_rmw("add", b.inttoptr(arguments[0], word.as_pointer()), arguments[1], "monotonic")
 
-    return types.intp(types.intp), generate
+    return types.intp(types.intp, types.intp), generate

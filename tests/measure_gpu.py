@@ -117,41 +117,43 @@ class Bench:
     def ids(self, count):
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
-    def generate(self, count, warm=3):
+    def generate(self, count, each=8, warm=2):
         """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds.
 
-        The last: the share of each token with a timeline, which costs a little, in which nothing was at work.
+        Ways take turns, `each` tokens at a time after `warm` others: threads that another way left busy, as torch's
+        are for a while, are not auto's. The last that is returned: the share of each token with a timeline, which
+        costs a little, in which nothing was at work.
         """
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
         found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
         idle = []
-        for i, token in enumerate(self.ids(count + warm)):
+        for _ in range(max(1, count // each)):
+            ids = self.ids(warm + each)
             for name in [*self.ways, "traced"]:
                 self.way("auto" if name == "traced" else name)
+                self.record(self.tracer if name == "traced" else self.meter)
                 self.sequence.truncate(64)
-                self.meter.clear()
-                self.record(self.meter)
-                if name == "traced":
+                for i, token in enumerate(ids):
+                    self.meter.clear()
                     self.tracer.clear()
-                    self.record(self.tracer)
-                self.orchestrator.planned_seconds = 0.0
-                begun = time.perf_counter()
-                int(self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].argmax())
-                taken = time.perf_counter() - begun
-                if i < warm:
-                    continue
-                if name == "traced":
-                    idle.append(self.tracer.idle(begun, begun + taken) / taken)
-                    continue
-                found[name].append(taken)
-                if name == "auto":
-                    nbytes += sum(self.meter.nbytes.values())
-                    for kind in ("experts", "wait"):
-                        spent[kind].append(self.meter.seconds[kind])
+                    begun = time.perf_counter()
+                    int(self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].argmax())
+                    taken = time.perf_counter() - begun
+                    if i < warm:
+                        continue
+                    if name == "traced":
+                        idle.append(self.tracer.idle(begun, begun + taken) / taken)
+                        continue
+                    found[name].append(taken)
+                    if name == "auto":
+                        nbytes += sum(self.meter.nbytes.values())
+                        for kind in ("experts", "wait"):
+                            spent[kind].append(self.meter.seconds[kind])
+        self.record(self.meter)
+        count = len(found["auto"])
         if self.calibration:  # what the plans promise for so many bytes
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
-        self.record(self.meter)
         return found, spent, nbytes / count, planned, idle
 
     def dense(self, repetitions=20):

@@ -1,0 +1,122 @@
+"""What needs a GPU: steps that are broken off, several sequences' steps, and their timeline."""
+
+from __future__ import annotations
+
+import _thread
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import fiddler
+from fiddler.engine import load
+from fiddler.gpu_timeline import GpuTracer
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+GREEDY = fiddler.Sampling(temperature=0.0)
+PROMPTS = [
+    "Once upon a time, in a small village, there lived",
+    "The",
+    "The capital of France is Paris, and the capital of Germany is Berlin. The capital of Spain is Madrid, "
+    "and the capital of Portugal is Lisbon. " * 3,
+    "Two plus two",
+    "It was a dark and stormy night; the rain fell in torrents",
+]
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return load(device="cpu", precision="exact")
+
+
+@pytest.fixture(scope="module", params=[0, 7])
+def hybrid(request):
+    return load(device="cuda", precision="exact", gpu_experts=request.param)
+
+
+def texts(engine):
+    return [engine.generate(prompt, GREEDY, 24).text for prompt in PROMPTS]
+
+
+def test_after_a_step_that_failed_the_next_one_is_right(cpu, hybrid, monkeypatch):
+    orchestrator, expected = hybrid.runner.model.experts, texts(cpu)
+    ours = orchestrator.on_cpu
+    for broken in (0, 1, 5, 12):
+        left = broken
+
+        def fails(*given):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise ValueError("broken off")
+            return ours(*given)
+
+        monkeypatch.setattr(orchestrator, "on_cpu", fails)
+        with pytest.raises(ValueError, match="broken off"):
+            hybrid.generate(PROMPTS[0], GREEDY, 60)
+        monkeypatch.setattr(orchestrator, "on_cpu", ours)
+        assert hybrid.generate(PROMPTS[0], GREEDY, 24).text == expected[0]
+
+
+def test_after_an_interrupted_step_the_next_one_is_right(cpu, hybrid):
+    expected, numbers, interrupted = texts(cpu), random.Random(0), 0
+    for _ in range(25):
+        timer = threading.Timer(0.001 + 0.1 * numbers.random(), _thread.interrupt_main)
+        try:
+            timer.start()
+            while True:
+                hybrid.generate(PROMPTS[2], GREEDY, 60)
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        assert hybrid.generate(PROMPTS[0], GREEDY, 24).text == expected[0]
+    assert interrupted == 25
+
+
+@pytest.mark.parametrize("width", [None, 2, 3])
+def test_in_a_batch_each_is_what_it_is_alone(cpu, hybrid, width):
+    expected = texts(cpu)
+    assert texts(hybrid) == expected
+    found = dict(hybrid.batch([hybrid.start(prompt, GREEDY, 24) for prompt in PROMPTS], width))
+    assert [found[i].text for i in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beams_are_those_of_the_cpu(cpu, hybrid, beams):
+    for prompt in PROMPTS[:3]:
+        ours, theirs = ([(beam.tokens, beam.score) for beam in e.beam_search(prompt, beams, 12)] for e in (hybrid, cpu))
+        assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
+        assert [score for _, score in ours] == pytest.approx([score for _, score in theirs], abs=1e-3)
+
+
+def test_what_is_kept_of_a_sequence_is_used_again(cpu, hybrid):
+    begun = hybrid.generate(PROMPTS[2], GREEDY, 12, reuse=True)
+    longer = PROMPTS[2] + begun.text + " and then"
+    again = hybrid.generate(longer, GREEDY, 12, reuse=True)
+    assert again.stats.cached_tokens > 20
+    assert again.text == cpu.generate(longer, GREEDY, 12).text
+
+
+def test_the_timeline_has_both_sides():
+    tracer = GpuTracer()
+    engine = load(device="cuda", gpu_experts=7, recorder=tracer, missing="stream")
+    engine.generate(PROMPTS[0], GREEDY, 8)
+    tracer.clear()
+    done = len(tracer.spans())
+    begun = time.perf_counter()
+    engine.generate(PROMPTS[0], GREEDY, 8)
+    ended = time.perf_counter()
+    spans = tracer.spans()[done:]
+    kinds = ("dense", "link", "experts")
+    on_gpu = {name: [span for span in spans if (span.place, span.name) == ("GPU", name)] for name in kinds}
+    for name, found in on_gpu.items():
+        assert len(found) >= 8, name
+        assert all(begun - 1e-3 <= span.begun <= span.ended <= ended + 1e-3 for span in found), name
+    moved = sum(span.nbytes for span in on_gpu["link"])
+    assert moved == sum(span.nbytes for span in spans if (span.place, span.name) == ("CPU", "link")) > 0
+    busy = sum(span.ended - span.begun for span in spans if span.place == "GPU" or span.name == "experts")
+    assert ended - begun - busy <= tracer.idle(begun, ended) < ended - begun
