@@ -129,13 +129,12 @@ class Decoder:
 
         Tells the number of the wait between the two, then that the graph is queued (0); None when it is over.
         """
-        orchestrator = self._orchestrator
-        gate = orchestrator.gate
+        orchestrator, shared = self._orchestrator, self._orchestrator.shared
         try:
             for graph, layer in enumerate(self._breaks):
                 self._arrived[graph].synchronize()
                 chosen, split = self._chosen(layer)
-                number = gate.next()
+                number = shared.number()
                 if orchestrator.stopping:  # after the number, which is never waited for then; see `start_over`
                     return
                 told.put(number)
@@ -143,9 +142,10 @@ class Decoder:
                     self._stream(layer, chosen, split)
                     self._streamed_all.record()
                     self._streamed_for = layer
-                gate.wait(number)
+                orchestrator.gate.wait(number)
                 self._queue(graph + 1)
                 told.put(0)
+                shared.rest()  # to wait for the GPU keeps a core busy, and the CPU's kernels need it
         finally:
             told.put(None)
 
@@ -163,7 +163,7 @@ class Decoder:
             first = self._streamed_for == layer and self._streamed_all.query()
             orchestrator.balance.tell(gpu_first=first)
         number = told.get()
-        orchestrator.gate.open(number)
+        orchestrator.shared.open(number)
         return number is not None and told.get() is not None
 
     def _stream(self, layer: int, chosen: list[int], split: Split) -> None:

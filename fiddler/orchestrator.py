@@ -105,7 +105,7 @@ class Orchestrator:
         self._queueing: Task | None = None
         self.stopping = False
         self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
-        self._step: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
+        self.shared: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -132,7 +132,7 @@ class Orchestrator:
         def do(part: _CpuPart) -> None:
             self.on_cpu(*part, self._y[: len(part.x)].numpy())
 
-        return self._step.run(step, do)
+        return self.shared.run(step, do)
 
     def aside(self, call: Callable[[], None]) -> Task:
         """Have something done by the side thread."""
@@ -147,7 +147,7 @@ class Orchestrator:
         which is open then.
         """
         self.stopping = True
-        self._step.stop()
+        self.shared.stop()
         if self._queueing is not None:
             self._side.take(self._queueing)  # once more, where the caller was interrupted before that
             self._queueing.join()
@@ -158,7 +158,7 @@ class Orchestrator:
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
-        if not self._step.running:
+        if not self.shared.running:
             return self.beside(lambda: self(layer, x, ids, weights))
         tokens, experts = len(x), len(self.layers[layer].gate)
         if tokens > self._tokens:  # several long sequences
@@ -179,7 +179,7 @@ class Orchestrator:
         self.planned_seconds += split.seconds
         number = None
         if split.cpu_rows.any():
-            number = self._step.leave(_CpuPart(layer, *given, split))
+            number = self.shared.leave(_CpuPart(layer, *given, split))
         with self._recorder.span("queue", 0):
             self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
         if number is not None:
@@ -205,7 +205,7 @@ class Orchestrator:
             target[:tokens].copy_(source, non_blocking=True)
         self._between.close()
         self._read.record()
-        self._step.rest()  # rather than where a thread waits for the GPU, busily
+        self.shared.rest()  # rather than where a thread waits for the GPU, busily
         with self._recorder.span("wait", 0):
             self._read.synchronize()
         return self._x[:tokens].numpy(), self._ids[:tokens].numpy(), self._shares[:tokens].numpy()

@@ -161,7 +161,7 @@ class SharedStep(Generic[Part]):
                 except Exception as error:  # noqa: BLE001 - raised below
                     failed = error
                 finally:
-                    self._open(number)
+                    self.open(number)
             self._task.wait()
         finally:
             self.stop()
@@ -171,31 +171,37 @@ class SharedStep(Generic[Part]):
 
     def leave(self, part: Part) -> int:
         """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
+        number = self.number()
+        self._parts.put((part, number))
+        return number
+
+    def number(self) -> int:
+        """On the side thread: the number of another wait at the gate, and of another `rest`."""
         number = self._gate.next()
         self._done.numbered = number
-        self._parts.put((part, number))
         return number
 
     def rest(self) -> None:
         """On the side thread: sleep until all parts are done, which does not keep a core busy."""
         self._done.wait(self._done.numbered)
 
+    def open(self, number: int | None) -> None:
+        """End the wait with this number and those before it; None: all."""
+        self._gate.open(number)
+        self._done.open(number)
+
     def stop(self) -> None:
         """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
-        self._open(None)
+        self.open(None)
         if self._task is not None:
             self._side.take(self._task)  # once more, where the caller was interrupted before that
         while self.running:
             left = self._next()
             if left is not None:
-                self._open(left[1])
+                self.open(left[1])
         if self._task is not None:
             self._task.join()
         self._task = None
-
-    def _open(self, number: int | None) -> None:
-        self._gate.open(number)
-        self._done.open(number)
 
     def _next(self) -> tuple[Part, int] | None:
         left = self._parts.get()

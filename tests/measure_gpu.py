@@ -106,8 +106,8 @@ class Bench:
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
             chosen.follow(costs)
-            self.plans[name] = chosen._costs, chosen._plan, chosen._ones, chosen.balance
-        chosen._costs, chosen._plan, chosen._ones, chosen.balance = self.plans[name]
+            self.plans[name] = chosen._costs, chosen._plan, chosen.balance
+        chosen._costs, chosen._plan, chosen.balance = self.plans[name]
         chosen.on_cpu = self.theirs if name == "torch" else self.ours
 
     def record(self, recorder):
@@ -138,7 +138,7 @@ class Bench:
                     self.meter.clear()
                     self.tracer.clear()
                     begun = time.perf_counter()
-                    int(self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].argmax())
+                    self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].numpy().argmax()
                     taken = time.perf_counter() - begun
                     if i < warm:
                         continue
