@@ -91,7 +91,7 @@ class Decoder:
             return
         told, self._streamed_for = SimpleQueue[int | None](), -1
         try:
-            queueing = orchestrator.aside(partial(self._queue_all, told))
+            queueing = orchestrator.shared.begin(partial(self._queue_all, told))
             for graph, layer in enumerate(self._breaks):
                 if not self._compute(graph, layer, told):
                     break
@@ -135,7 +135,7 @@ class Decoder:
                 self._arrived[graph].synchronize()
                 chosen, split = self._chosen(layer)
                 number = shared.number()
-                if orchestrator.stopping:  # after the number, which is never waited for then; see `start_over`
+                if shared.stopping:
                     return
                 told.put(number)
                 if any(split.gpu_rows.values()):

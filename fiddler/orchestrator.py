@@ -26,7 +26,7 @@ from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import Job, Residents, feed_forward, tokens_by_expert, torch_type
 from fiddler.plan import Balance, Costs, Plan, make_plan
 from fiddler.recorder import SILENT, Recorder
-from fiddler.side_thread import SharedStep, SideThread, Task
+from fiddler.side_thread import SharedStep, SideThread
 from fiddler.staging import Part, Ring
 
 __all__ = ["Grouped", "Orchestrator", "Split"]
@@ -101,11 +101,8 @@ class Orchestrator:
         self._seen = np.zeros((len(layers), experts), np.int64)
         self.gate = ring.link.gate()
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
-        self._side = SideThread("fiddler-gpu", there)
-        self._queueing: Task | None = None
-        self.stopping = False
         self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
-        self.shared: SharedStep[_CpuPart] = SharedStep(self._side, self.gate)
+        self.shared: SharedStep[_CpuPart] = SharedStep(SideThread("fiddler-gpu", there), self.gate)
         self.planned_seconds = 0.0  # of all layers so far, if the plans came true
         self.follow(costs)
 
@@ -134,25 +131,9 @@ class Orchestrator:
 
         return self.shared.run(step, do)
 
-    def aside(self, call: Callable[[], None]) -> Task:
-        """Have something done by the side thread."""
-        self._queueing = task = Task(call)
-        self._side.take(task)
-        return task
-
     def start_over(self) -> None:
-        """Forget a step that was broken off: what was sent for it is nobody's.
-
-        What is done aside sees `stopping` after it asked the gate for a number, or before it waits for that number,
-        which is open then.
-        """
-        self.stopping = True
+        """Forget a step that was broken off: what was sent for it is nobody's."""
         self.shared.stop()
-        if self._queueing is not None:
-            self._side.take(self._queueing)  # once more, where the caller was interrupted before that
-            self._queueing.join()
-            self._queueing = None
-        self.stopping = False
         self._ahead = (0, [])
         self.ring.release()
 

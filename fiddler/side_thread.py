@@ -13,6 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 __all__ = ["Gate", "HostGate", "SharedStep", "SideThread", "Task"]
 
+_A_WHILE = 1e-3  # seconds
+
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
@@ -39,10 +41,10 @@ class Task:
         self.ended = True
         self._lock.release()
 
-    def join(self) -> None:
-        """Wait until it is over, however it went."""
+    def join(self, seconds: float = -1) -> None:
+        """Wait until it is over, however it went, or for so long."""
         if not self.ended:  # so that one who was interrupted here may come again
-            self._lock.acquire()
+            self._lock.acquire(timeout=seconds)
 
     def wait(self) -> None:
         """Wait until it is done. Raises what it raised."""
@@ -97,11 +99,14 @@ class Gate(Protocol):
 
 
 class HostGate:
-    """A `Gate` at which the caller waits itself, for another thread."""
+    """A `Gate` at which the caller waits itself, for another thread. One thread at a time waits, and another one opens.
+
+    Without a lock: Ctrl-C, between taking one and the block that would release it, leaves it taken.
+    """
 
     def __init__(self) -> None:
         self.numbered = self._opened = 0
-        self._changed = threading.Condition()
+        self._changed: SimpleQueue[None] = SimpleQueue()
 
     def next(self) -> int:
         """A `Gate`'s."""
@@ -110,14 +115,15 @@ class HostGate:
 
     def wait(self, number: int) -> None:
         """A `Gate`'s."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._opened >= number)
+        while not self._changed.empty():
+            self._changed.get()
+        while self._opened < number:
+            self._changed.get()
 
     def open(self, number: int | None = None) -> None:
         """A `Gate`'s."""
-        with self._changed:
-            self._opened = max(self._opened, self.numbered if number is None else number)
-            self._changed.notify_all()
+        self._opened = max(self._opened, self.numbered if number is None else number)
+        self._changed.put(None)
 
 
 class SharedStep(Generic[Part]):
@@ -127,33 +133,32 @@ class SharedStep(Generic[Part]):
         self._side, self._gate, self._done = side, gate, HostGate()
         self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
         self._task: Task | None = None
-        self._over = True  # and its end was seen
+        self.stopping = False  # what is done aside need not go on: nobody wants it any more
 
     @property
     def running(self) -> bool:
         """Whether the side thread is within a step."""
-        return self._task is not None and not self._over
+        return self._task is not None and not self._task.ended
 
     def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
         """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
 
         Raises what either of them raises, when both have come to an end.
         """
-        self.stop()
         made: list[Made] = []
+        self.stop()
+        parts = self._parts
 
         def run() -> None:
             try:
                 made.append(step())
             finally:
-                self._parts.put(None)
+                parts.put(None)
 
         failed: Exception | None = None
-        self._over = False
         try:
-            self._task = Task(run)
-            self._side.take(self._task)
-            while (left := self._next()) is not None:
+            task = self.begin(run)
+            while (left := parts.get()) is not None:
                 part, number = left
                 try:
                     if failed is None:
@@ -162,12 +167,18 @@ class SharedStep(Generic[Part]):
                     failed = error
                 finally:
                     self.open(number)
-            self._task.wait()
+            task.wait()
         finally:
             self.stop()
         if failed is not None:
             raise failed
         return made[0]
+
+    def begin(self, step: Callable[[], None]) -> Task:
+        """Have a step done by the side thread whose parts, if any, the caller knows of otherwise."""
+        self._task = task = Task(step)
+        self._side.take(task)
+        return task
 
     def leave(self, part: Part) -> int:
         """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
@@ -191,19 +202,14 @@ class SharedStep(Generic[Part]):
         self._done.open(number)
 
     def stop(self) -> None:
-        """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done."""
-        self.open(None)
-        if self._task is not None:
-            self._side.take(self._task)  # once more, where the caller was interrupted before that
-        while self.running:
-            left = self._next()
-            if left is not None:
-                self.open(left[1])
-        if self._task is not None:
-            self._task.join()
-        self._task = None
+        """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done.
 
-    def _next(self) -> tuple[Part, int] | None:
-        left = self._parts.get()
-        self._over = left is None
-        return left
+        To be called again by one who was interrupted here, too.
+        """
+        if self._task is not None:
+            self.stopping = True
+            self._side.take(self._task)  # once more, where the caller was interrupted before that
+            while not self._task.ended:
+                self.open(None)  # again and again: the side thread may ask for more numbers
+                self._task.join(_A_WHILE)
+        self._task, self.stopping, self._parts = None, False, SimpleQueue()

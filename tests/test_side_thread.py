@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import random
 import threading
 import time
 import weakref
@@ -140,6 +142,29 @@ def test_a_step_that_was_not_given_yet_can_be_interrupted(gate):
     assert not shared.running
     assert shared.run(step, done.append) == 5
     assert done == [1]
+
+
+def test_ctrl_c_at_any_moment_leaves_nothing_waiting(gate):
+    """A hundred of them, in steps of many small parts."""
+    shared, numbers, interrupted = SharedStep(SideThread("side"), gate), random.Random(0), 0
+
+    def step():
+        for part in range(20):
+            number = shared.leave(part)
+            shared.rest() if part % 2 else gate.wait(number)
+        return "whole"
+
+    while interrupted < 100:
+        timer = threading.Timer(1e-4 + 3e-3 * numbers.random(), _thread.interrupt_main)
+        try:
+            timer.start()
+            while timer.is_alive():
+                assert shared.run(step, lambda part: None) == "whole"
+            time.sleep(1)
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        assert shared.run(step, lambda part: None) == "whole"
 
 
 def test_what_failed_is_not_kept_either():
