@@ -52,7 +52,7 @@ class Decoder:
         self._model, self._orchestrator, self._recorder = model, orchestrator, recorder
         self._k = config.expert_used_count
         width = config.embedding_length
-        self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # the token and its position
+        self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True).numpy()  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
         self._cache = _OneToken(sequence, self._place[1:], turns, config.sliding_window)
         self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
@@ -77,17 +77,22 @@ class Decoder:
         self.hidden = torch.empty(0)
         self._capture()
 
+    @property
+    def uses_cpu(self) -> bool:
+        """Whether some experts are not on the GPU."""
+        return bool(self._breaks)
+
     def step(self, token: int, position: int) -> None:
         """Append `token`; then `hidden` [1, D] is its, and what `logits` returns, until the next step."""
         orchestrator = self._orchestrator
         orchestrator.start_over()
         self._taken.synchronize()
-        self._given[0], self._given[1] = token, position
-        stream = torch.cuda.current_stream().cuda_stream
-        cuda_driver.copy_to_device(self._place.data_ptr(), self._given.data_ptr(), 16, stream)
-        self._taken.record()
-        self._queue(0)
-        if not self._breaks:
+        self._given[:] = token, position
+        stream = torch.cuda.current_stream()
+        cuda_driver.copy_to_device(self._place.data_ptr(), self._given.ctypes.data, 16, stream.cuda_stream)
+        self._taken.record(stream)
+        self._queue(0, stream)
+        if not self.uses_cpu:
             return
         told, self._streamed_for = SimpleQueue[int | None](), -1
         try:
@@ -105,14 +110,14 @@ class Decoder:
         self._ended.synchronize()
         return self._logits.clone()
 
-    def _queue(self, graph: int) -> None:
-        """Queue a graph, and the residents of the layer after it."""
+    def _queue(self, graph: int, stream: torch.cuda.Stream) -> None:
+        """Queue a graph, and the residents of the layer after it, in the current stream."""
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
         if graph == len(self._breaks):
-            self._ended.record()
+            self._ended.record(stream)
             return
-        self._arrived[graph].record()
+        self._arrived[graph].record(stream)
         with self._recorder.queued("experts"):
             self._residents[self._breaks[graph]].replay()
 
@@ -129,7 +134,7 @@ class Decoder:
 
         Tells the number of the wait between the two, then that the graph is queued (0); None when it is over.
         """
-        orchestrator, shared = self._orchestrator, self._orchestrator.shared
+        orchestrator, shared, stream = self._orchestrator, self._orchestrator.shared, torch.cuda.current_stream()
         try:
             for graph, layer in enumerate(self._breaks):
                 self._arrived[graph].synchronize()
@@ -140,10 +145,10 @@ class Decoder:
                 told.put(number)
                 if any(split.gpu_rows.values()):
                     self._stream(layer, chosen, split)
-                    self._streamed_all.record()
+                    self._streamed_all.record(stream)
                     self._streamed_for = layer
                 orchestrator.gate.wait(number)
-                self._queue(graph + 1)
+                self._queue(graph + 1, stream)
                 told.put(0)
                 shared.rest()  # to wait for the GPU keeps a core busy, and the CPU's kernels need it
         finally:
@@ -158,7 +163,7 @@ class Decoder:
         ids = np.array(chosen, np.int64)[None]
         computed = orchestrator.on_cpu(layer, self._x, ids, self._shares, split, self._sum)
         if not computed:
-            self._made.zero_()
+            self._sum[:] = 0
         elif any(split.gpu_rows.values()):
             first = self._streamed_for == layer and self._streamed_all.query()
             orchestrator.balance.tell(gpu_first=first)

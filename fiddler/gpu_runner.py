@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence as Ordered
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -140,7 +140,7 @@ class GpuRunner(Runner):
                 return super().step(parts)
             ((sequence, tokens),) = parts
             sequence.reserve(sequence.length + 1)
-            with torch.inference_mode(), self._on_threads(0):
+            with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
                 self._decoder.step(tokens[0], sequence.length)
         sequence.length += 1
         return self._decoder.hidden
