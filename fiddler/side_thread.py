@@ -212,4 +212,5 @@ class SharedStep(Generic[Part]):
             while not self._task.ended:
                 self.open(None)  # again and again: the side thread may ask for more numbers
                 self._task.join(_A_WHILE)
+            self.open(None)  # and may have asked for one for which it did not wait
         self._task, self.stopping, self._parts = None, False, SimpleQueue()

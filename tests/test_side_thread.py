@@ -144,6 +144,22 @@ def test_a_step_that_was_not_given_yet_can_be_interrupted(gate):
     assert done == [1]
 
 
+def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(gate):
+    shared, asked = SharedStep(SideThread("side"), gate), threading.Event()
+
+    def stops():
+        while not shared.stopping:
+            time.sleep(1e-4)
+        time.sleep(0.01)  # all numbers so far are open by now
+        shared.number()
+        asked.set()
+
+    shared.begin(stops)
+    shared.stop()
+    assert asked.is_set()
+    assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
+
+
 def test_ctrl_c_at_any_moment_leaves_nothing_waiting(gate):
     """A hundred of them, in steps of many small parts."""
     shared, numbers, interrupted = SharedStep(SideThread("side"), gate), random.Random(0), 0
