@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import inf
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from fiddler.staging import Part, Ring
 __all__ = ["Grouped", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
+_MARGIN = 0.05  # of the time; what a plan saves by less is lost to what it does not know
 _SURELY = 8  # tokens that an expert of the next layer must be expected to have to be sent ahead
 
 
@@ -156,7 +158,7 @@ class Orchestrator:
             for part in ahead:
                 self.ring.done(part)
             ahead = []
-        split = self.split(layer, counts, ahead, self._until_arrived(ahead))
+        split = self.split(layer, counts, ahead, self._until_arrived(ahead), tokens)
         self.planned_seconds += split.seconds
         number = None
         if split.cpu_rows.any():
@@ -195,17 +197,19 @@ class Orchestrator:
         """Whether all experts of a layer are residents, so that nothing is left for the CPU or the link."""
         return self._complete[layer]
 
-    def split(self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = (), later: float = 0.0) -> Split:
+    def split(
+        self, layer: int, counts: np.ndarray, ahead: Sequence[Part] = (), later: float = 0.0, tokens: int = 1
+    ) -> Split:
         """Who does what of a layer in which the experts have so many tokens, `ahead` being on its way already.
 
-        later: seconds by which the GPU begins after the CPU.
+        later: seconds by which the GPU begins after the CPU. tokens: in all, whose sums the CPU hands over.
         """
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         here = dict.fromkeys(missing, 0)
         for part in ahead:
             if part.expert in here:
                 here[part.expert] += part.end - part.begin
-        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()), later)
+        plan = self._plan(tuple(counts[missing].tolist()), tuple(here.values()), later, tokens)
         cpu_rows = np.zeros(len(counts), np.int64)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
@@ -226,7 +230,7 @@ class Orchestrator:
         if self.ring.link.blocks:
             cpu_rows[missing] = self._hidden
             return Split(dict.fromkeys(missing, 0), cpu_rows, 0.0)
-        plan = self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds)
+        plan = self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds, 1)
         for e, rows in zip(missing, plan.gpu_rows, strict=True):
             cpu_rows[e] = self._hidden - rows
         return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows, plan.seconds)
@@ -303,9 +307,9 @@ class Orchestrator:
                 for part in self.ring.send(layer, e, hidden - rows, hidden - sent[e]):
                     use(part)
         if len(x) * ids.shape[1] >= _SURELY * (len(first) - 1):
-            self._send_ahead(layer + 1, len(x) * ids.shape[1])
+            self._send_ahead(layer + 1, *ids.shape)
 
-    def _send_ahead(self, layer: int, chosen: int) -> None:
+    def _send_ahead(self, layer: int, tokens: int, each: int) -> None:
         """Start sending an expert of the next layer that will be streamed, whatever its router says.
 
         That is the missing one that had the most tokens so far, if a plan with evenly spread tokens would stream all
@@ -315,7 +319,7 @@ class Orchestrator:
             return
         experts = self._seen.shape[1]
         missing = [e for e in range(experts) if (layer, e) not in self.residents]
-        plan = self._plan((max(1, chosen // experts),) * len(missing), (0,) * len(missing), 0.0)
+        plan = self._plan((max(1, tokens * each // experts),) * len(missing), (0,) * len(missing), 0.0, tokens)
         if self._hidden not in plan.gpu_rows:
             return
         e = max(missing, key=lambda e: int(self._seen[layer, e]))
@@ -324,5 +328,10 @@ class Orchestrator:
             self._ahead = (layer, list(self.ring.send(layer, e, begin, self._hidden)))
 
 
-def _plan(costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...], later: float) -> Plan:
-    return make_plan(tokens, replace(costs, link_start=costs.link_start + later), hidden, _STEP, ahead)
+def _plan(
+    costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...], later: float, handed_over: int
+) -> Plan:
+    """handed_over: tokens whose sums, 4 bytes an element, go over the link where the CPU has a part; a row has 6."""
+    start = costs.cpu_start + (0.0 if costs.link == inf else handed_over * 4 / (6 * hidden) * costs.link)
+    costs = replace(costs, cpu_start=start, link_start=costs.link_start + later)
+    return make_plan(tokens, costs, hidden, _STEP, ahead, _MARGIN)

@@ -84,11 +84,19 @@ class Balance:
         self._steps = max(-self._MOST, min(self._MOST, self._steps + (-1 if gpu_first else 1)))
 
 
-def make_plan(tokens: Sequence[int], costs: Costs, hidden: int, step: int, ahead: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    tokens: Sequence[int],
+    costs: Costs,
+    hidden: int,
+    step: int,
+    ahead: Sequence[int] | None = None,
+    margin: float = 0.0,
+) -> Plan:
     """The cheapest plan for missing experts with these numbers of tokens, each at least 1.
 
     hidden: F, the rows of an expert; the GPU's are a multiple of `step`, or all.
     ahead: rows of each expert that are on the GPU, or on their way, already; they stay there and cost nothing.
+    margin: the CPU is left out where it saves no more than this share of the time.
     Exact where streaming an expert costs the same for every expert, that is, where the link is what the GPU waits
     for; else the order in which experts are given to the GPU, by what that saves, is a good one (Dantzig's for the
     continuous knapsack), and only the rounding to whole steps may miss the best.
@@ -133,6 +141,6 @@ def make_plan(tokens: Sequence[int], costs: Costs, hidden: int, step: int, ahead
         if even < free:
             break
     everything = (hidden,) * len(tokens)  # the CPU's start is spared, too
-    if (seconds := cost(everything)) < least:
+    if (seconds := cost(everything)) < least * (1 + margin):
         best, least = everything, seconds
     return Plan(best, least)

@@ -66,6 +66,15 @@ def test_plan_is_near_the_best_and_no_worse_than_one_side_alone_in_general(token
     assert plan.seconds <= brute_force(tokens, costs, 1, none) + one_row * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("margin,rows", [(0.0, 96), (0.02, 96), (0.05, 128)])
+def test_what_saves_little_is_not_worth_the_cpus_part(margin, rows):
+    """The CPU is 31 times as slow as the link: its quarter of the rows at most, for all of one expert's, saves 3 %."""
+    costs = Costs(Curve((1,), (31.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
+    plan = make_plan([5] * 8, costs, 128, 32, margin=margin)
+    assert plan.gpu_rows == (128,) * 7 + (rows,)
+    assert plan.seconds == pytest.approx(8.0 if rows == 128 else 7.75)
+
+
 def test_without_a_link_everything_is_the_cpus():
     costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.1,)), inf, 0.0)
     assert make_plan([3, 1], costs, 512, 64).gpu_rows == (0, 0)
