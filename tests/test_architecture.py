@@ -121,8 +121,8 @@ ONLY_IN = {
     " converters.* kernels.*",
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
-    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner hybrid link mapped orchestrator perplexity popularity"
-    " prompt_cache staging models.mixtral",
+    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner gpu_timeline hybrid link mapped orchestrator perplexity"
+    " popularity prompt_cache staging models.mixtral",
     "tqdm": "cli cli_batch cli_bench cli_options cli_perplexity",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
     "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity cli_beams",
