@@ -12,7 +12,7 @@ enough is refused. `messages` keeps everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fiddler.chat_template import ChatTemplate, Message
 from fiddler.completion import Completion, Generation
@@ -53,6 +53,7 @@ class Chat:
         self._turns: list[Message] = []  # of the user and of the model, by turns
         self._first = 0  # of those that prompts still hold
         self._check_system()
+        self.on_chunk: Callable[[int], None] = lambda read: None  # see `Engine.start`
         self.context_used = 0  # positions, after the last answer
         self.completion: Completion | None = None  # of the last answer, unless it was broken off
 
@@ -95,6 +96,7 @@ class Chat:
             ignore_eos=self._ignore_eos,
             constraint=self._constraint,
             reuse=True,
+            on_chunk=self.on_chunk,
         )
         return self._answer(text, first, len(ids), generation)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiddler.cli_options import say
-from fiddler.cli_terminal import Terminal, Typed, harmless
+from fiddler.cli_terminal import StoppedError, Terminal, Typed, harmless
 from fiddler.errors import FiddlerError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _HELP = """\
 /exit        leave, as Ctrl-D does
 A line that ends with \\ goes on in the next; lines between \"\"\" and \"\"\" are one message, whatever they begin with.
 Ctrl-C stops an answer; what came of it stays in the conversation. While a long message is read it has to wait for
-the first token; pressed again after a second it leaves fiddler."""
+the next few hundred tokens; pressed again after a second it leaves fiddler."""
 
 _NO_TEMPLATE = (
     "this model has no chat template: what you type is plain text, and the model continues all of it, "
@@ -40,6 +40,7 @@ def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_st
     if not chat.has_template:
         say(_NO_TEMPLATE)
     with Terminal() as terminal:
+        chat.on_chunk = lambda read: terminal.check()
         while (typed := terminal.read()) is not None:
             if typed.one_line and typed.text.startswith("/"):
                 if not _obey(chat, typed.text, to_text):
@@ -82,6 +83,8 @@ def _show(pieces: Iterator[str], terminal: Terminal) -> None:
             sys.stdout.flush()
             if terminal.interrupted:
                 break
+    except StoppedError:
+        pass
     finally:
         pieces.close()  # type: ignore[attr-defined]  # a generator: what was shown is what was said
         sys.stdout.write("\n")

@@ -20,11 +20,15 @@ from typing import Any, Self
 
 from fiddler.cli_options import say
 
-__all__ = ["Terminal", "Typed", "harmless"]
+__all__ = ["StoppedError", "Terminal", "Typed", "harmless"]
 
 _BLOCK = '"""'
 _IMPATIENCE = 1.0  # seconds, within which a second Ctrl-C is the same one
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+class StoppedError(Exception):
+    """Ctrl-C, where it may end what was going on."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Terminal:
     def interrupted(self) -> bool:
         """Whether there was a Ctrl-C since something was last read."""
         return self._interrupted is not None
+
+    def check(self) -> None:
+        """Raises StoppedError where there was."""
+        if self.interrupted:
+            raise StoppedError
 
     def read(self) -> Typed | None:
         """The next message that is not empty; None where there is no more, by Ctrl-D.

@@ -114,15 +114,18 @@ class Generation:
         load_seconds: float,
         after_prompt: Callable[[Sequence], None] = lambda sequence: None,
         reuse: bool = False,
+        on_chunk: Callable[[int], None] = lambda read: None,
     ) -> None:
         """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`.
 
-        reuse: go on from the sequence computed last, with what it shares with the prompt.
+        reuse: go on from the sequence computed last, with what it shares with the prompt. on_chunk: see
+        `Runner.prefill`; not in a `batch`.
         """
         self.prompt, self.limit = prompt, limit
         self._runner, self._tokenizer = runner, tokenizer
         self._new_sampler, self._stop = new_sampler, stop
         self._load_seconds, self._after_prompt, self._reuse = load_seconds, after_prompt, reuse
+        self._on_chunk = on_chunk
         self._completion: Completion | None = None
 
     @property
@@ -138,7 +141,7 @@ class Generation:
         cached = sequence.length
         started = read = first = time.perf_counter()
         try:
-            for token in generate(self._runner, sequence, self.prompt, sampler, self.limit):
+            for token in generate(self._runner, sequence, self.prompt, sampler, self.limit, self._on_chunk):
                 if not reply.tokens:
                     read = time.perf_counter()
                     self._after_prompt(sequence)

@@ -94,6 +94,7 @@ class Engine:
         constraint: Constraint | None = None,
         prompt_cache: str | Path | None = None,
         reuse: bool | None = None,
+        on_chunk: Callable[[int], None] = lambda read: None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
@@ -104,6 +105,7 @@ class Engine:
         roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the request should
         give the same again. `prompt_cache`: a file that keeps the prompt's keys and values for other processes, see
         `fiddler.prompt_cache`; it is read now, and written once the prompt was read; not in a `batch`.
+        on_chunk: is told between two parts of a long prompt how many tokens were read; what it raises is raised.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
@@ -111,8 +113,8 @@ class Engine:
         after_prompt = self._after_prompt(prompt_cache, ids)
         if reuse is None:
             reuse = prompt_cache is not None or not (sampling or Sampling()).repeatable
-        load_seconds = self.load_seconds
-        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, load_seconds, after_prompt, reuse)
+        more = self.load_seconds, after_prompt, reuse, on_chunk
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, *more)
 
     def samplers(
         self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False

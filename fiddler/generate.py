@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
 
 import numpy as np
 
@@ -20,15 +20,16 @@ def generate(
     prompt: Ordered[int],
     sampler: Sampler,
     limit: int,
+    on_chunk: Callable[[int], None] = lambda read: None,
 ) -> Iterator[int]:
     """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
     tokens, each fed back only when the next is asked for.
 
     Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
-    Raises FileFormatError where the model computes something that is no number.
+    on_chunk: see `Runner.prefill`. Raises FileFormatError where the model computes something that is no number.
     """
     history = list(prompt)
-    logits = runner.prefill(sequence, history[sequence.length :])
+    logits = runner.prefill(sequence, history[sequence.length :], on_chunk)
     for produced in range(limit):
         if sampler.finished:
             return

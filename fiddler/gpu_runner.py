@@ -145,10 +145,12 @@ class GpuRunner(Runner):
         sequence.length += 1
         return self._decoder.hidden
 
-    def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
+    def prefill(
+        self, sequence: Sequence, tokens: Ordered[int], on_chunk: Callable[[int], None] = lambda read: None
+    ) -> Tensor:
         """A `Runner`'s."""
         with self._within_budget():
-            return super().prefill(sequence, tokens)
+            return super().prefill(sequence, tokens, on_chunk)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """A `Runner`'s."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence as Ordered
 from contextlib import contextmanager
 
 import torch
@@ -83,12 +83,19 @@ class Runner:
         """Room for so many more tokens of each sequence."""
         return Step(parts, self.model.config)
 
-    def prefill(self, sequence: Sequence, tokens: Ordered[int]) -> Tensor:
-        """Append a prompt, a chunk at a time: float32 logits [V] after its last token."""
+    def prefill(
+        self, sequence: Sequence, tokens: Ordered[int], on_chunk: Callable[[int], None] = lambda read: None
+    ) -> Tensor:
+        """Append a prompt, a chunk at a time: float32 logits [V] after its last token.
+
+        on_chunk: is told between two of them how many tokens were read; what it raises ends this.
+        """
         assert tokens, "a prompt has at least one token"
         sequence.reserve(sequence.length + len(tokens))  # at once: growing by steps would copy, and leave holes
         hidden = None
         for begin in range(0, len(tokens), self.chunk):
+            if begin:
+                on_chunk(begin)
             hidden = self.step([(sequence, tokens[begin : begin + self.chunk])])
         assert hidden is not None
         return self.logits(hidden[-1:])[0]

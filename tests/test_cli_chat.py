@@ -14,8 +14,10 @@ from chat_templates import MIXTRAL, MIXTRAL_OLD
 from synthetic import with_template
 from test_cli import run
 
-from fiddler.cli_terminal import Terminal, harmless
-from fiddler.engine import DEMO_MODEL
+from fiddler import Sampling, cli_chat
+from fiddler.chat import Chat
+from fiddler.cli_terminal import Terminal, Typed, harmless
+from fiddler.engine import DEMO_MODEL, load
 
 PATIENCE = 180  # seconds until something that hangs is given up
 PROMPT = "\r\n> "
@@ -174,6 +176,33 @@ def test_interrupts_while_an_answer_comes():
         assert len(before) == 2
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def test_an_interrupt_while_a_long_message_is_read(model, monkeypatch, capsys):
+    """Between two chunks of it; then the conversation is as it was, and goes on."""
+    engine = load(model)
+    monkeypatch.setattr(engine.runner, "chunk", 16)
+    chat, typed, reads = Chat(engine, sampling=Sampling(temperature=0.0), max_tokens=5), ["a word " * 60, "Hello"], []
+    usual = signal.getsignal(signal.SIGINT)
+
+    class Typing(Terminal):
+        def read(self):
+            self._interrupted = None
+            return Typed(typed.pop(0), one_line=True) if typed else None
+
+        def check(self):
+            reads.append(len(typed))
+            if reads == [1, 1, 1]:
+                signal.raise_signal(signal.SIGINT)
+            super().check()
+
+    monkeypatch.setattr(cli_chat, "Terminal", Typing)
+    cli_chat.open_chat(chat, "demo", str, show_stats=False)
+    assert reads == [1, 1, 1]
+    assert "(stopped)" in capsys.readouterr().err
+    assert [message["content"] for message in chat.messages[::2]] == ["Hello"]
+    assert chat.completion is not None
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,18 @@ def test_what_should_give_the_same_again_is_computed_anew(engine, sampling):
     assert rows(engine) == len(IDS) + 3
     engine.generate(IDS, fiddler.Sampling(), 1)
     assert rows(engine) == 1
+
+
+def test_what_was_read_of_a_prompt_that_was_given_up_is_kept(engine, monkeypatch):
+    monkeypatch.setattr(engine.runner, "chunk", 8)
+    ids, read = list(range(100, 150)), []
+
+    def give_up(count):
+        read.append(count)
+        if count == 16:
+            raise ValueError("given up")
+
+    with pytest.raises(ValueError, match="given up"):
+        list(engine.start(ids, GREEDY, 4, reuse=True, on_chunk=give_up))
+    assert read == [8, 16]
+    assert greedy(engine, ids).stats.cached_tokens == 16
