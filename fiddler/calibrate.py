@@ -34,6 +34,7 @@ __all__ = ["Calibration", "cache_folder", "calibrated", "measure", "stored"]
 _VERSION = 2  # of what is measured and how; another one's results are measured again
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _GPU_TOKENS = (1, 16, 128, 512, 2048)
+_FEW_CORES = 4  # of which one is much to leave
 _AT_LEAST = 0.04  # seconds that are timed in one piece
 _ENOUGH = 2.5  # times the CPU's time, that the link is given work for
 
@@ -43,7 +44,7 @@ class Calibration:
     """Seconds for one whole expert, and what they were measured with."""
 
     machine: str
-    threads: int  # with which the CPU and the link together are fastest, a core being left to the GPU's driver
+    threads: int  # with which the CPU and the link together are fastest, a core being left where there are many
     expert_bytes: int
     cpu_tokens: tuple[int, ...]
     cpu_seconds: tuple[float, ...]  # while the link is busy
@@ -185,7 +186,8 @@ def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | N
     both = _Bench(layers, ring)
     link_alone = both.link()
     speeds = {}
-    for count in {most} if threads is not None else {max(1, most - left) for left in (1, 2)}:
+    left = (1, 2) if most > _FEW_CORES else (0, 1)  # to the thread that drives the GPU
+    for count in {most} if threads is not None else {max(1, most - cores) for cores in left}:
         kernels.set_threads(count)
         speeds[count] = sum(1 / seconds for seconds in both.together(1, link_alone))
     chosen = kernels.set_threads(max(speeds, key=lambda count: speeds[count]))

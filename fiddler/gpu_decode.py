@@ -111,7 +111,7 @@ class Decoder:
         return self._logits.clone()
 
     def _queue(self, graph: int, stream: torch.cuda.Stream) -> None:
-        """Queue a graph, and the residents of the layer after it, in the current stream."""
+        """Queue a graph, and the residents of the layer after it, in `stream`, which is the current one."""
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
         if graph == len(self._breaks):
@@ -124,7 +124,8 @@ class Decoder:
     def _chosen(self, layer: int) -> tuple[list[int], Split]:
         """Which experts the GPU chose, and who does what. Both threads find it, the one waiting for the other longer.
 
-        It is the same for both: what a plan depends on changes only while the GPU waits for the CPU.
+        It is the same for both: the balance, on which a plan depends, changes only between the side thread's number,
+        which comes after its plan, and the opening of the gate, before which there is no next plan.
         """
         chosen = [int(e) for e in self._ids[0].tolist()]
         return chosen, self._orchestrator.split_one(layer, chosen)
@@ -162,12 +163,12 @@ class Decoder:
         chosen, split = self._chosen(layer)
         ids = np.array(chosen, np.int64)[None]
         computed = orchestrator.on_cpu(layer, self._x, ids, self._shares, split, self._sum)
+        gpu_first = self._streamed_for == layer and self._streamed_all.query()
         if not computed:
             self._sum[:] = 0
-        elif any(split.gpu_rows.values()):
-            first = self._streamed_for == layer and self._streamed_all.query()
-            orchestrator.balance.tell(gpu_first=first)
         number = told.get()
+        if number is not None and computed and any(split.gpu_rows.values()):
+            orchestrator.balance.tell(gpu_first=gpu_first)
         orchestrator.shared.open(number)
         return number is not None and told.get() is not None
 

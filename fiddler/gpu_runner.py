@@ -62,6 +62,7 @@ class GpuRunner(Runner):
         self,
         model: Mixtral,
         beside: Callable[[Callable[[], Tensor]], Tensor],
+        start_over: Callable[[], None],
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -70,12 +71,14 @@ class GpuRunner(Runner):
         budget: Budget,
     ) -> None:
         """beside: runs a step of the model, and computes meanwhile what it leaves to the CPU; an `Orchestrator`'s.
+        start_over: ends what a step that was interrupted, and interrupted again while it ended, has left: the GPU may
+        stand at a gate that nobody opens, and whoever waits for the GPU then waits for good.
 
         home: a sequence with room for the whole context, whose storage the others use after it.
         """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
-        self._beside = beside
+        self._beside, self._start_over = beside, start_over
         self._threads_beside = max(1, min(threads, kernels.usable_cores() - 1))
         self._storage = home.storage
         self._at_home: Callable[[], Sequence | None] = lambda: None
@@ -165,6 +168,7 @@ class GpuRunner(Runner):
     @contextmanager
     def _within_budget(self) -> Iterator[None]:
         """Says what helps where the GPU's memory does not suffice, as with several sequences at once."""
+        self._start_over()
         try:
             yield
         except torch.OutOfMemoryError as error:

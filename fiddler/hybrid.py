@@ -131,7 +131,9 @@ def on_gpu(
     orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, grouped)
     linear = GpuLinear(linears, one_token, exact=exact)
     model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token), GpuNorm(one_token))
-    runner = GpuRunner(model, orchestrator.beside, context, cache_dtype, threads, chunk, home, budget)
+    runner = GpuRunner(
+        model, orchestrator.beside, orchestrator.start_over, context, cache_dtype, threads, chunk, home, budget
+    )
     if one_token is not None:
         from fiddler import gpu_attention
         from fiddler.gpu_decode import Decoder

@@ -105,7 +105,7 @@ class Orchestrator:
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
         self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
         self.shared: SharedStep[_CpuPart] = SharedStep(SideThread("fiddler-gpu", there), self.gate)
-        self.planned_seconds = 0.0  # of all layers so far, if the plans came true
+        self.planned_seconds = 0.0  # of all layers of several tokens so far, if the plans came true
         self.follow(costs)
 
     def follow(self, costs: Costs) -> None:
@@ -151,6 +151,8 @@ class Orchestrator:
         if tokens == 0:
             return y
         given = self._to_host(layer, x, ids, weights)
+        if self.shared.stopping:
+            raise RuntimeError("the step was broken off")  # to nobody: its caller has left
         counts, first = tokens_by_expert(given[1], experts)
         self._seen[layer] += counts
         (sent_for, ahead), self._ahead = self._ahead, (0, [])

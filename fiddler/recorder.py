@@ -97,7 +97,8 @@ class Tracer(Meter):
     def idle(self, begin: float, end: float) -> float:
         """Seconds between two moments in which no weights were read and the GPU, if there is one, computed nothing.
 
-        Queueing work and waiting for it are no work.
+        Queueing work and waiting for it are no work; but where a GPU has nothing else to do, it is taken to begin when
+        the queueing does, so that this is what was idle at least.
         """
         total, reached = 0.0, begin
         for span in sorted(self.spans(), key=lambda span: span.begun):

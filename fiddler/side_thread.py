@@ -1,6 +1,6 @@
 """One thread beside the caller's: work in order, a gate between the two, and a step that both do. Knows no model.
 
-Much of a step is handed over, tens of times a token: this costs a few microseconds, an executor's futures cost twenty.
+Steps, and tens of parts of each, are handed over: this costs a few microseconds, an executor's futures cost twenty.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sharing out the rows of a matrix: threads take the next task when they are done with one. Knows no matrices.
 
 Equal shares made beforehand wait for the slowest thread: a core that another program uses for a while, a number of
-tasks that the threads do not divide, a thread that also drives a GPU. What a task computes does not depend on who
-takes it, so results are the same for any number of threads.
+tasks that the threads do not divide, a thread that also drives a GPU. Results are the same for any number of threads:
+what a task computes does not depend on who takes it, nor, where tasks vary in size, a row on the rows beside it.
 """
 
 from __future__ import annotations

@@ -214,3 +214,34 @@ def test_one_token_has_its_plan_and_the_time_it_should_take():
     # a link that blocks would only begin when the CPU is done
     blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingLink())
     assert blocking.split_one(0, (0, 3)).cpu_rows.tolist() == [0, 0, 0, F, 0]
+
+
+class Underway(HostLink):
+    """A link on which nothing arrives."""
+
+    def mark(self):
+        class Ahead:
+            record = wait = synchronize = staticmethod(lambda: None)
+            query = staticmethod(lambda: False)
+
+        return Ahead()
+
+
+def test_what_is_still_on_the_link_keeps_it_from_carrying_more():
+    """Two slots of 128 and 72 rows, about half of the first having passed; F rows take a second."""
+    both = orchestrator(EXACT, [[], [], []], COSTS["split"], Underway())
+    ahead = list(both.ring.send(0, 2, 0, 200))
+    late = both._until_arrived(ahead)
+    assert late == pytest.approx((128 / 2 + 72) / F)
+    counts = np.array([1] * E)
+    on_cpu = [both.split(0, counts, (), later).cpu_rows.sum() for later in (0.0, late, 3 * late)]
+    assert on_cpu[0] < on_cpu[1] < on_cpu[2]
+    both.ring.release()
+    assert orchestrator(EXACT, [[], [], []], COSTS["split"])._until_arrived(ahead[:0]) == 0.0
+
+
+def test_the_cpu_is_left_out_where_its_sums_are_too_much_to_hand_over():
+    both = orchestrator(EXACT, [[], [], []], COSTS["split"])
+    counts = np.array([1] * E)
+    assert both.split(0, counts, tokens=1).cpu_rows.any()
+    assert not both.split(0, counts, tokens=F * 6 // 4 * E).cpu_rows.any()
