@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from fiddler.side_thread import HostGate, SharedStep, SideThread
+from fiddler.side_thread import HostGate, SharedStep, SideThread, Task
 
 
 def test_everything_is_done_in_order_by_one_thread():
@@ -157,6 +157,31 @@ def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(gate):
     shared.begin(stops)
     shared.stop()
     assert asked.is_set()
+    assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
+
+
+def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(gate, monkeypatch):
+    shared, join = SharedStep(SideThread("side"), gate), Task.join
+
+    def step():
+        for part in range(5):
+            gate.wait(shared.leave(part))
+            time.sleep(0.01)
+
+    def again(task, seconds=-1):
+        monkeypatch.setattr(Task, "join", join)
+        raise KeyboardInterrupt
+
+    def first(part):
+        monkeypatch.setattr(Task, "join", again)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shared.run(step, first)
+    assert shared.running
+    assert shared.stopping
+    shared.stop()
+    assert not shared.running
     assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
 
 
