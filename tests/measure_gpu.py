@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from fiddler import kernels
 from fiddler.calibrate import measure
 from fiddler.engine import load
+from fiddler.gpu_experts import Residents
 from fiddler.gpu_timeline import GpuTracer
 from fiddler.memory import peak_memory
 from fiddler.model_file import ModelFile
@@ -68,6 +69,15 @@ class Bench:
 
     def __init__(self, args):
         self.meter, self.tracer = Meter(), GpuTracer()
+        self.resident_speed = 0.0  # bytes a second, as experts came to the GPU
+        bring = Residents.load
+
+        def timed(residents, placed, link, progress):
+            begun, count = time.perf_counter(), []
+            bring(residents, placed, link, lambda nbytes: (count.append(nbytes), progress(nbytes)))
+            self.resident_speed = sum(count) / (time.perf_counter() - begun)
+
+        Residents.load = timed
         started = time.perf_counter()
         self.model = ModelFile.open(args.model)
         self.engine = load(
@@ -89,7 +99,9 @@ class Bench:
         self.ways = ["auto"]
         if len(self.orchestrator.residents) < self.model.config.block_count * self.model.config.expert_count:
             threads = self.runner.threads
+            started = time.perf_counter()
             self.calibration = measure(self.orchestrator.layers, self.orchestrator.ring, threads, "this run")
+            self.measured = time.perf_counter() - started
             self.costs = self.calibration.costs()
             self.ways = ["auto", "cpu", "stream", "torch"]
         self.plans = {}
@@ -211,7 +223,10 @@ def main():
     print(f"{args.model.name}: {layers} layers, {resident} of {layers * experts} experts on the GPU")
     print(f"loaded in {bench.loaded:.1f} s; kernels {bench.engine.backend}, {bench.runner.threads} threads")
     if bench.calibration:
-        print(bench.calibration.to_text())
+        print(f"{bench.calibration.to_text()}\n  measured in {bench.measured:.1f} s")
+        link = bench.calibration.expert_bytes / bench.calibration.link_alone
+        share = bench.resident_speed / link
+        print(f"residents came at {bench.resident_speed / 1e9:.1f} GB/s, {share:.0%} of the link's {link / 1e9:.1f}")
     found, spent, nbytes, planned, idle = bench.generate(args.tokens)
     print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
     auto = median(found["auto"])

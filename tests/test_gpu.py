@@ -16,6 +16,7 @@ import fiddler
 from fiddler.engine import load
 from fiddler.gpu_experts import Job, feed_forward
 from fiddler.gpu_linear import GpuLinear
+from fiddler.kept import common
 from fiddler.models.mixtral import attend, rotate, route
 from fiddler.perplexity import cut, measure
 from fiddler.popularity import counting
@@ -231,6 +232,29 @@ def test_greedy_text_is_the_same_everywhere(tokens):
         }.items()
     }
     assert len(set(texts.values())) == 1, texts
+
+
+def test_greedy_text_in_16_bits_parts_only_where_two_tokens_are_close(tokens):
+    """By no more than rounding moves them, a router's decision included. Says where, and how close (`pytest -rP`)."""
+    greedy, count = fiddler.Sampling(temperature=0.0), 200
+    exact = load(device="cpu", precision="exact")
+    expected = exact.generate(tokens, greedy, count, ignore_eos=True).tokens
+    for options in ({"device": "cpu"}, {"device": "cuda", "gpu_experts": 7}, {"device": "cuda"}):
+        engine = load(precision="fast", **options)
+        made = engine.generate(tokens, greedy, count, ignore_eos=True).tokens
+        same = common(expected, made)
+        if same == count:
+            sys.stdout.write(f"{options}: {count} tokens the same\n")
+            continue
+        sequence = engine.runner.sequence()
+        rounded = engine.runner.prefill(sequence, tokens)
+        for token in expected[:same]:  # as it was generated
+            rounded = engine.runner.logits(engine.runner.step([(sequence, [token])]))[0]
+        right = exact.logits([*tokens, *expected[:same]])[-1]
+        margin, error = float(right[expected[same]] - right[made[same]]), float((rounded - right).abs().max())
+        found = f"{same} of {count} tokens the same, then two {margin:.4f} apart; logits differ by {error:.4f}"
+        sys.stdout.write(f"{options}: {found}\n")
+        assert 0 <= margin <= 2 * error
 
 
 def test_without_a_compiler_torch_does_it(tokens, tmp_path):
