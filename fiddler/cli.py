@@ -48,7 +48,10 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _leave_at_once)
     try:
         _check_stdout()
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:  # here, where what fails is said in one line, and not when the interpreter ends
+            sys.stdout.flush()
     except FiddlerError as error:
         _fail(error, str(error))
     except KeyboardInterrupt:  # from `convert`, cleaned up

@@ -242,8 +242,9 @@ def test_a_reader_that_goes_away(model):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_stdout(model):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("wb") as full:
-        done = run("inspect", model, stdout=full)
+        done = run("inspect", model, stdout=full, env=buffered)
     assert done.returncode == 1
     assert re.fullmatch(rb"error: No space left on device\n", done.stderr)
 
