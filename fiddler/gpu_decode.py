@@ -83,9 +83,11 @@ class Decoder:
         return bool(self._breaks)
 
     def step(self, token: int, position: int) -> None:
-        """Append `token`; then `hidden` [1, D] is its, and what `logits` returns, until the next step."""
+        """Append `token`; then `hidden` [1, D] is its, and what `logits` returns, until the next step.
+
+        What a step before left, if it was broken off, is at an end; see `Orchestrator.start_over`.
+        """
         orchestrator = self._orchestrator
-        orchestrator.start_over()
         self._taken.synchronize()
         self._given[:] = token, position
         stream = torch.cuda.current_stream()

@@ -167,7 +167,10 @@ class GpuRunner(Runner):
 
     @contextmanager
     def _within_budget(self) -> Iterator[None]:
-        """Says what helps where the GPU's memory does not suffice, as with several sequences at once."""
+        """Says what helps where the GPU's memory does not suffice, as with several sequences at once.
+
+        Begins by ending what was broken off, since all that is done here may wait for the GPU.
+        """
         self._start_over()
         try:
             yield

@@ -63,14 +63,8 @@ class SideThread:
         threading.Thread(target=_work, args=(self._tasks, first), name=name, daemon=True).start()
         weakref.finalize(self, self._tasks.put, None)
 
-    def give(self, call: Callable[[], None]) -> Task:
-        """Have it done as soon as all that was given before is."""
-        task = Task(call)
-        self.take(task)
-        return task
-
     def take(self, task: Task) -> None:
-        """The same for one that was made already. Given twice it is done once."""
+        """Have it done as soon as all that was given before is. Given twice it is done once."""
         if not task.ended:
             self._tasks.put(task)
 

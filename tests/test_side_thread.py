@@ -14,10 +14,16 @@ import pytest
 from fiddler.side_thread import HostGate, SharedStep, SideThread, Task
 
 
+def given(side, call):
+    task = Task(call)
+    side.take(task)
+    return task
+
+
 def test_everything_is_done_in_order_by_one_thread():
     begun, done = [], []
     side = SideThread("side", lambda: begun.append(threading.current_thread().name))
-    tasks = [side.give(lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
+    tasks = [given(side, lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
     tasks[-1].wait()
     assert done == [(i, "side") for i in range(100)]
     assert begun == ["side"]
@@ -27,7 +33,7 @@ def test_everything_is_done_in_order_by_one_thread():
 
 def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
     side, done = SideThread("side"), []
-    failed, fine = side.give(lambda: 1 // 0), side.give(lambda: done.append(1))
+    failed, fine = given(side, lambda: 1 // 0), given(side, lambda: done.append(1))
     failed.join()
     with pytest.raises(ZeroDivisionError):
         failed.wait()
@@ -37,7 +43,7 @@ def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
 
 def test_one_who_was_interrupted_may_wait_again():
     side, go = SideThread("side"), threading.Event()
-    task = side.give(lambda: go.wait(60) and None)
+    task = given(side, lambda: go.wait(60) and None)
     waiting = threading.Thread(target=task.join)
     waiting.start()
     go.set()
@@ -52,7 +58,7 @@ def test_the_thread_ends_and_nothing_is_kept():
 
     held, side = Held(), SideThread("a side of its own")
     seen = weakref.ref(held)
-    task = side.give(lambda held=held: None)
+    task = given(side, lambda held=held: None)
     task.wait()
     del held
     gc.collect()
@@ -218,8 +224,8 @@ def test_what_failed_is_not_kept_either():
     side, held = SideThread("side"), Held()
     seen = weakref.ref(held)
     with pytest.raises(ValueError):
-        side.give(lambda held=held: fail(held)).wait()
-    side.give(lambda: None).wait()
+        given(side, lambda held=held: fail(held)).wait()
+    given(side, lambda: None).wait()
     del held
     gc.collect()
     assert seen() is None
