@@ -183,26 +183,36 @@ class Bench:
         return total
 
     def prompt(self, length, repetitions, ways):
-        """Seconds of each way, and the plan's of auto."""
+        """Seconds of each way, the plan's of auto, and the CPU's part of the bytes of experts that auto read.
+
+        Every other round goes backwards, so that none always comes after the same other one.
+        """
         ids = self.ids(length)
         found = {name: [] for name in self.ways if name in ways}
-        planned = 0.0
+        planned = share = 0.0
         for repetition in range(repetitions + 1):  # the first one loads what torch and the driver need
-            for name, samples in found.items():
+            for name in sorted(found, reverse=repetition % 2 == 1):
                 self.way(name)
                 self.sequence.truncate(0)
                 self.orchestrator.planned_seconds = 0.0
+                self.meter.clear()
                 begun = time.perf_counter()
                 self.runner.prefill(self.sequence, ids)
                 if repetition:
-                    samples.append(time.perf_counter() - begun)
+                    found[name].append(time.perf_counter() - begun)
                 if name == "auto":
                     planned = self.orchestrator.planned_seconds
-        return found, planned
+                    share = self.meter.nbytes["experts"] / max(1, sum(self.meter.nbytes.values()))
+        return found, planned, share
 
 
 def spread(samples, scale=1.0):
     return f"{scale / median(samples):.1f} ({scale / max(samples):.1f}-{scale / min(samples):.1f})"
+
+
+def ratio(samples, others):
+    """Of pairs that were taken side by side, in the median."""
+    return f"{median(a / b for a, b in zip(samples, others, strict=True)):.2f}x"
 
 
 def main():
@@ -231,8 +241,7 @@ def main():
     print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
     auto = median(found["auto"])
     for name, samples in found.items():
-        pairs = [other / own for other, own in zip(samples, found["auto"], strict=True)]
-        print(f"| {name} | {spread(samples)} | {median(pairs):.2f}x |")
+        print(f"| {name} | {spread(samples)} | {ratio(samples, found['auto'])} |")
     mean = float(np.mean(found["auto"]))
     if bench.calibration:
         both = bench.calibration.expert_bytes / bench.costs.memory
@@ -247,13 +256,14 @@ def main():
         print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
     shares = f"{median(idle):.1%} ({min(idle):.1%}-{max(idle):.1%})"
     print(f"neither weights being read nor the GPU at work, by a timeline: {shares} of a token")
-    print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
+    print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan | read by the CPU |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):
-        samples, plan = bench.prompt(length, args.r, args.prompt_ways.split(","))
-        auto = median(samples["auto"])
-        over = [f"{median(samples[name]) / auto:.2f}x" if name in samples else "" for name in ("cpu", "stream")]
-        over.append(f"{auto / plan:.2f}x" if plan else "")
+        repetitions = args.r if length > 32 else max(args.r, 9)  # short ones are cheap, and the more easily disturbed
+        samples, plan, share = bench.prompt(length, repetitions, args.prompt_ways.split(","))
+        over = [ratio(samples[name], samples["auto"]) if name in samples else "" for name in ("cpu", "stream")]
+        over.append(f"{median(samples['auto']) / plan:.2f}x" if plan else "")
+        over.append(f"{share:.0%}")
         print(f"| {length} | {spread(samples['auto'], length)} | {' | '.join(over)} |")
     bench.way("auto")
     bench.sequence.truncate(0)
