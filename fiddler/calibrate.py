@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import platform
 import time
@@ -26,17 +27,20 @@ from fiddler import kernels
 from fiddler.experts import ExpertWeights
 from fiddler.gpu_experts import feed_forward, torch_type
 from fiddler.link import Mark
+from fiddler.memory import available_memory, populate
 from fiddler.plan import Costs, Curve
 from fiddler.staging import Ring
 
 __all__ = ["Calibration", "cache_folder", "calibrated", "measure", "stored"]
 
-_VERSION = 2  # of what is measured and how; another one's results are measured again
+_VERSION = 3  # of what is measured and how; another one's results are measured again
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _GPU_TOKENS = (1, 16, 128, 512, 2048)
 _FEW_CORES = 4  # of which one is much to leave
 _AT_LEAST = 0.04  # seconds that are timed in one piece
 _ENOUGH = 2.5  # times the CPU's time, that the link is given work for
+_MEASURED = 1 << 33  # bytes of weights that are measured on, at most: far more than any cache holds
+_SHARE = 0.25  # of the memory that could be had, that they may take: none is to be read from disk meanwhile
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ class Calibration:
     def costs(self) -> Costs:
         """What `plan` weighs. The memory gives both sides together what it gave them when measured."""
         cpu = Curve(self.cpu_tokens, self.cpu_seconds)
-        if self.link_seconds is None:
+        if self.link_seconds is None or self.link_alone is None:
             return Costs(cpu, Curve((1,), (inf,)), inf, 0.0)
-        return Costs(cpu, Curve(self.gpu_tokens, self.gpu_seconds), self.link_seconds, self._together())
+        gpu = Curve(self.gpu_tokens, self.gpu_seconds)
+        return Costs(cpu, gpu, self.link_seconds, self._together(), link_alone=self.link_alone)
 
     def link_speeds(self) -> tuple[float, ...]:
         """Seconds an expert on the link, beside the CPU and alone; none where there is no GPU."""
@@ -207,12 +212,31 @@ def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | N
     )
 
 
+def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights], int]:
+    """As many layers as are measured on, and how many experts of each; they are in memory then.
+
+    A file on disk may be larger than memory: what its disk gives is no property of kernels or links.
+    """
+    size, experts = 3 * layers[0].gate[0].nbytes, len(layers[0].gate)
+    room = int(min(_MEASURED, _SHARE * (available_memory() or inf)) // size)  # experts
+    if room < experts:
+        layers, experts = layers[:1], max(1, room)
+    else:
+        layers = layers[: room // experts]
+    for weights in layers:
+        for matrices in (weights.gate, weights.up, weights.down):
+            first, last = (matrices[e].ctypes.data for e in (0, experts - 1))
+            begin = first - first % mmap.PAGESIZE
+            populate(begin, last + matrices[0].nbytes - begin)
+    return layers, experts
+
+
 class _CpuBench:
     """Times the CPU's kernels; layers take turns, so that nothing is read from a cache."""
 
     def __init__(self, layers: Sequence[ExpertWeights]) -> None:
-        self._layers = layers
-        self._experts, self._hidden, self._width = layers[0].gate.shape
+        self._layers, self._experts = _in_memory(layers)
+        _, self._hidden, self._width = layers[0].gate.shape
         self._rng = np.random.default_rng(0)
         self._turn = 0
 

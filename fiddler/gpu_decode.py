@@ -8,8 +8,12 @@ So what lies between one layer's experts and the next one's is the GPU's time, a
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +25,9 @@ from fiddler.gpu_experts import torch_type
 from fiddler.models.mixtral import Mixtral
 from fiddler.orchestrator import Orchestrator, Split
 from fiddler.recorder import Recorder
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 __all__ = ["Decoder"]
 
@@ -36,6 +43,26 @@ class _OneToken:
         keys, values = self._keys[layer], self._values[layer]
         q = gpu_attention.rotate_and_store(q, k, v, self._turns, self._position, keys, values)
         return gpu_attention.attend_one(q, keys, values, self._position, self._window)
+
+
+@contextmanager
+def _captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph, its memory from `pool`, of what is queued meanwhile in the current stream.
+
+    Garbage is left alone until then: to free what another engine had of the driver, say its pinned memory, is what
+    the driver does not allow while it captures.
+    """
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
+    try:
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield graph
+        finally:  # of one that is not ended, torch ends the process
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Decoder:
@@ -220,22 +247,16 @@ class Decoder:
             self._kept.clear()
             pool, aside_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             for kind in kinds:  # with memory of their own: they run while the other graphs' results are in use
-                self._streamed[kind] = torch.cuda.CUDAGraph()
-                self._streamed[kind].capture_begin(aside_pool, capture_error_mode="thread_local")
-                self._run_streamed(kind)
-                self._streamed[kind].capture_end()
+                with _captured(aside_pool) as self._streamed[kind]:
+                    self._run_streamed(kind)
             begin, state = 0, self._y
             for end in [*self._breaks, None]:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                state = self._run(begin, end, state)
-                graph.capture_end()
+                with _captured(pool) as graph:
+                    state = self._run(begin, end, state)
                 self._graphs.append(graph)
                 if end is not None:
-                    self._residents[end] = torch.cuda.CUDAGraph()
-                    self._residents[end].capture_begin(aside_pool, capture_error_mode="thread_local")
-                    self._run_residents(end, *self._kept[-1], self._y, add=False)
-                    self._residents[end].capture_end()
+                    with _captured(aside_pool) as self._residents[end]:
+                        self._run_residents(end, *self._kept[-1], self._y, add=False)
                 begin = len(layers) if end is None else end + 1
         torch.cuda.synchronize()
 

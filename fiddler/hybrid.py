@@ -95,6 +95,8 @@ def on_gpu(
     weights, linears = _dense(model_file, link, width)
     home = Tokens(config, context, cache_dtype, device)
     home.reserve(context)
+    with torch.inference_mode():
+        turns = torch.view_as_real(rotary_turns(config, torch.arange(context, device=device))).contiguous()
     _warm_up(device, cache_dtype)
     count = sizes.experts
     sizes = replace(sizes, fixed=_WORK)  # the rest is there by now
@@ -139,7 +141,6 @@ def on_gpu(
         from fiddler.gpu_decode import Decoder
 
         with torch.inference_mode():
-            turns = torch.view_as_real(rotary_turns(config, torch.arange(context, device=device))).contiguous()
             decoder = Decoder(model, orchestrator, home, turns, recorder)
         runner.decode_with(decoder, turns, gpu_attention)
     budget.settle()
@@ -263,7 +264,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     names = config.tensor_shapes(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
-    kept = kept_bytes(config, context, cache, context)
+    kept = kept_bytes(config, context, cache, context) + 4 * context * config.head_dim  # and turns, in float32
     return Sizes(
         fixed=dense + kept + _WORK,
         token=width * _ACTIVATIONS,

@@ -8,8 +8,9 @@ CPU the others, and their sums add. Both sides work at the same time and share t
         link start + sum of s_e max(link, gpu(t_e)),                where the GPU has any part
         experts * memory)
 
-for s_e, the GPU's share of expert e, which has t_e tokens; all in seconds. The plan is the one with the least cost
-among those whose shares are whole steps of rows.
+for s_e, the GPU's share of expert e, which has t_e tokens; all in seconds. Where the CPU has no part the link has the
+memory to itself, and its cost is then the lower one that it has alone. The plan is the one with the least cost among
+those whose shares are whole steps of rows.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ class Costs:
 
     cpu: Curve  # the CPU computes it
     gpu: Curve  # the GPU computes it
-    link: float  # its weights go over the link; `inf` where there is none to use
+    link: float  # its weights go over the link while the CPU computes; `inf` where there is none to use
     memory: float  # the memory gives its weights, to both sides together
     cpu_start: float = 0.0  # before the CPU begins, and handing over its result
     link_start: float = 0.0  # before the first weights move
+    link_alone: float = inf  # what `link` is while the CPU does not compute, where that is less
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,12 @@ def make_plan(
     floor_seconds = len(tokens) * costs.memory
     cpu = [costs.cpu(count) / hidden for count in tokens]  # a row
     gpu = [max(costs.link, costs.gpu(count)) / hidden for count in tokens]
+    gpu_alone = [max(min(costs.link, costs.link_alone), costs.gpu(count)) / hidden for count in tokens]
 
     def cost(rows: Sequence[int]) -> float:
         on_cpu = sum(c * (hidden - r) for c, r in zip(cpu, rows, strict=True))
-        moved = sum(g * (r - h) for g, r, h in zip(gpu, rows, have, strict=True) if r > h)
+        a_row = gpu if on_cpu else gpu_alone
+        moved = sum(g * (r - h) for g, r, h in zip(a_row, rows, have, strict=True) if r > h)
         return max(
             on_cpu + costs.cpu_start if on_cpu else 0.0,
             moved + costs.link_start if moved else 0.0,
@@ -140,7 +144,7 @@ def make_plan(
         moved += gpu[e] * free
         if even < free:
             break
-    everything = (hidden,) * len(tokens)  # the CPU's start is spared, too
+    everything = (hidden,) * len(tokens)  # the CPU's start is spared, too, and the link has the memory to itself
     if (seconds := cost(everything)) < least * (1 + margin):
         best, least = everything, seconds
     return Plan(best, least)

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "side_thread": "",
     "plan": "",
     "placement": "",
-    "calibrate": "experts gpu_experts kernels link plan staging",
+    "calibrate": "experts gpu_experts kernels link memory plan staging",
     "staging": "experts link recorder",
     "link": "cuda_driver registration side_thread",
     "registration": "cuda_driver memory",

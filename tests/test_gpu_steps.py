@@ -106,6 +106,47 @@ def test_what_is_kept_of_a_sequence_is_used_again(cpu, hybrid):
     assert again.text == cpu.generate(longer, GREEDY, 12).text
 
 
+def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
+    """Another engine's pinned memory, of which the driver ends a capture when it is freed."""
+    from fiddler.gpu_decode import Decoder
+
+    waste, run, captured = [load(device="cuda", precision="exact", gpu_experts=7)], Decoder._run, 0
+
+    def runs(self, *given):
+        nonlocal captured
+        if torch.cuda.is_current_stream_capturing():
+            captured += 1
+            if waste:
+                cycle = [waste.pop()]
+                cycle.append(cycle)
+            many = [[] for _ in range(100_000)]  # of which a collection would come
+            assert len(many) == 100_000
+        return run(self, *given)
+
+    monkeypatch.setattr(Decoder, "_run", runs)
+    engine = load(device="cuda", precision="exact", gpu_experts=7)
+    assert captured
+    assert texts(engine) == texts(cpu)
+
+
+def test_a_capture_that_fails_is_an_error(monkeypatch):
+    """And not the end of the process; the next one succeeds."""
+    from fiddler.gpu_decode import Decoder
+
+    run = Decoder._run
+
+    def fails(self, *given):
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("broken off")
+        return run(self, *given)
+
+    monkeypatch.setattr(Decoder, "_run", fails)
+    with pytest.raises(ValueError, match="broken off"):
+        load(device="cuda", gpu_experts=7)
+    monkeypatch.setattr(Decoder, "_run", run)
+    load(device="cuda", gpu_experts=7)
+
+
 def test_the_timeline_has_both_sides():
     tracer = GpuTracer()
     engine = load(device="cuda", gpu_experts=7, recorder=tracer, missing="stream")
