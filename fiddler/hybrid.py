@@ -44,7 +44,7 @@ __all__ = ["Hybrid", "calibrate_alone", "on_gpu"]
 
 _SLOTS = 3  # of the ring: one is filled while one is used, and one is ready
 _WORK = 128 << 20  # bytes for an expert's temporaries
-_CODE = 48 << 20  # bytes that the driver takes for code, libraries' included, while a model is loaded
+_LIBRARIES = 192 << 20  # bytes that go, while a model is loaded, to the driver for code and to cuBLAS as work space
 _ACTIVATIONS = 60  # bytes a token and element of D: what of h, x, q, their copies and sums exists at once
 
 
@@ -277,7 +277,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
 
 def _check(budget: Budget, sizes: Sizes, asked: str | None) -> None:
     """Raises RequestError where the budget is too small, before anything goes to the GPU."""
-    sizes = replace(sizes, fixed=sizes.fixed + _CODE)
+    sizes = replace(sizes, fixed=sizes.fixed + _LIBRARIES)
     if least_room(sizes) > budget.room():
         raise _too_little(budget, sizes, asked)
 
