@@ -69,6 +69,20 @@ def _add(c: np.ndarray, rows: int, token: np.ndarray, share: np.ndarray, y: np.n
                     y[t, begin + r] += weight * c[r, m]
 
 
+@njit(nogil=True, boundscheck=False)
+def _onward(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int, expert: int) -> int:
+    """Bytes from the rows of group g's expert in matrix i of these to the rows that a task reads next, 0 if none.
+
+    That is in the other matrix of the pair, or of the next group with hidden rows from `begin` on. expert: its bytes.
+    """
+    if i + 1 < pair:
+        return int(matrices[i + 1] - matrices[i])
+    for following in range(g + 1, groups.expert.size):
+        if groups.hidden[following] > begin:
+            return int(matrices[0] - matrices[i] + (groups.expert[following] - groups.expert[g]) * expert)
+    return 0
+
+
 def run(
     product: Product,
     x: np.ndarray,
@@ -174,7 +188,11 @@ def grouped_products(
                     for i in range(pair):
                         weights, made = matrices[which + i] + offset, c.ctypes.data + 4 * i * task * ldc
                         given = words + 4 * at[g]
-                        block_product(product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc)
+                        needed_from, expert = begin if opens else 0, 2 * rows_of_all * k_of_all
+                        onward = _onward(matrices[which:], pair, i, groups, g, needed_from, expert)
+                        block_product(
+                            product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward
+                        )
                     if opens:
                         _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
                         h, next_stride = words + 4 * hidden_at[g], row_stride(product, between)

@@ -20,7 +20,7 @@ from fiddler.kernels.product import (
     outer_tokens,
     panel_tokens,
 )
-from fiddler.kernels.tiles import copy_words, dot_tile, outer_tile, store_float, widen_row
+from fiddler.kernels.tiles import SEVERAL, copy_words, dot_tile, outer_tile, store_float, widen_row
 
 __all__ = ["block_product"]
 
@@ -28,6 +28,7 @@ __all__ = ["block_product"]
 _BLOCK = 1024
 _AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
 _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
+_PART = 1024  # elements along K that several tokens take at once, at most
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
 
@@ -45,11 +46,13 @@ def block_product(
     k: int,
     c: int,
     ldc: int,
+    onward: int,
 ) -> None:
     """c[r * ldc + t] = w[r] . x[t] over k elements, for r < rows and t < tokens.
 
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
-    next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens.
+    next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens. `onward`: bytes from `w`
+    to the rows that are read next, 0 where nobody knows.
     """
     padded = (tokens + 15) // 16 * 16 if packed else tokens
     for r in range(rows):
@@ -58,45 +61,64 @@ def block_product(
     if packed:
         _packed_product(product, w, ldw, rows, x, padded, k, c, ldc)
     else:
-        _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc)
+        _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
+
+
+@njit(nogil=True, boundscheck=False)
+def _part(k: int, most: int) -> int:
+    """At most so many elements of k, a multiple of 256: equal parts, where there are any not much smaller."""
+    parts = (k + most - 1) // most
+    for equal in range(parts, 2 * parts):
+        if k % (256 * equal) == 0:
+            return k // equal
+    return ((k + parts - 1) // parts + 255) // 256 * 256
 
 
 @njit(nogil=True, boundscheck=False)
 def _dots(
-    product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int
+    product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int, onward: int
 ) -> None:
     """Row after row, each from its beginning to its end: the order in which memory is read fastest.
 
-    Unless so much of x does not fit the first-level cache: then a part of all rows after the other.
+    Unless so much of x does not fit the first-level cache: then a part of all rows after the other. With several
+    tokens the cores are busy for longer than a row's part is on its way; so the next part of each row is asked for
+    then, or, with the last one, the first part of the rows that are read next.
     """
-    token = ldx * activation_bytes(product)
-    fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
-    part, ahead = (k, _AHEAD) if tokens == 1 or k <= fits else (fits, 2 * ldw)
-    if k < ldw:  # what follows in a row is not ours
-        ahead = 2 * ldw
+    token, several = ldx * activation_bytes(product), tokens >= SEVERAL
+    part, ahead = k, _AHEAD if k == ldw else 2 * ldw  # else what follows in a row is not ours
+    if tokens > 1:
+        fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
+        if several:
+            fits = min(fits, _PART)
+        if k > fits:
+            part, ahead = _part(k, fits), 2 * ldw
     for begin in range(0, k, part):
         count = min(part, k - begin)
-        near = x + begin * activation_bytes(product)
+        if several and begin + part < k:
+            ahead = 2 * part
+        elif several and onward != 0:
+            ahead = onward - 2 * begin
+        xr = x + begin * activation_bytes(product)
         for r in range(rows):
             wr, cr = w + 2 * (r * ldw + begin), c + 4 * r * ldc
-            m = 0
+            m, first = 0, ahead
             while m + 8 <= tokens:
-                dot_tile(product, 8, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
-                m += 8
+                dot_tile(product, 8, wr, xr + m * token, ldx, cr + 4 * m, count, first)
+                m, first = m + 8, 0
             if m + 7 == tokens:
-                dot_tile(product, 7, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 7, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 6 == tokens:
-                dot_tile(product, 6, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 6, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 5 == tokens:
-                dot_tile(product, 5, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 5, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 4 == tokens:
-                dot_tile(product, 4, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 4, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 3 == tokens:
-                dot_tile(product, 3, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 3, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 2 == tokens:
-                dot_tile(product, 2, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 2, wr, xr + m * token, ldx, cr + 4 * m, count, first)
             elif m + 1 == tokens:
-                dot_tile(product, 1, wr, near + m * token, ldx, cr + 4 * m, count, ahead)
+                dot_tile(product, 1, wr, xr + m * token, ldx, cr + 4 * m, count, first)
 
 
 @njit(nogil=True, boundscheck=False)

@@ -8,6 +8,7 @@ are plain addresses.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -37,6 +38,7 @@ from fiddler.kernels.instructions import (
 from fiddler.kernels.product import compiled
 
 __all__ = [
+    "SEVERAL",
     "copy_words",
     "dot_tile",
     "outer_tile",
@@ -47,9 +49,11 @@ __all__ = [
     "widen_row",
 ]
 
+SEVERAL = 4  # tokens from which on what is asked for ahead goes to the second-level cache: much later it is used
 _AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
 _LINE = 64  # bytes
 _UNROLL = 4
+_CHAINS = 12  # sums that are needed so that none waits for the one before: two begin every cycle, and take some
 
 
 @compiled
@@ -134,7 +138,7 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
     """
     M, kind = tokens.literal_value, product.product
     unroll = _UNROLL if M <= 4 else 2  # as many sums as there are registers for
-    level = PASSING if passes_weights() else 1
+    level = 2 if M >= SEVERAL else PASSING if passes_weights() else 1
     signature = types.void(product, tokens, *([types.intp] * 6))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -218,6 +222,7 @@ def outer_tile(
     MV = tokens.literal_value // kind.tier.lanes
     memory_bound = kind.in_pairs and MV <= 2  # so few tokens wait for weights
     unroll = _LINE // 4 if memory_bound else _UNROLL
+    chains = 2 if kind.tier.outer_rows * MV < _CHAINS else 1  # of sums, which take turns
     signature = types.void(product, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -239,15 +244,17 @@ def outer_tile(
 
         def several(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             for u in range(unroll):
-                sums = step(b.add(p, ir.Constant(I64, u)), sums)
+                now = slice(u % chains * R * MV, (u % chains + 1) * R * MV)
+                sums[now] = step(b.add(p, ir.Constant(I64, u)), sums[now])
             if memory_bound:
                 for r in range(R):
                     prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _AHEAD_IN_ROWS // 4)), 4))
             return sums
 
-        zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV)
+        zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV * chains)
         whole = b.and_(count, ir.Constant(I64, -unroll))
         p, sums = loop(b, "whole", ir.Constant(I64, 0), whole, unroll, zeros, several)
+        sums = [reduce(b.fadd, sums[i :: R * MV]) for i in range(R * MV)]
         _, sums = loop(b, "tail", p, count, 1, sums, step)
         for r in range(R):
             for v in range(MV):
