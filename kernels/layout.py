@@ -23,7 +23,7 @@ from fiddler.kernels.tiles import store_activation, store_pair
 __all__ = ["Groups", "Workspace", "group_tokens", "pack", "places", "row_stride"]
 
 _FEW_PAIRS, _FEW_FLOATS = 14, 16  # tokens of an expert in all: more are faster packed
-_BESIDE_OTHERS = 4  # tokens beside packed ones
+_BESIDE_OTHERS = 8  # tokens beside packed ones
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 _LINE, _SETS = 64, 64  # bytes and sets of the first-level caches of Zen and Xeon
 _SPREAD = 39  # lines from row to row, of the number of sets: 0.618 of it, which spreads any number of rows well
@@ -103,7 +103,7 @@ def row_stride(product: Product, width: int) -> int:
     So many more than the width that parts of many rows, the same of each, lie all over the first-level cache: rows a
     large power of two apart would share a few of its places.
     """
-    size = activation_bytes(product)
+    size: int = activation_bytes(product)
     lines = (width * size + _LINE - 1) // _LINE
     return (lines + (_SPREAD - lines) % _SETS) * _LINE // size
 
