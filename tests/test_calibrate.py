@@ -9,9 +9,10 @@ from math import inf
 import numpy as np
 import pytest
 import torch
-from test_orchestrator import EXACT, D, F
+from test_orchestrator import EXACT, D, E, F
 
-from fiddler.calibrate import Calibration, cache_folder, calibrated, stored
+from fiddler import calibrate
+from fiddler.calibrate import Calibration, cache_folder, calibrated, measure, stored
 from fiddler.link import HostLink
 from fiddler.plan import make_plan
 from fiddler.staging import Ring
@@ -40,6 +41,20 @@ def test_measured_once_and_found_again():
     assert len(stored()) == 2
     for calibration in stored():
         assert "ms an expert" in calibration.to_text()
+
+
+@pytest.mark.parametrize("experts,measured", [(0, None), (1, (1, 1)), (3, (1, 3)), (2 * E + 1, (2, E))])
+def test_only_what_memory_holds_is_measured_on(monkeypatch, experts, measured):
+    """experts: as many as a quarter of the memory is worth; 0: nobody knows how much there is."""
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * experts * 6 * D * F)
+    layers, count = calibrate._in_memory(EXACT)
+    assert (len(layers), count) == (measured or (len(EXACT), E))
+
+
+def test_some_experts_of_a_layer_suffice(monkeypatch):
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * 3 * 6 * D * F)
+    made = measure(EXACT, Ring(HostLink(), EXACT, 128, 3), 1, "here")
+    assert min(*made.cpu_seconds, *made.link_speeds()) > 0
 
 
 def test_the_costs_are_those_that_were_measured():
