@@ -53,7 +53,6 @@ SEVERAL = 4  # tokens from which on what is asked for ahead goes to the second-l
 _AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
 _LINE = 64  # bytes
 _UNROLL = 4
-_CHAINS = 12  # sums that are needed so that none waits for the one before: two begin every cycle, and take some
 
 
 @compiled
@@ -222,7 +221,7 @@ def outer_tile(
     MV = tokens.literal_value // kind.tier.lanes
     memory_bound = kind.in_pairs and MV <= 2  # so few tokens wait for weights
     unroll = _LINE // 4 if memory_bound else _UNROLL
-    chains = 2 if kind.tier.outer_rows * MV < _CHAINS else 1  # of sums, which take turns
+    chains = 2 if MV == 1 else 1  # of sums, which take turns: one vector a row is too few, and leaves registers free
     signature = types.void(product, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
