@@ -140,10 +140,10 @@ class Batch:
                 rows.append(end - 1)
         before = [sequence.length for sequence, _ in parts]
         try:
-            hidden = self._runner.step(parts)
+            hidden = self._runner.step(parts, wanted=rows)
             if not rows:
                 return []
-            logits = self._runner.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+            logits = self._runner.logits(hidden)
         except BaseException:
             for (sequence, _), length in zip(parts, before, strict=True):
                 sequence.truncate(length)

@@ -61,7 +61,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Mixtral,
-        beside: Callable[[Callable[[], Tensor]], Tensor],
+        beside: Callable[[Callable[[], Tensor], int], Tensor],
         start_over: Callable[[], None],
         context: int,
         cache_dtype: torch.dtype,
@@ -98,10 +98,10 @@ class GpuRunner(Runner):
             return super()._place(parts)
         return _GpuStep(parts, self.model.config, self._turns, self._attention)
 
-    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+    def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
         kernels.set_threads(self._threads_beside)
-        return self._beside(lambda: self.model(ids, step))
+        return self._beside(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
     def sequence(self, positions: int = 0) -> Sequence:
         """A `Runner`'s. The first one in use has its memory already, another one takes more."""
@@ -136,11 +136,12 @@ class GpuRunner(Runner):
         with self._within_budget():
             return super().copy(source, target, shared)
 
-    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
+    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""
+        one = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
-            if self._decoder is None or len(parts) != 1 or len(parts[0][1]) != 1 or parts[0][0] is not self._at_home():
-                return super().step(parts)
+            if self._decoder is None or not one or parts[0][0] is not self._at_home():
+                return super().step(parts, wanted)
             ((sequence, tokens),) = parts
             sequence.reserve(sequence.length + 1)
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():

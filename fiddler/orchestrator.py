@@ -100,6 +100,7 @@ class Orchestrator:
         self._ids, self._shares = self._host(tokens, 1, dtype=torch.int64), self._host(tokens, 1)
         self._read = ring.link.mark()
         self._ahead: tuple[int, list[Part]] = (0, [])
+        self._last = tokens
         self._seen = np.zeros((len(layers), experts), np.int64)
         self.gate = ring.link.gate()
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
@@ -119,9 +120,13 @@ class Orchestrator:
         """Memory that both sides reach."""
         return torch.empty(*shape, dtype=dtype, pin_memory=self._pinned)
 
-    def beside(self, forward: Callable[[], Tensor]) -> Tensor:
-        """What `forward` returns, the model's step: it runs on the side thread, and what it leaves to the CPU here."""
+    def beside(self, forward: Callable[[], Tensor], last: int) -> Tensor:
+        """What `forward` returns, the model's step: it runs on the side thread, and what it leaves to the CPU here.
+
+        last: tokens that the last layer will have.
+        """
         self.start_over()
+        self._last = last
 
         def step() -> Tensor:
             with torch.inference_mode(), self._between:
@@ -142,7 +147,7 @@ class Orchestrator:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
         if not self.shared.running:
-            return self.beside(lambda: self(layer, x, ids, weights))
+            return self.beside(lambda: self(layer, x, ids, weights), len(x))
         tokens, experts = len(x), len(self.layers[layer].gate)
         if tokens > self._tokens:  # several long sequences
             parts = zip(*(tensor.split(self._tokens) for tensor in (x, ids, weights)), strict=True)
@@ -308,8 +313,7 @@ class Orchestrator:
             for e, rows in split.gpu_rows.items():
                 for part in self.ring.send(layer, e, hidden - rows, hidden - sent[e]):
                     use(part)
-        if len(x) * ids.shape[1] >= _SURELY * (len(first) - 1):
-            self._send_ahead(layer + 1, *ids.shape)
+        self._send_ahead(layer + 1, *ids.shape)
 
     def _send_ahead(self, layer: int, tokens: int, each: int) -> None:
         """Start sending an expert of the next layer that will be streamed, whatever its router says.
@@ -317,9 +321,11 @@ class Orchestrator:
         That is the missing one that had the most tokens so far, if a plan with evenly spread tokens would stream all
         of some expert.
         """
-        if layer >= len(self.layers) or self._complete[layer]:
+        experts, layers = len(self.layers[0].gate), len(self.layers)
+        if layer == layers - 1:
+            tokens = min(tokens, self._last)
+        if layer >= layers or self._complete[layer] or tokens * each < _SURELY * experts:
             return
-        experts = self._seen.shape[1]
         missing = [e for e in range(experts) if (layer, e) not in self.residents]
         plan = self._plan((max(1, tokens * each // experts),) * len(missing), (0,) * len(missing), 0.0, tokens)
         if self._hidden not in plan.gpu_rows:

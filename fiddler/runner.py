@@ -63,21 +63,27 @@ class Runner:
             target.become(source, shared)
         return target
 
-    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]]) -> Tensor:
-        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given."""
-        ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64)
-        ids = ids.to(self.model.token_embd.device)
+    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
+        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given.
+
+        wanted: the rows of that which are returned, in rising order: [W, D]. None: all. The last layer's experts
+        compute no others.
+        """
+        device = self.model.token_embd.device
+        ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
+        some = wanted is not None and len(wanted) < len(ids)
+        rows = torch.tensor(wanted, dtype=torch.int64, device=device) if some else None
         with _out_of_memory():
             step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
         attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
         with torch.inference_mode(), self._on_threads(attention), _out_of_memory():
-            hidden = self._forward(ids, step)
+            hidden = self._forward(ids, step, rows)
         step.commit()
         return hidden
 
-    def _forward(self, ids: Tensor, step: Step) -> Tensor:
+    def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         """The model's step."""
-        return self.model(ids, step)
+        return self.model(ids, step, wanted)
 
     def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
         """Room for so many more tokens of each sequence."""
@@ -96,9 +102,10 @@ class Runner:
         for begin in range(0, len(tokens), self.chunk):
             if begin:
                 on_chunk(begin)
-            hidden = self.step([(sequence, tokens[begin : begin + self.chunk])])
+            part = tokens[begin : begin + self.chunk]
+            hidden = self.step([(sequence, part)], wanted=[len(part) - 1])
         assert hidden is not None
-        return self.logits(hidden[-1:])[0]
+        return self.logits(hidden)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""

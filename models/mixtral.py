@@ -119,11 +119,16 @@ class Mixtral:
         self._linear, self._norm = linear, norm
         self.experts = experts
 
-    def __call__(self, ids: Tensor, cache: Cache) -> Tensor:
-        """One step: ids [T] of the rows that `cache` knows the places of -> hidden states [T, D] float32."""
+    def __call__(self, ids: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+        """One step: ids [T] of the rows that `cache` knows the places of -> hidden states [T, D] float32.
+
+        wanted: the rows whose hidden states are returned, [W, D]; None: all. Behind its attention, whose keys and
+        values are kept, the last block computes no others.
+        """
         h = self.token_embd[ids].float()
         for layer, block in enumerate(self.blk):
-            h, x, chosen, weights = block.before_experts(h, cache)
+            last = layer == len(self.blk) - 1
+            h, x, chosen, weights = block.before_experts(h, cache, wanted if last else None)
             h = h + self.experts(layer, x, chosen, weights)
         return h
 
@@ -150,18 +155,26 @@ class Block:
         self.ffn_gate_inp = weights[f"blk.{index}.ffn_gate_inp.weight"]  # [E, D]
         self._linear, self._router, self._norm = linear, router, norm
 
-    def before_experts(self, h: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K]."""
-        h = self._attention(h, self._norm(h, self.attn_norm, self.config.rms_epsilon), cache)
+    def before_experts(
+        self, h: Tensor, cache: Cache, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K].
+
+        wanted: only of these rows.
+        """
+        h = self._attention(h, self._norm(h, self.attn_norm, self.config.rms_epsilon), cache, wanted)
         k = self.config.expert_used_count
         return h, *self._router(h, self.ffn_norm, self.config.rms_epsilon, self.ffn_gate_inp, k)
 
-    def _attention(self, h: Tensor, x: Tensor, cache: Cache) -> Tensor:
-        """h and what attention to x, the normalised h, adds to it."""
+    def _attention(self, h: Tensor, x: Tensor, cache: Cache, wanted: Tensor | None) -> Tensor:
+        """h and what attention to x, the normalised h, adds to it; of the rows that are wanted."""
         prefix = f"blk.{self.index}."
         made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
         q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in made)  # [T, H or G, head_dim]
-        return self._linear(cache.attend(self.index, q, k, v).flatten(1), prefix + "attn_output.weight", h)
+        attended = cache.attend(self.index, q, k, v).flatten(1)
+        if wanted is not None:
+            h, attended = h[wanted], attended[wanted]
+        return self._linear(attended, prefix + "attn_output.weight", h)
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:

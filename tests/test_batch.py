@@ -143,11 +143,11 @@ class Watched(Runner):
         super().__init__(runner.model, runner.context, runner.cache_dtype, runner.threads, chunk)
         self.most, self.steps = most, []
 
-    def step(self, parts):
+    def step(self, parts, wanted=None):
         if len(parts) > self.most:
             raise ResourceError(f"no room for {len(parts)}")
         self.steps.append([len(tokens) for _, tokens in parts])
-        return super().step(parts)
+        return super().step(parts, wanted)
 
 
 def through(engine, runner, prompts, limit, room=None, width=16):

@@ -7,6 +7,7 @@ import torch
 
 from fiddler.cache import Sequence, Step
 from fiddler.engine import load
+from fiddler.popularity import counting
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,30 @@ def test_sequences_in_one_sequences_memory(engine):
         assert torch.allclose(made, torch.stack([engine.logits(some)[-1] for some in ids]), atol=1e-4)
     kept, room = sequences[1].storage[0][3], home.storage[0][3]
     assert 0 <= kept.data_ptr() - room.data_ptr() <= room.nbytes - kept.nbytes
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [6], [2, 7], [4, 5, 6], list(range(8))])
+def test_a_step_gives_the_rows_that_are_wanted(engine, wanted):
+    """They are what the whole step gives; keys and values are kept of all rows."""
+    runner, parts = engine.runner, [[1, 40, 50, 60, 70], [1, 80], [90]]
+    steps = []
+    for rows in (None, wanted):
+        sequences = [runner.sequence() for _ in parts]
+        first = runner.step(list(zip(sequences, parts, strict=True)), rows)
+        steps.append((first, runner.step([(sequence, [99]) for sequence in sequences])))
+    (whole, after), (some, then) = steps
+    assert some.shape == (len(wanted), engine.config.embedding_length)
+    assert torch.allclose(some, whole[wanted], atol=1e-4)
+    assert torch.allclose(then, after, atol=1e-4)
+
+
+def test_the_last_layers_experts_compute_no_other_rows(engine):
+    """As llama.cpp's do: a prompt's last token alone is asked for its logits."""
+    with counting(engine.runner.model) as counted:
+        engine.runner.prefill(engine.runner.sequence(), list(range(3, 43)))
+    *others, last = (sum(counts) for counts in counted.counts)
+    k = engine.config.expert_used_count
+    assert (set(others), last) == ({40 * k}, k)
 
 
 def test_growth_that_was_broken_off_goes_on(engine, monkeypatch):

@@ -157,8 +157,22 @@ def test_weights_for_the_next_layer_are_sent_ahead_and_used():
         check(made.numpy(), EXACT, 2, x, ids, weights)
         return made
 
-    both.beside(forward)
+    both.beside(forward, 60)
     assert meter.nbytes["link"] == 3 * E * expert
+
+
+def test_nothing_is_sent_ahead_for_a_last_layer_that_has_few_tokens():
+    both, rng = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), np.random.default_rng(0)
+
+    def forward():
+        for layer in range(LAYERS):
+            x, ids, weights = step(rng, 60 if layer < LAYERS - 1 else 1, 2)
+            made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
+            assert (both._ahead[1] != []) == (layer == 0)
+            check(made.numpy(), EXACT, layer, x, ids, weights)
+        return made
+
+    both.beside(forward, 1)
 
 
 @pytest.mark.parametrize("link", [HostLink, BlockingLink])
