@@ -27,7 +27,7 @@ from fiddler.models.config import ARCHITECTURE
 
 __all__ = ["ConversionReport", "convert", "interleave"]
 
-_ALIGNMENT = 32  # of tensor data, GGUF's default
+_ALIGNMENT = 64  # of tensor data: a cache line. GGUF's 32 lets vectors lie across lines, up to a quarter slower
 _PIECE = 1 << 18  # elements in work at once: with all temporaries some MB, which fit a cache (3x faster than 1 << 20)
 _TYPES = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),

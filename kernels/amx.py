@@ -25,7 +25,6 @@ TILE_PAIRS = 16
 TILE_ROWS = 32
 """Weight rows of `matrix_tile`."""
 
-_AHEAD = 1024  # bytes along a weight row, some sixteen steps
 _LEVEL_2 = 2
 
 # palette 1, then for each of eight registers 64 bytes a row and 16 rows
@@ -76,20 +75,23 @@ def matrix_tile(
     c: Any,
     ldc: Any,
     pairs: Any,
+    ahead: Any,
+    ld_ahead: Any,
 ) -> Any:
     """c[r * ldc + t] += sum over p of w[r * ldw + p] . x[p * ldx + t], for r < 32 and t < tokens (16 or 32).
 
-    Words of 4 bytes as in `tiles.outer_tile`; `tokens` is a constant, and so is `fetch`: whether the weights are
-    prefetched, which pays where they are read for the first time. `pairs` is a positive multiple of TILE_PAIRS.
+    Words of 4 bytes as in `tiles.outer_tile`; `pairs` is a positive multiple of TILE_PAIRS. Meanwhile as many words of
+    `fetch` other rows are prefetched: the first one is at the address `ahead`, and they lie `ld_ahead` words apart.
+    `tokens` and `fetch` are constants. A tile's row that crosses a cache line is loaded at a fifth of the speed.
     """
     columns, kind = tokens.literal_value // 16, product.product
-    signature = types.void(product, tokens, fetch, *([types.intp] * 7))
+    signature = types.void(product, tokens, fetch, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         if not kind.in_tiles:  # a branch that is never taken
             return context.get_dummy_value()
-        w, ldw, x, ldx, c, ldc, pairs = arguments[3:]
-        w_row, x_row, c_row = (b.mul(stride, ir.Constant(I64, 4)) for stride in (ldw, ldx, ldc))
+        w, ldw, x, ldx, c, ldc, pairs, ahead, ld_ahead = arguments[3:]
+        w_row, x_row, c_row, ahead_row = (b.mul(stride, ir.Constant(I64, 4)) for stride in (ldw, ldx, ldc, ld_ahead))
         sums = [[ir.Constant(I8, 2 * r + m) for m in range(columns)] for r in range(2)]
         weights = [ir.Constant(I8, 4 + r) for r in range(2)]
         activations = [ir.Constant(I8, 6 + m) for m in range(columns)]
@@ -107,15 +109,14 @@ def matrix_tile(
         p, w_at, x_at = (b.phi(I64) for _ in range(3))
         for phi, value in ((p, ir.Constant(I64, 0)), (w_at, w), (x_at, x)):
             phi.add_incoming(value, before)
-        for m in range(columns):
-            _call(b, "llvm.x86.tileloadd64", activations[m], at(x_at, x_row, 0, 64 * m), x_row)
-        for r in range(2):
+        for r in range(2):  # products between the loads, as soon as they have what they need
             _call(b, "llvm.x86.tileloadd64", weights[r], at(w_at, w_row, 16 * r, 0), w_row)
             for m in range(columns):
+                if r == 0:
+                    _call(b, "llvm.x86.tileloadd64", activations[m], at(x_at, x_row, 0, 64 * m), x_row)
                 _call(b, "llvm.x86.tdpbf16ps", sums[r][m], weights[r], activations[m])
-        if fetch.literal_value:
-            for r in range(32):
-                prefetch(b, at(w_at, w_row, r, _AHEAD), _LEVEL_2)
+        for r in range(fetch.literal_value):
+            prefetch(b, at(b.add(ahead, b.sub(w_at, w)), ahead_row, r, 0), _LEVEL_2)
         following = b.add(p, ir.Constant(I64, TILE_PAIRS))
         p.add_incoming(following, b.block)
         w_at.add_incoming(b.add(w_at, ir.Constant(I64, 4 * TILE_PAIRS)), b.block)

@@ -13,7 +13,7 @@ from numba import njit, prange
 from fiddler.kernels.arithmetic import silu
 from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
-from fiddler.kernels.matmul import block_product
+from fiddler.kernels.matmul import block_product, scratch_words
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
@@ -150,12 +150,14 @@ def grouped_products(
     for i in range(outputs.size):
         tasks[i] = task_rows(product, most, outputs[i], threads)
         sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
-    x_at = places(product, groups, width, (sums_words + 15) // 16 * 16)
+    scratch = (scratch_words(product, np.int64(tasks.max())) + 15) // 16 * 16
+    x_at = places(product, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
     hidden_at = places(product, groups, between, x_at[-1])
     needed: int = hidden_at[-1]
     if workspace.size < needed:
         return needed
     words, blocks = workspace.ctypes.data, (width + 15) // 16
+    scratch_at = words + 4 * (x_at[0] - threads * scratch)
     for block in prange(blocks):
         pack(product, x, groups, words, x_at, np.int64(block))
     queues = np.zeros(outputs.size, np.int64)
@@ -171,7 +173,7 @@ def grouped_products(
         alike = not groups.packed.any()
         sums = workspace[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
         for thread in prange(threads):
-            c = sums[thread]
+            c, near = sums[thread], scratch_at + 4 * thread * scratch
             begin, most_rows = take_rows(queue, task, rows_of_all, threads, alike)
             while begin < rows_of_all:
                 most_rows = min(most_rows, rows_of_all - begin)
@@ -191,7 +193,7 @@ def grouped_products(
                         needed_from, expert = begin if opens else 0, 2 * rows_of_all * k_of_all
                         onward = _onward(matrices[which:], pair, i, groups, g, needed_from, expert)
                         block_product(
-                            product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward
+                            product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward, near
                         )
                     if opens:
                         _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)

@@ -16,13 +16,15 @@ from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_t
 from fiddler.kernels.product import (
     Product,
     activation_bytes,
+    in_pairs,
+    in_tiles,
     outer_rows,
     outer_tokens,
     panel_tokens,
 )
 from fiddler.kernels.tiles import SEVERAL, copy_words, dot_tile, outer_tile, store_float, widen_row
 
-__all__ = ["block_product"]
+__all__ = ["block_product", "scratch_words"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
@@ -31,6 +33,8 @@ _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while
 _PART = 1024  # elements along K that several tokens take at once, at most
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
+_TILE_AHEAD = 1024  # bytes along a weight row, some sixteen steps
+_TILE_PANELS, _TILE_FETCHED = 4, 8  # the first panels of many tokens, each with so many of every 32 rows that come next
 
 
 @njit(nogil=True, boundscheck=False)
@@ -47,21 +51,32 @@ def block_product(
     c: int,
     ldc: int,
     onward: int,
+    scratch: int,
 ) -> None:
     """c[r * ldc + t] = w[r] . x[t] over k elements, for r < rows and t < tokens.
 
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
     next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens. `onward`: bytes from `w`
-    to the rows that are read next, 0 where nobody knows.
+    to the rows that are read next, 0 where nobody knows. `scratch`: address of `scratch_words(product, rows)` words of
+    the caller's, at a cache line.
     """
     padded = (tokens + 15) // 16 * 16 if packed else tokens
     for r in range(rows):
         for m in range(padded):
             store_float(c, r * ldc + m, np.float32(0))
     if packed:
-        _packed_product(product, w, ldw, rows, x, padded, k, c, ldc)
+        _packed_product(product, w, ldw, rows, x, padded, k, c, ldc, onward, scratch)
     else:
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
+
+
+@njit(nogil=True, boundscheck=False)
+def scratch_words(product: Product, rows: int) -> int:
+    """Words of 4 bytes that `block_product` uses for blocks of weights that it copies or widens."""
+    if in_tiles(product):
+        return rows * (_TILE_BLOCK_MANY + 16)
+    words: int = 0 if in_pairs(product) else outer_rows(product) * _BLOCK
+    return words
 
 
 @njit(nogil=True, boundscheck=False)
@@ -134,24 +149,33 @@ def _outer_block(
         if outer_tokens(product) == 48 and wide - m == 48:
             for r in range(0, whole, several):
                 outer_tile(product, "several", 48, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
-            for r in range(whole, rows):
-                outer_tile(product, "one", 48, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
             m += 48
         elif outer_tokens(product) == 48 and wide - m == 32:
             for r in range(0, whole, several):
                 outer_tile(product, "several", 32, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
-            for r in range(whole, rows):
-                outer_tile(product, "one", 32, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
             m += 32
         else:
             for r in range(0, whole, several):
                 outer_tile(product, "several", 16, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
-            for r in range(whole, rows):
-                outer_tile(product, "one", 16, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
             m += 16
+    for r in range(whole, rows):  # few, if any: not worth code of their own for more tokens
+        for m in range(0, wide, 16):
+            outer_tile(product, "one", 16, w + 4 * r * ldw, ldw, x + 4 * m, wide, c + 4 * (r * ldc + m), ldc, words)
 
 
-def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
+def _outers(
+    product: Product,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    padded: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
+    scratch: int,
+) -> None:
     """bf16 pairs, straight from the weights."""
     panel_width, words, stride = panel_tokens(product), k // 2, ldw // 2
     for begin in range(0, words, _BLOCK):
@@ -164,12 +188,20 @@ def _outers(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, 
 
 
 def _outers_of_floats(
-    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+    product: Product,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    padded: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
+    scratch: int,
 ) -> None:
     """A few rows are widened to float32 at a time, and used from the first-level cache."""
     panel_width, several = panel_tokens(product), outer_rows(product)
-    wide_rows = np.empty((several, _BLOCK), np.float32)
-    scratch = wide_rows.ctypes.data
     for begin in range(0, k, _BLOCK):
         count = min(_BLOCK, k - begin)
         for m in range(0, padded, panel_width):
@@ -184,7 +216,19 @@ def _outers_of_floats(
                 _outer_block(product, scratch, _BLOCK, taken, panel, wide, count, c + 4 * (r * ldc + m), ldc)
 
 
-def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int) -> None:
+def _tiles(
+    product: Product,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    padded: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
+    scratch: int,
+) -> None:
     """Tile registers, and outer products for what they leave: rows beyond a multiple of 32, the end of K.
 
     Many tokens read a block of weights again and again: from a scratch copy in the cache, whose rows lie close, since
@@ -195,7 +239,6 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
     block = _TILE_BLOCK_MANY if many else _TILE_BLOCK_FEW
     panel_width = panel_tokens(product)
     whole = rows - rows % TILE_ROWS
-    near = np.empty((whole if many else 0, _TILE_BLOCK_MANY + 16), np.uint32)
     configure_tiles(product)
     for begin in range(0, words, block):
         count = min(block, words - begin)
@@ -203,29 +246,66 @@ def _tiles(product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k
         row = w + 4 * begin
         tiles, tile_stride = row, stride
         if many:
-            tiles, tile_stride = near.ctypes.data, near.shape[1]
+            tiles, tile_stride = scratch, _TILE_BLOCK_MANY + 16
             for r in range(whole):
                 copy_words(tiles + 4 * r * tile_stride, row + 4 * r * stride, done)
+        last = begin + count == words
+        following = w + onward if last else row + 4 * count  # the first block of what comes next, or the next one here
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             panel, sums = x + 4 * (m * words + begin * wide), c + 4 * m
             if done > 0:
+                fetched = m // panel_width * _TILE_FETCHED  # of every 32 rows, by the panels before
                 for r in range(0, whole, TILE_ROWS):
-                    wr, cr = tiles + 4 * r * tile_stride, sums + 4 * r * ldc
-                    if wide == 16:
-                        matrix_tile(product, 16, True, wr, tile_stride, panel, wide, cr, ldc, done)
+                    wr, cr, ahead = (
+                        tiles + 4 * r * tile_stride,
+                        sums + 4 * r * ldc,
+                        following + 4 * (r + fetched) * stride,
+                    )
+                    if wide == 16 and many:
+                        matrix_tile(product, 16, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
+                    elif wide == 16:
+                        matrix_tile(
+                            product, 16, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
+                        )
+                    elif many and m < _TILE_PANELS * panel_width and (onward != 0 or not last):
+                        matrix_tile(
+                            product, 32, _TILE_FETCHED, wr, tile_stride, panel, wide, cr, ldc, done, ahead, stride
+                        )
                     elif m == 0 and not many:
-                        matrix_tile(product, 32, True, wr, tile_stride, panel, wide, cr, ldc, done)
+                        matrix_tile(
+                            product, 32, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
+                        )
                     else:
-                        matrix_tile(product, 32, False, wr, tile_stride, panel, wide, cr, ldc, done)
-            _outer_block(product, row + 4 * done, stride, whole, panel + 4 * done * wide, wide, count - done, sums, ldc)
-            rest, rest_sums = row + 4 * whole * stride, sums + 4 * whole * ldc
-            _outer_block(product, rest, stride, rows - whole, panel, wide, count, rest_sums, ldc)
+                        matrix_tile(product, 32, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
+            for part in range(2):  # of one call, which takes seconds to compile
+                skip, top, left = (done, 0, whole) if part == 0 else (0, whole, rows - whole)
+                _outer_block(
+                    product,
+                    row + 4 * (top * stride + skip),
+                    stride,
+                    left,
+                    panel + 4 * skip * wide,
+                    wide,
+                    count - skip,
+                    sums + 4 * top * ldc,
+                    ldc,
+                )
     release_tiles(product)
 
 
 def _packed_product(
-    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+    product: Product,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    padded: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
+    scratch: int,
 ) -> None:
     """c += the product, for tokens in the packed layout: whichever of these functions is this product's."""
     raise NotImplementedError("called from compiled code only")
@@ -233,7 +313,17 @@ def _packed_product(
 
 @overload(_packed_product, jit_options={"nogil": True, "boundscheck": False})
 def _packed_product_of(
-    product: Product, w: int, ldw: int, rows: int, x: int, padded: int, k: int, c: int, ldc: int
+    product: Product,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    padded: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
+    scratch: int,
 ) -> Callable[..., None]:
     # chosen before anything is compiled: code for the other kinds, never run, took a third of the time
     kind: Product = cast(Any, product).product  # the arguments are Numba's types

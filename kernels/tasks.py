@@ -16,7 +16,7 @@ from fiddler.kernels.product import Product, compiled, in_tiles
 
 __all__ = ["take_rows", "task_rows"]
 
-_TASKS_A_THREAD = 4  # at least, where the rows allow: the last task is then a small part of the whole
+_TASKS_A_THREAD = 2  # at least, where the rows allow; with more, many tokens' activations are read from afar more often
 _LEAST = 8  # rows of the last tasks, where any number will do
 
 

@@ -128,6 +128,17 @@ def copy_words(_context: Any, to: Any, source: Any, count: Any) -> Any:
     return types.void(types.intp, types.intp, types.intp), generate
 
 
+def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
+    """From where to count the first and the second line of two, so that of 128 aligned bytes the latter come first.
+
+    On Zen 5 several tokens read at 0.7 of the speed where the former are asked for right before the latter. `base` is
+    rounded up to a line: of weights that lie across lines, the first one came with what lies before it.
+    """
+    line = b.and_(b.add(base, ir.Constant(I64, _LINE - 1)), ir.Constant(I64, -_LINE))
+    swap = b.sub(ir.Constant(I64, _LINE), b.and_(line, ir.Constant(I64, _LINE)))
+    return [b.add(line, swap), b.sub(line, swap)]
+
+
 @compiled
 def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any, c: Any, k: Any, ahead: Any) -> Any:
     """c[m] += sum over k of w[k] * x[m * ldx + k], for m < tokens (a constant).
@@ -172,10 +183,13 @@ def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any,
             for u in range(unroll):
                 at = b.add(k, ir.Constant(I64, u * step))
                 if 2 * u * step % _LINE == 0:
-                    prefetch(b, address(b, b.add(w, ahead), at, 2), level)
+                    prefetch(b, address(b, following[2 * u * step // _LINE % 2], at, 2), level)
                 result += products(at, sums[u * M : (u + 1) * M], None)
             return result
 
+        following = [b.add(w, ahead)] * 2  # from which even and odd lines are counted
+        if M >= SEVERAL and 2 * step * unroll % (2 * _LINE) == 0:
+            following = _odd_lines_first(b, following[0])
         zero = ir.Constant(I64, 0)
         whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
         sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (M * unroll)

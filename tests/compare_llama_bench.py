@@ -1,8 +1,8 @@
 """Speed here and in llama.cpp: `python tests/compare_llama_bench.py MODEL.gguf --llama .../llama-bench`.
 
-Not a test that pytest collects: it needs llama.cpp's `llama-bench`, built elsewhere. Both measure the same file with
-the same number of threads, in turn, each time in a new process; the ratios are those of neighbours, since a machine
-that others use, too, changes its speed by the minute.
+Not a test that pytest collects: it needs llama.cpp's `llama-bench`, built elsewhere. Both measure the same file on the
+CPU with the same number of threads, in turn, each time in a new process; the ratios are those of neighbours, since a
+machine that others use, too, changes its speed by the minute.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def main() -> None:
     pause = arguments.pause
     threads = str(kernels.set_threads(arguments.threads))
     sizes = ["-p", str(arguments.p), "-n", str(arguments.n), "-r", "1", "-t", threads, "-o", "json"]
+    ours_command = [sys.executable, "-m", "fiddler", "bench", str(arguments.model), "--device", "cpu"]
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
-        for row in measured([sys.executable, "-m", "fiddler", "bench", str(arguments.model), *sizes], pause):
+        for row in measured([*ours_command, *sizes], pause):
             ours.setdefault(row["test"], []).append(row["tokens_per_second"])
         for row in measured([str(arguments.llama), "-m", str(arguments.model), *sizes], pause):
             name = f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}"

@@ -198,7 +198,7 @@ def test_every_tensor_is_the_checkpoints(case, tmp_path):
     assert fields["general.architecture"] == "llama"
     assert fields["general.name"] == "hf"
     assert fields["general.file_type"] == {"f16": 1, "bf16": 32}[dtype]
-    assert fields["general.alignment"] == 32
+    assert fields["general.alignment"] == 64
     assert len(fields["tokenizer.ggml.tokens"]) == 512
     assert report.dtype == dtype
     assert report.nbytes == (tmp_path / "out.gguf").stat().st_size
