@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from fiddler.kernels.product import Product, compiled, in_tiles
+from fiddler.kernels.tiles import SEVERAL
 
 __all__ = ["take_rows", "task_rows"]
 
@@ -24,11 +25,12 @@ _LEAST = 8  # rows of the last tasks, where any number will do
 def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
 
-    With many tokens, whose activations every task reads again, as many rows as still leave the threads enough tasks.
+    With a token or a few the memory decides: every task begins to read anew, so these are long, and only the last ones
+    are short (`take_rows`). With many, whose activations every task reads again, as many rows as still leave the
+    threads enough tasks.
     """
-    most = 32 if tokens <= 48 else 128
-    if in_tiles(product) and tokens > 2:  # one or two go row by row, and the memory decides
-        most = max(most, 64)
+    tiles = in_tiles(product) and tokens > 2
+    most = 128 if tokens > 48 else 64 if tiles else 32 if tokens >= SEVERAL else 1024
     while most > 32 and rows < most * _TASKS_A_THREAD * threads:
         most //= 2
     return most
