@@ -75,9 +75,9 @@ class Runner:
         rows = torch.tensor(wanted, dtype=torch.int64, device=device) if some else None
         with _out_of_memory():
             step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
-        attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
-        with torch.inference_mode(), self._on_threads(attention), _out_of_memory():
-            hidden = self._forward(ids, step, rows)
+            attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
+            with torch.inference_mode(), self._on_threads(attention):
+                hidden = self._forward(ids, step, rows)
         step.commit()
         return hidden
 
@@ -109,7 +109,7 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
-        with torch.inference_mode(), self._on_threads(0):
+        with torch.inference_mode(), self._on_threads(_TORCH_PARALLEL_FROM):
             return self.model.logits(hidden).float().cpu()
 
     @contextmanager

@@ -25,12 +25,16 @@ _LEAST = 8  # rows of the last tasks, where any number will do
 def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
 
-    With a token or a few the memory decides: every task begins to read anew, so these are long, and only the last ones
-    are short (`take_rows`). With many, whose activations every task reads again, as many rows as still leave the
-    threads enough tasks.
+    With few tokens the memory decides: every task begins to read anew, so these are long, and only the last ones are
+    short (`take_rows`). With many, whose activations every task reads again, as many rows as still leave the threads
+    enough tasks.
     """
-    tiles = in_tiles(product) and tokens > 2
-    most = 128 if tokens > 48 else 64 if tiles else 32 if tokens >= SEVERAL else 1024
+    if in_tiles(product) and tokens > 2:
+        most = 64 if tokens <= 48 else 128
+    elif tokens < SEVERAL:
+        most = 1024
+    else:
+        most = 32 if 16 < tokens <= 48 else 128
     while most > 32 and rows < most * _TASKS_A_THREAD * threads:
         most //= 2
     return most

@@ -20,6 +20,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _calling = threading.RLock()
+_here = threading.local()
 
 
 def usable_cores() -> int:
@@ -51,13 +52,23 @@ def set_threads(threads: int | None) -> int:
         threads = min(usable_cores(), most)
     if not 1 <= threads <= most:
         raise RequestError(f"{threads} threads: this machine runs 1 to {most}; change -t/--threads")
-    numba.set_num_threads(threads)
+    _set(threads)
     return threads
 
 
 def thread_count() -> int:
-    """Threads the kernels run on."""
-    return int(numba.get_num_threads())
+    """Threads the kernels run on, called from this thread."""
+    count: int | None = getattr(_here, "threads", None)
+    if count is None:
+        count = _here.threads = int(numba.get_num_threads())
+    return count
+
+
+def _set(threads: int) -> None:
+    """Numba's own functions take a lock of several processes each time, which is slow where caches are cold."""
+    if threads != thread_count():
+        numba.set_num_threads(threads)
+        _here.threads = threads
 
 
 def threading_layer() -> str | None:
@@ -74,16 +85,16 @@ def threads_for(multiplications: int) -> Iterator[int]:
 
     One if it is little: on a busy machine, waiting for the others costs more.
     """
-    threads = numba.get_num_threads()
+    threads = thread_count()
     with one_caller():
         if multiplications >= _PARALLEL_FROM or threads == 1:
             yield threads
             return
-        numba.set_num_threads(1)
+        _set(1)
         try:
             yield 1
         finally:
-            numba.set_num_threads(threads)
+            _set(threads)
 
 
 def one_caller() -> AbstractContextManager[object]:
