@@ -67,6 +67,7 @@ def thread_count() -> int:
 def _set(threads: int) -> None:
     """Numba's own functions take a lock of several processes each time, which is slow where caches are cold."""
     if threads != thread_count():
+        _here.threads = None  # Numba is asked again, should this be interrupted
         numba.set_num_threads(threads)
         _here.threads = threads
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
+import numba
 import pytest
 
 from fiddler import kernels
@@ -82,3 +84,41 @@ def test_threads_out_of_range_are_refused():
     for count in (0, -1, 10**6):
         with pytest.raises(RequestError, match=str(count)):
             kernels.set_threads(count)
+
+
+def test_each_thread_has_its_number_and_numba_the_same():
+    seen = []
+
+    def other():
+        seen.append(kernels.thread_count())
+        seen.append(kernels.set_threads(1))
+        seen.append(numba.get_num_threads())
+
+    kernels.set_threads(None)
+    before = kernels.thread_count()
+    beside = threading.Thread(target=other)
+    beside.start()
+    beside.join()
+    assert seen[1:] == [1, 1]
+    assert kernels.thread_count() == numba.get_num_threads() == before
+    with threads.threads_for(0) as count:
+        assert count == numba.get_num_threads() == 1
+    assert numba.get_num_threads() == before
+
+
+def test_an_interruption_leaves_no_wrong_number(monkeypatch):
+    """After Ctrl-C between Numba's taking a number and our noting it, the next step runs on as many as it should."""
+    kernels.set_threads(None)
+    most, real = kernels.thread_count(), numba.set_num_threads
+
+    def interrupted(count):
+        real(count)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numba, "set_num_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt), threads.threads_for(0):
+        pass
+    monkeypatch.undo()
+    assert kernels.thread_count() == numba.get_num_threads()
+    kernels.set_threads(None)
+    assert numba.get_num_threads() == most
