@@ -110,6 +110,8 @@ def test_an_interruption_leaves_no_wrong_number(monkeypatch):
     """After Ctrl-C between Numba's taking a number and our noting it, the next step runs on as many as it should."""
     kernels.set_threads(None)
     most, real = kernels.thread_count(), numba.set_num_threads
+    if most == 1:
+        pytest.skip("one core: nothing is ever set")
 
     def interrupted(count):
         real(count)
