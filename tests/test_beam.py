@@ -97,7 +97,12 @@ def test_several_beams_are_one_step(engine, monkeypatch):
     """A step a token for all of them, the prompt computed once, and no more sequences than beams."""
     steps, made = [], []
     step, sequence = engine.runner.step, engine.runner.sequence
-    monkeypatch.setattr(engine.runner, "step", lambda parts: steps.append([len(p[1]) for p in parts]) or step(parts))
+
+    def watched(parts, wanted=None):
+        steps.append([len(tokens) for _, tokens in parts])
+        return step(parts, wanted)
+
+    monkeypatch.setattr(engine.runner, "step", watched)
     monkeypatch.setattr(engine.runner, "sequence", lambda: made.append(1) or sequence())
     ids = list(range(10, 30))
     engine.beam_search(ids, 4, 12, ignore_eos=True)

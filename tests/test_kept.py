@@ -167,7 +167,7 @@ def test_the_place_on_a_gpu_is_kept_and_given_up(engine):
     home.reserve(100)
     place = home.storage[0][0].data_ptr()
     engine.runner = runner = GpuRunner(
-        plain.model, lambda step: step(), lambda: None, 100, torch.float32, plain.threads, 512, home, None
+        plain.model, lambda step, last: step(), lambda: None, 100, torch.float32, plain.threads, 512, home, None
     )
 
     def at_home(sequence):
