@@ -140,7 +140,7 @@ class Batch:
                 rows.append(end - 1)
         before = [sequence.length for sequence, _ in parts]
         try:
-            hidden = self._runner.step(parts, wanted=rows or [end - 1])  # at least one, whoever computes them
+            hidden = self._runner.step(parts, wanted=rows or [end - 1])  # where no prompt ends, any one
             if not rows:
                 return []
             logits = self._runner.logits(hidden)

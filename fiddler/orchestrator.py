@@ -100,7 +100,7 @@ class Orchestrator:
         self._ids, self._shares = self._host(tokens, 1, dtype=torch.int64), self._host(tokens, 1)
         self._read = ring.link.mark()
         self._ahead: tuple[int, list[Part]] = (0, [])
-        self._last = tokens
+        self._last = tokens  # of the last layer, in this step
         self._seen = np.zeros((len(layers), experts), np.int64)
         self.gate = ring.link.gate()
         there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None

@@ -109,6 +109,7 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
+        # torch keeps its threads: it has nothing to do here that is worth changing them twice a token
         with torch.inference_mode(), self._on_threads(_TORCH_PARALLEL_FROM):
             return self.model.logits(hidden).float().cpu()
 
