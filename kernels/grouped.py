@@ -13,13 +13,13 @@ from numba import njit, prange
 from fiddler.kernels.arithmetic import silu
 from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
-from fiddler.kernels.matmul import block_product, scratch_words
+from fiddler.kernels.matmul import block_product, call_block_product, scratch_words
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
 from fiddler.kernels.tiles import store_activation, store_pairs
 
-__all__ = ["grouped_products", "run"]
+__all__ = ["compile_grouped_products", "grouped_products", "run"]
 
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
@@ -96,14 +96,22 @@ def run(
     multiplications: int,
 ) -> bool:
     """`grouped_products` on as many threads as so many multiplications are worth; False where an id is none."""
-    x = np.ascontiguousarray(x)
+    x, multiply = np.ascontiguousarray(x), block_product.address(product)
     with threads_for(multiplications) as threads:
         arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
-        lacks: int = grouped_products(*arguments, _workspace.words, threads)
+        lacks: int = grouped_products(*arguments, _workspace.words, threads, multiply)
         if lacks > 0:
-            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads)
+            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads, multiply)
     assert lacks <= 0
     return lacks == 0
+
+
+def compile_grouped_products(product: Product) -> None:
+    """Compile `grouped_products`, or read it from the cache; nothing is computed."""
+    x, ids, share = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
+    one = np.ones(1, np.int64)
+    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), _workspace.words, 1, 0)
+    assert lacks == -1
 
 
 _workspace = Workspace()
@@ -122,6 +130,7 @@ def grouped_products(
     y: np.ndarray,
     workspace: np.ndarray,
     threads: int,
+    multiply: int,
 ) -> int:
     """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
@@ -129,7 +138,7 @@ def grouped_products(
     expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
     y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
     `y` is flat. Returns 0, or, having done nothing, how many words `workspace` needs, or -1 where an id is not one of
-    `hidden`'s. On `threads` threads, which share out weight rows.
+    `hidden`'s. On `threads` threads, which share out weight rows. `multiply`: the address of `block_product`.
     """
     tokens, width = x.shape
     for t in range(tokens):
@@ -146,11 +155,12 @@ def grouped_products(
     # a row of sums is a vector longer than needed: rows a power of two apart would share their places in the cache
     ldc = (most + 15) // 16 * 16 + 16
     tasks = np.empty(outputs.size, np.int64)
-    sums_words = 0
+    sums_words, largest = 0, np.int64(0)
     for i in range(outputs.size):
         tasks[i] = task_rows(product, most, outputs[i], threads)
+        largest = max(largest, tasks[i])
         sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
-    scratch = (scratch_words(product, np.int64(tasks.max())) + 15) // 16 * 16
+    scratch = (scratch_words(product, largest) + 15) // 16 * 16
     x_at = places(product, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
     hidden_at = places(product, groups, between, x_at[-1])
     needed: int = hidden_at[-1]
@@ -192,8 +202,9 @@ def grouped_products(
                         given = words + 4 * at[g]
                         needed_from, expert = begin if opens else 0, 2 * rows_of_all * k_of_all
                         onward = _onward(matrices[which:], pair, i, groups, g, needed_from, expert)
-                        block_product(
-                            product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward, near
+                        call_block_product(
+                            multiply,
+                            (product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward, near),
                         )
                     if opens:
                         _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)

@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import njit
 
-__all__ = ["FASTMATH", "discard_cache", "kernel"]
+__all__ = ["FASTMATH", "discard_cache", "kept_on_disk", "kernel"]
 
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
@@ -31,6 +31,11 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
         compiled = njit(**options)(function)
     _kernels.append(compiled)
     return compiled
+
+
+def kept_on_disk() -> bool:
+    """Whether machine code is kept for other processes."""
+    return all(compiled.stats.cache_path is not None for compiled in _kernels)
 
 
 def discard_cache() -> None:

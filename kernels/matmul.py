@@ -6,13 +6,16 @@ Works on addresses that its callers have validated: no bounds checks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numba.extending import overload
 
 from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
+from fiddler.kernels.called import Called
+from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import (
     Product,
     activation_bytes,
@@ -24,7 +27,7 @@ from fiddler.kernels.product import (
 )
 from fiddler.kernels.tiles import SEVERAL, copy_words, dot_tile, outer_tile, store_float, widen_row
 
-__all__ = ["block_product", "scratch_words"]
+__all__ = ["block_product", "call_block_product", "scratch_words"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
@@ -37,8 +40,8 @@ _TILE_AHEAD = 1024  # bytes along a weight row, some sixteen steps
 _TILE_PANELS, _TILE_FETCHED = 4, 8  # the first panels of many tokens, each with so many of every 32 rows that come next
 
 
-@njit(nogil=True, boundscheck=False)
-def block_product(
+@partial(kernel, parallel=False)
+def _block_product(
     product: Product,
     packed: bool,
     w: int,
@@ -68,6 +71,10 @@ def block_product(
         _packed_product(product, w, ldw, rows, x, padded, k, c, ldc, onward, scratch)
     else:
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
+
+
+block_product = Called(_block_product, types.boolean, *[types.intp] * 11)
+call_block_product = block_product.call
 
 
 @njit(nogil=True, boundscheck=False)
