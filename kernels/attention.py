@@ -7,14 +7,17 @@ not know sequences, layers or how many positions there is room for beyond the ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels.arithmetic import exponential, from_half, to_half
+from fiddler.kernels.called import Called
 from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.threads import threads_for
 
@@ -51,7 +54,19 @@ def attend_each(
     capacities = np.array([kept.shape[1] for kept in keys])
     multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
     with threads_for(multiplications if len(q) > 1 else 0):
-        _attend(q, k, v, places, capacities, np.empty(0, keys[0].dtype), at, oldest, frequencies, out)
+        _attend(
+            q,
+            k,
+            v,
+            places,
+            capacities,
+            np.empty(0, keys[0].dtype),
+            at,
+            oldest,
+            frequencies,
+            out,
+            _called(keys[0].dtype),
+        )
     return out
 
 
@@ -167,7 +182,7 @@ def _pointer(_context: Any, _address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@partial(kernel, parallel=False)
 def _attend_group(
     q: np.ndarray,
     k: np.ndarray,
@@ -210,6 +225,18 @@ def _attend_group(
                 out[r, i] += share * row[i]
 
 
+_VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
+_group = Called(_attend_group, _MATRIX, _VECTOR, _VECTOR, None, None, types.intp, types.intp, _VECTOR, _MATRIX)
+_call_group = _group.call
+
+
+@lru_cache(maxsize=2)
+def _called(kind: np.dtype) -> int:
+    """The address of `_attend_group` for keys and values of this type."""
+    kept = from_dtype(kind)[:, ::1]
+    return _group.address(kept, kept)
+
+
 @kernel
 def _attend(
     q: np.ndarray,
@@ -222,8 +249,12 @@ def _attend(
     oldest: np.ndarray,
     frequencies: np.ndarray,
     out: np.ndarray,
+    attend: int,
 ) -> None:
-    """places: int64 [2, N], the addresses of keys and values, of the type of `kind`, which is empty."""
+    """places: int64 [2, N], the addresses of keys and values, of the type of `kind`, which is empty.
+
+    attend: the address of `_attend_group` for that type.
+    """
     sequences, groups, size = k.shape
     each = q.shape[1] // groups
     for task in prange(sequences * groups):
@@ -232,4 +263,7 @@ def _attend(
         keys = carray(_pointer(places[0, n]), shape, kind.dtype)[g]
         values = carray(_pointer(places[1, n]), shape, kind.dtype)[g]
         heads = slice(g * each, (g + 1) * each)
-        _attend_group(q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads])
+        _call_group(
+            attend,
+            (q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads]),
+        )

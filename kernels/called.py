@@ -1,7 +1,7 @@
 """Kernels that other kernels call through their address. Knows nothing of what they compute.
 
 A kernel called by its name is compiled once more with each of its callers, and again with each of the functions that
-Numba makes of their parallel loops. One that is called through its address is compiled once, by itself.
+Numba makes of a caller's parallel loop. One that is called through its address is compiled once, by itself.
 """
 
 from __future__ import annotations
@@ -10,51 +10,47 @@ from functools import cached_property
 from typing import Any
 
 from llvmlite import ir
-from numba import typeof, types
+from numba import types
 from numba.extending import intrinsic
-
-from fiddler.kernels.product import Product
 
 __all__ = ["Called"]
 
 
 class Called:
-    """What a `Product`'s kernel that returns nothing is called through; its first argument is the product."""
+    """What a kernel that returns nothing is called through."""
 
-    def __init__(self, kernel: Any, *arguments: types.Type) -> None:
-        """`arguments`: the types of the others."""
+    def __init__(self, kernel: Any, *arguments: types.Type | None) -> None:
+        """`arguments`: their types; None for one of several, for each of which the kernel is compiled."""
         self._kernel, self._arguments = kernel, arguments
-        self._addresses: dict[Product, int] = {}
 
-    def address(self, product: Product) -> int:
-        """Where its code lies in this process; it is compiled, or read from the cache, the first time."""
-        if product not in self._addresses:
-            made = self._kernel.get_compile_result(types.void(typeof(product), *self._arguments))
-            self._addresses[product] = int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
-        return self._addresses[product]
+    def address(self, *kinds: types.Type) -> int:
+        """Where the code lies in this process, of these types in place of None; compiled or read from the cache."""
+        given = iter(kinds)
+        signature = types.void(*(next(given) if type is None else type for type in self._arguments))
+        made = self._kernel.get_compile_result(signature)
+        return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
     @cached_property
     def call(self) -> Any:
-        """For compiled code: call(address, (product, ...)) calls it."""
-        others = self._arguments
+        """For compiled code: call(address, (argument, ...))."""
+        arguments = self._arguments
 
         @intrinsic
-        def call(_context: Any, place: Any, arguments: Any) -> Any:
-            given = list(arguments.types)
-            expected = [given[0], *others]
-            if len(given) != len(expected):
-                return None
+        def call(_context: Any, place: Any, values: Any) -> Any:
+            given = list(values.types)
+            expected = [here if type is None else type for here, type in zip(given, arguments, strict=True)]
 
             def generate(context: Any, b: ir.IRBuilder, _signature: Any, values: list[ir.Value]) -> ir.Value:
-                unpacked = (b.extract_value(values[1], i) for i in range(len(given)))
+                place, packed = values
+                unpacked = (b.extract_value(packed, i) for i in range(len(given)))
                 cast = [context.cast(b, *each) for each in zip(unpacked, given, expected, strict=True)]
                 function = context.call_conv.get_function_type(types.none, expected)
-                callee = b.inttoptr(values[0], function.as_pointer())
+                callee = b.inttoptr(place, function.as_pointer())
                 status, _ = context.call_conv.call_function(b, callee, types.none, expected, cast)
                 with b.if_then(status.is_error, likely=False):
                     context.call_conv.return_status_propagate(b, status)
                 return context.get_dummy_value()
 
-            return types.void(types.intp, arguments), generate
+            return types.void(types.intp, values), generate
 
         return call

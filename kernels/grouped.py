@@ -7,10 +7,13 @@ compile the products is what takes the time.
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
+
 import numpy as np
-from numba import njit, prange
+from numba import njit, prange, typeof, types
 
 from fiddler.kernels.arithmetic import silu
+from fiddler.kernels.called import Called
 from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul import block_product, call_block_product, scratch_words
@@ -19,7 +22,7 @@ from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
 from fiddler.kernels.tiles import store_activation, store_pairs
 
-__all__ = ["compile_grouped_products", "grouped_products", "run"]
+__all__ = ["called", "compile_grouped_products", "grouped_products", "run"]
 
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
@@ -83,6 +86,82 @@ def _onward(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, beg
     return 0
 
 
+@partial(kernel, parallel=False)
+def _take_tasks(
+    product: Product,
+    multiply: int,
+    opens: bool,
+    matrices: np.ndarray,
+    groups: Groups,
+    words: int,
+    at: np.ndarray,
+    hidden_at: np.ndarray,
+    between: int,
+    outputs: int,
+    width: int,
+    task: int,
+    queue: int,
+    alike: bool,
+    threads: int,
+    c: np.ndarray,
+    scratch: int,
+    result: np.ndarray,
+) -> None:
+    """What one thread does of the products with one matrix, or, where they open a feed-forward, with a pair of them.
+
+    The names are those of `grouped_products`. matrices: from this one on, each of `outputs` rows of `width`; c: float32
+    [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or, where hidden activations are made, empty.
+    """
+    first, stride, pair, ldc = groups.first, row_stride(product, width), 2 if opens else 1, c.shape[2]
+    begin, most_rows = take_rows(queue, task, outputs, threads, alike)
+    while begin < outputs:
+        most_rows = min(most_rows, outputs - begin)
+        for t in range(result.shape[0]):
+            for r in range(begin, begin + most_rows):
+                result[t, r] = 0
+        for g in range(groups.expert.size):
+            count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
+            rows, k = most_rows, used
+            if opens:
+                rows, k = min(rows, used - begin), width
+                if rows <= 0:
+                    continue
+            expert = 2 * outputs * width  # bytes
+            offset, needed_from = groups.expert[g] * expert + 2 * begin * width, begin if opens else 0
+            for i in range(pair):
+                onward = _onward(matrices, pair, i, groups, g, needed_from, expert)
+                w, x, made = matrices[i] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
+                call_block_product(
+                    multiply,
+                    (product, packed, w, width, rows, x, stride, count, k, made, ldc, onward, scratch),
+                )
+            if opens:
+                _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+                h, next_stride = words + 4 * hidden_at[g], row_stride(product, between)
+                _store_hidden(product, packed, c[0], begin, rows, count, h, used, next_stride)
+            else:
+                token, part = groups.token[first[g] : first[g + 1]], groups.share[first[g] : first[g + 1]]
+                _add(c[0], rows, token, part, result, begin)
+        begin, most_rows = take_rows(queue, task, outputs, threads, alike)
+
+
+_INTS, _FLOATS, _INT = types.intp[::1], types.float32[::1], types.intp
+_GROUPS = types.NamedTuple([_INTS, _INTS, types.boolean[::1], _INTS, _INTS, _FLOATS], Groups)
+_tasks = Called(
+    _take_tasks,
+    *(None, _INT, types.boolean, _INTS, _GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
+    *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
+)
+_call_tasks = _tasks.call
+
+
+@lru_cache(maxsize=64)
+def called(product: Product) -> tuple[int, int]:
+    """The addresses of what `grouped_products` calls; compiled, or read from the cache, where that is not done."""
+    kind = typeof(product)
+    return block_product.address(kind), _tasks.address(kind)
+
+
 def run(
     product: Product,
     x: np.ndarray,
@@ -96,12 +175,12 @@ def run(
     multiplications: int,
 ) -> bool:
     """`grouped_products` on as many threads as so many multiplications are worth; False where an id is none."""
-    x, multiply = np.ascontiguousarray(x), block_product.address(product)
+    x, (multiply, take_tasks) = np.ascontiguousarray(x), called(product)
     with threads_for(multiplications) as threads:
         arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
-        lacks: int = grouped_products(*arguments, _workspace.words, threads, multiply)
+        lacks: int = grouped_products(*arguments, _workspace.words, threads, multiply, take_tasks)
         if lacks > 0:
-            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads, multiply)
+            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads, multiply, take_tasks)
     assert lacks <= 0
     return lacks == 0
 
@@ -110,7 +189,7 @@ def compile_grouped_products(product: Product) -> None:
     """Compile `grouped_products`, or read it from the cache; nothing is computed."""
     x, ids, share = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
     one = np.ones(1, np.int64)
-    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), _workspace.words, 1, 0)
+    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), _workspace.words, 1, 0, 0)
     assert lacks == -1
 
 
@@ -131,6 +210,7 @@ def grouped_products(
     workspace: np.ndarray,
     threads: int,
     multiply: int,
+    take_tasks: int,
 ) -> int:
     """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
@@ -138,7 +218,7 @@ def grouped_products(
     expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
     y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
     `y` is flat. Returns 0, or, having done nothing, how many words `workspace` needs, or -1 where an id is not one of
-    `hidden`'s. On `threads` threads, which share out weight rows. `multiply`: the address of `block_product`.
+    `hidden`'s. On `threads` threads, which share out weight rows. multiply, take_tasks: `called(product)`.
     """
     tokens, width = x.shape
     for t in range(tokens):
@@ -177,41 +257,17 @@ def grouped_products(
         which = 2 if closes else stage
         rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * stage
         k_of_all, at = (between, hidden_at) if closes else (width, x_at)
-        stride, pair = row_stride(product, k_of_all), 2 if opens else 1
+        pair = 2 if opens else 1
         result = y[done : done + (0 if opens else tokens * rows_of_all)].reshape(0 if opens else tokens, rows_of_all)
         done += result.size
         alike = not groups.packed.any()
         sums = workspace[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
         for thread in prange(threads):
-            c, near = sums[thread], scratch_at + 4 * thread * scratch
-            begin, most_rows = take_rows(queue, task, rows_of_all, threads, alike)
-            while begin < rows_of_all:
-                most_rows = min(most_rows, rows_of_all - begin)
-                if not opens:
-                    result[:, begin : begin + most_rows] = 0
-                for g in range(groups.expert.size):
-                    count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
-                    rows, k = most_rows, used
-                    if opens:
-                        rows, k = min(rows, used - begin), k_of_all
-                        if rows <= 0:
-                            continue
-                    offset = 2 * (groups.expert[g] * rows_of_all + begin) * k_of_all
-                    for i in range(pair):
-                        weights, made = matrices[which + i] + offset, c.ctypes.data + 4 * i * task * ldc
-                        given = words + 4 * at[g]
-                        needed_from, expert = begin if opens else 0, 2 * rows_of_all * k_of_all
-                        onward = _onward(matrices[which:], pair, i, groups, g, needed_from, expert)
-                        call_block_product(
-                            multiply,
-                            (product, packed, weights, k_of_all, rows, given, stride, count, k, made, ldc, onward, near),
-                        )
-                    if opens:
-                        _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
-                        h, next_stride = words + 4 * hidden_at[g], row_stride(product, between)
-                        _store_hidden(product, packed, c[0], begin, rows, count, h, used, next_stride)
-                    else:
-                        token, part = groups.token[first[g] : first[g + 1]], groups.share[first[g] : first[g + 1]]
-                        _add(c[0], rows, token, part, result, begin)
-                begin, most_rows = take_rows(queue, task, rows_of_all, threads, alike)
+            _call_tasks(
+                take_tasks,
+                (
+                    *(product, multiply, opens, matrices[which:], groups, words, at, hidden_at, between, rows_of_all),
+                    *(k_of_all, task, queue, alike, threads, sums[thread], scratch_at + 4 * thread * scratch, result),
+                ),
+            )
     return 0

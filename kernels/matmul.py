@@ -73,7 +73,7 @@ def _block_product(
         _dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
 
 
-block_product = Called(_block_product, types.boolean, *[types.intp] * 11)
+block_product = Called(_block_product, None, types.boolean, *[types.intp] * 11)
 call_block_product = block_product.call
 
 

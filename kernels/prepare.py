@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -12,17 +13,14 @@ import numpy as np
 from numba.core import event
 
 from fiddler.kernels.attention import attend_each
-from fiddler.kernels.cpu import TIERS
-from fiddler.kernels.expert_ffn import expert_ffn
-from fiddler.kernels.grouped import compile_grouped_products
+from fiddler.kernels.cpu import choose_tier
+from fiddler.kernels.grouped import called, compile_grouped_products
 from fiddler.kernels.jit import discard_cache, kept_on_disk
-from fiddler.kernels.linear import linear
-from fiddler.kernels.matmul import block_product
 from fiddler.kernels.product import Product
 from fiddler.kernels.routing import rms_norm, route
 from fiddler.kernels.threads import usable_cores
 
-__all__ = ["prepare", "prepare_other_half"]
+__all__ = ["help_with", "prepare"]
 
 _DAMAGE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
 
@@ -50,42 +48,59 @@ def prepare(product: Product, on_compile: Callable[[], None] = lambda: None) -> 
     `on_compile` is called, once, where there is something to compile. A cache that cannot be read is removed and
     made anew.
     """
-    with _help(product) as begin_to_help:
+    with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
+        try:
+            with _helped(product):
+                _one_half(product)
+            _other_half(product)
+        except _DAMAGE:
+            discard_cache()
+            _one_half(product)
+            _other_half(product)
 
-        def begin() -> None:
-            on_compile()
-            begin_to_help()
 
-        with event.install_listener("numba:compile", _FirstCompilation(begin)):
-            try:
-                compile_grouped_products(product)
-            except _DAMAGE:
-                discard_cache()
-                compile_grouped_products(product)
-    try:
-        _run(product)
-    except _DAMAGE:
-        discard_cache()
-        _run(product)
+def _one_half(product: Product) -> None:
+    compile_grouped_products(product)
+    x, kept = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), np.float32)
+    if product.activations == "bf16":
+        kept = kept.astype(np.uint16)
+    attend_each(x, x, x, [kept], [kept], [0], x[0, 0, :1])
+    route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
+
+
+def _other_half(product: Product) -> None:
+    called(product)
 
 
 @contextmanager
-def _help(product: Product) -> Iterator[Callable[[], None]]:
-    """What is called inside starts a process that puts the other half into the cache; its end is waited for.
+def _helped(product: Product) -> Iterator[None]:
+    """Where something is compiled inside, another process puts the other half into the cache until the end.
 
-    Where that fails, what it left out is compiled here.
+    What it leaves out, for whatever reason, is compiled where it is needed.
     """
     helpers: list[subprocess.Popen[bytes]] = []
 
     def begin() -> None:
-        if kept_on_disk() and usable_cores() > 1 and sys.executable:
-            what = product.tier.name, product.weights, product.activations
-            code = f"from fiddler.kernels.prepare import prepare_other_half as p; p{what}"
-            quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
-            helpers.append(subprocess.Popen([sys.executable, "-P", "-c", code], **quiet))
+        if kept_on_disk() and usable_cores() > 1:
+            arguments = product.tier.name, product.weights, product.activations
+            helpers.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-c",
+                        f"from fiddler.kernels.prepare import help_with; help_with{arguments}",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                )
+            )
 
     try:
-        yield begin
+        with event.install_listener("numba:compile", _FirstCompilation(begin)):
+            yield
     except BaseException:
         for helper in helpers:
             helper.kill()
@@ -95,23 +110,6 @@ def _help(product: Product) -> Iterator[Callable[[], None]]:
             helper.wait()
 
 
-def prepare_other_half(tier: str, weights: str, activations: str) -> None:
-    """What `prepare` leaves to another process: all but the largest kernel."""
-    block_product.address(Product(next(t for t in TIERS if t.name == tier), weights, activations))
-    _run_others(activations)
-
-
-def _run(product: Product) -> None:
-    bits = np.zeros((1, 2, 2), np.uint16)
-    x = np.zeros((1, 2), np.float32)
-    linear(x, bits[0], product)
-    expert_ffn(x, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), bits, bits, bits, product)
-    _run_others(product.activations)
-
-
-def _run_others(activations: str) -> None:
-    """What stands between the products."""
-    x = np.zeros((1, 2), np.float32)
-    kept = np.zeros((1, 1, 2), np.uint16 if activations == "bf16" else np.float32)
-    attend_each(x[None], x[None], x[None], [kept], [kept], [0], x[0, :1])
-    route(rms_norm(x, x[0], 1.0), x, 1)
+def help_with(tier: str, weights: str, activations: str) -> None:
+    """What `prepare` of this product leaves to another process."""
+    _other_half(Product(choose_tier(tier), weights, activations))
