@@ -44,6 +44,7 @@ class Sequence:
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
+        self._kept: kernels.Kept | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
 
     @property
@@ -58,7 +59,7 @@ class Sequence:
         if length <= capacity:
             return
         capacity = _capacity(length, self.context, capacity)
-        self._arrays = None  # they are of memory that goes, even where this is broken off
+        self._arrays = self._kept = None  # they are of memory that goes, even where this is broken off
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
             grown = [self._empty(capacity) for _ in olds]
             for new, old in zip(grown, olds, strict=True):
@@ -93,6 +94,14 @@ class Sequence:
         if self._arrays is None:
             self._arrays = self._as_arrays()
         return self._arrays[layer]
+
+    @property
+    def kept(self) -> kernels.Kept:
+        """All of them, likewise."""
+        if self._kept is None:
+            arrays = self._as_arrays()
+            self._kept = kernels.Kept([keys for keys, _ in arrays], [values for _, values in arrays])
+        return self._kept
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
@@ -140,6 +149,11 @@ class Step:
         self._ones, self._rows = [parts[i][0] for i in ones], [begun[i] for i in ones]
         others = sorted(set(range(len(parts))) - set(ones))
         self._others = [(parts[i][0], slice(begun[i], ends[i])) for i in others]
+
+    @property
+    def ones(self) -> Ordered[Sequence]:
+        """The sequences that get one position each, attended by our kernel, in the order of their rows."""
+        return self._ones
 
     @property
     def seen_by_torch(self) -> int:

@@ -19,9 +19,9 @@ from fiddler.kernels import Product
 from fiddler.models import mixtral
 from fiddler.recorder import SILENT, Recorder
 
-__all__ = ["CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
+__all__ = ["FEW", "CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
 
-_FEW = 32  # tokens
+FEW = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class CpuLinear:
 
 def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The model's `Router`: by our kernels where there are few tokens, by torch on all its threads where many."""
-    if len(h) > _FEW:
+    if len(h) > FEW:
         return mixtral.route(h, norm, epsilon, weight, k)
     x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
     ids, shares = kernels.route(x, weight.numpy(), k)
@@ -95,7 +95,7 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """The model's `Norm`, likewise."""
-    if len(x) > _FEW:
+    if len(x) > FEW:
         return mixtral.rms_norm(x, weight, epsilon)
     return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 

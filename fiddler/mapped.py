@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.cpu_runner import CpuRunner, decoder_of
 from fiddler.experts import CpuExperts, CpuLinear, ExpertWeights, LinearWeight, rms_norm, route
 from fiddler.kernels import Product, Tier
 from fiddler.model_file import ModelFile
@@ -59,8 +60,9 @@ def on_cpu(
     for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
         kernels.prepare(product, lambda: notify(COMPILING))
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
-    rounded = experts[0].product.activations == "bf16"
-    return Runner(model, context, torch.float16 if rounded else torch.float32, threads)
+    decoder = decoder_of(model, weights, linears, experts)
+    cache_dtype = torch.float16 if experts[0].product.activations == "bf16" else torch.float32
+    return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 
 
 def _product(tier: Tier, kind: str, exact: bool) -> Product:

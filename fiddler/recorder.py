@@ -19,6 +19,10 @@ class Recorder(Protocol):
         """Surrounds a piece of work of this kind, which reads so many bytes of weights."""
         ...
 
+    def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
+        """Such a piece of work is over: it went on between these times of time.perf_counter."""
+        ...
+
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
         """Surrounds the queueing of such work to a GPU, which does it later, in torch's stream (None: current)."""
         ...
@@ -27,6 +31,9 @@ class Recorder(Protocol):
 class _Silent:
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
+        pass
 
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
         return nullcontext()
@@ -52,10 +59,14 @@ class Meter:
     @contextmanager
     def span(self, name: str, nbytes: int) -> Iterator[None]:
         """A `Recorder`'s."""
-        started = time.perf_counter()
+        begun = time.perf_counter()
         yield
+        self.did(name, begun, time.perf_counter(), nbytes)
+
+    def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
+        """A `Recorder`'s."""
         if threading.get_ident() == self._thread:  # what another one does goes on beside it
-            self.seconds[name] += time.perf_counter() - started
+            self.seconds[name] += ended - begun
         self.nbytes[name] += nbytes
 
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
@@ -82,13 +93,10 @@ class Tracer(Meter):
         self._spans: list[Span] = []
         self._started = time.perf_counter()
 
-    @contextmanager
-    def span(self, name: str, nbytes: int) -> Iterator[None]:
+    def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
         """A `Recorder`'s."""
-        begun = time.perf_counter()
-        with super().span(name, nbytes):
-            yield
-        self._spans.append(Span(name, begun, time.perf_counter(), nbytes, "CPU", threading.get_ident() % 100000))
+        super().did(name, begun, ended, nbytes)
+        self._spans.append(Span(name, begun, ended, nbytes, "CPU", threading.get_ident() % 100000))
 
     def spans(self) -> list[Span]:
         """All that is over, those of a GPU included."""

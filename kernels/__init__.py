@@ -4,9 +4,10 @@ Knows arrays and CPU features; not files, tensors or models. The functions here 
 are the only doors to the compiled code, which has no bounds checks.
 """
 
-from fiddler.kernels.attention import attend_each
+from fiddler.kernels.attention import Kept, attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
+from fiddler.kernels.decode import Block, Decoder
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.prepare import prepare
@@ -16,6 +17,9 @@ from fiddler.kernels.threads import set_threads, thread_count, threading_layer, 
 
 __all__ = [
     "TIERS",
+    "Block",
+    "Decoder",
+    "Kept",
     "Product",
     "Tier",
     "attend_each",

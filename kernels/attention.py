@@ -21,7 +21,7 @@ from fiddler.kernels.called import Called
 from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.threads import threads_for
 
-__all__ = ["attend_each"]
+__all__ = ["Kept", "attend_each", "attention", "called"]
 
 _OPTIONS = {"nogil": True, "boundscheck": False}
 
@@ -50,7 +50,7 @@ def attend_each(
         return out
     at = np.array(positions, np.int64)
     oldest = np.zeros_like(at) if window is None else np.maximum(0, at + 1 - window)
-    places = np.array([[kept.__array_interface__["data"][0] for kept in half] for half in (keys, values)])
+    places = np.array([[_place(kept) for kept in half] for half in (keys, values)])
     capacities = np.array([kept.shape[1] for kept in keys])
     multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
     with threads_for(multiplications if len(q) > 1 else 0):
@@ -65,9 +65,34 @@ def attend_each(
             oldest,
             frequencies,
             out,
-            _called(keys[0].dtype),
+            called(keys[0].dtype),
         )
     return out
+
+
+class Kept:
+    """Keys and values of one sequence in every layer, validated once: what `decode` attends to and adds to.
+
+    keys, values: of each layer, float32 or the uint16 bits of float16, [G, capacity, head_dim], as in `attend_each`.
+    Raises ValueError when a shape, a data type or the memory order does not fit.
+    """
+
+    def __init__(self, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> None:
+        if not len(keys) == len(values) > 0:
+            raise ValueError(f"{len(keys)} layers' keys, {len(values)} values")
+        if keys[0].ndim != 3 or keys[0].dtype not in (np.float32, np.uint16):
+            raise ValueError(f"keys are {keys[0].dtype} {keys[0].shape}; expected float32, or the bits of float16")
+        self.shape, self.dtype = keys[0].shape, keys[0].dtype
+        for array in (*keys, *values):
+            if array.shape != self.shape or array.dtype != self.dtype or not array.flags.c_contiguous:
+                raise ValueError(f"keys or values are {array.dtype} {array.shape}; expected {self.dtype} {self.shape}")
+        self._arrays = keys, values  # which must live as long as their addresses are used
+        self.places = np.array([[[_place(k)], [_place(v)]] for k, v in zip(keys, values, strict=True)])  # [L, 2, 1]
+
+
+def _place(array: np.ndarray) -> int:
+    place: int = array.__array_interface__["data"][0]
+    return place
 
 
 def _validate(
@@ -231,8 +256,8 @@ _call_group = _group.call
 
 
 @lru_cache(maxsize=2)
-def _called(kind: np.dtype) -> int:
-    """The address of `_attend_group` for keys and values of this type."""
+def called(kind: np.dtype) -> int:
+    """The address of what `attention` calls, for keys and values of this type."""
     kept = from_dtype(kind)[:, ::1]
     return _group.address(kept, kept)
 
@@ -267,3 +292,10 @@ def _attend(
             attend,
             (q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads]),
         )
+
+
+_HEADS, _PLACES = types.float32[:, :, ::1], types.intp[::1]
+attention = Called(
+    _attend,
+    *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _PLACES, None, _PLACES, _PLACES, _VECTOR, _HEADS, types.intp),
+)

@@ -17,23 +17,23 @@ __all__ = ["Called"]
 
 
 class Called:
-    """What a kernel that returns nothing is called through."""
+    """What a kernel is called through."""
 
-    def __init__(self, kernel: Any, *arguments: types.Type | None) -> None:
+    def __init__(self, kernel: Any, *arguments: types.Type | None, returns: types.Type = types.none) -> None:
         """`arguments`: their types; None for one of several, for each of which the kernel is compiled."""
-        self._kernel, self._arguments = kernel, arguments
+        self._kernel, self._arguments, self._returns = kernel, arguments, returns
 
     def address(self, *kinds: types.Type) -> int:
         """Where the code lies in this process, of these types in place of None; compiled or read from the cache."""
         given = iter(kinds)
-        signature = types.void(*(next(given) if type is None else type for type in self._arguments))
+        signature = self._returns(*(next(given) if type is None else type for type in self._arguments))
         made = self._kernel.get_compile_result(signature)
         return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
     @cached_property
     def call(self) -> Any:
         """For compiled code: call(address, (argument, ...))."""
-        arguments = self._arguments
+        arguments, returns = self._arguments, self._returns
 
         @intrinsic
         def call(_context: Any, place: Any, values: Any) -> Any:
@@ -44,13 +44,13 @@ class Called:
                 place, packed = values
                 unpacked = (b.extract_value(packed, i) for i in range(len(given)))
                 cast = [context.cast(b, *each) for each in zip(unpacked, given, expected, strict=True)]
-                function = context.call_conv.get_function_type(types.none, expected)
+                function = context.call_conv.get_function_type(returns, expected)
                 callee = b.inttoptr(place, function.as_pointer())
-                status, _ = context.call_conv.call_function(b, callee, types.none, expected, cast)
+                status, value = context.call_conv.call_function(b, callee, returns, expected, cast)
                 with b.if_then(status.is_error, likely=False):
                     context.call_conv.return_status_propagate(b, status)
-                return context.get_dummy_value()
+                return context.get_dummy_value() if returns == types.none else value
 
-            return types.void(types.intp, values), generate
+            return returns(types.intp, values), generate
 
         return call

@@ -22,7 +22,7 @@ from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
 from fiddler.kernels.tiles import store_activation, store_pairs
 
-__all__ = ["called", "compile_grouped_products", "grouped_products", "run"]
+__all__ = ["called", "compile_grouped_products", "grouped_products", "products", "run", "workspace"]
 
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
@@ -178,9 +178,9 @@ def run(
     x, (multiply, take_tasks) = np.ascontiguousarray(x), called(product)
     with threads_for(multiplications) as threads:
         arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
-        lacks: int = grouped_products(*arguments, _workspace.words, threads, multiply, take_tasks)
+        lacks: int = grouped_products(*arguments, workspace.words, threads, multiply, take_tasks)
         if lacks > 0:
-            lacks = grouped_products(*arguments, _workspace.grow(lacks), threads, multiply, take_tasks)
+            lacks = grouped_products(*arguments, workspace.grow(lacks), threads, multiply, take_tasks)
     assert lacks <= 0
     return lacks == 0
 
@@ -189,11 +189,11 @@ def compile_grouped_products(product: Product) -> None:
     """Compile `grouped_products`, or read it from the cache; nothing is computed."""
     x, ids, share = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
     one = np.ones(1, np.int64)
-    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), _workspace.words, 1, 0, 0)
+    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), workspace.words, 1, 0, 0)
     assert lacks == -1
 
 
-_workspace = Workspace()
+workspace = Workspace()
 
 
 @kernel
@@ -207,7 +207,7 @@ def grouped_products(
     outputs: np.ndarray,
     gated: bool,
     y: np.ndarray,
-    workspace: np.ndarray,
+    memory: np.ndarray,
     threads: int,
     multiply: int,
     take_tasks: int,
@@ -217,8 +217,8 @@ def grouped_products(
     Gated, three of them: y [T, outputs[2]] = sum over j of share[t, j] * third . (silu(first . x) * (second . x)), of
     expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
     y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
-    `y` is flat. Returns 0, or, having done nothing, how many words `workspace` needs, or -1 where an id is not one of
-    `hidden`'s. On `threads` threads, which share out weight rows. multiply, take_tasks: `called(product)`.
+    `y` is flat. Returns 0, or, having done nothing, how many words `memory`, a workspace, needs, or -1 where an id is
+    not one of `hidden`'s. On `threads` threads, which share out weight rows. multiply, take_tasks: `called(product)`.
     """
     tokens, width = x.shape
     for t in range(tokens):
@@ -244,9 +244,9 @@ def grouped_products(
     x_at = places(product, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
     hidden_at = places(product, groups, between, x_at[-1])
     needed: int = hidden_at[-1]
-    if workspace.size < needed:
+    if memory.size < needed:
         return needed
-    words, blocks = workspace.ctypes.data, (width + 15) // 16
+    words, blocks = memory.ctypes.data, (width + 15) // 16
     scratch_at = words + 4 * (x_at[0] - threads * scratch)
     for block in prange(blocks):
         pack(product, x, groups, words, x_at, np.int64(block))
@@ -261,7 +261,7 @@ def grouped_products(
         result = y[done : done + (0 if opens else tokens * rows_of_all)].reshape(0 if opens else tokens, rows_of_all)
         done += result.size
         alike = not groups.packed.any()
-        sums = workspace[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
+        sums = memory[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
         for thread in prange(threads):
             _call_tasks(
                 take_tasks,
@@ -271,3 +271,12 @@ def grouped_products(
                 ),
             )
     return 0
+
+
+_MATRIX = types.float32[:, ::1]
+products = Called(
+    grouped_products,
+    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _INTS, _INTS, types.boolean, _FLOATS, types.uint32[::1]),
+    *(_INT, _INT, _INT),
+    returns=_INT,
+)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from fiddler.kernels.arithmetic import exponential
+from fiddler.kernels.called import Called
 from fiddler.kernels.jit import FASTMATH, kernel
 
-__all__ = ["rms_norm", "route"]
+__all__ = ["normalise", "rms_norm", "route", "router"]
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -85,3 +86,8 @@ def _route(x: np.ndarray, weight: np.ndarray, ids: np.ndarray, shares: np.ndarra
             total += shares[t, j]
         for j in range(k):
             shares[t, j] /= total
+
+
+_VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
+normalise = Called(_rms_norm, _MATRIX, _VECTOR, types.float32, _MATRIX)
+router = Called(_route, _MATRIX, _MATRIX, types.int64[:, ::1], _MATRIX)

@@ -13,9 +13,17 @@ import numba
 
 from fiddler.errors import RequestError
 
-__all__ = ["one_caller", "set_threads", "thread_count", "threading_layer", "threads_for", "usable_cores"]
+__all__ = [
+    "PARALLEL_FROM",
+    "one_caller",
+    "set_threads",
+    "thread_count",
+    "threading_layer",
+    "threads_for",
+    "usable_cores",
+]
 
-_PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
+PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -88,7 +96,7 @@ def threads_for(multiplications: int) -> Iterator[int]:
     """
     threads = thread_count()
     with one_caller():
-        if multiplications >= _PARALLEL_FROM or threads == 1:
+        if multiplications >= PARALLEL_FROM or threads == 1:
             yield threads
             return
         _set(1)

@@ -1,0 +1,89 @@
+"""Runs steps on the CPU: single tokens of a few sequences in one compiled call, others through the model.
+
+Knows where the weights lie; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Ordered
+
+import torch
+from torch import Tensor
+
+from fiddler import kernels
+from fiddler.cache import Step
+from fiddler.experts import FEW, ExpertWeights, LinearWeight
+from fiddler.models.mixtral import Mixtral, rotary_frequencies
+from fiddler.recorder import SILENT, Recorder
+from fiddler.runner import Runner
+
+__all__ = ["CpuRunner", "decoder_of"]
+
+
+class CpuRunner(Runner):
+    """A `Runner` on the CPU."""
+
+    def __init__(
+        self,
+        model: Mixtral,
+        context: int,
+        cache_dtype: torch.dtype,
+        threads: int,
+        decoder: kernels.Decoder | None,
+        recorder: Recorder,
+    ) -> None:
+        """decoder: takes single tokens through all of the model; None: they go the way of all others."""
+        super().__init__(model, context, cache_dtype, threads)
+        self._decoder, self._recorder = decoder, recorder
+        self._experts = model.experts
+        self._hidden, self._logits = torch.empty(0), torch.empty(0)
+
+    def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
+        sequences = step.ones
+        counted = self.model.experts is not self._experts  # by someone who looks at what they are given
+        if self._decoder is None or counted or wanted is not None or not 0 < len(sequences) == len(ids) <= FEW:
+            return super()._forward(ids, step, wanted)
+        x = self.model.token_embd[ids].float().numpy()
+        made = self._decoder.step(x, [one.kept for one in sequences], [one.length for one in sequences])
+        self._hidden, self._logits = (torch.from_numpy(array) for array in made)
+        if self._recorder is not SILENT:
+            for span in self._decoder.spans():
+                self._recorder.did(*span)
+        return self._hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """A `Runner`'s; those of the last step's single tokens were computed with them."""
+        return self._logits if hidden is self._hidden else super().logits(hidden)
+
+
+def decoder_of(
+    model: Mixtral,
+    weights: Mapping[str, Tensor],
+    linears: Mapping[str, LinearWeight | Tensor],
+    experts: Ordered[ExpertWeights],
+) -> kernels.Decoder | None:
+    """What takes single tokens through this model; None where not all weights are read by the same product."""
+    config, product, bits = model.config, experts[0].product, {}
+    for name, weight in linears.items():
+        if not isinstance(weight, LinearWeight) or weight.product != product:
+            return None
+        bits[name] = weight.bits
+    if any(each.product != product for each in experts):
+        return None
+    blocks = []
+    for layer, expert in enumerate(experts):
+        small = {
+            part: weights[f"blk.{layer}.{part}.weight"].numpy() for part in ("attn_norm", "ffn_norm", "ffn_gate_inp")
+        }
+        dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
+        blocks.append(kernels.Block(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
+    return kernels.Decoder(
+        blocks,
+        weights["output_norm.weight"].numpy(),
+        bits["output.weight"],
+        product,
+        rotary_frequencies(config, torch.device("cpu")).numpy(),
+        config.rms_epsilon,
+        config.expert_used_count,
+        config.sliding_window,
+    )

@@ -1,0 +1,377 @@
+"""One step of single tokens through a whole model, in one compiled call.
+
+Between two products of a token, Python would find its code and data evicted by the weights: a millisecond a layer of
+Mixtral's shape. Every kernel that is called here is one that others call, too, so the results are theirs, bit by bit.
+Knows the order of operations, which `models` describes; not files or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, set_num_threads, typeof, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
+
+from fiddler.kernels import attention, grouped, routing
+from fiddler.kernels.attention import Kept
+from fiddler.kernels.jit import kernel
+from fiddler.kernels.product import Product
+from fiddler.kernels.threads import PARALLEL_FROM, one_caller, thread_count
+
+__all__ = ["Block", "Decoder"]
+
+_call_norm, _call_router = routing.normalise.call, routing.router.call
+_call_attention, _call_products = attention.attention.call, grouped.products.call
+_SPANS = 3  # of each layer: query, key and value; attention's output; experts
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block's weights: float32, and uint16 bits, possibly read-only mappings."""
+
+    attn_norm: np.ndarray  # float32 [D]
+    attn_q: np.ndarray  # [H * head_dim, D]
+    attn_k: np.ndarray  # [G * head_dim, D]
+    attn_v: np.ndarray  # [G * head_dim, D]
+    attn_output: np.ndarray  # [D, H * head_dim]
+    ffn_norm: np.ndarray  # float32 [D]
+    ffn_gate_inp: np.ndarray  # float32 [E, D]
+    gate: np.ndarray  # [E, F, D]
+    up: np.ndarray  # [E, F, D]
+    down: np.ndarray  # [E, D, F]
+
+
+class Decoder:
+    """Takes one token of each of a few sequences through all blocks, the final norm and the output layer."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        output_norm: np.ndarray,
+        output: np.ndarray,
+        product: Product,
+        frequencies: np.ndarray,
+        epsilon: float,
+        experts_used: int,
+        window: int | None,
+    ) -> None:
+        """output_norm: float32 [D]; output: uint16 bits [V, D]; product: how all bits are read.
+
+        frequencies: float32 [head_dim / 2], radians a position (RoFormer); window: as in `attend_each`.
+        Raises ValueError when a shape, a data type or the memory order does not fit.
+        """
+        _validate(blocks, output_norm, output, frequencies, experts_used, window)
+        first = blocks[0]
+        vocabulary, width = output.shape
+        experts, hidden, _ = first.gate.shape
+        queries, keys = len(first.attn_q), len(first.attn_k)
+        self._blocks, self._output = list(blocks), output  # whose addresses are used
+        self._product, self._window, self._used = product, window, experts_used
+        self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
+        self._width, self._vocabulary = width, vocabulary
+        dense = [(b.attn_q, b.attn_k, b.attn_v, b.attn_output, b.gate, b.up, b.down) for b in blocks]
+        self._weights = (
+            np.stack([block.attn_norm for block in blocks]),
+            np.stack([block.ffn_norm for block in blocks]),
+            np.stack([block.ffn_gate_inp for block in blocks]),
+            np.array([[bits.__array_interface__["data"][0] for bits in of_one] for of_one in dense]),
+            output_norm,
+            np.array([output.__array_interface__["data"][0]]),
+        )
+        rows = [queries, keys, keys], [width], [hidden, hidden, width], [vocabulary]
+        elements = [width], [queries], [hidden] * experts, [width]
+        self._shapes = tuple(np.array(each) for each in (*rows, *elements))
+        self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
+        self._times = np.zeros((_SPANS * len(blocks) + 1, 2))  # when products began and ended
+        self._chosen = np.zeros((len(blocks), 0, experts_used), np.int64)
+
+    def step(self, x: np.ndarray, kept: Sequence[Kept], positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """x: float32 [T, D], embeddings of one token of each sequence -> hidden states [T, D] and logits [T, V].
+
+        kept: each sequence's keys and values, whose place `positions[t]` is written; no two share memory.
+        Raises ValueError when a shape, a data type or the memory order does not fit.
+        """
+        if x.ndim != 2 or x.shape[1] != self._width or x.dtype != np.float32 or not x.flags.c_contiguous:
+            raise ValueError(f"x is {x.dtype} {x.shape}; expected contiguous float32 [T, {self._width}]")
+        if not len(x) == len(kept) == len(positions) > 0:
+            raise ValueError(f"x is {x.shape}, for {len(kept)} sequences, {len(positions)} places")
+        for one, position in zip(kept, positions, strict=True):
+            groups, capacity, size = one.shape
+            if (len(one.places), groups, size, one.dtype) != (
+                len(self._blocks),
+                self._groups,
+                self._head_dim,
+                kept[0].dtype,
+            ):
+                raise ValueError(f"keys are {one.dtype} {one.shape} in {len(one.places)} layers")
+            if not 0 <= position < capacity:
+                raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
+        tokens, dtype = len(x), kept[0].dtype
+        at = np.array(positions, np.int64)
+        places = kept[0].places if tokens == 1 else np.concatenate([one.places for one in kept], 2)
+        capacities = np.array([one.shape[1] for one in kept])
+        self._chosen = np.empty((len(self._blocks), tokens, self._used), np.int64)
+        h, logits = np.empty_like(x), np.empty((tokens, self._vocabulary), np.float32)
+        with one_caller():
+            threads, lacks = thread_count(), 1
+            while lacks > 0:
+                lacks = _decode(
+                    self._product,
+                    _called(self._product, dtype),
+                    x,
+                    *self._weights,
+                    self._shapes,
+                    places,
+                    capacities,
+                    _none(dtype),
+                    at,
+                    self._window or 0,
+                    self._frequencies,
+                    self._epsilon,
+                    threads,
+                    grouped.workspace.words,
+                    h,
+                    logits.reshape(-1),
+                    self._chosen,
+                    self._times,
+                )
+                if lacks > 0:
+                    grouped.workspace.grow(lacks)
+        return h, logits
+
+    def spans(self) -> Iterator[tuple[str, float, float, int]]:
+        """The last step's products: of which kind, when they began and ended, and the bytes of weights they read.
+
+        "dense" or "experts"; seconds of CLOCK_MONOTONIC, which are time.perf_counter's.
+        """
+        work: list[tuple[str, int]] = []
+        for block, chosen in zip(self._blocks, self._chosen.tolist(), strict=True):
+            work.append(("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes))
+            work.append(("dense", block.attn_output.nbytes))
+            read = len({expert for ids in chosen for expert in ids})
+            work.append(("experts", read * 3 * block.gate.nbytes // len(block.gate)))
+        work.append(("dense", self._output.nbytes))
+        for (name, nbytes), (begun, ended) in zip(work, self._times.tolist(), strict=True):
+            yield name, begun, ended, nbytes
+
+
+@lru_cache(maxsize=2)
+def _none(dtype: np.dtype) -> np.ndarray:
+    """An array of a type, for that type's sake."""
+    return np.empty(0, dtype)
+
+
+@lru_cache(maxsize=64)
+def _called(product: Product, kept: np.dtype) -> tuple[int, ...]:
+    """The addresses of what `_decode` calls; compiled, or read from the cache, where that is not done."""
+    return (
+        routing.normalise.address(),
+        routing.router.address(),
+        attention.attention.address(from_dtype(kept)[::1]),
+        attention.called(kept),
+        grouped.products.address(typeof(product)),
+        *grouped.called(product),
+    )
+
+
+@intrinsic
+def _now(_context: Any) -> Any:
+    """Seconds of CLOCK_MONOTONIC."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
+        read = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
+        time = cgutils.alloca_once(b, word, 2)
+        b.call(read, [ir.Constant(ir.IntType(32), 1), time])
+        seconds, nanoseconds = (
+            b.sitofp(b.load(b.gep(time, [ir.Constant(ir.IntType(32), i)])), ir.DoubleType()) for i in range(2)
+        )
+        return b.fadd(seconds, b.fmul(nanoseconds, ir.Constant(ir.DoubleType(), 1e-9)))
+
+    return types.float64(), generate
+
+
+@njit(nogil=True)
+def _use(multiplications: int, threads: int) -> int:
+    """Threads for so much work, which are set, as `threads_for` does."""
+    used = threads if multiplications >= PARALLEL_FROM else 1
+    set_num_threads(used)
+    return used
+
+
+@partial(kernel, parallel=False)
+def _decode(
+    product: Product,
+    called: tuple[int, ...],
+    x: np.ndarray,
+    attn_norm: np.ndarray,
+    ffn_norm: np.ndarray,
+    ffn_gate_inp: np.ndarray,
+    matrices: np.ndarray,
+    output_norm: np.ndarray,
+    output: np.ndarray,
+    shapes: tuple[np.ndarray, ...],
+    places: np.ndarray,
+    capacities: np.ndarray,
+    kind: np.ndarray,
+    positions: np.ndarray,
+    window: int,
+    frequencies: np.ndarray,
+    epsilon: np.float32,
+    threads: int,
+    memory: np.ndarray,
+    h: np.ndarray,
+    logits: np.ndarray,
+    chosen: np.ndarray,
+    spans: np.ndarray,
+) -> int:
+    """`Decoder.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
+
+    matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
+    """
+    norm, router, attend, attend_group, products, multiply, take_tasks = called
+    qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
+    (tokens, width), experts_used = x.shape, chosen.shape[2]
+    queries, size = out_width[0], 2 * frequencies.size
+    heads, groups = queries // size, qkv_rows[1] // size
+    keys = groups * size
+    everyone, whole = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
+    shares = np.empty((tokens, experts_used), np.float32)
+    normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
+    made = np.empty(tokens * (queries + 2 * keys), np.float32)
+    q = made[: tokens * queries].reshape(tokens, heads, size)
+    k = made[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, size)
+    v = made[tokens * (queries + keys) :].reshape(tokens, groups, size)
+    attended = np.empty((tokens, heads, size), np.float32)
+    oldest, seen = np.zeros(tokens, np.int64), 0
+    for t in range(tokens):
+        if window > 0:
+            oldest[t] = max(0, positions[t] + 1 - window)
+        seen += positions[t] + 1 - oldest[t]
+        for i in range(width):
+            h[t, i] = x[t, i]
+    flat, lacks = added.reshape(-1), 0
+    for layer in range(len(matrices)):
+        ids, span = chosen[layer], spans[_SPANS * layer : _SPANS * (layer + 1)]
+        _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
+        used = _use(made.size * width, threads)
+        span[0, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, normed, everyone, whole, qkv_width, matrices[layer, :3], qkv_rows, False, made),
+                    *(memory, used, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[0, 1] = _now()
+        _use(2 * seen * queries if tokens > 1 else 0, threads)
+        _call_attention(
+            attend,
+            (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
+        )
+        used = _use(tokens * width * queries, threads)
+        span[1, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, attended.reshape(tokens, queries), everyone, whole, out_width, matrices[layer, 3:4]),
+                    *(out_rows, False, flat, memory, used, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[1, 1] = _now()
+        for t in range(tokens):
+            for i in range(width):
+                h[t, i] += added[t, i]
+        _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
+        _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
+        used = _use(3 * tokens * experts_used * width * ffn_rows[0], threads)
+        span[2, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, normed, ids, shares, hidden, matrices[layer, 4:], ffn_rows, True, flat),
+                    *(memory, used, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[2, 1] = _now()
+        if lacks > 0:
+            break
+        for t in range(tokens):
+            for i in range(width):
+                h[t, i] += added[t, i]
+    if lacks == 0:
+        _call_norm(norm, (h, output_norm, epsilon, normed))
+        used = _use(logits.size * width, threads)
+        spans[-1, 0] = _now()
+        lacks = _call_products(
+            products,
+            (
+                *(product, normed, everyone, whole, logit_width, output, logit_rows, False, logits),
+                *(memory, used, multiply, take_tasks),
+            ),
+        )
+        spans[-1, 1] = _now()
+    set_num_threads(threads)
+    return lacks
+
+
+def _validate(
+    blocks: Sequence[Block],
+    output_norm: np.ndarray,
+    output: np.ndarray,
+    frequencies: np.ndarray,
+    experts_used: int,
+    window: int | None,
+) -> None:
+    if not blocks:
+        raise ValueError("no blocks")
+    first, head_dim = blocks[0], 2 * frequencies.size
+    if output.ndim != 2 or first.gate.ndim != 3 or first.attn_q.ndim != 2 or first.attn_k.ndim != 2:
+        raise ValueError(
+            f"output is {output.shape}, gate {first.gate.shape}, attn_q {first.attn_q.shape}, attn_k "
+            f"{first.attn_k.shape}; expected [V, D], [E, F, D], [H * head_dim, D], [G * head_dim, D]"
+        )
+    width, queries, keys = output.shape[1], len(first.attn_q), len(first.attn_k)
+    experts, hidden, _ = first.gate.shape
+    if frequencies.ndim != 1 or not head_dim or queries % head_dim or not keys or keys % head_dim or queries % keys:
+        raise ValueError(f"{queries} rows of attn_q, {keys} of attn_k, {frequencies.shape} frequencies")
+    if not 1 <= experts_used <= experts:
+        raise ValueError(f"{experts_used} of {experts} experts")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} positions; give at least 1")
+    floats = {"attn_norm": (width,), "ffn_norm": (width,), "ffn_gate_inp": (experts, width)}
+    shapes = floats | {
+        "attn_q": (queries, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, queries),
+        "gate": (experts, hidden, width),
+        "up": (experts, hidden, width),
+        "down": (experts, width, hidden),
+    }
+    arrays = [(name, getattr(block, name), shapes[name], name in floats) for block in blocks for name in shapes]
+    arrays += [("output_norm", output_norm, (width,), True), ("output", output, output.shape, False)]
+    arrays += [("frequencies", frequencies, frequencies.shape, True)]
+    for name, array, shape, is_float in arrays:
+        dtype = np.float32 if is_float else np.uint16
+        if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"{name} is {array.dtype} {array.shape}; expected contiguous {np.dtype(dtype).name} {shape}"
+            )
