@@ -1,7 +1,7 @@
 """The KV cache: sequences that grow and may be copied, and the steps that append to several of them. Knows no model.
 
 On the CPU, one new position of each of several sequences is attended by one call of our kernel; more positions at
-once, a long sequence by itself and other devices by torch.
+once and other devices by torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rot
 
 __all__ = ["Sequence", "Step", "kept_bytes"]
 
-_LONG = 1024  # positions, from which on more than one thread pays
 _FIRST_CAPACITY = 256  # positions; doubled when full
 
 
@@ -144,8 +143,6 @@ class Step:
         ends = list(accumulate(count for _, count in parts))
         begun = [end - count for end, (_, count) in zip(ends, parts, strict=True)]
         ones = [i for i, (sequence, count) in enumerate(parts) if count == 1 and sequence.device.type == "cpu"]
-        if len(ones) == 1 and parts[ones[0]][0].length >= _LONG:
-            ones = []
         self._ones, self._rows = [parts[i][0] for i in ones], [begun[i] for i in ones]
         others = sorted(set(range(len(parts))) - set(ones))
         self._others = [(parts[i][0], slice(begun[i], ends[i])) for i in others]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cache import Step
+from fiddler.cache import Sequence
 from fiddler.experts import FEW, ExpertWeights, LinearWeight
 from fiddler.models.mixtral import Mixtral, rotary_frequencies
 from fiddler.recorder import SILENT, Recorder
-from fiddler.runner import Runner
+from fiddler.runner import Runner, out_of_memory
 
 __all__ = ["CpuRunner", "decoder_of"]
 
@@ -38,17 +38,36 @@ class CpuRunner(Runner):
         self._experts = model.experts
         self._hidden, self._logits = torch.empty(0), torch.empty(0)
 
-    def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
-        sequences = step.ones
+    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
+        """A `Runner`'s."""
+        all_wanted = wanted is None or len(wanted) == len(parts)
         counted = self.model.experts is not self._experts  # by someone who looks at what they are given
-        if self._decoder is None or counted or wanted is not None or not 0 < len(sequences) == len(ids) <= FEW:
-            return super()._forward(ids, step, wanted)
-        x = self.model.token_embd[ids].float().numpy()
-        made = self._decoder.step(x, [one.kept for one in sequences], [one.length for one in sequences])
-        self._hidden, self._logits = (torch.from_numpy(array) for array in made)
+        if (
+            self._decoder is None
+            or counted
+            or not (all_wanted and 0 < len(parts) <= FEW)
+            or any(len(tokens) != 1 for _, tokens in parts)
+        ):
+            return super().step(parts, wanted)
+        sequences, before = [sequence for sequence, _ in parts], kernels.thread_count()
+        with out_of_memory():
+            for sequence in sequences:
+                sequence.reserve(sequence.length + 1)
+        kernels.set_threads(self.threads)
+        try:
+            made = self._decoder.step(
+                [tokens[0] for _, tokens in parts],
+                [sequence.kept for sequence in sequences],
+                [sequence.length for sequence in sequences],
+            )
+        finally:
+            kernels.set_threads(before)
+        for sequence in sequences:
+            sequence.length += 1
         if self._recorder is not SILENT:
             for span in self._decoder.spans():
                 self._recorder.did(*span)
+        self._hidden, self._logits = (torch.from_numpy(array) for array in made)
         return self._hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -70,6 +89,8 @@ def decoder_of(
         bits[name] = weight.bits
     if any(each.product != product for each in experts):
         return None
+    table = weights["token_embd.weight"]
+    rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
     blocks = []
     for layer, expert in enumerate(experts):
         small = {
@@ -78,6 +99,7 @@ def decoder_of(
         dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
         blocks.append(kernels.Block(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
     return kernels.Decoder(
+        rows,
         blocks,
         weights["output_norm.weight"].numpy(),
         bits["output.weight"],

@@ -16,7 +16,7 @@ from fiddler.memory import available_memory
 from fiddler.models.mixtral import Mixtral
 from fiddler.width import memory_for_sequences
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "out_of_memory"]
 
 _TORCH_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer take less than a millisecond on one core
 
@@ -36,7 +36,7 @@ class Runner:
         """A new, empty sequence, with room for so many positions; it grows where it gets more."""
         made = Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
-            with _out_of_memory():
+            with out_of_memory():
                 made.reserve(positions)
         return made
 
@@ -59,7 +59,7 @@ class Runner:
     def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
         """`target`, or else a new sequence, with all that `source` holds; see `Sequence.become`."""
         target = self.sequence() if target is None else target
-        with _out_of_memory():
+        with out_of_memory():
             target.become(source, shared)
         return target
 
@@ -73,7 +73,7 @@ class Runner:
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
         some = wanted is not None and len(wanted) < len(ids)
         rows = torch.tensor(wanted, dtype=torch.int64, device=device) if some else None
-        with _out_of_memory():
+        with out_of_memory():
             step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
             attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
             with torch.inference_mode(), self._on_threads(attention):
@@ -134,7 +134,7 @@ class Runner:
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def out_of_memory() -> Iterator[None]:
     """What torch raises as any other error where the CPU's memory does not suffice, as one that says what helps."""
     try:
         yield

@@ -41,7 +41,7 @@ def attend_each(
     q: float32 [N, H, head_dim]; k, v: float32 [N, G, head_dim]. keys, values: of each sequence, float32 or the uint16
     bits of float16, [G, capacity, head_dim], whose place `positions[n]` is written: k rotated, v as it is; no two of
     them share memory. frequencies: float32 [head_dim / 2], radians a position of each pair of neighbouring elements
-    (RoFormer). window: the most positions that are seen. One sequence is done on one thread.
+    (RoFormer). window: the most positions that are seen. A key-value head of a sequence is done on one thread.
     Raises ValueError when a shape, a data type or the memory order does not fit.
     """
     _validate(q, k, v, keys, values, positions, frequencies, window)
@@ -53,7 +53,7 @@ def attend_each(
     places = np.array([[_place(kept) for kept in half] for half in (keys, values)])
     capacities = np.array([kept.shape[1] for kept in keys])
     multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
-    with threads_for(multiplications if len(q) > 1 else 0):
+    with threads_for(multiplications):
         _attend(
             q,
             k,

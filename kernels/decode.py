@@ -53,6 +53,7 @@ class Decoder:
 
     def __init__(
         self,
+        token_embd: np.ndarray,
         blocks: Sequence[Block],
         output_norm: np.ndarray,
         output: np.ndarray,
@@ -62,16 +63,20 @@ class Decoder:
         experts_used: int,
         window: int | None,
     ) -> None:
-        """output_norm: float32 [D]; output: uint16 bits [V, D]; product: how all bits are read.
+        """token_embd: [V, D], float32, float16 or the uint16 bits of bf16; output_norm: float32 [D].
 
+        output: uint16 bits [V, D]; product: how blocks' and output's bits are read.
         frequencies: float32 [head_dim / 2], radians a position (RoFormer); window: as in `attend_each`.
         Raises ValueError when a shape, a data type or the memory order does not fit.
         """
         _validate(blocks, output_norm, output, frequencies, experts_used, window)
+        if token_embd.shape != output.shape or token_embd.dtype not in (np.float32, np.float16, np.uint16):
+            raise ValueError(f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits {output.shape}")
         first = blocks[0]
         vocabulary, width = output.shape
         experts, hidden, _ = first.gate.shape
         queries, keys = len(first.attn_q), len(first.attn_k)
+        self._embeddings = token_embd
         self._blocks, self._output = list(blocks), output  # whose addresses are used
         self._product, self._window, self._used = product, window, experts_used
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
@@ -92,33 +97,31 @@ class Decoder:
         self._times = np.zeros((_SPANS * len(blocks) + 1, 2))  # when products began and ended
         self._chosen = np.zeros((len(blocks), 0, experts_used), np.int64)
 
-    def step(self, x: np.ndarray, kept: Sequence[Kept], positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """x: float32 [T, D], embeddings of one token of each sequence -> hidden states [T, D] and logits [T, V].
+    def step(
+        self, tokens: Sequence[int], kept: Sequence[Kept], positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32.
 
         kept: each sequence's keys and values, whose place `positions[t]` is written; no two share memory.
-        Raises ValueError when a shape, a data type or the memory order does not fit.
+        Raises ValueError when a shape, a data type or a number does not fit.
         """
-        if x.ndim != 2 or x.shape[1] != self._width or x.dtype != np.float32 or not x.flags.c_contiguous:
-            raise ValueError(f"x is {x.dtype} {x.shape}; expected contiguous float32 [T, {self._width}]")
-        if not len(x) == len(kept) == len(positions) > 0:
-            raise ValueError(f"x is {x.shape}, for {len(kept)} sequences, {len(positions)} places")
-        for one, position in zip(kept, positions, strict=True):
+        if not len(tokens) == len(kept) == len(positions) > 0:
+            raise ValueError(f"{len(tokens)} tokens of {len(kept)} sequences at {len(positions)} places")
+        dtype, shape = kept[0].dtype, (len(self._blocks), self._groups, self._head_dim)
+        for token, one, position in zip(tokens, kept, positions, strict=True):
             groups, capacity, size = one.shape
-            if (len(one.places), groups, size, one.dtype) != (
-                len(self._blocks),
-                self._groups,
-                self._head_dim,
-                kept[0].dtype,
-            ):
-                raise ValueError(f"keys are {one.dtype} {one.shape} in {len(one.places)} layers")
+            if (len(one.places), groups, size) != shape or one.dtype != dtype:
+                raise ValueError(f"{len(one.places)} layers' keys are {one.dtype} {one.shape}; expected {shape}")
             if not 0 <= position < capacity:
                 raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
-        tokens, dtype = len(x), kept[0].dtype
+            if not 0 <= token < self._vocabulary:
+                raise ValueError(f"token {token} lies outside 0..{self._vocabulary - 1}")
+        x = self._embedded(tokens)
         at = np.array(positions, np.int64)
-        places = kept[0].places if tokens == 1 else np.concatenate([one.places for one in kept], 2)
+        places = kept[0].places if len(x) == 1 else np.concatenate([one.places for one in kept], 2)
         capacities = np.array([one.shape[1] for one in kept])
-        self._chosen = np.empty((len(self._blocks), tokens, self._used), np.int64)
-        h, logits = np.empty_like(x), np.empty((tokens, self._vocabulary), np.float32)
+        self._chosen = np.empty((len(self._blocks), len(x), self._used), np.int64)
+        h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
         with one_caller():
             threads, lacks = thread_count(), 1
             while lacks > 0:
@@ -145,6 +148,11 @@ class Decoder:
                 if lacks > 0:
                     grouped.workspace.grow(lacks)
         return h, logits
+
+    def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [T, D]."""
+        rows: np.ndarray = self._embeddings[np.array(tokens)]
+        return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
     def spans(self) -> Iterator[tuple[str, float, float, int]]:
         """The last step's products: of which kind, when they began and ended, and the bytes of weights they read.
@@ -275,7 +283,7 @@ def _decode(
             ),
         )
         span[0, 1] = _now()
-        _use(2 * seen * queries if tokens > 1 else 0, threads)
+        _use(2 * seen * queries, threads)
         _call_attention(
             attend,
             (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
