@@ -306,7 +306,7 @@ def load(
         kernels.set_threads(threads)
     experts = mapped_experts(model_file, tier, exact=exact)
     for product in {layer.product for layer in experts}:
-        kernels.prepare(product, lambda: notify(COMPILING))
+        kernels.prepare(product, lambda: notify(COMPILING), decode=registration is None or not gpu)
     capacity = min(context, config.context_length)
     if registration is not None and gpu:
         from fiddler.gpu_memory import GpuStartError

@@ -58,7 +58,7 @@ def on_cpu(
             made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, _product(tier, kind, exact))
             linears[name] = made
     for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
-        kernels.prepare(product, lambda: notify(COMPILING))
+        kernels.prepare(product, lambda: notify(COMPILING), decode=True)
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
     cache_dtype = torch.float16 if experts[0].product.activations == "bf16" else torch.float32

@@ -86,6 +86,7 @@ class Kept:
         for array in (*keys, *values):
             if array.shape != self.shape or array.dtype != self.dtype or not array.flags.c_contiguous:
                 raise ValueError(f"keys or values are {array.dtype} {array.shape}; expected {self.dtype} {self.shape}")
+        self.empty = np.empty(0, self.dtype)  # tells compiled code the type
         self._arrays = keys, values  # which must live as long as their addresses are used
         self.places = np.array([[[_place(k)], [_place(v)]] for k, v in zip(keys, values, strict=True)])  # [L, 2, 1]
 

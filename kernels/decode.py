@@ -1,35 +1,19 @@
-"""One step of single tokens through a whole model, in one compiled call.
-
-Between two products of a token, Python would find its code and data evicted by the weights: a millisecond a layer of
-Mixtral's shape. Every kernel that is called here is one that others call, too, so the results are theirs, bit by bit.
-Knows the order of operations, which `models` describes; not files or tensors.
-"""
+"""The door to `decode_step`: a step of single tokens through a whole model, whose weights are validated once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, set_num_threads, typeof, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels import attention, grouped, routing
+from fiddler.kernels import grouped
 from fiddler.kernels.attention import Kept
-from fiddler.kernels.jit import kernel
+from fiddler.kernels.decode_step import SPANS, called, decode
 from fiddler.kernels.product import Product
-from fiddler.kernels.threads import PARALLEL_FROM, one_caller, thread_count
+from fiddler.kernels.threads import threads_for
 
 __all__ = ["Block", "Decoder"]
-
-_call_norm, _call_router = routing.normalise.call, routing.router.call
-_call_attention, _call_products = attention.attention.call, grouped.products.call
-_SPANS = 3  # of each layer: query, key and value; attention's output; experts
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,7 @@ class Decoder:
         elements = [width], [queries], [hidden] * experts, [width]
         self._shapes = tuple(np.array(each) for each in (*rows, *elements))
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
-        self._times = np.zeros((_SPANS * len(blocks) + 1, 2))  # when products began and ended
+        self._times = np.zeros((SPANS * len(blocks) + 1, 2))  # when products began and ended
         self._chosen = np.zeros((len(blocks), 0, experts_used), np.int64)
 
     def step(
@@ -122,18 +106,18 @@ class Decoder:
         capacities = np.array([one.shape[1] for one in kept])
         self._chosen = np.empty((len(self._blocks), len(x), self._used), np.int64)
         h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
-        with one_caller():
-            threads, lacks = thread_count(), 1
+        with threads_for(3 * x.size * self._used * self._blocks[0].gate.shape[1]) as threads:
+            lacks = 1
             while lacks > 0:
-                lacks = _decode(
+                lacks = decode(
                     self._product,
-                    _called(self._product, dtype),
+                    called(self._product, dtype),
                     x,
                     *self._weights,
                     self._shapes,
                     places,
                     capacities,
-                    _none(dtype),
+                    kept[0].empty,
                     at,
                     self._window or 0,
                     self._frequencies,
@@ -168,176 +152,6 @@ class Decoder:
         work.append(("dense", self._output.nbytes))
         for (name, nbytes), (begun, ended) in zip(work, self._times.tolist(), strict=True):
             yield name, begun, ended, nbytes
-
-
-@lru_cache(maxsize=2)
-def _none(dtype: np.dtype) -> np.ndarray:
-    """An array of a type, for that type's sake."""
-    return np.empty(0, dtype)
-
-
-@lru_cache(maxsize=64)
-def _called(product: Product, kept: np.dtype) -> tuple[int, ...]:
-    """The addresses of what `_decode` calls; compiled, or read from the cache, where that is not done."""
-    return (
-        routing.normalise.address(),
-        routing.router.address(),
-        attention.attention.address(from_dtype(kept)[::1]),
-        attention.called(kept),
-        grouped.products.address(typeof(product)),
-        *grouped.called(product),
-    )
-
-
-@intrinsic
-def _now(_context: Any) -> Any:
-    """Seconds of CLOCK_MONOTONIC."""
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
-        read = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
-        time = cgutils.alloca_once(b, word, 2)
-        b.call(read, [ir.Constant(ir.IntType(32), 1), time])
-        seconds, nanoseconds = (
-            b.sitofp(b.load(b.gep(time, [ir.Constant(ir.IntType(32), i)])), ir.DoubleType()) for i in range(2)
-        )
-        return b.fadd(seconds, b.fmul(nanoseconds, ir.Constant(ir.DoubleType(), 1e-9)))
-
-    return types.float64(), generate
-
-
-@njit(nogil=True)
-def _use(multiplications: int, threads: int) -> int:
-    """Threads for so much work, which are set, as `threads_for` does."""
-    used = threads if multiplications >= PARALLEL_FROM else 1
-    set_num_threads(used)
-    return used
-
-
-@partial(kernel, parallel=False)
-def _decode(
-    product: Product,
-    called: tuple[int, ...],
-    x: np.ndarray,
-    attn_norm: np.ndarray,
-    ffn_norm: np.ndarray,
-    ffn_gate_inp: np.ndarray,
-    matrices: np.ndarray,
-    output_norm: np.ndarray,
-    output: np.ndarray,
-    shapes: tuple[np.ndarray, ...],
-    places: np.ndarray,
-    capacities: np.ndarray,
-    kind: np.ndarray,
-    positions: np.ndarray,
-    window: int,
-    frequencies: np.ndarray,
-    epsilon: np.float32,
-    threads: int,
-    memory: np.ndarray,
-    h: np.ndarray,
-    logits: np.ndarray,
-    chosen: np.ndarray,
-    spans: np.ndarray,
-) -> int:
-    """`Decoder.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
-
-    matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
-    """
-    norm, router, attend, attend_group, products, multiply, take_tasks = called
-    qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
-    (tokens, width), experts_used = x.shape, chosen.shape[2]
-    queries, size = out_width[0], 2 * frequencies.size
-    heads, groups = queries // size, qkv_rows[1] // size
-    keys = groups * size
-    everyone, whole = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
-    shares = np.empty((tokens, experts_used), np.float32)
-    normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
-    made = np.empty(tokens * (queries + 2 * keys), np.float32)
-    q = made[: tokens * queries].reshape(tokens, heads, size)
-    k = made[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, size)
-    v = made[tokens * (queries + keys) :].reshape(tokens, groups, size)
-    attended = np.empty((tokens, heads, size), np.float32)
-    oldest, seen = np.zeros(tokens, np.int64), 0
-    for t in range(tokens):
-        if window > 0:
-            oldest[t] = max(0, positions[t] + 1 - window)
-        seen += positions[t] + 1 - oldest[t]
-        for i in range(width):
-            h[t, i] = x[t, i]
-    flat, lacks = added.reshape(-1), 0
-    for layer in range(len(matrices)):
-        ids, span = chosen[layer], spans[_SPANS * layer : _SPANS * (layer + 1)]
-        _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
-        used = _use(made.size * width, threads)
-        span[0, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, normed, everyone, whole, qkv_width, matrices[layer, :3], qkv_rows, False, made),
-                    *(memory, used, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[0, 1] = _now()
-        _use(2 * seen * queries, threads)
-        _call_attention(
-            attend,
-            (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
-        )
-        used = _use(tokens * width * queries, threads)
-        span[1, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, attended.reshape(tokens, queries), everyone, whole, out_width, matrices[layer, 3:4]),
-                    *(out_rows, False, flat, memory, used, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[1, 1] = _now()
-        for t in range(tokens):
-            for i in range(width):
-                h[t, i] += added[t, i]
-        _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
-        _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
-        used = _use(3 * tokens * experts_used * width * ffn_rows[0], threads)
-        span[2, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, normed, ids, shares, hidden, matrices[layer, 4:], ffn_rows, True, flat),
-                    *(memory, used, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[2, 1] = _now()
-        if lacks > 0:
-            break
-        for t in range(tokens):
-            for i in range(width):
-                h[t, i] += added[t, i]
-    if lacks == 0:
-        _call_norm(norm, (h, output_norm, epsilon, normed))
-        used = _use(logits.size * width, threads)
-        spans[-1, 0] = _now()
-        lacks = _call_products(
-            products,
-            (
-                *(product, normed, everyone, whole, logit_width, output, logit_rows, False, logits),
-                *(memory, used, multiply, take_tasks),
-            ),
-        )
-        spans[-1, 1] = _now()
-    set_num_threads(threads)
-    return lacks
 
 
 def _validate(

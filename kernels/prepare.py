@@ -14,6 +14,7 @@ from numba.core import event
 
 from fiddler.kernels.attention import attend_each
 from fiddler.kernels.cpu import choose_tier
+from fiddler.kernels.decode_step import compile_decode
 from fiddler.kernels.grouped import called, compile_grouped_products
 from fiddler.kernels.jit import discard_cache, kept_on_disk
 from fiddler.kernels.product import Product
@@ -41,8 +42,10 @@ class _FirstCompilation(event.Listener):
         """A compilation is done."""
 
 
-def prepare(product: Product, on_compile: Callable[[], None] = lambda: None) -> None:
+def prepare(product: Product, on_compile: Callable[[], None] = lambda: None, decode: bool = False) -> None:
     """Compile the kernels of `product` and what stands between the products, or read them from the cache.
+
+    decode: that of a `Decoder`, too.
 
     Seconds the first time, then a moment. Another process compiles half of it, where there is a core for that.
     `on_compile` is called, once, where there is something to compile. A cache that cannot be read is removed and
@@ -50,30 +53,35 @@ def prepare(product: Product, on_compile: Callable[[], None] = lambda: None) -> 
     """
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
         try:
-            with _helped(product):
+            with _helped(product, decode):
                 _one_half(product)
-            _other_half(product)
+            _other_half(product, decode)
         except _DAMAGE:
             discard_cache()
             _one_half(product)
-            _other_half(product)
+            _other_half(product, decode)
 
 
 def _one_half(product: Product) -> None:
     compile_grouped_products(product)
-    x, kept = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), np.float32)
-    if product.activations == "bf16":
-        kept = kept.astype(np.uint16)
+    x, kept = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), _kept(product))
     attend_each(x, x, x, [kept], [kept], [0], x[0, 0, :1])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
 
 
-def _other_half(product: Product) -> None:
+def _other_half(product: Product, decode: bool) -> None:
     called(product)
+    if decode:
+        compile_decode(product, _kept(product))
+
+
+def _kept(product: Product) -> type[np.generic]:
+    """Of what type keys and values are beside these products."""
+    return np.uint16 if product.activations == "bf16" else np.float32
 
 
 @contextmanager
-def _helped(product: Product) -> Iterator[None]:
+def _helped(product: Product, decode: bool) -> Iterator[None]:
     """Where something is compiled inside, another process puts the other half into the cache until the end.
 
     What it leaves out, for whatever reason, is compiled where it is needed.
@@ -82,7 +90,7 @@ def _helped(product: Product) -> Iterator[None]:
 
     def begin() -> None:
         if kept_on_disk() and usable_cores() > 1:
-            arguments = product.tier.name, product.weights, product.activations
+            arguments = product.tier.name, product.weights, product.activations, decode
             helpers.append(
                 subprocess.Popen(
                     [
@@ -110,6 +118,6 @@ def _helped(product: Product) -> Iterator[None]:
             helper.wait()
 
 
-def help_with(tier: str, weights: str, activations: str) -> None:
+def help_with(tier: str, weights: str, activations: str, decode: bool) -> None:
     """What `prepare` of this product leaves to another process."""
-    _other_half(Product(choose_tier(tier), weights, activations))
+    _other_half(Product(choose_tier(tier), weights, activations), decode)

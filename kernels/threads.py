@@ -14,7 +14,6 @@ import numba
 from fiddler.errors import RequestError
 
 __all__ = [
-    "PARALLEL_FROM",
     "one_caller",
     "set_threads",
     "thread_count",
@@ -23,7 +22,7 @@ __all__ = [
     "usable_cores",
 ]
 
-PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
+_PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -96,7 +95,7 @@ def threads_for(multiplications: int) -> Iterator[int]:
     """
     threads = thread_count()
     with one_caller():
-        if multiplications >= PARALLEL_FROM or threads == 1:
+        if multiplications >= _PARALLEL_FROM or threads == 1:
             yield threads
             return
         _set(1)

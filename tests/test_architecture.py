@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "engine": "request completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
     " gpu_memory registration constrain batch memory width beam cache hypotheses prompt_cache",
     "devices": "",
-    "mapped": "experts kernels model_file models.mixtral recorder runner",
+    "mapped": "cpu_runner experts kernels model_file models.mixtral recorder runner",
+    "cpu_runner": "cache experts kernels models.mixtral recorder runner",
     "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
     " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
     " registration staging",
@@ -122,7 +123,7 @@ ONLY_IN = {
     "sentencepiece": "tokenizer",
     "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
     " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner gpu_timeline hybrid link mapped orchestrator perplexity"
-    " popularity prompt_cache staging models.mixtral",
+    " popularity prompt_cache staging models.mixtral cpu_runner",
     "tqdm": "cli cli_batch cli_bench cli_options cli_perplexity",
     "triton": "gpu_attention gpu_grouped gpu_kernels",
     "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity cli_beams",

@@ -1,0 +1,210 @@
+"""One step of single tokens through a whole model: the compiled call that `Decoder` validates for.
+
+Between two products of a token, Python would find its code and data evicted by the weights: a millisecond a layer of
+Mixtral's shape. Every kernel that is called here is one that others call, too, so the results are theirs, bit by bit.
+Knows the order of operations, which `models` describes; not files or tensors.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from time import CLOCK_MONOTONIC
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import typeof, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
+
+from fiddler.kernels import attention, grouped, routing
+from fiddler.kernels.jit import kernel
+from fiddler.kernels.product import Product
+
+__all__ = ["SPANS", "called", "compile_decode", "decode"]
+
+SPANS = 3
+"""Timed parts of each layer: query, key and value; attention's output; experts."""
+
+_call_norm, _call_router = routing.normalise.call, routing.router.call
+_call_attention, _call_products = attention.attention.call, grouped.products.call
+
+
+def compile_decode(product: Product, kept: type[np.generic]) -> None:
+    """Compile `Decoder.step` for keys and values of this type, or read it from the cache; nothing is computed."""
+    none, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
+    numbers = np.empty(0, np.int64)
+    weights = none, none, none[None], numbers.reshape(0, 7), row, numbers
+    lacks = decode(
+        product,
+        (0,) * 7,
+        none,
+        *weights,
+        (np.ones(3, np.int64),) * 8,
+        numbers.reshape(0, 2, 1),
+        numbers,
+        np.empty(0, kept),
+        numbers,
+        0,
+        row,
+        np.float32(0),
+        1,
+        grouped.workspace.words,
+        none,
+        none.reshape(-1),
+        numbers.reshape(0, 0, 1),
+        np.empty((1, 2)),
+    )
+    assert lacks == 0
+
+
+@lru_cache(maxsize=64)
+def called(product: Product, kept: np.dtype) -> tuple[int, ...]:
+    """The addresses of what `decode` calls; compiled, or read from the cache, where that is not done."""
+    return (
+        routing.normalise.address(),
+        routing.router.address(),
+        attention.attention.address(from_dtype(kept)[::1]),
+        attention.called(kept),
+        grouped.products.address(typeof(product)),
+        *grouped.called(product),
+    )
+
+
+@intrinsic
+def _now(_context: Any) -> Any:
+    """Seconds of CLOCK_MONOTONIC."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
+        read = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
+        time = cgutils.alloca_once(b, word, 2)
+        b.call(read, [ir.Constant(ir.IntType(32), CLOCK_MONOTONIC), time])
+        seconds, nanoseconds = (
+            b.sitofp(b.load(b.gep(time, [ir.Constant(ir.IntType(32), i)])), ir.DoubleType()) for i in range(2)
+        )
+        return b.fadd(seconds, b.fmul(nanoseconds, ir.Constant(ir.DoubleType(), 1e-9)))
+
+    return types.float64(), generate
+
+
+@partial(kernel, parallel=False)
+def decode(
+    product: Product,
+    called: tuple[int, ...],
+    x: np.ndarray,
+    attn_norm: np.ndarray,
+    ffn_norm: np.ndarray,
+    ffn_gate_inp: np.ndarray,
+    matrices: np.ndarray,
+    output_norm: np.ndarray,
+    output: np.ndarray,
+    shapes: tuple[np.ndarray, ...],
+    places: np.ndarray,
+    capacities: np.ndarray,
+    kind: np.ndarray,
+    positions: np.ndarray,
+    window: int,
+    frequencies: np.ndarray,
+    epsilon: np.float32,
+    threads: int,
+    memory: np.ndarray,
+    h: np.ndarray,
+    logits: np.ndarray,
+    chosen: np.ndarray,
+    spans: np.ndarray,
+) -> int:
+    """`Decoder.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
+
+    matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
+    """
+    norm, router, attend, attend_group, products, multiply, take_tasks = called
+    qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
+    (tokens, width), experts_used = x.shape, chosen.shape[2]
+    if tokens == 0:
+        return 0
+    queries, size = out_width[0], 2 * frequencies.size
+    heads, groups = queries // size, qkv_rows[1] // size
+    keys = groups * size
+    everyone, whole = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
+    shares = np.empty((tokens, experts_used), np.float32)
+    normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
+    made = np.empty(tokens * (queries + 2 * keys), np.float32)
+    q = made[: tokens * queries].reshape(tokens, heads, size)
+    k = made[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, size)
+    v = made[tokens * (queries + keys) :].reshape(tokens, groups, size)
+    attended = np.empty((tokens, heads, size), np.float32)
+    oldest = np.zeros(tokens, np.int64)
+    for t in range(tokens):
+        if window > 0:
+            oldest[t] = max(0, positions[t] + 1 - window)
+        for i in range(width):
+            h[t, i] = x[t, i]
+    flat, lacks = added.reshape(-1), 0
+    for layer in range(len(matrices)):
+        ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
+        _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
+        span[0, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, normed, everyone, whole, qkv_width, matrices[layer, :3], qkv_rows, False, made),
+                    *(memory, threads, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[0, 1] = _now()
+        _call_attention(
+            attend,
+            (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
+        )
+        span[1, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, attended.reshape(tokens, queries), everyone, whole, out_width, matrices[layer, 3:4]),
+                    *(out_rows, False, flat, memory, threads, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[1, 1] = _now()
+        for t in range(tokens):
+            for i in range(width):
+                h[t, i] += added[t, i]
+        _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
+        _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
+        span[2, 0] = _now()
+        lacks = max(
+            lacks,
+            _call_products(
+                products,
+                (
+                    *(product, normed, ids, shares, hidden, matrices[layer, 4:], ffn_rows, True, flat),
+                    *(memory, threads, multiply, take_tasks),
+                ),
+            ),
+        )
+        span[2, 1] = _now()
+        if lacks > 0:
+            break
+        for t in range(tokens):
+            for i in range(width):
+                h[t, i] += added[t, i]
+    if lacks == 0:
+        _call_norm(norm, (h, output_norm, epsilon, normed))
+        spans[-1, 0] = _now()
+        lacks = _call_products(
+            products,
+            (
+                *(product, normed, everyone, whole, logit_width, output, logit_rows, False, logits),
+                *(memory, threads, multiply, take_tasks),
+            ),
+        )
+        spans[-1, 1] = _now()
+    return lacks
