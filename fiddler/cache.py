@@ -42,6 +42,7 @@ class Sequence:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
+        self._room = min(kept.shape[1] for kept in (*self._keys, *self._values))  # positions
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
         self._kept: kernels.Kept | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
@@ -54,16 +55,17 @@ class Sequence:
     def reserve(self, length: int) -> None:
         """Make room for positions up to `length`."""
         assert length <= self.context, f"{length} positions in a context of {self.context}"
-        capacity = min(kept.shape[1] for kept in (*self._keys, *self._values))  # of one that was broken off
-        if length <= capacity:
+        if length <= self._room:
             return
-        capacity = _capacity(length, self.context, capacity)
-        self._arrays = self._kept = None  # they are of memory that goes, even where this is broken off
+        capacity = _capacity(length, self.context, self._room)
+        self._room = 0  # of what is all of one length, should this be broken off
+        self._arrays = self._kept = None  # they are of memory that goes
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
             grown = [self._empty(capacity) for _ in olds]
             for new, old in zip(grown, olds, strict=True):
                 new[:, : self.length] = old[:, : self.length]
             self._keys[layer], self._values[layer] = grown
+        self._room = capacity
 
     def divided(self, count: int, length: int) -> list[Sequence]:
         """So many empty sequences of at most `length` positions each, in this one's memory.

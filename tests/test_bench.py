@@ -70,13 +70,13 @@ def test_bytes_are_those_of_the_weights_that_a_token_reads(model):
     meter = Meter()
     engine = fiddler.engine.load(model, recorder=meter)
     sequence = engine.runner.sequence()
-    engine.runner.step([(sequence, [5])])
+    engine.runner.logits(engine.runner.step([(sequence, [5])]))
     file, config = engine.model_file.file, engine.config
     one_expert = sum(file.tensors[f"blk.0.ffn_{part}_exps.weight"].nbytes for part in ("gate", "up", "down"))
     one_expert //= config.expert_count
     assert meter.nbytes["experts"] == config.block_count * config.expert_used_count * one_expert
     attention = sum(t.nbytes for name, t in file.tensors.items() if "attn_" in name and "norm" not in name)
-    assert meter.nbytes["dense"] == attention
+    assert meter.nbytes["dense"] == attention + file.tensors["output.weight"].nbytes
     assert meter.seconds["experts"] > 0
 
 
