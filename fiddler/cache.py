@@ -57,8 +57,8 @@ class Sequence:
         assert length <= self.context, f"{length} positions in a context of {self.context}"
         if length <= self._room:
             return
-        capacity = _capacity(length, self.context, self._room)
-        self._room = 0  # of what is all of one length, should this be broken off
+        capacity = _capacity(length, self.context, min(kept.shape[1] for kept in (*self._keys, *self._values)))
+        self._room = 0  # what is not all of one length, should this be broken off, grows again
         self._arrays = self._kept = None  # they are of memory that goes
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
             grown = [self._empty(capacity) for _ in olds]
