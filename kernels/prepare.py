@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from numba.core import event
@@ -86,36 +86,37 @@ def _helped(product: Product, decode: bool) -> Iterator[None]:
 
     What it leaves out, for whatever reason, is compiled where it is needed.
     """
-    helpers: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as helpers, event.install_listener(
+        "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper(product, decode)))
+    ):
+        yield
 
-    def begin() -> None:
-        if kept_on_disk() and usable_cores() > 1:
-            arguments = product.tier.name, product.weights, product.activations, decode
-            helpers.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-c",
-                        f"from fiddler.kernels.prepare import help_with; help_with{arguments}",
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                )
-            )
 
+@contextmanager
+def _helper(product: Product, decode: bool) -> Iterator[None]:
+    """A process that puts the other half into the cache, where there is a core for it; its end is waited for."""
+    if not kept_on_disk() or usable_cores() == 1:
+        yield
+        return
+    arguments = product.tier.name, product.weights, product.activations, decode
     try:
-        with event.install_listener("numba:compile", _FirstCompilation(begin)):
-            yield
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from fiddler.kernels.prepare import help_with; help_with{arguments}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+    except OSError:
+        yield
+        return
+    try:
+        yield
     except BaseException:
-        for helper in helpers:
-            helper.kill()
+        process.kill()
         raise
     finally:
-        for helper in helpers:
-            helper.wait()
+        process.wait()
 
 
 def help_with(tier: str, weights: str, activations: str, decode: bool) -> None:
