@@ -26,11 +26,11 @@ def memory_for_sequences(available: int, weights: int) -> int | None:
 
 
 def first_width(experts: int, used: int) -> int:
-    """Sequences from which on a step reads every expert anyway, so that others among them cost little.
+    """So many sequences that each expert is chosen eight times a step on average.
 
-    Each expert is then chosen four times a step on average, and by nobody in one step of fifty (e ** -4).
+    Half as many read every expert anyway, but for one in fifty (e ** -4); so others among them cost little.
     """
-    return -(-4 * experts // used)
+    return -(-8 * experts // used)
 
 
 def tokens_of_each(lacking: Sequence[int], most: int) -> list[int]:

@@ -47,7 +47,7 @@ def test_memory_for_sequences(available, weights, room):
     assert memory_for_sequences(available, weights) == room
 
 
-@pytest.mark.parametrize("experts, used, width", [(8, 2, 16), (4, 4, 4), (128, 8, 64), (5, 2, 10), (3, 2, 6)])
+@pytest.mark.parametrize("experts, used, width", [(8, 2, 32), (4, 4, 8), (128, 8, 128), (5, 2, 20), (3, 2, 12)])
 def test_the_first_width_reads_every_expert(experts, used, width):
     assert first_width(experts, used) == width
 
