@@ -31,7 +31,8 @@ __all__ = ["block_product", "call_block_product", "scratch_words"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
-_AHEAD = 4096  # bytes: how far before its use a cache line of weights is asked for, where one row is read
+# bytes: how far before its use a cache line of weights is asked for, where one row is read: of bf16 pairs, of others
+_AHEAD_OF_PAIRS, _AHEAD_OF_FLOATS = 4096, 8192
 _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
 _PART = 1024  # elements along K that several tokens take at once, at most
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
@@ -107,7 +108,9 @@ def _dots(
     then, or, with the last one, the first part of the rows that are read next.
     """
     token, several = ldx * activation_bytes(product), tokens >= SEVERAL
-    part, ahead = k, _AHEAD if k == ldw else 2 * ldw  # else what follows in a row is not ours
+    part, ahead = k, _AHEAD_OF_PAIRS if in_pairs(product) else _AHEAD_OF_FLOATS
+    if k != ldw:  # what follows in a row is not ours
+        ahead = 2 * ldw
     if tokens > 1:
         fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
         if several:
