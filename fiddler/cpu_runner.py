@@ -36,7 +36,7 @@ class CpuRunner(Runner):
         super().__init__(model, context, cache_dtype, threads)
         self._decoder, self._recorder = decoder, recorder
         self._experts = model.experts
-        self._hidden, self._logits = torch.empty(0), torch.empty(0)
+        self._last = torch.empty(0), torch.empty(0)  # hidden states of a step of single tokens, and their logits
 
     def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
         """A `Runner`'s."""
@@ -50,12 +50,13 @@ class CpuRunner(Runner):
         ):
             return super().step(parts, wanted)
         sequences, before = [sequence for sequence, _ in parts], kernels.thread_count()
+        assert len({id(sequence) for sequence in sequences}) == len(sequences), "a sequence stands twice in a step"
         with out_of_memory():
             for sequence in sequences:
                 sequence.reserve(sequence.length + 1)
         kernels.set_threads(self.threads)
         try:
-            made = self._decoder.step(
+            *made, products = self._decoder.step(
                 [tokens[0] for _, tokens in parts],
                 [sequence.kept for sequence in sequences],
                 [sequence.length for sequence in sequences],
@@ -65,14 +66,19 @@ class CpuRunner(Runner):
         for sequence in sequences:
             sequence.length += 1
         if self._recorder is not SILENT:
-            for span in self._decoder.spans():
+            for span in self._decoder.spans(products):
                 self._recorder.did(*span)
-        self._hidden, self._logits = (torch.from_numpy(array) for array in made)
-        return self._hidden
+        hidden, logits = (torch.from_numpy(array) for array in made)
+        self._last = hidden, logits  # at once: another thread may be here, too
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """A `Runner`'s; those of the last step's single tokens were computed with them."""
-        return self._logits if hidden is self._hidden else super().logits(hidden)
+        """A `Runner`'s; those of the last step's single tokens were computed with them, and are given once."""
+        known, logits = self._last
+        if hidden is not known:
+            return super().logits(hidden)
+        self._last = torch.empty(0), torch.empty(0)
+        return logits
 
 
 def decoder_of(

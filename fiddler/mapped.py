@@ -57,10 +57,10 @@ def on_cpu(
         else:
             made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, _product(tier, kind, exact))
             linears[name] = made
-    for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
-        kernels.prepare(product, lambda: notify(COMPILING), decode=True)
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
+    for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
+        kernels.prepare(product, lambda: notify(COMPILING), decode=decoder is not None)
     cache_dtype = torch.float16 if experts[0].product.activations == "bf16" else torch.float32
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 

@@ -84,10 +84,12 @@ class Kept:
             raise ValueError(f"keys are {keys[0].dtype} {keys[0].shape}; expected float32, or the bits of float16")
         self.shape, self.dtype = keys[0].shape, keys[0].dtype
         for array in (*keys, *values):
-            if array.shape != self.shape or array.dtype != self.dtype or not array.flags.c_contiguous:
+            if array.shape != self.shape or array.dtype != self.dtype:
                 raise ValueError(f"keys or values are {array.dtype} {array.shape}; expected {self.dtype} {self.shape}")
+            if not array.flags.c_contiguous or not array.flags.writeable:
+                raise ValueError("keys and values are contiguous, and may be written")
         self.empty = np.empty(0, self.dtype)  # tells compiled code the type
-        self._arrays = keys, values  # which must live as long as their addresses are used
+        self._arrays = *keys, *values  # which must live as long as their addresses are used
         self.places = np.array([[[_place(k)], [_place(v)]] for k, v in zip(keys, values, strict=True)])  # [L, 2, 1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fiddler.kernels.decode_step import SPANS, called, decode
 from fiddler.kernels.product import Product
 from fiddler.kernels.threads import threads_for
 
-__all__ = ["Block", "Decoder"]
+__all__ = ["Block", "Decoder", "Products"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Block:
     gate: np.ndarray  # [E, F, D]
     up: np.ndarray  # [E, F, D]
     down: np.ndarray  # [E, D, F]
+
+
+class Products(NamedTuple):
+    """What a step computed of the large products; see `Decoder.spans`."""
+
+    chosen: np.ndarray  # int64 [L, T, K]: experts
+    times: np.ndarray  # float64 [products, 2]: when each began and ended
 
 
 class Decoder:
@@ -55,7 +63,9 @@ class Decoder:
         """
         _validate(blocks, output_norm, output, frequencies, experts_used, window)
         if token_embd.shape != output.shape or token_embd.dtype not in (np.float32, np.float16, np.uint16):
-            raise ValueError(f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits {output.shape}")
+            raise ValueError(
+                f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits or float32 {output.shape}"
+            )
         first = blocks[0]
         vocabulary, width = output.shape
         experts, hidden, _ = first.gate.shape
@@ -78,19 +88,19 @@ class Decoder:
         elements = [width], [queries], [hidden] * experts, [width]
         self._shapes = tuple(np.array(each) for each in (*rows, *elements))
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
-        self._times = np.zeros((SPANS * len(blocks) + 1, 2))  # when products began and ended
-        self._chosen = np.zeros((len(blocks), 0, experts_used), np.int64)
 
     def step(
         self, tokens: Sequence[int], kept: Sequence[Kept], positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32.
+    ) -> tuple[np.ndarray, np.ndarray, Products]:
+        """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32, and what was read.
 
         kept: each sequence's keys and values, whose place `positions[t]` is written; no two share memory.
         Raises ValueError when a shape, a data type or a number does not fit.
         """
         if not len(tokens) == len(kept) == len(positions) > 0:
             raise ValueError(f"{len(tokens)} tokens of {len(kept)} sequences at {len(positions)} places")
+        if len({id(one) for one in kept}) < len(kept):
+            raise ValueError("a sequence stands twice in a step")
         dtype, shape = kept[0].dtype, (len(self._blocks), self._groups, self._head_dim)
         for token, one, position in zip(tokens, kept, positions, strict=True):
             groups, capacity, size = one.shape
@@ -104,7 +114,8 @@ class Decoder:
         at = np.array(positions, np.int64)
         places = kept[0].places if len(x) == 1 else np.concatenate([one.places for one in kept], 2)
         capacities = np.array([one.shape[1] for one in kept])
-        self._chosen = np.empty((len(self._blocks), len(x), self._used), np.int64)
+        chosen = np.empty((len(self._blocks), len(x), self._used), np.int64)
+        times = np.empty((SPANS * len(self._blocks) + 1, 2))
         h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
         with threads_for(3 * x.size * self._used * self._blocks[0].gate.shape[1]) as threads:
             lacks = 1
@@ -126,31 +137,31 @@ class Decoder:
                     grouped.workspace.words,
                     h,
                     logits.reshape(-1),
-                    self._chosen,
-                    self._times,
+                    chosen,
+                    times,
                 )
                 if lacks > 0:
                     grouped.workspace.grow(lacks)
-        return h, logits
+        return h, logits, Products(chosen, times)
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 [T, D]."""
         rows: np.ndarray = self._embeddings[np.array(tokens)]
         return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
-    def spans(self) -> Iterator[tuple[str, float, float, int]]:
-        """The last step's products: of which kind, when they began and ended, and the bytes of weights they read.
+    def spans(self, products: Products) -> Iterator[tuple[str, float, float, int]]:
+        """A step's products: of which kind, when they began and ended, and the bytes of weights they read.
 
         "dense" or "experts"; seconds of CLOCK_MONOTONIC, which are time.perf_counter's.
         """
         work: list[tuple[str, int]] = []
-        for block, chosen in zip(self._blocks, self._chosen.tolist(), strict=True):
+        for block, chosen in zip(self._blocks, products.chosen.tolist(), strict=True):
             work.append(("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes))
             work.append(("dense", block.attn_output.nbytes))
             read = len({expert for ids in chosen for expert in ids})
             work.append(("experts", read * 3 * block.gate.nbytes // len(block.gate)))
         work.append(("dense", self._output.nbytes))
-        for (name, nbytes), (begun, ended) in zip(work, self._times.tolist(), strict=True):
+        for (name, nbytes), (begun, ended) in zip(work, products.times.tolist(), strict=True):
             yield name, begun, ended, nbytes
 
 

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 from numba.core import event
@@ -23,6 +23,7 @@ from fiddler.kernels.threads import usable_cores
 
 __all__ = ["help_with", "prepare"]
 
+_PATIENCE = 120  # seconds that another process may take longer than this one
 _DAMAGE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
 
 
@@ -86,37 +87,40 @@ def _helped(product: Product, decode: bool) -> Iterator[None]:
 
     What it leaves out, for whatever reason, is compiled where it is needed.
     """
-    with ExitStack() as helpers, event.install_listener(
-        "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper(product, decode)))
+    with (
+        ExitStack() as helpers,
+        event.install_listener(
+            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper(product, decode)))
+        ),
     ):
         yield
 
 
 @contextmanager
 def _helper(product: Product, decode: bool) -> Iterator[None]:
-    """A process that puts the other half into the cache, where there is a core for it; its end is waited for."""
-    if not kept_on_disk() or usable_cores() == 1:
-        yield
-        return
-    arguments = product.tier.name, product.weights, product.activations, decode
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from fiddler.kernels.prepare import help_with; help_with{arguments}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-    except OSError:
-        yield
-        return
+    """A process that puts the other half into the cache, where there is a core for it; it has ended when this does."""
+    process = None
+    if kept_on_disk() and usable_cores() > 1 and sys.executable:
+        arguments = product.tier.name, product.weights, product.activations, decode
+        paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path)
+        with suppress(OSError):
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from fiddler.kernels.prepare import help_with; help_with{arguments}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": paths},
+            )
     try:
         yield
-    except BaseException:
-        process.kill()
-        raise
+        if process is not None:
+            process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
-        process.wait()
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 def help_with(tier: str, weights: str, activations: str, decode: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def test_a_step_is_its_parts(name, data):
         x = (embeddings[ids].astype(np.uint32) << 16).view(np.float32)
     decoder = kernels.Decoder(table, blocks, output_norm, output, product, frequencies, EPSILON, used, window)
     kept = [kernels.Kept(list(k), list(v)) for k, v in zip(*before, strict=True)]
-    h, logits = decoder.step(ids, kept, positions)
+    h, logits, _ = decoder.step(ids, kept, positions)
     expected = one_by_one(blocks, output_norm, output, product, frequencies, used, window, x, keys, values, positions)
     np.testing.assert_array_equal(h, expected[0])
     np.testing.assert_array_equal(logits, expected[1])
@@ -146,7 +148,40 @@ def test_logits_are_those_of_what_is_asked_for(engine):
     second = runner.step([(other, [9])])
     assert not torch.equal(runner.logits(second), expected)
     assert torch.equal(runner.logits(first), expected)  # an older step's
-    assert torch.equal(runner.logits(second.clone()), runner.logits(second))
+    third = runner.step([(other, [7])])
+    given = runner.logits(third)
+    again = given.clone()
+    given.zero_()
+    assert torch.equal(runner.logits(third), again)
+
+
+def test_a_sequence_stands_once_in_a_step(engine):
+    sequence = engine.runner.sequence()
+    with pytest.raises(AssertionError, match="twice"):
+        engine.runner.step([(sequence, [5]), (sequence, [6])])
+    assert sequence.length == 0
+
+
+def test_several_threads_have_their_own_results(engine):
+    """They queue for the kernels, and switch as often as Python lets them."""
+    runner = engine.runner
+
+    def many(rows):
+        sequences = [runner.sequence() for _ in range(rows)]
+        made = []
+        for token in range(40):
+            hidden = runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])
+            made += [hidden, runner.logits(hidden)]
+        return made
+
+    expected, before = {rows: many(rows) for rows in (1, 9)}, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for rows, made in zip((1, 9, 1, 9), pool.map(many, (1, 9, 1, 9)), strict=True):
+                assert all(map(torch.equal, made, expected[rows]))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_who_counts_experts_sees_every_token(engine):
@@ -232,10 +267,12 @@ def test_bad_arguments_stop_at_the_door():
         ([1], [kept(groups=1)], [0]),
         ([1], [kept(size=6)], [0]),
         ([1, 1], [kept(), kept(kind=np.float32)], [0, 0]),
+        ([1, 1], [kept()] * 2, [0, 1]),
     ):
         with pytest.raises(ValueError):
             decoder.step(tokens, all_kept, positions)
-    array = np.zeros((2, 5, 4), np.uint16)
+    array, fixed = np.zeros((2, 5, 4), np.uint16), np.zeros((2, 5, 4), np.uint16)
+    fixed.flags.writeable = False
     for keys, values in (
         ([], []),
         ([array], [array, array]),
@@ -244,6 +281,7 @@ def test_bad_arguments_stop_at_the_door():
         ([array.astype(np.float64)], [array.astype(np.float64)]),
         ([array], [array.view(np.float16)]),
         ([array[:, ::2]], [array[:, ::2]]),
+        ([array], [fixed]),
     ):
         with pytest.raises(ValueError):
             kernels.Kept(keys, values)
