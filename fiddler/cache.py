@@ -150,11 +150,6 @@ class Step:
         self._others = [(parts[i][0], slice(begun[i], ends[i])) for i in others]
 
     @property
-    def ones(self) -> Ordered[Sequence]:
-        """The sequences that get one position each, attended by our kernel, in the order of their rows."""
-        return self._ones
-
-    @property
     def seen_by_torch(self) -> int:
         """Pairs of positions that torch's share of the attention is about."""
         return sum(

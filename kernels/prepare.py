@@ -46,11 +46,9 @@ class _FirstCompilation(event.Listener):
 def prepare(product: Product, on_compile: Callable[[], None] = lambda: None, decode: bool = False) -> None:
     """Compile the kernels of `product` and what stands between the products, or read them from the cache.
 
-    decode: that of a `Decoder`, too.
-
     Seconds the first time, then a moment. Another process compiles half of it, where there is a core for that.
-    `on_compile` is called, once, where there is something to compile. A cache that cannot be read is removed and
-    made anew.
+    `on_compile` is called, once, where there is something to compile. decode: that of a `Decoder`, too. A cache that
+    cannot be read is removed and made anew.
     """
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
         try:

@@ -13,14 +13,7 @@ import numba
 
 from fiddler.errors import RequestError
 
-__all__ = [
-    "one_caller",
-    "set_threads",
-    "thread_count",
-    "threading_layer",
-    "threads_for",
-    "usable_cores",
-]
+__all__ = ["one_caller", "set_threads", "thread_count", "threading_layer", "threads_for", "usable_cores"]
 
 _PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than a late thread may keep it waiting
 _CPUS = Path("/sys/devices/system/cpu")
