@@ -19,6 +19,7 @@ from numba.np.numpy_support import from_dtype
 from fiddler.kernels.arithmetic import exponential, from_half, to_half
 from fiddler.kernels.called import Called
 from fiddler.kernels.jit import FASTMATH, kernel
+from fiddler.kernels.layout import address_of
 from fiddler.kernels.threads import threads_for
 
 __all__ = ["Kept", "attend_each", "attention", "called"]
@@ -50,7 +51,7 @@ def attend_each(
         return out
     at = np.array(positions, np.int64)
     oldest = np.zeros_like(at) if window is None else np.maximum(0, at + 1 - window)
-    places = np.array([[_place(kept) for kept in half] for half in (keys, values)])
+    places = np.array([[address_of(kept) for kept in half] for half in (keys, values)])
     capacities = np.array([kept.shape[1] for kept in keys])
     multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
     with threads_for(multiplications):
@@ -90,12 +91,9 @@ class Kept:
                 raise ValueError("keys and values are contiguous, and may be written")
         self.empty = np.empty(0, self.dtype)  # tells compiled code the type
         self._arrays = *keys, *values  # which must live as long as their addresses are used
-        self.places = np.array([[[_place(k)], [_place(v)]] for k, v in zip(keys, values, strict=True)])  # [L, 2, 1]
-
-
-def _place(array: np.ndarray) -> int:
-    place: int = array.__array_interface__["data"][0]
-    return place
+        self.places = np.array(
+            [[[address_of(k)], [address_of(v)]] for k, v in zip(keys, values, strict=True)]
+        )  # [L, 2, 1]
 
 
 def _validate(

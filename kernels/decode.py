@@ -11,6 +11,7 @@ import numpy as np
 from fiddler.kernels import grouped
 from fiddler.kernels.attention import Kept
 from fiddler.kernels.decode_step import SPANS, called, decode
+from fiddler.kernels.layout import address_of
 from fiddler.kernels.product import Product
 from fiddler.kernels.threads import threads_for
 
@@ -80,9 +81,9 @@ class Decoder:
             np.stack([block.attn_norm for block in blocks]),
             np.stack([block.ffn_norm for block in blocks]),
             np.stack([block.ffn_gate_inp for block in blocks]),
-            np.array([[bits.__array_interface__["data"][0] for bits in of_one] for of_one in dense]),
+            np.array([[address_of(bits) for bits in of_one] for of_one in dense]),
             output_norm,
-            np.array([output.__array_interface__["data"][0]]),
+            np.array([address_of(output)]),
         )
         rows = [queries, keys, keys], [width], [hidden, hidden, width], [vocabulary]
         elements = [width], [queries], [hidden] * experts, [width]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import typeof, types
+from numba import njit, typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
@@ -90,6 +90,17 @@ def _now(_context: Any) -> Any:
     return types.float64(), generate
 
 
+@njit(nogil=True, boundscheck=False)
+def _timed_products(
+    given: tuple[Any, ...], called: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
+) -> int:
+    """`grouped_products` of what is given, and when it began and ended."""
+    span[0] = _now()
+    lacks: int = _call_products(called[4], (*given, memory, threads, called[5], called[6]))
+    span[1] = _now()
+    return lacks
+
+
 @partial(kernel, parallel=False)
 def decode(
     product: Product,
@@ -120,7 +131,7 @@ def decode(
 
     matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
     """
-    norm, router, attend, attend_group, products, multiply, take_tasks = called
+    norm, router, attend, attend_group = called[:4]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
     (tokens, width), experts_used = x.shape, chosen.shape[2]
     if tokens == 0:
@@ -142,69 +153,33 @@ def decode(
             oldest[t] = max(0, positions[t] + 1 - window)
         for i in range(width):
             h[t, i] = x[t, i]
-    flat, lacks = added.reshape(-1), 0
+    flat = added.reshape(-1)
+    lacks: int = 0
     for layer in range(len(matrices)):
         ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
+        of_layer = matrices[layer]
         _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
-        span[0, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, normed, everyone, whole, qkv_width, matrices[layer, :3], qkv_rows, False, made),
-                    *(memory, threads, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[0, 1] = _now()
+        given = product, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, False, made
+        lacks = max(lacks, _timed_products(given, called, memory, threads, span[0]))
         _call_attention(
             attend,
             (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
         )
-        span[1, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, attended.reshape(tokens, queries), everyone, whole, out_width, matrices[layer, 3:4]),
-                    *(out_rows, False, flat, memory, threads, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[1, 1] = _now()
+        x_out = attended.reshape(tokens, queries)
+        given = product, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, False, flat
+        lacks = max(lacks, _timed_products(given, called, memory, threads, span[1]))
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
         _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
         _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
-        span[2, 0] = _now()
-        lacks = max(
-            lacks,
-            _call_products(
-                products,
-                (
-                    *(product, normed, ids, shares, hidden, matrices[layer, 4:], ffn_rows, True, flat),
-                    *(memory, threads, multiply, take_tasks),
-                ),
-            ),
-        )
-        span[2, 1] = _now()
+        given = product, normed, ids, shares, hidden, of_layer[4:], ffn_rows, True, flat
+        lacks = max(lacks, _timed_products(given, called, memory, threads, span[2]))
         if lacks > 0:
-            break
+            return lacks
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
-    if lacks == 0:
-        _call_norm(norm, (h, output_norm, epsilon, normed))
-        spans[-1, 0] = _now()
-        lacks = _call_products(
-            products,
-            (
-                *(product, normed, everyone, whole, logit_width, output, logit_rows, False, logits),
-                *(memory, threads, multiply, take_tasks),
-            ),
-        )
-        spans[-1, 1] = _now()
-    return lacks
+    _call_norm(norm, (h, output_norm, epsilon, normed))
+    given = product, normed, everyone, whole, logit_width, output, logit_rows, False, logits
+    return int(_timed_products(given, called, memory, threads, spans[-1]))

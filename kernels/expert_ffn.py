@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from fiddler.kernels.grouped import run
+from fiddler.kernels.layout import address_of
 from fiddler.kernels.product import Product
 
 __all__ = ["expert_ffn"]
@@ -46,7 +47,7 @@ def expert_ffn(
         hidden_rows = _all_rows(gate.shape[0], hidden)
     else:
         _validate_rows(hidden_rows, gate.shape[0], hidden)
-    matrices = np.array([bits.__array_interface__["data"][0] for bits in (gate, up, down)])
+    matrices = np.array([address_of(bits) for bits in (gate, up, down)])
     multiplications = 3 * x.shape[0] * ids.shape[1] * width * hidden
     ids, weights = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
     y = np.empty((tokens, width), np.float32) if out is None else out

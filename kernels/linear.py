@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from fiddler.kernels.grouped import run
+from fiddler.kernels.layout import address_of
 from fiddler.kernels.product import Product
 
 __all__ = ["linear", "linears"]
@@ -36,7 +37,7 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], product: Product) -> l
         return [np.empty((0, w.shape[0]), np.float32) for w in weights]
     outputs = [w.shape[0] for w in weights]
     y = np.empty(tokens * sum(outputs), np.float32)
-    matrices = np.array([w.__array_interface__["data"][0] for w in weights])
+    matrices = np.array([address_of(w) for w in weights])
     ids, share, every = _one_expert(tokens, width)
     run(product, x, ids, share, every, matrices, np.array(outputs), False, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
