@@ -30,6 +30,11 @@ class Tier:
     half_convert: bool = False  # converts binary16 in hardware
     tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
 
+    @property
+    def dot_sums(self) -> int:
+        """Vectors of sums of a dot-product tile: fewer than an outer-product tile has, since both sides are widened."""
+        return self.outer_rows * self.outer_tokens // self.lanes * 2 // 3
+
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}

@@ -18,9 +18,9 @@ from fiddler.kernels.jit import FASTMATH, kernel
 from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul import block_product, call_block_product, scratch_words
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
+from fiddler.kernels.stores import store_activation, store_pairs, store_word
 from fiddler.kernels.tasks import take_rows, task_rows
 from fiddler.kernels.threads import threads_for
-from fiddler.kernels.tiles import store_activation, store_pairs
 
 __all__ = ["called", "compile_grouped_products", "grouped_products", "products", "run", "workspace"]
 
@@ -56,7 +56,7 @@ def _store_hidden(
             for r in range(rows):
                 word = panel * hidden + (begin + r) * wide - panel
                 for m in range(panel, panel + wide):
-                    store_activation(product, h, word + m, a[r, m])
+                    store_word(product, h, word + m, a[r, m])
 
 
 @njit(nogil=True, boundscheck=False, fastmath=FASTMATH)

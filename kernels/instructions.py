@@ -15,7 +15,6 @@ from fiddler.kernels.product import Product
 __all__ = [
     "F16",
     "F32",
-    "I1",
     "I8",
     "I16",
     "I32",
@@ -23,21 +22,21 @@ __all__ = [
     "PASSING",
     "address",
     "dot_bf16",
+    "halves",
     "horizontal_sum",
-    "lane_mask",
     "load",
     "loop",
-    "masked_load",
     "multiply_add",
     "prefetch",
     "round_to_bf16",
     "splat",
     "widen",
+    "widen_one",
 ]
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 PASSING = 4
-I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 
 
 def address(b: ir.IRBuilder, base: ir.Value, index: ir.Value, width: int) -> ir.Value:
@@ -65,29 +64,11 @@ def prefetch(b: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
     b.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 4 - level), ir.Constant(I32, 1)])
 
 
-def masked_load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType, align: int, mask: ir.Value) -> ir.Value:
-    """Lanes whose mask is off are zero, and their memory is not touched."""
-    suffix = f"v{vector.count}i{vector.element.width}"
-    function = cgutils.get_or_insert_function(
-        b.module,
-        ir.FunctionType(vector, [vector.as_pointer(), I32, ir.VectorType(I1, vector.count), vector]),
-        f"llvm.masked.load.{suffix}.p0",
-    )
-    typed = b.bitcast(pointer, vector.as_pointer())
-    return b.call(function, [typed, ir.Constant(I32, align), mask, ir.Constant(vector, [0] * vector.count)])
-
-
 def splat(b: ir.IRBuilder, value: ir.Value, count: int) -> ir.Value:
     """A vector with this value in every lane."""
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     first = b.insert_element(undefined, value, ir.Constant(I32, 0))
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
-
-
-def lane_mask(b: ir.IRBuilder, count: int, left: ir.Value) -> ir.Value:
-    """Lane i is on while i < left."""
-    lanes = ir.VectorType(I64, count)
-    return b.icmp_signed("<", ir.Constant(lanes, list(range(count))), splat(b, left, count))
 
 
 def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
@@ -102,13 +83,26 @@ def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
         return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
     if product.tier.half_convert:
         return b.fpext(b.bitcast(bits, ir.VectorType(F16, count)), floats)
-    # exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
-    word = b.zext(bits, wide)
-    magnitude = b.bitcast(b.shl(b.and_(word, constant(0x7FFF)), constant(13)), floats)
-    scaled = b.bitcast(b.fmul(magnitude, ir.Constant(floats, [2.0**112] * count)), wide)
-    special = b.icmp_unsigned(">=", b.and_(word, constant(0x7FFF)), constant(0x7C00))  # infinities and NaNs
-    scaled = b.select(special, b.or_(scaled, constant(0x7F800000)), scaled)
-    return b.bitcast(b.or_(scaled, b.shl(b.and_(word, constant(0x8000)), constant(16))), floats)
+    # sign, exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
+    placed = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
+    scaled = b.bitcast(b.fmul(b.bitcast(placed, floats), ir.Constant(floats, [2.0**112] * count)), wide)
+    exponent = constant(0x1F << 23)  # of infinities and NaNs
+    special = b.sext(b.icmp_unsigned("==", b.and_(placed, exponent), exponent), wide)
+    return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
+
+
+def widen_one(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
+    """One 16-bit weight as float32."""
+    return b.extract_element(widen(b, product, b.bitcast(bits, ir.VectorType(I16, 1))), ir.Constant(I32, 0))
+
+
+def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Words of two bf16 each as float32: those in the low halves, and those in the high ones."""
+    count = pairs.type.count
+    words, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
+    low = b.shl(pairs, ir.Constant(words, [16] * count))
+    high = b.and_(pairs, ir.Constant(words, [-(1 << 16)] * count))
+    return b.bitcast(low, floats), b.bitcast(high, floats)
 
 
 def dot_bf16(b: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:

@@ -1,10 +1,10 @@
 """How activations lie in memory between the products, and gathering them into that.
 
 Activations are kept in one of two layouts, counted in 4-byte words:
-*rows*: one token after another (bf16 pairs: an odd width is padded by one element), for few tokens;
+*rows*: one token after another, in bf16 where weights are bf16, too, and activations rounded, for few tokens;
 *packed*: panels of tokens, one after another; a panel is words [its tokens' width, its tokens]. Entry (p, t) is the
-bf16 elements 2p and 2p + 1 of token t, or, where activations are float32, its element p. The last panel may be
-narrower; tokens are padded to a multiple of 16.
+bf16 elements 2p and 2p + 1 of token t where the CPU multiplies pairs, else its element p in float32. The last panel may
+be narrower; tokens are padded to a multiple of 16.
 
 All of it is compiled: between two products of one token, Python would find its code and data evicted by the weights.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fiddler.kernels.product import Product, activation_bytes, in_pairs, in_tiles, panel_tokens
-from fiddler.kernels.tiles import store_activation, store_pair
+from fiddler.kernels.product import Product, in_pairs, in_tiles, panel_tokens, row_bytes
+from fiddler.kernels.stores import store_activation, store_pair, store_word
 
 __all__ = ["Groups", "Workspace", "address_of", "group_tokens", "pack", "places", "row_stride"]
 
@@ -103,7 +103,7 @@ def row_stride(product: Product, width: int) -> int:
     So many more than the width that parts of many rows, the same of each, lie all over the first-level cache: rows a
     large power of two apart would share a few of its places.
     """
-    size: int = activation_bytes(product)
+    size: int = row_bytes(product)
     lines = (width * size + _LINE - 1) // _LINE
     return (lines + (_SPREAD - lines) % _SETS) * _LINE // size
 
@@ -115,13 +115,14 @@ def places(product: Product, groups: Groups, width: int, begin: int) -> np.ndarr
     Every group begins at a cache line where `begin` is one.
     """
     stride = row_stride(product, width)
-    words = stride // 2 if in_pairs(product) else stride
+    in_rows = stride * row_bytes(product) // 4
+    in_panels = in_rows if in_pairs(product) else width
     at = np.empty(groups.expert.size + 1, np.int64)
     at[0] = begin
     for g in range(groups.expert.size):
         count = groups.first[g + 1] - groups.first[g]
-        padded = (count + 15) // 16 * 16 if groups.packed[g] else count
-        at[g + 1] = at[g] + (padded * words + 15) // 16 * 16
+        words = (count + 15) // 16 * 16 * in_panels if groups.packed[g] else count * in_rows
+        at[g + 1] = at[g] + (words + 15) // 16 * 16
     return at
 
 
@@ -179,4 +180,4 @@ def pack(product: Product, x: np.ndarray, groups: Groups, words: int, at: np.nda
                         store_pair(start, word + p * wide, x[source, 2 * p], x[source, 2 * p + 1])
                 else:
                     for p in range(begin, end):
-                        store_activation(product, start, word + p * wide, x[source, p])
+                        store_word(product, start, word + p * wide, x[source, p])

@@ -18,23 +18,24 @@ from fiddler.kernels.called import Called
 from fiddler.kernels.jit import kernel
 from fiddler.kernels.product import (
     Product,
-    activation_bytes,
     in_pairs,
     in_tiles,
     outer_rows,
     outer_tokens,
     panel_tokens,
+    row_bytes,
 )
-from fiddler.kernels.tiles import SEVERAL, copy_words, dot_tile, outer_tile, store_float, widen_row
+from fiddler.kernels.stores import copy_words, store_float
+from fiddler.kernels.tiles import SEVERAL, dot_tile, dot_tokens, outer_tile, widen_row
 
 __all__ = ["block_product", "call_block_product", "scratch_words"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
-# bytes: how far before its use a cache line of weights is asked for, where one row is read: of bf16 pairs, of others
-_AHEAD_OF_PAIRS, _AHEAD_OF_FLOATS = 4096, 8192
+_AHEAD = 8192  # bytes of weights that one to four tokens read between asking for a cache line and using it
+_ROWS_OF_MANY = 4  # weight rows that tokens of more than one tile take by turns
 _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
-_PART = 1024  # elements along K that several tokens take at once, at most
+_PART = 1024  # elements along K that several tokens' pairs take at once, at most
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
 _TILE_AHEAD = 1024  # bytes along a weight row, some sixteen steps
@@ -101,49 +102,46 @@ def _part(k: int, most: int) -> int:
 def _dots(
     product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int, onward: int
 ) -> None:
-    """Row after row, each from its beginning to its end: the order in which memory is read fastest.
+    """Rows one after the other, from their beginning to their end: the order in which memory is read fastest.
 
-    Unless so much of x does not fit the first-level cache: then a part of all rows after the other. With several
-    tokens the cores are busy for longer than a row's part is on its way; so the next part of each row is asked for
-    then, or, with the last one, the first part of the rows that are read next.
+    Several tokens' pairs go a part of all rows after the other instead, so that as much of x stays in the first-level
+    cache. The cores are busy for longer than a row's part is on its way then; so the next part of each row is asked
+    for, or, with the last one, the first part of the rows that are read next.
     """
-    token, several = ldx * activation_bytes(product), tokens >= SEVERAL
-    part, ahead = k, _AHEAD_OF_PAIRS if in_pairs(product) else _AHEAD_OF_FLOATS
-    if k != ldw:  # what follows in a row is not ours
-        ahead = 2 * ldw
-    if tokens > 1:
-        fits = max(256, _NEAR // (tokens * activation_bytes(product)) // 256 * 256)
-        if several:
-            fits = min(fits, _PART)
-        if k > fits:
-            part, ahead = _part(k, fits), 2 * ldw
+    token, part, ahead, parted = ldx * row_bytes(product), k, _AHEAD, in_pairs(product) and tokens >= SEVERAL
+    if parted:
+        fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
+        part, ahead = (_part(k, fits), 2 * ldw) if k > fits else (k, 2 * ldw)
+    taken = rows if tokens <= dot_tokens(product) else _ROWS_OF_MANY
     for begin in range(0, k, part):
         count = min(part, k - begin)
-        if several and begin + part < k:
+        if parted and begin + part < k:
             ahead = 2 * part
-        elif several and onward != 0:
+        elif parted and onward != 0:
             ahead = onward - 2 * begin
-        xr = x + begin * activation_bytes(product)
-        for r in range(rows):
-            wr, cr = w + 2 * (r * ldw + begin), c + 4 * r * ldc
+        xr = x + begin * row_bytes(product)
+        for r in range(0, rows, taken):
+            wr, cr, these = w + 2 * (r * ldw + begin), c + 4 * r * ldc, min(taken, rows - r)
             m, first = 0, ahead
-            while m + 8 <= tokens:
-                dot_tile(product, 8, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-                m, first = m + 8, 0
-            if m + 7 == tokens:
-                dot_tile(product, 7, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 6 == tokens:
-                dot_tile(product, 6, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 5 == tokens:
-                dot_tile(product, 5, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 4 == tokens:
-                dot_tile(product, 4, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 3 == tokens:
-                dot_tile(product, 3, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 2 == tokens:
-                dot_tile(product, 2, wr, xr + m * token, ldx, cr + 4 * m, count, first)
-            elif m + 1 == tokens:
-                dot_tile(product, 1, wr, xr + m * token, ldx, cr + 4 * m, count, first)
+            while m < tokens:
+                xm, cm, left = xr + m * token, cr + 4 * m, min(tokens - m, dot_tokens(product))
+                if left == 1:
+                    dot_tile(product, 1, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif left == 2:
+                    dot_tile(product, 2, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif left == 3:
+                    dot_tile(product, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif left == 4:
+                    dot_tile(product, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(product) == 8 and left == 5:
+                    dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(product) == 8 and left == 6:
+                    dot_tile(product, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(product) == 8 and left == 7:
+                    dot_tile(product, 7, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(product) == 8:
+                    dot_tile(product, 8, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                m, first = m + left, 0
 
 
 @njit(nogil=True, boundscheck=False)

@@ -20,13 +20,14 @@ from fiddler.kernels.cpu import TIERS, Tier, available_tiers
 
 __all__ = [
     "Product",
-    "activation_bytes",
     "compiled",
+    "constant_of",
     "in_pairs",
     "in_tiles",
     "outer_rows",
     "outer_tokens",
     "panel_tokens",
+    "row_bytes",
 ]
 
 
@@ -49,9 +50,14 @@ class Product:
             raise ValueError(f"this CPU does not run the tier {self.tier.name}")
 
     @property
+    def rows_in_pairs(self) -> bool:
+        """Few tokens' activations are stored as bf16 bits; else as float32, rounded or not."""
+        return self.activations == "bf16" and self.weights == "bf16"
+
+    @property
     def in_pairs(self) -> bool:
-        """Activations are stored as bf16 bits and multiplied in pairs; else as float32, rounded or not."""
-        return self.activations == "bf16" and self.weights == "bf16" and self.tier.dot_bf16
+        """Likewise those of many tokens, and the CPU multiplies pairs of bf16."""
+        return self.rows_in_pairs and self.tier.dot_bf16
 
     @property
     def in_tiles(self) -> bool:
@@ -99,7 +105,7 @@ def compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
+def constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
     """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
 
     @compiled
@@ -112,11 +118,12 @@ def _constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
     return constant
 
 
-in_pairs = _constant_of(lambda product: product.in_pairs, types.boolean)
-in_tiles = _constant_of(lambda product: product.in_tiles, types.boolean)
-outer_rows = _constant_of(lambda product: product.tier.outer_rows, types.intp)
+in_pairs = constant_of(lambda product: product.in_pairs, types.boolean)
+in_tiles = constant_of(lambda product: product.in_tiles, types.boolean)
+outer_rows = constant_of(lambda product: product.tier.outer_rows, types.intp)
 # beside tile registers, outer products compute what is left over, and need no wide form of their own
-outer_tokens = _constant_of(lambda product: 16 if product.in_tiles else product.tier.outer_tokens, types.intp)
-activation_bytes = _constant_of(lambda product: 2 if product.in_pairs else 4, types.intp)
-panel_tokens = _constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
+outer_tokens = constant_of(lambda product: 16 if product.in_tiles else product.tier.outer_tokens, types.intp)
+row_bytes = constant_of(lambda product: 2 if product.rows_in_pairs else 4, types.intp)
+"""Bytes of an activation in the rows layout."""
+panel_tokens = constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
 """Tokens of a panel in the packed layout: as many as a tile takes at once."""

@@ -1,6 +1,6 @@
 """The inner loops: small matrix products held in vector registers. Knows pointers and strides only.
 
-`dot_tile`: one weight row with a few tokens, for as long as reading the weights is what takes the time. `outer_tile`:
+`dot_tile`: weight rows with a few tokens, for as long as reading the weights is what takes the time. `outer_tile`:
 several weight rows x 16 or more tokens, packed so that one vector holds a value of several tokens. A tile is
 generated for its `Product`: the kinds of weights and activations and the instructions that multiply them. Pointers
 are plain addresses.
@@ -12,40 +12,34 @@ from functools import reduce
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 
 from fiddler.kernels.cpu import passes_weights
 from fiddler.kernels.instructions import (
     F32,
-    I8,
     I16,
     I32,
     I64,
     PASSING,
     address,
     dot_bf16,
+    halves,
     horizontal_sum,
-    lane_mask,
     load,
     loop,
-    masked_load,
     multiply_add,
     prefetch,
-    round_to_bf16,
     splat,
     widen,
+    widen_one,
 )
-from fiddler.kernels.product import compiled
+from fiddler.kernels.product import Product, compiled, constant_of
 
 __all__ = [
     "SEVERAL",
-    "copy_words",
     "dot_tile",
+    "dot_tokens",
     "outer_tile",
-    "store_activation",
-    "store_float",
-    "store_pair",
-    "store_pairs",
     "widen_row",
 ]
 
@@ -53,79 +47,6 @@ SEVERAL = 5  # tokens from which on what is asked for ahead goes to the second-l
 _AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
 _LINE = 64  # bytes
 _UNROLL = 4
-
-
-@compiled
-def store_activation(_context: Any, product: Any, base: Any, index: Any, value: Any) -> Any:
-    """Write a float32 as element `index` from the address `base`, as this product keeps its activations."""
-    kind = product.product
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        _, base, index, value = arguments
-        if kind.in_pairs:
-            bits = b.trunc(round_to_bf16(b, value), I16)
-            b.store(bits, b.bitcast(address(b, base, index, 2), I16.as_pointer()))
-        else:
-            if kind.activations == "bf16":
-                value = b.bitcast(b.shl(round_to_bf16(b, value), ir.Constant(I32, 16)), F32)
-            b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(product, types.intp, types.intp, types.float32), generate
-
-
-@compiled
-def store_float(_context: Any, base: Any, index: Any, value: Any) -> Any:
-    """Write a float32 as element `index` from the address `base`."""
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        base, index, value = arguments
-        b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.float32), generate
-
-
-@compiled
-def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
-    """Write two float32 as one word of bf16 bits, `low` in the low half, at word `index` from the address `base`."""
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        base, index, low, high = arguments
-        word = b.or_(round_to_bf16(b, low), b.shl(round_to_bf16(b, high), ir.Constant(I32, 16)))
-        b.store(word, b.bitcast(address(b, base, index, 4), I32.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.float32, types.float32), generate
-
-
-@compiled
-def store_pairs(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
-    """`store_pair` for 16 neighbours: words from `index` on, of the float32 at the addresses `low` and `high`."""
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        base, index, low, high = arguments
-        floats, words = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
-        lows, highs = (
-            round_to_bf16(b, load(b, address(b, place, ir.Constant(I64, 0), 1), floats, 4)) for place in (low, high)
-        )
-        both = b.or_(lows, b.shl(highs, ir.Constant(words, [16] * 16)))
-        b.store(both, b.bitcast(address(b, base, index, 4), words.as_pointer())).align = 4
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp, types.intp), generate
-
-
-@compiled
-def copy_words(_context: Any, to: Any, source: Any, count: Any) -> Any:
-    """Copy `count` words of 4 bytes between addresses."""
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        to, source, count = arguments
-        cgutils.raw_memcpy(b, b.inttoptr(to, I8.as_pointer()), b.inttoptr(source, I8.as_pointer()), count, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp), generate
 
 
 def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
@@ -139,72 +60,125 @@ def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
     return [b.add(line, swap), b.sub(line, swap)]
 
 
-@compiled
-def dot_tile(_context: Any, product: Any, tokens: Any, w: Any, x: Any, ldx: Any, c: Any, k: Any, ahead: Any) -> Any:
-    """c[m] += sum over k of w[k] * x[m * ldx + k], for m < tokens (a constant).
+def _dot_rows(product: Product, tokens: int) -> int:
+    """Weight rows that a dot-product tile takes at once: as many as leave it registers, at most 4.
 
-    `w` is one row of 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `ldx` counts
-    its elements; `c` is float32. Nothing past k is read; what lies `ahead` bytes further is prefetched.
+    They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
+    0.83 of the speed of plain reads with one row, at 0.96 with four. Several tokens' pairs go by parts of x that fit.
+    """
+    if product.in_pairs and tokens >= SEVERAL:
+        return 1
+    return next((rows for rows in (4, 2) if rows * tokens <= product.tier.dot_sums), 1)
+
+
+dot_tokens = constant_of(lambda product: 8 if product.in_pairs else 4, types.intp)
+"""Tokens of a dot-product tile, at most."""
+
+
+@compiled
+def dot_tile(
+    _context: Any,
+    product: Any,
+    tokens: Any,
+    w: Any,
+    ldw: Any,
+    rows: Any,
+    x: Any,
+    ldx: Any,
+    c: Any,
+    ldc: Any,
+    k: Any,
+    ahead: Any,
+) -> Any:
+    """c[r * ldc + m] += sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (a constant).
+
+    `w` are 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `c` is float32; `ldw`,
+    `ldx` and `ldc` count their elements. Nothing past k is read. What is read when `ahead` more bytes have been, rows
+    that follow included, is prefetched; with SEVERAL tokens, what lies so many bytes behind each address.
     """
     M, kind = tokens.literal_value, product.product
-    unroll = _UNROLL if M <= 4 else 2  # as many sums as there are registers for
+    R, lanes = _dot_rows(kind, M), kind.tier.lanes
+    chains = 2 if M >= SEVERAL else max(1, kind.tier.dot_sums // (R * M))  # of sums of each, which take turns
+    step = lanes * (2 if kind.rows_in_pairs else 1)
+    unroll = max(chains, _LINE // (2 * step))
+    x_width = 2 if kind.rows_in_pairs else 4
     level = 2 if M >= SEVERAL else PASSING if passes_weights() else 1
-    signature = types.void(product, tokens, *([types.intp] * 6))
+    signature = types.void(product, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, x, ldx, c, K, ahead = arguments[2:]
-        floats, words = ir.VectorType(F32, kind.tier.lanes), ir.VectorType(I32, kind.tier.lanes)
-        step = kind.tier.lanes * (2 if kind.in_pairs else 1)
-        bits = ir.VectorType(I16, step)
-        stored, x_width = (bits, 2) if kind.in_pairs else (words, 4)
+        w, ldw, rows, x, ldx, c, ldc, K, ahead = arguments[2:]
+        floats, words, bits = (ir.VectorType(kept, count) for kept, count in ((F32, lanes), (I32, lanes), (I16, step)))
         column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
-
-        def products(k: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
-            def fetch(base: ir.Value, vector: ir.VectorType, width: int) -> ir.Value:
-                pointer = address(b, base, k, width)
-                if mask is None:
-                    return load(b, pointer, vector, width)
-                return masked_load(b, pointer, vector, width, mask)
-
-            weights = fetch(w, bits, 2)
-            xs = [fetch(base, stored, x_width) for base in column]
-            if kind.in_pairs:
-                pairs = b.bitcast(weights, words)
-                return [
-                    dot_bf16(b, total, pairs, b.bitcast(value, words)) for total, value in zip(sums, xs, strict=True)
-                ]
-            values = widen(b, kind, weights)
-            return [
-                multiply_add(b, total, values, b.bitcast(value, floats)) for total, value in zip(sums, xs, strict=True)
-            ]
-
-        def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            result: list[ir.Value] = []
-            for u in range(unroll):
-                at = b.add(k, ir.Constant(I64, u * step))
-                if 2 * u * step % _LINE == 0:
-                    prefetch(b, address(b, following[2 * u * step // _LINE % 2], at, 2), level)
-                result += products(at, sums[u * M : (u + 1) * M], None)
-            return result
-
-        following = [b.add(w, ahead)] * 2  # from which even and odd lines are counted
-        if M >= SEVERAL and 2 * step * unroll % (2 * _LINE) == 0:
-            following = _odd_lines_first(b, following[0])
+        bytes_of_row, last = b.mul(ldw, ir.Constant(I64, 2)), b.sub(rows, ir.Constant(I64, 1))
         zero = ir.Constant(I64, 0)
         whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
-        sums = [ir.Constant(floats, [0.0] * kind.tier.lanes)] * (M * unroll)
-        k, sums = loop(b, "whole", zero, whole, step * unroll, sums, several)
-        for u in range(1, unroll):
+        near = b.sdiv(ahead, ir.Constant(I64, R))
+        turn = b.sub(K, b.sdiv(near, ir.Constant(I64, 2)))  # from where on that lies in other rows
+        beyond = b.add(b.sub(near, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R)))
+
+        def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            def operands(base: ir.Value, width: int) -> tuple[ir.Value, ...]:
+                place = address(b, base, k, width)
+                if kind.in_pairs:
+                    return (load(b, place, words, 2),)
+                if kind.rows_in_pairs:
+                    return halves(b, load(b, place, words, 2))
+                return (load(b, place, floats, 4) if width == 4 else widen(b, kind, load(b, place, bits, 2)),)
+
+            multiply, result = dot_bf16 if kind.in_pairs else multiply_add, list(sums)
+            weights = [operands(base, 2) for base in row]
             for m in range(M):
-                sums[m] = b.fadd(sums[m], sums[u * M + m])
+                for part, value in enumerate(operands(column[m], x_width)):
+                    for r in range(R):
+                        result[r * M + m] = multiply(b, result[r * M + m], weights[r][part], value)
+            return result
 
-        def rest(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            return products(k, sums, lane_mask(b, step, b.sub(K, k)))
+        def of_rows(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            further = [b.add(first, ir.Constant(I64, r)) for r in range(R)]
+            index = [b.select(b.icmp_signed("<", r, last), r, last) for r in further]  # the last one again, if too few
+            row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
+            lines = [row] * 2  # from where even and odd ones are counted
+            if M >= SEVERAL:
+                lines = [[base] for base in _odd_lines_first(b, b.add(row[0], ahead))]
 
-        _, sums = loop(b, "tail", k, K, step, sums[:M], rest)
-        for m in range(M):
-            pointer = b.bitcast(address(b, c, ir.Constant(I64, m), 4), F32.as_pointer())
-            b.store(b.fadd(b.load(pointer), horizontal_sum(b, sums[m])), pointer)
+            def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                sums = list(sums)
+                distance = zero if M >= SEVERAL else b.select(b.icmp_signed("<", k, turn), near, beyond)
+                for u in range(unroll):
+                    at = b.add(k, ir.Constant(I64, u * step))
+                    if 2 * u * step % _LINE == 0:
+                        for base in lines[2 * u * step // _LINE % 2]:
+                            prefetch(b, address(b, b.add(base, distance), at, 2), level)
+                    now = slice(u % chains * R * M, (u % chains + 1) * R * M)
+                    sums[now] = products(row, at, sums[now])
+                return sums
+
+            sums = [ir.Constant(floats, [0.0] * lanes)] * (R * M * chains)
+            k, sums = loop(b, "whole", zero, whole, step * unroll, sums, several)
+            totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
+
+            def one(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+                weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
+                places = [address(b, base, k, x_width) for base in column]
+                if kind.rows_in_pairs:
+                    values = [widen_one(b, kind, load(b, place, I16, 2)) for place in places]
+                else:
+                    values = [load(b, place, F32, 4) for place in places]
+                return [multiply_add(b, totals[i], weights[i // M], values[i % M]) for i in range(R * M)]
+
+            _, totals = loop(b, "tail", k, K, 1, totals, one)
+            places = [
+                b.bitcast(address(b, c, b.add(b.mul(r, ldc), ir.Constant(I64, m)), 4), F32.as_pointer())
+                for r in index
+                for m in range(M)
+            ]
+            # all are read before one is written: a row that is there twice counts once
+            before = [b.load(place) for place in places]
+            for place, old, total in zip(places, before, totals, strict=True):
+                b.store(b.fadd(old, total), place)
+            return []
+
+        loop(b, "rows", zero, rows, R, [], of_rows)
         return context.get_dummy_value()
 
     return signature, generate
@@ -282,7 +256,7 @@ def outer_tile(
 
 @compiled
 def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
-    """out[i] = w[i] as float32 for i < k; `out` has room for a multiple of 16.
+    """out[i] = w[i] as float32 for i < k.
 
     What lies `ahead` bytes further is prefetched.
     """
@@ -292,28 +266,20 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any)
         _, w, out, K, ahead = arguments
         bits = ir.VectorType(I16, kind.tier.lanes)
 
-        def write(k: ir.Value, weights: ir.Value) -> list[ir.Value]:
+        def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             prefetch(b, address(b, b.add(w, ahead), k, 2), PASSING if passes_weights() else 1)
-            values = widen(b, kind, weights)
+            values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []
 
+        def one(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            value = widen_one(b, kind, load(b, address(b, w, k, 2), I16, 2))
+            b.store(value, b.bitcast(address(b, out, k, 4), F32.as_pointer()))
+            return []
+
         whole = b.sub(K, b.srem(K, ir.Constant(I64, kind.tier.lanes)))
-        k, _ = loop(
-            b,
-            "whole",
-            ir.Constant(I64, 0),
-            whole,
-            kind.tier.lanes,
-            [],
-            lambda k, _: write(k, load(b, address(b, w, k, 2), bits, 2)),
-        )
-
-        def rest(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            mask = lane_mask(b, kind.tier.lanes, b.sub(K, k))
-            return write(k, masked_load(b, address(b, w, k, 2), bits, 2, mask))
-
-        loop(b, "tail", k, K, kind.tier.lanes, [], rest)
+        k, _ = loop(b, "whole", ir.Constant(I64, 0), whole, kind.tier.lanes, [], several)
+        loop(b, "tail", k, K, 1, [], one)
         return context.get_dummy_value()
 
     return types.void(product, *([types.intp] * 4)), generate
