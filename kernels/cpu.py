@@ -24,16 +24,12 @@ class Tier:
     name: str
     needs: frozenset[str]  # LLVM's feature names
     lanes: int  # float32 values in a vector
+    registers: int  # such vectors that the CPU has registers for
     outer_rows: int  # weight rows of an outer-product tile: as many as fill the vector registers with sums
     outer_tokens: int  # and its tokens, at most
     dot_bf16: bool = False  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
     half_convert: bool = False  # converts binary16 in hardware
     tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
-
-    @property
-    def dot_sums(self) -> int:
-        """Vectors of sums of a dot-product tile: fewer than an outer-product tile has, since both sides are widened."""
-        return self.outer_rows * self.outer_tokens // self.lanes * 2 // 3
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -42,11 +38,11 @@ _BF16 = _AVX512 | {"avx512bf16"}
 _AMX = _BF16 | {"amx-tile", "amx-bf16"}
 
 TIERS = (
-    Tier("amx_bf16", _AMX, 16, 8, 48, dot_bf16=True, half_convert=True, tiles=True),
-    Tier("avx512_bf16", _BF16, 16, 8, 48, dot_bf16=True, half_convert=True),
-    Tier("avx512", _AVX512, 16, 8, 48, half_convert=True),
-    Tier("avx2", _AVX2, 8, 6, 16, half_convert=True),
-    Tier("portable", frozenset(), 8, 3, 16),
+    Tier("amx_bf16", _AMX, 16, 32, 8, 48, dot_bf16=True, half_convert=True, tiles=True),
+    Tier("avx512_bf16", _BF16, 16, 32, 8, 48, dot_bf16=True, half_convert=True),
+    Tier("avx512", _AVX512, 16, 32, 8, 48, half_convert=True),
+    Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
+    Tier("portable", frozenset(), 8, 8, 3, 16),
 )
 """Best first. The last one runs on any CPU that LLVM compiles for."""
 

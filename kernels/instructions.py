@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "loop",
     "multiply_add",
+    "opaque",
     "prefetch",
     "round_to_bf16",
     "splat",
@@ -103,6 +104,11 @@ def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:
     low = b.shl(pairs, ir.Constant(words, [16] * count))
     high = b.and_(pairs, ir.Constant(words, [-(1 << 16)] * count))
     return b.bitcast(low, floats), b.bitcast(high, floats)
+
+
+def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same integer, of which the compiler does not know that: what is loaded from there is loaded again."""
+    return b.call(ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", "=r,0", side_effect=False), [value])
 
 
 def dot_bf16(b: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:

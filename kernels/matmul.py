@@ -112,7 +112,9 @@ def _dots(
     if parted:
         fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
         part, ahead = (_part(k, fits), 2 * ldw) if k > fits else (k, 2 * ldw)
-    taken = rows if tokens <= dot_tokens(product) else _ROWS_OF_MANY
+    chunks = (tokens + dot_tokens(product) - 1) // dot_tokens(product)
+    most = dot_tokens(product) if parted else (tokens + chunks - 1) // max(1, chunks)
+    taken = rows if chunks <= 1 else _ROWS_OF_MANY
     for begin in range(0, k, part):
         count = min(part, k - begin)
         if parted and begin + part < k:
@@ -124,7 +126,7 @@ def _dots(
             wr, cr, these = w + 2 * (r * ldw + begin), c + 4 * r * ldc, min(taken, rows - r)
             m, first = 0, ahead
             while m < tokens:
-                xm, cm, left = xr + m * token, cr + 4 * m, min(tokens - m, dot_tokens(product))
+                xm, cm, left = xr + m * token, cr + 4 * m, min(tokens - m, most)
                 if left == 1:
                     dot_tile(product, 1, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif left == 2:
@@ -133,9 +135,9 @@ def _dots(
                     dot_tile(product, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif left == 4:
                     dot_tile(product, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) == 8 and left == 5:
+                elif dot_tokens(product) >= 6 and left == 5:
                     dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) == 8 and left == 6:
+                elif dot_tokens(product) >= 6 and left == 6:
                     dot_tile(product, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif dot_tokens(product) == 8 and left == 7:
                     dot_tile(product, 7, wr, ldw, these, xm, ldx, cm, ldc, count, first)

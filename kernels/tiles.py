@@ -28,6 +28,7 @@ from fiddler.kernels.instructions import (
     load,
     loop,
     multiply_add,
+    opaque,
     prefetch,
     splat,
     widen,
@@ -61,17 +62,19 @@ def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
 
 
 def _dot_rows(product: Product, tokens: int) -> int:
-    """Weight rows that a dot-product tile takes at once: as many as leave it registers, at most 4.
+    """Weight rows that a dot-product tile takes at once: at most 4, as many as leave registers for the operands.
 
     They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
     0.83 of the speed of plain reads with one row, at 0.96 with four. Several tokens' pairs go by parts of x that fit.
     """
+    if tokens == 1:
+        return 4
     if product.in_pairs and tokens >= SEVERAL:
         return 1
-    return next((rows for rows in (4, 2) if rows * tokens <= product.tier.dot_sums), 1)
+    return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), 1)
 
 
-dot_tokens = constant_of(lambda product: 8 if product.in_pairs else 4, types.intp)
+dot_tokens = constant_of(lambda of: 8 if of.in_pairs else 6 if of.tier.registers >= 16 else 4, types.intp)
 """Tokens of a dot-product tile, at most."""
 
 
@@ -94,15 +97,16 @@ def dot_tile(
 
     `w` are 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `c` is float32; `ldw`,
     `ldx` and `ldc` count their elements. Nothing past k is read. What is read when `ahead` more bytes have been, rows
-    that follow included, is prefetched; with SEVERAL tokens, what lies so many bytes behind each address.
+    that follow included, is prefetched; with SEVERAL tokens' pairs, what lies so many bytes behind each address.
     """
     M, kind = tokens.literal_value, product.product
     R, lanes = _dot_rows(kind, M), kind.tier.lanes
-    chains = 2 if M >= SEVERAL else max(1, kind.tier.dot_sums // (R * M))  # of sums of each, which take turns
+    parted = kind.in_pairs and M >= SEVERAL
+    chains = 2 if parted else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
     step = lanes * (2 if kind.rows_in_pairs else 1)
     unroll = max(chains, _LINE // (2 * step))
     x_width = 2 if kind.rows_in_pairs else 4
-    level = 2 if M >= SEVERAL else PASSING if passes_weights() else 1
+    level = 2 if parted else PASSING if passes_weights() else 1
     signature = types.void(product, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -116,21 +120,23 @@ def dot_tile(
         turn = b.sub(K, b.sdiv(near, ir.Constant(I64, 2)))  # from where on that lies in other rows
         beyond = b.add(b.sub(near, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R)))
 
-        def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            def operands(base: ir.Value, width: int) -> tuple[ir.Value, ...]:
-                place = address(b, base, k, width)
-                if kind.in_pairs:
-                    return (load(b, place, words, 2),)
-                if kind.rows_in_pairs:
-                    return halves(b, load(b, place, words, 2))
-                return (load(b, place, floats, 4) if width == 4 else widen(b, kind, load(b, place, bits, 2)),)
+        def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
+            place = address(b, base, k, width)
+            if kind.rows_in_pairs:
+                pairs = load(b, place, words, 2)
+                return pairs if kind.in_pairs else halves(b, pairs)[half]
+            return load(b, place, floats, 4) if width == 4 else widen(b, kind, load(b, place, bits, 2))
 
+        def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             multiply, result = dot_bf16 if kind.in_pairs else multiply_add, list(sums)
-            weights = [operands(base, 2) for base in row]
-            for m in range(M):
-                for part, value in enumerate(operands(column[m], x_width)):
+            for half in range(2 if kind.rows_in_pairs and not kind.in_pairs else 1):
+                if half == 1 and kind.tier.registers <= 2 * R * M:
+                    k = opaque(b, k)  # both halves of all operands would not fit the registers
+                weights = [operands(base, k, 2, half) for base in row]
+                for m in range(M):
+                    value = operands(column[m], k, x_width, half)
                     for r in range(R):
-                        result[r * M + m] = multiply(b, result[r * M + m], weights[r][part], value)
+                        result[r * M + m] = multiply(b, result[r * M + m], weights[r], value)
             return result
 
         def of_rows(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -138,12 +144,12 @@ def dot_tile(
             index = [b.select(b.icmp_signed("<", r, last), r, last) for r in further]  # the last one again, if too few
             row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
             lines = [row] * 2  # from where even and odd ones are counted
-            if M >= SEVERAL:
+            if parted:
                 lines = [[base] for base in _odd_lines_first(b, b.add(row[0], ahead))]
 
             def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 sums = list(sums)
-                distance = zero if M >= SEVERAL else b.select(b.icmp_signed("<", k, turn), near, beyond)
+                distance = zero if parted else b.select(b.icmp_signed("<", k, turn), near, beyond)
                 for u in range(unroll):
                     at = b.add(k, ir.Constant(I64, u * step))
                     if 2 * u * step % _LINE == 0:
