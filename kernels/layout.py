@@ -15,15 +15,15 @@ import threading
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
-from fiddler.kernels.product import Product, in_pairs, in_tiles, panel_tokens, row_bytes
+from fiddler.kernels.product import Product, constant_of, in_pairs, in_tiles, panel_tokens, row_bytes
 from fiddler.kernels.stores import store_activation, store_pair, store_word
 
 __all__ = ["Groups", "Workspace", "address_of", "group_tokens", "pack", "places", "row_stride"]
 
 _FEW_PAIRS, _FEW_FLOATS = 14, 16  # tokens of an expert in all: more are faster packed
-_PAIRS_BESIDE, _FLOATS_BESIDE = 8, 12  # tokens beside packed ones
+_beside_others = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)  # packed ones
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 _LINE, _SETS = 64, 64  # bytes and sets of the first-level caches of Zen and Xeon
 _SPREAD = 39  # lines from row to row, of the number of sets: 0.618 of it, which spreads any number of rows well
@@ -86,8 +86,7 @@ def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
         return count
-    few, beside = (_FEW_PAIRS, _PAIRS_BESIDE) if in_pairs(product) else (_FEW_FLOATS, _FLOATS_BESIDE)
-    most = beside if count > 16 else few
+    most = _beside_others(product) if count > 16 else _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
     if count <= most and not in_tiles(product):
         return count
     if in_tiles(product):

@@ -135,7 +135,7 @@ def _dots(
                     dot_tile(product, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif left == 4:
                     dot_tile(product, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 6 and left == 5:
+                elif dot_tokens(product) >= 5 and left == 5:
                     dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif dot_tokens(product) >= 6 and left == 6:
                     dot_tile(product, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)

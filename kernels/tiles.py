@@ -74,8 +74,8 @@ def _dot_rows(product: Product, tokens: int) -> int:
     return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), 1)
 
 
-dot_tokens = constant_of(lambda of: 8 if of.in_pairs else 6 if of.tier.registers >= 16 else 4, types.intp)
-"""Tokens of a dot-product tile, at most."""
+dot_tokens = constant_of(lambda of: 8 if of.in_pairs else {32: 5, 16: 6}.get(of.tier.registers, 4), types.intp)
+"""Tokens of a dot-product tile, at most. With 32 registers six of them and four rows have too many addresses."""
 
 
 @compiled
