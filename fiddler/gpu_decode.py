@@ -9,6 +9,7 @@ So what lies between one layer's experts and the next one's is the GPU's time, a
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,8 +59,12 @@ def _captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             yield graph
-        finally:  # of one that is not ended, torch ends the process
-            graph.capture_end()
+        except BaseException:  # of one that is not ended, torch ends the process
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it may be empty as yet
+                graph.capture_end()
+            raise
+        graph.capture_end()
     finally:
         if collects:
             gc.enable()

@@ -1,4 +1,4 @@
-"""LLVM IR that the tiles are written in: vectors, masks, conversions, loops. Knows no matrices.
+"""LLVM IR that the tiles are written in: vectors, conversions, loops. Knows no matrices.
 
 Pointers are plain addresses; `b` is the builder that the instructions are appended to.
 """

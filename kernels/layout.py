@@ -1,7 +1,7 @@
 """How activations lie in memory between the products, and gathering them into that.
 
 Activations are kept in one of two layouts, counted in 4-byte words:
-*rows*: one token after another, in bf16 where weights are bf16, too, and activations rounded, for few tokens;
+*rows*, for few tokens: one after another, in bf16 where weights are bf16 and activations rounded to it, else float32;
 *packed*: panels of tokens, one after another; a panel is words [its tokens' width, its tokens]. Entry (p, t) is the
 bf16 elements 2p and 2p + 1 of token t where the CPU multiplies pairs, else its element p in float32. The last panel may
 be narrower; tokens are padded to a multiple of 16.
@@ -22,8 +22,9 @@ from fiddler.kernels.stores import store_activation, store_pair, store_word
 
 __all__ = ["Groups", "Workspace", "address_of", "group_tokens", "pack", "places", "row_stride"]
 
-_FEW_PAIRS, _FEW_FLOATS = 14, 16  # tokens of an expert in all: more are faster packed
-_beside_others = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)  # packed ones
+_FEW_PAIRS, _FEW_FLOATS = 14, 24  # tokens of an expert in all: more are faster packed
+_in_rows_beside = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)
+"""Tokens beside packed ones."""
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
 _LINE, _SETS = 64, 64  # bytes and sets of the first-level caches of Zen and Xeon
 _SPREAD = 39  # lines from row to row, of the number of sets: 0.618 of it, which spreads any number of rows well
@@ -86,9 +87,10 @@ def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
         return count
-    most = _beside_others(product) if count > 16 else _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
-    if count <= most and not in_tiles(product):
+    few = _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
+    if count <= few and not in_tiles(product):
         return count
+    most = _in_rows_beside(product)
     if in_tiles(product):
         if _FEW_FOR_TILES < count <= _BESIDE:
             return 0

@@ -32,7 +32,7 @@ __all__ = ["block_product", "call_block_product", "scratch_words"]
 
 # words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
 _BLOCK = 1024
-_AHEAD = 8192  # bytes of weights that one to four tokens read between asking for a cache line and using it
+_AHEAD = 8192  # bytes of weights that a dot-product tile reads between asking for a cache line and using it
 _ROWS_OF_MANY = 4  # weight rows that tokens of more than one tile take by turns
 _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
 _PART = 1024  # elements along K that several tokens' pairs take at once, at most
@@ -102,7 +102,7 @@ def _part(k: int, most: int) -> int:
 def _dots(
     product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int, onward: int
 ) -> None:
-    """Rows one after the other, from their beginning to their end: the order in which memory is read fastest.
+    """A few rows at once, from their beginning to their end: the order in which memory is read fastest.
 
     Several tokens' pairs go a part of all rows after the other instead, so that as much of x stays in the first-level
     cache. The cores are busy for longer than a row's part is on its way then; so the next part of each row is asked
@@ -113,8 +113,8 @@ def _dots(
         fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
         part, ahead = (_part(k, fits), 2 * ldw) if k > fits else (k, 2 * ldw)
     chunks = (tokens + dot_tokens(product) - 1) // dot_tokens(product)
-    most = dot_tokens(product) if parted else (tokens + chunks - 1) // max(1, chunks)
-    taken = rows if chunks <= 1 else _ROWS_OF_MANY
+    most = dot_tokens(product) if parted else (tokens + chunks - 1) // chunks
+    taken = rows if chunks == 1 else _ROWS_OF_MANY
     for begin in range(0, k, part):
         count = min(part, k - begin)
         if parted and begin + part < k:

@@ -44,7 +44,7 @@ __all__ = [
     "widen_row",
 ]
 
-SEVERAL = 5  # tokens from which on what is asked for ahead goes to the second-level cache: much later it is used
+SEVERAL = 5  # tokens from which on the cores, not the memory, may be what takes the time
 _AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
 _LINE = 64  # bytes
 _UNROLL = 4
