@@ -68,8 +68,9 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatc
 
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
 from fiddler.converters import convert
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
 def progress(done, total):
     print(done, total, flush=True)
     time.sleep(0.03)
