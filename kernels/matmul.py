@@ -111,7 +111,7 @@ def _dots(
     token, part, ahead, parted = ldx * row_bytes(product), k, _AHEAD, in_pairs(product) and tokens >= SEVERAL
     if parted:
         fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
-        part, ahead = (_part(k, fits), 2 * ldw) if k > fits else (k, 2 * ldw)
+        part, ahead = _part(k, fits), 2 * ldw
     chunks = (tokens + dot_tokens(product) - 1) // dot_tokens(product)
     most = dot_tokens(product) if parted else (tokens + chunks - 1) // chunks
     taken = rows if chunks == 1 else _ROWS_OF_MANY
