@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from fiddler.kernels.jit import OPTIONS
+
 __all__ = ["exponential", "from_half", "silu", "to_half"]
 
 
@@ -35,7 +37,7 @@ def _bits_of(_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@njit(inline="always")
+@njit(**OPTIONS, inline="always")
 def exponential(value: np.float32) -> np.float32:
     """e to this power, for -87 to 88; beyond, that of the nearest of them, and NaN may become any of these.
 
@@ -55,13 +57,13 @@ def exponential(value: np.float32) -> np.float32:
     return np.float32(p * _float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)))
 
 
-@njit(inline="always")
+@njit(**OPTIONS, inline="always")
 def silu(value: np.float32) -> np.float32:
     """value * sigmoid(value)."""
     return np.float32(value / (np.float32(1.0) + exponential(np.float32(-value))))
 
 
-@njit
+@njit(**OPTIONS)
 def from_half(bits: np.uint16) -> np.float32:
     """The value of binary16 bits, exactly: exponent and mantissa moved into place, then scaled by 2**112."""
     word = np.uint32(bits)
@@ -72,7 +74,7 @@ def from_half(bits: np.uint16) -> np.float32:
     return value
 
 
-@njit
+@njit(**OPTIONS)
 def to_half(value: np.float32) -> np.uint16:
     """The bits of the nearest binary16, ties to even; beyond its range an infinity, and a NaN stays one."""
     bits = _bits_of(value)

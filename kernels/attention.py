@@ -18,13 +18,11 @@ from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels.arithmetic import exponential, from_half, to_half
 from fiddler.kernels.called import Called
-from fiddler.kernels.jit import FASTMATH, kernel
+from fiddler.kernels.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.layout import address_of
 from fiddler.kernels.threads import threads_for
 
 __all__ = ["Kept", "attend_each", "attention", "called"]
-
-_OPTIONS = {"nogil": True, "boundscheck": False}
 
 
 def attend_each(
@@ -142,7 +140,7 @@ def _write(kept: np.ndarray, row: np.ndarray) -> None:
     raise NotImplementedError("called from compiled code only")
 
 
-@overload(_read, jit_options=_OPTIONS)
+@overload(_read, jit_options=OPTIONS)
 def _read_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     if cast(Any, kept).dtype == types.float32:
 
@@ -158,7 +156,7 @@ def _read_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     return read
 
 
-@overload(_write, jit_options=_OPTIONS)
+@overload(_write, jit_options=OPTIONS)
 def _write_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     if cast(Any, kept).dtype == types.float32:
 
@@ -174,7 +172,7 @@ def _write_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
     return write
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _weigh(scores: np.ndarray) -> np.float32:
     """Scores -> e to them, less the largest; their sum. A NaN stays one."""
     top = scores[0]
@@ -188,7 +186,7 @@ def _weigh(scores: np.ndarray) -> np.float32:
     return total
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _turn(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.float32, turned: np.ndarray) -> None:
     """Neighbouring pairs of a head, as complex numbers, turned to their position, and scaled."""
     for i in range(frequencies.size):

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels import attention, grouped, routing
-from fiddler.kernels.jit import kernel
+from fiddler.kernels.jit import OPTIONS, kernel
 from fiddler.kernels.product import Product
 
 __all__ = ["SPANS", "called", "compile_decode", "decode"]
@@ -38,7 +38,7 @@ def compile_decode(product: Product, kept: type[np.generic]) -> None:
     weights = none, none, none[None], numbers.reshape(0, 7), row, numbers
     lacks = decode(
         product,
-        (0,) * 7,
+        (0,) * 8,
         none,
         *weights,
         (np.ones(3, np.int64),) * 8,
@@ -90,13 +90,13 @@ def _now(_context: Any) -> Any:
     return types.float64(), generate
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _timed_products(
     given: tuple[Any, ...], called: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
 ) -> int:
     """`grouped_products` of what is given, and when it began and ended."""
     span[0] = _now()
-    lacks: int = _call_products(called[4], (*given, memory, threads, called[5], called[6]))
+    lacks: int = _call_products(called[4], (*given, memory, threads, called[5:]))
     span[1] = _now()
     return lacks
 
@@ -139,7 +139,7 @@ def decode(
     queries, size = out_width[0], 2 * frequencies.size
     heads, groups = queries // size, qkv_rows[1] // size
     keys = groups * size
-    everyone, whole = np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32)
+    everyone, whole = np.empty((tokens, 1), np.int64), np.empty((tokens, 1), np.float32)
     shares = np.empty((tokens, experts_used), np.float32)
     normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
     made = np.empty(tokens * (queries + 2 * keys), np.float32)
@@ -147,33 +147,34 @@ def decode(
     k = made[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, size)
     v = made[tokens * (queries + keys) :].reshape(tokens, groups, size)
     attended = np.empty((tokens, heads, size), np.float32)
-    oldest = np.zeros(tokens, np.int64)
+    oldest = np.empty(tokens, np.int64)
     for t in range(tokens):
-        if window > 0:
-            oldest[t] = max(0, positions[t] + 1 - window)
+        everyone[t, 0], whole[t, 0] = 0, 1
+        oldest[t] = max(0, positions[t] + 1 - window) if window > 0 else 0
         for i in range(width):
             h[t, i] = x[t, i]
     flat = added.reshape(-1)
+    dense, gated = np.bool_(False), np.bool_(True)  # as literals they would be types, each compiled by itself
     lacks: int = 0
     for layer in range(len(matrices)):
         ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
         of_layer = matrices[layer]
         _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
-        given = product, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, False, made
+        given = product, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, dense, made
         lacks = max(lacks, _timed_products(given, called, memory, threads, span[0]))
         _call_attention(
             attend,
             (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        given = product, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, False, flat
+        given = product, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, dense, flat
         lacks = max(lacks, _timed_products(given, called, memory, threads, span[1]))
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
         _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
         _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
-        given = product, normed, ids, shares, hidden, of_layer[4:], ffn_rows, True, flat
+        given = product, normed, ids, shares, hidden, of_layer[4:], ffn_rows, gated, flat
         lacks = max(lacks, _timed_products(given, called, memory, threads, span[2]))
         if lacks > 0:
             return lacks
@@ -181,5 +182,5 @@ def decode(
             for i in range(width):
                 h[t, i] += added[t, i]
     _call_norm(norm, (h, output_norm, epsilon, normed))
-    given = product, normed, everyone, whole, logit_width, output, logit_rows, False, logits
+    given = product, normed, everyone, whole, logit_width, output, logit_rows, dense, logits
     return int(_timed_products(given, called, memory, threads, spans[-1]))

@@ -14,8 +14,8 @@ from numba import njit, prange, typeof, types
 
 from fiddler.kernels.arithmetic import silu
 from fiddler.kernels.called import Called
-from fiddler.kernels.jit import FASTMATH, kernel
-from fiddler.kernels.layout import Groups, Workspace, group_tokens, pack, places, row_stride
+from fiddler.kernels.jit import FASTMATH, OPTIONS, kernel
+from fiddler.kernels.layout import GROUPS, Groups, Workspace, call_pack, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul import block_product, call_block_product, scratch_words
 from fiddler.kernels.product import Product, in_pairs, panel_tokens
 from fiddler.kernels.stores import store_activation, store_pairs, store_word
@@ -25,7 +25,7 @@ from fiddler.kernels.threads import threads_for
 __all__ = ["called", "compile_grouped_products", "grouped_products", "products", "run", "workspace"]
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _gate(a: np.ndarray, b: np.ndarray, rows: int, used: int) -> None:
     """a = silu(a) * b: nothing but arithmetic on arrays, so that it becomes vector code."""
     for r in range(rows):
@@ -33,7 +33,7 @@ def _gate(a: np.ndarray, b: np.ndarray, rows: int, used: int) -> None:
             a[r, m] = silu(a[r, m]) * b[r, m]
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _store_hidden(
     product: Product, packed: bool, a: np.ndarray, begin: int, rows: int, tokens: int, h: int, hidden: int, stride: int
 ) -> None:
@@ -59,7 +59,7 @@ def _store_hidden(
                     store_word(product, h, word + m, a[r, m])
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _add(c: np.ndarray, rows: int, token: np.ndarray, share: np.ndarray, y: np.ndarray, begin: int) -> None:
     """y[token, begin + r] += share * c[r, m], in squares, so that both sides stay in the first-level cache."""
     for first in range(0, token.size, 16):
@@ -72,7 +72,7 @@ def _add(c: np.ndarray, rows: int, token: np.ndarray, share: np.ndarray, y: np.n
                     y[t, begin + r] += weight * c[r, m]
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _onward(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int, expert: int) -> int:
     """Bytes from the rows of group g's expert in matrix i of these to the rows that a task reads next, 0 if none.
 
@@ -146,20 +146,19 @@ def _take_tasks(
 
 
 _INTS, _FLOATS, _INT = types.intp[::1], types.float32[::1], types.intp
-_GROUPS = types.NamedTuple([_INTS, _INTS, types.boolean[::1], _INTS, _INTS, _FLOATS], Groups)
 _tasks = Called(
     _take_tasks,
-    *(None, _INT, types.boolean, _INTS, _GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
+    *(None, _INT, types.boolean, _INTS, GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
 _call_tasks = _tasks.call
 
 
 @lru_cache(maxsize=64)
-def called(product: Product) -> tuple[int, int]:
+def called(product: Product) -> tuple[int, int, int]:
     """The addresses of what `grouped_products` calls; compiled, or read from the cache, where that is not done."""
     kind = typeof(product)
-    return block_product.address(kind), _tasks.address(kind)
+    return pack.address(kind), block_product.address(kind), _tasks.address(kind)
 
 
 def run(
@@ -175,12 +174,12 @@ def run(
     multiplications: int,
 ) -> bool:
     """`grouped_products` on as many threads as so many multiplications are worth; False where an id is none."""
-    x, (multiply, take_tasks) = np.ascontiguousarray(x), called(product)
+    x = np.ascontiguousarray(x)
     with threads_for(multiplications) as threads:
         arguments = product, x, ids, share, hidden, matrices, outputs, gated, y
-        lacks: int = grouped_products(*arguments, workspace.words, threads, multiply, take_tasks)
+        lacks: int = grouped_products(*arguments, workspace.words, threads, called(product))
         if lacks > 0:
-            lacks = grouped_products(*arguments, workspace.grow(lacks), threads, multiply, take_tasks)
+            lacks = grouped_products(*arguments, workspace.grow(lacks), threads, called(product))
     assert lacks <= 0
     return lacks == 0
 
@@ -189,7 +188,7 @@ def compile_grouped_products(product: Product) -> None:
     """Compile `grouped_products`, or read it from the cache; nothing is computed."""
     x, ids, share = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
     one = np.ones(1, np.int64)
-    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), workspace.words, 1, 0, 0)
+    lacks = grouped_products(product, x, ids, share, one, one, one, False, x.reshape(-1), workspace.words, 1, (0, 0, 0))
     assert lacks == -1
 
 
@@ -209,8 +208,7 @@ def grouped_products(
     y: np.ndarray,
     memory: np.ndarray,
     threads: int,
-    multiply: int,
-    take_tasks: int,
+    called: tuple[int, int, int],
 ) -> int:
     """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
@@ -218,7 +216,7 @@ def grouped_products(
     expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
     y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
     `y` is flat. Returns 0, or, having done nothing, how many words `memory`, a workspace, needs, or -1 where an id is
-    not one of `hidden`'s. On `threads` threads, which share out weight rows. multiply, take_tasks: `called(product)`.
+    not one of `hidden`'s. On `threads` threads, which share out weight rows. called: `called(product)`.
     """
     tokens, width = x.shape
     for t in range(tokens):
@@ -229,9 +227,9 @@ def grouped_products(
     # made here, since Numba hands a named tuple to the threads only where it sees its class
     groups = Groups(*group_tokens(product, ids, share, hidden, width % 2 == 0 and between % 2 == 0))
     first = groups.first
-    most = np.int64(0)
+    most, alike = np.int64(0), True
     for g in range(groups.expert.size):
-        most = max(most, first[g + 1] - first[g])
+        most, alike = max(most, first[g + 1] - first[g]), alike and not groups.packed[g]
     # a row of sums is a vector longer than needed: rows a power of two apart would share their places in the cache
     ldc = (most + 15) // 16 * 16 + 16
     tasks = np.empty(outputs.size, np.int64)
@@ -246,37 +244,38 @@ def grouped_products(
     needed: int = hidden_at[-1]
     if memory.size < needed:
         return needed
-    words, blocks = memory.ctypes.data, (width + 15) // 16
+    words, (pack, multiply, take_tasks) = memory.ctypes.data, called
     scratch_at = words + 4 * (x_at[0] - threads * scratch)
-    for block in prange(blocks):
-        pack(product, x, groups, words, x_at, np.int64(block))
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
-    for stage in range(2 if gated else outputs.size):
-        opens, closes = gated and stage == 0, gated and stage == 1
-        which = 2 if closes else stage
+    for stage in range(-1, 2 if gated else outputs.size):
+        packs, opens, closes = stage < 0, gated and stage == 0, gated and stage == 1
+        which = 0 if packs else 2 if closes else stage
         rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * stage
         k_of_all, at = (between, hidden_at) if closes else (width, x_at)
-        pair = 2 if opens else 1
-        result = y[done : done + (0 if opens else tokens * rows_of_all)].reshape(0 if opens else tokens, rows_of_all)
+        pair, written = 2 if opens else 1, 0 if packs or opens else tokens
+        result = y[done : done + written * rows_of_all].reshape(written, rows_of_all)
         done += result.size
-        alike = not groups.packed.any()
-        sums = memory[: threads * pair * task * ldc].view(np.float32).reshape(threads, pair, task, ldc)
-        for thread in prange(threads):
-            _call_tasks(
-                take_tasks,
-                (
-                    *(product, multiply, opens, matrices[which:], groups, words, at, hidden_at, between, rows_of_all),
-                    *(k_of_all, task, queue, alike, threads, sums[thread], scratch_at + 4 * thread * scratch, result),
-                ),
-            )
+        sums = memory[: threads * pair * task * ldc].reshape(threads, pair, task, ldc)
+        for thread in prange(threads):  # the one parallel loop: each takes more than a second to compile
+            if packs:
+                call_pack(pack, (product, x, groups, words, x_at, thread, threads))
+            else:
+                _call_tasks(
+                    take_tasks,
+                    (
+                        *(product, multiply, opens, matrices[which:], groups, words, at, hidden_at, between),
+                        *(rows_of_all, k_of_all, task, queue, alike, threads, sums[thread]),
+                        *(scratch_at + 4 * thread * scratch, result),
+                    ),
+                )
     return 0
 
 
 _MATRIX = types.float32[:, ::1]
 products = Called(
     grouped_products,
-    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _INTS, _INTS, types.boolean, _FLOATS, types.uint32[::1]),
-    *(_INT, _INT, _INT),
+    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _INTS, _INTS, types.boolean, _FLOATS, _FLOATS),
+    *(_INT, types.UniTuple(_INT, 3)),
     returns=_INT,
 )

@@ -8,10 +8,13 @@ from typing import Any
 
 from numba import njit
 
-__all__ = ["FASTMATH", "discard_cache", "kept_on_disk", "kernel"]
+__all__ = ["FASTMATH", "OPTIONS", "discard_cache", "kept_on_disk", "kernel"]
 
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
+
+OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cfunc_wrapper": True}
+"""Of all compiled code: neither checks nor an entry for C, which cost time to compile; a division by 0 is infinite."""
 
 _kernels: list[Any] = []
 
@@ -24,7 +27,7 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
     Machine code is kept beside the source, or in the user's cache directory where that cannot be written; where
     neither can, every process compiles anew.
     """
-    options = {"parallel": parallel, "nogil": True, "boundscheck": False, "fastmath": FASTMATH}
+    options = OPTIONS | {"parallel": parallel, "fastmath": FASTMATH}
     try:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it

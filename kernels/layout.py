@@ -12,15 +12,28 @@ All of it is compiled: between two products of one token, Python would find its 
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
 
+from fiddler.kernels.called import Called
+from fiddler.kernels.jit import OPTIONS, kernel
 from fiddler.kernels.product import Product, constant_of, in_pairs, in_tiles, panel_tokens, row_bytes
 from fiddler.kernels.stores import store_activation, store_pair, store_word
 
-__all__ = ["Groups", "Workspace", "address_of", "group_tokens", "pack", "places", "row_stride"]
+__all__ = [
+    "GROUPS",
+    "Groups",
+    "Workspace",
+    "address_of",
+    "call_pack",
+    "group_tokens",
+    "pack",
+    "places",
+    "row_stride",
+]
 
 _FEW_PAIRS, _FEW_FLOATS = 14, 24  # tokens of an expert in all: more are faster packed
 _in_rows_beside = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)
@@ -44,7 +57,7 @@ class Groups(NamedTuple):
     share: np.ndarray  # float32 [A]: how much of the expert's output the token gets
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, hidden: np.ndarray, even: bool) -> Groups:
     """Groups of the tokens with these experts, int64 [T, K] and float32 [T, K].
 
@@ -82,7 +95,7 @@ def group_tokens(product: Product, ids: np.ndarray, weights: np.ndarray, hidden:
     return Groups(expert[:g], first[: g + 1], packed[:g], rows[:g], token, share)
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
@@ -98,7 +111,7 @@ def _rest(product: Product, count: int, even: bool) -> int:
     return count % 16 if count % 16 <= most else 0
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def row_stride(product: Product, width: int) -> int:
     """Elements from one token to the next in the rows layout.
 
@@ -110,7 +123,7 @@ def row_stride(product: Product, width: int) -> int:
     return (lines + (_SPREAD - lines) % _SETS) * _LINE // size
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def places(product: Product, groups: Groups, width: int, begin: int) -> np.ndarray:
     """At which word each group's activations of `width` elements a token begin, from `begin` on, and the end: [G + 1].
 
@@ -141,26 +154,28 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self.words = np.empty(0, np.uint32)  # begins at a cache line
+        self.words = np.empty(0, np.float32)  # begins at a cache line
 
     def grow(self, count: int) -> np.ndarray:
         """From now on `count` words, uninitialised."""
-        memory = np.empty(count + 15, np.uint32)
+        memory = np.empty(count + 15, np.float32)
         begin = -(memory.ctypes.data // 4) % 16
         self.words = memory[begin : begin + count]
         return self.words
 
 
-@njit(nogil=True, boundscheck=False)
-def pack(product: Product, x: np.ndarray, groups: Groups, words: int, at: np.ndarray, block: int) -> None:
-    """Gather 16 columns of x [T, K] float32, the `block`-th, group by group, each group in its layout.
+@partial(kernel, parallel=False)
+def _pack(
+    product: Product, x: np.ndarray, groups: Groups, words: int, at: np.ndarray, thread: int, threads: int
+) -> None:
+    """Gather a thread's share of the columns of x [T, K] float32, group by group, each group in its layout.
 
     `words`: an address, from which `at` counts words.
     """
     first, token = groups.first, groups.token
     width = x.shape[1]
-    panel_width, stride = panel_tokens(product), row_stride(product, width)
-    begin, end = block * 16, min(block * 16 + 16, width)
+    panel_width, stride, blocks = panel_tokens(product), row_stride(product, width), (width + 15) // 16
+    begin, end = thread * blocks // threads * 16, min((thread + 1) * blocks // threads * 16, width)
     for g in range(first.size - 1):
         count = first[g + 1] - first[g]
         start = words + 4 * at[g]
@@ -183,3 +198,10 @@ def pack(product: Product, x: np.ndarray, groups: Groups, words: int, at: np.nda
                 else:
                     for p in range(begin, end):
                         store_word(product, start, word + p * wide, x[source, p])
+
+
+_INTS = types.int64[::1]
+GROUPS = types.NamedTuple([_INTS, _INTS, types.boolean[::1], _INTS, _INTS, types.float32[::1]], Groups)
+"""Numba's type of `Groups`."""
+pack = Called(_pack, None, types.float32[:, ::1], GROUPS, types.intp, _INTS, types.intp, types.intp)
+call_pack = pack.call

@@ -15,7 +15,7 @@ from numba.extending import overload
 
 from fiddler.kernels.amx import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
 from fiddler.kernels.called import Called
-from fiddler.kernels.jit import kernel
+from fiddler.kernels.jit import OPTIONS, kernel
 from fiddler.kernels.product import (
     Product,
     in_pairs,
@@ -79,7 +79,7 @@ block_product = Called(_block_product, None, types.boolean, *[types.intp] * 11)
 call_block_product = block_product.call
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def scratch_words(product: Product, rows: int) -> int:
     """Words of 4 bytes that `block_product` uses for blocks of weights that it copies or widens."""
     if in_tiles(product):
@@ -88,7 +88,7 @@ def scratch_words(product: Product, rows: int) -> int:
     return words
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _part(k: int, most: int) -> int:
     """At most so many elements of k, a multiple of 256: equal parts, where there are any not much smaller."""
     parts = (k + most - 1) // most
@@ -98,7 +98,7 @@ def _part(k: int, most: int) -> int:
     return ((k + parts - 1) // parts + 255) // 256 * 256
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _dots(
     product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int, onward: int
 ) -> None:
@@ -146,7 +146,7 @@ def _dots(
                 m, first = m + left, 0
 
 
-@njit(nogil=True, boundscheck=False)
+@njit(**OPTIONS)
 def _outer_block(
     product: Product, w: int, ldw: int, rows: int, x: int, wide: int, words: int, c: int, ldc: int
 ) -> None:
@@ -321,7 +321,7 @@ def _packed_product(
     raise NotImplementedError("called from compiled code only")
 
 
-@overload(_packed_product, jit_options={"nogil": True, "boundscheck": False})
+@overload(_packed_product, jit_options=OPTIONS)
 def _packed_product_of(
     product: Product,
     w: int,

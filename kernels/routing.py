@@ -13,7 +13,7 @@ from numba import njit, types
 
 from fiddler.kernels.arithmetic import exponential
 from fiddler.kernels.called import Called
-from fiddler.kernels.jit import FASTMATH, kernel
+from fiddler.kernels.jit import FASTMATH, OPTIONS, kernel
 
 __all__ = ["normalise", "rms_norm", "route", "router"]
 
@@ -48,7 +48,7 @@ def route(x: np.ndarray, weight: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
     return ids, shares
 
 
-@njit(nogil=True, boundscheck=False, fastmath=FASTMATH)
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _dot(a: np.ndarray, b: np.ndarray) -> np.float32:
     total = np.float32(0)
     for i in range(a.size):
@@ -69,9 +69,9 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.float32, out: np.nd
 def _route(x: np.ndarray, weight: np.ndarray, ids: np.ndarray, shares: np.ndarray) -> None:
     experts, k = weight.shape[0], ids.shape[1]
     for t in range(x.shape[0]):
-        scores, free = np.empty(experts, np.float32), np.ones(experts, np.bool_)
+        scores, free = np.empty(experts, np.float32), np.empty(experts, np.bool_)
         for e in range(experts):
-            scores[e] = _dot(x[t], weight[e])
+            scores[e], free[e] = _dot(x[t], weight[e]), True
         total = np.float32(0)
         for j in range(k):
             best = -1

@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 
+from fiddler.kernels.jit import OPTIONS
 from fiddler.kernels.product import Product, compiled, in_tiles
 from fiddler.kernels.tiles import SEVERAL
 
@@ -21,7 +22,7 @@ _TASKS_A_THREAD = 2  # at least, where the rows allow; with more, many tokens' a
 _LEAST = 8  # rows of the last tasks, where any number will do
 
 
-@njit(nogil=True)
+@njit(**OPTIONS)
 def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
 
@@ -40,7 +41,7 @@ def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
     return most
 
 
-@njit(nogil=True)
+@njit(**OPTIONS)
 def take_rows(queue: int, most: int, rows: int, threads: int, alike: bool) -> tuple[int, int]:
     """The next task from the address of a queue, an int64: its first row, and how many; no two threads get the same.
 
