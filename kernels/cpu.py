@@ -32,6 +32,17 @@ class Tier:
     tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
 
 
+def cpu_features() -> frozenset[str]:
+    """LLVM's names of the features that Numba compiles for: the host's, unless `NUMBA_*` variables say otherwise."""
+    if numba_config.CPU_FEATURES is not None:
+        listed = numba_config.CPU_FEATURES
+    elif numba_config.CPU_NAME == "generic":
+        listed = ""
+    else:
+        listed = get_host_cpu_features()
+    return frozenset(feature[1:] for feature in listed.split(",") if feature.startswith("+"))
+
+
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _BF16 = _AVX512 | {"avx512bf16"}
@@ -42,20 +53,9 @@ TIERS = (
     Tier("avx512_bf16", _BF16, 16, 32, 8, 48, dot_bf16=True, half_convert=True),
     Tier("avx512", _AVX512, 16, 32, 8, 48, half_convert=True),
     Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
-    Tier("portable", frozenset(), 8, 8, 3, 16),
+    Tier("portable", frozenset(), 8, 8, 3, 16, half_convert="f16c" in cpu_features()),
 )
-"""Best first. The last one runs on any CPU that LLVM compiles for."""
-
-
-def cpu_features() -> frozenset[str]:
-    """LLVM's names of the features that Numba compiles for: the host's, unless `NUMBA_*` variables say otherwise."""
-    if numba_config.CPU_FEATURES is not None:
-        listed = numba_config.CPU_FEATURES
-    elif numba_config.CPU_NAME == "generic":
-        listed = ""
-    else:
-        listed = get_host_cpu_features()
-    return frozenset(feature[1:] for feature in listed.split(",") if feature.startswith("+"))
+"""Best first. The last one runs on any CPU that LLVM compiles for; binary16 is converted in hardware where that can."""
 
 
 @cache

@@ -251,7 +251,7 @@ def grouped_products(
     for stage in range(-1, 2 if gated else outputs.size):
         packs, opens, closes = stage < 0, gated and stage == 0, gated and stage == 1
         which = 0 if packs else 2 if closes else stage
-        rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * stage
+        rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * which
         k_of_all, at = (between, hidden_at) if closes else (width, x_at)
         pair, written = 2 if opens else 1, 0 if packs or opens else tokens
         result = y[done : done + written * rows_of_all].reshape(written, rows_of_all)

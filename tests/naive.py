@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["EPSILON", "attend_one", "expert_ffn", "from_bits", "round_bf16", "to_bits"]
+__all__ = ["EPSILON", "attend_one", "every_f16", "expert_ffn", "from_bits", "round_bf16", "to_bits"]
 
 
 EPSILON = 2e-6
@@ -23,6 +23,14 @@ def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
     if kind == "f16":
         return bits.view(np.float16).astype(np.float64)
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def every_f16(width: int) -> tuple[np.ndarray, np.ndarray]:
+    """All 65536 values of f16, a row of this width each that is 0 elsewhere: their bits, and those values as float32."""
+    values = np.arange(1 << 16, dtype=np.uint16)
+    bits = np.zeros((values.size, width), np.uint16)
+    bits[values, values % width] = values
+    return bits, values.view(np.float16).astype(np.float32)
 
 
 def round_bf16(values: np.ndarray) -> np.ndarray:

@@ -182,10 +182,11 @@ def test_nan_and_infinity_pass_through(product):
 
 @pytest.mark.parametrize("tier", [BEST, kernels.TIERS[-1]], ids=lambda tier: tier.name)
 def test_every_f16_value_is_read_exactly(tier):
-    """All 65536 of them, subnormals, infinities and NaNs included, each times one."""
-    w = np.arange(1 << 16, dtype=np.uint16)[:, None].copy()
-    y = kernels.linear(np.ones((1, 1), np.float32), w, Product(tier, "f16", "f32"))[0]
-    np.testing.assert_array_equal(y, w[:, 0].view(np.float16).astype(np.float32))
+    """Subnormals, infinities and NaNs included, each times one: alone, and in vectors."""
+    for width in (1, 128):
+        w, values = naive.every_f16(width)
+        y = kernels.linear(np.ones((1, width), np.float32), w, Product(tier, "f16", "f32"))[0]
+        np.testing.assert_array_equal(y, values)
 
 
 def test_activations_round_to_nearest_even_bf16():
@@ -260,6 +261,11 @@ for tokens, width in ((1, 64), (7, 51), (33, 130)):
     expected = x.astype(np.float64) @ naive.from_bits(w, {weights!r}).T
     error = np.linalg.norm(kernels.linear(x, w, product) - expected) / np.linalg.norm(expected)
     assert error < 1e-6, error
+if {weights!r} == "f16":
+    assert product.tier.half_convert == ("f16c" in {features!r})
+    for width in (1, 128):
+        w, values = naive.every_f16(width)
+        np.testing.assert_array_equal(kernels.linear(np.ones((1, width), np.float32), w, product)[0], values)
 """
 
 
@@ -282,6 +288,6 @@ def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, features, tmp_path):
         "NUMBA_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
-    script = LOWER_TIER.format(tier=tier, weights=weights)
+    script = LOWER_TIER.format(tier=tier, weights=weights, features=features)
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
