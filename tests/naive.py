@@ -26,7 +26,7 @@ def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def every_f16(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """All 65536 values of f16, a row of this width each that is 0 elsewhere: their bits, and those values as float32."""
+    """All 65536 values of f16, each in a row of this width that is 0 elsewhere: bits, and the values as float32."""
     values = np.arange(1 << 16, dtype=np.uint16)
     bits = np.zeros((values.size, width), np.uint16)
     bits[values, values % width] = values
