@@ -154,7 +154,7 @@ def decode(
         for i in range(width):
             h[t, i] = x[t, i]
     flat = added.reshape(-1)
-    dense, gated = np.bool_(False), np.bool_(True)  # as literals they would be types, each compiled by itself
+    dense, gated = bool(0), bool(1)  # as literals they would be types, each compiled by itself
     lacks: int = 0
     for layer in range(len(matrices)):
         ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
