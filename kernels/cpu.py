@@ -55,7 +55,7 @@ TIERS = (
     Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
     Tier("portable", frozenset(), 8, 8, 3, 16, half_convert="f16c" in cpu_features()),
 )
-"""Best first. The last one runs on any CPU that LLVM compiles for; binary16 is converted in hardware where that can."""
+"""Best first. The last one runs on any CPU that LLVM compiles for, and uses F16C where there is that."""
 
 
 @cache

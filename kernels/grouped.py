@@ -2,7 +2,8 @@
 
 Two things may follow a product: with two matrices, gate and up, SiLU of the one times the other, stored as the next
 product's activations; with one matrix, the sum over each token's groups, weighted. Both are in one kernel, since to
-compile the products is what takes the time.
+compile the products is what takes the time. Before them all activations are packed; that is a stage of the same
+parallel loop, since each such loop takes more than a second to compile.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def grouped_products(
     y: np.ndarray,
     memory: np.ndarray,
     threads: int,
-    called: tuple[int, int, int],
+    addresses: tuple[int, int, int],
 ) -> int:
     """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
@@ -216,7 +217,7 @@ def grouped_products(
     expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
     y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
     `y` is flat. Returns 0, or, having done nothing, how many words `memory`, a workspace, needs, or -1 where an id is
-    not one of `hidden`'s. On `threads` threads, which share out weight rows. called: `called(product)`.
+    not one of `hidden`'s. On `threads` threads, which share out weight rows. addresses: `called(product)`.
     """
     tokens, width = x.shape
     for t in range(tokens):
@@ -244,11 +245,11 @@ def grouped_products(
     needed: int = hidden_at[-1]
     if memory.size < needed:
         return needed
-    words, (pack, multiply, take_tasks) = memory.ctypes.data, called
+    words, (pack_columns, multiply, take_tasks) = memory.ctypes.data, addresses
     scratch_at = words + 4 * (x_at[0] - threads * scratch)
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
-    for stage in range(-1, 2 if gated else outputs.size):
+    for stage in range(-1, 2 if gated else outputs.size):  # the first one packs, and has no rows, tasks or results
         packs, opens, closes = stage < 0, gated and stage == 0, gated and stage == 1
         which = 0 if packs else 2 if closes else stage
         rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * which
@@ -257,9 +258,9 @@ def grouped_products(
         result = y[done : done + written * rows_of_all].reshape(written, rows_of_all)
         done += result.size
         sums = memory[: threads * pair * task * ldc].reshape(threads, pair, task, ldc)
-        for thread in prange(threads):  # the one parallel loop: each takes more than a second to compile
+        for thread in prange(threads):
             if packs:
-                call_pack(pack, (product, x, groups, words, x_at, thread, threads))
+                call_pack(pack_columns, (product, x, groups, words, x_at, thread, threads))
             else:
                 _call_tasks(
                     take_tasks,

@@ -14,7 +14,10 @@ FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
 
 OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cfunc_wrapper": True}
-"""Of all compiled code: neither checks nor an entry for C, which cost time to compile; a division by 0 is infinite."""
+"""Of all compiled code: no checks and no entry for C, which cost time to compile.
+
+A division by 0 raises nothing: floats give infinities or NaN, integers 0.
+"""
 
 _kernels: list[Any] = []
 

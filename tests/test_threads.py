@@ -23,13 +23,14 @@ product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
 rng = np.random.default_rng(0)
 w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
 down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
-x = rng.normal(size=(9, 130)).astype(np.float32)
-ids = np.stack([rng.permutation(4)[:2] for _ in range(9)])
-results = set()
-for count in (1, 2, 3, 7, 16, 33, 64):
-    kernels.set_threads(count)
-    results.add(kernels.expert_ffn(x, ids, np.ones((9, 2), np.float32), w, w, down, product).tobytes())
-assert len(results) == 1
+for tokens in (9, 100):  # in rows, and packed
+    x = rng.normal(size=(tokens, 130)).astype(np.float32)
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(tokens)])
+    results = set()
+    for count in (1, 2, 3, 7, 16, 33, 64):
+        kernels.set_threads(count)
+        results.add(kernels.expert_ffn(x, ids, np.ones((tokens, 2), np.float32), w, w, down, product).tobytes())
+    assert len(results) == 1, tokens
 """
 
 
