@@ -139,7 +139,7 @@ def _dots(
                     dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif dot_tokens(product) >= 6 and left == 6:
                     dot_tile(product, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) == 8 and left == 7:
+                elif dot_tokens(product) >= 7 and left == 7:
                     dot_tile(product, 7, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif dot_tokens(product) == 8:
                     dot_tile(product, 8, wr, ldw, these, xm, ldx, cm, ldc, count, first)

@@ -71,10 +71,22 @@ def _dot_rows(product: Product, tokens: int) -> int:
         return 4
     if product.in_pairs and tokens >= SEVERAL:
         return 1
-    return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), 1)
+    few = 2 if _x_from_memory(product, tokens) else 1
+    return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), few)
 
 
-dot_tokens = constant_of(lambda of: 8 if of.in_pairs else {32: 5, 16: 6}.get(of.tier.registers, 4), types.intp)
+def _x_from_memory(product: Product, tokens: int) -> bool:
+    """Whether sums and weights of two rows take all registers, so that each product has its x from memory."""
+    return not product.rows_in_pairs and 0 <= product.tier.registers - 2 * (tokens + 1) < 2
+
+
+def _dot_tokens(product: Product) -> int:
+    if product.in_pairs:
+        return 8
+    return {32: 5, 16: 6 if product.rows_in_pairs else 7}.get(product.tier.registers, 4)
+
+
+dot_tokens = constant_of(_dot_tokens, types.intp)
 """Tokens of a dot-product tile, at most. With 32 registers six of them and four rows have too many addresses."""
 
 
@@ -105,7 +117,7 @@ def dot_tile(
     chains = 2 if parted else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
     step = lanes * (2 if kind.rows_in_pairs else 1)
     unroll = max(chains, _LINE // (2 * step))
-    x_width = 2 if kind.rows_in_pairs else 4
+    x_width, x_from_memory = 2 if kind.rows_in_pairs else 4, _x_from_memory(kind, M)
     level = 2 if parted else PASSING if passes_weights() else 1
     signature = types.void(product, tokens, *([types.intp] * 9))
 
@@ -129,6 +141,7 @@ def dot_tile(
 
         def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             multiply, result = dot_bf16 if kind.in_pairs else multiply_add, list(sums)
+            again = opaque(b, k) if x_from_memory else k  # else LLVM loads x once, into a register that is not there
             for half in range(2 if kind.rows_in_pairs and not kind.in_pairs else 1):
                 if half == 1 and kind.tier.registers <= 2 * R * M:
                     k = opaque(b, k)  # both halves of all operands would not fit the registers
@@ -136,6 +149,8 @@ def dot_tile(
                 for m in range(M):
                     value = operands(column[m], k, x_width, half)
                     for r in range(R):
+                        if r > 0 and x_from_memory:
+                            value = operands(column[m], again, x_width, half)
                         result[r * M + m] = multiply(b, result[r * M + m], weights[r], value)
             return result
 
