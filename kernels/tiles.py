@@ -87,7 +87,8 @@ def _dot_tokens(product: Product) -> int:
 
 
 dot_tokens = constant_of(_dot_tokens, types.intp)
-"""Tokens of a dot-product tile, at most. With 32 registers six of them and four rows have too many addresses."""
+"""Tokens of a dot-product tile, at most. With 32 registers six of them and four rows have too many addresses; with 16,
+seven fit where x can come from memory, and words of two bf16 cannot: they are split in registers."""
 
 
 @compiled
