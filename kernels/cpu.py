@@ -14,7 +14,7 @@ from numba.core.codegen import get_host_cpu_features
 
 from fiddler.errors import RequestError
 
-__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features", "passes_weights"]
+__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features", "on_zen"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,6 @@ def choose_tier(name: str | None = None) -> Tier:
     raise RequestError(f"kernel {name!r} does not run here; this CPU offers {names}")
 
 
-def passes_weights() -> bool:
-    """Whether weights that are read once are best prefetched as non-temporal.
-
-    On AMD's Zen they then leave code and data in the caches: 4 % of a token. On Intel's Emerald Rapids they are gone
-    again before they are used: one token read 61 to 70 GB/s so, 95 to 119 otherwise.
-    """
+def on_zen() -> bool:
+    """Whether this CPU is one of AMD's Zen, whose caches want other ways than Intel's."""
     return str(numba_config.CPU_NAME or get_host_cpu_name()).startswith("znver")

@@ -20,7 +20,7 @@ from numba import njit, types
 
 from fiddler.kernels.called import Called
 from fiddler.kernels.jit import OPTIONS, kernel
-from fiddler.kernels.product import Product, constant_of, in_pairs, in_tiles, panel_tokens, row_bytes
+from fiddler.kernels.product import Product, constant_of, in_pairs, in_parts, in_tiles, panel_tokens, row_bytes
 from fiddler.kernels.stores import store_activation, store_pair, store_word
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "row_stride",
 ]
 
-_FEW_PAIRS, _FEW_FLOATS = 14, 24  # tokens of an expert in all: more are faster packed
+_FEW, _FEW_IN_PARTS = 24, 14  # tokens of an expert in all: more are faster packed
 _in_rows_beside = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)
 """Tokens beside packed ones."""
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
@@ -100,7 +100,7 @@ def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
         return count
-    few = _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
+    few = _FEW_IN_PARTS if in_parts(product) else _FEW
     if count <= few and not in_tiles(product):
         return count
     most = _in_rows_beside(product)

@@ -19,6 +19,7 @@ from fiddler.kernels.jit import OPTIONS, kernel
 from fiddler.kernels.product import (
     Product,
     in_pairs,
+    in_parts,
     in_tiles,
     outer_rows,
     outer_tokens,
@@ -35,7 +36,7 @@ _BLOCK = 1024
 _AHEAD = 8192  # bytes of weights that a dot-product tile reads between asking for a cache line and using it
 _ROWS_OF_MANY = 4  # weight rows that tokens of more than one tile take by turns
 _NEAR = 1 << 15  # bytes of activations that stay in the first-level cache while the weights go by
-_PART = 1024  # elements along K that several tokens' pairs take at once, at most
+_PART = 1024  # elements along K that are a part, at most
 _TILE_BLOCK_FEW, _TILE_BLOCK_MANY = 2048, 512  # for AMX: few tokens wait for memory, and want long runs of weights
 _TILE_FEW = 64  # tokens
 _TILE_AHEAD = 1024  # bytes along a weight row, some sixteen steps
@@ -104,11 +105,11 @@ def _dots(
 ) -> None:
     """A few rows at once, from their beginning to their end: the order in which memory is read fastest.
 
-    Several tokens' pairs go a part of all rows after the other instead, so that as much of x stays in the first-level
-    cache. The cores are busy for longer than a row's part is on its way then; so the next part of each row is asked
-    for, or, with the last one, the first part of the rows that are read next.
+    In parts, several tokens go a part of all rows after the other instead, so that as much of x stays in the
+    first-level cache. The cores are busy for longer than a row's part is on its way then; so the next part of each row
+    is asked for, or, with the last one, the first part of the rows that are read next.
     """
-    token, part, ahead, parted = ldx * row_bytes(product), k, _AHEAD, in_pairs(product) and tokens >= SEVERAL
+    token, part, ahead, parted = ldx * row_bytes(product), k, _AHEAD, in_parts(product) and tokens >= SEVERAL
     if parted:
         fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
         part, ahead = _part(k, fits), 2 * ldw
@@ -131,9 +132,9 @@ def _dots(
                     dot_tile(product, 1, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif left == 2:
                     dot_tile(product, 2, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif left == 3:
+                elif dot_tokens(product) >= 3 and left == 3:
                     dot_tile(product, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif left == 4:
+                elif dot_tokens(product) >= 4 and left == 4:
                     dot_tile(product, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif dot_tokens(product) >= 5 and left == 5:
                     dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from fiddler.kernels.cpu import passes_weights
+from fiddler.kernels.cpu import on_zen
 from fiddler.kernels.instructions import (
     F32,
     I16,
@@ -50,6 +50,15 @@ _LINE = 64  # bytes
 _UNROLL = 4
 
 
+def _near() -> int:
+    """The level to prefetch weights into, which are read once.
+
+    Non-temporal, they leave code and data in the caches of Zen: 4 % of a token. On Emerald Rapids they are gone again
+    before they are used: one token read 61 to 70 GB/s so, 95 to 119 otherwise.
+    """
+    return PASSING if on_zen() else 1
+
+
 def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
     """From where to count the first and the second line of two, so that of 128 aligned bytes the latter come first.
 
@@ -65,11 +74,11 @@ def _dot_rows(product: Product, tokens: int) -> int:
     """Weight rows that a dot-product tile takes at once: at most 4, as many as leave registers for the operands.
 
     They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
-    0.83 of the speed of plain reads with one row, at 0.96 with four. Several tokens' pairs go by parts of x that fit.
+    0.83 of the speed of plain reads with one row, at 0.96 with four. Parts of x that fit need no such thing.
     """
     if tokens == 1:
         return 4
-    if product.in_pairs and tokens >= SEVERAL:
+    if product.in_parts and tokens >= SEVERAL:
         return 1
     few = 2 if _x_from_memory(product, tokens) else 1
     return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), few)
@@ -81,14 +90,19 @@ def _x_from_memory(product: Product, tokens: int) -> bool:
 
 
 def _dot_tokens(product: Product) -> int:
-    if product.in_pairs:
+    if product.in_tiles:
+        return 2
+    if product.in_parts:
         return 8
     return {32: 5, 16: 6 if product.rows_in_pairs else 7}.get(product.tier.registers, 4)
 
 
 dot_tokens = constant_of(_dot_tokens, types.intp)
-"""Tokens of a dot-product tile, at most. With 32 registers six of them and four rows have too many addresses; with 16,
-seven fit where x can come from memory, and words of two bf16 cannot: they are split in registers."""
+"""Tokens of a dot-product tile, at most; beside tile registers, as many as these are slower for.
+
+With 32 registers six of them and four rows have too many addresses. With 16, seven fit where x can come from memory,
+and words of two bf16 cannot: they are split in registers.
+"""
 
 
 @compiled
@@ -110,16 +124,16 @@ def dot_tile(
 
     `w` are 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `c` is float32; `ldw`,
     `ldx` and `ldc` count their elements. Nothing past k is read. What is read when `ahead` more bytes have been, rows
-    that follow included, is prefetched; with SEVERAL tokens' pairs, what lies so many bytes behind each address.
+    that follow included, is prefetched; in parts, with SEVERAL tokens, what lies so many bytes behind each address.
     """
     M, kind = tokens.literal_value, product.product
     R, lanes = _dot_rows(kind, M), kind.tier.lanes
-    parted = kind.in_pairs and M >= SEVERAL
+    parted = kind.in_parts and M >= SEVERAL
     chains = 2 if parted else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
     step = lanes * (2 if kind.rows_in_pairs else 1)
     unroll = max(chains, _LINE // (2 * step))
     x_width, x_from_memory = 2 if kind.rows_in_pairs else 4, _x_from_memory(kind, M)
-    level = 2 if parted else PASSING if passes_weights() else 1
+    level = 2 if parted else _near()
     signature = types.void(product, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -289,7 +303,7 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any)
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, ahead), k, 2), PASSING if passes_weights() else 1)
+            prefetch(b, address(b, b.add(w, ahead), k, 2), _near())
             values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []

@@ -253,11 +253,14 @@ LOWER_TIER = """
 import naive, numpy as np
 from fiddler import kernels
 assert [tier.name for tier in kernels.available_tiers()][0] == {tier!r}, kernels.available_tiers()
-product = kernels.Product(kernels.choose_tier(), {weights!r}, "f32")
+product = kernels.Product(kernels.choose_tier(), {weights!r}, {activations!r})
+assert product.in_parts == (product.in_pairs and {cpu!r}.startswith("znver"))
 rng = np.random.default_rng(0)
-for tokens, width in ((1, 64), (7, 51), (33, 130)):
+for tokens, width in ((1, 64), (4, 1300), (5, 1300), (7, 51), (8, 2600), (14, 1300), (24, 130), (33, 130), (64, 130)):
     w = naive.to_bits(rng.normal(size=(40, width)), {weights!r})
     x = rng.normal(size=(tokens, width)).astype(np.float32)
+    if {activations!r} == "bf16":
+        x = naive.from_bits(naive.to_bits(x, "bf16"), "bf16").astype(np.float32)
     expected = x.astype(np.float64) @ naive.from_bits(w, {weights!r}).T
     error = np.linalg.norm(kernels.linear(x, w, product) - expected) / np.linalg.norm(expected)
     assert error < 1e-6, error
@@ -270,24 +273,27 @@ if {weights!r} == "f16":
 
 
 @pytest.mark.parametrize(
-    ("tier", "weights", "features"),
+    ("tier", "weights", "activations", "cpu"),
     [
-        ("portable", "f16", ""),
-        ("avx2", "f16", "+avx,+avx2,+fma,+f16c"),
-        ("avx512", "bf16", "+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl,+avx512dq"),
+        ("portable", "f16", "f32", "generic"),
+        ("avx2", "f16", "f32", "x86-64"),
+        ("avx512", "bf16", "f32", "x86-64"),
+        ("avx512_bf16", "bf16", "bf16", "x86-64"),
+        ("avx512_bf16", "bf16", "bf16", "znver4"),
     ],
 )
-def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, features, tmp_path):
+def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, activations, cpu, tmp_path):
     """Compiled for a CPU with only these features, in a process of its own, since they are fixed in one."""
     needed = next(t for t in kernels.TIERS if t.name == tier)
     if needed not in kernels.available_tiers():
         pytest.skip(f"this CPU has no {tier}")
+    features = ",".join(f"+{feature}" for feature in sorted(needed.needs | ({"avx"} if needed.needs else set())))
     environment = os.environ | {
-        "NUMBA_CPU_NAME": "generic" if tier == "portable" else "x86-64",
+        "NUMBA_CPU_NAME": cpu,
         "NUMBA_CPU_FEATURES": features,
         "NUMBA_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
-    script = LOWER_TIER.format(tier=tier, weights=weights, features=features)
+    script = LOWER_TIER.format(tier=tier, weights=weights, activations=activations, cpu=cpu, features=features)
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
