@@ -18,7 +18,7 @@ def calibrate(
         Path | None, typer.Argument(metavar="[MODEL.gguf]", help="Whose experts; none: Mixtral-8x7B's shape.")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print what is stored, measure nothing.")] = False,
-    device: Annotated[Device, typer.Option(help="cpu: leave the GPU out.")] = Device.auto,
+    device: Annotated[Device, typer.Option(envvar="FIDDLER_DEVICE", help="cpu: leave the GPU out.")] = Device.auto,
     threads: Annotated[
         int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; none: the best number.")
     ] = None,

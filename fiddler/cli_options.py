@@ -75,7 +75,7 @@ class Precision(StrEnum):
 
 
 ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if none.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[Device, typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute.")]
 GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")]
 GpuExperts = Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")]
 MissingOption = Annotated[

@@ -35,7 +35,7 @@ __all__ = [
     "row_stride",
 ]
 
-_FEW, _FEW_IN_PARTS = 24, 14  # tokens of an expert in all: more are faster packed
+_FEW_FLOATS, _FEW_PAIRS, _FEW_IN_PARTS = 24, 28, 14  # tokens of an expert in all: more are faster packed
 _in_rows_beside = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)
 """Tokens beside packed ones."""
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them
@@ -100,7 +100,7 @@ def _rest(product: Product, count: int, even: bool) -> int:
     """How many of an expert's tokens lie in rows: those that packing would pad too much, or all."""
     if in_pairs(product) and not even:
         return count
-    few = _FEW_IN_PARTS if in_parts(product) else _FEW
+    few = _FEW_IN_PARTS if in_parts(product) else _FEW_PAIRS if in_pairs(product) else _FEW_FLOATS
     if count <= few and not in_tiles(product):
         return count
     most = _in_rows_beside(product)

@@ -216,10 +216,20 @@ def test_more_than_the_context_is_refused(model):
     fails_in_one_line(run("run", model, "-p", PROMPT, "-n", 40, "-c", 20), "exceed the context of 20", "--ctx")
 
 
-def test_a_gpu_is_not_there_yet(model):
+def test_a_gpu_that_is_not_there(model):
     fails_in_one_line(
         run("run", model, "-p", "x", "-n", 1, "--device", "cuda", "--gpu-memory", "24GiB"), "use --device cpu"
     )
+
+
+def test_the_environment_names_the_device_that_no_option_does(model, monkeypatch):
+    monkeypatch.setenv("FIDDLER_DEVICE", "cuda")
+    fails_in_one_line(run("run", model, "-p", "x", "-n", 1), "use --device cpu")
+    assert run("run", model, "-p", "x", "-n", 0, "--device", "cpu").returncode == 0
+    monkeypatch.setenv("FIDDLER_DEVICE", "tpu")
+    done = run("run", model, "-p", "x", "-n", 1)
+    assert done.returncode == 2
+    assert b"'tpu'" in done.stderr
 
 
 def test_a_stdout_that_cannot_say_it(model, engine):

@@ -272,6 +272,48 @@ if {weights!r} == "f16":
 """
 
 
+PAIRS = """
+import dataclasses, naive, numpy as np
+from llvmlite import ir
+from fiddler import kernels
+from fiddler.kernels import cpu, product, tiles
+
+def dot_of_pairs(b, total, left, right):
+    sixteen, mask = (ir.Constant(left.type, [value] * 16) for value in (16, -65536))
+    for half in (lambda words: b.shl(words, sixteen), lambda words: b.and_(words, mask)):
+        total = b.fadd(total, b.fmul(*(b.bitcast(half(words), total.type) for words in (left, right))))
+    return total
+
+tiles.dot_bf16 = dot_of_pairs
+product.on_zen = tiles.on_zen = lambda: {zen}
+cpu.TIERS = product.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in cpu.TIERS)
+kind = kernels.Product(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")
+assert kind.in_pairs and kind.in_parts == {zen}
+rng = np.random.default_rng(0)
+for tokens, width, hidden in ((1, 64, 32), (4, 130, 66), (5, 1300, 34), (7, 51, 40), (8, 2600, 34), (14, 1300, 34),
+                              (25, 130, 96), (28, 258, 34), (33, 130, 66), (64, 258, 130), (130, 66, 40)):
+    gate, up = (naive.to_bits(rng.normal(size=(1, hidden, width)) / width**0.5, "bf16") for _ in range(2))
+    down = naive.to_bits(rng.normal(size=(1, width, hidden)) / hidden**0.5, "bf16")
+    x = rng.normal(size=(tokens, width)).astype(np.float32)
+    args = x, np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32), gate, up, down
+    expected, tolerance = naive.expert_ffn(*args, "bf16", rounded=True)
+    assert (np.abs(kernels.expert_ffn(*args, kind) - expected) <= tolerance).all(), tokens
+"""
+
+
+@pytest.mark.skipif(BEST.dot_bf16, reason="this CPU multiplies pairs")
+@pytest.mark.parametrize("zen", [False, True])
+def test_pairs_where_the_instruction_is_missing(zen, tmp_path):
+    """All that goes around that product, with arithmetic in its place: as on Zen, and as on other CPUs."""
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    script = [sys.executable, "-c", PAIRS.format(zen=zen)]
+    result = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     ("tier", "weights", "activations", "cpu"),
     [
