@@ -19,7 +19,9 @@ def wants_gpu(device: str, gpu_memory: str | None, notify: Callable[[str], None]
     """
     if device == "cpu":
         if gpu_memory is not None:
-            raise RequestError(f"--gpu-memory {gpu_memory} with --device cpu: leave out one of them")
+            raise RequestError(
+                f"--gpu-memory {gpu_memory} with --device cpu, or FIDDLER_DEVICE=cpu: leave out one of them"
+            )
         return False, "CPU, as asked"
     built = torch.version.cuda is not None
     reason = None if built else f"this torch {torch.__version__} is built without CUDA"

@@ -35,7 +35,8 @@ __all__ = [
     "row_stride",
 ]
 
-_FEW_FLOATS, _FEW_PAIRS, _FEW_IN_PARTS = 24, 28, 14  # tokens of an expert in all: more are faster packed
+# tokens of an expert in all: more are faster packed (24 pairs are not, by a third; from 25 to 28 it is an estimate)
+_FEW_FLOATS, _FEW_PAIRS, _FEW_IN_PARTS = 24, 28, 14
 _in_rows_beside = constant_of(lambda product: 8 if product.tier.lanes == 16 else 12, types.intp)
 """Tokens beside packed ones."""
 _FEW_FOR_TILES, _BESIDE = 2, 32  # likewise with tile registers; and from how many packed ones on, beside them

@@ -64,7 +64,7 @@ class Product:
     def in_parts(self) -> bool:
         """Several tokens' pairs meet the weights in parts that fit the first-level cache, one after the other.
 
-        On Zen 5 that was faster than whole rows one by one; on Emerald Rapids four whole rows are, 1.2 to 1.5 times.
+        On Zen 5 that was faster than whole rows one by one; on Emerald Rapids four whole rows are, 1.1 to 1.5 times.
         """
         return self.in_pairs and on_zen()
 

@@ -34,9 +34,11 @@ def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
         most = 64 if tokens <= 48 else 128
     elif tokens < SEVERAL:
         most = 1024
-    else:  # pairs by whole rows: two panels that share 128 rows took 1.2 times as long as with 32
-        few = 64 if in_pairs(product) and not in_parts(product) else 48
-        most = 32 if 16 < tokens <= few else 128
+    else:
+        # two panels of pairs that shared 128 rows took 1.2 times as long on Emerald Rapids; floats are no slower so,
+        # and Zen, whose pairs go in parts, was not measured
+        short = 64 if in_pairs(product) and not in_parts(product) else 48
+        most = 32 if 16 < tokens <= short else 128
     while most > 32 and rows < most * _TASKS_A_THREAD * threads:
         most //= 2
     return most

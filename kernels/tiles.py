@@ -50,7 +50,7 @@ _LINE = 64  # bytes
 _UNROLL = 4
 
 
-def _near() -> int:
+def _weights_level() -> int:
     """The level to prefetch weights into, which are read once.
 
     Non-temporal, they leave code and data in the caches of Zen: 4 % of a token. On Emerald Rapids they are gone again
@@ -74,7 +74,7 @@ def _dot_rows(product: Product, tokens: int) -> int:
     """Weight rows that a dot-product tile takes at once: at most 4, as many as leave registers for the operands.
 
     They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
-    0.83 of the speed of plain reads with one row, at 0.96 with four. Parts of x that fit need no such thing.
+    0.83 of the speed of plain reads with one row, at 0.96 with four. In parts it is one row: nothing else was measured.
     """
     if tokens == 1:
         return 4
@@ -98,7 +98,7 @@ def _dot_tokens(product: Product) -> int:
 
 
 dot_tokens = constant_of(_dot_tokens, types.intp)
-"""Tokens of a dot-product tile, at most; beside tile registers, as many as these are slower for.
+"""Tokens of a dot-product tile, at most. Beside tile registers only one or two come, or any number of an odd width.
 
 With 32 registers six of them and four rows have too many addresses. With 16, seven fit where x can come from memory,
 and words of two bf16 cannot: they are split in registers.
@@ -133,7 +133,7 @@ def dot_tile(
     step = lanes * (2 if kind.rows_in_pairs else 1)
     unroll = max(chains, _LINE // (2 * step))
     x_width, x_from_memory = 2 if kind.rows_in_pairs else 4, _x_from_memory(kind, M)
-    level = 2 if parted else _near()
+    level = 2 if parted else _weights_level()
     signature = types.void(product, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -303,7 +303,7 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any)
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, ahead), k, 2), _near())
+            prefetch(b, address(b, b.add(w, ahead), k, 2), _weights_level())
             values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []

@@ -68,7 +68,7 @@ def test_the_table_has_a_line_a_test(model):
 
 def test_bytes_are_those_of_the_weights_that_a_token_reads(model):
     meter = Meter()
-    engine = fiddler.engine.load(model, recorder=meter, device="cpu")
+    engine = fiddler.engine.load(model, recorder=meter)
     sequence = engine.runner.sequence()
     engine.runner.logits(engine.runner.step([(sequence, [5])]))
     file, config = engine.model_file.file, engine.config

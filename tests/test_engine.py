@@ -12,6 +12,7 @@ from synthetic import write_random_mixtral
 
 import fiddler
 from fiddler import Sampling, kernels
+from fiddler.devices import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 
 GREEDY = Sampling(temperature=0.0)
@@ -206,6 +207,23 @@ def test_greedy_text_does_not_depend_on_the_threads(path, exact):
 def test_what_cannot_be_loaded_is_refused(path, arguments, kind, message):
     with pytest.raises(kind, match=message):
         fiddler.load(path, **arguments)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no driver\nsee www"), AssertionError("no driver"), OSError("no driver")]
+)
+def test_a_torch_for_gpus_without_one_computes_on_the_cpu_and_says_so(monkeypatch, error):
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    told = []
+    reason = "the GPU does not start: no driver"
+    assert wants_gpu("auto", None, told.append) == (False, f"CPU: {reason}")
+    assert told == [f"computing on the CPU: {reason}"]
+    with pytest.raises(ResourceError, match=f"^{reason}; use --device cpu"):
+        wants_gpu("cuda", None, told.append)
 
 
 def test_the_context_is_the_smaller_of_what_is_asked_for_and_trained(path):
