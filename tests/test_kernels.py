@@ -249,6 +249,15 @@ def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
     assert kernels.choose_tier(BEST.name) is BEST
 
 
+def run_apart(script, cache, **environment):
+    """In a process of its own, with these variables, the oracles at hand and nothing compiled."""
+    environment["NUMBA_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 LOWER_TIER = """
 import naive, numpy as np
 from fiddler import kernels
@@ -307,13 +316,7 @@ for tokens, width, hidden in ((1, 64, 32), (4, 130, 66), (5, 1300, 34), (7, 51, 
 @pytest.mark.parametrize("zen", [False, True])
 def test_pairs_where_the_instruction_is_missing(zen, tmp_path):
     """All that goes around that product, with arithmetic in its place: as on Zen, and as on other CPUs."""
-    environment = os.environ | {
-        "NUMBA_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    script = [sys.executable, "-c", PAIRS.format(zen=zen)]
-    result = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_apart(PAIRS.format(zen=zen), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -332,12 +335,6 @@ def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, activations, zen, tmp_pat
     if needed not in kernels.available_tiers():
         pytest.skip(f"this CPU has no {tier}")
     features = ",".join(f"+{feature}" for feature in sorted(needed.needs | ({"avx"} if needed.needs else set())))
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": "x86-64" if needed.needs else "generic",
-        "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    cpu = "x86-64" if needed.needs else "generic"
     script = LOWER_TIER.format(tier=tier, weights=weights, activations=activations, zen=zen, features=features)
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_apart(script, tmp_path, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features)
