@@ -28,10 +28,10 @@ class LogProbs:
 def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
     """Of `token` and of the `count` most probable ones, given the logits [V] of the model."""
     values = log_softmax(logits)
-    count = min(count, values.size)
-    least = np.partition(values, -count)[-count] if count else np.inf
-    ids = np.flatnonzero(values >= least)
-    ids = ids[np.argsort(-values[ids], kind="stable")][:count]
+    count = min(count, logits.size)
+    least = np.partition(logits, -count)[-count] if count else np.inf
+    ids = np.flatnonzero(logits >= least)
+    ids = ids[np.argsort(-logits[ids], kind="stable")][:count]  # not by `values`: logits nearly equal are one there
     return LogProbs(token, float(values[token]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
 
 

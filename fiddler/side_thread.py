@@ -51,7 +51,14 @@ class Task:
         self.join()
         failed, self._failed = self._failed, None
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # its traceback holds on to this frame
+
+    def forget(self) -> None:
+        """What it raised is for nobody: let go of it, and of what the calls it went through held on to."""
+        self._failed = None
 
 
 class SideThread:
@@ -165,7 +172,10 @@ class SharedStep(Generic[Part]):
         finally:
             self.stop()
         if failed is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # as in `Task.wait`
         return made[0]
 
     def begin(self, step: Callable[[], None]) -> Task:
@@ -206,5 +216,6 @@ class SharedStep(Generic[Part]):
             while not self._task.ended:
                 self.open(None)  # again and again: the side thread may ask for more numbers
                 self._task.join(_A_WHILE)
+            self._task.forget()
             self.open(None)  # and may have asked for one for which it did not wait
         self._task, self.stopping, self._parts = None, False, SimpleQueue()

@@ -53,9 +53,6 @@ def test_one_who_was_interrupted_may_wait_again():
 
 
 def test_the_thread_ends_and_nothing_is_kept():
-    class Held:
-        pass
-
     held, side = Held(), SideThread("a side of its own")
     seen = weakref.ref(held)
     task = given(side, lambda held=held: None)
@@ -214,10 +211,19 @@ def test_ctrl_c_at_any_moment_leaves_nothing_waiting(gate):
         assert shared.run(step, lambda part: None) == "whole"
 
 
-def test_what_failed_is_not_kept_either():
-    class Held:
-        pass
+class Held:
+    """What a failed step was about."""
 
+
+@pytest.fixture
+def no_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_what_failed_is_not_kept_either(no_collection):
     def fail(held):
         raise ValueError
 
@@ -227,5 +233,28 @@ def test_what_failed_is_not_kept_either():
         given(side, lambda held=held: fail(held)).wait()
     given(side, lambda: None).wait()
     del held
-    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize("broken", ["the step", "a part", "the caller"])
+def test_what_a_broken_step_was_about_is_free_at_once(gate, no_collection, broken):
+    """On a GPU that is a sequence's memory, and nothing says when garbage is collected."""
+    shared, held = SharedStep(SideThread("side"), gate), Held()
+    seen = weakref.ref(held)
+
+    def step(held):
+        gate.wait(shared.leave("part"))
+        if broken != "a part":  # where the caller has left, this is raised to nobody
+            raise RuntimeError(f"{broken} failed")
+
+    def do(part):
+        if broken == "a part":
+            raise RuntimeError(f"{broken} failed")
+        if broken == "the caller":
+            raise KeyboardInterrupt(broken)
+
+    with pytest.raises((RuntimeError, KeyboardInterrupt), match=broken):
+        shared.run(lambda held=held: step(held), do)
+    shared.run(lambda: None, do)
+    del held
     assert seen() is None
