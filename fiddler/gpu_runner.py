@@ -105,18 +105,18 @@ class GpuRunner(Runner):
 
     def sequence(self, positions: int = 0) -> Sequence:
         """A `Runner`'s. The first one in use has its memory already, another one takes more."""
-        made = self.kept.take([])  # the one at home, whoever may still hold on to it
-        if made is None:
-            home = self._at_home() is None
-            made = Sequence(
-                self.model.config,
-                self.context,
-                self.cache_dtype,
-                self.model.token_embd.device,
-                self._storage if home else None,
-            )
-            if home:
-                self._at_home = weakref.ref(made)
+        if self.kept.holds(self._at_home()):
+            self.kept.drop()
+        home = self._at_home() is None
+        made = Sequence(
+            self.model.config,
+            self.context,
+            self.cache_dtype,
+            self.model.token_embd.device,
+            self._storage if home else None,
+        )
+        if home:
+            self._at_home = weakref.ref(made)
         if positions:
             with self._within_budget():
                 made.reserve(positions)

@@ -20,6 +20,10 @@ class Kept:
         self._sequence: Sequence | None = None
         self.tokens: tuple[int, ...] = ()
 
+    def holds(self, sequence: Sequence | None) -> bool:
+        """Whether this very sequence is kept."""
+        return sequence is not None and sequence is self._sequence
+
     def put(self, sequence: Sequence, tokens: Ordered[int]) -> None:
         """Keep `sequence`, and forget the one before. It holds the first of `tokens`, as many as its length says."""
         assert sequence.length <= len(tokens)

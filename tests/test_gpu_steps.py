@@ -106,22 +106,6 @@ def test_what_is_kept_of_a_sequence_is_used_again(cpu, hybrid):
     assert again.text == cpu.generate(longer, GREEDY, 12).text
 
 
-def test_a_sequence_is_used_again_whoever_holds_on_to_it(cpu, hybrid, monkeypatch):
-    """As an interactive session does, which keeps the last exception: its memory is the one that is there already."""
-    monkeypatch.setattr(hybrid.runner.model.experts, "on_cpu", lambda *given: 1 // 0)
-    with pytest.raises(ZeroDivisionError) as held:
-        hybrid.generate(PROMPTS[0], GREEDY, 60)
-    monkeypatch.undo()
-    expected = texts(cpu)
-    found = dict(hybrid.batch([hybrid.start(prompt, GREEDY, 24) for prompt in PROMPTS], 2))
-    assert [found[i].text for i in range(len(PROMPTS))] == expected
-    hybrid.generate(PROMPTS[2], GREEDY, 24)
-    again = hybrid.generate(PROMPTS[2], GREEDY, 24, reuse=True)
-    assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
-    assert again.text == expected[2]
-    assert held.tb is not None
-
-
 def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
     """Another engine's pinned memory, of which the driver ends a capture when it is freed."""
     from fiddler.gpu_decode import Decoder

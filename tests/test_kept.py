@@ -80,6 +80,8 @@ def test_what_is_taken_is_cut_to_what_is_shared(engine, ids, left):
     assert kept.take(ids) is sequence
     assert sequence.length == left
     assert kept.take(ids) is None
+    assert not kept.holds(sequence)
+    assert not kept.holds(None)
 
 
 @pytest.mark.parametrize(
