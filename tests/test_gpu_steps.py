@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import random
 import threading
 import time
@@ -104,6 +105,22 @@ def test_what_is_kept_of_a_sequence_is_used_again(cpu, hybrid):
     again = hybrid.generate(longer, GREEDY, 12, reuse=True)
     assert again.stats.cached_tokens > 20
     assert again.text == cpu.generate(longer, GREEDY, 12).text
+
+
+def test_a_broken_step_leaves_no_garbage_that_holds_the_sequence(cpu, hybrid, monkeypatch, request):
+    """A batch would begin without the memory of the one sequence that is there already, and leave it unused."""
+    gc.collect()
+    gc.disable()
+    request.addfinalizer(gc.enable)
+    monkeypatch.setattr(hybrid.runner.model.experts, "on_cpu", lambda *given: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        hybrid.generate(PROMPTS[0], GREEDY, 60)
+    monkeypatch.undo()
+    assert len(dict(hybrid.batch([hybrid.start(prompt, GREEDY, 24) for prompt in PROMPTS], 2))) == len(PROMPTS)
+    hybrid.generate(PROMPTS[2], GREEDY, 24)
+    again = hybrid.generate(PROMPTS[2], GREEDY, 24, reuse=True)
+    assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
+    assert again.text == cpu.generate(PROMPTS[2], GREEDY, 24).text
 
 
 def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
