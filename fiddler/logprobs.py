@@ -17,7 +17,7 @@ __all__ = ["LogProbs", "log_probs", "log_softmax"]
 @dataclass(frozen=True)
 class LogProbs:
     """One step: the chosen `token`, its natural logarithm of probability, and (token, logprob) of the most probable
-    tokens, the most probable first, the lowest id first among equals.
+    tokens, the most probable first, the lowest id first among equal logits.
     """
 
     token: int

@@ -144,7 +144,7 @@ class SharedStep(Generic[Part]):
     def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
         """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
 
-        Raises what either of them raises, when both have come to an end.
+        Raises what either of them raises, when both have come to an end; where both do, what the part has raised.
         """
         made: list[Made] = []
         self.stop()
@@ -168,15 +168,14 @@ class SharedStep(Generic[Part]):
                     failed = error
                 finally:
                     self.open(number)
-            task.wait()
-        finally:
-            self.stop()
-        if failed is not None:
-            try:
+            task.join()
+            if failed is not None:  # what the step raises after that may come of it
                 raise failed
-            finally:
-                del failed  # as in `Task.wait`
-        return made[0]
+            task.wait()
+            return made[0]
+        finally:
+            del failed  # as in `Task.wait`
+            self.stop()
 
     def begin(self, step: Callable[[], None]) -> Task:
         """Have a step done by the side thread whose parts, if any, the caller knows of otherwise."""

@@ -236,25 +236,42 @@ def test_what_failed_is_not_kept_either(no_collection):
     assert seen() is None
 
 
-@pytest.mark.parametrize("broken", ["the step", "a part", "the caller"])
-def test_what_a_broken_step_was_about_is_free_at_once(gate, no_collection, broken):
+@pytest.mark.parametrize(
+    "broken, raised",
+    [
+        ({"step"}, RuntimeError),
+        ({"part"}, ValueError),
+        ({"part", "step"}, ValueError),
+        ({"caller", "step"}, KeyboardInterrupt),  # what the step raises is for nobody then
+        ({"part", "gate"}, KeyboardInterrupt),
+    ],
+)
+def test_what_a_broken_step_was_about_is_free_at_once(gate, no_collection, monkeypatch, broken, raised):
     """On a GPU that is a sequence's memory, and nothing says when garbage is collected."""
-    shared, held = SharedStep(SideThread("side"), gate), Held()
+    shared, held, opens = SharedStep(SideThread("side"), gate), Held(), gate.open
     seen = weakref.ref(held)
 
     def step(held):
         gate.wait(shared.leave("part"))
-        if broken != "a part":  # where the caller has left, this is raised to nobody
-            raise RuntimeError(f"{broken} failed")
+        if "step" in broken:
+            raise RuntimeError
 
     def do(part):
-        if broken == "a part":
-            raise RuntimeError(f"{broken} failed")
-        if broken == "the caller":
-            raise KeyboardInterrupt(broken)
+        if "part" in broken:
+            raise ValueError
+        if "caller" in broken:
+            raise KeyboardInterrupt
 
-    with pytest.raises((RuntimeError, KeyboardInterrupt), match=broken):
+    def interrupted(number=None):
+        if number is not None:
+            raise KeyboardInterrupt
+        opens()
+
+    if "gate" in broken:
+        monkeypatch.setattr(gate, "open", interrupted)
+    with pytest.raises(raised):
         shared.run(lambda held=held: step(held), do)
-    shared.run(lambda: None, do)
+    monkeypatch.undo()
+    assert shared.run(lambda: 7, do) == 7
     del held
     assert seen() is None
