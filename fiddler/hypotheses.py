@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fiddler.errors import RequestError
+from fiddler.logprobs import largest
 
 __all__ = ["Beaming", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
 
@@ -116,10 +117,4 @@ class Hypotheses:
 def best(totals: np.ndarray, count: int) -> list[tuple[int, int]]:
     """Places (row, column) of the `count` largest values above -inf: largest first, the lower place among equals."""
     flat = totals.reshape(-1)
-    if count < flat.size:
-        least = np.partition(flat, -count)[-count]
-        places = np.flatnonzero(flat >= least)
-    else:
-        places = np.arange(flat.size)
-    places = places[np.argsort(-flat[places], kind="stable")][:count]
-    return [divmod(int(place), totals.shape[1]) for place in places if flat[place] > -math.inf]
+    return [divmod(int(place), totals.shape[1]) for place in largest(flat, count) if flat[place] > -math.inf]

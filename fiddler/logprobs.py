@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["LogProbs", "log_probs", "log_softmax"]
+__all__ = ["LogProbs", "largest", "log_probs", "log_softmax"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,17 @@ class LogProbs:
 def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
     """Of `token` and of the `count` most probable ones, given the logits [V] of the model."""
     values = log_softmax(logits)
-    count = min(count, logits.size)
-    least = np.partition(logits, -count)[-count] if count else np.inf
-    ids = np.flatnonzero(logits >= least)
-    ids = ids[np.argsort(-logits[ids], kind="stable")][:count]  # not by `values`: logits nearly equal are one there
+    ids = largest(logits, count)  # not of `values`: logits nearly equal are one there
     return LogProbs(token, float(values[token]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest of `values` [N], all where there are fewer; the lower place first among equals."""
+    if 0 < count < values.size:
+        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    else:
+        places = np.arange(values.size)
+    return places[np.argsort(-values[places], kind="stable")][:count]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

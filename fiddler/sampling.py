@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from fiddler.errors import RequestError
-from fiddler.logprobs import LogProbs, log_probs
+from fiddler.logprobs import LogProbs, largest, log_probs
 from fiddler.penalties import add_bias, lately, penalize_repeats, penalize_runs
 
 __all__ = ["Guide", "Sampler", "Sampling", "min_p", "pick", "top_k", "top_p", "typical", "xtc"]
@@ -186,13 +186,7 @@ class Sampler:
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:
     """The ids of the k largest logits, largest first, lower id first among equals; all of them for k <= 0."""
-    if 0 < k < logits.size:
-        least = np.partition(logits, -k)[-k]
-        ids = np.flatnonzero(logits >= least)
-    else:
-        ids = np.arange(logits.size)
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
-    return ids[:k] if k > 0 else ids
+    return largest(logits, k if k > 0 else logits.size)
 
 
 def typical(logits: np.ndarray, ids: np.ndarray, p: float) -> np.ndarray:

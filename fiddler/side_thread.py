@@ -168,7 +168,6 @@ class SharedStep(Generic[Part]):
                     failed = error
                 finally:
                     self.open(number)
-            task.join()
             if failed is not None:  # what the step raises after that may come of it
                 raise failed
             task.wait()

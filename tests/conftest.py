@@ -1,5 +1,6 @@
 """What all tests need of the process they run in."""
 
+import gc
 import signal
 
 import pytest
@@ -22,3 +23,12 @@ def without_a_gpu(request):
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # where --device is given
         patch.setattr(torch.version, "cuda", None)  # this process's torch may have asked for the GPUs already
         yield
+
+
+@pytest.fixture
+def no_collection():
+    """What only a collection would free is not."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "width": "",
     "runner": "kernels cache memory models.mixtral width kept",
     "beam": "cache completion generate hypotheses kept logprobs memory runner stopping tokenizer",
-    "hypotheses": "",
+    "hypotheses": "logprobs",
     "prompt_cache": "cache converters.output_file kept model_file runner",
     "kept": "cache",
     "cache": "kernels models.config models.mixtral",

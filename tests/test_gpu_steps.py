@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import gc
 import random
 import threading
 import time
@@ -107,11 +106,8 @@ def test_what_is_kept_of_a_sequence_is_used_again(cpu, hybrid):
     assert again.text == cpu.generate(longer, GREEDY, 12).text
 
 
-def test_a_broken_step_leaves_no_garbage_that_holds_the_sequence(cpu, hybrid, monkeypatch, request):
+def test_a_broken_step_leaves_no_garbage_that_holds_the_sequence(cpu, hybrid, no_collection, monkeypatch):
     """A batch would begin without the memory of the one sequence that is there already, and leave it unused."""
-    gc.collect()
-    gc.disable()
-    request.addfinalizer(gc.enable)
     monkeypatch.setattr(hybrid.runner.model.experts, "on_cpu", lambda *given: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         hybrid.generate(PROMPTS[0], GREEDY, 60)

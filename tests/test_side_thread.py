@@ -14,6 +14,10 @@ import pytest
 from fiddler.side_thread import HostGate, SharedStep, SideThread, Task
 
 
+class Held:
+    """What a task is about."""
+
+
 def given(side, call):
     task = Task(call)
     side.take(task)
@@ -209,18 +213,6 @@ def test_ctrl_c_at_any_moment_leaves_nothing_waiting(gate):
             interrupted += 1
         timer.join()
         assert shared.run(step, lambda part: None) == "whole"
-
-
-class Held:
-    """What a failed step was about."""
-
-
-@pytest.fixture
-def no_collection():
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_what_failed_is_not_kept_either(no_collection):
