@@ -18,11 +18,11 @@ import gguf
 import numpy as np
 
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
-from fiddler.converters.numbers import Lost, to_bits, to_float32
-from fiddler.converters.output_file import check_space, check_target, whole_file
+from fiddler.converters.dtypes import Lost, to_bits, to_float32
 from fiddler.converters.safetensors_file import Array
-from fiddler.converters.vocabulary import Vocabulary, read_vocabulary
+from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from fiddler.errors import RequestError
+from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.models.config import ARCHITECTURE
 
 __all__ = ["ConversionReport", "convert", "interleave"]

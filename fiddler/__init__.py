@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING
 from fiddler.errors import FiddlerError
 
 if TYPE_CHECKING:
-    from fiddler.beam import Beam
     from fiddler.chat import Chat
-    from fiddler.completion import Completion
-    from fiddler.constrain import Constraint
     from fiddler.converters import convert
     from fiddler.engine import Engine, load
-    from fiddler.sampling import Sampling
+    from fiddler.generation.beam_search import Beam
+    from fiddler.generation.completion import Completion
+    from fiddler.sampling.constraint import Constraint
+    from fiddler.sampling.sampler import Sampling
 
 __all__ = ["Beam", "Chat", "Completion", "Constraint", "Engine", "FiddlerError", "Sampling", "convert", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Beam": "fiddler.beam",
+    "Beam": "fiddler.generation.beam_search",
     "Chat": "fiddler.chat",
-    "Completion": "fiddler.completion",
-    "Constraint": "fiddler.constrain",
+    "Completion": "fiddler.generation.completion",
+    "Constraint": "fiddler.sampling.constraint",
     "Engine": "fiddler.engine",
-    "Sampling": "fiddler.sampling",
+    "Sampling": "fiddler.sampling.sampler",
     "convert": "fiddler.converters",
     "load": "fiddler.engine",
 }

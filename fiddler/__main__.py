@@ -1,5 +1,5 @@
 """`python -m fiddler`."""
 
-from fiddler.cli import main
+from fiddler.cli.app import main
 
 main()

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fiddler.chat_template import ChatTemplate, Message
-from fiddler.completion import Completion, Generation
-from fiddler.constrain import Constraint
 from fiddler.engine import Engine
 from fiddler.errors import RequestError
-from fiddler.sampling import Sampling
+from fiddler.generation.completion import Completion, Generation
+from fiddler.sampling.constraint import Constraint
+from fiddler.sampling.sampler import Sampling
+from fiddler.text.chat_template import ChatTemplate, Message
 
 __all__ = ["Chat"]
 

@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.batch import Batch, Outcome
-from fiddler.beam import Beam, BeamSearch
-from fiddler.cache import Sequence
-from fiddler.completion import Completion, Generation
-from fiddler.constrain import Constraint, Vocabulary
-from fiddler.devices import wants_gpu
+from fiddler.cpu.loader import COMPILING, mapped_experts, on_cpu
+from fiddler.device.detection import wants_gpu
+from fiddler.device.pinned_mapping import Registration
 from fiddler.errors import RequestError, ResourceError
-from fiddler.hypotheses import Beaming, EarlyStopping
-from fiddler.mapped import COMPILING, mapped_experts, on_cpu
-from fiddler.memory import in_memory
-from fiddler.model_file import ModelFile
-from fiddler.placement import read_counts
-from fiddler.recorder import SILENT, Recorder
-from fiddler.registration import Registration
-from fiddler.request import check_options, checked_ids, checked_request
-from fiddler.runner import Runner
-from fiddler.sampling import Sampler, Sampling
-from fiddler.tokenizer import Tokenizer
-from fiddler.width import Width, first_width
+from fiddler.files.model_file import ModelFile
+from fiddler.generation.batch_size import Width, first_width
+from fiddler.generation.beam_hypotheses import Beaming, EarlyStopping
+from fiddler.generation.beam_search import Beam, BeamSearch
+from fiddler.generation.completion import Completion, Generation
+from fiddler.generation.request import check_options, checked_ids, checked_request
+from fiddler.generation.scheduler import Batch, Outcome
+from fiddler.gpu.memory_layout import read_counts
+from fiddler.host_memory import in_memory
+from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.runner import Runner
+from fiddler.sampling.constraint import Constraint, Vocabulary
+from fiddler.sampling.sampler import Sampler, Sampling
+from fiddler.telemetry.recorder import SILENT, Recorder
+from fiddler.text.tokenizer import Tokenizer
 
 __all__ = ["DEMO_MODEL", "Engine", "load"]
 
@@ -253,7 +253,7 @@ class Engine:
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
         if prompt_cache is None:
             return lambda sequence: None
-        from fiddler.prompt_cache import resume_from
+        from fiddler.runtime.kv_cache_file import resume_from
 
         return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
 
@@ -309,8 +309,8 @@ def load(
         kernels.prepare(product, lambda: notify(COMPILING), decode=registration is None or not gpu)
     capacity = min(context, config.context_length)
     if registration is not None and gpu:
-        from fiddler.gpu_memory import GpuStartError
-        from fiddler.hybrid import on_gpu
+        from fiddler.device.memory_budget import GpuStartError
+        from fiddler.gpu.loader import on_gpu
 
         counts = None
         if expert_counts is not None:

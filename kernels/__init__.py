@@ -6,14 +6,14 @@ are the only doors to the compiled code, which has no bounds checks.
 
 from fiddler.kernels.attention import Kept, attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
-from fiddler.kernels.cpu import TIERS, Tier, available_tiers, choose_tier
+from fiddler.kernels.codegen.variant import Product
 from fiddler.kernels.decode import Block, Decoder
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear, linears
-from fiddler.kernels.prepare import prepare
-from fiddler.kernels.product import Product
-from fiddler.kernels.routing import rms_norm, route
-from fiddler.kernels.threads import set_threads, thread_count, threading_layer, usable_cores
+from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
+from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
+from fiddler.kernels.norm_router import rms_norm, route
+from fiddler.kernels.precompile import prepare
 
 __all__ = [
     "TIERS",

@@ -16,11 +16,11 @@ from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels.arithmetic import exponential, from_half, to_half
-from fiddler.kernels.called import Called
-from fiddler.kernels.jit import FASTMATH, OPTIONS, kernel
-from fiddler.kernels.layout import address_of
-from fiddler.kernels.threads import threads_for
+from fiddler.kernels.codegen.function_pointer import Called
+from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
+from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
+from fiddler.kernels.machine.threads import threads_for
+from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["Kept", "attend_each", "attention", "called"]
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 from numba import prange
 
-from fiddler.kernels.jit import kernel
-from fiddler.kernels.threads import one_caller
+from fiddler.kernels.codegen.jit import kernel
+from fiddler.kernels.machine.threads import one_caller
 
 __all__ = ["read_bandwidth"]
 

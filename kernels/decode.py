@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fiddler.kernels import grouped
 from fiddler.kernels.attention import Kept
+from fiddler.kernels.codegen.variant import Product
 from fiddler.kernels.decode_step import SPANS, called, decode
-from fiddler.kernels.layout import address_of
-from fiddler.kernels.product import Product
-from fiddler.kernels.threads import threads_for
+from fiddler.kernels.machine.threads import threads_for
+from fiddler.kernels.matmul import grouped
+from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["Block", "Decoder", "Products"]
 

@@ -18,9 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels import attention, grouped, routing
-from fiddler.kernels.jit import OPTIONS, kernel
-from fiddler.kernels.product import Product
+from fiddler.kernels import attention, norm_router as routing
+from fiddler.kernels.codegen.jit import OPTIONS, kernel
+from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.matmul import grouped
 
 __all__ = ["SPANS", "called", "compile_decode", "decode"]
 

@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from fiddler.kernels.grouped import run
-from fiddler.kernels.layout import address_of
-from fiddler.kernels.product import Product
+from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.matmul.grouped import run
+from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["expert_ffn"]
 

@@ -14,8 +14,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="module", autouse=True)
 def without_a_gpu(request):
-    """Tests that are not in a test_gpu*.py compute on the CPU wherever they run, and so do the processes they start."""
-    if request.path.name.startswith("test_gpu"):
+    """Tests that are not in tests/gpu/ compute on the CPU wherever they run, and so do the processes they start."""
+    if request.path.parent.name == "gpu":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -231,9 +231,12 @@ def test_the_dependencies_are_those_packages():
     "modules, absent",
     [
         ("fiddler", "numpy torch numba gguf typer sentencepiece"),
-        ("fiddler.cli", "numpy torch numba gguf sentencepiece"),
-        ("fiddler.model_file fiddler.description", "torch numba gguf sentencepiece"),
-        ("fiddler.tokenizer fiddler.sampling fiddler.stopping fiddler.models.config", "torch numba gguf"),
+        ("fiddler.cli.app", "numpy torch numba gguf sentencepiece"),
+        ("fiddler.files.model_file fiddler.files.inspection", "torch numba gguf sentencepiece"),
+        (
+            "fiddler.text.tokenizer fiddler.sampling.sampler fiddler.generation.stop_strings fiddler.models.config",
+            "torch numba gguf",
+        ),
         ("fiddler.converters.conversion", "torch numba"),
         ("fiddler.models.mixtral", "numba gguf"),
         ("fiddler.kernels", "torch gguf"),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from chat_templates import MIXTRAL, MIXTRAL_OLD
-from synthetic import with_template
 
 import fiddler
 from fiddler import Sampling
 from fiddler.chat import Chat
-from fiddler.chat_template import ChatTemplate
 from fiddler.engine import DEMO_MODEL
 from fiddler.errors import FileFormatError, RequestError
+from fiddler.text.chat_template import ChatTemplate
+from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
+from oracles.synthetic import with_template
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from synthetic import write_random_mixtral
 
 import fiddler
 from fiddler import Sampling, kernels
-from fiddler.devices import wants_gpu
+from fiddler.device.detection import wants_gpu
 from fiddler.errors import RequestError, ResourceError
+from oracles.synthetic import write_random_mixtral
 
 GREEDY = Sampling(temperature=0.0)
 CONTEXT = 620

@@ -1,0 +1,1 @@
+"""The tokenizer of a Hugging Face folder, as GGUF keys."""

@@ -1,0 +1,193 @@
+"""`tokenizer.json`, the `tokenizers` library's format, read where llama.cpp's `llama` tokenizer gives the
+same ids.
+
+The format has no specification but the library (https://github.com/huggingface/tokenizers). Two shapes of a
+Llama tokenizer are in use: a normaliser that prepends "▁" and replaces spaces by it, and the `Metaspace`
+pre-tokenizer that transformers 5 writes. Knows what these mean for ids; does not know the other files of a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fiddler.converters.json_object import read_object
+from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
+from fiddler.converters.tokenizer.merges import scores_from_merges
+from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
+from fiddler.errors import CheckpointError, quoted
+from fiddler.text.sentencepiece_model import TokenType
+from fiddler.text.vocabulary import LARGEST_VOCABULARY
+
+__all__ = ["TokenizerJson"]
+
+_REMEDY = "put the model's SentencePiece tokenizer.model beside it"
+
+
+class TokenizerJson:
+    """One `tokenizer.json`, read and of the right outer shape; a missing file is one that says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file is malformed."""
+        self.source = str(path)
+        self._root = read_object(path, _REMEDY) if path.is_file() else {}
+        self.added = added_tokens(self._root.get("added_tokens"), f"{path}: added_tokens")
+
+    def adds(self) -> dict[str, bool] | None:
+        """Whether "bos" and "eos" go around a text by the post-processor; None where it does not say."""
+        template = self._root.get("post_processor")
+        if isinstance(template, dict) and template.get("type") == "Sequence":
+            found = [one for one in _list(template.get("processors")) if isinstance(one, dict)]
+            template = next((one for one in found if one.get("type") == "TemplateProcessing"), None)
+        if not isinstance(template, dict) or template.get("type") != "TemplateProcessing":
+            return None
+        single = _list(template.get("single"))
+        special = [isinstance(part, dict) and "SpecialToken" in part for part in single]
+        return {"bos": special[:1] == [True], "eos": len(special) > 1 and special[-1]}
+
+    def pieces(self) -> Pieces:
+        """The tokens, with scores in place of merges.
+
+        Raises CheckpointError, saying what stands in the way, where llama.cpp's tokenizer would give other
+        ids.
+        """
+        model = self._object(self._root.get("model"), "model")
+        kind = model.get("type", "BPE")
+        if kind != "BPE":
+            raise self._refused(f"its model is {quoted(kind, 40)}, not BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise self._refused(f"model.{key} is {quoted(model[key], 40)}")
+        if model.get("byte_fallback") is not True:
+            raise self._refused("model.byte_fallback is not true")
+        add_prefix, scheme, splits = self._whitespace()
+        vocab = self._vocab(model.get("vocab"))
+        missing = [name for name in BYTE_NAMES if name not in vocab]
+        if missing:
+            raise self._refused(f"its vocabulary lacks {len(missing)} byte tokens, {missing[0]} among them")
+        unknown = model.get("unk_token")
+        added = {token.text: token for token in self.added}
+        self._check_added(prepends=add_prefix and scheme is None)
+        set_apart = {*BYTE_NAMES, *added, *([unknown] if isinstance(unknown, str) else [])}
+        ordinary = [text for text in vocab if text not in set_apart and " " not in text]  # no text still has a " "
+        if splits:
+            self._check_split(ordinary)
+        ignore_merges = model.get("ignore_merges") is True
+        if ignore_merges and (not add_prefix or scheme == "first"):
+            raise self._refused("ignore_merges is set without a space before every text")
+        ranks = self._ranks(model.get("merges"), vocab, set_apart, added)
+        scores = scores_from_merges(ordinary, ranks, source=self.source, ignore_merges=ignore_merges)
+        by_id: dict[int, Piece] = {}
+        for text, index in vocab.items():
+            kind_of = (
+                TokenType.BYTE if text in BYTE_NAMES else TokenType.UNKNOWN if text == unknown else TokenType.NORMAL
+            )
+            by_id[index] = Piece(text, scores.get(text, 0.0), kind_of)
+        names = {"unk": unknown} if isinstance(unknown, str) else {}
+        return Pieces(self.source, by_id, names, add_prefix, scheme)
+
+    def _refused(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {what}, which llama.cpp's llama tokenizer cannot follow; {_REMEDY}")
+
+    def _object(self, value: object, name: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.source}: {name} is {quoted(value, 40)}; it must be an object")
+        return value
+
+    def _vocab(self, value: object) -> dict[str, int]:
+        vocab = self._object(value, "model.vocab")
+        texts: dict[int, str] = {}
+        for text, index in vocab.items():
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < LARGEST_VOCABULARY:
+                raise CheckpointError(f"{self.source}: the token {quoted(text, 40)} has the id {quoted(index, 40)}")
+            if texts.setdefault(index, text) != text:
+                raise CheckpointError(
+                    f"{self.source}: {quoted(texts[index], 40)} and {quoted(text, 40)} both have id {index}"
+                )
+        return {text: index for index, text in texts.items()}
+
+    def _ranks(
+        self, value: object, vocab: dict[str, int], set_apart: set[str], added: dict[str, AddedToken]
+    ) -> dict[tuple[str, str], int]:
+        """Each pair's rank; a pair that is listed twice has its last place, as in the library."""
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.source}: model.merges is {quoted(value, 40)}; it must be a list")
+        ranks: dict[tuple[str, str], int] = {}
+        for rank, merge in enumerate(value):
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise CheckpointError(f"{self.source}: merge {rank} is {quoted(merge, 60)}; it must be two tokens")
+            left, right = pair
+            for text in (left, right, left + right):
+                if text not in vocab:
+                    raise CheckpointError(f"{self.source}: merge {rank} needs {quoted(text, 60)}, which is no token")
+                if text not in set_apart:
+                    continue
+                # An added token never meets a merge: it is taken out of the text first, unless it is
+                # looked for in another form than merges see.
+                if text not in added or SPACE in text or added[text].strips or added[text].normalized:
+                    raise self._refused(f"merge {rank} has to do with {quoted(text, 60)}")
+            ranks[left, right] = rank
+        if len(value) > LARGEST_VOCABULARY:
+            raise self._refused(f"it has {len(value)} merges")
+        return ranks
+
+    def _check_split(self, ordinary: Iterable[str]) -> None:
+        for text in ordinary:
+            if SPACE in text[1:]:
+                raise self._refused(f"its pre-tokenizer splits text at spaces, but {quoted(text, 40)} is a token")
+
+    def _check_added(self, prepends: bool) -> None:
+        for token in self.added:
+            if not token.special and (token.strips or (token.normalized and prepends)):
+                what = "single_word, lstrip or rstrip" if token.strips else "normalized"
+                raise self._refused(f"the added token {quoted(token.text, 60)} sets {what}")
+
+    def _whitespace(self) -> tuple[bool, str | None, bool]:
+        """Whether a space goes before a text, by which rule of `Pieces.prepend_scheme`, and whether text is
+        split at spaces.
+        """
+        normalizers = _steps(self._root.get("normalizer"), "normalizers")
+        splitters = _steps(self._root.get("pre_tokenizer"), "pretokenizers")
+        if not splitters:
+            prepend = {"type": "Prepend", "prepend": SPACE}
+            replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+            if normalizers in ([prepend, replace], [replace, prepend]):
+                return True, None, False
+            if normalizers == [replace]:
+                return False, None, False
+        if normalizers:
+            raise self._refused(f"its normalizer is {_types(normalizers)}, its pre-tokenizer {_types(splitters)}")
+        if len(splitters) != 1 or splitters[0].get("type") != "Metaspace":
+            raise self._refused(f"its pre-tokenizer is {_types(splitters)}")
+        metaspace = splitters[0]
+        if metaspace.get("replacement") != SPACE:
+            raise self._refused(f"its Metaspace replacement is {quoted(metaspace.get('replacement'), 40)}")
+        older = "always" if metaspace.get("add_prefix_space", True) else "never"
+        scheme = metaspace.get("prepend_scheme", older)
+        if scheme not in ("always", "first", "never"):
+            raise self._refused(f"its Metaspace prepend_scheme is {quoted(scheme, 40)}")
+        splits = metaspace.get("split", True) is not False
+        return (False, None, splits) if scheme == "never" else (True, str(scheme), splits)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _steps(value: object, key: str) -> list[dict[str, object]]:
+    """A normaliser or pre-tokenizer as a flat list, `Sequence`s unfolded."""
+    found: list[dict[str, object]] = []
+    waiting = [] if value is None else [value]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict) and step.get("type") == "Sequence":
+            waiting += reversed(_list(step.get(key)))
+        else:
+            found.append(step if isinstance(step, dict) else {"type": step})
+    return found
+
+
+def _types(steps: list[dict[str, object]]) -> str:
+    return " + ".join(quoted(step.get("type"), 40) for step in steps) or "missing"

@@ -1,0 +1,211 @@
+"""The tokenizer of a Hugging Face folder as GGUF's keys hold it: `Vocabulary`.
+
+Several files have a say: `tokenizer.model` or else `tokenizer.json` for the tokens, these and three more for
+what was added to them, and the configurations for the special ones. This file knows who wins; how each format
+reads is `pieces` and `tokenizer_json`, and it knows nothing of weights. The keys are those of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from fiddler.converters.tokenizer.added_token import AddedToken
+from fiddler.converters.tokenizer.pieces import SPACE, Piece, Pieces, read_tokenizer_model
+from fiddler.converters.tokenizer.settings import TokenizerSettings
+from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
+from fiddler.errors import CheckpointError, quoted
+from fiddler.text.sentencepiece_model import TokenType
+from fiddler.text.vocabulary import PREPEND_SCHEME
+
+__all__ = ["Vocabulary", "read_vocabulary"]
+
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # never looked at; what llama.cpp's converter writes
+
+_IMPOSSIBLE = re.compile(r"[\0\ud800-\udfff]")
+_FIXED = {
+    TokenType.CONTROL,
+    TokenType.UNKNOWN,
+    TokenType.BYTE,
+}  # an added token of the same name does not change these
+_RENAMED = {
+    TokenType.CONTROL,
+    TokenType.UNKNOWN,
+    TokenType.UNUSED,
+    TokenType.USER_DEFINED,
+}  # these may get another name, no text has theirs
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as GGUF describes it; `tokens`, `scores` and `types` have one entry an id."""
+
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[int, ...]  # `gguf.TokenType`
+    bos_id: int | None
+    eos_id: int
+    unk_id: int | None
+    pad_id: int | None
+    more_end_ids: tuple[int, ...]  # further tokens that end a generation; GGUF has room for two
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    prepend_scheme: str | None  # see fiddler.token_table.PREPEND_SCHEME
+    chat_template: str | None
+    more_templates: Mapping[str, str]  # by name: tool_use, rag
+
+    def metadata(self) -> dict[str, str | bool | int | list[str] | NDArray[np.float32] | NDArray[np.int32]]:
+        """GGUF keys -> values: `int` is uint32, arrays have the type they have in the file."""
+        names = gguf.Keys.Tokenizer
+        eot, eom = (*self.more_end_ids, None, None)[:2]
+        values = {
+            names.MODEL: "llama",
+            names.PRE: "default",
+            names.LIST: list(self.tokens),
+            names.SCORES: np.array(self.scores, np.float32),
+            names.TOKEN_TYPE: np.array(self.types, np.int32),
+            names.BOS_ID: self.bos_id,
+            names.EOS_ID: self.eos_id,
+            names.EOT_ID: eot,
+            names.EOM_ID: eom,
+            names.UNK_ID: self.unk_id,
+            names.PAD_ID: self.pad_id,
+            names.ADD_BOS: self.add_bos,
+            names.ADD_EOS: self.add_eos,
+            names.ADD_PREFIX: self.add_space_prefix,
+            PREPEND_SCHEME: self.prepend_scheme,
+            names.CHAT_TEMPLATE: self.chat_template,
+            names.CHAT_TEMPLATES: list(self.more_templates) or None,
+        } | {names.CHAT_TEMPLATE_N.format(name=name): text for name, text in self.more_templates.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        if self.prepend_scheme is None:
+            return ()
+        return (
+            "tokenizer.json puts no space before a text that begins with one; fiddler follows it, llama.cpp does not, "
+            "so such prompts get other ids there",
+        )
+
+    def write_to(self, writer: gguf.GGUFWriter) -> None:
+        """Add these keys to a GGUF that is being written."""
+        for key, value in self.metadata().items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_array(key, value if isinstance(value, list) else value.tolist())
+
+
+def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """Read the tokenizer of a Hugging Face folder, padded with unused tokens to `vocab_size`.
+
+    `tokenizer.model` counts where there is one, else `tokenizer.json`. Raises CheckpointError where neither
+    is there, where a file is malformed or contradicts another, where there are more than `vocab_size` tokens,
+    and where llama.cpp's `llama` tokenizer could not give the same ids.
+    """
+    settings, fast = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").is_file():
+        pieces = read_tokenizer_model(folder / "tokenizer.model")
+        if not settings.flag("add_prefix_space", True):
+            pieces = replace(pieces, add_space_prefix=False)
+    elif (folder / "tokenizer.json").is_file():
+        pieces = fast.pieces()
+    else:
+        raise CheckpointError(f"{folder} holds neither tokenizer.model nor tokenizer.json; download one of them again")
+    by_id = _with_added(pieces, settings.added(fast.added))
+    _check_ids(folder, by_id, vocab_size)
+    ids = {piece.text: index for index, piece in by_id.items()}
+    special = {name: settings.special_id(name, pieces.names, ids, vocab_size) for name in ("bos", "eos", "unk", "pad")}
+    if special["eos"] is None:
+        raise CheckpointError(
+            f"{folder}: no file names the token that ends a text; set eos_token in tokenizer_config.json"
+        )
+    for name, kind in (("bos", TokenType.CONTROL), ("eos", TokenType.CONTROL), ("unk", TokenType.UNKNOWN)):
+        index = special[name]
+        if index in by_id and by_id[index].type in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            by_id[index] = by_id[index]._replace(type=kind)
+    entries = _padded(by_id, vocab_size)
+    templates = settings.chat_templates()
+    adds = fast.adds() or {"bos": True, "eos": False}
+    return Vocabulary(
+        tokens=tuple(piece.text for piece in entries),
+        scores=tuple(piece.score for piece in entries),
+        types=tuple(int(piece.type) for piece in entries),
+        bos_id=special["bos"],
+        eos_id=special["eos"],
+        unk_id=special["unk"],
+        pad_id=special["pad"],
+        more_end_ids=settings.more_end_ids(special["eos"], vocab_size),
+        add_bos=settings.flag("add_bos_token", adds["bos"]) and special["bos"] is not None,
+        add_eos=settings.flag("add_eos_token", adds["eos"]),
+        add_space_prefix=pieces.add_space_prefix,
+        prepend_scheme=pieces.prepend_scheme,
+        chat_template=templates.pop("default", None),
+        # as the gguf package writes them: no other characters in a name
+        more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
+    )
+
+
+def _with_added(pieces: Pieces, added: Iterable[AddedToken]) -> dict[int, Piece]:
+    by_id = dict(pieces.by_id)
+    for token in added:
+        known = by_id.get(token.id)
+        kind = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+        text = token.text
+        if known is not None and known.type == TokenType.USER_DEFINED and known.text == text.replace(SPACE, " "):
+            text = known.text
+        if known is not None and known.text != token.text and known.type not in _RENAMED:
+            raise CheckpointError(
+                f"{pieces.source}: token {token.id} is {quoted(known.text, 60)}, but an added token "
+                f"{quoted(token.text, 60)} claims its id; download the tokenizer's files again"
+            )
+        if known is not None and known.type in _FIXED:
+            by_id[token.id] = known._replace(text=text)
+        else:
+            by_id[token.id] = Piece(text, _ADDED_SCORE, kind)
+    return by_id
+
+
+def _check_ids(folder: Path, by_id: Mapping[int, Piece], vocab_size: int) -> None:
+    count = max(by_id) + 1
+    if count > vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {count} tokens, but vocab_size in config.json is {vocab_size}; "
+            "use the tokenizer that belongs to these weights"
+        )
+    seen: dict[str, int] = {}
+    for index, piece in by_id.items():
+        if not piece.text or _IMPOSSIBLE.search(piece.text):
+            raise CheckpointError(
+                f"{folder}: token {index} is {quoted(piece.text, 60)}; llama.cpp cannot hold such a name"
+            )
+        if seen.setdefault(piece.text, index) != index:
+            raise CheckpointError(
+                f"{folder}: tokens {seen[piece.text]} and {index} are both called {quoted(piece.text, 60)}, "
+                "which llama.cpp does not load; rename one of them"
+            )
+
+
+def _padded(by_id: Mapping[int, Piece], vocab_size: int) -> list[Piece]:
+    taken = {piece.text for piece in by_id.values()}
+    entries = []
+    for index in range(vocab_size):
+        name = f"[PAD{index}]"
+        while name in taken:
+            name += "_"
+        entries.append(by_id.get(index, Piece(name, _UNUSED_SCORE, TokenType.UNUSED)))
+    return entries

@@ -1,0 +1,163 @@
+"""The command line: parses, calls one function, prints. Nothing outside the `cli` files prints, nothing else exits.
+
+Text that was asked for goes to stdout; progress, statistics and warnings to stderr. Exit codes: 0 done, 1 an error
+in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from fiddler.cli.batch import batch
+from fiddler.cli.bench import bench
+from fiddler.cli.calibrate import calibrate
+from fiddler.cli.options import DType, say
+from fiddler.cli.perplexity import perplexity
+from fiddler.cli.run import run
+from fiddler.errors import FiddlerError
+
+__all__ = ["app", "convert", "inspect", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Mixture-of-Experts language models larger than the GPU, unquantised.",
+)
+
+
+app.command()(run)
+app.command()(batch)
+app.command()(bench)
+app.command()(calibrate)
+app.command()(perplexity)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
+    try:
+        _check_stdout()
+        try:
+            app(standalone_mode=True)
+        finally:  # here, where what fails is said in one line, and not when the interpreter ends
+            sys.stdout.flush()
+    except FiddlerError as error:
+        _fail(error, str(error))
+    except KeyboardInterrupt:  # from `convert`, cleaned up
+        _leave(130)
+    except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
+        _silence_stdout()
+        _leave(1)
+    except OSError as error:  # the rooms turn what they expect into a FiddlerError; a full disk under stdout is left
+        _silence_stdout()
+        _fail(error, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError as error:
+        _fail(error, "out of memory; close other programs or lower --ctx")
+    except Exception as error:
+        _fail(error, f"internal: {type(error).__name__}: {error} (set FIDDLER_TRACEBACK=1 and report this)")
+    _leave(0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from fiddler import __version__
+
+        print(f"fiddler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    dtype: Annotated[DType | None, typer.Option(help="16-bit type of the weights [default: the checkpoint's].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
+) -> None:
+    """Convert a Hugging Face Mixtral folder to GGUF."""
+    from tqdm import tqdm
+
+    from fiddler.converters import convert as run_conversion
+
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
+    with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False, disable=None) as bar:  # on terminals only
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = run_conversion(source, target, dtype.value if dtype else None, force=force, progress=progress)
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
+        f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to look at.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""
+    from fiddler.files.inspection import describe, to_text
+
+    description = describe(model)
+    from fiddler.kernels import available_tiers, choose_tier
+
+    tiers = [tier.name for tier in available_tiers()]
+    description["kernels"] = {"runs": choose_tier().name, "available": tiers}
+    if as_json:
+        import json
+
+        print(json.dumps(description, indent=2))
+    else:
+        print(to_text(description))
+
+
+def _fail(error: BaseException, message: str) -> NoReturn:
+    if os.environ.get("FIDDLER_TRACEBACK") == "1":
+        raise error
+    say("error: " + " ".join(message.split()))
+    _leave(1)
+
+
+def _check_stdout() -> None:
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        raise FiddlerError("standard output is closed; give it a terminal, a pipe or a file")
+    sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character, as in some locales
+
+
+def _silence_stdout() -> None:
+    """What is still buffered goes nowhere, so that the interpreter's last flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
+    """What SIGINT does. Raised as an exception in the middle of an import of torch it would abort the process."""
+    os._exit(130)
+
+
+def _leave(code: int) -> NoReturn:
+    raise SystemExit(code)

@@ -1,0 +1,241 @@
+"""The command `batch`: prompts from one file, results into another, many at once, on from where it was interrupted."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fiddler.cli.options import (
+    Ctx,
+    Device,
+    DeviceOption,
+    ExpertCounts,
+    GpuExperts,
+    GpuMemory,
+    Missing,
+    MissingOption,
+    Precision,
+    PrecisionOption,
+    Threads,
+    loaded,
+    say,
+)
+from fiddler.cli.sampling_options import (
+    DryAllowedLength,
+    DryBase,
+    DryMultiplier,
+    DryPenaltyLastN,
+    DrySequenceBreaker,
+    FrequencyPenalty,
+    LogitBias,
+    MinP,
+    NProbs,
+    PresencePenalty,
+    RepeatLastN,
+    RepeatPenalty,
+    Temp,
+    TopK,
+    TopP,
+    Typical,
+    XtcProbability,
+    XtcThreshold,
+    probs_of,
+    sampling_from,
+)
+from fiddler.errors import FiddlerError, RequestError, ResourceError
+
+if TYPE_CHECKING:
+    from fiddler.engine import Engine
+    from fiddler.generation.completion import Generation
+    from fiddler.serving.batch_input import Id, Job, JobFile
+    from fiddler.serving.batch_results import Results
+    from fiddler.text.chat_template import ChatTemplate
+
+__all__ = ["batch"]
+
+
+def batch(
+    given: typer.Context,
+    prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A prompt a line: id, prompt, and options.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; those that it holds are not made again.")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if none.")] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option("-np", "--parallel", min=1, help="At most so many at once; as many as pay if not given."),
+    ] = None,
+    count: Annotated[
+        int, typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without; -1: to the end or --ctx.")
+    ] = -1,
+    temp: Temp = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    typical: Typical = 1.0,
+    repeat_penalty: RepeatPenalty = 1.0,
+    repeat_last_n: RepeatLastN = 64,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    dry_base: DryBase = 1.75,
+    dry_allowed_length: DryAllowedLength = 2,
+    dry_penalty_last_n: DryPenaltyLastN = 64,
+    dry_sequence_breaker: DrySequenceBreaker = None,
+    xtc_probability: XtcProbability = 0.0,
+    xtc_threshold: XtcThreshold = 0.1,
+    logit_bias: LogitBias = None,
+    n_probs: NProbs = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="stop of lines without; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=-1, help="Lines without a seed get theirs from this and their id; -1: a new one.")
+    ] = -1,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemory = None,
+    gpu_experts: GpuExperts = None,
+    missing: MissingOption = Missing.auto,
+    expert_counts: ExpertCounts = None,
+    threads: Threads = None,
+    ctx: Ctx = None,
+    precision: PrecisionOption = Precision.fast,
+) -> None:
+    """Continue or answer many texts at once, by options of their own or those given here.
+
+    What is interrupted goes on with the same command.
+    """
+    from fiddler.serving.batch_input import Defaults, JobFile
+    from fiddler.serving.batch_results import Results
+
+    sampling = sampling_from(given)
+    if not all(stop or ()):
+        raise typer.BadParameter("--stop is empty; give at least one character")
+    jobs = JobFile(prompts, Defaults(sampling, None if count < 0 else count, tuple(stop or ()), ignore_eos))
+    with Results(out, prompts, jobs.ids) as results:
+        if len(results.done) == len(jobs.ids):
+            say(f"{out} has all {len(jobs.ids)} results")
+            return
+        engine = loaded(
+            model,
+            ctx,
+            device=device.value,
+            gpu_memory=gpu_memory,
+            gpu_experts=gpu_experts,
+            missing=missing.value,
+            expert_counts=expert_counts,
+            threads=threads,
+            precision=precision.value,
+        )
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: there is time to say something
+        try:
+            _run(engine, jobs, results, parallel)
+        except KeyboardInterrupt:
+            say(f"interrupted: {len(results.done)} of {len(jobs.ids)} are in {out}; the same command goes on")
+            raise
+
+
+def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) -> None:
+    """All jobs that have no result yet, with a bar, and a line about them at the end."""
+    from tqdm import tqdm
+
+    before, began, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
+    generated = lacking = 0
+    running: dict[int, Id] = {}
+    prompts, pieces = _Prompts(engine), engine.tokenizer.pieces(special=True)
+    bar = tqdm(total=len(jobs.ids), initial=before, unit="prompt", leave=False, disable=None, miniters=0)
+
+    def refused(identity: Id, error: FiddlerError) -> None:
+        nonlocal failed
+        results.add(identity, error=str(error))
+        failed += 1
+
+    def started() -> Iterator[Generation]:
+        """A line that cannot run has its result at once, and stops none of the others."""
+        place = 0
+        for job in jobs.jobs(results.done):
+            try:
+                generation = prompts.start(job)
+            except FiddlerError as error:
+                refused(job.id, error)
+                bar.update(1)
+                continue
+            running[place] = job.id
+            place += 1
+            yield generation
+
+    def stepped(tokens: int, sequences: int) -> None:
+        nonlocal generated, widest
+        generated, widest = tokens, max(widest, sequences)
+        speed = tokens / (time.perf_counter() - began)
+        bar.set_postfix_str(f"{speed:.1f} tokens/s, {sequences} at once", refresh=False)
+        bar.update(0)
+
+    with bar:
+        for place, outcome in engine.batch(started(), parallel, on_step=stepped):
+            identity = running.pop(place)
+            if isinstance(outcome, ResourceError):  # no result: with more memory the same command makes it
+                say(f"{identity}: {outcome}")
+                lacking += 1
+            elif isinstance(outcome, FiddlerError):
+                refused(identity, outcome)
+            else:
+                probs = [probs_of(pieces, step) for step in outcome.log_probs]
+                results.add(
+                    identity,
+                    text=prompts.shown(identity, outcome.text),
+                    finish_reason=outcome.finish_reason,
+                    prompt_tokens=outcome.stats.prompt_tokens,
+                    generated_tokens=outcome.stats.generated_tokens,
+                    **({"log_probs": probs} if probs else {}),
+                )
+                prompt_tokens += outcome.stats.prompt_tokens
+            bar.update(1)
+    seconds = time.perf_counter() - began
+    say(
+        f"{len(results.done) - before} results (errors: {failed}), {before} were there | "
+        f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
+        f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
+    )
+    if lacking:
+        raise ResourceError(
+            f"{lacking} prompts lacked memory and have no result; the same command with more makes them"
+        )
+
+
+class _Prompts:
+    """What lines ask for, as generations."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._template: ChatTemplate | None = None
+        self._answers: set[Id] = set()
+
+    def start(self, job: Job) -> Generation:
+        """Raises FiddlerError where the line cannot run: too long, or messages that the model's template refuses."""
+        prompt: str | list[int]
+        if isinstance(job.prompt, str):
+            prompt = job.prompt
+        else:
+            prompt = self._chat().ids(job.prompt)
+            self._answers.add(job.id)
+        return self._engine.start(prompt, job.sampling, job.max_tokens, stop=job.stop, ignore_eos=job.ignore_eos)
+
+    def shown(self, identity: Id, text: str) -> str:
+        """A result's text. As in a chat, the tokenizer's own space before an answer is left out."""
+        if identity in self._answers and self._engine.tokenizer.add_space_prefix:
+            return text.removeprefix(" ")
+        return text
+
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            from fiddler.text.chat_template import ChatTemplate
+
+            file = self._engine.model_file.file
+            self._template = ChatTemplate.of(self._engine.tokenizer, file.metadata)
+        if self._template is None:
+            raise RequestError("this model has no chat template; give a prompt instead of messages")
+        return self._template

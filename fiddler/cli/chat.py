@@ -1,0 +1,137 @@
+"""The chat that `run` opens on a terminal: answers as they come, commands, files. Knows no sampling and no loading."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fiddler.cli.options import say
+from fiddler.cli.terminal import StoppedError, Terminal, Typed, harmless
+from fiddler.errors import FiddlerError
+
+if TYPE_CHECKING:
+    from fiddler.chat import Chat
+    from fiddler.generation.completion import Stats
+
+__all__ = ["open_chat", "read_template"]
+
+_HELP = """\
+/help        this
+/reset       forget what was said, but for --system
+/save FILE   write the conversation to FILE, as JSON messages
+/stats       speed, memory and context of the last answer
+/exit        leave, as Ctrl-D does
+A line that ends with \\ goes on in the next; lines between \"\"\" and \"\"\" are one message, whatever they begin with.
+Ctrl-C stops an answer; what came of it stays in the conversation. While a long message is read it has to wait for
+the next few hundred tokens; pressed again after a second it leaves fiddler."""
+
+_NO_TEMPLATE = (
+    "this model has no chat template: what you type is plain text, and the model continues all of it, "
+    "what it wrote itself included, line after line"
+)
+
+
+def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_stats: bool) -> None:
+    """Converse until Ctrl-D or /exit. `to_text`: what an answer took, in a line."""
+    say(f"chat with {name}; /help says what can be typed, Ctrl-D leaves")
+    if not chat.has_template:
+        say(_NO_TEMPLATE)
+    with Terminal() as terminal:
+        chat.on_chunk = lambda read: terminal.check()
+        while (typed := terminal.read()) is not None:
+            if typed.one_line and typed.text.startswith("/"):
+                if not _obey(chat, typed.text, to_text):
+                    return
+            else:
+                _converse(chat, terminal, typed)
+                if show_stats:
+                    _stats(chat, to_text)
+
+
+def read_template(path: Path) -> str:
+    """The Jinja text in a file. Raises FiddlerError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FiddlerError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FiddlerError(f"{path} is not UTF-8; a chat template is a text of Jinja") from None
+
+
+def _converse(chat: Chat, terminal: Terminal, typed: Typed) -> None:
+    before = chat.left_out
+    try:
+        _show(chat.send(typed.text), terminal)
+    except FiddlerError as error:
+        say(f"error: {error}")
+        return
+    if terminal.interrupted:
+        say("(stopped)")
+    elif chat.completion is not None and chat.completion.finish_reason == "length":
+        say("(cut: no room for more; see --ctx and -n)")
+    if chat.left_out > before:
+        say(f"(the context is full; oldest turns that are no longer sent: {chat.left_out})")
+
+
+def _show(pieces: Iterator[str], terminal: Terminal) -> None:
+    try:
+        for piece in pieces:
+            sys.stdout.write(harmless(piece))
+            sys.stdout.flush()
+            if terminal.interrupted:
+                break
+    except StoppedError:
+        pass
+    finally:
+        pieces.close()  # type: ignore[attr-defined]  # a generator: what was shown is what was said
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _obey(chat: Chat, line: str, to_text: Callable[[Stats], str]) -> bool:
+    """Do what a command says; whether the chat goes on."""
+    command, _, argument = line.strip().partition(" ")
+    if command == "/exit":
+        return False
+    if command == "/help":
+        say(_HELP)
+    elif command == "/reset":
+        chat.reset()
+        say("(forgotten)")
+    elif command == "/stats":
+        _stats(chat, to_text)
+    elif command == "/save":
+        try:
+            _save(chat, argument.strip())
+        except (FiddlerError, OSError, RuntimeError, ValueError) as error:  # the latter by names that no file has
+            say(f"error: {error}")
+    else:
+        say(f'there is no {harmless(command)}; /help lists what there is (in """ """ a message may begin with /)')
+    return True
+
+
+def _save(chat: Chat, name: str) -> None:
+    """Write the messages as JSON, all or nothing, to a file that is not there yet."""
+    if not name:
+        raise FiddlerError("/save needs the name of a file")
+    from fiddler.files.atomic_file import check_target, whole_file
+
+    target = Path(name).expanduser()
+    if target.exists():
+        raise FiddlerError(f"{target} exists; name another file")
+    check_target(target, force=False)
+    with whole_file(target, force=False) as temporary:
+        temporary.write_text(json.dumps(chat.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    say(f"({len(chat.messages)} messages in {target})")
+
+
+def _stats(chat: Chat, to_text: Callable[[Stats], str]) -> None:
+    turns = sum(message["role"] == "user" for message in chat.messages)
+    if chat.completion is not None:
+        say(to_text(chat.completion.stats))
+    elif turns:
+        say("the last answer was broken off: no figures")
+    say(f"turns: {turns}, no longer sent: {chat.left_out}; {chat.context_used} of {chat.context} positions used")

@@ -1,0 +1,154 @@
+"""The command `perplexity`: which text and model, the running estimate, printing the result."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fiddler.cli.options import (
+    Device,
+    DeviceOption,
+    GpuExperts,
+    GpuMemory,
+    Missing,
+    MissingOption,
+    ModelOrDemo,
+    Precision,
+    PrecisionOption,
+    Threads,
+    loaded,
+    say,
+)
+from fiddler.errors import FiddlerError, RequestError
+
+if TYPE_CHECKING:
+    from fiddler.models.config import Config
+
+__all__ = ["perplexity"]
+
+_ENOUGH = 4096  # positions of context that let the longest steps hold several windows
+
+
+def perplexity(
+    file: Annotated[Path, typer.Option("-f", "--file", help="Text to measure.")],
+    model: ModelOrDemo = None,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", min=3, help="Tokens of a window.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    counts: Annotated[
+        Path | None,
+        typer.Option("--expert-counts", metavar="FILE", help="Write how often each expert is chosen, for `run`."),
+    ] = None,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemory = None,
+    gpu_experts: GpuExperts = None,
+    missing: MissingOption = Missing.auto,
+    threads: Threads = None,
+    precision: PrecisionOption = Precision.fast,
+) -> None:
+    """Measure how well a model predicts a text, as llama-perplexity does: windows of -c, the second halves scored."""
+    try:
+        text = file.read_bytes().removesuffix(b"\n")  # as llama.cpp reads it; need not be UTF-8
+    except OSError as error:
+        raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
+    from fiddler.files.model_file import ModelFile
+
+    if model is None:
+        from fiddler.engine import DEMO_MODEL
+
+        model = DEMO_MODEL
+    opened = ModelFile.open(model)
+    if ctx > opened.config.context_length:
+        raise RequestError(f"--ctx {ctx}: the model was trained with {opened.config.context_length} positions")
+    if counts is not None:
+        _check_counts(counts, opened.config)
+    opened.check_runnable()
+    tokenizer = opened.tokenizer
+    ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
+    from fiddler.evaluation.perplexity import cut, measure
+
+    try:
+        windows = cut(ids, ctx)
+    except RequestError as error:
+        raise RequestError(f"{file}: {error}") from None
+    engine = loaded(
+        opened,
+        ctx if ctx > _ENOUGH else None,
+        device=device.value,
+        gpu_memory=gpu_memory,
+        gpu_experts=gpu_experts,
+        missing=missing.value,
+        threads=threads,
+        precision=precision.value,
+    )
+    from tqdm import tqdm
+
+    from fiddler.telemetry.expert_counts import counting
+
+    started = time.perf_counter()
+    with (
+        counting(engine.runner.model) if counts is not None else nullcontext() as counted,
+        tqdm(total=len(windows) * ctx, unit="token", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        for estimate in measure(engine.runner, windows, tokenizer.bos_id if tokenizer.add_bos else None):
+            bar.set_postfix_str(f"PPL {estimate.perplexity:.4f} +/- {estimate.standard_error:.4f}", refresh=False)
+            bar.update(ctx)
+    seconds = time.perf_counter() - started
+    speed = len(windows) * ctx / seconds
+    if as_json:
+        import json
+
+        result = {
+            "perplexity": estimate.perplexity,
+            "standard_error": estimate.standard_error,
+            "tokens_scored": estimate.tokens,
+            "windows": estimate.windows,
+            "context": ctx,
+            "seconds": seconds,
+            "tokens_per_second": speed,
+            "model": str(model),
+            "file": str(file),
+            "device": engine.device,
+            "precision": precision.value,
+            "backend": engine.backend,
+            "threads": engine.runner.threads,
+        }
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"Final estimate: PPL = {estimate.perplexity:.4f} +/- {estimate.standard_error:.5f}")
+    say(
+        f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
+        f"{seconds:.1f} s, {speed:.1f} tokens/s"
+    )
+    if counts is not None and counted is not None:
+        _write_counts(counts, counted.counts)
+
+
+def _check_counts(target: Path, config: Config) -> None:
+    """Raises RequestError where counts cannot be written to `target`, or would replace anything but such counts."""
+    from fiddler.files.atomic_file import check_target
+    from fiddler.gpu.memory_layout import read_counts
+
+    check_target(target, force=True)
+    if not os.access(target.parent, os.W_OK):
+        raise RequestError(f"{target.parent} cannot be written in; name a file elsewhere")
+    if target.exists():
+        try:
+            read_counts(target, config.block_count, config.expert_count)
+        except RequestError:
+            raise RequestError(
+                f"{target} exists and is no file of this model's expert counts; remove it or name another"
+            ) from None
+
+
+def _write_counts(target: Path, counts: list[list[int]]) -> None:
+    import json
+
+    from fiddler.files.atomic_file import whole_file
+
+    with whole_file(target, force=True) as temporary:
+        temporary.write_text(json.dumps({"counts": counts}) + "\n")

@@ -1,0 +1,1 @@
+"""The CPU backend: loads weights from the mapping, runs steps through our kernels."""

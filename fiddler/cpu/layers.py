@@ -1,0 +1,108 @@
+"""Where a layer's weights meet its tokens on the CPU: the kernels behind the model's two seams.
+
+Knows the mapped bits and the kernels; not the model's structure nor the file they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler import kernels
+from fiddler.kernels import Product
+from fiddler.models import mixtral
+from fiddler.telemetry.recorder import SILENT, Recorder
+
+__all__ = ["FEW", "CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
+
+FEW = 32  # tokens
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts as they lie in the file: uint16 bits, and how to read them."""
+
+    gate: np.ndarray  # [E, F, D]
+    up: np.ndarray  # [E, F, D]
+    down: np.ndarray  # [E, D, F]
+    product: Product
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One dense weight: uint16 bits [out, in] and how to read them."""
+
+    bits: np.ndarray
+    product: Product
+
+
+class CpuExperts:
+    """Every expert computed by the CPU kernels, straight from the mapping."""
+
+    def __init__(self, layers: list[ExpertWeights], recorder: Recorder = SILENT) -> None:
+        self._layers = layers
+        self._recorder = recorder
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The model's `Experts`."""
+        w = self._layers[layer]
+        read = len(set(ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
+        with self._recorder.span("experts", read):
+            y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
+        return torch.from_numpy(y)
+
+
+class CpuLinear:
+    """Dense products by the CPU kernels, straight from the mapping; float32 weights by torch."""
+
+    def __init__(self, weights: Mapping[str, LinearWeight | Tensor], recorder: Recorder = SILENT) -> None:
+        self._weights = weights
+        self._recorder = recorder
+
+    def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
+        """The model's `Linear`."""
+        (made,) = self.together(x, [name])
+        return made if onto is None else made.add_(onto)
+
+    def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """The same for several weights that take the same x; neighbours of a kind in one call of the kernels."""
+        made: list[Tensor] = []
+        for product, same in groupby((self._weights[name] for name in names), key=_product_of):
+            weights = list(same)
+            with self._recorder.span("dense", sum(_bits(weight).nbytes for weight in weights)):
+                if product is None:
+                    made += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
+                else:
+                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], product)
+                    made += (torch.from_numpy(y) for y in results)
+        return made
+
+
+def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's `Router`: by our kernels where there are few tokens, by torch on all its threads where many."""
+    if len(h) > FEW:
+        return mixtral.route(h, norm, epsilon, weight, k)
+    x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
+    ids, shares = kernels.route(x, weight.numpy(), k)
+    return torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(shares)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The model's `Norm`, likewise."""
+    if len(x) > FEW:
+        return mixtral.rms_norm(x, weight, epsilon)
+    return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
+
+
+def _product_of(weight: LinearWeight | Tensor) -> Product | None:
+    return None if isinstance(weight, Tensor) else weight.product
+
+
+def _bits(weight: LinearWeight | Tensor) -> np.ndarray:
+    return weight.numpy() if isinstance(weight, Tensor) else weight.bits

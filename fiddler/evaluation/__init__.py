@@ -1,0 +1,1 @@
+"""Measures a loaded model: speed and perplexity."""

@@ -1,0 +1,270 @@
+"""The expert kernels of this machine beside what they are held against, all in one run on one model's weights.
+
+For every number of tokens an expert: each tier's kernel; torch's bf16 or f16 linears, one expert after the other, as
+the original Fiddler computes on its CPU; and plain reads of the same bytes, which no kernel can beat for long. They
+take turns, each time on experts that have not been read for 4 times the last-level cache.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence as Ordered
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler import kernels
+from fiddler.errors import RequestError, ResourceError
+from fiddler.files.model_file import ModelFile
+from fiddler.kernels import Product, Tier
+
+__all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
+
+_EXPERTS = 2  # at once, as one token of Mixtral has
+_CACHES = 4  # how many times the last-level cache is read before a byte is read again
+_TOLERANCE = 5e-3  # of the result's norm, where bf16 roundings may fall the other way
+_PLAIN_READS = 2  # of which the better one counts
+
+Experts = tuple[np.ndarray, ...]  # gate [N, F, D], up [N, F, D], down [N, D, F]: uint16 bits of N experts
+Layer = Callable[[np.ndarray, Experts], np.ndarray]  # x [T, D], every token to every expert -> their mean [T, D]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one number of tokens an expert."""
+
+    backend: str  # a kernel tier, "torch", or "reads"
+    weights: str  # "bf16" or "f16"
+    tokens: int  # an expert
+    seconds: list[float]
+    nbytes: int
+    operations: int
+    share_of_reads: float  # median over the rounds of its speed over that of plain reads in the same round
+    speedup_over_torch: float  # likewise
+    error: float | None  # against float64, of the result's norm
+
+    @property
+    def gb_per_second(self) -> float:
+        """Weights read, by the median."""
+        return self.nbytes / median(self.seconds) / 1e9
+
+    @property
+    def gflops(self) -> float:
+        """Multiplications and additions, by the median."""
+        return self.operations / median(self.seconds) / 1e9
+
+    def to_json(self) -> dict[str, Any]:
+        """All there is, speeds included."""
+        return asdict(self) | {"gb_per_second": self.gb_per_second, "gflops": self.gflops}
+
+
+def kernel_rows(
+    model_file: ModelFile,
+    tiers: Ordered[Tier],
+    kinds: Ordered[str],
+    tokens: Ordered[int],
+    repetitions: int,
+    threads: int | None = None,
+) -> Iterator[Row]:
+    """Measure the expert feed-forward on the model's own weights; `kinds` of "bf16" and "f16".
+
+    Where the file has the other type its bits are read as if they were of this one: the speed of instructions does
+    not depend on values, as long as these are normal numbers, which trained weights are either way. Rows come by kind
+    and number of tokens, the plain reads first.
+    Raises ResourceError where the model's experts are too few to keep them out of the cache.
+    """
+    groups = _groups(model_file)
+    nbytes = sum(bits.nbytes for bits in groups[0])
+    between, least = (len(groups) - 1) * nbytes, _CACHES * _last_level_cache()
+    if between < least:
+        raise ResourceError(
+            f"{model_file.file.shown_path}: between two reads of an expert lie {between / 1e6:.0f} MB of others; to "
+            f"measure memory and not caches takes {least / 1e6:.0f} MB: give a larger model"
+        )
+    turns = cycle(groups)
+    kernels.set_threads(threads)
+    torch.set_num_threads(kernels.thread_count())
+    for experts in groups:
+        _read(experts)  # every page is mapped
+    width = groups[0][0].shape[2]
+    for kind in kinds:
+        sides: dict[str, Layer] = {"torch": _torch_layer(kind)}
+        errors: dict[str, float | None] = {"torch": None}
+        for tier in tiers:
+            product = Product(tier, kind, "bf16" if kind == "bf16" else "f32")
+            kernels.prepare(product)
+            sides[tier.name] = _kernel_layer(product)
+            errors[tier.name] = _error(sides[tier.name], product, groups[0], tokens)
+        for count in tokens:
+            x = np.random.default_rng(count).standard_normal((count, width), dtype=np.float32)
+            x *= np.float32(0.01)  # so that float16, where torch computes in it, does not overflow
+            seconds: dict[str, list[float]] = {name: [] for name in ("reads", *sides)}
+            for repetition in range(-1, repetitions):  # the first one does not count
+                taken = {"reads": min(_read(next(turns)) for _ in range(_PLAIN_READS))}
+                for name, layer in sides.items():
+                    experts, started = next(turns), time.perf_counter()
+                    layer(x, experts)
+                    taken[name] = time.perf_counter() - started
+                if repetition >= 0:
+                    for name in seconds:
+                        seconds[name].append(taken[name])
+            operations = count * nbytes  # two bytes a weight, a multiplication and an addition
+            for name, spent in seconds.items():
+                share = median(plain / own for plain, own in zip(seconds["reads"], spent, strict=True))
+                speedup = median(theirs / own for theirs, own in zip(seconds["torch"], spent, strict=True))
+                reads = name == "reads"
+                yield Row(
+                    name, kind, count, spent, nbytes, 0 if reads else operations, share, speedup, errors.get(name)
+                )
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of the first CPU; 32 MiB where the system does not tell."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes)
+
+
+def _groups(model_file: ModelFile) -> list[Experts]:
+    """The experts of all layers, a few neighbours at a time, as they lie in the mapping."""
+    groups: list[Experts] = []
+    for layer in range(model_file.config.block_count):
+        stacks = [model_file.bits(f"blk.{layer}.ffn_{part}_exps.weight")[0] for part in ("gate", "up", "down")]
+        for begin in range(0, len(stacks[0]) - _EXPERTS + 1, _EXPERTS):
+            groups.append(tuple(stack[begin : begin + _EXPERTS] for stack in stacks))
+    return groups
+
+
+def _read(experts: Experts) -> float:
+    """Seconds of plain reads of all these weights."""
+    return sum(bits.nbytes / kernels.read_bandwidth(bits, 1) for bits in experts)
+
+
+def _kernel_layer(product: Product) -> Layer:
+    def layer(x: np.ndarray, experts: Experts) -> np.ndarray:
+        ids = np.tile(np.arange(len(experts[0])), (len(x), 1))
+        share = np.full(ids.shape, 1 / ids.shape[1], np.float32)
+        gate, up, down = experts
+        return kernels.expert_ffn(x, ids, share, gate, up, down, product)
+
+    return layer
+
+
+def _torch_layer(kind: str) -> Layer:
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+
+    def tensor(bits: np.ndarray) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch cannot mark a tensor read-only; nothing writes to weights
+            return torch.from_numpy(bits).view(dtype)
+
+    def layer(x: np.ndarray, experts: Experts) -> np.ndarray:
+        with torch.inference_mode():
+            given = torch.from_numpy(x).to(dtype)
+            y = torch.zeros(x.shape)
+            for gate, up, down in zip(*(tensor(bits) for bits in experts), strict=True):
+                y += F.linear(F.silu(F.linear(given, gate)) * F.linear(given, up), down).float() / len(experts[0])
+            return y.numpy()
+
+    return layer
+
+
+def _error(layer: Layer, product: Product, experts: Experts, tokens: Ordered[int]) -> float:
+    """How far results are from a slow float64 computation, of its norm: the most of all these numbers of tokens.
+
+    Other numbers of tokens take other paths through a kernel; every token is the same one.
+    Raises RuntimeError where it is farther than roundings explain: a kernel that computes something else.
+    """
+    first = tuple(bits[:1] for bits in experts)
+    gate, up, down = (bits[0] for bits in first)
+    x = np.random.default_rng(0).standard_normal((1, gate.shape[1]), dtype=np.float32) * np.float32(0.01)
+    rounded = product.activations == "bf16"
+    token = (_to_bf16(x[0]) if rounded else x[0]).astype(np.float64)
+    g, u = _naive_product(gate, token, product.weights), _naive_product(up, token, product.weights)
+    h = g / (1 + np.exp(-g)) * u
+    expected = _naive_product(
+        down, _to_bf16(h.astype(np.float32)).astype(np.float64) if rounded else h, product.weights
+    )
+    norm = float(np.linalg.norm(expected))
+    errors = [np.linalg.norm(layer(x.repeat(count, 0), first) - expected, axis=1).max() / norm for count in tokens]
+    for count, error in zip(tokens, errors, strict=True):
+        if not error < _TOLERANCE:
+            raise RuntimeError(f"{product}, {count} tokens: relative error {error:.1e} against float64")
+    return float(max(errors))
+
+
+def _naive_product(bits: np.ndarray, x: np.ndarray, kind: str) -> np.ndarray:
+    """bits [N, K] . x [K] in float64, some rows at a time."""
+    parts = []
+    for begin in range(0, len(bits), 512):
+        rows = bits[begin : begin + 512]
+        wide = (rows.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else rows.view(np.float16)
+        parts.append(wide.astype(np.float64) @ x)
+    return np.concatenate(parts)
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+def rows_to_markdown(rows: Ordered[Row]) -> str:
+    """A table of all rows: speeds by the median, their spread, and both ratios."""
+    heads = ["weights", "tokens", "kernel", "ms", "min-max", "GB/s", "GFLOP/s", "of reads", "x torch", "error"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- | ---: | --- |" + " ---: |" * 7]
+    for row in rows:
+        milliseconds = [spent * 1e3 for spent in row.seconds]
+        cells = [
+            row.weights,
+            str(row.tokens),
+            row.backend,
+            f"{median(milliseconds):.1f}",
+            f"{min(milliseconds):.1f}-{max(milliseconds):.1f}",
+            f"{row.gb_per_second:.1f}",
+            f"{row.gflops:.0f}" if row.operations else "",
+            f"{row.share_of_reads:.2f}" if row.operations else "",
+            f"{row.speedup_over_torch:.2f}" if row.operations else "",
+            "" if row.error is None else f"{row.error:.0e}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Ordered[Row], path: Path) -> None:
+    """Tokens an expert against GFLOP/s, one line a kernel or reference, with what plain reads allow drawn in.
+
+    Raises RequestError without matplotlib, which the extra `plot` installs.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError("--plot needs matplotlib: pip install 'fiddler-moe[plot]'") from None
+    kinds = list(dict.fromkeys(row.weights for row in rows))
+    figure = Figure(figsize=(7 * len(kinds), 5), layout="constrained")
+    for place, kind in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        of_kind = [row for row in rows if row.weights == kind]
+        for backend in dict.fromkeys(row.backend for row in of_kind if row.operations):
+            line = [row for row in of_kind if row.backend == backend]
+            axes.plot([row.tokens for row in line], [row.gflops for row in line], marker="o", label=backend)
+        reads = [row for row in of_kind if row.backend == "reads"]
+        ceiling = [row.gb_per_second * row.tokens for row in reads]  # two bytes and two operations a weight and token
+        axes.plot([row.tokens for row in reads], ceiling, "k--", label="plain reads")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        top = max(row.gflops for row in of_kind if row.operations)
+        axes.set_ylim(top=3 * top)
+        axes.set(title=f"{kind} weights", xlabel="tokens an expert", ylabel="GFLOP/s")
+        axes.grid(visible=True, which="both", alpha=0.3)
+        axes.legend()
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,188 @@
+"""Opens a GGUF file, or all the files of a split one: maps it, has its header checked, gives tensors as views.
+
+The only reader of GGUF files. Knows files and mappings; not what the metadata means, nor torch. The mapping is
+shared and read-only, so a model takes no memory of its own; it stays valid when the file is replaced or deleted,
+but truncating a file *in place* while a model runs from it kills the process (SIGBUS), as it does for any program
+that maps its models.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fiddler.errors import FileFormatError
+from fiddler.files.gguf_header import VIEWED, Header, TensorInfo, printable
+
+__all__ = ["GgufFile", "TensorInfo"]
+
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
+_LONGEST_PATH = 300  # characters of a path that a message shows
+
+
+class GgufFile:
+    """A validated GGUF model, in one file or several, mapped read-only and shared.
+
+    `metadata` holds str, int, float and bool; arrays of strings are `list[str]`, other arrays 1-D numpy arrays.
+    `tensors` maps a name to its `TensorInfo`, in file order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        version: int,
+        metadata: dict[str, object],
+        tensors: dict[str, TensorInfo],
+        maps: list[mmap.mmap],
+    ) -> None:
+        self.path = path
+        self.version = version
+        self.metadata = metadata
+        self.tensors = tensors
+        self._maps = maps
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufFile:
+        """Map and validate `path`; for a split model any one of its parts opens them all.
+
+        Raises FileFormatError, in one printable line that names the file, when it is missing, truncated or malformed.
+        """
+        path = Path(path)
+        parts = [_Part.open(path)]
+        count = parts[0].count()
+        if count > 1:
+            parts = [_Part.open(name, number, count) for number, name in enumerate(_part_paths(path, count))]
+        tensors = _index(parts)
+        expected = parts[0].header.metadata.get("split.tensors.count", len(tensors))
+        if count > 1 and not (isinstance(expected, int) and expected == len(tensors)):
+            raise FileFormatError(
+                f"{_shown(path)}: its parts hold {len(tensors)} tensors, the first says {printable(expected)}; "
+                "download them again"
+            )
+        first = parts[0].header
+        return cls(path, first.version, first.metadata, tensors, [part.map for part in parts])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes mapped, over all parts."""
+        return sum(len(part) for part in self._maps)
+
+    @property
+    def mappings(self) -> list[tuple[int, int]]:
+        """Address and bytes of each part's mapping."""
+        views = [np.frombuffer(part, np.uint8) for part in self._maps]
+        return [(int(view.ctypes.data), view.nbytes) for view in views]
+
+    @property
+    def shown_path(self) -> str:
+        """`path` for a message: one printable line."""
+        return _shown(self.path)
+
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor in the mapping: float32 for F32, uint16 *bits* for F16 and BF16.
+
+        Raises FileFormatError when there is no such tensor or its type is one that cannot be viewed.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise FileFormatError(f"{self.shown_path}: has no tensor {printable(name)}; convert the model again")
+        dtype = next((dtype for known, dtype in VIEWED.values() if known == info.type), None)
+        if dtype is None:
+            raise FileFormatError(
+                f"{self.shown_path}: tensor {name} is {info.type}; only F32, F16 and BF16 run: "
+                "use the unquantised file, or convert the original checkpoint"
+            )
+        flat = np.frombuffer(self._maps[info.part], dtype, math.prod(info.shape), info.offset)
+        return flat.reshape(info.shape)
+
+
+def _shown(path: Path) -> str:
+    """A path for a message: one printable line."""
+    return printable(path, _LONGEST_PATH)
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: Path
+    header: Header
+    map: mmap.mmap
+
+    @classmethod
+    def open(cls, path: Path, number: int = 0, count: int = 1) -> _Part:
+        """Map and check one file; with `count` above 1 it must say that it is part `number`, from 0, of so many."""
+        try:
+            mapped = _mapped(path)
+            part = cls(path, Header.parse(mapped, number), mapped)
+            if count > 1:
+                part._check(number, count)
+        except FileNotFoundError:
+            missing = f"this part of {count} is missing; put all parts in one folder"
+            raise FileFormatError(f"{_shown(path)}: {missing if count > 1 else 'no such file'}") from None
+        except FileFormatError as error:
+            raise FileFormatError(f"{_shown(path)}: {error}") from None
+        except (OSError, ValueError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or printable(error)
+            raise FileFormatError(f"{_shown(path)}: cannot be opened: {reason}") from None
+        return part
+
+    def count(self) -> int:
+        """How many parts the model has, by this one's word; 1 where it is not split."""
+        value = self.header.metadata.get("split.count", 1)
+        if type(value) is not int or value < 0:  # type: True is an int, too
+            raise FileFormatError(
+                f"{_shown(self.path)}: split.count is '{printable(value)}'; it must be a number of files"
+            )
+        return max(value, 1)
+
+    def _check(self, number: int, count: int) -> None:
+        says = [self.header.metadata.get(key) for key in ("split.no", "split.count")]
+        if not all(type(value) is int for value in says) or says != [number, count]:
+            raise FileFormatError(
+                f"has split.no {printable(says[0])} and split.count {printable(says[1])}, but its name stands for "
+                f"{number} and {count}; restore its name or download the parts again"
+            )
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise FileFormatError(
+                f"is a folder; convert a Hugging Face folder with `fiddler convert {_shown(path)} OUT.gguf`"
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise FileFormatError("is not a regular file; give the path of a .gguf file")
+        if status.st_size == 0:
+            raise FileFormatError("is empty; download or convert it again")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
+    finally:
+        os.close(descriptor)
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise FileFormatError(
+            f"{_shown(path)}: is one of {count} parts, but is not named like STEM-00001-of-{count:05}.gguf; "
+            "restore its name"
+        )
+    return [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
+def _index(parts: list[_Part]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for part in parts:
+        for info in part.header.tensors:
+            if info.name in tensors:
+                raise FileFormatError(f"{_shown(part.path)}: tensor {info.name} appears twice; convert the model again")
+            tensors[info.name] = info
+    return tensors

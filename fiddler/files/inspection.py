@@ -1,0 +1,122 @@
+"""What `fiddler inspect` shows: a model file described in plain values. Reads no tensor data, needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fiddler.files.gguf_header import printable
+from fiddler.files.model_file import ModelFile
+
+__all__ = ["describe", "to_text"]
+
+_LONGEST = 200  # characters of a metadata string that are shown
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A model's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
+
+    Values are exact but for long ones, which are cut, and numbers that JSON lacks, which become strings.
+    Raises FileFormatError, in one line, when the file is not a Mixtral GGUF.
+    """
+    model = ModelFile.open(path)
+    file, config = model.file, model.config
+    expert_bytes = sum(t.nbytes for t in file.tensors.values() if t.name.endswith("_exps.weight"))
+    weight_bytes = sum(t.nbytes for t in file.tensors.values())
+    per_expert = expert_bytes // (config.block_count * config.expert_count)
+    return {
+        "path": str(path),
+        "name": _plain(file.metadata.get("general.name")),
+        "gguf_version": file.version,
+        "architecture": {
+            "name": file.metadata["general.architecture"],
+            "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
+            "layers": config.block_count,
+            "width": config.embedding_length,
+            "expert_width": config.feed_forward_length,
+            "experts": config.expert_count,
+            "experts_per_token": config.expert_used_count,
+            "heads": config.head_count,
+            "kv_heads": config.head_count_kv,
+            "head_dim": config.head_dim,
+            "context": config.context_length,
+            "sliding_window": config.sliding_window,
+            "rope_freq_base": config.rope_freq_base,
+            "rms_epsilon": config.rms_epsilon,
+            "tied_embeddings": model.tied,
+        },
+        "bytes": {
+            "file": file.nbytes,
+            "weights": weight_bytes,
+            "experts": expert_bytes,
+            "dense": weight_bytes - expert_bytes,
+            "one_expert": per_expert,
+            "experts_read_per_token": per_expert * config.expert_used_count * config.block_count,
+        },
+        "types": dict(Counter(t.type for t in file.tensors.values())),
+        "tokenizer": {
+            "model": file.metadata.get("tokenizer.ggml.model"),
+            "vocabulary": config.vocab_size,
+            "bos": file.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos": file.metadata.get("tokenizer.ggml.eos_token_id"),
+            "add_bos": file.metadata.get("tokenizer.ggml.add_bos_token"),
+            "chat_template": "tokenizer.chat_template" in file.metadata,
+        },
+        "metadata": {key: _plain(value) for key, value in file.metadata.items()},
+        "tensors": [
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "type": t.type,
+                "bytes": t.nbytes,
+                "offset": t.offset,
+                "part": t.part,
+            }
+            for t in file.tensors.values()
+        ],
+    }
+
+
+def to_text(description: dict[str, Any]) -> str:
+    """`describe`'s answer for a person, without control characters; with "kernels" if the caller adds them."""
+    a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
+    kernels = description.get("kernels")
+    lines = [
+        f"{printable(description['name'] or description['path'], _LONGEST)}: {a['parameters'] / 1e9:.3g} B parameters, "
+        f"{sizes['file'] / 1e9:.2f} GB",
+        f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
+        f"{a['experts_per_token']} a token",
+        f"  {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} KV heads; context {a['context']}"
+        + (f", sliding window {a['sliding_window']}" if a["sliding_window"] else "")
+        + f"; RoPE base {a['rope_freq_base']:g}",
+        f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
+        f"all other weights {sizes['dense'] / 1e9:.2f} GB",
+        f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
+        f"  tokenizer {tokenizer['model']}, {tokenizer['vocabulary']} tokens, BOS {tokenizer['bos']}, "
+        f"EOS {tokenizer['eos']}, chat template: {'yes' if tokenizer['chat_template'] else 'no'}",
+        *([f"  CPU kernels: {kernels['runs']}; this CPU has {', '.join(kernels['available'])}"] if kernels else []),
+        "  types: " + ", ".join(f"{count} {kind}" for kind, count in description["types"].items()),
+        "",
+    ]
+    width = max(len(t["name"]) for t in description["tensors"])
+    lines += [
+        f"  {t['name']:<{width}}  {t['type']:<5} {'x'.join(map(str, t['shape'])):<18} {t['bytes'] / 1e6:>10.2f} MB"
+        for t in description["tensors"]
+    ]
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return f"[{value.size} x {value.dtype}]"
+    if isinstance(value, list):
+        return f"[{len(value)} strings]"
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return value[:_LONGEST] + "..."
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,1 @@
+"""From a request to text: scheduling, decoding loops, beam search, stop strings."""

@@ -1,0 +1,120 @@
+"""Which beams live, which are finished, and when a beam search is over: pure, numpy only.
+
+The rules are those of transformers' `generate(num_beams=N, do_sample=False)` (`_beam_search` in its
+`generation/utils.py`, version 5), so that the results are, too: of all continuations the best few times the width
+are looked at; those of the first `width` that end are finished, the first `width` that do not end live on. A score is
+the sum of log-probabilities divided by (generated tokens) ** length_penalty, the end token counted. Knows no model,
+no text and no cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fiddler.errors import RequestError
+from fiddler.sampling.logprobs import largest
+
+__all__ = ["Beaming", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
+
+EarlyStopping = bool | Literal["never"]
+
+
+@dataclass(frozen=True)
+class Beaming:
+    """How to search. Raises RequestError when a value is out of range.
+
+    `length_penalty`: above 0 favours long texts, below 0 short ones. `early_stopping`: True ends as soon as `width`
+    beams are finished; False when the best living one could not become better than the worst of them, were it to end
+    now; "never" when it could not at any length. As in transformers a width of 1 is greedy, whatever this says.
+    """
+
+    width: int = 4
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.width, Integral) or self.width < 1:
+            raise RequestError(f"{self.width} beams; give a whole number of at least 1")
+        if (
+            not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50
+        ):  # beyond it nothing but the length counts
+            raise RequestError(f"length_penalty is {self.length_penalty}; give -50 to 50")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise RequestError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'")
+
+
+class Live(NamedTuple):
+    """A beam that goes on. `parent`: the place of the one it continues among those that lived before."""
+
+    tokens: tuple[int, ...]
+    total: float  # of log-probabilities
+    parent: int
+
+
+class Finished(NamedTuple):
+    """A beam that has ended, by its last token or at the limit."""
+
+    tokens: tuple[int, ...]
+    score: float
+
+
+class Hypotheses:
+    """The state of one search over texts of at most `limit` tokens, at least 1.
+
+    ends: whether a token may end a beam is the caller's business: it is asked of a beam's tokens, the last one new.
+    most_ends: how many tokens there are that end every beam, so that enough continuations are looked at.
+    """
+
+    def __init__(self, beaming: Beaming, limit: int, ends: Callable[[tuple[int, ...]], bool], most_ends: int) -> None:
+        assert limit >= 1
+        self._beaming, self._limit, self._ends = beaming, limit, ends
+        self._looked_at = max(2, 1 + most_ends) * beaming.width
+        self.live = [Live((), 0.0, 0)]
+        self.finished: list[Finished] = []  # the best first, at most `width`
+        self.over = False
+
+    def advance(self, log_probs: np.ndarray) -> None:
+        """One token more for the beams in `live`: log_probs float64 [len(live), V], -inf where a token is banned."""
+        assert not self.over
+        width, before = self._beaming.width, self.live
+        length = len(before[0].tokens) + 1
+        totals = log_probs + np.array([beam.total for beam in before])[:, None]
+        ended: list[Finished] = []
+        self.live = []
+        for rank, (parent, token) in enumerate(best(totals, self._looked_at)):
+            total = float(totals[parent, token])
+            tokens = (*before[parent].tokens, token)
+            if length < self._limit and not self._ends(tokens):
+                if len(self.live) < width:
+                    self.live.append(Live(tokens, total, parent))
+            elif rank < width:
+                ended.append(Finished(tokens, self._score(total, length)))
+        self.finished = sorted(self.finished + ended, key=lambda beam: -beam.score)[:width]  # earlier first if equal
+        self.over = not self.live or (len(self.finished) == width and not self._may_improve(length))
+
+    def _may_improve(self, length: int) -> bool:
+        """Whether the best living beam, `length` tokens long, could push out a finished one, of which there are enough.
+
+        "could" by the length that is best for it: for "never" and a penalty above 0 the longest, else its own.
+        """
+        early, penalty = self._beaming.early_stopping, self._beaming.length_penalty
+        if early is True or self._beaming.width == 1:
+            return False
+        if early == "never" and penalty > 0:
+            length = self._limit
+        return self._score(self.live[0].total, length) > self.finished[-1].score
+
+    def _score(self, total: float, length: int) -> float:
+        return total / math.pow(length, self._beaming.length_penalty)
+
+
+def best(totals: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Places (row, column) of the `count` largest values above -inf: largest first, the lower place among equals."""
+    flat = totals.reshape(-1)
+    return [divmod(int(place), totals.shape[1]) for place in largest(flat, count) if flat[place] > -math.inf]

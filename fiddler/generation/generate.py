@@ -1,0 +1,58 @@
+"""The loop: a prompt's ids in, a stream of ids out. Knows no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence as Ordered
+
+import numpy as np
+
+from fiddler.errors import FileFormatError
+from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.runner import Runner
+from fiddler.sampling.sampler import Sampler
+
+__all__ = ["choose", "finite", "generate"]
+
+
+def generate(
+    runner: Runner,
+    sequence: Sequence,
+    prompt: Ordered[int],
+    sampler: Sampler,
+    limit: int,
+    on_chunk: Callable[[int], None] = lambda read: None,
+) -> Iterator[int]:
+    """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
+    tokens, each fed back only when the next is asked for.
+
+    Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
+    on_chunk: see `Runner.prefill`. Raises FileFormatError where the model computes something that is no number.
+    """
+    history = list(prompt)
+    logits = runner.prefill(sequence, history[sequence.length :], on_chunk)
+    for produced in range(limit):
+        if sampler.finished:
+            return
+        if produced:
+            logits = runner.logits(runner.step([(sequence, history[-1:])]))[0]
+        token = choose(logits.numpy(), history, sampler)
+        history.append(token)
+        yield token
+
+
+def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler) -> int:
+    """The token that goes on from `history`, after which the model computes `logits` [V].
+
+    Raises FileFormatError where one of them is no number.
+    """
+    return sampler(finite(logits, len(history)), history)
+
+
+def finite(logits: np.ndarray, position: int) -> np.ndarray:
+    """`logits`, if they are numbers. Raises FileFormatError where the model computed none, after so many tokens."""
+    if not np.isfinite(logits).all():
+        raise FileFormatError(
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight or an "
+            "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+        )
+    return logits

@@ -1,0 +1,1 @@
+"""One step of a model over sequences, and their KV caches."""

@@ -1,0 +1,170 @@
+"""A prompt's keys and values in a file, so that the next process need not compute them again: `--prompt-cache`.
+
+As with llama.cpp's option of that name, the longest beginning that a prompt shares with the file is taken from it, and
+the file is written again where the prompt has more. Knows sequences and files; not what the tokens say. A file is taken
+at its word once its checksums are right: like a model, it should come from someone you trust.
+
+The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
+
+    header  8 bytes "fiddlrKV", uint32 version (1), bytes a number (2: float16, 4: float32), layers L, heads G,
+            head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
+    tokens  n int32
+    then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Sequence as Ordered
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from fiddler.errors import FileFormatError, RequestError
+from fiddler.files.atomic_file import check_space, check_target, whole_file
+from fiddler.files.model_file import ModelFile
+from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.prefix_cache import common
+from fiddler.runtime.runner import Runner
+
+__all__ = ["PromptCache", "resume_from"]
+
+_MAGIC, _VERSION = b"fiddlrKV", 1
+_HEADER = struct.Struct("<8s6I32s")
+_CRC = struct.Struct("<I")
+_TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
+
+
+def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Ordered[int]) -> Callable[[Sequence], None]:
+    """Let `runner` resume `ids` from the file, if that has more of them than the runner keeps.
+
+    Returns what writes the file, if it lacks some of `ids`, when it is given the sequence that holds them.
+    Raises FileFormatError for a file that is damaged, of another model or no prompt cache, and RequestError or
+    ResourceError where one could not be written.
+    """
+    cache = PromptCache(path, model_file, runner.cache_dtype)
+    held = common(cache.tokens, ids)
+    if held < len(ids):
+        if not os.access(path.parent, os.W_OK):
+            raise RequestError(f"{path.parent} cannot be written in; name a file elsewhere")
+        check_space(path, cache.nbytes(len(ids)))
+    count = min(held, len(ids) - 1)
+    if count > common(runner.kept.tokens, ids):
+        sequence = runner.sequence()
+        cache.read(sequence, count)
+        runner.keep(sequence, ids[:count])
+    return (lambda sequence: cache.write(sequence, ids)) if held < len(ids) else lambda sequence: None
+
+
+class PromptCache:
+    """What is at `path` for a model and the type of its keys and values; no `tokens` where there is no file.
+
+    Raises FileFormatError, in one line that names the file, where there is one that is not this model's.
+    """
+
+    def __init__(self, path: Path, model_file: ModelFile, dtype: torch.dtype) -> None:
+        check_target(path, force=True)
+        self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
+        self._shape = config.block_count, config.head_count_kv, config.head_dim
+        self._most, self._model = config.context_length, model_file.fingerprint
+        self.tokens: tuple[int, ...] = ()
+        with self._opened() as file:
+            if self._exists(file):
+                self.tokens = self._read_tokens(file)
+
+    def nbytes(self, positions: int) -> int:
+        """The size of a file with so many positions."""
+        layers, heads, head_dim = self._shape
+        block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
+        return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + 2 * layers * block
+
+    def read(self, sequence: Sequence, count: int) -> None:
+        """Fill an empty sequence with the first `count` positions of the file.
+
+        Raises FileFormatError where the file is damaged; the sequence is to be forgotten then.
+        """
+        assert sequence.length == 0
+        assert count <= len(self.tokens)
+        sequence.reserve(count)
+        (_, heads, head_dim), positions = self._shape, len(self.tokens)
+        with self._opened() as file:
+            if self._read_tokens(file) != self.tokens:
+                raise self._damaged("was written anew meanwhile")
+            for kept in (kept for layer in zip(*sequence.storage, strict=True) for kept in layer):
+                data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
+                block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
+                if not np.isfinite(block).all():
+                    raise self._damaged("holds what is no number")
+                kept[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(kept.device)
+        sequence.length = count
+
+    def write(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+        """Replace the file by one with these tokens, of which `sequence` has the keys and values; it appears whole.
+
+        Raises ResourceError where the disk is full, FileFormatError where another file came to lie there.
+        """
+        positions = len(tokens)
+        assert sequence.length == positions
+        with self._opened() as file:
+            self._exists(file)
+        with whole_file(self._path, force=True) as temporary, temporary.open("wb") as file:
+
+            def put(data: bytes | memoryview) -> None:
+                file.write(data)
+                file.write(_CRC.pack(zlib.crc32(data)))
+
+            put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._model))
+            put(np.array(tokens, "<i4").tobytes())
+            for kept in (kept for layer in zip(*sequence.storage, strict=True) for kept in layer):
+                block = kept[:, :positions].cpu().numpy()
+                put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
+
+    def _opened(self) -> BinaryIO:
+        """The file; one that is empty is as good as none, as with llama.cpp."""
+        try:
+            return self._path.open("rb")
+        except FileNotFoundError:
+            return BytesIO()
+        except OSError as error:
+            raise RequestError(f"{self._path}: cannot be read: {error.strerror}; name another file") from None
+
+    def _exists(self, file: BinaryIO) -> bool:
+        """Whether there is anything, which must be ours then; where it is read from stays."""
+        found = file.read(len(_MAGIC))
+        file.seek(0)
+        if found and found != _MAGIC:
+            raise FileFormatError(f"{self._path}: is not a prompt cache; name another file")
+        return bool(found)
+
+    def _read_tokens(self, file: BinaryIO) -> tuple[int, ...]:
+        """The header, held against the model and the size of the file, and the tokens."""
+        _, version, itemsize, *shape, positions, model = _HEADER.unpack(self._part(file, _HEADER.size))
+        if version != _VERSION:
+            raise FileFormatError(
+                f"{self._path}: is a prompt cache of version {version}, this is {_VERSION}; delete it or name another"
+            )
+        if model != self._model or tuple(shape) != self._shape:
+            raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")
+        if itemsize != self._dtype.itemsize:
+            raise FileFormatError(
+                f"{self._path}: is a prompt cache of {8 * itemsize}-bit numbers, and this --precision takes "
+                f"{8 * self._dtype.itemsize}; name another file"
+            )
+        if positions > self._most or self._path.stat().st_size != self.nbytes(positions):
+            raise self._damaged("is not as long as it says")
+        return tuple(np.frombuffer(self._part(file, 4 * positions), "<i4").tolist())
+
+    def _part(self, file: BinaryIO, nbytes: int) -> bytes:
+        """The next part, whose checksum is right."""
+        data, crc = file.read(nbytes), file.read(_CRC.size)
+        if len(data) < nbytes or crc != _CRC.pack(zlib.crc32(data)):
+            raise self._damaged("has a wrong checksum or no end")
+        return data
+
+    def _damaged(self, what: str) -> FileFormatError:
+        return FileFormatError(f"{self._path}: is a damaged prompt cache, which {what}; delete it")

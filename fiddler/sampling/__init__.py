@@ -1,0 +1,1 @@
+"""Chooses a token from logits: penalties, truncation, constraints, log-probabilities."""

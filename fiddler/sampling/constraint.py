@@ -1,0 +1,216 @@
+"""Constrained output: which tokens may come next, so that the text follows a JSON schema or a grammar.
+
+The grammars are the `llguidance` library's (https://github.com/guidance-ai/llguidance), an optional extra; here it is
+given this model's tokens, and what it says becomes one mask a step. JSON schemas: its large subset, and an unknown
+keyword is an error, not ignored. Grammars: llama.cpp's GBNF, converted, or its own variety of Lark. Knows tokens and
+their bytes; no model and no files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fiddler.errors import FiddlerError, RequestError
+from fiddler.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+__all__ = ["Constraint", "TokenGuide", "Vocabulary"]
+
+_BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
+"""Between the parts of JSON, as in llama.cpp's own grammars: a model that likes blanks cannot write them for ever."""
+
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_OPERATOR = re.compile(r"[&~]|(?<=-)-")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a text must be. Make one with `json_schema` or `grammar`, which check it; any engine can use it."""
+
+    source: str  # in the library's own form
+
+    @classmethod
+    def json_schema(cls, schema: str | Mapping[str, Any]) -> Constraint:
+        """JSON that is valid by a schema, given as text or as what `json.loads` makes of it.
+
+        Properties come in the schema's order. Blanks between the parts: one, or one or two line breaks with up to
+        20 blanks or tabs. Raises RequestError with the library's reason where the schema is malformed, cannot be met,
+        or has a keyword that the library does not know.
+        """
+        matcher = _library().LLMatcher
+        try:
+            parsed = json.loads(schema) if isinstance(schema, str) else schema
+            if parsed is True:
+                parsed = {}  # which says the same, and can be given our rule for blanks
+            source = matcher.grammar_from_json_schema(
+                json.dumps(parsed), defaults={"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
+            )
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the JSON schema cannot be read: {_line(error)}") from None
+        return cls._checked(source, "the JSON schema")
+
+    @classmethod
+    def grammar(cls, text: str) -> Constraint:
+        """A text of a grammar's language: GBNF where `text` has rules with `::=`, else the library's Lark.
+
+        As in lexers, a rule that is a regular expression takes all that it can: behind `[a-z]+` of its own rule, an `x`
+        cannot follow. Raises RequestError with the library's reason where it cannot be read.
+        """
+        library = _library()
+        try:
+            if _GBNF_RULE.search(text):
+                source = library.grammar_from("gbnf", _GBNF_PART.sub(_convertible, text))
+            else:
+                source = library.grammar_from("lark", text)
+        except ValueError as error:
+            raise RequestError(f"the grammar cannot be read: {_line(error)}") from None
+        return cls._checked(source, "the grammar")
+
+    @classmethod
+    def _checked(cls, source: str, what: str) -> Constraint:
+        reason = _library().LLMatcher.validate_grammar(source)
+        if reason and not reason.startswith("WARNING"):
+            raise RequestError(f"{what} cannot be used: {_line(reason)}")
+        return cls(source)
+
+
+class Vocabulary:
+    """A tokenizer's tokens as the library takes them. To be made once a model: it takes a moment."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        library = _library()
+        self.end_ids = tokenizer.end_ids
+        wrapped = library.TokenizerWrapper(_Tokens(tokenizer))
+        self._tokens = library.LLTokenizer(wrapped, tokenizer.vocab_size, sorted(tokenizer.end_ids))
+
+    def guide(self, constraint: Constraint) -> TokenGuide:
+        """The state of `constraint` at the beginning of a text. Raises RequestError where no text can follow it."""
+        library = _library()
+        limits = library.LLParserLimits(verbose_errors=False)
+        guide = TokenGuide(library.LLMatcher(self._tokens, constraint.source, log_level=0, limits=limits), self.end_ids)
+        guide.allowed()
+        return guide
+
+
+class TokenGuide:
+    """How far a text has followed its constraint: one a generation."""
+
+    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int]) -> None:
+        self._matcher, self._end_ids = matcher, end_ids
+        self._allowed: np.ndarray | None = None
+
+    def copy(self) -> TokenGuide:
+        """One that goes on from here by itself."""
+        return TokenGuide(self._matcher.deep_copy(), self._end_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end token may follow."""
+        allowed = self.allowed()
+        return int(np.count_nonzero(allowed)) == sum(bool(allowed[token]) for token in self._end_ids)
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next: bool [V]; end tokens where the text may end here.
+
+        Raises RequestError where the library gives up: the grammar is too large, or has no text that goes on.
+        """
+        if self._allowed is None:
+            self._allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
+            self._check()
+        return self._allowed
+
+    def advance(self, token: int) -> None:
+        """`token`, one of the allowed, was chosen. An end token changes nothing."""
+        if token in self._end_ids:
+            return
+        self._matcher.consume_token(token)
+        self._check()
+        self._allowed = None
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _line(self._matcher.get_error())
+            if reason.startswith("NoExtension"):
+                reason = "nothing can follow here, not even an end; does a rule begin with itself?"
+            raise RequestError(f"the constraint cannot be followed: {reason}")
+
+
+class _Tokens:
+    """A tokenizer by the names that the library looks for.
+
+    What has no text begins with the byte 0xFF, which marks it as special: no grammar reaches it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        pieces = tokenizer.pieces()
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens = [piece or b"\xff[%d]" % token for token, piece in enumerate(pieces)]
+        self._byte_ids = {
+            piece: token for token, piece in enumerate(pieces) if tokenizer.token(token).startswith("<0x")
+        }
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """How the model would write a text that the grammar leaves no choice in: no space goes before it.
+
+        Where SentencePiece changes a text, as it does a U+2581, byte tokens say what it is.
+        """
+        wanted = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(wanted, continuing=True)
+        if b"".join([self.tokens[token] for token in ids]) == wanted:
+            return ids
+        return [self._byte_ids[bytes([byte])] for byte in wanted]
+
+
+def _library() -> ModuleType:
+    try:
+        import llguidance
+    except ImportError:
+        raise FiddlerError(
+            "constrained output needs the llguidance package: pip install 'fiddler-moe[constrain]'"
+        ) from None
+    return llguidance
+
+
+def _convertible(found: re.Match[str]) -> str:
+    """A literal, class, comment or dot of GBNF, as llguidance's converter takes it to mean the same.
+
+    It hands classes to a regular expression, where `&&`, `~~` and `--` are operators and a dot is no line break, and
+    loses leading zeros of escapes.
+    """
+    part = found[0]
+    if part == ".":
+        return r"[\x00-" + chr(0x10FFFF) + "]"
+    if part.startswith("#"):
+        return part
+    part = _CONTROL.sub(lambda one: f"\\x{ord(one[0]):02x}", part)
+    if part.startswith("["):
+        part = _OPERATOR.sub(lambda one: f"\\x{ord(one[0]):02x}", part)
+    return _ESCAPE.sub(_character, part)
+
+
+def _character(escape: re.Match[str]) -> str:
+    digits = escape[1] or escape[2] or escape[3]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if 0xD800 <= code < 0xE000 or code > 0x10FFFF:
+        raise ValueError(f"{escape[0]} is no character")
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)
+
+
+def _line(reason: object) -> str:
+    text = " ".join(str(reason).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,1 @@
+"""Requests and results as JSON, for batch files and servers. Prints nothing."""

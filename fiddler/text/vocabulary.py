@@ -1,0 +1,159 @@
+"""The tokenizer keys of a GGUF's metadata, checked once: `TokenTable`.
+
+Defaults, and what a file leaves out or names oddly, follow llama.cpp's `llama` tokenizer
+(`llama_vocab::impl::load` in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). It knows
+the keys and what they may hold; not how text is cut into tokens, and not the file they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fiddler.errors import FileFormatError, quoted
+from fiddler.text.sentencepiece_model import TokenType
+
+__all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "TokenTable"]
+
+PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
+"""A key of our own, for a tokenizer whose prefix rule is that of `Metaspace` in Hugging Face's `tokenizers`
+library: no space goes before a text that begins with one ("always"), nor anywhere but at the very start
+("first").
+"""
+
+LARGEST_VOCABULARY = 1 << 24
+"""Tokens at most: beyond it float32 scores no longer tell neighbouring ranks apart."""
+
+_PREFIX = "tokenizer.ggml."
+_LONGEST_TOKEN = 1 << 16  # characters
+
+# Names that end a generation in llama.cpp whatever the file says of them; it makes them control tokens, too.
+_END_NAMES = frozenset(
+    (
+        *("</s>", "<eos>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
+        *("<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<turn|>", "[e~["),
+        *("<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|tool_response>", "<|fim_pad|>"),
+        *("<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
+        *("<REPO>", "<reponame>", "<|file_sep|>", "<｜end▁of▁sentence｜>"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What the metadata says of the tokens; `texts`, `scores` and `types` have one entry a token, by id."""
+
+    texts: list[str]  # as in the file: a space is "▁" in an ordinary token; "" is a token that no text has
+    scores: list[float]
+    types: list[int]  # `TokenType`
+    bos_id: int
+    eos_id: int
+    end_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    prepend_scheme: str | None  # see PREPEND_SCHEME; None is llama.cpp's rule
+    chat_template: str | None
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, object]) -> TokenTable:
+        """Check and gather the tokenizer keys; raises FileFormatError where one is missing, malformed or out
+        of range.
+        """
+        model = metadata.get(f"{_PREFIX}model")
+        if not isinstance(model, str) or model != "llama":
+            raise FileFormatError(
+                f"tokenizer.ggml.model is {quoted(model)}; "
+                "only 'llama' (SentencePiece BPE), which Mixtral uses, is supported"
+            )
+        texts = _texts(metadata)
+        count = len(texts)
+        scores = _numbers(metadata, "scores", count, "if")
+        if not np.isfinite(scores).all():
+            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise FileFormatError(f"tokenizer.ggml.scores holds {scores[bad]} for token {bad}; convert the model again")
+        types = _numbers(metadata, "token_type", count, "i")
+        odd = np.flatnonzero((types < 0) | (types > max(TokenType)))
+        if odd.size:
+            raise FileFormatError(
+                f"tokenizer.ggml.token_type is {types[odd[0]]} for token {odd[0]}; "
+                f"it must lie between 0 and {max(TokenType)}"
+            )
+        kinds: list[int] = np.where(types == 0, int(TokenType.UNUSED), types).tolist()
+        bos_id, eos_id = _id(metadata, "bos_token_id", count, 1), _id(metadata, "eos_token_id", count, 2)
+        ends = {eos_id}
+        ends |= {_id(metadata, key, count) for key in ("eot_token_id", "eom_token_id") if _PREFIX + key in metadata}
+        for index, text in enumerate(texts):
+            if text in _END_NAMES:
+                ends.add(index)
+                kinds[index] = TokenType.CONTROL
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise FileFormatError(f"tokenizer.chat_template is {quoted(template)}; it must be one string")
+        scheme = metadata.get(PREPEND_SCHEME)
+        if scheme is not None and not (isinstance(scheme, str) and scheme in ("always", "first")):
+            raise FileFormatError(f"{PREPEND_SCHEME} is {quoted(scheme)}; it must be 'always' or 'first'")
+        return cls(
+            texts=texts,
+            scores=scores.astype(np.float32).tolist(),
+            types=kinds,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            end_ids=frozenset(ends),
+            add_bos=_flag(metadata, "add_bos_token", True),
+            add_eos=_flag(metadata, "add_eos_token", False),
+            add_space_prefix=_flag(metadata, "add_space_prefix", True),
+            prepend_scheme=scheme if isinstance(scheme, str) else None,
+            chat_template=template,
+        )
+
+
+def _texts(metadata: Mapping[str, object]) -> list[str]:
+    texts = metadata.get(f"{_PREFIX}tokens")
+    if not isinstance(texts, list) or not texts:
+        raise FileFormatError(f"tokenizer.ggml.tokens is {quoted(texts)}; it must be a list of at least one string")
+    if len(texts) > LARGEST_VOCABULARY:
+        raise FileFormatError(
+            f"tokenizer.ggml.tokens holds {len(texts)} tokens; at most {LARGEST_VOCABULARY} are accepted"
+        )
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise FileFormatError(f"tokenizer.ggml.tokens holds {quoted(text)} for token {index}; it must be a string")
+        if len(text) > _LONGEST_TOKEN:
+            raise FileFormatError(
+                f"tokenizer.ggml.tokens: token {index} is {len(text)} characters long; "
+                f"at most {_LONGEST_TOKEN} are accepted"
+            )
+    return texts
+
+
+def _numbers(metadata: Mapping[str, object], key: str, count: int, kinds: str) -> NDArray[Any]:
+    """The array under `key`: [count], of one of numpy's `kinds`."""
+    value = metadata.get(f"{_PREFIX}{key}")
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in kinds:
+        raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be an array of one number a token")
+    if len(value) != count:
+        raise FileFormatError(
+            f"tokenizer.ggml.{key} has {len(value)} entries for {count} tokens; convert the model again"
+        )
+    return value
+
+
+def _id(metadata: Mapping[str, object], key: str, count: int, default: int | None = None) -> int:
+    value = metadata.get(f"{_PREFIX}{key}", default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise FileFormatError(
+            f"tokenizer.ggml.{key} is {quoted(value)}; it must be the id of one of the {count} tokens"
+        )
+    return value
+
+
+def _flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:
+    value = metadata.get(f"{_PREFIX}{key}", default)
+    if not isinstance(value, bool):
+        raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be true or false")
+    return value

@@ -1,0 +1,139 @@
+"""What a kernel multiplies with what: weights, activations, instructions. As a value, and as a type for Numba.
+
+Numba sees each `Product` as a type of its own, so every kind compiles to a kernel of its own, and what a kind rules
+out is gone from its code. The type's name is part of the key in Numba's on-disk cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
+
+from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, on_zen
+
+__all__ = [
+    "Product",
+    "compiled",
+    "constant_of",
+    "in_pairs",
+    "in_parts",
+    "in_tiles",
+    "outer_rows",
+    "outer_tokens",
+    "panel_tokens",
+    "row_bytes",
+]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How weights meet activations.
+
+    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16" where each is rounded to bf16 once, before the
+    products; sums are float32 in either case.
+    """
+
+    tier: Tier
+    weights: str
+    activations: str
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("bf16", "f16") or self.activations not in ("bf16", "f32"):
+            raise ValueError(f"{self.weights} weights with {self.activations} activations: no kernel multiplies these")
+        if self.tier not in available_tiers():
+            raise ValueError(f"this CPU does not run the tier {self.tier.name}")
+
+    @property
+    def rows_in_pairs(self) -> bool:
+        """Few tokens' activations are stored as bf16 bits; else as float32, rounded or not."""
+        return self.activations == "bf16" and self.weights == "bf16"
+
+    @property
+    def in_pairs(self) -> bool:
+        """Likewise those of many tokens, and the CPU multiplies pairs of bf16."""
+        return self.rows_in_pairs and self.tier.dot_bf16
+
+    @property
+    def in_parts(self) -> bool:
+        """Several tokens' pairs meet the weights in parts that fit the first-level cache, one after the other.
+
+        On Zen 5 that was faster than whole rows one by one; on Emerald Rapids four whole rows are, 1.1 to 1.5 times.
+        """
+        return self.in_pairs and on_zen()
+
+    @property
+    def in_tiles(self) -> bool:
+        """Many tokens are multiplied in tile registers."""
+        return self.in_pairs and self.tier.tiles
+
+
+def _digest() -> str:
+    """A digest of this room's sources. Numba's cache looks at one file, and a kernel is made of several."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_SOURCES = _digest()
+
+
+class _ProductType(types.Type):
+    def __init__(self, tier: str, weights: str, activations: str) -> None:
+        self.tier, self.weights, self.activations = tier, weights, activations
+        super().__init__(name=f"Product({tier}, {weights}, {activations}, sources {_SOURCES})")
+
+    @property
+    def product(self) -> Product:
+        return Product(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
+
+
+register_model(_ProductType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Product)
+def _typeof_product(value: Product, _context: object) -> _ProductType:
+    return _ProductType(value.tier.name, value.weights, value.activations)
+
+
+@unbox(_ProductType)
+def _unbox_product(_type: object, _value: object, context: Any) -> NativeValue:
+    return NativeValue(context.context.get_dummy_value())
+
+
+def compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
+    """`numba.extending.intrinsic`, to be called from compiled code only; constants keep their value as a type."""
+    wrapped: Callable[..., Any] = intrinsic(prefer_literal=True)(generator)
+    return wrapped
+
+
+def constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
+    """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
+
+    @compiled
+    def constant(_context: Any, product: Any) -> Any:
+        def generate(context: Any, _b: Any, signature: Any, _arguments: Any) -> ir.Value:
+            return context.get_constant(signature.return_type, number(product.product))
+
+        return returns(product), generate
+
+    return constant
+
+
+in_pairs = constant_of(lambda product: product.in_pairs, types.boolean)
+in_parts = constant_of(lambda product: product.in_parts, types.boolean)
+in_tiles = constant_of(lambda product: product.in_tiles, types.boolean)
+outer_rows = constant_of(lambda product: product.tier.outer_rows, types.intp)
+# beside tile registers, outer products compute what is left over, and need no wide form of their own
+outer_tokens = constant_of(lambda product: 16 if product.in_tiles else product.tier.outer_tokens, types.intp)
+row_bytes = constant_of(lambda product: 2 if product.rows_in_pairs else 4, types.intp)
+"""Bytes of an activation in the rows layout."""
+panel_tokens = constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
+"""Tokens of a panel in the packed layout: as many as a tile takes at once."""

@@ -1,0 +1,1 @@
+"""The CPU: its instructions, threads and working memory."""

@@ -1,0 +1,244 @@
+"""The chat as a user meets it: a real process on a pseudo-terminal, with the demo model. Nothing waits by sleeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pexpect
+import pytest
+from test_cli import run
+
+from fiddler import Sampling
+from fiddler.chat import Chat
+from fiddler.cli import chat as cli_chat
+from fiddler.cli.terminal import Terminal, Typed, harmless
+from fiddler.engine import DEMO_MODEL, load
+from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
+from oracles.synthetic import with_template
+
+PATIENCE = 180  # seconds until something that hangs is given up
+PROMPT = "\r\n> "
+ENDLESS = ("--temp", "0", "--ignore-eos")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return with_template(DEMO_MODEL, tmp_path_factory.mktemp("chat") / "demo.gguf", MIXTRAL)
+
+
+class Session(pexpect.spawn):
+    """`fiddler run` on a terminal of its own; TERM=dumb keeps readline from colouring what it echoes."""
+
+    def __init__(self, *arguments, folder=None):
+        environment = os.environ | {"TERM": "dumb"}
+        command = ["-m", "fiddler", "run", *map(str, arguments)]
+        super().__init__(
+            sys.executable,
+            command,
+            timeout=PATIENCE,
+            encoding="utf-8",
+            codec_errors="replace",
+            env=environment,
+            cwd=folder,
+            dimensions=(50, 2000),
+        )
+
+    def prompt(self):
+        """Wait for the next prompt; what was shown until then."""
+        self.expect_exact(PROMPT)
+        return self.before
+
+    def ask(self, line):
+        """Type a line and wait for the next prompt; what was shown, the echo left out."""
+        self.sendline(line)
+        self.expect_exact(line + "\r\n")
+        return self.prompt()
+
+    def left(self):
+        """The exit code, once it has ended."""
+        self.expect(pexpect.EOF)
+        self.close()
+        assert self.signalstatus is None
+        return self.exitstatus
+
+    def __exit__(self, *error):
+        self.close(force=True)
+
+
+def test_stream_interrupt_save_reset_and_leave(model, tmp_path):
+    with Session(model, "--system", "Be brief.", *ENDLESS, folder=tmp_path) as chat:
+        assert f"chat with {model}" in chat.prompt()
+        chat.sendline("Once upon a time")
+        chat.expect_exact("Once upon a time\r\n")
+        chat.expect(r"\w+ \w+ ")  # it streams: the whole would be a thousand tokens
+        begun = chat.before + chat.match[0]
+        chat.sendintr()
+        rest = chat.prompt()
+        shown, _, last = (begun + rest).replace("^C", "").replace("\r\n", "\n").rpartition("\n")
+        assert last == "(stopped)"
+
+        assert "broken off" in chat.ask("/stats")
+        assert "3 messages" in chat.ask("/save one.json")
+        saved = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
+        assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+        assert [message["content"] for message in saved] == ["Be brief.", "Once upon a time", shown]
+        assert "exists" in chat.ask("/save one.json")
+        assert "needs the name" in chat.ask("/save")
+        assert "not a directory" in chat.ask("/save nowhere/x.json")
+        assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+        chat.sendline("Tell me more.")  # the next turn works, with the history
+        chat.expect(r"\w+ \w+ ")
+        chat.sendintr()
+        chat.prompt()
+        assert "turns: 2, no longer sent: 0" in chat.ask("/stats")
+        chat.ask("/reset")
+        assert "turns: 0" in chat.ask("/stats")
+        assert "/save FILE" in chat.ask("/help")
+        assert "there is no /nonsense" in chat.ask("/nonsense 1")
+        chat.sendeof()
+        assert chat.left() == 0
+
+
+def test_what_is_typed(model, tmp_path):
+    with Session(model, "--temp", 0, "-n", 3, "--stats", folder=tmp_path) as chat:
+        chat.prompt()
+        chat.sendintr()
+        assert "Ctrl-D or /exit leaves" in chat.prompt()
+        chat.send("half a line")
+        chat.expect_exact("half a line")
+        chat.sendintr()
+        assert "leaves" not in chat.prompt()
+        chat.sendline("")  # nothing is nothing
+        chat.prompt()
+        chat.sendline("one\\")
+        chat.expect_exact("\r\n. ")
+        assert "generation 3 tokens" in chat.ask("two")
+        chat.sendline('"""')
+        chat.expect_exact("\r\n. ")
+        chat.sendline("/three")
+        chat.expect_exact("\r\n. ")
+        chat.sendline("")
+        chat.expect_exact("\r\n. ")
+        assert "(cut: " in chat.ask('  four"""')
+        chat.ask('"""/five </s> é"""')
+        os.write(chat.child_fd, b"caf\xe9 \xff\n")
+        chat.prompt()
+        assert "error: " in chat.ask("/save " + "x" * 300)
+        assert "error: " in chat.ask("/save ~nobody-of-this-name/x")
+        chat.ask("/save all.json")
+        saved = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+        *texts, odd = [one["content"] for one in saved if one["role"] == "user"]
+        assert texts == ["one\ntwo", "/three\n\n  four", "/five </s> é"]
+        assert "\ufffd" in odd  # no UTF-8; where it stands is readline's
+        chat.sendline("/exit")
+        assert chat.left() == 0
+
+
+def test_a_full_context_and_messages_that_are_too_long(model):
+    with Session(model, *ENDLESS, "--ctx", 128) as chat:
+        chat.prompt()
+        shown = [chat.ask(f"message {turn}") for turn in range(3)]
+        assert all("(cut: no room for more" in one for one in shown)
+        assert "no longer sent: 1" in shown[1]
+        refused = chat.ask("word " * 110)
+        assert re.search(r"error: the message makes a prompt of \d+ tokens, .*; shorten it, or raise --ctx", refused)
+        assert "turns: 3, no longer sent: 2; 128 of 128" in chat.ask("/stats")
+        chat.sendeof()
+        assert chat.left() == 0
+
+
+def test_without_a_template():
+    with Session(*ENDLESS, "-n", 8) as chat:
+        assert "has no chat template" in chat.prompt()
+        assert re.search(r"\w+ \w+", chat.ask("Once upon a time"))
+        chat.ask("Then the bear")
+        assert "turns: 2" in chat.ask("/stats")
+        chat.sendeof()
+        assert chat.left() == 0
+
+
+def test_interrupts_while_an_answer_comes():
+    """The first sets a flag; one within a second is the same; a later one does what it did before the chat."""
+    times, before = iter([10.0, 10.5, 11.5, 99.0]), []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: before.append(number))
+    try:
+        with Terminal(lambda: next(times)) as terminal:
+            assert not terminal.interrupted
+            for count in (0, 0, 1):
+                signal.raise_signal(signal.SIGINT)
+                assert terminal.interrupted
+                assert len(before) == count
+        signal.raise_signal(signal.SIGINT)
+        assert len(before) == 2
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_an_interrupt_while_a_long_message_is_read(model, monkeypatch, capsys):
+    """Between two chunks of it; then the conversation is as it was, and goes on."""
+    engine = load(model)
+    monkeypatch.setattr(engine.runner, "chunk", 16)
+    chat, typed, reads = Chat(engine, sampling=Sampling(temperature=0.0), max_tokens=5), ["a word " * 60, "Hello"], []
+    usual = signal.getsignal(signal.SIGINT)
+
+    class Typing(Terminal):
+        def read(self):
+            self._interrupted = None
+            return Typed(typed.pop(0), one_line=True) if typed else None
+
+        def check(self):
+            reads.append(len(typed))
+            if reads == [1, 1, 1]:
+                signal.raise_signal(signal.SIGINT)
+            super().check()
+
+    monkeypatch.setattr(cli_chat, "Terminal", Typing)
+    cli_chat.open_chat(chat, "demo", str, show_stats=False)
+    assert reads == [1, 1, 1]
+    assert "(stopped)" in capsys.readouterr().err
+    assert [message["content"] for message in chat.messages[::2]] == ["Hello"]
+    assert chat.completion is not None
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("-p", "x", "--system", "y"), "--system"),
+        (("--prompt-file", "x", "--chat-template-file", "y"), "--chat-template-file"),
+        (("--system", "y"), "--system"),  # standard input is no terminal here
+    ],
+)
+def test_options_of_a_chat_without_one_are_wrong_usage(arguments, said):
+    done = run("run", *arguments, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2
+    assert said in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "template, system, said",
+    [
+        (MIXTRAL_OLD, "y", "leave out the system message"),
+        ("{{ 'a' * 10**10 }}", None, "the chat template asks for more than 256 MiB of memory"),
+        (None, "y", "no chat template"),
+    ],
+)
+def test_what_cannot_be_begun_is_refused_in_one_line(tmp_path, template, system, said):
+    (tmp_path / "a.jinja").write_text(template or "")
+    options = ["--chat-template-file", tmp_path / "a.jinja"] if template else []
+    with Session(*options, *(["--system", system] if system else [])) as chat:
+        chat.expect(r"error: [^\r\n]*" + re.escape(said) + r"[^\r\n]*\r\n")
+        assert chat.left() == 1
+
+
+def test_a_model_cannot_steer_the_terminal():
+    every = "".join(map(chr, range(0x100)))
+    shown = harmless(every + "é\u2028😀")
+    assert all(char in "\n\t" or not (ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0) for char in shown)
+    assert harmless("\x1b[2J\rx\x9b1m\x07") == r"\x1b[2J\x0dx\x9b1m\x07"
+    assert harmless("a\n\tb é 😀") == "a\n\tb é 😀"

@@ -1,0 +1,331 @@
+"""The command line as a user meets it: real processes, their output, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fiddler
+from fiddler import Sampling
+from oracles.synthetic import write_random_mixtral
+
+FIDDLER = [sys.executable, "-m", "fiddler"]
+TINY = Path(__file__).parents[1] / "data" / "tiny"
+PROMPT = "The old fiddler lived"
+GREEDY = ["--temp", "0", "--ignore-eos", "-c", "600"]
+PATIENCE = 120  # seconds until a process that hangs is given up
+
+
+def run(*arguments, **options):
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run([*FIDDLER, *map(str, arguments)], timeout=PATIENCE, check=False, **options)
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [*FIDDLER, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
+
+
+def wait_until(process, happened):
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def fails_in_one_line(process, *fragments):
+    message = process.stderr.decode()
+    assert process.returncode == 1, message
+    assert process.stdout == b""
+    assert re.fullmatch(r"error: [^\n]+\n", message)
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_mixtral(tmp_path_factory.mktemp("cli") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return fiddler.load(model)
+
+
+def continuation(engine, prompt, count, sampling=None, **options):
+    sampling = sampling or Sampling(0.0)
+    return engine.generate(prompt, sampling, count, **{"ignore_eos": True} | options).text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["convert", "-h"]])
+def test_help_imports_nothing_heavy(arguments):
+    command = [sys.executable, "-X", "importtime", *FIDDLER[1:], *arguments]
+    done = subprocess.run(command, capture_output=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
+    assert {"fiddler.cli.app", "typer"} <= loaded
+    assert not loaded & {"numpy", "torch", "numba", "llvmlite", "gguf", "sentencepiece", "tqdm", "fiddler.engine"}
+    assert b"Usage" in done.stdout
+
+
+def test_version_and_the_installed_command():
+    expected = f"fiddler {fiddler.__version__}\n".encode()
+    assert run("--version").stdout == expected
+    command = Path(sys.executable).with_name("fiddler")
+    if not command.exists():
+        pytest.skip("fiddler is importable here, but not installed")
+    assert subprocess.run([command, "--version"], capture_output=True, check=True).stdout == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "Usage"),
+        (["play"], "play"),
+        (["run", "--loud", "-p", "x"], "--loud"),
+        (["run", "a.gguf", "b.gguf", "-p", "x"], "b.gguf"),
+        (["run", "-p", "x", "-n", "many"], "-n"),
+        (["run", "-p", "x", "-n", "-2"], "-n"),
+        (["run", "-p", "x", "-c", "0"], "--ctx"),
+        (["run", "-p", "x", "-t", "0"], "--threads"),
+        (["run", "-p", "x", "--temp", "nan"], "temperature is nan"),
+        (["run", "-p", "x", "--top-p", "2"], "top_p is 2.0"),
+        (["run", "-p", "x", "--repeat-penalty", "0"], "repeat_penalty is 0.0"),
+        (["run", "-p", "x", "--device", "tpu"], "--device"),
+        (["run", "-p", "x", "--prompt-file", "y"], "not both"),
+        (["run", "-p"], "-p"),
+        (["convert", "folder"], "OUT.gguf"),
+        (["convert", "folder", "out.gguf", "--dtype", "f32"], "--dtype"),
+        (["inspect"], "MODEL.gguf"),
+    ],
+)
+def test_wrong_usage(arguments, said):
+    done = run(*arguments, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2
+    assert said in (done.stdout + done.stderr).decode()
+    assert b"Traceback" not in done.stderr
+
+
+def test_no_prompt_on_a_terminal_is_wrong_usage():
+    ours, theirs = pty.openpty()
+    try:
+        done = run("run", "never-opened.gguf", stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 2
+    assert b"no prompt" in done.stderr
+    closed = subprocess.run(["sh", "-c", '"$0" -m fiddler run <&-', sys.executable], capture_output=True, check=False)
+    assert closed.returncode == 2
+    assert b"no prompt" in closed.stderr
+
+
+def test_errors_are_one_line(tmp_path, model):
+    (tmp_path / "bad.gguf").write_bytes(b"no model at all")
+    fails_in_one_line(run("run", tmp_path / "none.gguf", "-p", "x"), "none.gguf")
+    fails_in_one_line(run("run", tmp_path / "bad.gguf", "-p", "x"), "bad.gguf")
+    fails_in_one_line(run("run", tmp_path, "-p", "x"), "fiddler convert")
+    fails_in_one_line(run("inspect", tmp_path / "bad.gguf"), "bad.gguf")
+    fails_in_one_line(run("run", model, "--prompt-file", tmp_path / "none.txt"), "none.txt")
+    fails_in_one_line(run("run", model, "--prompt-file", tmp_path), "cannot be read")
+
+
+def test_a_traceback_only_when_asked_for(tmp_path):
+    done = run("run", tmp_path / "none.gguf", "-p", "x", env=os.environ | {"FIDDLER_TRACEBACK": "1"})
+    assert done.returncode == 1
+    assert b"Traceback (most recent call last)" in done.stderr
+    assert b"FileFormatError" in done.stderr
+
+
+def test_the_continuation_goes_to_stdout_and_the_rest_to_stderr(model, engine):
+    done = run("run", model, "-p", PROMPT, "-n", 12, "--stats", *GREEDY)
+    assert done.returncode == 0
+    assert done.stdout.decode() == continuation(engine, PROMPT, 12) + "\n"
+    stats = done.stderr.decode()
+    prompt_tokens = len(engine.tokenizer.encode(PROMPT, add_bos=True))
+    assert re.search(rf"prompt {prompt_tokens} tokens, [\d.]+ tokens/s \| generation 12 tokens, [\d.]+ tokens/s", stats)
+    assert re.search(r"load [\d.]+ s", stats)
+    assert re.search(r"[1-9]\d* MiB", stats)
+    assert stats.startswith("CPU, as asked | ")
+    assert stats.count("\n") == 1
+
+
+def test_a_prompt_on_standard_input(model, engine):
+    """One newline at the end is the shell's, not the prompt's."""
+    done = run("run", model, "-n", 6, *GREEDY, input=f"{PROMPT}\n".encode())
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == continuation(engine, PROMPT, 6) + "\n"
+
+
+def test_a_prompt_in_a_file_even_if_not_utf_8(model, engine, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("Café\r\n\n\n".encode("latin-1"))
+    done = run("run", model, "-n", 6, "--prompt-file", tmp_path / "latin1.txt", *GREEDY)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == continuation(engine, "Caf\udce9\r\n\n", 6) + "\n"
+
+
+def test_an_empty_prompt(model, engine):
+    done = run("run", model, "-n", 3, *GREEDY)  # nothing on standard input
+    assert done.stdout.decode() == continuation(engine, "", 3) + "\n"
+
+
+def test_stop_and_sampling_options_arrive(model, engine):
+    text = continuation(engine, PROMPT, 12)
+    stop = text[len(text) // 2 :][:2]
+    done = run("run", model, "-p", PROMPT, "-n", 12, "--stop", "never", "--stop", stop, *GREEDY)
+    assert done.stdout.decode() == text[: text.index(stop)] + "\n"
+    sampling = Sampling(1.3, 50, 0.9, 0.01, 1.4, 10, seed=7)
+    options = ["--temp", 1.3, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--repeat-penalty", 1.4]
+    options += ["--repeat-last-n", 10, "--seed", 7]
+    done = run("run", model, "-p", PROMPT, "-n", 12, *options)
+    assert done.stdout.decode() == continuation(engine, PROMPT, 12, sampling, ignore_eos=False) + "\n"
+
+
+def test_an_end_token_ends_unless_it_is_ignored(engine, tmp_path):
+    tokens = engine.generate(PROMPT, Sampling(0.0), 8, ignore_eos=True).tokens
+    at = next(i for i in range(2, 8) if tokens[i] not in tokens[:i])
+    ends = write_random_mixtral(tmp_path / "ends.gguf", eos=tokens[at])
+    done = run("run", ends, "-p", PROMPT, "--temp", 0, "--stats")
+    assert done.stdout.decode() == engine.tokenizer.decode(tokens[:at], continuing=True) + "\n"
+    assert f"generation {at + 1} tokens" in done.stderr.decode()
+    on = run("run", ends, "-p", PROMPT, "-n", 8, "--temp", 0, "--stats", "--ignore-eos")
+    assert "generation 8 tokens" in on.stderr.decode()
+
+
+def test_no_tokens_at_all(model):
+    done = run("run", model, "-p", PROMPT, "-n", 0)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\n", b"")
+
+
+def test_more_than_the_context_is_refused(model):
+    fails_in_one_line(run("run", model, "-p", PROMPT, "-n", 40, "-c", 20), "exceed the context of 20", "--ctx")
+
+
+def test_a_gpu_that_is_not_there(model):
+    fails_in_one_line(
+        run("run", model, "-p", "x", "-n", 1, "--device", "cuda", "--gpu-memory", "24GiB"), "use --device cpu"
+    )
+
+
+def test_the_environment_names_the_device_that_no_option_does(model, monkeypatch):
+    monkeypatch.setenv("FIDDLER_DEVICE", "cuda")
+    fails_in_one_line(run("run", model, "-p", "x", "-n", 1), "use --device cpu")
+    assert run("run", model, "-p", "x", "-n", 0, "--device", "cpu").returncode == 0
+    monkeypatch.setenv("FIDDLER_DEVICE", "cpu")
+    fails_in_one_line(run("run", model, "-p", "x", "--gpu-memory", "24GiB"), "FIDDLER_DEVICE=cpu: leave out one")
+    monkeypatch.setenv("FIDDLER_DEVICE", "tpu")
+    done = run("run", model, "-p", "x", "-n", 1)
+    assert done.returncode == 2
+    assert b"'tpu'" in done.stderr
+
+
+def test_a_stdout_that_cannot_say_it(model, engine):
+    """An encoding without the character: a question mark, no crash."""
+    expected = continuation(engine, PROMPT, 12)
+    assert not expected.isascii()
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    done = run("run", model, "-p", PROMPT, "-n", 12, *GREEDY, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.encode("ascii", "replace") + b"\n"
+
+
+def test_a_reader_that_goes_away(model):
+    with start("run", model, "-p", PROMPT, "-n", 590, *GREEDY) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_stdout(model):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        done = run("inspect", model, stdout=full, env=buffered)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"error: No space left on device\n", done.stderr)
+
+
+def test_a_closed_stdout():
+    command = ["sh", "-c", '"$0" -m fiddler run never-opened.gguf -p x >&-', sys.executable]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"standard output is closed" in done.stderr
+
+
+def interrupted(process):
+    process.send_signal(signal.SIGINT)
+    out, message = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert re.fullmatch(rb"(compiling kernels .*\n)?", message)
+    return out
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_interrupted_while_torch_is_imported(model):
+    process = start("run", model, "-p", PROMPT)
+    wait_until(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    assert interrupted(process) == b""
+
+
+def test_interrupted_while_kernels_are_compiled(model, tmp_path):
+    process = start("run", model, "-p", PROMPT, NUMBA_CACHE_DIR=str(tmp_path))
+    wait_until(process, lambda: any(tmp_path.rglob("*.nbc")))  # the first is done, larger ones follow
+    assert interrupted(process) == b""
+
+
+def test_interrupted_while_generating(model):
+    process = start("run", model, "-p", PROMPT, "-n", 590, *GREEDY)
+    first = process.stdout.read(1)
+    assert len(first + interrupted(process)) < 590
+
+
+def test_inspect(model):
+    done = run("inspect", model, "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["architecture"]["experts"] == 4
+    assert b"4 experts" in run("inspect", model).stdout
+
+
+def test_convert_and_inspect(tmp_path):
+    target = tmp_path / "tiny.gguf"
+    done = run("convert", TINY, target)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert str(target).encode() in done.stderr
+    written = target.read_bytes()
+    fails_in_one_line(run("convert", TINY, target), "--force")
+    assert target.read_bytes() == written
+    assert run("convert", TINY, target, "--force", "--dtype", "f16").returncode == 0
+    assert json.loads(run("inspect", target, "--json").stdout)["types"]["F16"] > 0
+    fails_in_one_line(run("convert", tmp_path, tmp_path / "other.gguf"), "config.json")
+
+
+def test_calibrate_measures_a_model_and_shows_it(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fails_in_one_line(run("calibrate", "--show"), "no calibration is stored")
+    done = run("calibrate", model, "--device", "cpu", "-t", 1)
+    assert done.returncode == 0
+    assert b"ms an expert for tokens" in done.stdout
+    assert run("calibrate", "--show").stdout == done.stdout
+    assert run("calibrate", model, "--show").returncode == 2
+
+
+def test_options_of_a_gpu_are_checked(model):
+    fails_in_one_line(run("run", model, "-p", "x", "--gpu-memory", "24GiB", "--device", "cpu"), "leave out one")
+    assert run("run", model, "-p", "x", "--gpu-experts", -1).returncode == 2
+    assert run("run", model, "-p", "x", "--missing", "both").returncode == 2

@@ -1,0 +1,110 @@
+"""Where it is written: targets refused or replaced, small disks, and interruptions of a real process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+from fiddler.converters import convert
+from fiddler.errors import RequestError, ResourceError
+
+TINY = Path(__file__).parents[1] / "data" / "tiny"
+
+
+def test_an_existing_target_needs_force(tmp_path):
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"precious")
+    with pytest.raises(RequestError, match=re.escape(f"{target} exists; --force")):
+        convert(TINY, target)
+    assert target.read_bytes() == b"precious"
+    convert(TINY, target, force=True)
+    assert gguf.GGUFReader(target).tensors
+
+
+def test_a_linked_target_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out.gguf"
+    link.symlink_to(tmp_path / "disk" / "real.gguf")
+    convert(TINY, link)
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "real.gguf").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "link.gguf"])
+def test_the_source_is_never_overwritten(tmp_path, name):
+    source = shutil.copytree(TINY, tmp_path / "hf")
+    (tmp_path / "link.gguf").symlink_to(source / "tokenizer.model")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    target = source / name if name != "link.gguf" else tmp_path / name
+    with pytest.raises(RequestError, match="belongs to the checkpoint"):
+        convert(source, target, force=True)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_target_within_the_source_folder_is_fine(tmp_path):
+    source = shutil.copytree(TINY, tmp_path / "hf")
+    convert(source, source / "out.gguf")
+    convert(source, source / "out.gguf", force=True)
+
+
+def test_an_unknown_type_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="dtype is 'q8_0'; choose 'bf16' or 'f16'"):
+        convert(TINY, tmp_path / "out.gguf", "q8_0")
+
+
+def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=470_000))
+    with pytest.raises(ResourceError, match=r"has 470000 bytes free, and out.gguf needs 47\d{4}; free some"):
+        convert(TINY, tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOWLY = """
+import signal, sys, time
+from fiddler.converters import convert
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
+def progress(done, total):
+    print(done, total, flush=True)
+    time.sleep(0.03)
+convert(sys.argv[1], sys.argv[2], force=True, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_an_interruption_leaves_no_half_file(tmp_path, number, moment):
+    target = tmp_path / "out.gguf"
+    exists = moment == 0.4  # once over a file that is there
+    if exists:
+        target.write_bytes(b"precious")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, TINY, target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        done, total = map(int, line.split())
+        if done >= moment * total:
+            process.send_signal(number)
+            break
+    process.communicate(timeout=20)
+    assert process.returncode == -number
+    if exists:
+        assert target.read_bytes() == b"precious"
+    else:
+        assert not target.exists()
+    left = [path.name for path in tmp_path.iterdir() if path != target]
+    if number == signal.SIGKILL:
+        assert re.fullmatch(r"\.out\.gguf\.[0-9a-f]{12}\.tmp", left[0])
+    else:
+        assert left == []

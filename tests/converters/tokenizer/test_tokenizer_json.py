@@ -1,0 +1,262 @@
+"""`tokenizer.json` on small vocabularies: what is accepted has the `tokenizers` library's ids, the rest is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, Tokenizer as FastTokenizer, pre_tokenizers
+
+from fiddler.converters.tokenizer.merges import scores_from_merges
+from fiddler.errors import CheckpointError
+from fiddler.text.tokenizer import Tokenizer
+from oracles.texts import texts
+from oracles.vocabularies import (
+    BYTES,
+    CONTROL,
+    NORMAL,
+    SMALL,
+    USER,
+    bpe,
+    differing,
+    saved,
+    sentencepiece_model,
+    vocabulary,
+)
+
+STRINGS = [*(f"{a}{b}{c}{d}" for a in "ab " for b in "abc" for c in "abc " for d in "ab "), *texts()[:300]]
+LETTERS = ["▁", "a", "b", "c"]
+
+
+def changed(content, path, value):
+    """A copy of `content` with the value at `path` (keys joined by dots) replaced."""
+    copy = json.loads(json.dumps(content))
+    *inner, last = path.split(".")
+    place = copy
+    for key in inner:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[last] = value
+    return copy
+
+
+# --- merges -------------------------------------------------------------------------------------------------------
+
+AGREE = {
+    "the order decides": (["ab", "bc", "abc"], ["a b", "ab c", "b c"]),
+    "every split is listed": (["ab", "bc", "abc"], ["b c", "a b", "ab c", "a bc"]),
+    "the longer way round": (["ab", "bc", "abc"], ["b c", "a bc", "a b"]),
+    "a token never reached": (["ab", "abca"], ["a b"]),
+    "runs": (["aa", "aaa", "aaaa"], ["a a", "aa a", "aa aa"]),
+    "runs the other way": (["aa", "aaaa", "aaa"], ["a a", "aa aa", "a aa", "aa a"]),
+    "listed twice": (["ab", "bc", "abc"], ["a b", "b c", "ab c", "a bc", "a b"]),
+    "spaces": (["▁a", "▁▁", "▁▁a"], ["▁ a", "▁ ▁", "▁ ▁a"]),
+}
+DIFFER = {
+    "no way to a token": (["ab"], []),
+    "another pair comes first": (["ab", "bc", "abc"], ["b c", "a b", "ab c"]),
+    "half of a run": (["aa", "aaa"], ["a a", "a aa"]),
+    "a character that is no token": (["ad"], []),
+}
+
+
+@pytest.mark.parametrize("tokens, merges", AGREE.values(), ids=AGREE)
+def test_merges_that_agree_keep_their_ids(tmp_path, tokens, merges):
+    oracle = bpe([*LETTERS, *tokens], [tuple(merge.split()) for merge in merges])
+    assert (
+        differing(vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)), oracle, [*STRINGS, "aaaaaaa", "aabca ab"])
+        == []
+    )
+
+
+@pytest.mark.parametrize("tokens, merges", DIFFER.values(), ids=DIFFER)
+def test_merges_that_differ_are_refused_and_do_differ(tmp_path, tokens, merges):
+    pairs = [tuple(merge.split()) for merge in merges]
+    oracle = bpe([*LETTERS, *tokens], pairs)
+    with pytest.raises(CheckpointError, match=r"never join.*is a token.*tokenizer.model beside it"):
+        vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
+    # SentencePiece over the same tokens, the best pair first, gives other ids to the token's own text.
+    order = ["".join(pair) for pair in pairs]
+    tokens = sorted(tokens, key=lambda token: order.index(token) if token in order else 99)
+    pieces = [(token.encode(), NORMAL) for token in ("c", *tokens)]
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(*pieces))
+    assert any(theirs.encode(token, out_type=str) != oracle.encode(token).tokens for token in tokens)
+
+
+def test_scores_are_ranks_of_the_merge_that_happens():
+    ranks = {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2, ("a", "bc"): 3}
+    scores = scores_from_merges(["a", "ab", "bc", "abc", "cca"], ranks, source="x")
+    assert scores == {"a": -4, "ab": -1, "bc": 0, "abc": -3, "cca": -4}  # "a" and "cca" come from no merge
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_is_accepted_has_the_librarys_ids(tmp_path_factory, data):
+    words = st.text("ab▁", min_size=2, max_size=4)
+    tokens = data.draw(st.lists(words, unique=True, max_size=6))
+    known = {"a", "b", "▁", *tokens}
+    pairs = [(word[:cut], word[cut:]) for word in tokens for cut in range(1, len(word))]
+    merges = data.draw(st.permutations([pair for pair in pairs if set(pair) <= known]))
+    merges = merges[: data.draw(st.integers(0, len(merges)))]
+    oracle = bpe(["▁", "a", "b", *tokens], merges)
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        found = vocabulary(folder, 300, tokenizer_json=saved(oracle))
+    except CheckpointError:
+        return
+    strings = data.draw(st.lists(st.text("ab ", max_size=12), min_size=5))
+    assert differing(found, oracle, [*strings, *(token.replace("▁", " ") for token in tokens)]) == []
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_merges_are_read_as_strings_and_as_pairs(tmp_path, pairs):
+    content = saved(SMALL)
+    content["model"]["merges"] = [["▁", "a"], ["a", "b"]] if pairs else ["▁ a", "a b"]
+    assert differing(vocabulary(tmp_path, 300, tokenizer_json=content), SMALL, STRINGS) == []
+
+
+def test_ignore_merges(tmp_path):
+    whole = bpe([*LETTERS, "▁a", "ab"], [("▁", "a"), ("a", "b")], ignore_merges=True)
+    assert differing(vocabulary(tmp_path, 300, tokenizer_json=saved(whole)), whole, STRINGS) == []
+    dead = bpe([*LETTERS, "▁a", "▁abc"], [("▁", "a")], ignore_merges=True)
+    with pytest.raises(CheckpointError, match="ignore_merges"):
+        vocabulary(tmp_path, 300, tokenizer_json=saved(dead))
+
+
+def test_split_at_spaces(tmp_path):
+    for tokens, accepted in ((["▁a"], True), (["▁a", "▁▁"], False), (["▁a", "a▁"], False)):
+        oracle = bpe([*LETTERS, *tokens], [tuple(token) for token in tokens])
+        oracle.normalizer, oracle.pre_tokenizer = None, pre_tokenizers.Metaspace(split=True)
+        oracle = FastTokenizer.from_str(json.dumps(changed(saved(oracle), "normalizer", None)))
+        if accepted:
+            assert differing(vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)), oracle, STRINGS) == []
+        else:
+            with pytest.raises(CheckpointError, match="splits text at spaces"):
+                vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
+
+
+# --- added tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
+def test_added_tokens_are_found_as_the_library_finds_them(tmp_path, scheme):
+    oracle = bpe([*LETTERS, "▁a", "ab"], [("▁", "a"), ("a", "b")])
+    if scheme:
+        content = changed(saved(oracle), "normalizer", None)
+        oracle = FastTokenizer.from_str(json.dumps(content))
+        oracle.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    oracle.add_special_tokens(["<x>"])
+    oracle.add_tokens([AddedToken(text, normalized=False) for text in ("<u>", "<u>>", "[ab]", "  c")])
+    found = vocabulary(tmp_path, 280, tokenizer_json=saved(oracle))
+    assert found.tokens[265:271] == ("<x>", "<u>", "<u>>", "[ab]", "  c", "[PAD270]")
+    assert found.types[265:270] == (CONTROL, USER, USER, USER, USER)
+    marked = [
+        f"{a}{token}{b}"
+        for token in ("<u>", "<u>>", "[ab]", "<x>", "<s>", "  c")
+        for a in STRINGS[:40]
+        for b in STRINGS[:9]
+    ]
+    assert differing(found, oracle, marked) == []
+    ours = Tokenizer.from_metadata(found.metadata())
+    assert 266 in ours.encode("a<u>")
+    assert 265 not in ours.encode("a<x>")
+
+
+@pytest.mark.parametrize("option", ["single_word", "lstrip", "rstrip", "normalized"])
+def test_added_tokens_of_another_kind_are_refused_only_where_they_matter(tmp_path, option):
+    oracle = FastTokenizer.from_str(SMALL.to_str())
+    oracle.add_tokens([AddedToken("<u>", **({"normalized": False} | {option: True}))])
+    with pytest.raises(CheckpointError, match="added token '<u>' sets"):
+        vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
+    oracle = FastTokenizer.from_str(SMALL.to_str())
+    oracle.add_special_tokens([AddedToken("<u>", **{option: True})])
+    assert vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)).types[265] == CONTROL
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+REFUSED = {
+    "unigram": ("model.type", "Unigram", "model is 'Unigram', not BPE"),
+    "wordpiece": ("model.type", "WordPiece", "model is 'WordPiece', not BPE"),
+    "no bytes": ("model.byte_fallback", False, "byte_fallback is not true"),
+    "dropout": ("model.dropout", 0.1, "dropout is 0.1"),
+    "prefix": ("model.continuing_subword_prefix", "##", "continuing_subword_prefix is '##'"),
+    "suffix": ("model.end_of_word_suffix", "</w>", "end_of_word_suffix is '</w>'"),
+    "nothing done to spaces": ("normalizer", None, "pre-tokenizer is missing"),
+    "unicode": ("normalizer", {"type": "NFKC"}, "normalizer is 'NFKC'"),
+    "unicode, too": (
+        "normalizer.normalizers",
+        [{"type": "NFC"}, {"type": "Prepend", "prepend": "▁"}],
+        "'NFC' . 'Prepend'",
+    ),
+    "another mark": ("normalizer.normalizers", [{"type": "Prepend", "prepend": "_"}], "normalizer is 'Prepend'"),
+    "both ways": ("pre_tokenizer", METASPACE, "normalizer is 'Prepend' . 'Replace', its pre-tokenizer 'Metaspace'"),
+    "bytes as letters": ("pre_tokenizer", {"type": "ByteLevel"}, "pre-tokenizer 'ByteLevel'"),
+    "normalizer is text": ("normalizer", "NFC", "normalizer is 'NFC'"),
+    "no model": ("model", None, "model is None"),
+    "no vocabulary": ("model.vocab", ["a"], "vocab is "),
+    "an id of text": ("model.vocab.a", "5", "'a' has the id '5'"),
+    "a negative id": ("model.vocab.a", -1, "'a' has the id -1"),
+    "a huge id": ("model.vocab.a", 10**30, "'a' has the id 1000"),
+    "an id for two": ("model.vocab.a", 261, "both have id 261"),
+    "no merges": ("model.merges", None, "merges is None"),
+    "half a merge": ("model.merges", ["a"], "merge 0 is 'a'"),
+    "a merge of three": ("model.merges", [["a", "b", "c"]], "it must be two tokens"),
+    "a merge of numbers": ("model.merges", [[1, 2]], "it must be two tokens"),
+    "a merge to nothing": ("model.merges", [["b", "a"]], "needs 'ba', which is no token"),
+    "added tokens of text": ("added_tokens", "x", "added_tokens is 'x'"),
+    "an added token of text": ("added_tokens", ["x"], "it must be an id and a token"),
+    "an added token without id": ("added_tokens", [{"content": "x"}], "it must be an id and a token"),
+    "an added token without text": ("added_tokens", [{"id": 300, "content": ""}], "it must be an id and a token"),
+    "an added token far off": ("added_tokens", [{"id": 1 << 40, "content": "x"}], "it must be an id and a token"),
+    "an added token elsewhere": ("added_tokens", [{"id": 260, "content": "x"}], "claims its id"),
+}
+
+
+@pytest.mark.parametrize("path, value, says", REFUSED.values(), ids=REFUSED)
+def test_refusals_name_what_they_refuse(tmp_path, path, value, says):
+    with pytest.raises(CheckpointError, match=says) as raised:
+        vocabulary(tmp_path, 300, tokenizer_json=changed(saved(SMALL), path, value))
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_merges_with_bytes_or_unknown_are_refused(tmp_path):
+    for left, right in (("<0x0A", ">"), ("<0x0A>", "a"), ("<un", "k>")):
+        tokens = dict.fromkeys([*LETTERS, left, right, left + right])
+        oracle = bpe([token for token in tokens if token not in (*BYTES, "<unk>")], [(left, right)])
+        with pytest.raises(CheckpointError, match="merge 0 has to do with"):
+            vocabulary(tmp_path, 300, tokenizer_json=changed(saved(oracle), "added_tokens", []))
+
+
+def test_merges_with_added_tokens_never_happen(tmp_path):
+    oracle = bpe([*LETTERS, "<unk>a"], [("<unk>", "a")])
+    assert differing(vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)), oracle, [*STRINGS, "<unk>a"]) == []
+    content = changed(saved(oracle), "added_tokens.0.single_word", True)
+    with pytest.raises(CheckpointError, match="merge 0 has to do with"):
+        vocabulary(tmp_path, 300, tokenizer_json=content)
+
+
+def test_missing_byte_tokens_are_refused(tmp_path):
+    content = saved(SMALL)
+    del content["model"]["vocab"]["<0x41>"]
+    with pytest.raises(CheckpointError, match="lacks 1 byte tokens, <0x41>"):
+        vocabulary(tmp_path, 300, tokenizer_json=content)
+
+
+@pytest.mark.parametrize("metaspace", [{"replacement": "_"}, {"prepend_scheme": "last"}, {"type": "Split"}])
+def test_other_pre_tokenizers_are_refused(tmp_path, metaspace):
+    content = changed(changed(saved(SMALL), "normalizer", None), "pre_tokenizer", METASPACE | metaspace)
+    with pytest.raises(CheckpointError, match=r"its (Metaspace|pre-tokenizer)"):
+        vocabulary(tmp_path, 300, tokenizer_json=content)
+
+
+def test_the_oldest_metaspace(tmp_path):
+    older = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False, "split": False}
+    nested = {"type": "Sequence", "pretokenizers": [older]}
+    found = vocabulary(
+        tmp_path, 300, tokenizer_json=changed(changed(saved(SMALL), "normalizer", None), "pre_tokenizer", nested)
+    )
+    assert (found.add_space_prefix, found.prepend_scheme) == (False, None)

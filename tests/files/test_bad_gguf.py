@@ -1,0 +1,159 @@
+"""Files that must be refused: in one line, quickly, without much memory, and before torch is imported.
+
+Every file goes through the library, and through both commands in a process of their own a command; some go through
+the real command line, a process each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fiddler.errors import FiddlerError, FileFormatError
+from fiddler.files.model_file import ModelFile
+from oracles.bad_files import CONTAINER, PATHS, Case, written
+from oracles.bad_gguf import mixtral
+from oracles.bad_models import MODELS
+
+CASES = {case.name: case for case in [*CONTAINER, *PATHS, *MODELS]}
+COMMANDS = {"inspect": [], "run": ["-p", "x", "-n", "1"]}
+SECONDS = 2.0  # of processor time; of a clock on the wall ten times that, for a machine that is busy otherwise
+LONGEST = 1000  # characters of a message, far less than what a file can put into a name
+
+
+def assert_one_line(message: str) -> None:
+    assert message.isprintable()
+    assert 10 < len(message) < LONGEST
+
+
+def check(path: Path) -> None:
+    """All that `run` does before it imports torch."""
+    model = ModelFile.open(path)
+    model.check_runnable()
+    _ = model.tokenizer
+
+
+def test_the_file_that_all_of_them_are_made_from_is_accepted(tmp_path):
+    check(written(tmp_path, mixtral().to_bytes()))
+
+
+def test_there_are_many_and_each_has_a_name():
+    assert len(CASES) == len(CONTAINER) + len(PATHS) + len(MODELS) >= 100
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_refused_in_one_line_that_names_the_file_and_the_value(tmp_path, case: Case):
+    path = case.make(tmp_path)
+    with pytest.raises(FiddlerError) as caught:
+        check(path)
+    message = str(caught.value)
+    assert_one_line(message)
+    assert case.says in message
+    if len(path.name) < 100:
+        assert ascii(path.name)[1:-1].split("-000")[0] in message
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.inspectable])
+def test_what_is_well_formed_can_be_opened(tmp_path, name):
+    assert ModelFile.open(CASES[name].make(tmp_path)).file.tensors
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permission_denied(tmp_path):
+    path = written(tmp_path, mixtral().to_bytes())
+    path.chmod(0)
+    with pytest.raises(FileFormatError, match=r"model\.gguf: cannot be opened: Permission denied"):
+        check(path)
+
+
+def test_paths_that_no_system_call_takes():
+    for path in ("a\0b.gguf", "\ud800.gguf"):
+        with pytest.raises(FileFormatError, match="cannot be opened") as caught:
+            check(Path(path))
+        assert_one_line(str(caught.value))
+
+
+DRIVER = """
+import json, os, resource, signal, sys, tempfile, time
+import fiddler.cli.app, fiddler.files.inspection, fiddler.files.model_file, fiddler.sampling.sampler, fiddler.text.tokenizer, gguf
+data = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (data + (384 << 20),) * 2)  # what a small machine can spare
+command, *rest = sys.argv[1:]
+report = open(os.dup(1), "w")
+for line in sys.stdin:
+    sys.argv = ["fiddler", command, json.loads(line), *rest]
+    signal.alarm(20)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        begin = time.process_time()
+        try:
+            fiddler.cli.main()
+        except SystemExit as leaving:
+            code = leaving.code
+        seconds = time.process_time() - begin
+        sys.stdout.flush()
+        said = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([code, *said, seconds, "torch" in sys.modules]), file=report, flush=True)
+"""
+
+
+def refusals(tmp_path: Path, command: str) -> dict[str, list[object]]:
+    """Each case's exit code, stdout, stderr, seconds and whether torch was imported, from one process."""
+    paths = []
+    for case in CASES.values():
+        (tmp_path / case.name).mkdir()
+        paths.append(json.dumps(str(case.make(tmp_path / case.name))))
+    child = subprocess.run(
+        [sys.executable, "-c", DRIVER, command, *COMMANDS[command]],
+        input="\n".join(paths),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return dict(zip(CASES, map(json.loads, child.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_refuse_with_little_time_and_memory(tmp_path, command):
+    for name, (code, out, err, seconds, torch_was_imported) in refusals(tmp_path, command).items():
+        assert seconds < SECONDS, name
+        assert not torch_was_imported, name
+        if command == "inspect" and CASES[name].inspectable:
+            assert (code, err) == (0, ""), name
+            continue
+        assert (code, out) == (1, ""), (name, err)
+        assert err.startswith("error: "), name
+        assert err.endswith("\n"), name
+        assert_one_line(err[:-1])
+        assert CASES[name].says in err, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["offset_past_the_end", "pipe", "name_in_escapes", "strings_in_many_arrays", "eos_text"]
+)
+def test_the_real_command_line_refuses(tmp_path, command, name):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = subprocess.run(
+        [sys.executable, "-m", "fiddler", command, CASES[name].make(tmp_path), *COMMANDS[command]],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10 * SECONDS,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (child.returncode, child.stdout) == (1, "")
+    assert child.stderr.startswith("error: ")
+    assert_one_line(child.stderr.removesuffix("\n"))
+    assert CASES[name].says in child.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS

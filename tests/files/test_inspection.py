@@ -1,0 +1,116 @@
+"""What `fiddler inspect` says of a model, against the `gguf` package; and that a file cannot say it itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from fiddler.files.inspection import describe, to_text
+from oracles.bad_files import written
+from oracles.bad_gguf import array, f32, ints, mixtral, text, texts
+from oracles.synthetic import write_random_mixtral
+
+
+def inspect(*arguments: str | Path) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "fiddler", "inspect", *arguments], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_json_agrees_with_the_reader(tmp_path, tied):
+    path = write_random_mixtral(tmp_path / "model.gguf", layers=3, tied=tied, window=100)
+    said = json.loads(inspect(path, "--json"), parse_constant=refuse)
+    tensors = GGUFReader(path).tensors
+    assert said["architecture"] == {
+        "name": "llama",
+        "parameters": sum(int(tensor.n_elements) for tensor in tensors),
+        "layers": 3,
+        "width": 64,
+        "expert_width": 96,
+        "experts": 4,
+        "experts_per_token": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "context": 1024,
+        "sliding_window": 100,
+        "rope_freq_base": 1e6,
+        "rms_epsilon": pytest.approx(1e-5),
+        "tied_embeddings": tied,
+    }
+    sizes = said["bytes"]
+    expert = 3 * 64 * 96 * 2
+    assert sizes["file"] == path.stat().st_size
+    assert sizes["weights"] == sum(int(tensor.n_bytes) for tensor in tensors) == sizes["experts"] + sizes["dense"]
+    assert sizes["one_expert"] == expert
+    assert sizes["experts"] == 3 * 4 * expert
+    assert sizes["experts_read_per_token"] == 3 * 2 * expert
+    assert said["types"] == {"BF16": len(tensors) - 10, "F32": 10}
+    assert said["tokenizer"] == {
+        "model": "llama",
+        "vocabulary": 512,
+        "bos": 1,
+        "eos": 2,
+        "add_bos": True,
+        "chat_template": False,
+    }
+    assert [(t["name"], t["type"], t["bytes"], t["offset"]) for t in said["tensors"]] == [
+        (tensor.name, tensor.tensor_type.name, tensor.n_bytes, tensor.data_offset) for tensor in tensors
+    ]
+    assert said["metadata"]["tokenizer.ggml.tokens"] == "[512 strings]"
+    assert said["metadata"]["tokenizer.ggml.scores"] == "[512 x float32]"
+
+
+def test_text_shows_sizes_and_every_tensor(tmp_path):
+    path = write_random_mixtral(tmp_path / "model.gguf")
+    shown = inspect(path)
+    assert "2 layers of width 64, 4 experts of width 96, 2 a token" in shown
+    assert "tokenizer llama, 512 tokens, BOS 1, EOS 2, chat template: no" in shown
+    for tensor in GGUFReader(path).tensors:
+        assert f"  {tensor.name} " in shown
+
+
+def test_what_a_file_says_cannot_steer_a_terminal(tmp_path):
+    draft = mixtral()
+    draft.set("general.name", text("\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n"))
+    path = written(tmp_path, draft.to_bytes(), "\x1b[31m.gguf")
+    shown = inspect(path)
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert r"\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n: " in shown
+    said = inspect(path, "--json")
+    assert said.isascii()
+    assert all(line.isprintable() for line in said.split("\n"))
+    assert json.loads(said)["name"] == "\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n"
+
+
+def test_odd_values_are_shown(tmp_path):
+    draft = mixtral()
+    draft.set("general.name", array(5, []))
+    draft.set("general.nan", f32(math.nan))
+    draft.set("general.infinite", f32(-math.inf))
+    draft.set("general.long", text("é" * 10**6))
+    draft.set("general.tags", texts(["a"]))
+    draft.set("general.ids", ints([1, 2]))
+    description = describe(written(tmp_path, draft.to_bytes()))
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
+    assert description["name"] == "[0 x int32]"
+    metadata = description["metadata"]
+    assert [metadata[f"general.{key}"] for key in ("nan", "infinite", "tags", "ids")] == [
+        "nan",
+        "-inf",
+        "[1 strings]",
+        "[2 x int32]",
+    ]
+    assert len(metadata["general.long"]) < 210
+    assert to_text(description).startswith("[0 x int32]: ")

@@ -1,0 +1,58 @@
+"""Every Triton kernel compiles for a GPU, where Triton is but no GPU need be."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+gpu_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fiddler.gpu import attention_kernels as gpu_attention  # noqa: E402
+from fiddler.offload import grouped_kernels as gpu_grouped  # noqa: E402
+
+KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
+CASES = {  # kernel: kinds of its arguments in turn, its constants
+    "gemv": (gpu_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
+    "norm": (gpu_kernels._norm, "fffis", {"K": 4096}),
+    "up": (gpu_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
+    "down": (
+        gpu_kernels._down,
+        "llfffii",
+        {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
+    ),
+    "route": (gpu_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
+    "gather": (gpu_kernels._gather, "ffffi", {"K": 512}),
+    "hand over": (gpu_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
+    "rotate": (gpu_attention._rotate_store, "fffflfhhiiiiiii", {"PAIRS": 64}),
+    "rotate to 16 bits": (gpu_attention._rotate_store, "fffflhhhiiiiiii", {"PAIRS": 64}),
+    "rotate in 32 bits": (gpu_attention._rotate_store, "fffflfffiiiiiii", {"PAIRS": 64}),
+    "attend": (gpu_attention._attend, "fhhlfffsiiii", {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "merge": (gpu_attention._merge, "ffffi", {"SPLITS": 16, "DIM": 128}),
+    "up of many": (gpu_grouped._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
+    "down of many": (gpu_grouped._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
+    "add": (gpu_grouped._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
+    "fetch": (gpu_grouped._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    kernel, kinds, constants = CASES[name]
+    names = kernel.arg_names
+    given = dict(zip((a for a in names if a not in constants), (KINDS[kind] for kind in kinds), strict=True))
+    signature = dict.fromkeys(names, "constexpr") | given
+    # as it is called: addresses and sizes that are multiples of 16
+    even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in given.items() if kind != "fp32"}
+    values = {(names.index(a),): value for a, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
+    if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time, or the memory's speed is out of reach
+        assert "ld.global.v4.b32" in made.asm["ptx"]
+        assert not re.search(r"ld\.global\.b16", made.asm["ptx"])

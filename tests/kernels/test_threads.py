@@ -1,0 +1,127 @@
+"""How many threads the kernels run on, that results do not depend on it, and two callers at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numba
+import pytest
+
+from fiddler import kernels
+from fiddler.errors import RequestError
+from fiddler.kernels.machine import threads
+
+THREADS = """
+import numpy as np
+from fiddler import kernels
+from fiddler.kernels.machine import threads
+threads._PARALLEL_FROM = 0
+product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
+rng = np.random.default_rng(0)
+w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
+down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
+for tokens in (9, 100):  # in rows, and packed
+    x = rng.normal(size=(tokens, 130)).astype(np.float32)
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(tokens)])
+    results = set()
+    for count in (1, 2, 3, 7, 16, 33, 64):
+        kernels.set_threads(count)
+        results.add(kernels.expert_ffn(x, ids, np.ones((tokens, 2), np.float32), w, w, down, product).tobytes())
+    assert len(results) == 1, tokens
+"""
+
+
+def test_same_bits_for_up_to_64_threads():
+    """More than there are cores, in a process of its own, since their number is fixed when it starts."""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "64"}
+    result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+TWO_CALLERS = """
+import threading, numpy as np
+from fiddler import kernels
+from fiddler.kernels.machine import threads
+threads._PARALLEL_FROM = 0
+product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
+w, x = np.full((300, 64), 0x3F80, np.uint16), np.ones((3, 64), np.float32)
+kernels.linear(x, w, product)
+assert kernels.threading_layer() == "workqueue", kernels.threading_layer()
+results = []
+def call():
+    results.extend(kernels.linear(x, w, product) for _ in range(200))
+callers = [threading.Thread(target=call) for _ in "ab"]
+[caller.start() for caller in callers]
+[caller.join() for caller in callers]
+assert len(results) == 400 and all((y == 64).all() for y in results)
+"""
+
+
+def test_two_callers_at_once_where_there_is_no_openmp():
+    """Numba's own thread pool ends the process when two threads use it; the doors let one in at a time."""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", TWO_CALLERS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_default_threads_are_physical_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
+    monkeypatch.setattr(threads, "_CPUS", tmp_path)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    for cpu, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 6: "2,6"}.items():
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
+    assert threads.usable_cores() == 4
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert threads.usable_cores() == 2
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert threads.usable_cores() == 4
+
+
+def test_threads_out_of_range_are_refused():
+    for count in (0, -1, 10**6):
+        with pytest.raises(RequestError, match=str(count)):
+            kernels.set_threads(count)
+
+
+def test_each_thread_has_its_number_and_numba_the_same():
+    seen = []
+
+    def other():
+        seen.append(kernels.thread_count())
+        seen.append(kernels.set_threads(1))
+        seen.append(numba.get_num_threads())
+
+    kernels.set_threads(None)
+    before = kernels.thread_count()
+    beside = threading.Thread(target=other)
+    beside.start()
+    beside.join()
+    assert seen[1:] == [1, 1]
+    assert kernels.thread_count() == numba.get_num_threads() == before
+    with threads.threads_for(0) as count:
+        assert count == numba.get_num_threads() == 1
+    assert numba.get_num_threads() == before
+
+
+def test_an_interruption_leaves_no_wrong_number(monkeypatch):
+    """After Ctrl-C between Numba's taking a number and our noting it, the next step runs on as many as it should."""
+    kernels.set_threads(None)
+    most, real = kernels.thread_count(), numba.set_num_threads
+    if most == 1:
+        pytest.skip("one core: nothing is ever set")
+
+    def interrupted(count):
+        real(count)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numba, "set_num_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt), threads.threads_for(0):
+        pass
+    monkeypatch.undo()
+    assert kernels.thread_count() == numba.get_num_threads()
+    kernels.set_threads(None)
+    assert numba.get_num_threads() == most

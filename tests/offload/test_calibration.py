@@ -1,0 +1,122 @@
+"""Costs that were measured: kept, found again, and refused where they are damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from math import inf
+
+import numpy as np
+import pytest
+import torch
+from test_orchestrator import EXACT, D, E, F
+
+from fiddler.device.weight_copy import HostLink
+from fiddler.offload import calibration as calibrate
+from fiddler.offload.calibration import Calibration, cache_folder, calibrated, measure, stored
+from fiddler.offload.plan import make_plan
+from fiddler.offload.staging_ring import Ring
+
+SOME = Calibration("here", 2, 1000, (1, 4), (1e-3, 2e-3), 5e-4, (1, 16), (1e-5, 2e-5), 2e-3, 1e-3)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_measured_once_and_found_again():
+    told = []
+    ring = Ring(HostLink(), EXACT, 128, 3)
+    first = calibrated(EXACT, ring, 1, told.append)
+    assert len(told) == 1
+    assert calibrated(EXACT, ring, 1, told.append) == first
+    assert len(told) == 1
+    assert stored() == [first]
+    assert first.expert_bytes == 6 * D * F
+    assert min(*first.cpu_seconds, *first.gpu_seconds, first.link_seconds, first.link_alone, first.cpu_alone) > 0
+    # seconds of different numbers of threads, and of a machine without a GPU, are other things
+    calibrated(EXACT, None, 1, told.append)
+    assert len(told) == 2
+    assert len(stored()) == 2
+    for calibration in stored():
+        assert "ms an expert" in calibration.to_text()
+
+
+@pytest.mark.parametrize("experts,measured", [(0, None), (1, (1, 1)), (3, (1, 3)), (2 * E + 1, (2, E))])
+def test_only_what_memory_holds_is_measured_on(monkeypatch, experts, measured):
+    """experts: as many as a quarter of the memory is worth; 0: nobody knows how much there is."""
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * experts * 6 * D * F)
+    layers, count = calibrate._in_memory(EXACT)
+    assert (len(layers), count) == (measured or (len(EXACT), E))
+
+
+def test_some_experts_of_a_layer_suffice(monkeypatch):
+    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * 3 * 6 * D * F)
+    made = measure(EXACT, Ring(HostLink(), EXACT, 128, 3), 1, "here")
+    assert min(*made.cpu_seconds, *made.link_speeds()) > 0
+
+
+def test_the_costs_are_those_that_were_measured():
+    costs = SOME.costs()
+    assert [costs.cpu(1), costs.cpu(4), costs.gpu(16), costs.link] == [1e-3, 2e-3, 2e-5, 2e-3]
+    assert costs.memory == pytest.approx(1 / (1 / 1e-3 + 1 / 2e-3))
+    # one token: a third of the rows over the link, which is half as fast as the CPU
+    assert sum(make_plan([1], costs, 900, 1).gpu_rows) == pytest.approx(300, abs=1)
+    assert replace(SOME, link_seconds=None, link_alone=None).costs().link == inf
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: {**fields, "version": 0},
+        lambda fields: {**fields, "cpu_seconds": [0.0, 1.0]},
+        lambda fields: {**fields, "cpu_seconds": ["a", 1.0]},
+        lambda fields: {**fields, "cpu_tokens": [4, 1]},
+        lambda fields: {**fields, "other": 3},
+        lambda fields: {key: value for key, value in fields.items() if key != "machine"},
+        lambda fields: list(fields),
+        lambda fields: 3,
+    ],
+)
+def test_what_is_damaged_or_of_another_version_does_not_count(change):
+    cache_folder().mkdir(parents=True)
+    path = cache_folder() / "calibration-0.json"
+    path.write_text(json.dumps(asdict(SOME)))
+    assert stored() == [SOME]
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert stored() == []
+    path.write_bytes(b"\xff{")
+    assert stored() == []
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    told = []
+    made = calibrated(EXACT, None, 1, told.append)
+    assert made.threads == 1
+    assert "cannot be kept" in told[-1]
+
+
+def test_a_ring_hands_over_what_the_mapping_holds():
+    ring = Ring(HostLink(), EXACT, 64, 3)
+    w = EXACT[1]
+    for begin, end in ((0, F), (64, 250), (F - 64, F)):
+        at = begin
+        for part in ring.send(1, 2, begin, end):
+            assert (part.begin, part.end) == (at, min(at + 64, end))
+            at = part.end
+            rows = slice(part.begin, part.end)
+            expected = w.gate[2, rows], w.up[2, rows], w.down[2, :, rows]
+            for made, bits in zip(part.matrices(torch.float16), expected, strict=True):
+                np.testing.assert_array_equal(made.view(torch.uint16).numpy(), bits)
+            ring.done(part)
+        assert at == end
+    (part,) = ring.send(0, 0, 0, 64)
+    for _ in range(2):
+        next(ring.send(0, 0, 0, 64))
+    with pytest.raises(AssertionError, match="before its part was done"):
+        next(ring.send(0, 0, 0, 64))
+    ring.release()
+    ring.done(next(ring.send(0, 0, 0, 64)))

@@ -1,0 +1,111 @@
+"""Where residents go, and the file of counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, strategies as st
+
+from fiddler.errors import RequestError
+from fiddler.gpu.memory_layout import Sizes, lay_out, least_room, place, read_counts
+
+
+@given(layers=st.integers(1, 40), experts=st.integers(1, 16), room=st.integers(-3, 700))
+def test_without_counts_every_layer_gets_its_share(layers, experts, room):
+    placed = place(layers, experts, room)
+    sizes = [len(row) for row in placed]
+    assert sum(sizes) == min(max(room, 0), layers * experts)
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(set(row)) == len(row) and set(row) <= set(range(experts)) for row in placed)
+    halves = sum(sizes[: layers // 2]), sum(sizes[layers - layers // 2 :])
+    assert abs(halves[0] - halves[1]) <= 1
+
+
+@given(data=st.data(), layers=st.integers(1, 6), experts=st.integers(1, 6))
+def test_with_counts_those_chosen_most_often(data, layers, experts):
+    counts = [[data.draw(st.integers(0, 9)) for _ in range(experts)] for _ in range(layers)]
+    room = data.draw(st.integers(0, layers * experts))
+    placed = place(layers, experts, room, counts)
+    taken = sorted(counts[layer][e] for layer, row in enumerate(placed) for e in row)
+    assert taken == sorted(count for row in counts for count in row)[layers * experts - room :]
+
+
+def test_equal_counts_spread_over_the_layers():
+    assert [len(row) for row in place(4, 8, 12, [[5] * 8] * 4)] == [3, 3, 3, 3]
+
+
+def test_counts_of_a_file(tmp_path):
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps({"counts": [[1, 2], [3, 4], [0, 9]]}))
+    assert read_counts(path, 3, 2) == [[1, 2], [3, 4], [0, 9]]
+    with pytest.raises(RequestError, match="2 layers with 2 experts"):
+        read_counts(path, 2, 2)
+    for text in ("", "[]", "{}", '{"counts": 3}', '{"counts": [[1, -2], [3, 4], [0, 9]]}', "[" * 100000):
+        path.write_text(text)
+        with pytest.raises(RequestError, match=r"counts\.json"):
+            read_counts(path, 3, 2)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_counts(tmp_path / "none", 3, 2)
+
+
+def needed(sizes, layout):
+    """Bytes of a layout, summed up once more."""
+    return (
+        sizes.fixed
+        + layout.chunk * sizes.token
+        + layout.residents * sizes.expert
+        + (sizes.slots if layout.slots else 0)
+    )
+
+
+@given(
+    room=st.integers(0, 10**6),
+    sizes=st.builds(
+        Sizes,
+        fixed=st.integers(0, 10**5),
+        token=st.integers(1, 300),
+        slots=st.integers(1, 10**5),
+        expert=st.integers(1, 10**5),
+        experts=st.integers(1, 64),
+        context=st.integers(1, 9000),
+    ),
+    most=st.integers(0, 70),
+)
+def test_a_layout_fits_and_wastes_no_expert(room, sizes, most):
+    layout = lay_out(room, sizes, most)
+    if layout is None:
+        # with all experts allowed this is the least that works; slots are needed where some are left out
+        assert room < least_room(sizes) or most < sizes.experts
+        return
+    assert needed(sizes, layout) <= room
+    assert layout.chunk <= sizes.context
+    assert layout.residents == sizes.experts or layout.slots
+    assert layout.residents <= min(most, sizes.experts)
+    if layout.residents < min(most, sizes.experts):
+        assert needed(sizes, layout) + sizes.expert > room
+    if most >= sizes.experts and layout.slots:  # not even with the shortest steps
+        assert sizes.fixed + min(128, sizes.context) * sizes.token + sizes.experts * sizes.expert > room
+
+
+@given(
+    fixed=st.integers(0, 10**5),
+    token=st.integers(1, 300),
+    slots=st.integers(1, 10**5),
+    expert=st.integers(1, 10**5),
+    context=st.integers(1, 9000),
+)
+def test_the_least_room_is_the_least(fixed, token, slots, expert, context):
+    sizes = Sizes(fixed, token, slots, expert, 8, context)
+    assert lay_out(least_room(sizes), sizes, 8) is not None
+    assert lay_out(least_room(sizes) - 1, sizes, 8) is None
+
+
+def test_mixtral_on_24_gib():
+    """The figures of Mixtral-8x7B: steps of 4096 tokens take 1 GB, some 55 of 256 experts fit."""
+    sizes = Sizes(fixed=3_900 << 20, token=4096 * 60, slots=354 << 20, expert=336 << 20, experts=256, context=4096)
+    layout = lay_out((24 << 30) - (900 << 20), sizes, 256)
+    assert (layout.chunk, layout.slots) == (4096, True)
+    assert 50 <= layout.residents <= 60
+    assert lay_out(100 << 30, sizes, 256).residents == 256
+    assert not lay_out(100 << 30, sizes, 256).slots

@@ -1,0 +1,133 @@
+"""Well-formed GGUF files that are no Mixtral, or none that can be run; see `bad_files.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oracles.bad_files import GATE, NORM, TOP, Case, drafted, key, tensor, written
+from oracles.bad_gguf import (
+    F16,
+    F32,
+    Q4_0,
+    Q4_0_BLOCK,
+    VOCABULARY,
+    D,
+    Draft,
+    E,
+    Entry,
+    F,
+    boolean,
+    f32,
+    floats,
+    i32,
+    ints,
+    mixtral,
+    text,
+    texts,
+    u32,
+    u64,
+    vocabulary,
+)
+
+
+def odd_heads(draft: Draft) -> None:
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        draft.set(f"llama.{name}", u32(15))
+
+
+def a_byte_as_text(draft: Draft) -> None:
+    draft.set("tokenizer.ggml.token_type", ints([2, 3, 3, 1, *[6] * 255, 1, 1, 1]))
+
+
+def extra(name: str, added: str) -> Case:
+    return drafted(name, f"{added} is not part", lambda draft: draft.entries.append(Entry(added, [D], F32)))
+
+
+def vocabulary_and_embedding_differ(folder: Path) -> Path:
+    draft = mixtral()
+    draft.set("llama.vocab_size", u32(VOCABULARY + 1))
+    for name in ("token_embd.weight", "output.weight"):
+        draft.entry(name).shape[0] += 1
+    return written(folder, draft.to_bytes())
+
+
+MODELS = [
+    drafted("architecture_missing", "architecture is None", lambda d: d.drop("general.architecture")),
+    key("architecture_other", "architecture is 'qwen3moe'", "general.architecture", text("qwen3moe")),
+    key(
+        "architecture_escapes",
+        r"architecture is '\x1b[2J\nerror: no'",
+        "general.architecture",
+        text("\x1b[2J\nerror: no"),
+    ),
+    key("architecture_number", "architecture is 3", "general.architecture", u32(3)),
+    key("architecture_array", "architecture is an array", "general.architecture", ints([1, 2])),
+    key("architecture_megabyte", "aaa...; only", "general.architecture", text("a" * 2**20)),
+    drafted("dense_llama", "a dense Llama", lambda d: d.drop("llama.expert_count")),
+    key("experts_0", "a dense Llama", "llama.expert_count", u32(0)),
+    key("experts_negative", "expert_count is -4", "llama.expert_count", i32(-4)),
+    key("experts_most", f"expert_count is {2**32 - 1}", "llama.expert_count", u32(2**32 - 1)),
+    key("experts_text", "expert_count is '8'", "llama.expert_count", text("8")),
+    key("experts_true", "expert_count is True", "llama.expert_count", boolean(1)),
+    key("used_more_than_there_are", "expert_used_count is 5", "llama.expert_used_count", u32(5)),
+    key("used_0", "expert_used_count is 0", "llama.expert_used_count", u32(0)),
+    drafted("used_missing", "expert_used_count is missing", lambda d: d.drop("llama.expert_used_count")),
+    key("blocks_0", "block_count is 0", "llama.block_count", u32(0)),
+    key("blocks_more_than_tensors", "block_count is 16000000", "llama.block_count", u32(16_000_000)),
+    key("blocks_more_by_one", "blk.1.attn_norm.weight is missing", "llama.block_count", u32(2)),
+    key("blocks_array", "block_count is an array", "llama.block_count", ints([1])),
+    key("width_0", "embedding_length is 0", "llama.embedding_length", u32(0)),
+    key("width_negative", "embedding_length is -32", "llama.embedding_length", i32(-32)),
+    key("width_most", f"embedding_length is {TOP}", "llama.embedding_length", u64(TOP)),
+    key("width_float", "embedding_length is 32.0", "llama.embedding_length", f32(32.0)),
+    key("expert_width_other", "metadata imply (4, 64, 32)", "llama.feed_forward_length", u32(64)),
+    key("expert_widths_array", "feed_forward_length is an array", "llama.feed_forward_length", ints([F])),
+    key("heads_0", "head_count 0", "llama.attention.head_count", u32(0)),
+    key("heads_not_a_multiple", "not a multiple of head_count_kv 3", "llama.attention.head_count_kv", u32(3)),
+    key("kv_heads_0", "head_count_kv is 0", "llama.attention.head_count_kv", u32(0)),
+    drafted("head_odd", "head_dim is 15", odd_heads),
+    key("rope_of_half_a_head", "dimension_count is 8", "llama.rope.dimension_count", u32(8)),
+    key("context_0", "context_length is 0", "llama.context_length", u32(0)),
+    key("epsilon_nan", "rms_epsilon is nan", "llama.attention.layer_norm_rms_epsilon", f32(float("nan"))),
+    key("epsilon_negative", "rms_epsilon is -1.0", "llama.attention.layer_norm_rms_epsilon", f32(-1.0)),
+    key("rope_base_nan", "freq_base is nan", "llama.rope.freq_base", f32(float("nan"))),
+    key("rope_base_infinite", "freq_base is inf", "llama.rope.freq_base", f32(float("inf"))),
+    key("rope_base_0", "freq_base is 0.0", "llama.rope.freq_base", f32(0.0)),
+    key("rope_base_text", "freq_base is '1e6'", "llama.rope.freq_base", text("1e6")),
+    key("rope_scaled", "scaling.type is 'yarn'", "llama.rope.scaling.type", text("yarn")),
+    key("rope_scaling_array", "scaling.type is an array", "llama.rope.scaling.type", ints([1, 2])),
+    key("rope_factor_alone", "scaling.factor is 4.0", "llama.rope.scaling.factor", f32(4.0)),
+    key("rope_scaled_the_old_way", "scale_linear is 2.0", "llama.rope.scale_linear", f32(2.0)),
+    key("attention_not_causal", "causal is False", "llama.attention.causal", boolean(0)),
+    key("attention_scaled", "scale is 0.5", "llama.attention.scale", f32(0.5)),
+    key("window_negative", "sliding_window is -1", "llama.attention.sliding_window", i32(-1)),
+    tensor("tensor_missing", f"{GATE} is missing", GATE, name="blk.0.ffn_gate_exps.weigh"),
+    tensor("tensor_with_a_row_too_many", "shape (33, 32)", "blk.0.attn_q.weight", shape=[33, 32]),
+    tensor("tensor_flat", f"shape ({E * F * D},)", GATE, shape=[E * F * D]),
+    tensor("experts_fewer_than_said", "shape (3, 32, 32)", GATE, shape=[E - 1, F, D]),
+    extra("rope_frequencies", "rope_freqs.weight"),
+    extra("attention_bias", "blk.0.attn_q.bias"),
+    extra("layer_too_many", "blk.1.attn_norm.weight"),
+    drafted("one_tensor_an_expert", "before 2024", lambda d: setattr(d.entry(GATE), "name", "blk.0.ffn_gate.0.weight")),
+    tensor("quantised_experts", f"{GATE} is Q4_0", GATE, True, kind=Q4_0, nbytes=E * F * D // 32 * Q4_0_BLOCK),
+    tensor("float32_experts", f"{GATE} is F32", GATE, True, kind=F32),
+    tensor("mixed_experts", "mix BF16 and F16", GATE, True, kind=F16),
+    tensor("integers_for_a_norm", f"{NORM} is I32", NORM, True, kind=26, nbytes=4 * D),
+    # The vocabulary.
+    key("tokens_fewer", "261 tokens", "tokenizer.ggml.tokens", texts(vocabulary()[:-1])),
+    key("scores_fewer", "scores has 3 entries for 262", "tokenizer.ggml.scores", floats([0.0] * 3)),
+    key("types_more", "token_type has 263 entries", "tokenizer.ggml.token_type", ints([1] * (VOCABULARY + 1))),
+    key("vocabulary_larger", f"shape ({VOCABULARY}, {D})", "llama.vocab_size", u32(VOCABULARY + 1)),
+    key("bos_out_of_range", "bos_token_id is 262", "tokenizer.ggml.bos_token_id", u32(VOCABULARY)),
+    key("eos_negative", "eos_token_id is -1", "tokenizer.ggml.eos_token_id", i32(-1)),
+    key("eos_text", "eos_token_id is '</s>'", "tokenizer.ggml.eos_token_id", text("</s>")),
+    key("tokenizer_other", "tokenizer.ggml.model is 'gpt2'", "tokenizer.ggml.model", text("gpt2")),
+    key("tokenizer_array", "tokenizer.ggml.model is ", "tokenizer.ggml.model", ints([1, 2])),
+    key("prefix_rule_array", "prepend_scheme is ", "fiddler.tokenizer.prepend_scheme", ints([1, 2])),
+    drafted("tokens_missing", "tokenizer.ggml.tokens is None", lambda d: d.drop("tokenizer.ggml.tokens")),
+    key(
+        "score_nan", "scores holds nan for token 1", "tokenizer.ggml.scores", floats([0.0, float("nan")] + [0.0] * 260)
+    ),
+    Case("tokens_and_embedding_differ", "holds 262 tokens, llama.vocab_size says 263", vocabulary_and_embedding_differ),
+    drafted("bytes_missing", "lacks 1 of the 256 byte tokens", a_byte_as_text, True),
+]

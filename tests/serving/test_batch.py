@@ -1,0 +1,315 @@
+"""`fiddler batch`: each line of its prompts, what is in its results, and going on after any interruption."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import fiddler
+from fiddler import Sampling
+from fiddler.engine import DEMO_MODEL
+from fiddler.errors import RequestError, ResourceError
+from fiddler.serving.batch_input import Defaults, JobFile
+from fiddler.serving.batch_results import Results
+from oracles import synthetic
+from tools import kill_batch
+
+DEFAULTS = Defaults(Sampling(temperature=0.5, seed=1), 7, ("end",), ignore_eos=True)
+CLI = [sys.executable, "-m", "fiddler", "batch"]
+PATIENCE = 300
+
+
+def job_file(tmp_path, *lines, defaults=DEFAULTS):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+    )
+    return JobFile(path, defaults)
+
+
+def test_a_line_says_what_differs_from_the_defaults(tmp_path):
+    file = job_file(
+        tmp_path,
+        b'\xef\xbb\xbf{"id": 1, "prompt": "a", "top_k": null}',
+        b"  ",
+        {"id": "1", "prompt": "b", "max_tokens": 0, "stop": "x", "ignore_eos": False, "temperature": 0, "seed": 9},
+        {"id": 2.5, "prompt": "\ud800", "max_tokens": -1, "stop": ["y", "z"], "top_k": 3, "seed": -1},
+    )
+    first, second, third = file.jobs(set())
+    assert (first.id, first.prompt, first.max_tokens, first.stop, first.ignore_eos) == (1, "a", 7, ("end",), True)
+    assert (first.sampling.temperature, first.sampling.top_k) == (0.5, 40)
+    assert (second.id, second.max_tokens, second.stop, second.ignore_eos) == ("1", 0, ("x",), False)
+    assert second.sampling == Sampling(temperature=0, seed=9)
+    assert (third.id, third.max_tokens, third.stop) == (2.5, None, ("y", "z"))
+    assert (third.sampling.top_k, third.sampling.seed) == (3, None)
+    assert [job.id for job in file.jobs({1, 2.5})] == ["1"]
+
+
+def test_every_field_of_sampling_is_one_of_a_lines(tmp_path):
+    usual = {field.name: getattr(Sampling(seed=3), field.name) for field in fields(Sampling)}
+    (job,) = job_file(tmp_path, {"id": 1, "prompt": "a"} | usual).jobs(set())
+    assert job.sampling == Sampling(seed=3)
+
+
+def test_a_lines_seed_depends_on_its_id_and_nothing_else(tmp_path):
+    def seeds(seed, *ids):
+        file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in ids), defaults=Defaults(Sampling(seed=seed)))
+        return {job.id: job.sampling.seed for job in file.jobs(set())}
+
+    some, others = seeds(1, 1, 2, "1", "2"), seeds(1, "2", 3, 1)
+    assert len(set(some.values())) == 4
+    assert (some[1], some["2"]) == (others[1], others["2"])
+    assert not set(seeds(2, 1, 2, "1", "2").values()) & set(some.values())
+    assert seeds(None, 1, 2) == {1: None, 2: None}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
+        (b"[1]", "is a list"),
+        (b"NaN", "NaN is no JSON number"),
+        (b"[" * 200000, "nested too deeply"),
+        (b'{"id": 1, "prompt": ' + b'{"a":' * 200000, "nested too deeply"),
+        (b'{"id": ' + b"9" * 5000 + b', "prompt": "a"}', "is not JSON"),
+        ({"prompt": "a"}, "has no id"),
+        ({"id": None, "prompt": "a"}, "has no id"),
+        ({"id": True, "prompt": "a"}, "the id is True"),
+        ({"id": [1], "prompt": "a"}, r"the id is \[1\]"),
+        (b'{"id": 1e999, "prompt": "a"}', "the id is inf"),
+        ({"id": "\udc80", "prompt": "a"}, "no text that UTF-8 can hold"),
+        ({"id": 7, "prompt": "a"}, "the id 7 is that of line 1"),
+        ({"id": 7.0, "prompt": "a"}, "the id 7.0 is that of line 1"),
+        ({"id": 1}, "either a prompt or messages"),
+        ({"id": 1, "prompt": "a", "messages": []}, "either a prompt or messages"),
+        ({"id": 1, "prompt": 5}, "the prompt is 5"),
+        ({"id": 1, "prompt": "a", "top_q": 5}, "unknown field 'top_q'; known are id, prompt"),
+        ({"id": 1, "prompt": "a", "max_tokens": -2}, "max_tokens is -2"),
+        ({"id": 1, "prompt": "a", "max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"id": 1, "prompt": "a", "max_tokens": True}, "max_tokens is True"),
+        ({"id": 1, "prompt": "a", "stop": ""}, "stop is ''"),
+        ({"id": 1, "prompt": "a", "stop": [1]}, r"stop is \[1\]"),
+        ({"id": 1, "prompt": "a", "ignore_eos": 1}, "ignore_eos is 1"),
+        ({"id": 1, "prompt": "a", "temperature": -1}, "temperature is -1"),
+        ({"id": 1, "prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
+        ({"id": 1, "prompt": "a", "temperature": 10**400}, "too large"),
+        ({"id": 1, "prompt": "a", "top_k": True}, "top_k is true"),
+        ({"id": 1, "prompt": "a", "seed": -2}, "seed is -2"),
+        ({"id": 1, "messages": [{"role": "user"}]}, "role and content"),
+        ({"id": 1, "messages": "hello"}, "messages are 'hello'"),
+        ({"id": 1, "messages": [{"role": "user", "content": 1}]}, "both strings"),
+        ({"id": 1, "prompt": "a", "logit_bias": {"the": 1}}, "logit_bias is for 'the'"),
+        ({"id": 1, "prompt": "a", "logit_bias": [5]}, "logit_bias is"),
+    ],
+)
+def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
+    with pytest.raises(RequestError, match=rf"in\.jsonl, line 2: .*{message}") as refused:
+        job_file(tmp_path, {"id": 7, "prompt": "a"}, line)
+    assert len(str(refused.value)) < 500 + len(str(tmp_path))
+
+
+def test_messages(tmp_path):
+    messages = [{"role": "user", "content": "hello"}]
+    (job,) = job_file(tmp_path, {"id": 1, "messages": messages}).jobs(set())
+    assert list(job.prompt) == messages
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "no regular file")):
+        with pytest.raises(RequestError, match=message):
+            JobFile(path, DEFAULTS)
+    with pytest.raises(RequestError, match="holds no prompt"):
+        job_file(tmp_path, b"", b" ")
+
+
+def test_a_file_that_changes_meanwhile(tmp_path):
+    file = job_file(tmp_path, {"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b"})
+    file.path.write_text('{"id": 1, "prompt": "a"}\n{"id": 3, "prompt": "c"}\n')
+    with pytest.raises(RequestError, match="line 2: was changed"):
+        list(file.jobs(set()))
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+def answer(results, identity):
+    results.add(identity, text="ü\u2028\n", finish_reason="stop", prompt_tokens=1, generated_tokens=2)
+
+
+def test_a_line_cut_anywhere_is_taken_off(tmp_path, out):
+    source = tmp_path / "in.jsonl"
+    with Results(out, source, [1, "b", 3]) as results:
+        answer(results, 1)
+        results.add("b", error="too long")
+        kept = out.read_bytes()
+        answer(results, 3)
+    whole = out.read_bytes()
+    assert len(whole.split(b"\n")) == 4
+    for cut in range(len(kept), len(whole)):
+        out.write_bytes(whole[:cut])
+        with Results(out, source, [1, "b", 3]) as results:
+            assert results.done == {1, "b"}
+            answer(results, 3)
+        assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("my notes", "line 1: is not the beginning of a result"),
+        ("my notes\n", "line 1: is not JSON"),
+        ("\n", "line 1: is not JSON"),
+        ('{"id": 1, "prompt": "a"}\n', "line 1: is no result"),
+        ('{"id": 1, "error": "x"}\n{"id": 1, "error": "x"}\n', "line 2: answers 1 again"),
+        ('{"id": 8, "error": "x"}\n', "line 1: answers 8, which is not among"),
+        ("[" * 200000 + "\n", "line 1: is nested too deeply"),
+    ],
+)
+def test_what_is_not_ours_is_left_as_it_is(tmp_path, out, text, message):
+    out.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        Results(out, tmp_path / "in.jsonl", [1, 2])
+    assert out.read_text() == text
+
+
+def test_where_results_cannot_go(tmp_path, out):
+    source = tmp_path / "in.jsonl"
+    source.write_text("prompts")
+    link = tmp_path / "link"
+    link.hardlink_to(source)
+    for path, message in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none" / "out", "No such file"),
+        (source, "is the file of prompts"),
+        (link, "is the file of prompts"),
+        (Path("/dev/null"), "no regular file"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            Results(path, source, [1])
+    assert source.read_text() == "prompts"
+    with Results(out, source, [1]), pytest.raises(RequestError, match="another process is writing it"):
+        Results(out, source, [1])
+    with Results(out, source, [1]) as results:
+        assert not results.done
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, out):
+    source = tmp_path / "in.jsonl"
+    with Results(out, source, [1, 2]) as results:
+        answer(results, 1)
+        before, limits = out.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))  # ten bytes are written, then no more
+        try:
+            with pytest.raises(ResourceError, match="make room"):
+                answer(results, 2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert out.read_bytes() == before
+        assert results.done == {1}
+
+
+def batch(*arguments):
+    return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, timeout=PATIENCE, check=False)
+
+
+def test_the_command_answers_each_prompt_as_run_would(tmp_path, out):
+    prompts = ["Once upon a time", "A cat", "word " * 200, "The ünicorn"]
+    lines = [{"id": n, "prompt": text} for n, text in enumerate(prompts)] + [{"id": "own", "prompt": "One", "seed": 5}]
+    file = job_file(tmp_path, *lines, defaults=Defaults(Sampling(seed=3)))
+    options = ["-n", 9, "--seed", 3, "-np", 2, "-c", 100, "--precision", "exact", "--device", "cpu"]
+    done = batch(file.path, out, *options)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"5 results (errors: 1), 0 were there" in done.stderr
+    made = {line["id"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+    engine = fiddler.load(precision="exact", device="cpu", context=100)
+    for job in file.jobs(set()):
+        if job.id == 2:
+            assert "exceed the context of 100" in made[2]["error"]
+            continue
+        alone = engine.generate(job.prompt, job.sampling, 9)
+        assert made[job.id] == {
+            "id": job.id,
+            "text": alone.text,
+            "finish_reason": alone.finish_reason,
+            "prompt_tokens": alone.stats.prompt_tokens,
+            "generated_tokens": len(alone.tokens),
+        }
+    assert len(made) == 5
+    before = out.read_bytes()
+    again = batch(file.path, out, "-m", tmp_path / "never-opened.gguf")
+    assert (again.returncode, out.read_bytes()) == (0, before)
+    assert b"has all 5 results" in again.stderr
+
+
+def test_bad_input_is_refused_before_any_model(tmp_path, out):
+    file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in range(10000)))
+    with file.path.open("a") as more:
+        more.write('{"id": 1}\n')
+    never = ["-m", tmp_path / "never-opened.gguf"]
+    done = batch(file.path, out, *never)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"line 10001: give either a prompt or messages" in done.stderr
+    assert not out.exists()
+    for options in (["--temp", "-1"], ["--stop", ""], ["-np", 0], ["--top-p", 2]):
+        assert batch(file.path, out, *never, *options).returncode == 2
+
+
+def test_an_interrupted_run_leaves_whole_lines(tmp_path, out):
+    file = job_file(tmp_path, *({"id": n, "prompt": "Once upon a time"} for n in range(3000)))
+    with subprocess.Popen([*CLI, file.path, out, "-n", "9"], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + PATIENCE
+        while not (out.exists() and out.stat().st_size):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate(timeout=PATIENCE)[1].decode()
+    assert process.returncode == 130
+    assert out.read_bytes().endswith(b"}\n")
+    count = len(out.read_text(encoding="utf-8").splitlines())
+    assert f"interrupted: {count} of 3000 are in {out}" in message
+    assert "Traceback" not in message
+
+
+def test_killed_and_started_again_it_loses_and_repeats_nothing(tmp_path):
+    """A few moments; `kill_batch.py` takes as many as one likes."""
+    made, whole = kill_batch.kill_often(tmp_path, moments=3, prompts_each=15, seed=1)
+    order = {"key": lambda line: line["id"]}
+    assert sorted(made, **order) == sorted(whole, **order)
+    assert [line["id"] for line in sorted(whole, **order)] == list(range(45))
+
+
+def test_messages_are_answered_by_the_models_template(tmp_path):
+    """As a chat answers them; where there is no template, or it refuses them, the line's result says so."""
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[story]"
+    model = synthetic.with_template(DEMO_MODEL, tmp_path / "model.gguf", template)
+    file = job_file(
+        tmp_path,
+        {"id": 1, "messages": [{"role": "user", "content": "a cat"}], "n_probs": 2},
+        {"id": 2, "prompt": "[user] a cat\n[story]", "logit_bias": {"2": -1}},
+    )
+    asked = ["-n", "12", "--temp", "0", "--precision", "exact"]
+    out = tmp_path / "out.jsonl"
+    assert batch(file.path, out, "-m", model, *asked).returncode == 0
+    results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    chat = fiddler.Chat(
+        fiddler.load(model, device="cpu", precision="exact"), None, fiddler.Sampling(temperature=0.0), 12
+    )
+    assert results[1]["text"] == "".join(chat.send("a cat"))
+    assert [len(step["top_logprobs"]) for step in results[1]["log_probs"]] == [2] * results[1]["generated_tokens"]
+    out.unlink()
+    assert batch(file.path, out, *asked).returncode == 0
+    results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert "no chat template" in results[1]["error"]
+    assert results[2]["text"]

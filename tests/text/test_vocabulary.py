@@ -1,0 +1,126 @@
+"""Files whose tokenizer keys are missing, odd or broken: what is made of them, and what is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fiddler.errors import FileFormatError
+from fiddler.text.tokenizer import Tokenizer
+from fiddler.text.vocabulary import PREPEND_SCHEME
+from oracles.vocabularies import BYTE, CONTROL, LETTERS, NORMAL, SPACE, UNUSED, USER, A, metadata, small
+
+
+def test_defaults_are_llama_cpps():
+    tokenizer = Tokenizer.from_metadata(small(*LETTERS))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos) == (1, 2, True, False)
+    assert tokenizer.encode("a") == [SPACE, A]
+
+
+def test_keys_override_defaults():
+    keys = small(
+        *LETTERS,
+        ("▁a", -1, NORMAL),
+        ("<|x|>", 0, CONTROL),
+        bos_token_id=265,
+        eos_token_id=1,
+        add_bos_token=False,
+        add_eos_token=True,
+    )
+    tokenizer = Tokenizer.from_metadata(keys | {"tokenizer.chat_template": "{{ x }}"})
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos) == (265, 1, False, True)
+    assert tokenizer.chat_template == "{{ x }}"
+    assert tokenizer.encode("a", add_bos=True) == [265, 264]
+
+
+def test_ends_of_a_turn_by_key_and_by_name():
+    keys = small(*LETTERS, ("<|im_end|>", 0, USER), ("<|eot_id|>", 0, NORMAL), ("x", 0, CONTROL), eot_token_id=266)
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert tokenizer.end_ids == {2, 264, 265, 266}
+    assert not tokenizer.end_ids & set(
+        tokenizer.encode("<|im_end|><|eot_id|>")
+    )  # control tokens, whatever the file says
+    assert tokenizer.encode("<|im_end|>", parse_special=True) == [264]
+
+
+def test_duplicates_empty_names_and_names_that_are_no_text():
+    odd = (
+        *LETTERS,
+        ("ab", -1, NORMAL),  # 264: the same text again at 265, which counts
+        ("ab", -1, NORMAL),
+        ("", -1, NORMAL),
+        ("\udcff", -1, NORMAL),
+        ("a\0", -1, NORMAL),
+        ("<s>", -1, NORMAL),  # 269: a text that may be reached, unlike 1
+        ("ab", -1, UNUSED),
+        ("<0x41>", 0, BYTE),  # 271: once more
+        ("c", -1, 0),
+    )
+    tokenizer = Tokenizer.from_metadata(small(*odd, add_space_prefix=False))
+    assert tokenizer.encode("ab") == [265]
+    assert [tokenizer.decode_bytes([index]) for index in range(264, 273)] == [
+        *(b"ab", b"ab", b"", b"\xff", b"a\0", b"<s>", b"", b"A", b""),
+    ]
+    assert tokenizer.encode("a\0A") == [A, 3, 3 + 0x41]
+    assert tokenizer.decode_bytes(tokenizer.encode(b"\xffab\0c")) == b"\xffab\0c"
+
+
+def test_a_vocabulary_of_bytes_alone():
+    pieces = [(f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)]
+    tokenizer = Tokenizer.from_metadata(metadata(pieces, add_bos_token=True))
+    assert tokenizer.encode("é") == [0xE2, 0x96, 0x81, 0xC3, 0xA9]
+    with pytest.raises(FileFormatError, match="bos_token_id is 256"):
+        Tokenizer.from_metadata(metadata(pieces, bos_token_id=256))
+
+
+BROKEN = {
+    "another model": ({"model": "gpt2"}, "only 'llama'"),
+    "no model": ({"model": None}, "is None"),
+    "no tokens": ({"tokens": None}, "tokens is None"),
+    "empty tokens": ({"tokens": []}, "at least one string"),
+    "a token that is no string": ({"tokens": [b"a"]}, "for token 0"),
+    "an endless token": ({"tokens": ["a" * 70000]}, "70000 characters"),
+    "no scores": ({"scores": None}, "scores is None"),
+    "few scores": ({"scores": np.zeros(3, np.float32)}, "3 entries for 264 tokens"),
+    "scores in a list": ({"scores": [0.0] * 264}, "scores is a list"),
+    "scores in a square": ({"scores": np.zeros((264, 1), np.float32)}, "must be an array"),
+    "a score that is none": ({"scores": np.full(264, np.nan, np.float32)}, "nan for token 0"),
+    "an infinite score": ({"scores": np.full(264, np.inf, np.float32)}, "inf for token 0"),
+    "no types": ({"token_type": None}, "token_type is None"),
+    "types of real numbers": ({"token_type": np.zeros(264, np.float32)}, "must be an array"),
+    "an unknown type": ({"token_type": np.full(264, 7, np.int32)}, "7 for token 0"),
+    "a negative type": ({"token_type": np.full(264, -1, np.int32)}, "-1 for token 0"),
+    "no bytes": ({"token_type": np.full(264, 1, np.int32)}, "lacks 256 of the 256 byte tokens"),
+    "a byte token of another name": ({"token_type": np.full(264, 6, np.int32)}, "called '<unk>'"),
+    "bos out of range": ({"bos_token_id": 264}, "bos_token_id is 264"),
+    "a negative eos": ({"eos_token_id": -1}, "eos_token_id is -1"),
+    "eos that is true": ({"eos_token_id": True}, "eos_token_id is True"),
+    "eot of text": ({"eot_token_id": "</s>"}, "eot_token_id is '</s>'"),
+    "a flag of text": ({"add_bos_token": "yes"}, "add_bos_token is 'yes'"),
+    "a flag that is one": ({"add_space_prefix": 1}, "must be true or false"),
+}
+
+
+@pytest.mark.parametrize("change, says", BROKEN.values(), ids=BROKEN)
+def test_broken_metadata_is_named(change, says):
+    with pytest.raises(FileFormatError, match=says) as raised:
+        Tokenizer.from_metadata(small(*LETTERS, **change))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key, value", [("tokenizer.chat_template", 5), (PREPEND_SCHEME, "never"), (PREPEND_SCHEME, 1)])
+def test_broken_keys_elsewhere_are_named(key, value):
+    with pytest.raises(FileFormatError, match=key):
+        Tokenizer.from_metadata(small(*LETTERS) | {key: value})
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_small_vocabulary_keeps_text_whole(data):
+    kinds = st.sampled_from([NORMAL, UNUSED, CONTROL, USER])
+    piece = st.tuples(st.text("ab▁c\0é", max_size=4), st.floats(-9, 9, width=32), kinds)
+    pieces = data.draw(st.lists(piece.filter(lambda one: one[2] != UNUSED or one[0] != "▁"), max_size=12))
+    tokenizer = Tokenizer.from_metadata(small(*pieces, *LETTERS, add_space_prefix=False))
+    text = data.draw(st.text("abcé \0", max_size=20))
+    assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,0 +1,283 @@
+"""What the GPU and the CPU do together, measured: one table on stdout. Random weights of Mixtral's real shape will do.
+
+    python tests/measure_gpu.py MODEL.gguf --gpu-memory 24GiB
+    python tests/measure_gpu.py MODEL.gguf --gpu-experts 16 --prompts 1,4,16,32,64,128,256,512,1024,2048,4096
+    python tests/measure_gpu.py MODEL.gguf --gpu-memory 40GiB
+
+Ways that are compared take turns in one process, on the same tokens: "auto" (what `run` does), "cpu" (missing experts
+on the CPU only), "stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as
+the original Fiddler computes them). The ceiling is the speed of memory and link together, as calibration measured it
+in this very process, over the bytes of missing experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import defaultdict
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fiddler import kernels
+from fiddler.engine import load
+from fiddler.files.model_file import ModelFile
+from fiddler.host_memory import peak_memory
+from fiddler.offload.calibration import measure
+from fiddler.offload.feed_forward import Residents
+from fiddler.offload.plan import Curve
+from fiddler.telemetry.gpu_timeline import GpuTracer
+from fiddler.telemetry.recorder import Meter
+
+
+def torch_on_cpu(orchestrator):
+    """The CPU's part through torch, on every core."""
+    tensors = {}
+
+    def weights(layer):
+        if layer not in tensors:
+            w = orchestrator.layers[layer]
+            tensors[layer] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in (w.gate, w.up, w.down)]
+        return tensors[layer]
+
+    def on_cpu(layer, x, ids, shares, split, out):
+        missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (ids == e).any()]
+        if not missing:
+            return False
+        torch.set_num_threads(kernels.set_threads(None))
+        out[:] = 0
+        gate, up, down = weights(layer)
+        given = torch.from_numpy(x).bfloat16()
+        for e in missing:
+            rows, which = np.nonzero(ids == e)
+            mine = given[torch.from_numpy(rows)]
+            made = F.linear(F.silu(F.linear(mine, gate[e])) * F.linear(mine, up[e]), down[e]).float().numpy()
+            np.add.at(out, rows, made * shares[rows, which][:, None])
+        return True
+
+    return on_cpu
+
+
+class Bench:
+    """One engine, several ways of computing missing experts."""
+
+    def __init__(self, args):
+        self.meter, self.tracer = Meter(), GpuTracer()
+        self.resident_speed = 0.0  # bytes a second, as experts came to the GPU
+        bring = Residents.load
+
+        def timed(residents, placed, link, progress):
+            begun, count = time.perf_counter(), []
+            bring(residents, placed, link, lambda nbytes: (count.append(nbytes), progress(nbytes)))
+            self.resident_speed = sum(count) / (time.perf_counter() - begun)
+
+        Residents.load = timed
+        started = time.perf_counter()
+        self.model = ModelFile.open(args.model)
+        self.engine = load(
+            self.model,
+            "cuda",
+            args.gpu_memory,
+            context=args.ctx,
+            threads=args.threads,
+            gpu_experts=args.gpu_experts,
+            notify=print,
+            recorder=self.meter,
+        )
+        self.loaded = time.perf_counter() - started
+        self.runner = self.engine.runner
+        self.orchestrator = self.runner.model.experts
+        self.ours, self.theirs = self.orchestrator.on_cpu, torch_on_cpu(self.orchestrator)
+        self.costs = self.orchestrator._costs
+        self.calibration = None
+        self.ways = ["auto"]
+        if len(self.orchestrator.residents) < self.model.config.block_count * self.model.config.expert_count:
+            threads = self.runner.threads
+            started = time.perf_counter()
+            self.calibration = measure(self.orchestrator.layers, self.orchestrator.ring, threads, "this run")
+            self.measured = time.perf_counter() - started
+            self.costs = self.calibration.costs()
+            self.ways = ["auto", "cpu", "stream", "torch"]
+        self.plans = {}
+        self.sequence = self.runner.sequence()
+        self.random = random.Random(0)
+
+    def way(self, name):
+        """From now on; plans that were made stay made."""
+        chosen = self.orchestrator
+        if name not in self.plans:
+            costs = self.costs
+            if name in ("cpu", "torch"):
+                costs = replace(costs, link=inf)
+            elif name == "stream":
+                costs = replace(costs, cpu=Curve((1,), (1e9,)))
+            chosen.follow(costs)
+            self.plans[name] = chosen._costs, chosen._plan, chosen.balance
+        chosen._costs, chosen._plan, chosen.balance = self.plans[name]
+        chosen.on_cpu = self.theirs if name == "torch" else self.ours
+
+    def record(self, recorder):
+        for part in (self.orchestrator, self.orchestrator.ring, self.runner._decoder):
+            part._recorder = recorder
+
+    def ids(self, count):
+        return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
+
+    def generate(self, count, each=8, warm=2):
+        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds.
+
+        Ways take turns, `each` tokens at a time after `warm` others: threads that another way left busy, as torch's
+        are for a while, are not auto's. The last that is returned: the share of each token with a timeline, which
+        costs a little, in which nothing was at work.
+        """
+        self.sequence.truncate(0)
+        self.runner.prefill(self.sequence, self.ids(64))
+        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
+        idle = []
+        for _ in range(max(1, count // each)):
+            ids = self.ids(warm + each)
+            for name in [*self.ways, "traced"]:
+                self.way("auto" if name == "traced" else name)
+                self.record(self.tracer if name == "traced" else self.meter)
+                self.sequence.truncate(64)
+                for i, token in enumerate(ids):
+                    self.meter.clear()
+                    self.tracer.clear()
+                    begun = time.perf_counter()
+                    self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].numpy().argmax()
+                    taken = time.perf_counter() - begun
+                    if i < warm:
+                        continue
+                    if name == "traced":
+                        idle.append(self.tracer.idle(begun, begun + taken) / taken)
+                        continue
+                    found[name].append(taken)
+                    if name == "auto":
+                        nbytes += sum(self.meter.nbytes.values())
+                        for kind in ("experts", "wait"):
+                            spent[kind].append(self.meter.seconds[kind])
+        self.record(self.meter)
+        count = len(found["auto"])
+        if self.calibration:  # what the plans promise for so many bytes
+            planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
+        return found, spent, nbytes / count, planned, idle
+
+    def dense(self, repetitions=20):
+        """Seconds a token that the GPU takes between the layers' experts: the captured graphs by themselves."""
+        graphs, total = self.runner._decoder._graphs, 0.0
+        for graph in graphs:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            begin.record()
+            for _ in range(repetitions):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end) / 1e3 / repetitions
+        return total
+
+    def prompt(self, length, repetitions, ways):
+        """Seconds of each way, the plan's of auto, and the CPU's part of the bytes of experts that auto read.
+
+        Every other round goes backwards, so that none always comes after the same other one.
+        """
+        ids = self.ids(length)
+        found = {name: [] for name in self.ways if name in ways}
+        planned = share = 0.0
+        for repetition in range(repetitions + 1):  # the first one loads what torch and the driver need
+            for name in sorted(found, reverse=repetition % 2 == 1):
+                self.way(name)
+                self.sequence.truncate(0)
+                self.orchestrator.planned_seconds = 0.0
+                self.meter.clear()
+                begun = time.perf_counter()
+                self.runner.prefill(self.sequence, ids)
+                if repetition:
+                    found[name].append(time.perf_counter() - begun)
+                if name == "auto":
+                    planned = self.orchestrator.planned_seconds
+                    share = self.meter.nbytes["experts"] / max(1, sum(self.meter.nbytes.values()))
+        return found, planned, share
+
+
+def spread(samples, scale=1.0):
+    return f"{scale / median(samples):.1f} ({scale / max(samples):.1f}-{scale / min(samples):.1f})"
+
+
+def ratio(samples, others):
+    """Of pairs that were taken side by side, in the median."""
+    return f"{median(a / b for a, b in zip(samples, others, strict=True)):.2f}x"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gpu-memory")
+    parser.add_argument("--gpu-experts", type=int)
+    parser.add_argument("--ctx", type=int, default=4096)
+    parser.add_argument("--prompts", default="512,2048")
+    parser.add_argument("--prompt-ways", default="auto,cpu,stream")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("-r", type=int, default=3)
+    parser.add_argument("-t", "--threads", type=int)
+    args = parser.parse_args()
+    bench = Bench(args)
+    layers, experts = bench.model.config.block_count, bench.model.config.expert_count
+    resident = len(bench.orchestrator.residents)
+    print(f"{args.model.name}: {layers} layers, {resident} of {layers * experts} experts on the GPU")
+    print(f"loaded in {bench.loaded:.1f} s; kernels {bench.engine.backend}, {bench.runner.threads} threads")
+    if bench.calibration:
+        print(f"{bench.calibration.to_text()}\n  measured in {bench.measured:.1f} s")
+        link = bench.calibration.expert_bytes / bench.calibration.link_alone
+        share = bench.resident_speed / link
+        print(f"residents came at {bench.resident_speed / 1e9:.1f} GB/s, {share:.0%} of the link's {link / 1e9:.1f}")
+    found, spent, nbytes, planned, idle = bench.generate(args.tokens)
+    print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
+    auto = median(found["auto"])
+    for name, samples in found.items():
+        print(f"| {name} | {spread(samples)} | {ratio(samples, found['auto'])} |")
+    mean = float(np.mean(found["auto"]))
+    if bench.calibration:
+        both = bench.calibration.expert_bytes / bench.costs.memory
+        print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
+        print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
+    dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in spent.items()}
+    print(f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for those")
+    print(f"and experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
+    if bench.calibration:
+        rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
+        share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
+        print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
+    shares = f"{median(idle):.1%} ({min(idle):.1%}-{max(idle):.1%})"
+    print(f"neither weights being read nor the GPU at work, by a timeline: {shares} of a token")
+    print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan | read by the CPU |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for length in map(int, args.prompts.split(",")):
+        repetitions = args.r if length > 32 else max(args.r, 9)  # short ones are cheap, and the more easily disturbed
+        samples, plan, share = bench.prompt(length, repetitions, args.prompt_ways.split(","))
+        over = [ratio(samples[name], samples["auto"]) if name in samples else "" for name in ("cpu", "stream")]
+        over.append(f"{median(samples['auto']) / plan:.2f}x" if plan else "")
+        over.append(f"{share:.0%}")
+        print(f"| {length} | {spread(samples['auto'], length)} | {' | '.join(over)} |")
+    bench.way("auto")
+    bench.sequence.truncate(0)
+    full = bench.ids(bench.engine.context - 4)
+    bench.runner.prefill(bench.sequence, full)
+    for token in bench.ids(4):
+        bench.runner.logits(bench.runner.step([(bench.sequence, [token])]))
+    budget, memory = bench.runner.budget, peak_memory()
+    print(
+        f"\nafter a full context: {budget.used() / 2**30:.2f} of {budget.total / 2**30:.2f} GiB by the driver's count, "
+        f"peak of torch {torch.cuda.max_memory_reserved() / 2**30:.2f}; "
+        f"anonymous memory {memory.anonymous / 2**30:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
