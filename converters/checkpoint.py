@@ -21,6 +21,7 @@ import numpy as np
 
 from fiddler.converters.hf_config import read_hf_config
 from fiddler.converters.json_object import read_object
+from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
 from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, Stored
 from fiddler.errors import CheckpointError, quoted
 from fiddler.models.config import Config
@@ -28,23 +29,6 @@ from fiddler.models.config import Config
 __all__ = ["Checkpoint", "Dtype", "Matrix"]
 
 Dtype: TypeAlias = Literal["bf16", "f16"]
-
-_BLOCK_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-}
-_OTHER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_EXPERT_LETTERS = {"ffn_gate_exps.weight": "w1", "ffn_down_exps.weight": "w2", "ffn_up_exps.weight": "w3"}
-# Old checkpoints saved this table with the weights; it follows from rope_theta and head_dim.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _COMPARED_ROWS = 256
 
 
@@ -155,17 +139,17 @@ class _Search:
                 f"but there are only {len(self._where)} tensors; download the whole checkpoint"
             )
         parts: dict[str, Sequence[Matrix]] = {}
-        tied = _OTHER_NAMES["output.weight"] not in self
+        tied = OTHER_NAMES["output.weight"] not in self
         for name, shape in config.tensor_shapes(tied=tied).items():
             index, _, inner = name.removeprefix("blk.").partition(".")
-            if name in _OTHER_NAMES:
-                parts[name] = [self._whole(_OTHER_NAMES[name], shape)]
-            elif inner in _BLOCK_NAMES:
-                parts[name] = [self._whole(f"model.layers.{index}.{_BLOCK_NAMES[inner]}", shape)]
+            if name in OTHER_NAMES:
+                parts[name] = [self._whole(OTHER_NAMES[name], shape)]
+            elif inner in BLOCK_NAMES:
+                parts[name] = [self._whole(f"model.layers.{index}.{BLOCK_NAMES[inner]}", shape)]
             else:
                 parts[name] = self._mixture(f"model.layers.{index}", inner, shape)
         for name in self._where:
-            if name not in self._used and not _DERIVED.fullmatch(name):
+            if name not in self._used and not DERIVED.fullmatch(name):
                 raise CheckpointError(
                     f"{self._where[name].path}: tensor {quoted(name)} is not part of a Mixtral with "
                     f"{config.block_count} layers and {config.expert_count} experts"
@@ -179,7 +163,7 @@ class _Search:
             return [self._whole(f"{layer}.{'mlp' if fused else 'block_sparse_moe'}.gate.weight", shape)]
         E, rows, width = shape
         if not fused:
-            prefix, letter = f"{layer}.block_sparse_moe.experts", _EXPERT_LETTERS[inner]
+            prefix, letter = f"{layer}.block_sparse_moe.experts", EXPERT_LETTERS[inner]
             return [self._whole(f"{prefix}.{expert}.{letter}.weight", (rows, width)) for expert in range(E)]
         if inner == "ffn_down_exps.weight":
             file, stored = self._find(f"{layer}.mlp.experts.down_proj", shape)

@@ -17,9 +17,10 @@ from fiddler.errors import FiddlerError
 if TYPE_CHECKING:
     from fiddler.chat import Chat
     from fiddler.converters import convert
-    from fiddler.engine import Engine, load
+    from fiddler.engine import Engine
     from fiddler.generation.beam_search import Beam
     from fiddler.generation.completion import Completion
+    from fiddler.loading import load
     from fiddler.sampling.constraint import Constraint
     from fiddler.sampling.sampler import Sampling
 
@@ -34,7 +35,7 @@ _HOMES = {
     "Engine": "fiddler.engine",
     "Sampling": "fiddler.sampling.sampler",
     "convert": "fiddler.converters",
-    "load": "fiddler.engine",
+    "load": "fiddler.loading",
 }
 
 

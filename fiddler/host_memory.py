@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "peak_memory", "populate"]
+__all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "memory_for_sequences", "peak_memory", "populate"]
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _LAST_BIT = bytes(value & 1 for value in range(256))
@@ -113,3 +113,14 @@ def populate(address: int, nbytes: int) -> int:
     except (OSError, AttributeError):
         return -1
     return int(madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_READ))
+
+
+def memory_for_sequences(available: int, weights: int) -> int | None:
+    """Bytes that keys and values of all sequences may take, of so many available ones; None: nothing tells.
+
+    weights: bytes of the mapped file, whose pages count as available until they are needed. Half of what is left
+    beside them. Where the file does not fit anyway, each byte is read from disk again in every step: a sixteenth.
+    """
+    if not available:
+        return None
+    return max((available - weights) // 2, available // 16)

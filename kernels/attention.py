@@ -20,7 +20,7 @@ from fiddler.kernels.codegen.function_pointer import Called
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
 from fiddler.kernels.machine.threads import threads_for
-from fiddler.kernels.matmul.packing import address_of
+from fiddler.kernels.machine.workspace import address_of
 
 __all__ = ["Kept", "attend_each", "attention", "called"]
 

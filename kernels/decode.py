@@ -12,8 +12,8 @@ from fiddler.kernels.attention import Kept
 from fiddler.kernels.codegen.variant import Product
 from fiddler.kernels.decode_step import SPANS, called, decode
 from fiddler.kernels.machine.threads import threads_for
+from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
-from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["Block", "Decoder", "Products"]
 

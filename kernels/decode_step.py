@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels import attention, norm_router as routing
+from fiddler.kernels import attention, norm_router
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import Product
 from fiddler.kernels.matmul import grouped
@@ -28,7 +28,7 @@ __all__ = ["SPANS", "called", "compile_decode", "decode"]
 SPANS = 3
 """Timed parts of each layer: query, key and value; attention's output; experts."""
 
-_call_norm, _call_router = routing.normalise.call, routing.router.call
+_call_norm, _call_router = norm_router.normalise.call, norm_router.router.call
 _call_attention, _call_products = attention.attention.call, grouped.products.call
 
 
@@ -64,8 +64,8 @@ def compile_decode(product: Product, kept: type[np.generic]) -> None:
 def called(product: Product, kept: np.dtype) -> tuple[int, ...]:
     """The addresses of what `decode` calls; compiled, or read from the cache, where that is not done."""
     return (
-        routing.normalise.address(),
-        routing.router.address(),
+        norm_router.normalise.address(),
+        norm_router.router.address(),
         attention.attention.address(from_dtype(kept)[::1]),
         attention.called(kept),
         grouped.products.address(typeof(product)),

@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
-from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["expert_ffn"]
 

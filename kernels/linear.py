@@ -9,8 +9,8 @@ from itertools import accumulate
 import numpy as np
 
 from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
-from fiddler.kernels.matmul.packing import address_of
 
 __all__ = ["linear", "linears"]
 

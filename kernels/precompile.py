@@ -21,7 +21,7 @@ from fiddler.kernels.machine.threads import usable_cores
 from fiddler.kernels.matmul.grouped import called, compile_grouped_products
 from fiddler.kernels.norm_router import rms_norm, route
 
-__all__ = ["help_with", "prepare"]
+__all__ = ["COMPILING", "help_with", "prepare"]
 
 _PATIENCE = 120  # seconds that another process may take longer than this one
 _DAMAGE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
@@ -124,3 +124,6 @@ def _helper(product: Product, decode: bool) -> Iterator[None]:
 def help_with(tier: str, weights: str, activations: str, decode: bool) -> None:
     """What `prepare` of this product leaves to another process."""
     _other_half(Product(choose_tier(tier), weights, activations), decode)
+
+
+COMPILING = "compiling kernels for this CPU; the next start finds them on disk"

@@ -1,4 +1,4 @@
-"""The rooms and their doors: who may import whom, held against the source. A new module is added to the tables here."""
+"""The rooms and who may import whom, held against the source. A new room is added to the tables here."""
 
 from __future__ import annotations
 
@@ -23,112 +23,58 @@ ROOMS = {
 }
 
 MAY_IMPORT = {
-    "fiddler": "chat engine completion sampling converters constrain beam",
+    # the rooms of fiddler/, and its files that are a room each; everything may import `errors`
+    "fiddler": "chat converters engine generation loading sampling",
     "__main__": "cli",
-    "cli": "fiddler description converters kernels cli_bench cli_calibrate cli_options cli_run cli_batch"
-    " cli_perplexity",
-    "cli_run": "cli_options completion chat cli_chat cli_sampling cli_beams",
-    "cli_chat": "chat cli_options cli_terminal completion converters.output_file",
-    "cli_terminal": "cli_options",
-    "cli_sampling": "constrain logprobs sampling",
-    "cli_batch": "chat_template cli_sampling cli_options completion engine jobs results",
-    "request": "models.config tokenizer",
-    "jobs": "sampling",
-    "results": "jobs",
-    "cli_beams": "cli_options completion engine hypotheses",
-    "cli_calibrate": "cli_options calibrate hybrid model_file",
-    "cli_bench": "cli_options bench bench_kernels engine gpu_timeline kernels model_file recorder",
-    "cli_options": "engine model_file registration",  # inside a function
-    "cli_perplexity": "cli_options converters.output_file engine model_file models.config perplexity placement"
-    " popularity",
-    "perplexity": "runner",
-    "popularity": "models.mixtral",
-    "bench": "engine kernels memory recorder",
-    "bench_kernels": "kernels model_file",
-    "engine": "request completion runner model_file tokenizer sampling kernels recorder devices mapped hybrid placement"
-    " gpu_memory registration constrain batch memory width beam cache hypotheses prompt_cache",
-    "devices": "",
-    "mapped": "cpu_runner experts kernels model_file models.mixtral recorder runner",
-    "cpu_runner": "cache experts kernels models.mixtral recorder runner",
-    "hybrid": "cache calibrate devices experts gpu_attention gpu_decode gpu_experts gpu_grouped gpu_kernels gpu_linear"
-    " gpu_memory gpu_runner kernels link mapped memory model_file models.mixtral orchestrator placement plan recorder"
-    " registration staging",
-    "orchestrator": "experts gpu_experts kernels plan recorder side_thread staging",
-    "side_thread": "",
-    "plan": "",
-    "placement": "",
-    "calibrate": "experts gpu_experts kernels link memory plan staging",
-    "staging": "experts link recorder",
-    "link": "cuda_driver registration side_thread",
-    "registration": "cuda_driver memory",
-    "cuda_driver": "",
-    "gpu_memory": "cuda_driver",
-    "gpu_experts": "experts link",
-    "gpu_linear": "models.mixtral",
-    "gpu_kernels": "",
-    "gpu_attention": "",
-    "gpu_grouped": "gpu_experts",
-    "gpu_decode": "cache cuda_driver gpu_attention gpu_experts gpu_kernels models.mixtral orchestrator recorder",
-    "gpu_runner": "cache gpu_decode gpu_memory kernels models.config models.mixtral runner",
-    "chat": "chat_template completion constrain engine sampling",
-    "chat_template": "template_process tokenizer",
-    "template_process": "",
-    "template_sandbox": "",
-    "completion": "generate runner tokenizer sampling stopping memory logprobs cache",
-    "generate": "runner cache sampling",
-    "batch": "cache completion generate runner width",
-    "width": "",
-    "runner": "kernels cache memory models.mixtral width kept",
-    "beam": "cache completion generate hypotheses kept logprobs memory runner stopping tokenizer",
-    "hypotheses": "logprobs",
-    "prompt_cache": "cache converters.output_file kept model_file runner",
-    "kept": "cache",
-    "cache": "kernels models.config models.mixtral",
-    "experts": "kernels models.mixtral recorder",
-    "recorder": "",
-    "gpu_timeline": "recorder",
-    "sampling": "logprobs penalties",
-    "logprobs": "",
-    "penalties": "",
-    "constrain": "tokenizer",
-    "stopping": "",
-    "memory": "",
-    "description": "model_file gguf_header",
-    "model_file": "gguf_file tokenizer token_table models.config",
-    "gguf_file": "gguf_header",
-    "gguf_header": "",
-    "tokenizer": "token_table sentencepiece_model",
-    "token_table": "sentencepiece_model",
-    "sentencepiece_model": "",
+    "cli": "fiddler serving evaluation loading chat engine generation sampling text offload files device converters"
+    " kernels telemetry models",
+    "serving": "engine generation sampling text",
+    "evaluation": "engine runtime files kernels telemetry host_memory",
+    "loading": "engine gpu cpu generation files device kernels telemetry",
+    "chat": "engine generation sampling text",
+    "engine": "generation sampling text runtime files host_memory",
+    "generation": "runtime sampling text models host_memory",
+    "gpu": "offload runtime device files kernels models telemetry",
+    "cpu": "runtime files kernels models telemetry",
+    "offload": "device files kernels telemetry host_memory",
+    "runtime": "files kernels models host_memory",
+    "telemetry": "models",
+    "files": "kernels models text",
+    "sampling": "text",
+    "text": "",
+    "device": "host_memory",
+    "host_memory": "",
     "errors": "",
-    # whole rooms: besides each other
-    "converters.*": "models.config sentencepiece_model token_table",
-    "kernels.*": "",
-    "models.*": "",
+    # the other three rooms at the top level
+    "converters": "files text models kernels",
+    "kernels": "",
+    "models": "",
 }
-"""Of ours, less the leading `fiddler.`. Everything may import `errors`."""
+"""Of each room, the rooms it may import. Everything may import `errors`."""
+
+INSIDE_KERNELS = ("machine", "codegen", "formats", "matmul", "")
+"""The rooms inside kernels/, lowest first; the last one holds the doors. A file imports its own room and lower ones."""
 
 ONLY_IN = {
-    "gguf": "gguf_header converters.*",
-    "jinja2": "template_sandbox",  # a process of its own
-    "llguidance": "constrain",  # where something is constrained
-    "llvmlite": "kernels.*",
-    "numba": "kernels.*",
-    "matplotlib": "bench_kernels",  # where a plot is asked for
-    "numpy": "batch beam bench bench_kernels cache calibrate constrain experts generate gpu_decode gpu_experts"
-    " hybrid hypotheses link mapped orchestrator logprobs penalties perplexity prompt_cache sampling description"
-    " model_file gguf_file"
-    " gguf_header token_table"
-    " converters.* kernels.*",
-    "sentencepiece": "tokenizer",
-    "torch": "bench_kernels calibrate devices engine runner cache experts gpu_attention gpu_decode gpu_experts"
-    " gpu_grouped gpu_kernels gpu_linear gpu_memory gpu_runner gpu_timeline hybrid link mapped orchestrator perplexity"
-    " popularity prompt_cache staging models.mixtral cpu_runner",
-    "tqdm": "cli cli_batch cli_bench cli_options cli_perplexity",
-    "triton": "gpu_attention gpu_grouped gpu_kernels",
-    "typer": "cli cli_bench cli_calibrate cli_options cli_run cli_sampling cli_batch cli_perplexity cli_beams",
+    "gguf": "files.gguf_header converters",
+    "jinja2": "text.template_sandbox",  # a process of its own
+    "llguidance": "sampling.constraint",  # where something is constrained
+    "llvmlite": "kernels",
+    "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
+    "numba": "kernels",
+    "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs offload runtime"
+    " sampling text.vocabulary device.semaphore device.weight_copy",
+    "sentencepiece": "text.spm",
+    "torch": "cpu device evaluation gpu models offload runtime engine loading telemetry.expert_counts"
+    " telemetry.gpu_timeline",
+    "tqdm": "cli",
+    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels offload.grouped_kernels",
+    "typer": "cli",
 }
-"""Every package from outside, and who may import it."""
+"""Every package from outside, and the rooms or files that may import it."""
+
+NOT_TORCH = ("device.cuda_driver", "device.pinned_mapping", "models.config", "offload.plan", "offload.residency")
+"""Files of rooms with torch that do without, and are imported before it."""
 
 
 def python_files(*folders):
@@ -139,13 +85,21 @@ def room_modules():
     """Module name, less `fiddler.`, -> file; the scripts in `models/demo` are no modules."""
     found = {}
     for folder, package in ROOMS.items():
-        for path in sorted((ROOT / folder).glob("*.py")):
-            name = package if path.stem == "__init__" else f"{package}.{path.stem}"
+        for path in python_files(folder):
+            if "demo" in path.parts:
+                continue
+            inside = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join((package, *inside)).removesuffix(".__init__")
             found[name.removeprefix("fiddler.")] = path
     return found
 
 
 MODULES = room_modules()
+
+
+def room(name):
+    """The room of a module: `cli` of `cli.run`."""
+    return name.partition(".")[0]
 
 
 @cache
@@ -175,27 +129,41 @@ def imported(path):
     return found
 
 
-def row(name, table):
-    """The entry of a module in a table: its own, or its room's."""
-    room = name.partition(".")[0]
-    return table.get(name, table.get(f"{room}.*"))
-
-
 def matches(name, allowed):
-    return any(
-        name == entry or (entry.endswith(".*") and name.split(".")[0] == entry[:-2]) for entry in allowed.split()
-    )
+    """Whether a module is one of those listed, or in one of the rooms listed."""
+    return any(name == entry or name.startswith(f"{entry}.") for entry in allowed.split())
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_run_one_way(name):
-    allowed = row(name, MAY_IMPORT)
-    assert allowed is not None, f"{name} is a new module: say in MAY_IMPORT what it may import"
-    room = name.partition(".")[0]
-    ours = {other for other in imported(MODULES[name]) if other in MODULES} - {name, "errors"}
-    same_room = {other for other in ours if room in ROOMS and room != "fiddler" and other.partition(".")[0] == room}
-    wrong = {other for other in ours - same_room if not matches(other, allowed)}
+def test_imports_run_one_way_between_rooms(name):
+    allowed = MAY_IMPORT.get(room(name))
+    assert allowed is not None, f"{name} is in a new room: say in MAY_IMPORT what it may import"
+    rooms = {room(other) for other in imported(MODULES[name]) if other in MODULES} - {room(name), "errors"}
+    wrong = rooms - set(allowed.split())
+    assert not wrong, f"{name} must not import from {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "kernels"])
+def test_imports_run_one_way_inside_kernels(name):
+    def level(module):
+        parts = module.split(".")
+        return INSIDE_KERNELS.index(parts[1] if parts[1] in INSIDE_KERNELS else "")
+
+    if name == "kernels":
+        return  # the door to all of them
+    ours = {other for other in imported(MODULES[name]) if room(other) == "kernels"}
+    wrong = {other for other in ours if other == "kernels" or level(other) > level(name)}
     assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
+
+
+def test_every_row_is_of_a_room_that_exists():
+    rooms = {room(name) for name in MODULES}
+    assert rooms == MAY_IMPORT.keys()
+    assert {other for allowed in MAY_IMPORT.values() for other in allowed.split()} <= rooms
+
+
+def test_no_import_closes_a_circle_between_rooms():
+    assert list(TopologicalSorter({name: allowed.split() for name, allowed in MAY_IMPORT.items()}).static_order())
 
 
 def test_no_import_closes_a_circle():
@@ -206,17 +174,22 @@ def test_no_import_closes_a_circle():
     assert list(TopologicalSorter(graph).static_order())
 
 
-def test_the_table_names_modules_that_exist():
-    named = {name for allowed in (*MAY_IMPORT.values(), *ONLY_IN.values()) for name in allowed.split()}
-    gone = {name for name in named | MAY_IMPORT.keys() if name.removesuffix(".*") not in MODULES}
-    assert not gone
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_packages_from_outside_are_imported_where_they_belong(name):
     outside = {other for other in imported(MODULES[name]) if other not in MODULES} - set(sys.stdlib_module_names)
     wrong = {package for package in outside if not matches(name, ONLY_IN.get(package, ""))}
+    wrong |= {"torch"} & outside if name in NOT_TORCH else set()
     assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
+
+
+def test_places_for_packages_from_outside_exist_and_need_them():
+    needing = {package: [] for package in ONLY_IN}
+    for name in MODULES:
+        for package in imported(MODULES[name]) & ONLY_IN.keys():
+            needing[package].append(name)
+    for package, allowed in ONLY_IN.items():
+        for entry in allowed.split():
+            assert any(matches(name, entry) for name in needing[package]), f"nothing in {entry} imports {package}"
 
 
 def test_the_dependencies_are_those_packages():
@@ -248,12 +221,12 @@ def test_what_comes_along_with_an_import(modules, absent):
     assert not set(absent.split()) & set(loaded)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "cli"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("cli.app", "__main__")])
 def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"sys.exit", "SystemExit", "os._exit"}
-    if name != "cli_terminal":
+    if name != "cli.terminal":
         forbidden.add("input")
-    if not name.startswith("cli_"):
+    if room(name) != "cli":
         forbidden |= {"print", "sys.stdout", "sys.stderr"}
     for node in ast.walk(tree(MODULES[name])):
         written = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
@@ -310,7 +283,8 @@ def test_no_path_of_somebodys_machine():
 
 def test_the_wheel_gets_every_package_and_data_file():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {name: ROOT / setuptools["package-dir"].get(name, name) for name in setuptools["packages"]}
+    mapped = setuptools["package-dir"]
+    folders = {name: ROOT / mapped.get(name, name.replace(".", "/")) for name in setuptools["packages"]}
     skipped = {"tests", ".git", "build", "dist"}
     on_disk = {
         path.parent
@@ -322,7 +296,9 @@ def test_the_wheel_gets_every_package_and_data_file():
         globs = setuptools["package-data"].get(name, [])
         matched = {pattern: {path for path in folder.glob(pattern) if path.is_file()} for pattern in globs}
         assert all(matched.values()), f"of {name}: a glob that matches nothing"
+        inner = {other for other in folders.values() if folder in other.parents}  # packages with a list of their own
         files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        files = {path for path in files if not inner & set(path.parents)}
         scripts = set((folder / "demo").glob("*.py"))  # that were run once
         left_out = files - set(folder.glob("*.py")) - scripts - set().union(*matched.values())
         assert not left_out, f"of {name}, not in the wheel: {left_out}"

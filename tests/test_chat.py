@@ -7,8 +7,8 @@ import pytest
 import fiddler
 from fiddler import Sampling
 from fiddler.chat import Chat
-from fiddler.engine import DEMO_MODEL
 from fiddler.errors import FileFormatError, RequestError
+from fiddler.loading import DEMO_MODEL
 from fiddler.text.chat_template import ChatTemplate
 from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
 from oracles.synthetic import with_template

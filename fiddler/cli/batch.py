@@ -44,17 +44,16 @@ from fiddler.cli.sampling_options import (
     Typical,
     XtcProbability,
     XtcThreshold,
-    probs_of,
     sampling_from,
 )
-from fiddler.errors import FiddlerError, RequestError, ResourceError
+from fiddler.errors import FiddlerError, ResourceError
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.generation.completion import Generation
-    from fiddler.serving.batch_input import Id, Job, JobFile
+    from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
-    from fiddler.text.chat_template import ChatTemplate
+    from fiddler.serving.json_fields import Id
 
 __all__ = ["batch"]
 
@@ -107,8 +106,9 @@ def batch(
 
     What is interrupted goes on with the same command.
     """
-    from fiddler.serving.batch_input import Defaults, JobFile
+    from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
+    from fiddler.serving.json_fields import Defaults
 
     sampling = sampling_from(given)
     if not all(stop or ()):
@@ -142,10 +142,13 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
     """All jobs that have no result yet, with a bar, and a line about them at the end."""
     from tqdm import tqdm
 
+    from fiddler.serving.batch_run import Prompts
+    from fiddler.serving.json_fields import probs_of
+
     before, began, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
     generated = lacking = 0
     running: dict[int, Id] = {}
-    prompts, pieces = _Prompts(engine), engine.tokenizer.pieces(special=True)
+    prompts, pieces = Prompts(engine), engine.tokenizer.pieces(special=True)
     bar = tqdm(total=len(jobs.ids), initial=before, unit="prompt", leave=False, disable=None, miniters=0)
 
     def refused(identity: Id, error: FiddlerError) -> None:
@@ -204,38 +207,3 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
         raise ResourceError(
             f"{lacking} prompts lacked memory and have no result; the same command with more makes them"
         )
-
-
-class _Prompts:
-    """What lines ask for, as generations."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._template: ChatTemplate | None = None
-        self._answers: set[Id] = set()
-
-    def start(self, job: Job) -> Generation:
-        """Raises FiddlerError where the line cannot run: too long, or messages that the model's template refuses."""
-        prompt: str | list[int]
-        if isinstance(job.prompt, str):
-            prompt = job.prompt
-        else:
-            prompt = self._chat().ids(job.prompt)
-            self._answers.add(job.id)
-        return self._engine.start(prompt, job.sampling, job.max_tokens, stop=job.stop, ignore_eos=job.ignore_eos)
-
-    def shown(self, identity: Id, text: str) -> str:
-        """A result's text. As in a chat, the tokenizer's own space before an answer is left out."""
-        if identity in self._answers and self._engine.tokenizer.add_space_prefix:
-            return text.removeprefix(" ")
-        return text
-
-    def _chat(self) -> ChatTemplate:
-        if self._template is None:
-            from fiddler.text.chat_template import ChatTemplate
-
-            file = self._engine.model_file.file
-            self._template = ChatTemplate.of(self._engine.tokenizer, file.metadata)
-        if self._template is None:
-            raise RequestError("this model has no chat template; give a prompt instead of messages")
-        return self._template

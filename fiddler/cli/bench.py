@@ -126,10 +126,11 @@ def _bench_model(
 
     opened = ModelFile.open(model)
     opened.check_runnable()
-    from fiddler.engine import load
     from fiddler.evaluation.throughput import Result, Test, measure, to_markdown
+    from fiddler.loading import load
     from fiddler.telemetry.gpu_timeline import GpuTracer
-    from fiddler.telemetry.recorder import Meter, Tracer
+    from fiddler.telemetry.recorder import Meter
+    from fiddler.telemetry.timeline import Tracer
 
     tests = [Test(*sizes, depth) for sizes in lengths]
     context = ctx or max(depth + sum(sizes) for sizes in lengths)

@@ -42,6 +42,6 @@ def calibrate(
 
         opened = ModelFile.open(model)
         opened.check_runnable()
-    from fiddler.gpu.loader import calibrate_alone
+    from fiddler.offload.cost_benchmark import calibrate_alone
 
     print(calibrate_alone(opened, device.value, threads, exact=precision is Precision.exact, notify=say).to_text())

@@ -107,7 +107,7 @@ def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> E
         if options.get("device") != "cpu" and torch_for_gpus():
             registration = Registration(opened.file.mappings, opened.file.path, opened.file)
         _ = opened.tokenizer
-    from fiddler.engine import load
+    from fiddler.loading import load
 
     with loading_bar() as progress:
         engine = load(

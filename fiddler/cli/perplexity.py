@@ -58,7 +58,7 @@ def perplexity(
     from fiddler.files.model_file import ModelFile
 
     if model is None:
-        from fiddler.engine import DEMO_MODEL
+        from fiddler.loading import DEMO_MODEL
 
         model = DEMO_MODEL
     opened = ModelFile.open(model)
@@ -131,7 +131,7 @@ def perplexity(
 def _check_counts(target: Path, config: Config) -> None:
     """Raises RequestError where counts cannot be written to `target`, or would replace anything but such counts."""
     from fiddler.files.atomic_file import check_target
-    from fiddler.gpu.memory_layout import read_counts
+    from fiddler.telemetry.expert_counts import read_counts
 
     check_target(target, force=True)
     if not os.access(target.parent, os.W_OK):

@@ -61,7 +61,6 @@ from fiddler.cli.sampling_options import (
     XtcProbability,
     XtcThreshold,
     constraint_of,
-    probs_of,
     sampling_from,
 )
 from fiddler.errors import FiddlerError
@@ -208,6 +207,8 @@ def run(
     sys.stdout.write("\n")
     sys.stdout.flush()
     if n_probs:
+        from fiddler.serving.json_fields import probs_of
+
         pieces = engine.tokenizer.pieces(special=True)
         lines = [json.dumps(probs_of(pieces, step)) for step in generation.completion.log_probs]
         if probs_file is None:

@@ -1,7 +1,7 @@
 """How tokens are chosen, as options of the command line: shared by the commands that generate.
 
 Names and defaults are llama.cpp's. Each option is an annotated type; `sampling_of` and `constraint_of` make of their
-values what the engine takes, `probs_of` what --n-probs prints.
+values what the engine takes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
     from fiddler.sampling.constraint import Constraint
-    from fiddler.sampling.logprobs import LogProbs
     from fiddler.sampling.sampler import Sampling
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "XtcProbability",
     "XtcThreshold",
     "constraint_of",
-    "probs_of",
     "sampling_from",
     "sampling_of",
 ]
@@ -181,19 +179,6 @@ def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | 
     if grammar is not None:
         return Constraint.grammar(grammar if "::=" in grammar else _read(grammar))
     return None
-
-
-def probs_of(pieces: Sequence[bytes], found: LogProbs) -> dict[str, Any]:
-    """One step as JSON has it, with the keys of `completion_probabilities` of llama.cpp's server.
-
-    `pieces`: each token's text. `bytes` are exact; `token` shows what is no UTF-8 as U+FFFD.
-    """
-
-    def shown(token: int, logprob: float) -> dict[str, Any]:
-        piece = pieces[token]
-        return {"id": token, "token": piece.decode(errors="replace"), "bytes": [*piece], "logprob": logprob}
-
-    return {**shown(found.token, found.logprob), "top_logprobs": [shown(*pair) for pair in found.top]}
 
 
 def _biases(given: Sequence[str]) -> dict[int, float]:

@@ -6,7 +6,6 @@ Knows the mapped bits and the kernels; not the model's structure nor the file th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -15,31 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.files.weights import ExpertWeights, LinearWeight
 from fiddler.kernels import Product
-from fiddler.models import mixtral
+from fiddler.models import router
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["FEW", "CpuExperts", "CpuLinear", "ExpertWeights", "LinearWeight", "rms_norm", "route"]
+__all__ = ["FEW", "CpuExperts", "CpuLinear", "rms_norm", "route"]
 
 FEW = 32  # tokens
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One layer's experts as they lie in the file: uint16 bits, and how to read them."""
-
-    gate: np.ndarray  # [E, F, D]
-    up: np.ndarray  # [E, F, D]
-    down: np.ndarray  # [E, D, F]
-    product: Product
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """One dense weight: uint16 bits [out, in] and how to read them."""
-
-    bits: np.ndarray
-    product: Product
 
 
 class CpuExperts:
@@ -87,7 +69,7 @@ class CpuLinear:
 def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The model's `Router`: by our kernels where there are few tokens, by torch on all its threads where many."""
     if len(h) > FEW:
-        return mixtral.route(h, norm, epsilon, weight, k)
+        return router.route(h, norm, epsilon, weight, k)
     x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
     ids, shares = kernels.route(x, weight.numpy(), k)
     return torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(shares)
@@ -96,7 +78,7 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """The model's `Norm`, likewise."""
     if len(x) > FEW:
-        return mixtral.rms_norm(x, weight, epsilon)
+        return router.rms_norm(x, weight, epsilon)
     return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 
 

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cpu.layers import CpuExperts, CpuLinear, ExpertWeights, LinearWeight, rms_norm, route
-from fiddler.cpu.runner import CpuRunner, decoder_of
+from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route
+from fiddler.cpu.runner import CpuRunner
 from fiddler.files.model_file import ModelFile
-from fiddler.kernels import Product, Tier
+from fiddler.files.weights import ExpertWeights, LinearWeight, product_of
+from fiddler.kernels.precompile import COMPILING
 from fiddler.models.mixtral import Mixtral
+from fiddler.models.rotary import rotary_frequencies
 from fiddler.runtime.runner import Runner
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["COMPILING", "mapped_experts", "on_cpu"]
-
-COMPILING = "compiling kernels for this CPU; the next start finds them on disk"
-
-
-def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
-    """Every layer's experts; `exact`: float32 activations for bf16 weights, too."""
-    experts = []
-    for layer in range(model_file.config.block_count):
-        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
-        (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
-        experts.append(ExpertWeights(gate, up, down, _product(tier, kind, exact)))
-    return experts
+__all__ = ["decoder_of", "on_cpu"]
 
 
 def on_cpu(
@@ -55,7 +45,7 @@ def on_cpu(
         elif name == "token_embd.weight":
             weights[name] = _tensor(values, kind)
         else:
-            made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, _product(tier, kind, exact))
+            made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product_of(tier, kind, exact))
             linears[name] = made
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
@@ -65,14 +55,45 @@ def on_cpu(
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 
 
-def _product(tier: Tier, kind: str, exact: bool) -> Product:
-    weights = "bf16" if kind == "BF16" else "f16"
-    return Product(tier, weights, "f32" if exact or weights == "f16" else "bf16")
-
-
 def _tensor(values: np.ndarray, kind: str) -> Tensor:
     """A torch tensor over the same memory as a view into the mapping."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch cannot mark a tensor read-only; nothing writes to weights
         tensor = torch.from_numpy(values)
     return tensor.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+
+
+def decoder_of(
+    model: Mixtral,
+    weights: Mapping[str, Tensor],
+    linears: Mapping[str, LinearWeight | Tensor],
+    experts: Sequence[ExpertWeights],
+) -> kernels.Decoder | None:
+    """What takes single tokens through this model; None where not all weights are read by the same product."""
+    config, product, bits = model.config, experts[0].product, {}
+    for name, weight in linears.items():
+        if not isinstance(weight, LinearWeight) or weight.product != product:
+            return None
+        bits[name] = weight.bits
+    if any(each.product != product for each in experts):
+        return None
+    table = weights["token_embd.weight"]
+    rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
+    blocks = []
+    for layer, expert in enumerate(experts):
+        small = {
+            part: weights[f"blk.{layer}.{part}.weight"].numpy() for part in ("attn_norm", "ffn_norm", "ffn_gate_inp")
+        }
+        dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
+        blocks.append(kernels.Block(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
+    return kernels.Decoder(
+        rows,
+        blocks,
+        weights["output_norm.weight"].numpy(),
+        bits["output.weight"],
+        product,
+        rotary_frequencies(config, torch.device("cpu")).numpy(),
+        config.rms_epsilon,
+        config.expert_used_count,
+        config.sliding_window,
+    )

@@ -5,19 +5,19 @@ Knows where the weights lie; computes nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Ordered
+from collections.abc import Sequence as Ordered
 
 import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cpu.layers import FEW, ExpertWeights, LinearWeight
-from fiddler.models.mixtral import Mixtral, rotary_frequencies
+from fiddler.cpu.layers import FEW
+from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import Sequence
 from fiddler.runtime.runner import Runner, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["CpuRunner", "decoder_of"]
+__all__ = ["CpuRunner"]
 
 
 class CpuRunner(Runner):
@@ -79,39 +79,3 @@ class CpuRunner(Runner):
             return super().logits(hidden)
         self._last = torch.empty(0), torch.empty(0)
         return logits
-
-
-def decoder_of(
-    model: Mixtral,
-    weights: Mapping[str, Tensor],
-    linears: Mapping[str, LinearWeight | Tensor],
-    experts: Ordered[ExpertWeights],
-) -> kernels.Decoder | None:
-    """What takes single tokens through this model; None where not all weights are read by the same product."""
-    config, product, bits = model.config, experts[0].product, {}
-    for name, weight in linears.items():
-        if not isinstance(weight, LinearWeight) or weight.product != product:
-            return None
-        bits[name] = weight.bits
-    if any(each.product != product for each in experts):
-        return None
-    table = weights["token_embd.weight"]
-    rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
-    blocks = []
-    for layer, expert in enumerate(experts):
-        small = {
-            part: weights[f"blk.{layer}.{part}.weight"].numpy() for part in ("attn_norm", "ffn_norm", "ffn_gate_inp")
-        }
-        dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
-        blocks.append(kernels.Block(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
-    return kernels.Decoder(
-        rows,
-        blocks,
-        weights["output_norm.weight"].numpy(),
-        bits["output.weight"],
-        product,
-        rotary_frequencies(config, torch.device("cpu")).numpy(),
-        config.rms_epsilon,
-        config.expert_used_count,
-        config.sliding_window,
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Protocol
@@ -20,10 +20,10 @@ import torch
 
 from fiddler.device import cuda_driver
 from fiddler.device.pinned_mapping import Registration
+from fiddler.device.semaphore import CudaGate, Gate, HostGate
 from fiddler.errors import ResourceError
-from fiddler.offload.worker_thread import Gate, HostGate
 
-__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark", "within"]
+__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark", "fastest_link", "within"]
 
 _FILLING_THREADS = 4
 _BOUNCE = 1 << 24  # bytes of a pinned buffer
@@ -98,34 +98,6 @@ class _Passed:
         return True
 
 
-class _CudaGate(HostGate):
-    """The stream waits for a number in pinned memory; where the driver cannot do that, the caller waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._seen = self._memory.numpy().view(np.uint32)
-        self._by_stream = self._wait(0)
-
-    def wait(self, number: int) -> None:
-        """A `Gate`'s."""
-        if not self._by_stream:
-            super().wait(number)
-        elif not self._wait(number):
-            raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
-
-    def open(self, number: int | None = None) -> None:
-        """A `Gate`'s."""
-        if self._by_stream:
-            self._seen[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
-        else:
-            super().open(number)
-
-    def _wait(self, number: int) -> bool:
-        stream = torch.cuda.current_stream().cuda_stream
-        return cuda_driver.wait_for_value(stream, self._memory.data_ptr(), number & 0xFFFFFFFF)
-
-
 def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
     """Bytes [rows, width] at an address."""
     extent = (rows - 1) * pitch + width
@@ -174,7 +146,7 @@ class _CudaLink:
 
     def gate(self) -> Gate:
         """A `Link`'s."""
-        return _CudaGate()
+        return CudaGate()
 
     def arrive(self, mark: Mark) -> None:
         """A `Link`'s."""
@@ -272,3 +244,12 @@ class BouncedLink(_CudaLink):
             done.result()
         cuda_driver.copy_to_device(target, address, width * rows, self.stream.cuda_stream)
         self._left[index].record(self.stream)
+
+
+def fastest_link(registration: Registration, device: torch.device, notify: Callable[[str], None]) -> Link:
+    """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
+    try:
+        return DirectLink(device, registration)
+    except ResourceError as error:
+        notify(f"{error}: reading through buffers")
+        return BouncedLink(device)

@@ -16,7 +16,8 @@ from fiddler import kernels
 from fiddler.engine import Engine
 from fiddler.errors import RequestError
 from fiddler.host_memory import available_memory
-from fiddler.telemetry.recorder import Meter, Tracer
+from fiddler.telemetry.recorder import Meter
+from fiddler.telemetry.timeline import Tracer
 
 __all__ = ["Result", "Test", "measure", "plain_reads", "to_markdown"]
 

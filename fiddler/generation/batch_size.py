@@ -8,21 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-__all__ = ["Width", "first_width", "memory_for_sequences", "tokens_of_each"]
+__all__ = ["Width", "first_width", "tokens_of_each"]
 
 _SAMPLES = 8  # steps, whose median is taken
 _GAIN = 1.1  # in tokens a second, that twice as many sequences must give
-
-
-def memory_for_sequences(available: int, weights: int) -> int | None:
-    """Bytes that keys and values of all sequences may take, of so many available ones; None: nothing tells.
-
-    weights: bytes of the mapped file, whose pages count as available until they are needed. Half of what is left
-    beside them. Where the file does not fit anyway, each byte is read from disk again in every step: a sixteenth.
-    """
-    if not available:
-        return None
-    return max((available - weights) // 2, available // 16)
 
 
 def first_width(experts: int, used: int) -> int:

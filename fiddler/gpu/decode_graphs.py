@@ -8,67 +8,24 @@ So what lies between one layer's experts and the next one's is the GPU's time, a
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler.device import cuda_driver
-from fiddler.gpu import attention_kernels as gpu_attention, decode_kernels as gpu_kernels
+from fiddler.gpu import decode_kernels
+from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.gpu.graph_capture import OneToken, captured
 from fiddler.models.mixtral import Mixtral
 from fiddler.offload.feed_forward import torch_type
 from fiddler.offload.orchestrator import Orchestrator, Split
 from fiddler.runtime.kv_cache import Sequence
 from fiddler.telemetry.recorder import Recorder
 
-if TYPE_CHECKING:
-    from torch.cuda import _POOL_HANDLE
-
 __all__ = ["Decoder"]
-
-
-class _OneToken:
-    """The model's `Cache` for one token of one sequence, whose position is read on the device."""
-
-    def __init__(self, sequence: Sequence, position: Tensor, turns: Tensor, window: int | None) -> None:
-        self._keys, self._values = sequence.storage
-        self._position, self._turns, self._window = position, turns, window
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._keys[layer], self._values[layer]
-        q = gpu_attention.rotate_and_store(q, k, v, self._turns, self._position, keys, values)
-        return gpu_attention.attend_one(q, keys, values, self._position, self._window)
-
-
-@contextmanager
-def _captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
-    """A graph, its memory from `pool`, of what is queued meanwhile in the current stream.
-
-    Garbage is left alone until then: to free what another engine had of the driver, say its pinned memory, is what
-    the driver does not allow while it captures.
-    """
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()
-    try:
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            yield graph
-        except BaseException:  # of one that is not ended, torch ends the process
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it may be empty as yet
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Decoder:
@@ -87,7 +44,7 @@ class Decoder:
         width = config.embedding_length
         self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True).numpy()  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
-        self._cache = _OneToken(sequence, self._place[1:], turns, config.sliding_window)
+        self._cache = OneToken(sequence, self._place[1:], turns, config.sliding_window)
         self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._handed = torch.zeros(width + self._k, device=device)  # of it what streamed experts need: x, weights
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
@@ -253,15 +210,15 @@ class Decoder:
             self._kept.clear()
             pool, aside_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             for kind in kinds:  # with memory of their own: they run while the other graphs' results are in use
-                with _captured(aside_pool) as self._streamed[kind]:
+                with captured(aside_pool) as self._streamed[kind]:
                     self._run_streamed(kind)
             begin, state = 0, self._y
             for end in [*self._breaks, None]:
-                with _captured(pool) as graph:
+                with captured(pool) as graph:
                     state = self._run(begin, end, state)
                 self._graphs.append(graph)
                 if end is not None:
-                    with _captured(aside_pool) as self._residents[end]:
+                    with captured(aside_pool) as self._residents[end]:
                         self._run_residents(end, *self._kept[-1], self._y, add=False)
                 begin = len(layers) if end is None else end + 1
         torch.cuda.synchronize()
@@ -271,12 +228,12 @@ class Decoder:
         if begin == 0:
             h = self._model.token_embd[self._place[:1]].float()
         else:
-            h = gpu_kernels.gather(h, self._y, self._made)
+            h = decode_kernels.gather(h, self._y, self._made)
         last = len(self._model.blk) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, ids, shares = self._model.blk[layer].before_experts(h, self._cache)
             if layer == end:
-                gpu_kernels.hand_over(x, ids, shares, self._handed, self._seen)
+                decode_kernels.hand_over(x, ids, shares, self._handed, self._seen)
                 self._kept.append((x, ids, shares))
             else:
                 self._run_residents(layer, x, ids, shares, h, add=True)
@@ -287,7 +244,7 @@ class Decoder:
 
     def _run_residents(self, layer: int, x: Tensor, ids: Tensor, shares: Tensor, into: Tensor, *, add: bool) -> None:
         weights = self._orchestrator.layers[layer]
-        gpu_kernels.experts_of_one(
+        experts_of_one(
             x,
             self._orchestrator.residents.table[layer],
             shares,
@@ -303,7 +260,7 @@ class Decoder:
     def _run_streamed(self, kind: torch.dtype) -> None:
         width = self._y.shape[1]
         weights = next(weights for weights in self._orchestrator.layers if torch_type(weights) == kind)
-        gpu_kernels.experts_of_one(
+        experts_of_one(
             self._handed[None, :width],
             self._jobs,
             self._handed[width:],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler.models.mixtral import rms_norm, route
+from fiddler.models.router import rms_norm, route
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,7 +30,7 @@ class GpuLinear:
     def __init__(self, weights: Mapping[str, Tensor], kernels: ModuleType | None, *, exact: bool) -> None:
         """weights: by name; those of names that go `together` may be parts of one tensor, one after the other.
 
-        kernels: `fiddler.gpu_kernels`, or None where it does not run. exact: float32 activations for bf16, too.
+        kernels: `fiddler.decode_kernels`, or None where it does not run. exact: float32 activations for bf16, too.
         """
         self._weights = weights
         self._kernels = kernels

@@ -17,8 +17,9 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
+from fiddler.models.attention import attend
 from fiddler.models.config import Config
-from fiddler.models.mixtral import Mixtral, attend
+from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import Sequence, Step
 from fiddler.runtime.runner import Runner
 
@@ -89,7 +90,7 @@ class GpuRunner(Runner):
     def decode_with(self, decoder: Decoder, turns: Tensor, attention: ModuleType) -> None:
         """Take single tokens of the sequence at home through `decoder`, others through `attention`'s kernels.
 
-        turns: of every position, see `gpu_attention.rotate_and_store`.
+        turns: of every position, see `attention_kernels.rotate_and_store`.
         """
         self._decoder, self._turns, self._attention = decoder, turns, attention
 

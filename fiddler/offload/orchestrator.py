@@ -6,7 +6,7 @@ a `HostLink` both sides are the CPU.
 
 Two threads: the caller's is in the CPU's kernels, which are always called from there and leave Python's lock free; the
 side thread runs the model meanwhile, and queues the GPU's copies and products. The GPU waits for the CPU's sum of a
-layer at a gate; behind it the next layer's dense half is queued already. (One token has its own way, in `gpu_decode`.)
+layer at a gate; behind it the next layer's dense half is queued already. (One token: see `decode_graphs`.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cpu.layers import ExpertWeights
-from fiddler.offload.feed_forward import Job, Residents, feed_forward, tokens_by_expert, torch_type
+from fiddler.files.weights import ExpertWeights
+from fiddler.offload.expert_cache import Residents
+from fiddler.offload.feed_forward import Job, feed_forward, tokens_by_expert, torch_type
 from fiddler.offload.plan import Balance, Costs, Plan, make_plan
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.offload.worker_thread import SharedStep, SideThread
@@ -38,7 +39,7 @@ _SURELY = 8  # tokens that an expert of the next layer must be expected to have 
 
 
 class Grouped(Protocol):
-    """What `gpu_grouped` has for several tokens, see there."""
+    """What `grouped_kernels` has for several tokens, see there."""
 
     def experts_of_many(
         self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fiddler.cpu.layers import ExpertWeights
 from fiddler.device.weight_copy import Link, Mark
+from fiddler.files.weights import ExpertWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["Part", "Ring"]
+__all__ = ["SLOTS", "Part", "Ring", "slot_rows"]
 
 _SPARE = 1024  # elements, for what is sent together to begin at multiples of 16 bytes
 
@@ -135,3 +135,11 @@ class Ring:
             if self._taken[slot]:
                 self._free[slot].record()
                 self._taken[slot] = False
+
+
+SLOTS = 3  # of the ring: one is filled while one is used, and one is ready
+
+
+def slot_rows(hidden: int) -> int:
+    """Hidden rows of a slot: a whole expert fills the ring."""
+    return -(-hidden // (64 * SLOTS)) * 64

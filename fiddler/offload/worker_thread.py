@@ -9,9 +9,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-__all__ = ["Gate", "HostGate", "SharedStep", "SideThread", "Task"]
+from fiddler.device.semaphore import Gate, HostGate
+
+__all__ = ["SharedStep", "SideThread", "Task"]
 
 _A_WHILE = 1e-3  # seconds
 
@@ -81,50 +83,6 @@ def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
     while (task := tasks.get()) is not None:
         task.run()
         del task  # nor what it raised, while there is nothing to do
-
-
-class Gate(Protocol):
-    """Where a device's queue waits for the host, again and again."""
-
-    def next(self) -> int:
-        """The number of another wait. One thread at a time asks."""
-        ...
-
-    def wait(self, number: int) -> None:
-        """The queue goes on only when the gate has been opened that far; nor does the caller, if need be."""
-        ...
-
-    def open(self, number: int | None = None) -> None:
-        """Let this wait and those before it pass; None: all that have a number."""
-        ...
-
-
-class HostGate:
-    """A `Gate` at which the caller waits itself, for another thread. One thread at a time waits, and another one opens.
-
-    Without a lock: Ctrl-C, between taking one and the block that would release it, leaves it taken.
-    """
-
-    def __init__(self) -> None:
-        self.numbered = self._opened = 0
-        self._changed: SimpleQueue[None] = SimpleQueue()
-
-    def next(self) -> int:
-        """A `Gate`'s."""
-        self.numbered += 1
-        return self.numbered
-
-    def wait(self, number: int) -> None:
-        """A `Gate`'s."""
-        while not self._changed.empty():
-            self._changed.get()
-        while self._opened < number:
-            self._changed.get()
-
-    def open(self, number: int | None = None) -> None:
-        """A `Gate`'s."""
-        self._opened = max(self._opened, self.numbered if number is None else number)
-        self._changed.put(None)
 
 
 class SharedStep(Generic[Part]):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.models.attention import attend
 from fiddler.models.config import Config
-from fiddler.models.mixtral import attend, rotary_frequencies, rotary_turns, rotate
+from fiddler.models.rotary import rotary_frequencies, rotary_turns, rotate
 
 __all__ = ["Sequence", "Step", "kept_bytes"]
 

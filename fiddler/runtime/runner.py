@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.errors import ResourceError
-from fiddler.generation.batch_size import memory_for_sequences
-from fiddler.host_memory import available_memory
+from fiddler.host_memory import available_memory, memory_for_sequences
 from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import Sequence, Step, kept_bytes
 from fiddler.runtime.prefix_cache import Kept

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from fiddler.errors import RequestError, ResourceError
-from fiddler.serving.batch_input import Id, as_id, parse_object
+from fiddler.serving.json_fields import Id, as_id, parse_object
 
 __all__ = ["Results"]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fiddler.models.mixtral import Experts, Mixtral
+from fiddler.errors import RequestError
+from fiddler.models.interfaces import Experts
+from fiddler.models.mixtral import Mixtral
 
-__all__ = ["CountedExperts", "counting"]
+__all__ = ["CountedExperts", "counting", "read_counts"]
 
 
 class CountedExperts:
@@ -47,3 +51,24 @@ def counting(model: Mixtral) -> Iterator[CountedExperts]:
         yield counted
     finally:
         model.experts = plain
+
+
+def read_counts(path: Path, layers: int, experts: int) -> list[list[int]]:
+    """Expert counts of a file as `fiddler perplexity --expert-counts` writes them: JSON, {"counts": [L][E]}.
+
+    Raises RequestError, in one line that names the file, where it is no such file or is of another model's shape.
+    """
+    try:
+        counts: list[list[int]] = json.loads(path.read_text())["counts"]
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RequestError(
+            f'{path}: is no file of expert counts; it is JSON, {{"counts": [layers][experts]}}'
+        ) from None
+    shaped = isinstance(counts, list) and all(
+        isinstance(row, list) and all(type(count) is int and count >= 0 for count in row) for row in counts
+    )
+    if not shaped or {len(row) for row in counts} != {experts} or len(counts) != layers:
+        raise RequestError(f"{path}: does not hold counts of {layers} layers with {experts} experts each")
+    return counts

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fiddler.telemetry.recorder import Span, Tracer
+from fiddler.telemetry.timeline import Span, Tracer
 
 __all__ = ["GpuTracer"]
 

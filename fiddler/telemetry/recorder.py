@@ -7,9 +7,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-__all__ = ["SILENT", "Meter", "Recorder", "Span", "Tracer"]
+__all__ = ["SILENT", "Meter", "Recorder"]
 
 
 class Recorder(Protocol):
@@ -72,68 +72,3 @@ class Meter:
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
         """A `Recorder`'s."""
         return nullcontext()
-
-
-class Span(NamedTuple):
-    """A piece of work on the timeline."""
-
-    name: str
-    begun: float  # seconds, of time.perf_counter
-    ended: float
-    nbytes: int
-    place: str  # "CPU" or "GPU"
-    row: int  # thread or stream
-
-
-class Tracer(Meter):
-    """A `Meter` that also keeps every span, for a timeline."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._spans: list[Span] = []
-        self._started = time.perf_counter()
-
-    def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
-        """A `Recorder`'s."""
-        super().did(name, begun, ended, nbytes)
-        self._spans.append(Span(name, begun, ended, nbytes, "CPU", threading.get_ident() % 100000))
-
-    def spans(self) -> list[Span]:
-        """All that is over, those of a GPU included."""
-        return self._spans
-
-    def idle(self, begin: float, end: float) -> float:
-        """Seconds between two moments in which no weights were read and the GPU, if there is one, computed nothing.
-
-        Queueing work and waiting for it are no work; but where a GPU has nothing else to do, it is taken to begin when
-        the queueing does, so that this is what was idle at least.
-        """
-        total, reached = 0.0, begin
-        for span in sorted(self.spans(), key=lambda span: span.begun):
-            if span.place == "GPU" or span.name in _READING:
-                total += max(0.0, min(span.begun, end) - reached)
-                reached = max(reached, span.ended)
-        return total + max(0.0, end - reached)
-
-    def to_chrome(self) -> dict[str, object]:
-        """The timeline as chrome://tracing and Perfetto read it ("Trace Event Format", complete events)."""
-        places = ["CPU", "GPU"]
-        names = [
-            {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": place}} for pid, place in enumerate(places)
-        ]
-        events = [
-            {
-                "name": span.name,
-                "ph": "X",
-                "ts": (span.begun - self._started) * 1e6,
-                "dur": (span.ended - span.begun) * 1e6,
-                "pid": places.index(span.place),
-                "tid": span.row,
-                "args": {"bytes": span.nbytes},
-            }
-            for span in self.spans()
-        ]
-        return {"traceEvents": [*names, *events], "displayTimeUnit": "ms"}
-
-
-_READING = ("experts", "dense")  # what threads do that reads weights

@@ -12,21 +12,14 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping
 
-import sentencepiece
-
-from fiddler.errors import FileFormatError, RequestError
-from fiddler.text.sentencepiece_model import ModelType, SentencePieceModel, TokenType
-from fiddler.text.vocabulary import TokenTable
+from fiddler.errors import RequestError
+from fiddler.text.sentencepiece_model import TokenType
+from fiddler.text.spm import canonical, decoded_tokens, processor_of, raw_bytes
+from fiddler.text.vocabulary import SPACE, TokenTable
 
 __all__ = ["StreamDecoder", "Tokenizer"]
-
-_SPACE = "▁"  # U+2581, which stands for a space inside an ordinary token
 _ESCAPED = re.compile(r"([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's "surrogateescape" carries it
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-_LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # a surrogate that stands for no byte
-_UNREACHABLE = re.compile(r"[\0\ud800-\udfff]")  # what the library accepts in no piece, or in no text
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_BLANK = (" ", _SPACE)
+_BLANK = (" ", SPACE)
 
 
 class Tokenizer:
@@ -37,12 +30,12 @@ class Tokenizer:
         ids.
         """
         self._table = table
-        self._bytes, byte_ids = _decoded(table)
+        self._bytes, byte_ids = decoded_tokens(table)
         self._byte_ids = {chr(0xDC00 + byte): index for byte, index in byte_ids.items() if byte >= 0x80}
-        self._processor = _processor(table, byte_ids)
+        self._processor = processor_of(table, byte_ids)
         special = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED}
         named = {text: index for index, text in enumerate(table.texts) if text and table.types[index] in special}
-        longest_first = sorted(named.items(), key=lambda item: (-len(_raw(item[0])), item[1]))
+        longest_first = sorted(named.items(), key=lambda item: (-len(raw_bytes(item[0])), item[1]))
         self._all_special = longest_first
         self._user_defined = [item for item in longest_first if table.types[item[1]] == TokenType.USER_DEFINED]
 
@@ -111,7 +104,7 @@ class Tokenizer:
         """
         if not special:
             return list(self._bytes)
-        return [found or _raw(text) for found, text in zip(self._bytes, self._table.texts, strict=True)]
+        return [found or raw_bytes(text) for found, text in zip(self._bytes, self._table.texts, strict=True)]
 
     def encode(
         self,
@@ -140,7 +133,7 @@ class Tokenizer:
         if bar:
             types = self._table.types
             special = [(name, i) for name, i in special if len(name) > 1 or types[i] == TokenType.USER_DEFINED]
-        for part in self._split(_canonical(text), special):
+        for part in self._split(canonical(text), special):
             if isinstance(part, int):
                 ids.append(part)
                 prefix = self._table.add_space_prefix and self._table.prepend_scheme != "first"
@@ -235,91 +228,5 @@ class StreamDecoder:
         return _visible(self._utf8.decode(b"", final=True))
 
 
-def _canonical(text: str | bytes) -> str:
-    """`text` as valid characters and, for each byte that is no UTF-8, one of U+DC80 to U+DCFF."""
-    if isinstance(text, str):
-        if not _SURROGATE.search(text):
-            return text
-        text = _LONE.sub("\ufffd", text).encode("utf-8", "surrogateescape")
-    return text.decode("utf-8", "surrogateescape")
-
-
 def _visible(text: str) -> str:
     return _ESCAPED.sub("\ufffd", text)
-
-
-def _raw(text: str) -> bytes:
-    """A token's text as bytes; a name that is no UTF-8 keeps the bytes that it came from."""
-    if text.isascii():
-        return text.encode()
-    return _canonical(text).encode("utf-8", "surrogateescape")
-
-
-def _decoded(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
-    """Each token's text as bytes, and the id of each byte's token."""
-    decoded: list[bytes] = []
-    byte_ids: dict[int, int] = {}
-    for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
-        if kind == TokenType.NORMAL:
-            decoded.append(_raw(text.replace(_SPACE, " ")))
-        elif kind == TokenType.USER_DEFINED:
-            decoded.append(_raw(text))
-        elif kind == TokenType.BYTE:
-            named = _BYTE.fullmatch(text)
-            if named is None:
-                raise FileFormatError(
-                    f"token {index} is a byte token called {text[:40]!r}; it must be called <0x00> to <0xFF>"
-                )
-            byte = int(named[1], 16)
-            decoded.append(bytes([byte]))
-            byte_ids.setdefault(byte, index)
-        else:
-            decoded.append(b"")
-    missing = [byte for byte in range(256) if byte not in byte_ids]
-    if missing:
-        raise FileFormatError(
-            f"the vocabulary lacks {len(missing)} of the 256 byte tokens, <0x{missing[0]:02X}> among them; "
-            "only tokenizers with byte fallback are supported"
-        )
-    return decoded, byte_ids
-
-
-def _processor(table: TokenTable, byte_ids: dict[int, int]) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece BPE model with the same ids, which adds no prefix and leaves spaces alone.
-
-    The library refuses a piece that is empty or occurs twice. Of tokens with one text the last is reached, as
-    in llama.cpp's own table; the others, and every token that ordinary text must not reach, get a name of no
-    use.
-    """
-    owner: dict[str, int] = {}
-    for wanted in (TokenType.UNUSED, TokenType.NORMAL):
-        for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
-            if kind == wanted and text and not _UNREACHABLE.search(text):
-                owner[text] = index
-    bytes_kept = set(byte_ids.values())
-    pieces: list[bytes] = []
-    types: list[int] = []
-    for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
-        if index in bytes_kept or owner.get(text) == index:
-            pieces.append(text.encode())
-            types.append(kind)
-        else:
-            pieces.append(b"[%d]" % index)
-            types.append(TokenType.CONTROL)
-    model = SentencePieceModel(
-        # The library insists on an unknown token; with all bytes at hand it never gives one out.
-        pieces=(*pieces, b"<unk>"),
-        scores=(*table.scores, 0.0),
-        types=(*types, TokenType.UNKNOWN),
-        model_type=ModelType.BPE,
-        byte_fallback=True,
-        normalizer=b"identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-    )
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes())
-    except (RuntimeError, ValueError) as error:
-        raise FileFormatError(
-            f"the vocabulary makes no SentencePiece model: {str(error).splitlines()[0][:200]}"
-        ) from error

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fiddler.errors import FileFormatError, quoted
 from fiddler.text.sentencepiece_model import TokenType
 
-__all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "TokenTable"]
+__all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "SPACE", "TokenTable"]
 
 PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
 """A key of our own, for a tokenizer whose prefix rule is that of `Metaspace` in Hugging Face's `tokenizers`
@@ -157,3 +157,6 @@ def _flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be true or false")
     return value
+
+
+SPACE = "▁"  # U+2581, which stands for a space inside an ordinary token

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from llvmlite import ir
 from numba.core import cgutils
 
-from fiddler.kernels.codegen.variant import Product
-
 __all__ = [
     "F16",
     "F32",
@@ -22,7 +20,6 @@ __all__ = [
     "PASSING",
     "address",
     "dot_bf16",
-    "halves",
     "horizontal_sum",
     "load",
     "loop",
@@ -31,8 +28,6 @@ __all__ = [
     "prefetch",
     "round_to_bf16",
     "splat",
-    "widen",
-    "widen_one",
 ]
 
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -70,40 +65,6 @@ def splat(b: ir.IRBuilder, value: ir.Value, count: int) -> ir.Value:
     undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     first = b.insert_element(undefined, value, ir.Constant(I32, 0))
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
-
-
-def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
-    """A vector of 16-bit weights as float32."""
-    count = bits.type.count
-    wide, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
-
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(wide, [value] * count)
-
-    if product.weights == "bf16":
-        return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
-    if product.tier.half_convert:
-        return b.fpext(b.bitcast(bits, ir.VectorType(F16, count)), floats)
-    # sign, exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
-    placed = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
-    scaled = b.bitcast(b.fmul(b.bitcast(placed, floats), ir.Constant(floats, [2.0**112] * count)), wide)
-    exponent = constant(0x1F << 23)  # of infinities and NaNs
-    special = b.sext(b.icmp_unsigned("==", b.and_(placed, exponent), exponent), wide)
-    return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
-
-
-def widen_one(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
-    """One 16-bit weight as float32."""
-    return b.extract_element(widen(b, product, b.bitcast(bits, ir.VectorType(I16, 1))), ir.Constant(I32, 0))
-
-
-def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Words of two bf16 each as float32: those in the low halves, and those in the high ones."""
-    count = pairs.type.count
-    words, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
-    low = b.shl(pairs, ir.Constant(words, [16] * count))
-    high = b.and_(pairs, ir.Constant(words, [-(1 << 16)] * count))
-    return b.bitcast(low, floats), b.bitcast(high, floats)
 
 
 def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -22,35 +22,24 @@ from fiddler.kernels.codegen.llvm import (
     PASSING,
     address,
     dot_bf16,
-    halves,
     horizontal_sum,
     load,
     loop,
     multiply_add,
     opaque,
     prefetch,
-    splat,
-    widen,
-    widen_one,
 )
 from fiddler.kernels.codegen.variant import Product, compiled, constant_of
+from fiddler.kernels.formats.half import halves, widen, widen_one
 from fiddler.kernels.machine.isa import on_zen
 
-__all__ = [
-    "SEVERAL",
-    "dot_tile",
-    "dot_tokens",
-    "outer_tile",
-    "widen_row",
-]
+__all__ = ["LINE", "SEVERAL", "dot_tile", "dot_tokens", "weights_level"]
 
 SEVERAL = 5  # tokens from which on the cores, not the memory, may be what takes the time
-_AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
-_LINE = 64  # bytes
-_UNROLL = 4
+LINE = 64  # bytes
 
 
-def _weights_level() -> int:
+def weights_level() -> int:
     """The level to prefetch weights into, which are read once.
 
     Non-temporal, they leave code and data in the caches of Zen: 4 % of a token. On Emerald Rapids they are gone again
@@ -65,8 +54,8 @@ def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
     On Zen 5 several tokens read at 0.7 of the speed where the former are asked for right before the latter. `base` is
     rounded up to a line: of weights that lie across lines, the first one came with what lies before it.
     """
-    line = b.and_(b.add(base, ir.Constant(I64, _LINE - 1)), ir.Constant(I64, -_LINE))
-    swap = b.sub(ir.Constant(I64, _LINE), b.and_(line, ir.Constant(I64, _LINE)))
+    line = b.and_(b.add(base, ir.Constant(I64, LINE - 1)), ir.Constant(I64, -LINE))
+    swap = b.sub(ir.Constant(I64, LINE), b.and_(line, ir.Constant(I64, LINE)))
     return [b.add(line, swap), b.sub(line, swap)]
 
 
@@ -131,9 +120,9 @@ def dot_tile(
     parted = kind.in_parts and M >= SEVERAL
     chains = 2 if parted else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
     step = lanes * (2 if kind.rows_in_pairs else 1)
-    unroll = max(chains, _LINE // (2 * step))
+    unroll = max(chains, LINE // (2 * step))
     x_width, x_from_memory = 2 if kind.rows_in_pairs else 4, _x_from_memory(kind, M)
-    level = 2 if parted else _weights_level()
+    level = 2 if parted else weights_level()
     signature = types.void(product, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -182,8 +171,8 @@ def dot_tile(
                 distance = zero if parted else b.select(b.icmp_signed("<", k, turn), near, beyond)
                 for u in range(unroll):
                     at = b.add(k, ir.Constant(I64, u * step))
-                    if 2 * u * step % _LINE == 0:
-                        for base in lines[2 * u * step // _LINE % 2]:
+                    if 2 * u * step % LINE == 0:
+                        for base in lines[2 * u * step // LINE % 2]:
                             prefetch(b, address(b, b.add(base, distance), at, 2), level)
                     now = slice(u % chains * R * M, (u % chains + 1) * R * M)
                     sums[now] = products(row, at, sums[now])
@@ -218,104 +207,3 @@ def dot_tile(
         return context.get_dummy_value()
 
     return signature, generate
-
-
-@compiled
-def outer_tile(
-    _context: Any,
-    product: Any,
-    rows: Any,
-    tokens: Any,
-    w: Any,
-    ldw: Any,
-    x: Any,
-    ldx: Any,
-    c: Any,
-    ldc: Any,
-    words: Any,
-) -> Any:
-    """c[r * ldc + t] += sum over p of w[r * ldw + p] . x[p * ldx + t], for t < tokens (a constant: 16, 32 or 48).
-
-    `rows`: "several" (as many as the tier's `outer_rows`) or "one". Weights and activations are 4-byte words: a pair
-    of bf16, or a float32 (weights that `widen_row` has written). `x` is a panel of the packed layout. Each weight is
-    broadcast from its row; there is no horizontal sum.
-    """
-    kind = product.product
-    R = kind.tier.outer_rows if rows.literal_value == "several" else 1
-    MV = tokens.literal_value // kind.tier.lanes
-    memory_bound = kind.in_pairs and MV <= 2  # so few tokens wait for weights
-    unroll = _LINE // 4 if memory_bound else _UNROLL
-    chains = 2 if MV == 1 else 1  # of sums, which take turns: one vector a row is too few, and leaves registers free
-    signature = types.void(product, rows, tokens, *([types.intp] * 7))
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, ldw, x, ldx, c, ldc, count = arguments[3:]
-        lanes = kind.tier.lanes
-        floats = ir.VectorType(F32, lanes)
-        vector, word = (ir.VectorType(I32, lanes), I32) if kind.in_pairs else (floats, F32)
-        multiply = dot_bf16 if kind.in_pairs else multiply_add
-        row = [b.add(w, b.mul(ldw, ir.Constant(I64, 4 * r))) for r in range(R)]
-
-        def step(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            base = b.add(x, b.mul(b.mul(p, ldx), ir.Constant(I64, 4)))
-            xs = [load(b, address(b, base, ir.Constant(I64, lanes * v), 4), vector, 4) for v in range(MV)]
-            result = []
-            for r in range(R):
-                repeated = splat(b, load(b, address(b, row[r], p, 4), word, 2), lanes)
-                result += [multiply(b, sums[r * MV + v], xs[v], repeated) for v in range(MV)]
-            return result
-
-        def several(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            for u in range(unroll):
-                now = slice(u % chains * R * MV, (u % chains + 1) * R * MV)
-                sums[now] = step(b.add(p, ir.Constant(I64, u)), sums[now])
-            if memory_bound:
-                for r in range(R):
-                    prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _AHEAD_IN_ROWS // 4)), 4))
-            return sums
-
-        zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV * chains)
-        whole = b.and_(count, ir.Constant(I64, -unroll))
-        p, sums = loop(b, "whole", ir.Constant(I64, 0), whole, unroll, zeros, several)
-        sums = [reduce(b.fadd, sums[i :: R * MV]) for i in range(R * MV)]
-        _, sums = loop(b, "tail", p, count, 1, sums, step)
-        for r in range(R):
-            for v in range(MV):
-                at = b.add(b.mul(ldc, ir.Constant(I64, r)), ir.Constant(I64, lanes * v))
-                place = address(b, c, at, 4)
-                total = b.fadd(load(b, place, floats, 4), sums[r * MV + v])
-                b.store(total, b.bitcast(place, floats.as_pointer())).align = 4
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@compiled
-def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
-    """out[i] = w[i] as float32 for i < k.
-
-    What lies `ahead` bytes further is prefetched.
-    """
-    kind = product.product
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        _, w, out, K, ahead = arguments
-        bits = ir.VectorType(I16, kind.tier.lanes)
-
-        def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, ahead), k, 2), _weights_level())
-            values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
-            b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
-            return []
-
-        def one(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            value = widen_one(b, kind, load(b, address(b, w, k, 2), I16, 2))
-            b.store(value, b.bitcast(address(b, out, k, 4), F32.as_pointer()))
-            return []
-
-        whole = b.sub(K, b.srem(K, ir.Constant(I64, kind.tier.lanes)))
-        k, _ = loop(b, "whole", ir.Constant(I64, 0), whole, kind.tier.lanes, [], several)
-        loop(b, "tail", k, K, 1, [], one)
-        return context.get_dummy_value()
-
-    return types.void(product, *([types.intp] * 4)), generate

@@ -18,8 +18,9 @@ from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import silu
 from fiddler.kernels.codegen.variant import Product, in_pairs, panel_tokens
 from fiddler.kernels.machine.threads import threads_for
+from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
-from fiddler.kernels.matmul.packing import GROUPS, Groups, Workspace, call_pack, group_tokens, pack, places, row_stride
+from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_tokens, pack, places, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
 from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
 

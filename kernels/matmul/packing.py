@@ -11,7 +11,6 @@ All of it is compiled: between two products of one token, Python would find its 
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -23,17 +22,7 @@ from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import Product, constant_of, in_pairs, in_parts, in_tiles, panel_tokens, row_bytes
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
 
-__all__ = [
-    "GROUPS",
-    "Groups",
-    "Workspace",
-    "address_of",
-    "call_pack",
-    "group_tokens",
-    "pack",
-    "places",
-    "row_stride",
-]
+__all__ = ["GROUPS", "Groups", "call_pack", "group_tokens", "pack", "places", "row_stride"]
 
 # tokens of an expert in all: more are faster packed (24 pairs are not, by a third; from 25 to 28 it is an estimate)
 _FEW_FLOATS, _FEW_PAIRS, _FEW_IN_PARTS = 24, 28, 14
@@ -140,29 +129,6 @@ def places(product: Product, groups: Groups, width: int, begin: int) -> np.ndarr
         words = (count + 15) // 16 * 16 * in_panels if groups.packed[g] else count * in_rows
         at[g + 1] = at[g] + (words + 15) // 16 * 16
     return at
-
-
-def address_of(array: np.ndarray) -> int:
-    """Where an array's data begin; what `ctypes.data` says takes several times as long."""
-    place: int = array.__array_interface__["data"][0]
-    return place
-
-
-class Workspace(threading.local):
-    """A thread's memory that is used again by its next call: fresh pages cost as much as a product.
-
-    It is as large as the largest call has needed.
-    """
-
-    def __init__(self) -> None:
-        self.words = np.empty(0, np.float32)  # begins at a cache line
-
-    def grow(self, count: int) -> np.ndarray:
-        """From now on `count` words, uninitialised."""
-        memory = np.empty(count + 15, np.float32)
-        begin = -(memory.ctypes.data // 4) % 16
-        self.words = memory[begin : begin + count]
-        return self.words
 
 
 @partial(kernel, parallel=False)

@@ -10,14 +10,14 @@ import sys
 
 import pexpect
 import pytest
-from test_cli import run
 
 from fiddler import Sampling
 from fiddler.chat import Chat
 from fiddler.cli import chat as cli_chat
 from fiddler.cli.terminal import Terminal, Typed, harmless
-from fiddler.engine import DEMO_MODEL, load
+from fiddler.loading import DEMO_MODEL, load
 from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
+from oracles.command import run
 from oracles.synthetic import with_template
 
 PATIENCE = 180  # seconds until something that hangs is given up

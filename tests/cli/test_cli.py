@@ -9,53 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import fiddler
 from fiddler import Sampling
+from oracles.command import FIDDLER, PATIENCE, fails_in_one_line, run, start, wait_until
 from oracles.synthetic import write_random_mixtral
 
-FIDDLER = [sys.executable, "-m", "fiddler"]
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 PROMPT = "The old fiddler lived"
 GREEDY = ["--temp", "0", "--ignore-eos", "-c", "600"]
-PATIENCE = 120  # seconds until a process that hangs is given up
-
-
-def run(*arguments, **options):
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    if "input" in options:
-        del options["stdin"]
-    return subprocess.run([*FIDDLER, *map(str, arguments)], timeout=PATIENCE, check=False, **options)
-
-
-def start(*arguments, **environment):
-    return subprocess.Popen(
-        [*FIDDLER, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | environment,
-    )
-
-
-def wait_until(process, happened):
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def fails_in_one_line(process, *fragments):
-    message = process.stderr.decode()
-    assert process.returncode == 1, message
-    assert process.stdout == b""
-    assert re.fullmatch(r"error: [^\n]+\n", message)
-    assert all(fragment in message for fragment in fragments), message
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import fiddler
 from fiddler import Sampling
 from fiddler.cli.app import app
-from fiddler.cli.sampling_options import constraint_of, probs_of, sampling_of
+from fiddler.cli.sampling_options import constraint_of, sampling_of
 from fiddler.sampling.logprobs import LogProbs
+from fiddler.serving.json_fields import probs_of
 
 PROMPT = "Tom saw a red ball. Tom saw a red ball. Tom"
 PLAIN = {"seed": -1, "logit_bias": None, "dry_sequence_breaker": None}

@@ -18,17 +18,16 @@ import torch.nn.functional as F
 
 import fiddler
 from fiddler import kernels
-from fiddler.cpu.loader import mapped_experts
 from fiddler.device.weight_copy import HostLink
-from fiddler.engine import DEMO_MODEL
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.evaluation.perplexity import Estimate, cut, losses, measure
-from fiddler.gpu.memory_layout import read_counts
-from fiddler.offload.feed_forward import Residents
+from fiddler.files.weights import mapped_experts
+from fiddler.loading import DEMO_MODEL
+from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.staging_ring import Ring
-from fiddler.telemetry.expert_counts import counting
+from fiddler.telemetry.expert_counts import counting, read_counts
 from oracles.reference import from_gguf
 from oracles.synthetic import write_random_mixtral
 

@@ -81,7 +81,8 @@ def test_paths_that_no_system_call_takes():
 
 DRIVER = """
 import json, os, resource, signal, sys, tempfile, time
-import fiddler.cli.app, fiddler.files.inspection, fiddler.files.model_file, fiddler.sampling.sampler, fiddler.text.tokenizer, gguf
+import fiddler.cli.app, fiddler.files.inspection, fiddler.files.model_file
+import fiddler.sampling.sampler, fiddler.text.tokenizer, gguf
 data = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (data + (384 << 20),) * 2)  # what a small machine can spare
 command, *rest = sys.argv[1:]

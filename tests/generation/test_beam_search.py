@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import fiddler
 from fiddler.cli.app import app
-from fiddler.engine import DEMO_MODEL
 from fiddler.errors import FileFormatError, RequestError
+from fiddler.loading import DEMO_MODEL
 from oracles.reference import from_gguf
 from tools.compare_beams import BEGINNINGS, STORIES, WIDTHS, beginning, near_the_end, their_beams
 

@@ -9,8 +9,9 @@ import pytest
 import fiddler
 from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError, ResourceError
-from fiddler.generation.batch_size import Width, first_width, memory_for_sequences, tokens_of_each
+from fiddler.generation.batch_size import Width, first_width, tokens_of_each
 from fiddler.generation.scheduler import Batch
+from fiddler.host_memory import memory_for_sequences
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.sampler import Sampler
 from oracles.synthetic import write_random_mixtral

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fiddler
-from fiddler.engine import load
+from fiddler.loading import load
 from oracles import synthetic
 
 if not torch.cuda.is_available():

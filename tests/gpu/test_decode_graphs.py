@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-gpu_decode = pytest.importorskip("fiddler.gpu.decode_graphs")  # its kernels are Triton's
-from test_orchestrator import EXACT, LAYERS, E, F, orchestrator  # noqa: E402
-
+decode_graphs = pytest.importorskip("fiddler.gpu.decode_graphs")  # its kernels are Triton's
 from fiddler.offload.plan import Costs, Curve  # noqa: E402
+from oracles.both_sides import EXACT, LAYERS, E, F, orchestrator  # noqa: E402
 
 MS = 1e-3
 COSTS = Costs(Curve((1,), (2 * MS,)), Curve((1,), (0.0,)), 4 * MS, 0.0)  # so that a step of the balance moves rows
@@ -35,9 +34,9 @@ class Event(threading.Event):
 @pytest.fixture
 def decoder(monkeypatch):
     """A `Decoder` whose graphs choose experts at random."""
-    monkeypatch.setattr(gpu_decode.torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(gpu_decode.cuda_driver, "copy_to_device", lambda *given: None)
-    made = object.__new__(gpu_decode.Decoder)
+    monkeypatch.setattr(decode_graphs.torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(decode_graphs.cuda_driver, "copy_to_device", lambda *given: None)
+    made = object.__new__(decode_graphs.Decoder)
     made._orchestrator = orchestrator(EXACT, [[0], [], []], COSTS)
     made._recorder = SimpleNamespace(span=lambda *given: nullcontext(), queued=lambda *given: nullcontext())
     made._ids, numbers = np.zeros((1, K), np.float32), np.random.default_rng(0)

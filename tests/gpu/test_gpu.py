@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import fiddler
-from fiddler.engine import load
 from fiddler.evaluation.perplexity import cut, measure
 from fiddler.gpu.layers import GpuLinear
-from fiddler.models.mixtral import attend, rotate, route
+from fiddler.loading import load
+from fiddler.models.attention import attend
+from fiddler.models.rotary import rotate
+from fiddler.models.router import route
 from fiddler.offload.feed_forward import Job, feed_forward
 from fiddler.runtime.prefix_cache import common
 from fiddler.telemetry.expert_counts import counting
@@ -23,9 +25,10 @@ from oracles import synthetic
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
-gpu_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
-gpu_attention = pytest.importorskip("fiddler.gpu.attention_kernels")
-gpu_grouped = pytest.importorskip("fiddler.offload.grouped_kernels")
+decode_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
+expert_kernels = pytest.importorskip("fiddler.gpu.expert_kernels")
+attention_kernels = pytest.importorskip("fiddler.gpu.attention_kernels")
+grouped_kernels = pytest.importorskip("fiddler.offload.grouped_kernels")
 
 DEVICE = torch.device("cuda")
 PROMPT = "Once upon a time, in a small village, there lived"
@@ -39,7 +42,7 @@ def test_gemv(kind, rounded, shape):
     x, w = torch.randn(1, shape[1], device=DEVICE), torch.randn(*shape, device=DEVICE).to(kind)
     given = x.to(kind) if rounded else x
     expected = given.double() @ w.double().T
-    assert (gpu_kernels.gemv(x, w, rounded=rounded) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (decode_kernels.gemv(x, w, rounded=rounded) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="torch rounds sums before 2.8")
@@ -48,7 +51,7 @@ def test_products_of_several_tokens_keep_their_sums(tokens):
     torch.manual_seed(0)
     x, w = torch.randn(tokens, 512, device=DEVICE), torch.randn(300, 512, device=DEVICE).bfloat16()
     expected = x.bfloat16().double() @ w.double().T
-    made = GpuLinear({"w": w}, gpu_kernels, exact=False)(x, "w")
+    made = GpuLinear({"w": w}, decode_kernels, exact=False)(x, "w")
     assert made.dtype == torch.float32
     assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -74,7 +77,7 @@ def test_experts_of_one_token(size, rounded):
     def run(jobs, ids, into, add):
         table = torch.tensor(jobs, device=DEVICE)
         ids = None if ids is None else torch.tensor(ids, device=DEVICE)
-        gpu_kernels.experts_of_one(
+        expert_kernels.experts_of_one(
             x,
             table,
             shares,
@@ -106,12 +109,12 @@ def test_norms_and_routes_as_torch_does():
         w, norm = torch.randn(experts, width, device=DEVICE), torch.rand(width, device=DEVICE)
         for tokens in (1, 1, 1, 2, 40):
             h = torch.randn(tokens, width, device=DEVICE) * 3
-            made, expected = gpu_kernels.route(h, norm, 1e-5, w, k), route(h, norm, 1e-5, w, k)
+            made, expected = decode_kernels.route(h, norm, 1e-5, w, k), route(h, norm, 1e-5, w, k)
             assert (made[1] == expected[1]).all()
             assert torch.allclose(made[0], expected[0], atol=1e-5)
             assert torch.allclose(made[2], expected[2], atol=1e-4)
-            assert torch.allclose(gpu_kernels.norm(h, norm, 1e-5), expected[0], atol=1e-5)
-    _, ids, shares = gpu_kernels.route(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
+            assert torch.allclose(decode_kernels.norm(h, norm, 1e-5), expected[0], atol=1e-5)
+    _, ids, shares = decode_kernels.route(torch.full((1, 512), torch.nan, device=DEVICE), norm, 1e-5, w, 6)
     assert ids.max() < 64
     assert shares.isnan().any()
 
@@ -120,12 +123,12 @@ def test_norms_and_routes_as_torch_does():
 def test_what_passes_between_the_two_sides(width):
     x, shares, ids = torch.randn(1, width, device=DEVICE), torch.rand(1, 3, device=DEVICE), [[7, 0, 200]]
     kept, seen = torch.zeros(width + 3, device=DEVICE), torch.zeros(width + 6, pin_memory=True)
-    gpu_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, kept, seen)
+    decode_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, kept, seen)
     torch.cuda.synchronize()
     assert torch.equal(kept, torch.cat([x, shares], 1)[0])
     assert torch.equal(seen, torch.cat([x.cpu(), torch.tensor(ids).float(), shares.cpu()], 1)[0])
     h, y, made = torch.randn(1, width, device=DEVICE), torch.randn(1, width, device=DEVICE), torch.randn(1, width)
-    assert torch.equal(gpu_kernels.gather(h, y, made.pin_memory()), h + y + made.to(DEVICE))
+    assert torch.equal(decode_kernels.gather(h, y, made.pin_memory()), h + y + made.to(DEVICE))
 
 
 @pytest.mark.parametrize("n,total,dim", [(40, 40, 128), (40, 170, 128), (33, 100, 24), (5, 9, 20)])
@@ -156,11 +159,11 @@ def test_experts_of_many_tokens(shape):
         jobs.append(Job(addresses, hidden, first[e], first[e + 1]))
     for work in (1 << 30, 2 * hidden * 20):
         y = torch.zeros(tokens, width, device=DEVICE)
-        gpu_grouped.Grouped(DEVICE).experts_of_many(x, token, share, jobs, hidden, y, work)
+        grouped_kernels.Grouped(DEVICE).experts_of_many(x, token, share, jobs, hidden, y, work)
         assert (y - expected).norm() <= 3e-3 * expected.norm()
     pinned = torch.randn(tokens, width, pin_memory=True)
     before = y.clone()
-    gpu_grouped.Grouped(DEVICE).add_from_host(y, pinned)
+    grouped_kernels.Grouped(DEVICE).add_from_host(y, pinned)
     assert torch.equal(y, before + pinned.to(DEVICE))
 
 
@@ -176,7 +179,7 @@ def test_attention_of_one_token(kind, heads):
         turns = torch.polar(torch.ones(capacity, dim // 2), torch.rand(capacity, dim // 2) * 6).to(DEVICE)
         before = keys.clone()
         at = torch.tensor([position], device=DEVICE)
-        turned = gpu_attention.rotate_and_store(q, k, v, torch.view_as_real(turns).contiguous(), at, keys, values)
+        turned = attention_kernels.rotate_and_store(q, k, v, torch.view_as_real(turns).contiguous(), at, keys, values)
         assert torch.allclose(turned, rotate(q, turns[position, None][None]), atol=1e-5)
         stored = rotate(k, turns[position, None][None])[0].to(kind).float()
         assert torch.allclose(keys[:, position].float(), stored, atol=2e-3)
@@ -188,13 +191,13 @@ def test_attention_of_one_token(kind, heads):
             many = [part.view(9, -1, dim) for part in rows.split([count * dim, groups * dim, groups * dim], 1)]
             places = turns[position : position + 9, None]
             args = torch.view_as_real(turns).contiguous(), at, keys, values, kind
-            rotated = gpu_attention.rotate_and_store(*many, *args)
+            rotated = attention_kernels.rotate_and_store(*many, *args)
             assert torch.allclose(rotated.float(), rotate(many[0], places), atol=4e-3)
             expected = rotate(many[1], places).transpose(0, 1)
             assert torch.allclose(keys[:, position : position + 9].float(), expected, atol=4e-3)
             assert torch.allclose(values[:, position : position + 9], many[2].transpose(0, 1).to(kind))
-            gpu_attention.rotate_and_store(q, k, v, *args[:-1])
-        made = gpu_attention.attend_one(turned, keys, values, at, window)
+            attention_kernels.rotate_and_store(q, k, v, *args[:-1])
+        made = attention_kernels.attend_one(turned, keys, values, at, window)
         seen = (tensor[:, : position + 1].transpose(0, 1).float() for tensor in (keys, values))
         expected = attend(turned, *seen, window)
         assert (made - expected).abs().max() <= 1e-4

@@ -7,37 +7,38 @@ import re
 import pytest
 
 triton = pytest.importorskip("triton")
-gpu_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
+decode_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
+expert_kernels = pytest.importorskip("fiddler.gpu.expert_kernels")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels as gpu_attention  # noqa: E402
-from fiddler.offload import grouped_kernels as gpu_grouped  # noqa: E402
+from fiddler.gpu import attention_kernels  # noqa: E402
+from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 CASES = {  # kernel: kinds of its arguments in turn, its constants
-    "gemv": (gpu_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
-    "norm": (gpu_kernels._norm, "fffis", {"K": 4096}),
-    "up": (gpu_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
+    "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
+    "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
+    "up": (expert_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
     "down": (
-        gpu_kernels._down,
+        expert_kernels._down,
         "llfffii",
         {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
-    "route": (gpu_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
-    "gather": (gpu_kernels._gather, "ffffi", {"K": 512}),
-    "hand over": (gpu_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
-    "rotate": (gpu_attention._rotate_store, "fffflfhhiiiiiii", {"PAIRS": 64}),
-    "rotate to 16 bits": (gpu_attention._rotate_store, "fffflhhhiiiiiii", {"PAIRS": 64}),
-    "rotate in 32 bits": (gpu_attention._rotate_store, "fffflfffiiiiiii", {"PAIRS": 64}),
-    "attend": (gpu_attention._attend, "fhhlfffsiiii", {"SPLITS": 16, "N": 64, "DIM": 128}),
-    "merge": (gpu_attention._merge, "ffffi", {"SPLITS": 16, "DIM": 128}),
-    "up of many": (gpu_grouped._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
-    "down of many": (gpu_grouped._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
-    "add": (gpu_grouped._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
-    "fetch": (gpu_grouped._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
+    "route": (decode_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
+    "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
+    "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
+    "rotate": (attention_kernels._rotate_store, "fffflfhhiiiiiii", {"PAIRS": 64}),
+    "rotate to 16 bits": (attention_kernels._rotate_store, "fffflhhhiiiiiii", {"PAIRS": 64}),
+    "rotate in 32 bits": (attention_kernels._rotate_store, "fffflfffiiiiiii", {"PAIRS": 64}),
+    "attend": (attention_kernels._attend, "fhhlfffsiiii", {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "merge": (attention_kernels._merge, "ffffi", {"SPLITS": 16, "DIM": 128}),
+    "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
+    "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
+    "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
+    "fetch": (grouped_kernels._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fiddler
-from fiddler.engine import DEMO_MODEL, load
+from fiddler.loading import DEMO_MODEL, load
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

@@ -12,7 +12,7 @@ import torch
 
 import fiddler
 from fiddler.device import cuda_driver
-from fiddler.engine import load
+from fiddler.loading import load
 from fiddler.telemetry.gpu_timeline import GpuTracer
 
 if not torch.cuda.is_available():

@@ -16,7 +16,8 @@ from hypothesis import given, settings, strategies as st
 import fiddler
 from fiddler import kernels
 from fiddler.telemetry.expert_counts import counting
-from fiddler.telemetry.recorder import Meter, Tracer
+from fiddler.telemetry.recorder import Meter
+from fiddler.telemetry.timeline import Tracer
 from oracles.naive import to_bits
 from oracles.synthetic import write_random_mixtral
 

@@ -254,14 +254,15 @@ def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
 def run_apart(script, cache, **environment):
     """In a process of its own, with these variables, the oracles at hand and nothing compiled."""
     environment["NUMBA_CACHE_DIR"] = str(cache)
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 LOWER_TIER = """
-import naive, numpy as np
+import numpy as np
+from oracles import naive
 from fiddler import kernels
 from fiddler.kernels.codegen import variant as kinds
 from fiddler.kernels.matmul import dot_tiles as tiles
@@ -287,12 +288,13 @@ if {weights!r} == "f16":
 
 
 PAIRS = """
-import dataclasses, naive, numpy as np
+import dataclasses, numpy as np
 from llvmlite import ir
+from oracles import naive
 from fiddler import kernels
 from fiddler.kernels.machine import isa as cpu
 from fiddler.kernels.codegen import variant as product
-from fiddler.kernels.matmul import dot_tiles as tiles
+from fiddler.kernels.matmul import dot_tiles as tiles, outer_tiles
 
 def dot_of_pairs(b, total, left, right):
     sixteen, mask = (ir.Constant(left.type, [value] * 16) for value in (16, -65536))
@@ -300,7 +302,7 @@ def dot_of_pairs(b, total, left, right):
         total = b.fadd(total, b.fmul(*(b.bitcast(half(words), total.type) for words in (left, right))))
     return total
 
-tiles.dot_bf16 = dot_of_pairs
+tiles.dot_bf16 = outer_tiles.dot_bf16 = dot_of_pairs
 product.on_zen = tiles.on_zen = lambda: {zen}
 cpu.TIERS = product.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in cpu.TIERS)
 kind = kernels.Product(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")

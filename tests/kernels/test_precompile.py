@@ -21,7 +21,7 @@ print(y[0, 0], sum(grouped_products.stats.cache_hits.values()))
 HALVES = """
 import sys
 from fiddler import kernels
-from fiddler.kernels import attention, decode_step, norm_router as routing
+from fiddler.kernels import attention, decode_step, norm_router
 from fiddler.kernels.matmul import grouped, blocks as matmul
 if sys.argv[1:]:
     sys.executable = sys.argv[1]
@@ -29,7 +29,7 @@ sys.modules["fiddler.kernels.precompile"].usable_cores = lambda: 2
 told = []
 product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
 kernels.prepare(product, lambda: told.append(1), decode=True)
-one = grouped.grouped_products, attention._attend, routing._rms_norm
+one = grouped.grouped_products, attention._attend, norm_router._rms_norm
 other = matmul._block_product, grouped._take_tasks, decode_step.decode
 print(len(told), *(sum(sum(kernel.stats.cache_hits.values()) for kernel in half) for half in (one, other)))
 """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fiddler
-from fiddler.engine import DEMO_MODEL
+from fiddler.loading import DEMO_MODEL
 from oracles.reference import from_gguf
 
 HELDOUT = Path(__file__).parents[1] / "data" / "heldout.txt"

@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 
 import fiddler
-from fiddler.engine import DEMO_MODEL
-from fiddler.models import mixtral
+from fiddler.loading import DEMO_MODEL
+from fiddler.models import attention
 from oracles.reference import from_gguf
 from oracles.synthetic import with_context, write_random_mixtral
 from tools.measure_memory import measured_prefill
@@ -51,7 +51,7 @@ def test_attention_is_the_naive_one(n, past, groups, repeat, half, window, kind,
     keys, values = (torch.randn(groups, total + 5, head_dim, generator=generator).to(kind) for _ in range(2))
     keys[:, total:] = values[:, total:] = torch.nan
     kept = [half[:, :total].transpose(0, 1) for half in (keys, values)]
-    made = mixtral.attend(q, *kept, window)
+    made = attention.attend(q, *kept, window)
     assert made.dtype == torch.float32
     # a float32 score of this size is off by 1e-6 or so, and the shares by as much
     torch.testing.assert_close(made.double(), naive(q, *kept, window), rtol=0, atol=2e-5)

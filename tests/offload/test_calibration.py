@@ -9,13 +9,14 @@ from math import inf
 import numpy as np
 import pytest
 import torch
-from test_orchestrator import EXACT, D, E, F
 
 from fiddler.device.weight_copy import HostLink
 from fiddler.offload import calibration as calibrate
-from fiddler.offload.calibration import Calibration, cache_folder, calibrated, measure, stored
+from fiddler.offload.calibration import Calibration, cache_folder, stored
+from fiddler.offload.cost_benchmark import calibrated, measure
 from fiddler.offload.plan import make_plan
 from fiddler.offload.staging_ring import Ring
+from oracles.both_sides import EXACT, D, E, F
 
 SOME = Calibration("here", 2, 1000, (1, 4), (1e-3, 2e-3), 5e-4, (1, 16), (1e-5, 2e-5), 2e-3, 1e-3)
 

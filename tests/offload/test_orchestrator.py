@@ -11,18 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fiddler import kernels
-from fiddler.cpu.layers import ExpertWeights
 from fiddler.device.weight_copy import HostLink
-from fiddler.kernels import Product
-from fiddler.offload.feed_forward import Residents
-from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
-from fiddler.offload.staging_ring import Ring
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
+from oracles.both_sides import EXACT, LAYERS, MOST, D, E, F, orchestrator, weights_of
 
-D, F, E, LAYERS, MOST = 48, 320, 5, 3, 70
 COSTS = {
     "CPU alone": Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), inf, 0.0),
     "streamed": Costs(Curve((1,), (1e6,)), Curve((1,), (0.0,)), 1.0, 0.0),
@@ -37,26 +31,7 @@ class BlockingLink(HostLink):
     blocks = True
 
 
-def weights_of(kind, activations, seed=0):
-    rng = np.random.default_rng(seed)
-    product = Product(kernels.choose_tier(), kind, activations)
-    shapes = [(E, F, D), (E, F, D), (E, D, F)]
-    return [
-        ExpertWeights(*(naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind) for shape in shapes), product)
-        for _ in range(LAYERS)
-    ]
-
-
-EXACT = weights_of("bf16", "f32")
 KINDS = {"exact": EXACT, "f16": weights_of("f16", "f32"), "fast": weights_of("bf16", "bf16")}
-
-
-def orchestrator(layers, placed, costs, link=None, rows=128, slots=3):
-    link = link or HostLink()
-    residents = Residents(layers, link.device)
-    residents.load(placed, link, lambda nbytes: None)
-    ring = Ring(link, layers, rows, slots)
-    return Orchestrator(layers, residents, ring, costs, MOST, 1 << 20)
 
 
 def step(rng, tokens, k):

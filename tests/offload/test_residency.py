@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fiddler.errors import RequestError
-from fiddler.gpu.memory_layout import Sizes, lay_out, least_room, place, read_counts
+from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
+from fiddler.offload.residency import place
+from fiddler.telemetry.expert_counts import read_counts
 
 
 @given(layers=st.integers(1, 40), experts=st.integers(1, 16), room=st.integers(-3, 700))

@@ -11,7 +11,8 @@ import weakref
 
 import pytest
 
-from fiddler.offload.worker_thread import HostGate, SharedStep, SideThread, Task
+from fiddler.device.semaphore import HostGate
+from fiddler.offload.worker_thread import SharedStep, SideThread, Task
 
 
 class Held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fiddler.engine import load
+from fiddler.loading import load
 from fiddler.runtime.kv_cache import Sequence, Step
 from fiddler.telemetry.expert_counts import counting
 

@@ -15,10 +15,11 @@ import pytest
 
 import fiddler
 from fiddler import Sampling
-from fiddler.engine import DEMO_MODEL
 from fiddler.errors import RequestError, ResourceError
-from fiddler.serving.batch_input import Defaults, JobFile
+from fiddler.loading import DEMO_MODEL
+from fiddler.serving.batch_input import JobFile
 from fiddler.serving.batch_results import Results
+from fiddler.serving.json_fields import Defaults
 from oracles import synthetic
 from tools import kill_batch
 

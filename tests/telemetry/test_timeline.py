@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fiddler.telemetry.recorder import Span, Tracer
+from fiddler.telemetry.timeline import Span, Tracer
 
 KINDS = [("experts", "CPU"), ("dense", "CPU"), ("wait", "CPU"), ("link", "CPU"), ("link", "GPU"), ("experts", "GPU")]
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_tokenizer import REAL
-from test_vocabulary import real_merges
 from tokenizers import Tokenizer as FastTokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +18,7 @@ from fiddler.text.chat_template import ChatTemplate, barred, special_tokens
 from fiddler.text.tokenizer import Tokenizer
 from fiddler.text.vocabulary import PREPEND_SCHEME
 from oracles.chat_templates import FAMILIES, MIXTRAL
+from oracles.real_tokenizer import REAL, real_merges
 from oracles.texts import texts
 from oracles.vocabularies import CONTROL, LETTERS, USER, small
 

@@ -9,11 +9,11 @@ import sentencepiece
 from hypothesis import given, settings, strategies as st
 
 from fiddler.errors import RequestError
-from fiddler.text.sentencepiece_model import SentencePieceModel
 from fiddler.text.tokenizer import Tokenizer
 from fiddler.text.vocabulary import PREPEND_SCHEME
+from oracles.real_tokenizer import REAL, real_metadata
 from oracles.texts import REAL_MODEL, texts
-from oracles.vocabularies import CONTROL, LETTERS, NORMAL, SPACE, USER, A, B, X, metadata, small
+from oracles.vocabularies import CONTROL, LETTERS, NORMAL, SPACE, USER, A, B, X, small
 
 ODD = (
     *LETTERS,
@@ -25,15 +25,7 @@ ODD = (
 )
 
 
-def real_metadata():
-    model = SentencePieceModel.from_bytes(REAL_MODEL.read_bytes())
-    return metadata(
-        [(piece.decode(), *rest) for piece, *rest in zip(model.pieces, model.scores, model.types, strict=True)]
-    )
-
-
 ORACLE = sentencepiece.SentencePieceProcessor(model_file=str(REAL_MODEL))
-REAL = Tokenizer.from_metadata(real_metadata())
 
 
 def plain(text):

@@ -1,4 +1,4 @@
-"""Beam search here and in transformers, on the model that ships: `python tests/compare_beams.py`.
+"""Beam search here and in transformers, on the model that ships: `python tests/tools/compare_beams.py`.
 
 Not a test that pytest collects: every width on every prompt takes some minutes. Both compute in float32. Beams are
 the same when all their tokens are; where the scores of two candidates are closer than a rounding, the two programs may
@@ -8,13 +8,17 @@ choose differently: such a tie is shown with both scores, and counted apart.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import MixtralForCausalLM
 
 import fiddler
-from fiddler.engine import DEMO_MODEL
+from fiddler.loading import DEMO_MODEL
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from oracles.reference import from_gguf
 
 WIDTHS = [1, 2, 4, 8, 16]

@@ -1,4 +1,4 @@
-"""Greedy text of a model here and in llama.cpp: `python tests/compare_llama.py MODEL.gguf --llama .../llama-simple`.
+"""Greedy text here and in llama.cpp: `python tests/tools/compare_llama.py MODEL.gguf --llama .../llama-simple`.
 
 Not a test that pytest collects: it needs llama.cpp's `llama-simple`, built elsewhere. Ours computes in exact
 precision; llama.cpp rounds activations to the weights' 16-bit type. Where the texts part, the margin between our

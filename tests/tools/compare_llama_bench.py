@@ -1,4 +1,4 @@
-"""Speed here and in llama.cpp: `python tests/compare_llama_bench.py MODEL.gguf --llama .../llama-bench`.
+"""Speed here and in llama.cpp: `python tests/tools/compare_llama_bench.py MODEL.gguf --llama .../llama-bench`.
 
 Not a test that pytest collects: it needs llama.cpp's `llama-bench`, built elsewhere. Both measure the same file on the
 CPU with the same number of threads, in turn, each time in a new process; the ratios are those of neighbours, since a
@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from fiddler import kernels
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from tools.measure_memory import say_row
 
 

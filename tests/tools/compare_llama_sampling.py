@@ -1,4 +1,4 @@
-"""Our sampling steps beside llama.cpp's own: `python tests/compare_llama_sampling.py --library .../libllama.so`.
+"""Our sampling steps beside llama.cpp's own: `python tests/tools/compare_llama_sampling.py --library .../libllama.so`.
 
 Not a test that pytest collects: it needs llama.cpp's shared library, built elsewhere (checked with the interface of
 mid 2026). Each step gets the same random logits and tokens on both sides. llama.cpp computes in float32: cases where
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fiddler.engine import DEMO_MODEL
 from fiddler.files.model_file import ModelFile
+from fiddler.loading import DEMO_MODEL
 from fiddler.sampling.penalties import add_bias, lately, penalize_repeats, penalize_runs
 from fiddler.sampling.sampler import Sampling, min_p, top_k, top_p, typical, xtc
 

@@ -1,4 +1,4 @@
-"""Is the expert kernel slower than torch's linears on the same mapped weights? `python tests/compare_torch.py`.
+"""Is the expert kernel slower than torch's linears on the same mapped weights? `python tests/tools/compare_torch.py`.
 
 Not a test that pytest collects: it needs 7 GB of disk for one layer at the shape of Mixtral-8x7B, or a model. Both
 sides take bfloat16 weights where the file is mapped and round their activations to bfloat16, in turn and with other
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.files.gguf_file import GgufFile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from tools.measure_memory import say_row, write_checkpoint
 
 TOKENS = [1, 4, 16, 64, 128, 512]

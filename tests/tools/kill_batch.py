@@ -1,6 +1,6 @@
 """Kills `fiddler batch` at random moments and lets it go on, on the demo model: each prompt must be there once.
 
-    python tests/kill_batch.py --moments 20
+    python tests/tools/kill_batch.py --moments 20
 
 prints what was there after each kill, and exits 1 where one is missing, there twice, or not as without kills.
 """

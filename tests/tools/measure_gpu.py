@@ -1,8 +1,8 @@
 """What the GPU and the CPU do together, measured: one table on stdout. Random weights of Mixtral's real shape will do.
 
-    python tests/measure_gpu.py MODEL.gguf --gpu-memory 24GiB
-    python tests/measure_gpu.py MODEL.gguf --gpu-experts 16 --prompts 1,4,16,32,64,128,256,512,1024,2048,4096
-    python tests/measure_gpu.py MODEL.gguf --gpu-memory 40GiB
+    python tests/tools/measure_gpu.py MODEL.gguf --gpu-memory 24GiB
+    python tests/tools/measure_gpu.py MODEL.gguf --gpu-experts 16 --prompts 1,4,16,32,64,128,256,512,1024,2048,4096
+    python tests/tools/measure_gpu.py MODEL.gguf --gpu-memory 40GiB
 
 Ways that are compared take turns in one process, on the same tokens: "auto" (what `run` does), "cpu" (missing experts
 on the CPU only), "stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as
@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from fiddler import kernels
-from fiddler.engine import load
 from fiddler.files.model_file import ModelFile
 from fiddler.host_memory import peak_memory
-from fiddler.offload.calibration import measure
-from fiddler.offload.feed_forward import Residents
+from fiddler.loading import load
+from fiddler.offload.cost_benchmark import measure
+from fiddler.offload.expert_cache import Residents
 from fiddler.offload.plan import Curve
 from fiddler.telemetry.gpu_timeline import GpuTracer
 from fiddler.telemetry.recorder import Meter

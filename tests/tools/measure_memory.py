@@ -1,4 +1,4 @@
-"""Memory and speed at the real shape of Mixtral-8x7B, some layers of it: `python tests/measure_memory.py convert`.
+"""Memory and speed of some layers of Mixtral-8x7B's shape: `python tests/tools/measure_memory.py convert`.
 
 Not a test that pytest collects: each layer needs 6 GB of disk while it runs. Every sub-command makes its model
 in a temporary directory and runs `fiddler` on it in a process of its own, whose memory is sampled.
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from oracles.synthetic import with_context
 
 D, F, E, H, G, V = 4096, 14336, 8, 32, 8, 32000
@@ -263,7 +264,7 @@ def measured_prefill(model: Path, tokens: int, precision: str) -> dict[str, floa
 
 def prefill(arguments: argparse.Namespace) -> bool:
     """Read prompts with the demo model, its context raised; whether memory beyond keys and values stayed small."""
-    from fiddler.engine import DEMO_MODEL
+    from fiddler.loading import DEMO_MODEL
 
     say_row(["tokens", "seconds", "tokens/s", "keys, values MB", "grown MB", "beyond MB"])
     say_row(["---:"] * 6)

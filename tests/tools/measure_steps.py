@@ -1,4 +1,4 @@
-"""What a step of several sequences costs, beside a step of one: `python tests/measure_steps.py MODEL.gguf`.
+"""What a step of several sequences costs, beside a step of one: `python tests/tools/measure_steps.py MODEL.gguf`.
 
 Not a test that pytest collects: it means something on a model whose weights are larger than the caches. Every sequence
 has the same beginning and then tokens of its own, at random, as beams that differ: at 16 of them nearly every expert is
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import fiddler
 from fiddler.telemetry.recorder import Meter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from tools.measure_memory import say_row
 
 

@@ -1,7 +1,7 @@
 """Random JSON schemas whose values are short, and generations held to them.
 
-As a command, `python tests/schemas.py -n 200`, it does what a test does for any number of them, counts the answers
-that were cut, and says how long a mask takes for Mixtral's vocabulary.
+As a command, `python tests/tools/schemas.py -n 200`, it does what a test does for any number of them, counts the
+answers that were cut, and says how long a mask takes for Mixtral's vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 import fiddler
 from fiddler.sampling.constraint import Vocabulary
 from fiddler.text.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from oracles.texts import REAL_MODEL
 from oracles.vocabularies import vocabulary
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from functools import cache
 
 import gguf
 import numpy as np
@@ -14,9 +13,9 @@ import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer, models, pre_tokenizers, trainers
 
 from fiddler.errors import CheckpointError
-from fiddler.text.sentencepiece_model import SentencePieceModel
 from fiddler.text.tokenizer import Tokenizer
 from fiddler.text.vocabulary import PREPEND_SCHEME
+from oracles.real_tokenizer import real_merges
 from oracles.texts import REAL_MODEL, texts
 from oracles.vocabularies import (
     BYTE,
@@ -34,17 +33,6 @@ from oracles.vocabularies import (
 )
 
 RAW = REAL_MODEL.read_bytes()
-
-
-@cache
-def real_merges(by_score):
-    """Mixtral's merges as transformers derives them, by score (version 4) or by id (version 5)."""
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    model = SentencePieceModel.from_bytes(RAW)
-    names = [piece.decode() for piece in model.pieces]
-    vocab = {name: index for index, name in enumerate(names)}
-    return vocab, generate_merges(vocab, dict(zip(names, model.scores, strict=True)) if by_score else None)
 
 
 # --- tokenizer.model ----------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""A model file's weights as views of the mapping, with the kernel variant that reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fiddler.files.model_file import ModelFile
+from fiddler.kernels import Product, Tier
+
+__all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "product_of"]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts as they lie in the file: uint16 bits, and how to read them."""
+
+    gate: np.ndarray  # [E, F, D]
+    up: np.ndarray  # [E, F, D]
+    down: np.ndarray  # [E, D, F]
+    product: Product
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """One dense weight: uint16 bits [out, in] and how to read them."""
+
+    bits: np.ndarray
+    product: Product
+
+
+def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
+    """Every layer's experts; `exact`: float32 activations for bf16 weights, too."""
+    experts = []
+    for layer in range(model_file.config.block_count):
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
+        experts.append(ExpertWeights(gate, up, down, product_of(tier, kind, exact)))
+    return experts
+
+
+def product_of(tier: Tier, kind: str, exact: bool) -> Product:
+    """How weights of a GGUF type are multiplied; `exact`: with float32 activations."""
+    weights = "bf16" if kind == "BF16" else "f16"
+    return Product(tier, weights, "f32" if exact or weights == "f16" else "bf16")

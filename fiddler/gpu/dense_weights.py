@@ -1,0 +1,64 @@
+"""Everything of a model but its experts, in the GPU's memory. Knows the file and the copy; not the budget."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fiddler.device.weight_copy import Link
+from fiddler.files.model_file import ModelFile
+
+__all__ = ["load_dense", "warm_up"]
+
+
+def load_dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Everything but experts, on the GPU: what the model takes by itself, and what it multiplies by."""
+    weights: dict[str, Tensor] = {}
+    linears: dict[str, Tensor] = {}
+    config = model_file.config
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+    def load(name: str, into: Tensor | None = None) -> Tensor:
+        values, kind = model_file.bits(name)
+        made = torch.empty(values.shape, dtype=kinds[kind], device=link.device) if into is None else into
+        link.copy(made.data_ptr(), values.ctypes.data, values.nbytes)
+        return made
+
+    for name in ("token_embd.weight", "output_norm.weight"):
+        weights[name] = load(name)
+    tied = model_file.tied
+    linears["output.weight"] = weights["token_embd.weight"] if tied else load("output.weight")
+    for layer in range(config.block_count):
+        prefix = f"blk.{layer}."
+        for name in ("attn_norm", "ffn_norm", "ffn_gate_inp"):
+            weights[f"{prefix}{name}.weight"] = load(f"{prefix}{name}.weight")
+        linears[f"{prefix}attn_output.weight"] = load(f"{prefix}attn_output.weight")
+        names = [f"{prefix}attn_{part}.weight" for part in "qkv"]
+        found = [model_file.bits(name) for name in names]
+        if len({kind for _, kind in found}) == 1:  # side by side, to be one product
+            rows = [len(values) for values, _ in found]
+            joined = torch.empty(sum(rows), width, dtype=kinds[found[0][1]], device=link.device)
+            for name, part in zip(names, joined.split(rows), strict=True):
+                linears[name] = load(name, part)
+        else:
+            linears.update({name: load(name) for name in names})
+    arrived = link.mark()
+    link.arrive(arrived)
+    arrived.synchronize()
+    for name, tensor in weights.items():
+        if name != "token_embd.weight":
+            weights[name] = tensor.float()
+    return weights, linears
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Have the driver load what torch's products and attention need, so that their memory is known."""
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 64, 512):
+            F.linear(
+                torch.zeros(tokens, 256, dtype=kind, device=device), torch.zeros(256, 256, dtype=kind, device=device)
+            )
+    q = torch.zeros(1, 8, 64, 64, dtype=dtype, device=device)
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    torch.cuda.synchronize(device)

@@ -1,0 +1,65 @@
+"""The experts that are resident on the GPU. Knows tensors and their addresses; not who chose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fiddler.device.weight_copy import Link
+from fiddler.files.weights import ExpertWeights
+from fiddler.offload.feed_forward import torch_type
+
+__all__ = ["Residents"]
+
+
+class Residents:
+    """The experts that live on the GPU."""
+
+    def __init__(self, layers: Sequence[ExpertWeights], device: torch.device) -> None:
+        self._layers = layers
+        self._device = device
+        self._weights: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        experts = len(layers[0].gate)
+        # for kernels that are told an expert's number on the device: addresses of its matrices and its rows, or 0
+        self.table = torch.zeros(len(layers), experts, 5, dtype=torch.int64, device=device)
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._weights
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        return self._weights[key]
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def addresses(self, layer: int, expert: int) -> tuple[int, int, int]:
+        """Of gate, up and down."""
+        gate, up, down = self._weights[layer, expert]
+        return gate.data_ptr(), up.data_ptr(), down.data_ptr()
+
+    def complete(self, layer: int) -> bool:
+        """Whether every expert of a layer is here."""
+        return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
+
+    def load(self, placed: Sequence[Sequence[int]], link: Link, progress: Callable[[int], None]) -> None:
+        """Bring experts here, those of each layer; `progress` is told of bytes on their way."""
+        table = self.table.cpu()
+        for layer, experts in enumerate(placed):
+            weights = self._layers[layer]
+            hidden, width = weights.gate.shape[1:]
+            for e in experts:
+                # each matrix begins at a multiple of 16 bytes
+                memory = torch.empty(3, -(-hidden * width // 8) * 8, dtype=torch_type(weights), device=self._device)
+                gate, up, down = memory[:, : hidden * width]
+                made = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
+                for target, bits in zip(made, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
+                    link.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
+                self._weights[layer, e] = made
+                table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in made), hidden, 0])
+                progress(memory.nbytes)
+        arrived = link.mark()
+        link.arrive(arrived)
+        arrived.synchronize()
+        self.table.copy_(table)

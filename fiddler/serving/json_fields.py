@@ -1,0 +1,175 @@
+"""A request's fields as JSON spells them, checked before anything is run. Knows no model and no files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fiddler.errors import RequestError, quoted
+from fiddler.sampling.sampler import Sampling
+
+if TYPE_CHECKING:
+    from fiddler.sampling.logprobs import LogProbs
+
+__all__ = ["Defaults", "Id", "Job", "Message", "as_id", "job_of", "parse_object", "probs_of"]
+
+
+Id = str | int | float
+Message = dict[str, str]
+
+_SAMPLING = [field.name for field in fields(Sampling)]
+_FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", *_SAMPLING]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a line leaves open. `max_tokens` None: until the end, or as far as the context goes."""
+
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line: text to continue, or messages to answer."""
+
+    id: Id
+    prompt: str | tuple[Message, ...]
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """A line's JSON object. Raises RequestError for anything else."""
+    try:
+        found = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise RequestError("is not UTF-8; save the file as UTF-8") from None
+    except RecursionError:
+        raise RequestError("is nested too deeply; give an object of plain fields") from None
+    except ValueError as error:
+        raise RequestError(f"is not JSON ({' '.join(str(error).split())[:80]}); give one object a line") from None
+    if not isinstance(found, dict):
+        raise RequestError(f"is a {type(found).__name__}, not an object; give an id and a prompt by name")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def as_id(value: object) -> Id:
+    """Raises RequestError for what is no id."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RequestError(f"the id is {quoted(value)}; give a string or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"the id is {value}; give a finite number, or a string")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise RequestError(f"the id {quoted(value)} is no text that UTF-8 can hold; give another")
+    return value
+
+
+def job_of(line: dict[str, Any], defaults: Defaults) -> Job:
+    """A line's object as a job. Raises RequestError, which names the field, where one does not fit."""
+    unknown = next((name for name in line if name not in _FIELDS), None)
+    if unknown is not None:
+        raise RequestError(f"unknown field {quoted(unknown)}; known are {', '.join(_FIELDS)}")
+    given = {name: value for name, value in line.items() if value is not None}
+    if "id" not in given:
+        raise RequestError("has no id; give a string or a number")
+    identity = as_id(given["id"])
+    limit = given.get("max_tokens", defaults.max_tokens)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < -1):
+        raise RequestError(f"max_tokens is {quoted(limit)}; give a whole number, -1 for no limit")
+    ignore_eos = given.get("ignore_eos", defaults.ignore_eos)
+    if not isinstance(ignore_eos, bool):
+        raise RequestError(f"ignore_eos is {quoted(ignore_eos)}; give true or false")
+    return Job(
+        identity,
+        _prompt(given),
+        _sampling(given, defaults.sampling, identity),
+        None if limit == -1 else limit,
+        _stop(given["stop"]) if "stop" in given else defaults.stop,
+        ignore_eos,
+    )
+
+
+def _prompt(given: dict[str, Any]) -> str | tuple[Message, ...]:
+    if ("prompt" in given) == ("messages" in given):
+        raise RequestError("give either a prompt or messages")
+    if "prompt" in given:
+        prompt = given["prompt"]
+        if not isinstance(prompt, str):
+            raise RequestError(f"the prompt is {quoted(prompt)}; give a string")
+        return prompt
+    messages = given["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages are {quoted(messages)}; give a list of objects with role and content")
+    for message in messages:
+        if not (
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and all(isinstance(part, str) for part in message.values())
+        ):
+            raise RequestError(f"a message is {quoted(message)}; give an object with role and content, both strings")
+    return tuple(messages)
+
+
+def _stop(value: object) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"stop is {quoted(value)}; give a string or a list of them, none empty")
+    return tuple(texts)
+
+
+def _sampling(given: dict[str, Any], defaults: Sampling, identity: Id) -> Sampling:
+    """The line's own fields over the defaults, whose seed becomes the line's: it depends on nothing but them both."""
+    own: dict[str, Any] = {}
+    for name in _SAMPLING:
+        if name not in given:
+            continue
+        value, usual = given[name], getattr(defaults, name)
+        if isinstance(value, bool) and not isinstance(usual, bool):
+            raise RequestError(f"{name} is {json.dumps(value)}; it must be a number")
+        if isinstance(value, int) and abs(value) >= 2**64:
+            raise RequestError(f"{name} is {quoted(value)}, which is too large")
+        own[name] = _biases(value) if name == "logit_bias" else tuple(value) if isinstance(value, list) else value
+    if own.get("seed") == -1:
+        own["seed"] = None
+    elif "seed" not in own and defaults.seed is not None:
+        own["seed"] = _seed(defaults.seed, identity)
+    return replace(defaults, **own)
+
+
+def _biases(value: object) -> object:
+    """JSON's keys are texts: ids of tokens."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key: b for key, b in value.items()}
+
+
+def _seed(seed: int, identity: Id) -> int:
+    """The first eight bytes of SHA-256 of "seed:id", the id as JSON."""
+    digest = hashlib.sha256(f"{seed}:{json.dumps(identity)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def probs_of(pieces: Sequence[bytes], found: LogProbs) -> dict[str, Any]:
+    """One step as JSON has it, with the keys of `completion_probabilities` of llama.cpp's server.
+
+    `pieces`: each token's text. `bytes` are exact; `token` shows what is no UTF-8 as U+FFFD.
+    """
+
+    def shown(token: int, logprob: float) -> dict[str, Any]:
+        piece = pieces[token]
+        return {"id": token, "token": piece.decode(errors="replace"), "bytes": [*piece], "logprob": logprob}
+
+    return {**shown(found.token, found.logprob), "top_logprobs": [shown(*pair) for pair in found.top]}
