@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
-from fiddler.generation.batch_size import Width, first_width
-from fiddler.generation.beam_hypotheses import Beaming, EarlyStopping
+from fiddler.generation.batch_size import BatchSize, first_batch_size
+from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
 from fiddler.generation.beam_search import Beam, BeamSearch
 from fiddler.generation.completion import Completion, Generation
 from fiddler.generation.request import checked_ids, checked_request
 from fiddler.generation.scheduler import Batch, Outcome
 from fiddler.host_memory import in_memory
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.constraint import Constraint, Vocabulary
 from fiddler.sampling.sampler import Sampler, Sampling
@@ -57,7 +57,7 @@ class Engine:
         """The most positions a sequence can have: what was asked for, at most what the model was trained with."""
         return self.runner.context
 
-    def logits(self, ids: Ordered[int]) -> Tensor:
+    def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every one of `ids`: float32 [T, V] on the CPU.
 
         Raises RequestError when an id is outside the vocabulary or there are more ids than `context`.
@@ -71,11 +71,11 @@ class Engine:
 
     def start(
         self,
-        prompt: str | Ordered[int],
+        prompt: str | Sequence[int],
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         *,
-        stop: Ordered[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         prompt_cache: str | Path | None = None,
@@ -124,11 +124,11 @@ class Engine:
 
     def stream(
         self,
-        prompt: str | Ordered[int],
+        prompt: str | Sequence[int],
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         *,
-        stop: Ordered[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         reuse: bool | None = None,
@@ -142,11 +142,11 @@ class Engine:
 
     def generate(
         self,
-        prompt: str | Ordered[int],
+        prompt: str | Sequence[int],
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         *,
-        stop: Ordered[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         reuse: bool | None = None,
@@ -178,10 +178,12 @@ class Engine:
         if parallel is not None and parallel < 1:
             raise RequestError(f"parallel is {parallel}; give at least 1")
         most = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
-        first = first_width(self.config.expert_count, self.config.expert_used_count) if parallel is None else most
+        first = first_batch_size(self.config.expert_count, self.config.expert_used_count) if parallel is None else most
         file = self.model_file.file
         weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
-        return iter(Batch(self.runner, generations, self.runner.room(weights), Width(min(first, most), most), on_step))
+        return iter(
+            Batch(self.runner, generations, self.runner.room(weights), BatchSize(min(first, most), most), on_step)
+        )
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -193,11 +195,11 @@ class Engine:
 
     def start_beams(
         self,
-        prompt: str | Ordered[int],
-        beaming: Beaming,
+        prompt: str | Sequence[int],
+        options: BeamOptions,
         max_tokens: int | None = None,
         *,
-        stop: Ordered[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         prompt_cache: str | Path | None = None,
         reuse: bool = False,
@@ -208,7 +210,7 @@ class Engine:
             self.runner,
             self.tokenizer,
             ids,
-            beaming,
+            options,
             limit,
             stop,
             ignore_eos,
@@ -219,24 +221,24 @@ class Engine:
 
     def beam_search(
         self,
-        prompt: str | Ordered[int],
+        prompt: str | Sequence[int],
         width: int = 4,
         max_tokens: int | None = None,
         *,
         length_penalty: float = 1.0,
         early_stopping: EarlyStopping = False,
-        stop: Ordered[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         reuse: bool = False,
     ) -> list[Beam]:
         """The finished beams of a search `width` wide, best first, as transformers' `generate(num_beams=width)`.
 
-        length_penalty, early_stopping: see `fiddler.hypotheses.Beaming`. Other arguments, and errors: see `start`.
+        length_penalty, early_stopping: see `fiddler.hypotheses.BeamOptions`. Other arguments, and errors: see `start`.
         """
-        beaming = Beaming(width, length_penalty, early_stopping)
-        return self.start_beams(prompt, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos, reuse=reuse).run()
+        options = BeamOptions(width, length_penalty, early_stopping)
+        return self.start_beams(prompt, options, max_tokens, stop=stop, ignore_eos=ignore_eos, reuse=reuse).run()
 
-    def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[Sequence], None]:
+    def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[KVCache], None]:
         if prompt_cache is None:
             return lambda sequence: None
         from fiddler.runtime.kv_cache_file import resume_from

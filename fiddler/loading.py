@@ -13,7 +13,7 @@ import torch
 from fiddler import kernels
 from fiddler.cpu.loader import on_cpu
 from fiddler.device.detection import wants_gpu
-from fiddler.device.pinned_mapping import Registration
+from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.engine import Engine
 from fiddler.errors import ResourceError
 from fiddler.files.model_file import ModelFile
@@ -47,7 +47,7 @@ def load(
     gpu_experts: int | None = None,
     missing: Missing = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
-    registration: Registration | None = None,
+    pinned: PinnedMapping | None = None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
@@ -72,17 +72,17 @@ def load(
     gpu, why_not = wants_gpu(device, gpu_memory, notify)
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
-    if gpu and registration is None:
-        registration = Registration(model_file.file.mappings, model_file.file.path, model_file.file)
+    if gpu and pinned is None:
+        pinned = PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
     tokenizer = model_file.tokenizer
     tier, exact, config = kernels.choose_tier(kernel), precision == "exact", model_file.config
     if threads is not None:
         kernels.set_threads(threads)
     experts = mapped_experts(model_file, tier, exact=exact)
-    for product in {layer.product for layer in experts}:
-        kernels.prepare(product, lambda: notify(COMPILING), decode=registration is None or not gpu)
+    for variant in {layer.variant for layer in experts}:
+        kernels.precompile(variant, lambda: notify(COMPILING), decode=pinned is None or not gpu)
     capacity = min(context, config.context_length)
-    if registration is not None and gpu:
+    if pinned is not None and gpu:
         from fiddler.device.memory_budget import GpuStartError
         from fiddler.gpu.loader import on_gpu
 
@@ -93,7 +93,7 @@ def load(
             hybrid = on_gpu(
                 model_file,
                 experts,
-                registration,
+                pinned,
                 gpu_memory=gpu_memory,
                 threads=threads,
                 context=capacity,

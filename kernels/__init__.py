@@ -4,23 +4,23 @@ Knows arrays and CPU features; not files, tensors or models. The functions here 
 are the only doors to the compiled code, which has no bounds checks.
 """
 
-from fiddler.kernels.attention import Kept, attend_each
+from fiddler.kernels.attention import KVPointers, attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
-from fiddler.kernels.codegen.variant import Product
-from fiddler.kernels.decode import Block, Decoder
+from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.decode import BlockWeights, CompiledDecodeStep
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
 from fiddler.kernels.norm_router import rms_norm, route
-from fiddler.kernels.precompile import prepare
+from fiddler.kernels.precompile import precompile
 
 __all__ = [
     "TIERS",
-    "Block",
-    "Decoder",
-    "Kept",
-    "Product",
+    "BlockWeights",
+    "CompiledDecodeStep",
+    "KVPointers",
+    "KernelVariant",
     "Tier",
     "attend_each",
     "available_tiers",
@@ -28,7 +28,7 @@ __all__ = [
     "expert_ffn",
     "linear",
     "linears",
-    "prepare",
+    "precompile",
     "read_bandwidth",
     "rms_norm",
     "route",

@@ -16,13 +16,13 @@ from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels.codegen.function_pointer import Called
+from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 
-__all__ = ["Kept", "attend_each", "attention", "called"]
+__all__ = ["KVPointers", "addresses", "attend_each", "attention"]
 
 
 def attend_each(
@@ -64,12 +64,12 @@ def attend_each(
             oldest,
             frequencies,
             out,
-            called(keys[0].dtype),
+            addresses(keys[0].dtype),
         )
     return out
 
 
-class Kept:
+class KVPointers:
     """Keys and values of one sequence in every layer, validated once: what `decode` attends to and adds to.
 
     keys, values: of each layer, float32 or the uint16 bits of float16, [G, capacity, head_dim], as in `attend_each`.
@@ -250,12 +250,12 @@ def _attend_group(
 
 
 _VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
-_group = Called(_attend_group, _MATRIX, _VECTOR, _VECTOR, None, None, types.intp, types.intp, _VECTOR, _MATRIX)
+_group = FunctionPointer(_attend_group, _MATRIX, _VECTOR, _VECTOR, None, None, types.intp, types.intp, _VECTOR, _MATRIX)
 _call_group = _group.call
 
 
 @lru_cache(maxsize=2)
-def called(kind: np.dtype) -> int:
+def addresses(kind: np.dtype) -> int:
     """The address of what `attention` calls, for keys and values of this type."""
     kept = from_dtype(kind)[:, ::1]
     return _group.address(kept, kept)
@@ -294,7 +294,7 @@ def _attend(
 
 
 _HEADS, _PLACES = types.float32[:, :, ::1], types.intp[::1]
-attention = Called(
+attention = FunctionPointer(
     _attend,
     *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _PLACES, None, _PLACES, _PLACES, _VECTOR, _HEADS, types.intp),
 )

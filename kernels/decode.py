@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fiddler.kernels.attention import Kept
-from fiddler.kernels.codegen.variant import Product
-from fiddler.kernels.decode_step import SPANS, called, decode
+from fiddler.kernels.attention import KVPointers
+from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.decode_step import SPANS, addresses, decode
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
 
-__all__ = ["Block", "Decoder", "Products"]
+__all__ = ["BlockWeights", "CompiledDecodeStep", "StepSpans"]
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockWeights:
     """One transformer block's weights: float32, and uint16 bits, possibly read-only mappings."""
 
     attn_norm: np.ndarray  # float32 [D]
@@ -34,23 +34,23 @@ class Block:
     down: np.ndarray  # [E, D, F]
 
 
-class Products(NamedTuple):
-    """What a step computed of the large products; see `Decoder.spans`."""
+class StepSpans(NamedTuple):
+    """What a step computed of the large products; see `CompiledDecodeStep.spans`."""
 
     chosen: np.ndarray  # int64 [L, T, K]: experts
     times: np.ndarray  # float64 [products, 2]: when each began and ended
 
 
-class Decoder:
+class CompiledDecodeStep:
     """Takes one token of each of a few sequences through all blocks, the final norm and the output layer."""
 
     def __init__(
         self,
         token_embd: np.ndarray,
-        blocks: Sequence[Block],
+        blocks: Sequence[BlockWeights],
         output_norm: np.ndarray,
         output: np.ndarray,
-        product: Product,
+        variant: KernelVariant,
         frequencies: np.ndarray,
         epsilon: float,
         experts_used: int,
@@ -73,7 +73,7 @@ class Decoder:
         queries, keys = len(first.attn_q), len(first.attn_k)
         self._embeddings = token_embd
         self._blocks, self._output = list(blocks), output  # whose addresses are used
-        self._product, self._window, self._used = product, window, experts_used
+        self._product, self._window, self._used = variant, window, experts_used
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
         self._width, self._vocabulary = width, vocabulary
         dense = [(b.attn_q, b.attn_k, b.attn_v, b.attn_output, b.gate, b.up, b.down) for b in blocks]
@@ -91,8 +91,8 @@ class Decoder:
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
 
     def step(
-        self, tokens: Sequence[int], kept: Sequence[Kept], positions: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray, Products]:
+        self, tokens: Sequence[int], kept: Sequence[KVPointers], positions: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, StepSpans]:
         """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32, and what was read.
 
         kept: each sequence's keys and values, whose place `positions[t]` is written; no two share memory.
@@ -123,7 +123,7 @@ class Decoder:
             while lacks > 0:
                 lacks = decode(
                     self._product,
-                    called(self._product, dtype),
+                    addresses(self._product, dtype),
                     x,
                     *self._weights,
                     self._shapes,
@@ -143,14 +143,14 @@ class Decoder:
                 )
                 if lacks > 0:
                     grouped.workspace.grow(lacks)
-        return h, logits, Products(chosen, times)
+        return h, logits, StepSpans(chosen, times)
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 [T, D]."""
         rows: np.ndarray = self._embeddings[np.array(tokens)]
         return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
-    def spans(self, products: Products) -> Iterator[tuple[str, float, float, int]]:
+    def spans(self, products: StepSpans) -> Iterator[tuple[str, float, float, int]]:
         """A step's products: of which kind, when they began and ended, and the bytes of weights they read.
 
         "dense" or "experts"; seconds of CLOCK_MONOTONIC, which are time.perf_counter's.
@@ -167,7 +167,7 @@ class Decoder:
 
 
 def _validate(
-    blocks: Sequence[Block],
+    blocks: Sequence[BlockWeights],
     output_norm: np.ndarray,
     output: np.ndarray,
     frequencies: np.ndarray,

@@ -1,4 +1,4 @@
-"""One step of single tokens through a whole model: the compiled call that `Decoder` validates for.
+"""One step of single tokens through a whole model: the compiled call that `CompiledDecodeStep` validates for.
 
 Between two products of a token, Python would find its code and data evicted by the weights: a millisecond a layer of
 Mixtral's shape. Every kernel that is called here is one that others call, too, so the results are theirs, bit by bit.
@@ -20,10 +20,10 @@ from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels import attention, norm_router
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
-from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.matmul import grouped
 
-__all__ = ["SPANS", "called", "compile_decode", "decode"]
+__all__ = ["SPANS", "addresses", "compile_decode", "decode"]
 
 SPANS = 3
 """Timed parts of each layer: query, key and value; attention's output; experts."""
@@ -32,13 +32,13 @@ _call_norm, _call_router = norm_router.normalise.call, norm_router.router.call
 _call_attention, _call_products = attention.attention.call, grouped.products.call
 
 
-def compile_decode(product: Product, kept: type[np.generic]) -> None:
-    """Compile `Decoder.step` for keys and values of this type, or read it from the cache; nothing is computed."""
+def compile_decode(variant: KernelVariant, kept: type[np.generic]) -> None:
+    """Compile `CompiledDecodeStep.step` for keys and values of this type, or read it from the cache; nothing is computed."""
     none, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
     numbers = np.empty(0, np.int64)
     weights = none, none, none[None], numbers.reshape(0, 7), row, numbers
     lacks = decode(
-        product,
+        variant,
         (0,) * 8,
         none,
         *weights,
@@ -61,15 +61,15 @@ def compile_decode(product: Product, kept: type[np.generic]) -> None:
 
 
 @lru_cache(maxsize=64)
-def called(product: Product, kept: np.dtype) -> tuple[int, ...]:
+def addresses(variant: KernelVariant, kept: np.dtype) -> tuple[int, ...]:
     """The addresses of what `decode` calls; compiled, or read from the cache, where that is not done."""
     return (
         norm_router.normalise.address(),
         norm_router.router.address(),
         attention.attention.address(from_dtype(kept)[::1]),
-        attention.called(kept),
-        grouped.products.address(typeof(product)),
-        *grouped.called(product),
+        attention.addresses(kept),
+        grouped.products.address(typeof(variant)),
+        *grouped.addresses(variant),
     )
 
 
@@ -93,19 +93,19 @@ def _now(_context: Any) -> Any:
 
 @njit(**OPTIONS)
 def _timed_products(
-    given: tuple[Any, ...], called: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
+    given: tuple[Any, ...], addresses: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
 ) -> int:
     """`grouped_products` of what is given, and when it began and ended."""
     span[0] = _now()
-    lacks: int = _call_products(called[4], (*given, memory, threads, called[5:]))
+    lacks: int = _call_products(addresses[4], (*given, memory, threads, addresses[5:]))
     span[1] = _now()
     return lacks
 
 
 @partial(kernel, parallel=False)
 def decode(
-    product: Product,
-    called: tuple[int, ...],
+    variant: KernelVariant,
+    addresses: tuple[int, ...],
     x: np.ndarray,
     attn_norm: np.ndarray,
     ffn_norm: np.ndarray,
@@ -128,11 +128,11 @@ def decode(
     chosen: np.ndarray,
     spans: np.ndarray,
 ) -> int:
-    """`Decoder.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
+    """`CompiledDecodeStep.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
 
     matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
     """
-    norm, router, attend, attend_group = called[:4]
+    norm, router, attend, attend_group = addresses[:4]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
     (tokens, width), experts_used = x.shape, chosen.shape[2]
     if tokens == 0:
@@ -141,7 +141,7 @@ def decode(
     heads, groups = queries // size, qkv_rows[1] // size
     keys = groups * size
     everyone, whole = np.empty((tokens, 1), np.int64), np.empty((tokens, 1), np.float32)
-    shares = np.empty((tokens, experts_used), np.float32)
+    routing_weights = np.empty((tokens, experts_used), np.float32)
     normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
     made = np.empty(tokens * (queries + 2 * keys), np.float32)
     q = made[: tokens * queries].reshape(tokens, heads, size)
@@ -158,30 +158,30 @@ def decode(
     dense, gated = bool(0), bool(1)  # as literals they would be types, each compiled by itself
     lacks: int = 0
     for layer in range(len(matrices)):
-        ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
+        expert_ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
         of_layer = matrices[layer]
         _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
-        given = product, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, dense, made
-        lacks = max(lacks, _timed_products(given, called, memory, threads, span[0]))
+        given = variant, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, dense, made
+        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[0]))
         _call_attention(
             attend,
             (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        given = product, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, dense, flat
-        lacks = max(lacks, _timed_products(given, called, memory, threads, span[1]))
+        given = variant, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, dense, flat
+        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[1]))
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
         _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
-        _call_router(router, (normed, ffn_gate_inp[layer], ids, shares))
-        given = product, normed, ids, shares, hidden, of_layer[4:], ffn_rows, gated, flat
-        lacks = max(lacks, _timed_products(given, called, memory, threads, span[2]))
+        _call_router(router, (normed, ffn_gate_inp[layer], expert_ids, routing_weights))
+        given = variant, normed, expert_ids, routing_weights, hidden, of_layer[4:], ffn_rows, gated, flat
+        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[2]))
         if lacks > 0:
             return lacks
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
     _call_norm(norm, (h, output_norm, epsilon, normed))
-    given = product, normed, everyone, whole, logit_width, output, logit_rows, dense, logits
-    return int(_timed_products(given, called, memory, threads, spans[-1]))
+    given = variant, normed, everyone, whole, logit_width, output, logit_rows, dense, logits
+    return int(_timed_products(given, addresses, memory, threads, spans[-1]))

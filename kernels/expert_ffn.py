@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
 
@@ -22,12 +22,12 @@ __all__ = ["expert_ffn"]
 
 def expert_ffn(
     x: np.ndarray,
-    ids: np.ndarray,
-    weights: np.ndarray,
+    expert_ids: np.ndarray,
+    routing_weights: np.ndarray,
     gate: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
-    product: Product,
+    variant: KernelVariant,
     hidden_rows: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -35,26 +35,38 @@ def expert_ffn(
 
     x: float32 [T, D]; ids: integer [T, K], the experts of each token; weights: float32 [T, K].
     gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; any of them may be a read-only mapping.
-    `product` says how those bits are read and to what activations are rounded: x before the first products, the
+    `variant` says how those bits are read and to what activations are rounded: x before the first products, the
     SwiGLU product before the second.
     hidden_rows: int64 [E], even numbers; of each expert only its first so many of the F hidden rows are computed,
     that is, so many rows of gate and up and columns of down: the rest is someone else's share of the same sum.
     out: float32 [T, D] that is written and returned, instead of a new one.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
-    tokens, width, hidden = _validate(x, ids, weights, gate, up, down)
+    tokens, width, hidden = _validate(x, expert_ids, routing_weights, gate, up, down)
     if hidden_rows is None:
         hidden_rows = _all_rows(gate.shape[0], hidden)
     else:
         _validate_rows(hidden_rows, gate.shape[0], hidden)
     matrices = np.array([address_of(bits) for bits in (gate, up, down)])
-    multiplications = 3 * x.shape[0] * ids.shape[1] * width * hidden
-    ids, weights = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
+    multiplications = 3 * x.shape[0] * expert_ids.shape[1] * width * hidden
+    expert_ids, routing_weights = (
+        np.ascontiguousarray(expert_ids, np.int64),
+        np.ascontiguousarray(routing_weights, np.float32),
+    )
     y = np.empty((tokens, width), np.float32) if out is None else out
     if y.shape != (tokens, width) or y.dtype != np.float32 or not y.flags.c_contiguous:
         raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {(tokens, width)}")
     if not run(
-        product, x, ids, weights, hidden_rows, matrices, _outputs(hidden, width), True, y.reshape(-1), multiplications
+        variant,
+        x,
+        expert_ids,
+        routing_weights,
+        hidden_rows,
+        matrices,
+        _outputs(hidden, width),
+        True,
+        y.reshape(-1),
+        multiplications,
     ):
         raise ValueError(f"an expert id lies outside 0..{gate.shape[0] - 1}")
     return y
@@ -71,7 +83,12 @@ def _outputs(hidden: int, width: int) -> np.ndarray:
 
 
 def _validate(
-    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray
+    x: np.ndarray,
+    expert_ids: np.ndarray,
+    routing_weights: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
 ) -> tuple[int, int, int]:
     if x.ndim != 2 or x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, D]")
@@ -85,8 +102,15 @@ def _validate(
     for name, bits in (("gate", gate), ("up", up), ("down", down)):
         if bits.dtype != np.uint16 or not bits.flags.c_contiguous:
             raise ValueError(f"{name} is {bits.dtype}; expected contiguous uint16 bits")
-    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.kind not in "iu" or weights.shape != ids.shape:
-        raise ValueError(f"ids are {ids.dtype} {ids.shape}, weights {weights.shape}; expected [{x.shape[0]}, K] both")
+    if (
+        expert_ids.ndim != 2
+        or expert_ids.shape[0] != x.shape[0]
+        or expert_ids.dtype.kind not in "iu"
+        or routing_weights.shape != expert_ids.shape
+    ):
+        raise ValueError(
+            f"ids are {expert_ids.dtype} {expert_ids.shape}, weights {routing_weights.shape}; expected [{x.shape[0]}, K] both"
+        )
     return x.shape[0], width, hidden
 
 

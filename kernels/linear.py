@@ -8,24 +8,24 @@ from itertools import accumulate
 
 import numpy as np
 
-from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
 
 __all__ = ["linear", "linears"]
 
 
-def linear(x: np.ndarray, w: np.ndarray, product: Product) -> np.ndarray:
+def linear(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
     """x . w transposed: float32 [T, N].
 
-    x: float32 [T, K]; w: uint16 bits [N, K], possibly a read-only mapping; `product` says how they are read and
+    x: float32 [T, K]; w: uint16 bits [N, K], possibly a read-only mapping; `variant` says how they are read and
     whether x is rounded to bf16 first.
     Raises ValueError when a shape, a data type or the memory order does not fit.
     """
-    return linears(x, [w], product)[0]
+    return linears(x, [w], variant)[0]
 
 
-def linears(x: np.ndarray, weights: Sequence[np.ndarray], product: Product) -> list[np.ndarray]:
+def linears(x: np.ndarray, weights: Sequence[np.ndarray], variant: KernelVariant) -> list[np.ndarray]:
     """`linear` of one x with several weights, which is prepared for the products once."""
     if x.ndim != 2 or x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, K]")
@@ -38,8 +38,8 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], product: Product) -> l
     outputs = [w.shape[0] for w in weights]
     y = np.empty(tokens * sum(outputs), np.float32)
     matrices = np.array([address_of(w) for w in weights])
-    ids, share, every = _one_expert(tokens, width)
-    run(product, x, ids, share, every, matrices, np.array(outputs), False, y, y.size * width)
+    expert_ids, routing_weights, every = _one_expert(tokens, width)
+    run(variant, x, expert_ids, routing_weights, every, matrices, np.array(outputs), False, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
     return [y[end - tokens * rows : end].reshape(tokens, rows) for rows, end in zip(outputs, ends, strict=True)]
 

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numba import njit, types
 
-from fiddler.kernels.codegen.function_pointer import Called
+from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import exponential
 
@@ -43,9 +43,9 @@ def route(x: np.ndarray, weight: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
         raise ValueError(f"x is {x.shape}, weight {weight.shape}, k {k}; expected [T, D], [E, D] and 1 to E")
     if x.dtype != np.float32 or weight.dtype != np.float32:
         raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; expected float32")
-    ids, shares = np.empty((len(x), k), np.int64), np.empty((len(x), k), np.float32)
-    _route(np.ascontiguousarray(x), np.ascontiguousarray(weight), ids, shares)
-    return ids, shares
+    expert_ids, routing_weights = np.empty((len(x), k), np.int64), np.empty((len(x), k), np.float32)
+    _route(np.ascontiguousarray(x), np.ascontiguousarray(weight), expert_ids, routing_weights)
+    return expert_ids, routing_weights
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
@@ -66,8 +66,8 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.float32, out: np.nd
 
 
 @partial(kernel, parallel=False)
-def _route(x: np.ndarray, weight: np.ndarray, ids: np.ndarray, shares: np.ndarray) -> None:
-    experts, k = weight.shape[0], ids.shape[1]
+def _route(x: np.ndarray, weight: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray) -> None:
+    experts, k = weight.shape[0], expert_ids.shape[1]
     for t in range(x.shape[0]):
         scores, free = np.empty(experts, np.float32), np.empty(experts, np.bool_)
         for e in range(experts):
@@ -79,15 +79,15 @@ def _route(x: np.ndarray, weight: np.ndarray, ids: np.ndarray, shares: np.ndarra
                 if free[e] and (best < 0 or scores[e] > scores[best]):
                     best = e
             free[best] = False
-            ids[t, j] = best
+            expert_ids[t, j] = best
             # the softmax over all of them, divided by its sum over the chosen: the others' terms cancel
-            below = scores[best] - scores[ids[t, 0]]
-            shares[t, j] = exponential(below) if below == below else below
-            total += shares[t, j]
+            below = scores[best] - scores[expert_ids[t, 0]]
+            routing_weights[t, j] = exponential(below) if below == below else below
+            total += routing_weights[t, j]
         for j in range(k):
-            shares[t, j] /= total
+            routing_weights[t, j] /= total
 
 
 _VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
-normalise = Called(_rms_norm, _MATRIX, _VECTOR, types.float32, _MATRIX)
-router = Called(_route, _MATRIX, _MATRIX, types.int64[:, ::1], _MATRIX)
+normalise = FunctionPointer(_rms_norm, _MATRIX, _VECTOR, types.float32, _MATRIX)
+router = FunctionPointer(_route, _MATRIX, _MATRIX, types.int64[:, ::1], _MATRIX)

@@ -13,8 +13,8 @@ __all__ = ["Cache", "Experts", "Linear", "Norm", "Router"]
 class Experts(Protocol):
     """Computes a layer's routed experts, wherever they live."""
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, D] float32, ids [T, K], weights [T, K] -> the weighted sum of the experts' outputs, [T, D]."""
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        """x [T, D] float32, expert_ids [T, K], routing_weights [T, K] -> the weighted sum of the experts' outputs, [T, D]."""
         ...
 
 

@@ -77,7 +77,7 @@ class Block:
     def before_experts(
         self, h: Tensor, cache: Cache, wanted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], ids and weights [T, K].
+        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], expert_ids and routing_weights [T, K].
 
         wanted: only of these rows.
         """

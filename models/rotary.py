@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fiddler.models.config import Config
 
-__all__ = ["rotary_frequencies", "rotary_turns", "rotate"]
+__all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate"]
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -16,13 +16,13 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
     return 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
 
 
-def rotary_turns(config: Config, positions: Tensor) -> Tensor:
+def rotary_cos_sin(config: Config, positions: Tensor) -> Tensor:
     """What turns each pair of a head's elements to its position: complex64 [T, 1, head_dim / 2]."""
     angles = positions[:, None].float() * rotary_frequencies(config, positions.device)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotary embedding of neighbouring pairs (GGUF's order), which are complex numbers: x [T, heads, head_dim]."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    return torch.view_as_real(pairs * cos_sin).flatten(-2)

@@ -12,8 +12,8 @@ __all__ = ["rms_norm", "route"]
 def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """RMS norm of h, and the K most probable experts with their probabilities, summing to 1: [T, D], [T, K], [T, K]."""
     x = rms_norm(h, norm, epsilon)
-    weights, ids = torch.topk(torch.softmax(F.linear(x, weight), -1), k)
-    return x, ids, weights / weights.sum(-1, keepdim=True)
+    routing_weights, expert_ids = torch.topk(torch.softmax(F.linear(x, weight), -1), k)
+    return x, expert_ids, routing_weights / routing_weights.sum(-1, keepdim=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -167,10 +167,10 @@ def test_kernels_do_not_depend_on_the_threads(threads):
     ids, weights = random.integers(0, 4, (37, 2)), random.random((37, 2)).astype(np.float32)
     for array in (w, gate, up, down):
         array.flags.writeable = False  # as in a mapping
-    product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
+    variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
 
     def results():
-        return kernels.linear(x, w, product), kernels.expert_ffn(x, ids, weights, gate, up, down, product)
+        return kernels.linear(x, w, variant), kernels.expert_ffn(x, ids, weights, gate, up, down, variant)
 
     try:
         kernels.set_threads(threads)

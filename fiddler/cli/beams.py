@@ -15,7 +15,7 @@ from fiddler.errors import RequestError
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
-    from fiddler.generation.beam_hypotheses import Beaming, EarlyStopping
+    from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
     from fiddler.generation.completion import Stats
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "EarlyStopOption",
     "LengthPenalty",
     "NBest",
-    "beaming_of",
+    "beam_options_of",
     "check_beam_options",
     "print_beams",
 ]
@@ -70,13 +70,13 @@ def check_beam_options(given: typer.Context, beams: int | None, n_best: int, sam
         raise typer.BadParameter(f"--n-best {n_best} of {beams} beams; give at most as many as --beams")
 
 
-def beaming_of(beams: int, length_penalty: float, early: EarlyStop) -> Beaming:
+def beam_options_of(beams: int, length_penalty: float, early: EarlyStop) -> BeamOptions:
     """How to search. Raises BadParameter, wrong usage, where a value is out of range."""
-    from fiddler.generation.beam_hypotheses import Beaming
+    from fiddler.generation.beam_hypotheses import BeamOptions
 
     stopping: EarlyStopping = "never" if early is EarlyStop.never else early is EarlyStop.true
     try:
-        return Beaming(beams, length_penalty, stopping)
+        return BeamOptions(beams, length_penalty, stopping)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -84,7 +84,7 @@ def beaming_of(beams: int, length_penalty: float, early: EarlyStop) -> Beaming:
 def print_beams(
     engine: Engine,
     text: str,
-    beaming: Beaming,
+    options: BeamOptions,
     max_tokens: int | None,
     n_best: int,
     *,
@@ -94,7 +94,7 @@ def print_beams(
     stats: bool,
 ) -> Stats:
     """Search, and print the best text, or the best few, each below a line with its rank and score."""
-    search = engine.start_beams(text, beaming, max_tokens, stop=stop, ignore_eos=ignore_eos, prompt_cache=prompt_cache)
+    search = engine.start_beams(text, options, max_tokens, stop=stop, ignore_eos=ignore_eos, prompt_cache=prompt_cache)
     found = search.run()[:n_best]
     for rank, beam in enumerate(found, 1):
         if n_best > 1:
@@ -103,7 +103,7 @@ def print_beams(
     sys.stdout.flush()
     if stats:
         scores = ", ".join(f"{beam.score:.4f} ({len(beam.tokens)} tokens, {beam.finish_reason})" for beam in found)
-        say(f"scores of {len(found)} of {beaming.width} beams: {scores}")
+        say(f"scores of {len(found)} of {options.num_beams} beams: {scores}")
     return search.stats
 
 

@@ -96,16 +96,16 @@ def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> E
 
     A bad file is refused before torch is imported.
     """
-    opened, registration = model, None
+    opened, pinned = model, None
     if opened is not None:
-        from fiddler.device.pinned_mapping import Registration, torch_for_gpus
+        from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
         from fiddler.files.model_file import ModelFile
 
         if isinstance(opened, Path):
             opened = ModelFile.open(opened)
         opened.check_runnable()
         if options.get("device") != "cpu" and torch_for_gpus():
-            registration = Registration(opened.file.mappings, opened.file.path, opened.file)
+            pinned = PinnedMapping(opened.file.mappings, opened.file.path, opened.file)
         _ = opened.tokenizer
     from fiddler.loading import load
 
@@ -115,7 +115,7 @@ def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> E
             context=4096 if ctx is None else ctx,
             notify=say,
             progress=progress,
-            registration=registration,
+            pinned=pinned,
             **options,
         )
     if ctx is not None and ctx > engine.context:

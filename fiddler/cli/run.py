@@ -16,7 +16,7 @@ from fiddler.cli.beams import (
     EarlyStopOption,
     LengthPenalty,
     NBest,
-    beaming_of,
+    beam_options_of,
     check_beam_options,
     print_beams,
 )
@@ -128,7 +128,7 @@ def run(
 ) -> None:
     """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
     check_beam_options(given, beams, n_best, _CHOOSING)
-    beaming = None if beams is None else beaming_of(beams, length_penalty, early_stopping)
+    options = None if beams is None else beam_options_of(beams, length_penalty, early_stopping)
     chatting = prompt is None and prompt_file is None and _on_terminal()
     if not chatting and (system is not None or chat_template_file is not None):
         raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
@@ -177,11 +177,11 @@ def run(
         return
     if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    if beaming is not None:
+    if options is not None:
         took = print_beams(
             engine,
             text,
-            beaming,
+            options,
             limit,
             n_best,
             stop=stop or (),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.files.weights import ExpertWeights, LinearWeight
-from fiddler.kernels import Product
+from fiddler.kernels import KernelVariant
 from fiddler.models import router
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -31,12 +31,14 @@ class CpuExperts:
         self._layers = layers
         self._recorder = recorder
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """The model's `Experts`."""
         w = self._layers[layer]
-        read = len(set(ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
+        read = len(set(expert_ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
         with self._recorder.span("experts", read):
-            y = kernels.expert_ffn(x.numpy(), ids.numpy(), weights.numpy(), w.gate, w.up, w.down, w.product)
+            y = kernels.expert_ffn(
+                x.numpy(), expert_ids.numpy(), routing_weights.numpy(), w.gate, w.up, w.down, w.variant
+            )
         return torch.from_numpy(y)
 
 
@@ -55,13 +57,13 @@ class CpuLinear:
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         """The same for several weights that take the same x; neighbours of a kind in one call of the kernels."""
         made: list[Tensor] = []
-        for product, same in groupby((self._weights[name] for name in names), key=_product_of):
+        for variant, same in groupby((self._weights[name] for name in names), key=_variant_of):
             weights = list(same)
             with self._recorder.span("dense", sum(_bits(weight).nbytes for weight in weights)):
-                if product is None:
+                if variant is None:
                     made += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
                 else:
-                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], product)
+                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], variant)
                     made += (torch.from_numpy(y) for y in results)
         return made
 
@@ -71,8 +73,8 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
     if len(h) > FEW:
         return router.route(h, norm, epsilon, weight, k)
     x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
-    ids, shares = kernels.route(x, weight.numpy(), k)
-    return torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(shares)
+    expert_ids, routing_weights = kernels.route(x, weight.numpy(), k)
+    return torch.from_numpy(x), torch.from_numpy(expert_ids), torch.from_numpy(routing_weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -82,8 +84,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 
 
-def _product_of(weight: LinearWeight | Tensor) -> Product | None:
-    return None if isinstance(weight, Tensor) else weight.product
+def _variant_of(weight: LinearWeight | Tensor) -> KernelVariant | None:
+    return None if isinstance(weight, Tensor) else weight.variant
 
 
 def _bits(weight: LinearWeight | Tensor) -> np.ndarray:

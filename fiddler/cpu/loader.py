@@ -13,7 +13,7 @@ from fiddler import kernels
 from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route
 from fiddler.cpu.runner import CpuRunner
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import ExpertWeights, LinearWeight, product_of
+from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.precompile import COMPILING
 from fiddler.models.mixtral import Mixtral
 from fiddler.models.rotary import rotary_frequencies
@@ -33,7 +33,7 @@ def on_cpu(
     recorder: Recorder,
 ) -> Runner:
     """The whole model on the CPU."""
-    config, tier = model_file.config, experts[0].product.tier
+    config, tier = model_file.config, experts[0].variant.tier
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name in config.tensor_shapes(tied=False):
@@ -45,13 +45,13 @@ def on_cpu(
         elif name == "token_embd.weight":
             weights[name] = _tensor(values, kind)
         else:
-            made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, product_of(tier, kind, exact))
+            made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
             linears[name] = made
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
-    for product in {weight.product for weight in linears.values() if isinstance(weight, LinearWeight)}:
-        kernels.prepare(product, lambda: notify(COMPILING), decode=decoder is not None)
-    cache_dtype = torch.float16 if experts[0].product.activations == "bf16" else torch.float32
+    for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
+        kernels.precompile(variant, lambda: notify(COMPILING), decode=decoder is not None)
+    cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 
 
@@ -68,14 +68,14 @@ def decoder_of(
     weights: Mapping[str, Tensor],
     linears: Mapping[str, LinearWeight | Tensor],
     experts: Sequence[ExpertWeights],
-) -> kernels.Decoder | None:
+) -> kernels.CompiledDecodeStep | None:
     """What takes single tokens through this model; None where not all weights are read by the same product."""
-    config, product, bits = model.config, experts[0].product, {}
+    config, variant, bits = model.config, experts[0].variant, {}
     for name, weight in linears.items():
-        if not isinstance(weight, LinearWeight) or weight.product != product:
+        if not isinstance(weight, LinearWeight) or weight.variant != variant:
             return None
         bits[name] = weight.bits
-    if any(each.product != product for each in experts):
+    if any(each.variant != variant for each in experts):
         return None
     table = weights["token_embd.weight"]
     rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
@@ -85,13 +85,13 @@ def decoder_of(
             part: weights[f"blk.{layer}.{part}.weight"].numpy() for part in ("attn_norm", "ffn_norm", "ffn_gate_inp")
         }
         dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
-        blocks.append(kernels.Block(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
-    return kernels.Decoder(
+        blocks.append(kernels.BlockWeights(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
+    return kernels.CompiledDecodeStep(
         rows,
         blocks,
         weights["output_norm.weight"].numpy(),
         bits["output.weight"],
-        product,
+        variant,
         rotary_frequencies(config, torch.device("cpu")).numpy(),
         config.rms_epsilon,
         config.expert_used_count,

@@ -5,7 +5,7 @@ Knows where the weights lie; computes nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.cpu.layers import FEW
 from fiddler.models.mixtral import Mixtral
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -29,7 +29,7 @@ class CpuRunner(Runner):
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
-        decoder: kernels.Decoder | None,
+        decoder: kernels.CompiledDecodeStep | None,
         recorder: Recorder,
     ) -> None:
         """decoder: takes single tokens through all of the model; None: they go the way of all others."""
@@ -38,7 +38,7 @@ class CpuRunner(Runner):
         self._experts = model.experts
         self._last = torch.empty(0), torch.empty(0)  # hidden states of a step of single tokens, and their logits
 
-    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
+    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
         """A `Runner`'s."""
         all_wanted = wanted is None or len(wanted) == len(parts)
         counted = self.model.experts is not self._experts  # by someone who looks at what they are given

@@ -15,9 +15,9 @@ from fiddler.errors import ResourceError
 __all__ = [
     "copy_rows_to_device",
     "copy_to_device",
-    "register",
+    "pin",
     "start",
-    "unregister",
+    "unpin",
     "used_at_first",
     "wait_for_value",
 ]
@@ -91,13 +91,13 @@ def start() -> None:
         raise ResourceError("the GPU does not start")
 
 
-def register(address: int, nbytes: int) -> bool:
+def pin(address: int, nbytes: int) -> bool:
     """Pin mapped memory, so that the device's copy engine reads it in place; False where the driver refuses."""
     return int(_driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY)) == 0
 
 
-def unregister(address: int) -> None:
-    """Undo `register`."""
+def unpin(address: int) -> None:
+    """Undo `pin`."""
     _driver().cuMemHostUnregister(address)
 
 

@@ -15,7 +15,7 @@ from fiddler.device import cuda_driver
 from fiddler.errors import ResourceError
 from fiddler.host_memory import available_memory, cached_bytes, in_memory, populate
 
-__all__ = ["Registration", "pieces", "torch_for_gpus"]
+__all__ = ["PinnedMapping", "pieces", "torch_for_gpus"]
 
 _SPARE = 0.05  # of memory that is left unpinned
 _THREADS = 8  # that walk the mapping: more than one gets its pages faster, 1.5 instead of 6.6 s for 93 GB
@@ -23,7 +23,7 @@ _WALKED = 1 << 27  # bytes, that one of them takes at a time; whole pages
 _PIECE = 1 << 31  # bytes, that are registered at a time: nothing else in the process can be mapped meanwhile
 
 
-class Registration:
+class PinnedMapping:
     """A mapping that is being registered with the driver, and is unregistered when nobody holds this any more."""
 
     def __init__(self, mappings: Sequence[tuple[int, int]], path: Path | None, owner: object) -> None:
@@ -50,7 +50,7 @@ class Registration:
 
 
 class _Work:
-    """What the thread does, which must not keep its `Registration` alive."""
+    """What the thread does, which must not keep its `PinnedMapping` alive."""
 
     def __init__(self, mappings: Sequence[tuple[int, int]], path: Path | None) -> None:
         self._mappings, self._path = mappings, path
@@ -84,7 +84,7 @@ class _Work:
         for address, size in pieces(self._mappings, _PIECE):
             if self.unwanted:
                 return
-            if not cuda_driver.register(address, size):
+            if not cuda_driver.pin(address, size):
                 raise ResourceError("the driver does not let the GPU read the mapped file (no pinned memory?)")
             self.done.append(address)
 
@@ -116,7 +116,7 @@ def _undo(thread: threading.Thread, work: _Work, owner: object) -> None:
     work.unwanted = True
     thread.join()
     for address in work.done:
-        cuda_driver.unregister(address)
+        cuda_driver.unpin(address)
 
 
 def torch_for_gpus() -> bool:

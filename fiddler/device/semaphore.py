@@ -11,10 +11,10 @@ import torch
 from fiddler.device import cuda_driver
 from fiddler.errors import ResourceError
 
-__all__ = ["CudaGate", "Gate", "HostGate"]
+__all__ = ["CudaSemaphore", "HostSemaphore", "Semaphore"]
 
 
-class Gate(Protocol):
+class Semaphore(Protocol):
     """Where a device's queue waits for the host, again and again."""
 
     def next(self) -> int:
@@ -30,8 +30,8 @@ class Gate(Protocol):
         ...
 
 
-class HostGate:
-    """A `Gate` at which the caller waits itself, for another thread. One thread at a time waits, and another one opens.
+class HostSemaphore:
+    """A `Semaphore` at which the caller waits itself, for another thread. One thread at a time waits, and another one opens.
 
     Without a lock: Ctrl-C, between taking one and the block that would release it, leaves it taken.
     """
@@ -41,24 +41,24 @@ class HostGate:
         self._changed: SimpleQueue[None] = SimpleQueue()
 
     def next(self) -> int:
-        """A `Gate`'s."""
+        """A `Semaphore`'s."""
         self.numbered += 1
         return self.numbered
 
     def wait(self, number: int) -> None:
-        """A `Gate`'s."""
+        """A `Semaphore`'s."""
         while not self._changed.empty():
             self._changed.get()
         while self._opened < number:
             self._changed.get()
 
     def open(self, number: int | None = None) -> None:
-        """A `Gate`'s."""
+        """A `Semaphore`'s."""
         self._opened = max(self._opened, self.numbered if number is None else number)
         self._changed.put(None)
 
 
-class CudaGate(HostGate):
+class CudaSemaphore(HostSemaphore):
     """The stream waits for a number in pinned memory; where the driver cannot do that, the caller waits."""
 
     def __init__(self) -> None:
@@ -68,14 +68,14 @@ class CudaGate(HostGate):
         self._by_stream = self._wait(0)
 
     def wait(self, number: int) -> None:
-        """A `Gate`'s."""
+        """A `Semaphore`'s."""
         if not self._by_stream:
             super().wait(number)
         elif not self._wait(number):
             raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
 
     def open(self, number: int | None = None) -> None:
-        """A `Gate`'s."""
+        """A `Semaphore`'s."""
         if self._by_stream:
             self._seen[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
         else:

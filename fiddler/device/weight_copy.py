@@ -1,8 +1,8 @@
 """How weights get from a mapped file to where the GPU part computes. Knows addresses and streams; no models.
 
-Three links, one interface. `DirectLink`: the mapping is registered, the GPU's copy engine reads it in place, at the
-speed of the bus and without a thread of ours. `BouncedLink`: through pinned buffers that threads fill, where
-registering is refused or the model is larger than memory. `HostLink`: both sides are the CPU; it is what the
+Three links, one interface. `PinnedCopy`: the mapping is registered, the GPU's copy engine reads it in place, at the
+speed of the bus and without a thread of ours. `BounceBufferCopy`: through pinned buffers that threads fill, where
+registering is refused or the model is larger than memory. `HostCopy`: both sides are the CPU; it is what the
 orchestration is tested with where there is no GPU.
 """
 
@@ -19,18 +19,18 @@ import numpy as np
 import torch
 
 from fiddler.device import cuda_driver
-from fiddler.device.pinned_mapping import Registration
-from fiddler.device.semaphore import CudaGate, Gate, HostGate
+from fiddler.device.pinned_mapping import PinnedMapping
+from fiddler.device.semaphore import CudaSemaphore, HostSemaphore, Semaphore
 from fiddler.errors import ResourceError
 
-__all__ = ["BouncedLink", "DirectLink", "HostLink", "Link", "Mark", "fastest_link", "within"]
+__all__ = ["BounceBufferCopy", "Event", "HostCopy", "PinnedCopy", "WeightCopy", "fastest_copy", "within"]
 
 _FILLING_THREADS = 4
 _BOUNCE = 1 << 24  # bytes of a pinned buffer
 _BOUNCES = 4
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in a queue of work, set again and again, as CUDA's events are."""
 
     def record(self) -> None:
@@ -50,7 +50,7 @@ class Mark(Protocol):
         ...
 
 
-class Link(Protocol):
+class WeightCopy(Protocol):
     """Copies weights, in order, beside what the compute stream does."""
 
     device: torch.device
@@ -68,24 +68,24 @@ class Link(Protocol):
         """
         ...
 
-    def mark(self) -> Mark:
+    def event(self) -> Event:
         """A new point, reached already."""
         ...
 
-    def gate(self) -> Gate:
+    def semaphore(self) -> Semaphore:
         """A new gate, open so far."""
         ...
 
-    def arrive(self, mark: Mark) -> None:
-        """Set `mark` after all copies so far."""
+    def arrive(self, event: Event) -> None:
+        """Set `event` after all copies so far."""
         ...
 
-    def hold(self, mark: Mark) -> None:
-        """Copies from now on wait for `mark`."""
+    def hold(self, event: Event) -> None:
+        """Copies from now on wait for `event`."""
         ...
 
 
-class _Passed:
+class _ReachedEvent:
     """A point that is always reached."""
 
     def record(self) -> None: ...
@@ -105,7 +105,7 @@ def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(flat, (rows, width), (pitch, 1))
 
 
-class HostLink:
+class HostCopy:
     """Copies at once, on the CPU."""
 
     blocks = False
@@ -115,64 +115,64 @@ class HostLink:
         self.device = torch.device("cpu")
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `Link`'s."""
+        """A `WeightCopy`'s."""
         np.copyto(_view(target, width, rows, width), _view(source, width, rows, pitch))
 
-    def mark(self) -> Mark:
-        """A `Link`'s."""
-        return _Passed()
+    def event(self) -> Event:
+        """A `WeightCopy`'s."""
+        return _ReachedEvent()
 
-    def gate(self) -> Gate:
-        """A `Link`'s."""
-        return HostGate()
+    def semaphore(self) -> Semaphore:
+        """A `WeightCopy`'s."""
+        return HostSemaphore()
 
-    def arrive(self, mark: Mark) -> None:
-        """A `Link`'s."""
+    def arrive(self, event: Event) -> None:
+        """A `WeightCopy`'s."""
 
-    def hold(self, mark: Mark) -> None:
-        """A `Link`'s."""
+    def hold(self, event: Event) -> None:
+        """A `WeightCopy`'s."""
 
 
-class _CudaLink:
+class _StreamCopy:
     """A stream for copies, and points in it and in the compute stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def mark(self) -> Mark:
-        """A `Link`'s."""
+    def event(self) -> Event:
+        """A `WeightCopy`'s."""
         return torch.cuda.Event()
 
-    def gate(self) -> Gate:
-        """A `Link`'s."""
-        return CudaGate()
+    def semaphore(self) -> Semaphore:
+        """A `WeightCopy`'s."""
+        return CudaSemaphore()
 
-    def arrive(self, mark: Mark) -> None:
-        """A `Link`'s."""
-        assert isinstance(mark, torch.cuda.Event)
-        mark.record(self.stream)
+    def arrive(self, event: Event) -> None:
+        """A `WeightCopy`'s."""
+        assert isinstance(event, torch.cuda.Event)
+        event.record(self.stream)
 
-    def hold(self, mark: Mark) -> None:
-        """A `Link`'s."""
-        assert isinstance(mark, torch.cuda.Event)
-        self.stream.wait_event(mark)
+    def hold(self, event: Event) -> None:
+        """A `WeightCopy`'s."""
+        assert isinstance(event, torch.cuda.Event)
+        self.stream.wait_event(event)
 
 
-class DirectLink(_CudaLink):
+class PinnedCopy(_StreamCopy):
     """The copy engine reads the registered mapping."""
 
     blocks = False
 
-    def __init__(self, device: torch.device, registration: Registration) -> None:
+    def __init__(self, device: torch.device, pinned: PinnedMapping) -> None:
         """Raises ResourceError where the mapping cannot be registered."""
         super().__init__(device)
-        self._registration = registration  # which goes with the last who holds it
-        registration.wait()
+        self._pinned = pinned  # which goes with the last who holds it
+        pinned.wait()
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `Link`'s."""
-        stream, borders = self.stream.cuda_stream, self._registration.borders
+        """A `WeightCopy`'s."""
+        stream, borders = self.stream.cuda_stream, self._pinned.borders
         for begin, count, size, to in within(source, width, rows, pitch, borders):
             if count == 1 or pitch == size:
                 cuda_driver.copy_to_device(target + to, begin, size * count, stream)
@@ -183,7 +183,7 @@ class DirectLink(_CudaLink):
 def within(
     source: int, width: int, rows: int, pitch: int, borders: Sequence[int]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """The parts of such a copy as `Link.copy` makes, none of which goes past one of the `borders`, in order.
+    """The parts of such a copy as `WeightCopy.copy` makes, none of which goes past one of the `borders`, in order.
 
     Of each: its address, rows, bytes a row, and how far after the target's address it goes.
     """
@@ -206,7 +206,7 @@ def within(
         source, rows, to = source + fit * pitch, rows - fit, to + fit * width
 
 
-class BouncedLink(_CudaLink):
+class BounceBufferCopy(_StreamCopy):
     """Threads copy the mapping to pinned buffers, the copy engine reads those."""
 
     blocks = True
@@ -219,7 +219,7 @@ class BouncedLink(_CudaLink):
         self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-link")
 
     def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `Link`'s."""
+        """A `WeightCopy`'s."""
         if rows == 1 or pitch == width:  # one long row, in pieces of a buffer
             total = width * rows
             for begin in range(0, total, _BOUNCE):
@@ -246,10 +246,10 @@ class BouncedLink(_CudaLink):
         self._left[index].record(self.stream)
 
 
-def fastest_link(registration: Registration, device: torch.device, notify: Callable[[str], None]) -> Link:
+def fastest_copy(pinned: PinnedMapping, device: torch.device, notify: Callable[[str], None]) -> WeightCopy:
     """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
     try:
-        return DirectLink(device, registration)
+        return PinnedCopy(device, pinned)
     except ResourceError as error:
         notify(f"{error}: reading through buffers")
-        return BouncedLink(device)
+        return BounceBufferCopy(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
-from fiddler.kernels import Product, Tier
+from fiddler.kernels import KernelVariant, Tier
 
 __all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
 
@@ -68,9 +68,9 @@ class Row:
 
 def kernel_rows(
     model_file: ModelFile,
-    tiers: Ordered[Tier],
-    kinds: Ordered[str],
-    tokens: Ordered[int],
+    tiers: Sequence[Tier],
+    kinds: Sequence[str],
+    tokens: Sequence[int],
     repetitions: int,
     threads: int | None = None,
 ) -> Iterator[Row]:
@@ -99,10 +99,10 @@ def kernel_rows(
         sides: dict[str, Layer] = {"torch": _torch_layer(kind)}
         errors: dict[str, float | None] = {"torch": None}
         for tier in tiers:
-            product = Product(tier, kind, "bf16" if kind == "bf16" else "f32")
-            kernels.prepare(product)
-            sides[tier.name] = _kernel_layer(product)
-            errors[tier.name] = _error(sides[tier.name], product, groups[0], tokens)
+            variant = KernelVariant(tier, kind, "bf16" if kind == "bf16" else "f32")
+            kernels.precompile(variant)
+            sides[tier.name] = _kernel_layer(variant)
+            errors[tier.name] = _error(sides[tier.name], variant, groups[0], tokens)
         for count in tokens:
             x = np.random.default_rng(count).standard_normal((count, width), dtype=np.float32)
             x *= np.float32(0.01)  # so that float16, where torch computes in it, does not overflow
@@ -151,12 +151,12 @@ def _read(experts: Experts) -> float:
     return sum(bits.nbytes / kernels.read_bandwidth(bits, 1) for bits in experts)
 
 
-def _kernel_layer(product: Product) -> Layer:
+def _kernel_layer(variant: KernelVariant) -> Layer:
     def layer(x: np.ndarray, experts: Experts) -> np.ndarray:
         ids = np.tile(np.arange(len(experts[0])), (len(x), 1))
         share = np.full(ids.shape, 1 / ids.shape[1], np.float32)
         gate, up, down = experts
-        return kernels.expert_ffn(x, ids, share, gate, up, down, product)
+        return kernels.expert_ffn(x, ids, share, gate, up, down, variant)
 
     return layer
 
@@ -180,7 +180,7 @@ def _torch_layer(kind: str) -> Layer:
     return layer
 
 
-def _error(layer: Layer, product: Product, experts: Experts, tokens: Ordered[int]) -> float:
+def _error(layer: Layer, variant: KernelVariant, experts: Experts, tokens: Sequence[int]) -> float:
     """How far results are from a slow float64 computation, of its norm: the most of all these numbers of tokens.
 
     Other numbers of tokens take other paths through a kernel; every token is the same one.
@@ -189,18 +189,18 @@ def _error(layer: Layer, product: Product, experts: Experts, tokens: Ordered[int
     first = tuple(bits[:1] for bits in experts)
     gate, up, down = (bits[0] for bits in first)
     x = np.random.default_rng(0).standard_normal((1, gate.shape[1]), dtype=np.float32) * np.float32(0.01)
-    rounded = product.activations == "bf16"
+    rounded = variant.activations == "bf16"
     token = (_to_bf16(x[0]) if rounded else x[0]).astype(np.float64)
-    g, u = _naive_product(gate, token, product.weights), _naive_product(up, token, product.weights)
+    g, u = _naive_product(gate, token, variant.weights), _naive_product(up, token, variant.weights)
     h = g / (1 + np.exp(-g)) * u
     expected = _naive_product(
-        down, _to_bf16(h.astype(np.float32)).astype(np.float64) if rounded else h, product.weights
+        down, _to_bf16(h.astype(np.float32)).astype(np.float64) if rounded else h, variant.weights
     )
     norm = float(np.linalg.norm(expected))
     errors = [np.linalg.norm(layer(x.repeat(count, 0), first) - expected, axis=1).max() / norm for count in tokens]
     for count, error in zip(tokens, errors, strict=True):
         if not error < _TOLERANCE:
-            raise RuntimeError(f"{product}, {count} tokens: relative error {error:.1e} against float64")
+            raise RuntimeError(f"{variant}, {count} tokens: relative error {error:.1e} against float64")
     return float(max(errors))
 
 
@@ -218,7 +218,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).bfloat16().float().numpy()
 
 
-def rows_to_markdown(rows: Ordered[Row]) -> str:
+def rows_to_markdown(rows: Sequence[Row]) -> str:
     """A table of all rows: speeds by the median, their spread, and both ratios."""
     heads = ["weights", "tokens", "kernel", "ms", "min-max", "GB/s", "GFLOP/s", "of reads", "x torch", "error"]
     lines = ["| " + " | ".join(heads) + " |", "| --- | ---: | --- |" + " ---: |" * 7]
@@ -240,7 +240,7 @@ def rows_to_markdown(rows: Ordered[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Ordered[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Tokens an expert against GFLOP/s, one line a kernel or reference, with what plain reads allow drawn in.
 
     Raises RequestError without matplotlib, which the extra `plot` installs.

@@ -7,7 +7,7 @@ where the model adds one, and the tokens behind its middle are scored, which hav
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence as Ordered
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ class Estimate:
         return self.perplexity * math.sqrt(variance / max(1, self.tokens - 1))
 
 
-def cut(ids: Ordered[int], context: int) -> list[Ordered[int]]:
+def cut(ids: Sequence[int], context: int) -> list[Sequence[int]]:
     """Windows of `context` ids each; what is left behind the last is not used.
 
     Raises RequestError where there are fewer than two, as llama-perplexity does.
@@ -71,7 +71,7 @@ def cut(ids: Ordered[int], context: int) -> list[Ordered[int]]:
     return [ids[begin : begin + context] for begin in range(0, len(ids) - context + 1, context)]
 
 
-def losses(logits: Tensor, following: Ordered[int]) -> np.ndarray:
+def losses(logits: Tensor, following: Sequence[int]) -> np.ndarray:
     """Negative log-likelihoods, in nats: logits float32 [n, V] and the ids that did follow, [n] -> float64 [n]."""
     wide = logits.double()
     chosen = wide.gather(1, torch.tensor(following, dtype=torch.int64)[:, None])[:, 0]
@@ -79,7 +79,7 @@ def losses(logits: Tensor, following: Ordered[int]) -> np.ndarray:
     return made
 
 
-def measure(runner: Runner, windows: Ordered[Ordered[int]], bos: int | None) -> Iterator[Estimate]:
+def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -> Iterator[Estimate]:
     """Score windows of one length, at most the runner's context; the estimate so far after each of them.
 
     Of a window of c tokens those behind position c // 2 are scored, each by the logits at the position before it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -83,7 +83,7 @@ class Result:
 
 
 def measure(
-    engine: Engine, meter: Meter, tests: Ordered[Test], repetitions: int = 3, *, warm_up: bool = True, seed: int = 0
+    engine: Engine, meter: Meter, tests: Sequence[Test], repetitions: int = 3, *, warm_up: bool = True, seed: int = 0
 ) -> Iterator[Result]:
     """Run each test `repetitions` times, after one that does not count; token ids are random, as llama-bench's are.
 
@@ -162,7 +162,7 @@ def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> tuple[float, fl
     return started, time.perf_counter() - started
 
 
-def to_markdown(results: Ordered[Result], parameters: int, nbytes: int) -> str:
+def to_markdown(results: Sequence[Result], parameters: int, nbytes: int) -> str:
     """llama-bench's table, and what it lacks: bytes read a second, their share of the memory's speed, the spread."""
     heads = ["model", "size", "params", "backend", "threads", "test", "t/s", "min-max", "GB/s", "of reads"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 6]

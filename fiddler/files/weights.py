@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fiddler.files.model_file import ModelFile
-from fiddler.kernels import Product, Tier
+from fiddler.kernels import KernelVariant, Tier
 
-__all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "product_of"]
+__all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "variant_for"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ExpertWeights:
     gate: np.ndarray  # [E, F, D]
     up: np.ndarray  # [E, F, D]
     down: np.ndarray  # [E, D, F]
-    product: Product
+    variant: KernelVariant
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LinearWeight:
     """One dense weight: uint16 bits [out, in] and how to read them."""
 
     bits: np.ndarray
-    product: Product
+    variant: KernelVariant
 
 
 def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
@@ -36,11 +36,11 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
     for layer in range(model_file.config.block_count):
         names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
-        experts.append(ExpertWeights(gate, up, down, product_of(tier, kind, exact)))
+        experts.append(ExpertWeights(gate, up, down, variant_for(tier, kind, exact)))
     return experts
 
 
-def product_of(tier: Tier, kind: str, exact: bool) -> Product:
+def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
     """How weights of a GGUF type are multiplied; `exact`: with float32 activations."""
     weights = "bf16" if kind == "BF16" else "f16"
-    return Product(tier, weights, "f32" if exact or weights == "f16" else "bf16")
+    return KernelVariant(tier, weights, "f32" if exact or weights == "f16" else "bf16")

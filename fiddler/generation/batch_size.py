@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-__all__ = ["Width", "first_width", "tokens_of_each"]
+__all__ = ["BatchSize", "first_batch_size", "tokens_per_sequence"]
 
 _SAMPLES = 8  # steps, whose median is taken
 _GAIN = 1.1  # in tokens a second, that twice as many sequences must give
 
 
-def first_width(experts: int, used: int) -> int:
+def first_batch_size(experts: int, used: int) -> int:
     """So many sequences that each expert is chosen eight times a step on average.
 
     Half as many read every expert anyway, but for one in fifty (e ** -4); so others among them cost little.
@@ -22,7 +22,7 @@ def first_width(experts: int, used: int) -> int:
     return -(-8 * experts // used)
 
 
-def tokens_of_each(lacking: Sequence[int], most: int) -> list[int]:
+def tokens_per_sequence(lacking: Sequence[int], most: int) -> list[int]:
     """How many of the tokens that each sequence lacks go into the next step, which has room for `most`.
 
     One for each that lacks only one: those go on at every step, whatever is read beside them. What is left goes to
@@ -39,7 +39,7 @@ def tokens_of_each(lacking: Sequence[int], most: int) -> list[int]:
     return given
 
 
-class Width:
+class BatchSize:
     """How many sequences there should be: doubled as long as that gives more tokens a second, up to `most`.
 
     Only steps count in which every sequence had one token: one that reads prompts is wide by itself.

@@ -2,7 +2,7 @@
 
 The rules are those of transformers' `generate(num_beams=N, do_sample=False)` (`_beam_search` in its
 `generation/utils.py`, version 5), so that the results are, too: of all continuations the best few times the width
-are looked at; those of the first `width` that end are finished, the first `width` that do not end live on. A score is
+are looked at; those of the first `num_beams` that end are finished, the first `num_beams` that do not end live on. A score is
 the sum of log-probabilities divided by (generated tokens) ** length_penalty, the end token counted. Knows no model,
 no text and no cache.
 """
@@ -20,27 +20,27 @@ import numpy as np
 from fiddler.errors import RequestError
 from fiddler.sampling.logprobs import largest
 
-__all__ = ["Beaming", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
+__all__ = ["BeamOptions", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
 
 EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True)
-class Beaming:
+class BeamOptions:
     """How to search. Raises RequestError when a value is out of range.
 
-    `length_penalty`: above 0 favours long texts, below 0 short ones. `early_stopping`: True ends as soon as `width`
+    `length_penalty`: above 0 favours long texts, below 0 short ones. `early_stopping`: True ends as soon as `num_beams`
     beams are finished; False when the best living one could not become better than the worst of them, were it to end
     now; "never" when it could not at any length. As in transformers a width of 1 is greedy, whatever this says.
     """
 
-    width: int = 4
+    num_beams: int = 4
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.width, Integral) or self.width < 1:
-            raise RequestError(f"{self.width} beams; give a whole number of at least 1")
+        if not isinstance(self.num_beams, Integral) or self.num_beams < 1:
+            raise RequestError(f"{self.num_beams} beams; give a whole number of at least 1")
         if (
             not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50
         ):  # beyond it nothing but the length counts
@@ -71,18 +71,20 @@ class Hypotheses:
     most_ends: how many tokens there are that end every beam, so that enough continuations are looked at.
     """
 
-    def __init__(self, beaming: Beaming, limit: int, ends: Callable[[tuple[int, ...]], bool], most_ends: int) -> None:
+    def __init__(
+        self, options: BeamOptions, limit: int, ends: Callable[[tuple[int, ...]], bool], most_ends: int
+    ) -> None:
         assert limit >= 1
-        self._beaming, self._limit, self._ends = beaming, limit, ends
-        self._looked_at = max(2, 1 + most_ends) * beaming.width
+        self._options, self._limit, self._ends = options, limit, ends
+        self._looked_at = max(2, 1 + most_ends) * options.num_beams
         self.live = [Live((), 0.0, 0)]
-        self.finished: list[Finished] = []  # the best first, at most `width`
+        self.finished: list[Finished] = []  # the best first, at most `num_beams`
         self.over = False
 
     def advance(self, log_probs: np.ndarray) -> None:
         """One token more for the beams in `live`: log_probs float64 [len(live), V], -inf where a token is banned."""
         assert not self.over
-        width, before = self._beaming.width, self.live
+        num_beams, before = self._options.num_beams, self.live
         length = len(before[0].tokens) + 1
         totals = log_probs + np.array([beam.total for beam in before])[:, None]
         ended: list[Finished] = []
@@ -91,27 +93,29 @@ class Hypotheses:
             total = float(totals[parent, token])
             tokens = (*before[parent].tokens, token)
             if length < self._limit and not self._ends(tokens):
-                if len(self.live) < width:
+                if len(self.live) < num_beams:
                     self.live.append(Live(tokens, total, parent))
-            elif rank < width:
+            elif rank < num_beams:
                 ended.append(Finished(tokens, self._score(total, length)))
-        self.finished = sorted(self.finished + ended, key=lambda beam: -beam.score)[:width]  # earlier first if equal
-        self.over = not self.live or (len(self.finished) == width and not self._may_improve(length))
+        self.finished = sorted(self.finished + ended, key=lambda beam: -beam.score)[
+            :num_beams
+        ]  # earlier first if equal
+        self.over = not self.live or (len(self.finished) == num_beams and not self._may_improve(length))
 
     def _may_improve(self, length: int) -> bool:
         """Whether the best living beam, `length` tokens long, could push out a finished one, of which there are enough.
 
         "could" by the length that is best for it: for "never" and a penalty above 0 the longest, else its own.
         """
-        early, penalty = self._beaming.early_stopping, self._beaming.length_penalty
-        if early is True or self._beaming.width == 1:
+        early, penalty = self._options.early_stopping, self._options.length_penalty
+        if early is True or self._options.num_beams == 1:
             return False
         if early == "never" and penalty > 0:
             length = self._limit
         return self._score(self.live[0].total, length) > self.finished[-1].score
 
     def _score(self, total: float, length: int) -> float:
-        return total / math.pow(length, self._beaming.length_penalty)
+        return total / math.pow(length, self._options.length_penalty)
 
 
 def best(totals: np.ndarray, count: int) -> list[tuple[int, int]]:

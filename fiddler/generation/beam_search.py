@@ -7,17 +7,17 @@ dropped, from the first position on where they differ. What lives and what is fi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fiddler.generation.beam_hypotheses import Beaming, Finished, Hypotheses, Live
+from fiddler.generation.beam_hypotheses import BeamOptions, Finished, Hypotheses, Live
 from fiddler.generation.completion import FinishReason, Stats
 from fiddler.generation.generate import finite
 from fiddler.generation.stop_strings import StopText
 from fiddler.host_memory import peak_memory
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.logprobs import log_softmax
@@ -43,7 +43,7 @@ class Beam:
 class _Place:
     """Where a beam's keys and values lie, and the tokens after the prompt that they are of."""
 
-    sequence: Sequence
+    sequence: KVCache
     tokens: tuple[int, ...] = ()
 
 
@@ -54,19 +54,19 @@ class BeamSearch:
         self,
         runner: Runner,
         tokenizer: Tokenizer,
-        prompt: Ordered[int],
-        beaming: Beaming,
+        prompt: Sequence[int],
+        options: BeamOptions,
         limit: int,
-        stop: Ordered[str],
+        stop: Sequence[str],
         ignore_eos: bool,
         load_seconds: float,
-        after_prompt: Callable[[Sequence], None] = lambda sequence: None,
+        after_prompt: Callable[[KVCache], None] = lambda sequence: None,
         reuse: bool = False,
     ) -> None:
         """`after_prompt`: is told when a sequence holds the prompt and nothing else. `reuse`: as of a `Generation`."""
         self._reuse = reuse
         self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._beaming, self._limit = prompt, beaming, limit
+        self._prompt, self._options, self._limit = prompt, options, limit
         self._stop, self._load_seconds, self._after_prompt = stop, load_seconds, after_prompt
         self._ends = frozenset() if ignore_eos else tokenizer.end_ids
         self._banned = sorted(tokenizer.end_ids) if ignore_eos else []
@@ -91,7 +91,7 @@ class BeamSearch:
         read = time.perf_counter()
         finite(logits.numpy(), len(self._prompt))  # before anything is kept
         self._after_prompt(first.sequence)
-        search = Hypotheses(self._beaming, max(self._limit, 1), self._is_ended, len(self._ends))
+        search = Hypotheses(self._options, max(self._limit, 1), self._is_ended, len(self._ends))
         begun, steps, places = time.perf_counter(), 0, [first]
         while steps < self._limit and not search.over:
             log_probs = log_softmax(finite(logits.numpy(), len(self._prompt) + steps))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fiddler.generation.generate import generate
 from fiddler.generation.stop_strings import StopText
 from fiddler.host_memory import peak_memory
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.logprobs import LogProbs
 from fiddler.sampling.sampler import Sampler
@@ -64,7 +64,7 @@ class Completion:
 class Reply:
     """The text of a generation as its tokens come, until an end token, a stop string or the last token allowed."""
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Ordered[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
         self._ends, self._limit = tokenizer.end_ids, limit
@@ -107,12 +107,12 @@ class Generation:
         self,
         runner: Runner,
         tokenizer: Tokenizer,
-        prompt: Ordered[int],
+        prompt: Sequence[int],
         new_sampler: Callable[[], Sampler],
         limit: int,
-        stop: Ordered[str],
+        stop: Sequence[str],
         load_seconds: float,
-        after_prompt: Callable[[Sequence], None] = lambda sequence: None,
+        after_prompt: Callable[[KVCache], None] = lambda sequence: None,
         reuse: bool = False,
         on_chunk: Callable[[int], None] = lambda read: None,
     ) -> None:

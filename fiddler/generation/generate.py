@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from fiddler.errors import FileFormatError
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.sampler import Sampler
 
@@ -16,8 +16,8 @@ __all__ = ["choose", "finite", "generate"]
 
 def generate(
     runner: Runner,
-    sequence: Sequence,
-    prompt: Ordered[int],
+    sequence: KVCache,
+    prompt: Sequence[int],
     sampler: Sampler,
     limit: int,
     on_chunk: Callable[[int], None] = lambda read: None,
@@ -40,7 +40,7 @@ def generate(
         yield token
 
 
-def choose(logits: np.ndarray, history: Ordered[int], sampler: Sampler) -> int:
+def choose(logits: np.ndarray, history: Sequence[int], sampler: Sampler) -> int:
     """The token that goes on from `history`, after which the model computes `logits` [V].
 
     Raises FileFormatError where one of them is no number.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from fiddler.errors import FiddlerError, ResourceError
-from fiddler.generation.batch_size import Width, tokens_of_each
+from fiddler.generation.batch_size import BatchSize, tokens_per_sequence
 from fiddler.generation.completion import Completion, Generation
 from fiddler.generation.generate import choose
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
 
 __all__ = ["Batch", "Outcome"]
@@ -32,7 +32,7 @@ class _Member:
         self.tokens = list(generation.prompt)
         self.reply, self.sampler = generation.begin()
         self.most = len(self.tokens) + generation.limit  # positions
-        self.sequence: Sequence | None = None
+        self.sequence: KVCache | None = None
         self.started = self.first = 0.0
 
     @property
@@ -53,14 +53,14 @@ class Batch:
         runner: Runner,
         generations: Iterable[Generation],
         room: int | None,
-        width: Width,
+        width: BatchSize,
         on_step: Callable[[int, int], None] = lambda generated, sequences: None,
     ) -> None:
         """room: bytes for keys and values; None for no limit.
 
         on_step: is told after each step how many tokens were generated so far, and the sequences of that step.
         """
-        self._runner, self._room, self._width, self._on_step = runner, room, width, on_step
+        self._runner, self._room, self._batch_size, self._on_step = runner, room, width, on_step
         self._given = enumerate(generations)
         self._waiting: deque[_Member] = deque()  # those that came and had no room, or had to give it up
         self._members: list[_Member] = []
@@ -72,7 +72,7 @@ class Batch:
             if not self._members:
                 return
             began, sequences = time.perf_counter(), len(self._members)
-            counts = tokens_of_each([member.lacks for member in self._members], self._runner.chunk)
+            counts = tokens_per_sequence([member.lacks for member in self._members], self._runner.chunk)
             try:
                 whole = self._step(counts)
             except (ResourceError, MemoryError) as error:
@@ -80,7 +80,7 @@ class Batch:
             else:
                 outcomes = [outcome for member, logits in whole for outcome in self._go_on(member, logits)]
                 if counts == [1] * sequences:
-                    self._width.measured(sequences, time.perf_counter() - began)
+                    self._batch_size.measured(sequences, time.perf_counter() - began)
                 self._on_step(self._generated, sequences)
                 yield from outcomes
                 continue
@@ -88,7 +88,7 @@ class Batch:
 
     def _schedule(self) -> Iterator[tuple[int, Outcome]]:
         """Let as many join as there is room for; at least one. Gives out those that have nothing to compute."""
-        while len(self._members) < self._width.now:
+        while len(self._members) < self._batch_size.now:
             member = self._next()
             if member is None:
                 return
@@ -106,7 +106,7 @@ class Batch:
                     yield member.place, _as_error(error)
                     continue
                 self._waiting.appendleft(member)
-                self._width.limit(len(self._members))
+                self._batch_size.limit(len(self._members))
                 return
             member.started = member.started or time.perf_counter()
             self._members.append(member)
@@ -121,7 +121,7 @@ class Batch:
         """Whether there is room for all that it may become, beside what the others may."""
         if self._room is None or not self._members:
             return True
-        return sum(self._runner.kept_bytes(one.most) for one in (*self._members, member)) <= self._room
+        return sum(self._runner.kv_bytes(one.most) for one in (*self._members, member)) <= self._room
 
     def _step(self, counts: list[int]) -> list[tuple[_Member, np.ndarray]]:
         """So many tokens of each through the model: logits [V] for those that lack none then.
@@ -176,7 +176,7 @@ class Batch:
         last = self._members.pop()
         last.sequence = None
         self._waiting.appendleft(last)
-        self._width.limit(len(self._members))
+        self._batch_size.limit(len(self._members))
 
     def _leave(self, member: _Member, outcome: Outcome) -> tuple[int, Outcome]:
         self._members.remove(member)

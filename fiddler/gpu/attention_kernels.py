@@ -20,7 +20,7 @@ def _rotate_store(
     q,
     k,
     v,
-    turns,
+    cos_sin,
     position,
     rotated,
     keys,
@@ -44,8 +44,8 @@ def _rotate_store(
         source = (q + t * q_row if row < heads else k + t * k_row) + head * dim
         a = tl.load(source + 2 * i, mask=inside, other=0.0)
         b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
-        c = tl.load(turns + at * dim + 2 * i, mask=inside, other=0.0)
-        s = tl.load(turns + at * dim + 2 * i + 1, mask=inside, other=0.0)
+        c = tl.load(cos_sin + at * dim + 2 * i, mask=inside, other=0.0)
+        s = tl.load(cos_sin + at * dim + 2 * i + 1, mask=inside, other=0.0)
         if row < heads:
             to = (t * heads + head) * dim + 2 * i
             tl.store(rotated + to, (a * c - b * s).to(rotated.dtype.element_ty), mask=inside)
@@ -66,7 +66,7 @@ def rotate_and_store(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    turns: Tensor,
+    cos_sin: Tensor,
     position: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -82,7 +82,7 @@ def rotate_and_store(
     rotated = torch.empty(tokens, heads, dim, dtype=dtype, device=q.device)
     pairs = max(2, triton.next_power_of_2(dim // 2))
     _rotate_store[(heads + 2 * groups, tokens)](
-        q, k, v, turns, position, rotated, keys, values, heads, groups, capacity, dim,
+        q, k, v, cos_sin, position, rotated, keys, values, heads, groups, capacity, dim,
         q.stride(0), k.stride(0), v.stride(0), pairs, num_warps=1,
     )  # fmt: skip
     return rotated

@@ -22,17 +22,17 @@ from fiddler.gpu.graph_capture import OneToken, captured
 from fiddler.models.mixtral import Mixtral
 from fiddler.offload.feed_forward import torch_type
 from fiddler.offload.orchestrator import Orchestrator, Split
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["Decoder"]
+__all__ = ["DecodeGraphs"]
 
 
-class Decoder:
+class DecodeGraphs:
     """Decodes a sequence whose keys and values stay where they were when its graphs were captured."""
 
     def __init__(
-        self, model: Mixtral, orchestrator: Orchestrator, sequence: Sequence, turns: Tensor, recorder: Recorder
+        self, model: Mixtral, orchestrator: Orchestrator, sequence: KVCache, cos_sin: Tensor, recorder: Recorder
     ) -> None:
         """turns: of every position, see `rotate_and_store`.
 
@@ -44,7 +44,7 @@ class Decoder:
         width = config.embedding_length
         self._given = torch.zeros(2, dtype=torch.int64, pin_memory=True).numpy()  # the token and its position
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
-        self._cache = OneToken(sequence, self._place[1:], turns, config.sliding_window)
+        self._cache = OneToken(sequence, self._place[1:], cos_sin, config.sliding_window)
         self._seen = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._handed = torch.zeros(width + self._k, device=device)  # of it what streamed experts need: x, weights
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
@@ -52,7 +52,7 @@ class Decoder:
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._listed = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
         seen = self._seen.numpy()
-        self._x, self._ids, self._shares = np.split(seen[None], [width, width + self._k], axis=1)
+        self._x, self._ids, self._routing_weights = np.split(seen[None], [width, width + self._k], axis=1)
         self._sum = self._made.numpy()
         self._taken, self._streamed_all, self._ended = (torch.cuda.Event() for _ in range(3))
         self._streamed_for = -1  # the layer after which `_streamed_all` was set
@@ -140,7 +140,7 @@ class Decoder:
                     self._stream(layer, chosen, split)
                     self._streamed_all.record(stream)
                     self._streamed_for = layer
-                orchestrator.gate.wait(number)
+                orchestrator.semaphore.wait(number)
                 self._queue(graph + 1, stream)
                 told.put(0)
                 shared.rest()  # to wait for the GPU keeps a core busy, and the CPU's kernels need it
@@ -153,8 +153,8 @@ class Decoder:
         with self._recorder.span("wait", 0):
             self._arrived[graph].synchronize()
         chosen, split = self._chosen(layer)
-        ids = np.array(chosen, np.int64)[None]
-        computed = orchestrator.on_cpu(layer, self._x, ids, self._shares, split, self._sum)
+        expert_ids = np.array(chosen, np.int64)[None]
+        computed = orchestrator.on_cpu(layer, self._x, expert_ids, self._routing_weights, split, self._sum)
         gpu_first = self._streamed_for == layer and self._streamed_all.query()
         if not computed:
             self._sum[:] = 0
@@ -231,29 +231,31 @@ class Decoder:
             h = decode_kernels.gather(h, self._y, self._made)
         last = len(self._model.blk) - 1 if end is None else end
         for layer in range(begin, last + 1):
-            h, x, ids, shares = self._model.blk[layer].before_experts(h, self._cache)
+            h, x, expert_ids, routing_weights = self._model.blk[layer].before_experts(h, self._cache)
             if layer == end:
-                decode_kernels.hand_over(x, ids, shares, self._handed, self._seen)
-                self._kept.append((x, ids, shares))
+                decode_kernels.hand_over(x, expert_ids, routing_weights, self._handed, self._seen)
+                self._kept.append((x, expert_ids, routing_weights))
             else:
-                self._run_residents(layer, x, ids, shares, h, add=True)
+                self._run_residents(layer, x, expert_ids, routing_weights, h, add=True)
         if end is None:
             self.hidden = h
             self._logits.copy_(self._model.logits(h), non_blocking=True)
         return h
 
-    def _run_residents(self, layer: int, x: Tensor, ids: Tensor, shares: Tensor, into: Tensor, *, add: bool) -> None:
+    def _run_residents(
+        self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor, into: Tensor, *, add: bool
+    ) -> None:
         weights = self._orchestrator.layers[layer]
         experts_of_one(
             x,
             self._orchestrator.residents.table[layer],
-            shares,
+            routing_weights,
             weights.gate.shape[1],
             torch_type(weights),
-            ids=ids,
+            expert_ids=expert_ids,
             into=into,
             add=add,
-            rounded=weights.product.activations == "bf16",
+            rounded=weights.variant.activations == "bf16",
             even=weights.gate.shape[1] % 16 == 0,
         )
 
@@ -266,9 +268,9 @@ class Decoder:
             self._handed[width:],
             self._orchestrator.ring.rows * self._orchestrator.ring.slots,
             kind,
-            ids=None,
+            expert_ids=None,
             into=self._y,
             add=True,
-            rounded=weights.product.activations == "bf16",
+            rounded=weights.variant.activations == "bf16",
             even=weights.gate.shape[1] % 16 == 0,
         )

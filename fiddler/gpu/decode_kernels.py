@@ -82,8 +82,8 @@ def _route(
     norm,
     w,
     x,
-    ids,
-    shares,
+    expert_ids,
+    routing_weights,
     experts,
     width,
     epsilon,
@@ -95,8 +95,8 @@ def _route(
     t = tl.program_id(0).to(tl.int64)
     h += t * width
     x += t * width
-    ids += t * TOP
-    shares += t * TOP
+    expert_ids += t * TOP
+    routing_weights += t * TOP
     wide = tl.arange(0, WIDE)
     whole = tl.load(h + wide, mask=wide < width, other=0.0)
     scale = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
@@ -123,8 +123,8 @@ def _route(
         top = tl.max(left, 0)
         first = tl.min(tl.where(left == top, e, N), 0)
         # where h is no number none is the largest: any expert does, the result is no number either
-        tl.store(ids + j, tl.minimum(first, experts - 1).to(tl.int64))
-        tl.store(shares + j, top / kept)
+        tl.store(expert_ids + j, tl.minimum(first, experts - 1).to(tl.int64))
+        tl.store(routing_weights + j, top / kept)
         left = tl.where(e == first, -1.0, left)
 
 
@@ -132,12 +132,14 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
     """The model's `Router`."""
     experts, width = weight.shape
     x = torch.empty_like(h)
-    ids = torch.empty(len(h), k, dtype=torch.int64, device=h.device)
-    shares = torch.empty(len(h), k, device=h.device)
+    expert_ids = torch.empty(len(h), k, dtype=torch.int64, device=h.device)
+    routing_weights = torch.empty(len(h), k, device=h.device)
     n, wide = max(2, triton.next_power_of_2(experts)), triton.next_power_of_2(width)
     block = max(16, min(wide, 16384 // n))
-    _route[(len(h),)](h, norm, weight, x, ids, shares, experts, width, epsilon, n, k, wide, block, num_warps=16)
-    return x, ids, shares
+    _route[(len(h),)](
+        h, norm, weight, x, expert_ids, routing_weights, experts, width, epsilon, n, k, wide, block, num_warps=16
+    )
+    return x, expert_ids, routing_weights
 
 
 @triton.jit
@@ -156,23 +158,25 @@ def gather(h: Tensor, on_gpu: Tensor, on_cpu: Tensor) -> Tensor:
 
 
 @triton.jit
-def _hand_over(x, ids, shares, kept, seen, width, TOP: tl.constexpr, K: tl.constexpr):
+def _hand_over(x, expert_ids, routing_weights, kept, seen, width, TOP: tl.constexpr, K: tl.constexpr):
     k = tl.program_id(0) * K + tl.arange(0, K)
     values = tl.load(x + k, mask=k < width)
     tl.store(kept + k, values, mask=k < width)
     tl.store(seen + k, values, mask=k < width)
     if tl.program_id(0) == 0:
         for j in tl.static_range(TOP):
-            tl.store(seen + width + j, tl.load(ids + j).to(tl.float32))
-            share = tl.load(shares + j)
-            tl.store(kept + width + j, share)
-            tl.store(seen + width + TOP + j, share)
+            tl.store(seen + width + j, tl.load(expert_ids + j).to(tl.float32))
+            routing_weights = tl.load(routing_weights + j)
+            tl.store(kept + width + j, routing_weights)
+            tl.store(seen + width + TOP + j, routing_weights)
 
 
-def hand_over(x: Tensor, ids: Tensor, shares: Tensor, kept: Tensor, seen: Tensor) -> None:
+def hand_over(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, kept: Tensor, seen: Tensor) -> None:
     """x [1, D] and shares [1, K], one after the other, into `kept` [D + K]; with ids [1, K] between, into `seen`.
 
     All float32; `seen` [D + 2 K] is pinned memory, which is written over the link.
     """
     width = x.shape[1]
-    _hand_over[(triton.cdiv(width, 512),)](x, ids, shares, kept, seen, width, ids.shape[1], 512, num_warps=4)
+    _hand_over[(triton.cdiv(width, 512),)](
+        x, expert_ids, routing_weights, kept, seen, width, expert_ids.shape[1], 512, num_warps=4
+    )

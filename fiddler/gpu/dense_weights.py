@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler.device.weight_copy import Link
+from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.model_file import ModelFile
 
 __all__ = ["load_dense", "warm_up"]
 
 
-def load_dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def load_dense(
+    model_file: ModelFile, weight_copy: WeightCopy, width: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Everything but experts, on the GPU: what the model takes by itself, and what it multiplies by."""
     weights: dict[str, Tensor] = {}
     linears: dict[str, Tensor] = {}
@@ -21,8 +23,8 @@ def load_dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str,
 
     def load(name: str, into: Tensor | None = None) -> Tensor:
         values, kind = model_file.bits(name)
-        made = torch.empty(values.shape, dtype=kinds[kind], device=link.device) if into is None else into
-        link.copy(made.data_ptr(), values.ctypes.data, values.nbytes)
+        made = torch.empty(values.shape, dtype=kinds[kind], device=weight_copy.device) if into is None else into
+        weight_copy.copy(made.data_ptr(), values.ctypes.data, values.nbytes)
         return made
 
     for name in ("token_embd.weight", "output_norm.weight"):
@@ -38,13 +40,13 @@ def load_dense(model_file: ModelFile, link: Link, width: int) -> tuple[dict[str,
         found = [model_file.bits(name) for name in names]
         if len({kind for _, kind in found}) == 1:  # side by side, to be one product
             rows = [len(values) for values, _ in found]
-            joined = torch.empty(sum(rows), width, dtype=kinds[found[0][1]], device=link.device)
+            joined = torch.empty(sum(rows), width, dtype=kinds[found[0][1]], device=weight_copy.device)
             for name, part in zip(names, joined.split(rows), strict=True):
                 linears[name] = load(name, part)
         else:
             linears.update({name: load(name) for name in names})
-    arrived = link.mark()
-    link.arrive(arrived)
+    arrived = weight_copy.event()
+    weight_copy.arrive(arrived)
     arrived.synchronize()
     for name, tensor in weights.items():
         if name != "token_embd.weight":

@@ -15,7 +15,7 @@ __all__ = ["experts_of_one"]
 @triton.jit
 def _up(
     jobs,
-    ids,
+    expert_ids,
     x,
     h,
     width,
@@ -27,7 +27,7 @@ def _up(
     K: tl.constexpr,
 ):
     j = tl.program_id(1)
-    job = jobs + 5 * (tl.load(ids + j) if BY_ID else j)
+    job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
     rows = tl.load(job + 3)
     r = tl.program_id(0) * R + tl.arange(0, R)
     if tl.program_id(0) * R < rows:
@@ -51,8 +51,8 @@ def _up(
 @triton.jit
 def _down(
     jobs,
-    ids,
-    shares,
+    expert_ids,
+    routing_weights,
     h,
     y,
     width,
@@ -69,15 +69,15 @@ def _down(
     k = tl.arange(0, K)
     total = tl.zeros([R, K], tl.float32)
     for j in range(J):
-        job = jobs + 5 * (tl.load(ids + j) if BY_ID else j)
+        job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
         rows = tl.load(job + 3)
         if EVEN:  # else every row might begin anywhere, and be read element by element
             rows = tl.multiple_of(rows, 16)
-        share = tl.load(shares + (j if BY_ID else tl.load(job + 4)))
+        routing_weights = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
         down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(W)), 16)
         for begin in range(0, rows, K):
             inside = begin + k < rows
-            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * share
+            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * routing_weights
             at = r.to(tl.int64)[:, None] * rows + (begin + k)[None, :]
             mask = (r < width)[:, None] & inside[None, :]
             total += tl.load(down + at, mask=mask, other=0.0).to(tl.float32) * a
@@ -90,17 +90,17 @@ def _down(
 def experts_of_one(
     x: Tensor,
     jobs: Tensor,
-    shares: Tensor,
+    routing_weights: Tensor,
     most: int,
     dtype: torch.dtype,
     *,
-    ids: Tensor | None,
+    expert_ids: Tensor | None,
     into: Tensor,
     add: bool,
     rounded: bool,
     even: bool,
 ) -> None:
-    """Feed-forwards of one token, x [1, D] float32 -> their sum, weighted by `shares` [K], `into` [1, D] float32.
+    """Feed-forwards of one token, x [1, D] float32 -> their sum, weighted by `routing_weights` [K], `into` [1, D] float32.
 
     jobs: int64 [n, 5]: the addresses of gate [rows, D], up [rows, D] and down [D, rows]
     of some hidden rows of an expert, the number of rows, at most `most`, 0 for none, and whose share it gets.
@@ -110,9 +110,9 @@ def experts_of_one(
     """
     width = x.shape[1]
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-    count = len(jobs) if ids is None else ids.numel()
+    count = len(jobs) if expert_ids is None else expert_ids.numel()
     h = torch.empty(count, most, device=x.device)
-    by_id, given = ids is not None, jobs if ids is None else ids
+    by_id, given = expert_ids is not None, jobs if expert_ids is None else expert_ids
     r, k = (2, 2048) if width > 1024 else (4, max(16, min(1024, triton.next_power_of_2(width))))
     _up[(triton.cdiv(most, r), count)](
         jobs, given, x, h, width, most, BY_ID=by_id, W=kind, ROUNDED=rounded, R=r, K=k, num_warps=4
@@ -122,7 +122,7 @@ def experts_of_one(
     _down[(triton.cdiv(width, r),)](
         jobs,
         given,
-        shares,
+        routing_weights,
         h,
         into,
         width,

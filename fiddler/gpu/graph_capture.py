@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fiddler.gpu import attention_kernels
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -23,13 +23,13 @@ __all__ = ["OneToken", "captured"]
 class OneToken:
     """The model's `Cache` for one token of one sequence, whose position is read on the device."""
 
-    def __init__(self, sequence: Sequence, position: Tensor, turns: Tensor, window: int | None) -> None:
+    def __init__(self, sequence: KVCache, position: Tensor, cos_sin: Tensor, window: int | None) -> None:
         self._keys, self._values = sequence.storage
-        self._position, self._turns, self._window = position, turns, window
+        self._position, self._cos_sin, self._window = position, cos_sin, window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        q = attention_kernels.rotate_and_store(q, k, v, self._turns, self._position, keys, values)
+        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._position, keys, values)
         return attention_kernels.attend_one(q, keys, values, self._position, self._window)
 
 

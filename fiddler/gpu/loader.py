@@ -15,8 +15,8 @@ import torch
 
 from fiddler import kernels
 from fiddler.device.memory_budget import Budget, at_least, shown
-from fiddler.device.pinned_mapping import Registration
-from fiddler.device.weight_copy import fastest_link
+from fiddler.device.pinned_mapping import PinnedMapping
+from fiddler.device.weight_copy import fastest_copy
 from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights
@@ -25,14 +25,14 @@ from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.models.mixtral import Mixtral
-from fiddler.models.rotary import rotary_turns
+from fiddler.models.rotary import rotary_cos_sin
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Grouped, Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
-from fiddler.runtime.kv_cache import Sequence as Tokens, kept_bytes
+from fiddler.runtime.kv_cache import KVCache, kv_bytes
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["Hybrid", "on_gpu"]
@@ -53,7 +53,7 @@ class Hybrid:
 def on_gpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
-    registration: Registration,
+    pinned: PinnedMapping,
     *,
     gpu_memory: str | None,
     threads: int | None,
@@ -76,20 +76,20 @@ def on_gpu(
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    registration.counted()
+    pinned.counted()
     budget = Budget(device, gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
-    rounded = not exact and experts[0].product.weights == "bf16"
+    rounded = not exact and experts[0].variant.weights == "bf16"
     cache_dtype = torch.float16 if rounded else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, gpu_memory)
     one_token = _one_token(device, notify)
-    link = fastest_link(registration, device, notify)
-    weights, linears = load_dense(model_file, link, width)
-    home = Tokens(config, context, cache_dtype, device)
+    weight_copy = fastest_copy(pinned, device, notify)
+    weights, linears = load_dense(model_file, weight_copy, width)
+    home = KVCache(config, context, cache_dtype, device)
     home.reserve(context)
     with torch.inference_mode():
-        turns = torch.view_as_real(rotary_turns(config, torch.arange(context, device=device))).contiguous()
+        cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
     warm_up(device, cache_dtype)
     count = sizes.experts
     sizes = replace(sizes, fixed=_WORK)  # the rest is there by now
@@ -97,14 +97,14 @@ def on_gpu(
     if layout is None:
         raise _too_little(budget, sizes, gpu_memory)
     chunk, everything, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, slot_rows(hidden)
-    ring = Ring(link, experts, 64 if everything else rows, SLOTS, recorder)
+    ring = Ring(weight_copy, experts, 64 if everything else rows, SLOTS, recorder)
     if everything:
         costs, threads = _NO_COSTS, kernels.set_threads(threads)
     else:
         calibration = calibrated(experts, ring, threads, notify)
         costs, threads = calibration.costs(), kernels.set_threads(calibration.threads)
         if missing == "cpu":
-            costs = replace(costs, link=inf)
+            costs = replace(costs, copy=inf)
         elif missing == "stream":
             costs = replace(costs, cpu=Curve((1,), (1e9,)))
     residents = Residents(experts, device)
@@ -116,7 +116,7 @@ def on_gpu(
         done += nbytes
         progress(done, total)
 
-    residents.load(placed, link, loaded)
+    residents.load(placed, weight_copy, loaded)
     budget.settle()
     grouped: Grouped | None = None
     if one_token is not None:
@@ -131,11 +131,11 @@ def on_gpu(
     )
     if one_token is not None:
         from fiddler.gpu import attention_kernels
-        from fiddler.gpu.decode_graphs import Decoder
+        from fiddler.gpu.decode_graphs import DecodeGraphs
 
         with torch.inference_mode():
-            decoder = Decoder(model, orchestrator, home, turns, recorder)
-        runner.decode_with(decoder, turns, attention_kernels)
+            decoder = DecodeGraphs(model, orchestrator, home, cos_sin, recorder)
+        runner.decode_with(decoder, cos_sin, attention_kernels)
     budget.settle()
     summary = (
         f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
@@ -167,7 +167,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     names = config.tensor_shapes(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
-    kept = kept_bytes(config, context, cache, context) + 4 * context * config.head_dim  # and turns, in float32
+    kept = kv_bytes(config, context, cache, context) + 4 * context * config.head_dim  # and turns, in float32
     return Sizes(
         fixed=dense + kept + _WORK,
         token=width * _ACTIVATIONS,

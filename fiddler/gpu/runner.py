@@ -6,7 +6,7 @@ Knows one sequence's place on the GPU, which the next sequence takes over when n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,11 +20,11 @@ from fiddler.errors import ResourceError
 from fiddler.models.attention import attend
 from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral
-from fiddler.runtime.kv_cache import Sequence, Step
+from fiddler.runtime.kv_cache import KVCache, Step
 from fiddler.runtime.runner import Runner
 
 if TYPE_CHECKING:
-    from fiddler.gpu.decode_graphs import Decoder
+    from fiddler.gpu.decode_graphs import DecodeGraphs
 
 __all__ = ["GpuRunner"]
 
@@ -35,11 +35,11 @@ class _GpuStep(Step):
     """A `Step` through a kernel that rotates and stores at once."""
 
     def __init__(
-        self, parts: Ordered[tuple[Sequence, int]], config: Config, turns: Tensor, attention: ModuleType
+        self, parts: Sequence[tuple[KVCache, int]], config: Config, cos_sin: Tensor, attention: ModuleType
     ) -> None:
         super().__init__(parts, config)
-        self._of_all, self._attention = turns, attention
-        self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(turns.device)
+        self._of_all, self._attention = cos_sin, attention
+        self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(cos_sin.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's `Cache`."""
@@ -47,11 +47,11 @@ class _GpuStep(Step):
         for i, (sequence, count) in enumerate(self._parts):
             rows, end = slice(begin, begin + count), sequence.length + count
             begin += count
-            keys, values = (kept[layer] for kept in sequence.storage)
+            keys, values = (prefix_cache[layer] for prefix_cache in sequence.storage)
             turned = self._attention.rotate_and_store(
                 q[rows], k[rows], v[rows], self._of_all, self._starts[i : i + 1], keys, values, keys.dtype
             )
-            keys, values = (kept[:, :end].transpose(0, 1) for kept in (keys, values))
+            keys, values = (prefix_cache[:, :end].transpose(0, 1) for prefix_cache in (keys, values))
             made.append(attend(turned, keys, values, self._config.sliding_window))
         return made[0] if len(made) == 1 else torch.cat(made)
 
@@ -68,7 +68,7 @@ class GpuRunner(Runner):
         cache_dtype: torch.dtype,
         threads: int,
         chunk: int,
-        home: Sequence,
+        home: KVCache,
         budget: Budget,
     ) -> None:
         """beside: runs a step of the model, and computes meanwhile what it leaves to the CPU; an `Orchestrator`'s.
@@ -82,34 +82,34 @@ class GpuRunner(Runner):
         self._beside, self._start_over = beside, start_over
         self._threads_beside = max(1, min(threads, kernels.usable_cores() - 1))
         self._storage = home.storage
-        self._at_home: Callable[[], Sequence | None] = lambda: None
-        self._decoder: Decoder | None = None
+        self._at_home: Callable[[], KVCache | None] = lambda: None
+        self._decoder: DecodeGraphs | None = None
         self._attention: ModuleType | None = None
-        self._turns = torch.empty(0)
+        self._cos_sin = torch.empty(0)
 
-    def decode_with(self, decoder: Decoder, turns: Tensor, attention: ModuleType) -> None:
+    def decode_with(self, decoder: DecodeGraphs, cos_sin: Tensor, attention: ModuleType) -> None:
         """Take single tokens of the sequence at home through `decoder`, others through `attention`'s kernels.
 
         turns: of every position, see `attention_kernels.rotate_and_store`.
         """
-        self._decoder, self._turns, self._attention = decoder, turns, attention
+        self._decoder, self._cos_sin, self._attention = decoder, cos_sin, attention
 
-    def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
+    def _place(self, parts: Sequence[tuple[KVCache, int]]) -> Step:
         if self._attention is None:
             return super()._place(parts)
-        return _GpuStep(parts, self.model.config, self._turns, self._attention)
+        return _GpuStep(parts, self.model.config, self._cos_sin, self._attention)
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
         kernels.set_threads(self._threads_beside)
         return self._beside(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
-    def sequence(self, positions: int = 0) -> Sequence:
+    def sequence(self, positions: int = 0) -> KVCache:
         """A `Runner`'s. The first one in use has its memory already, another one takes more."""
-        if self.kept.holds(self._at_home()):
-            self.kept.drop()
+        if self.prefix_cache.holds(self._at_home()):
+            self.prefix_cache.drop()
         home = self._at_home() is None
-        made = Sequence(
+        made = KVCache(
             self.model.config,
             self.context,
             self.cache_dtype,
@@ -127,17 +127,17 @@ class GpuRunner(Runner):
         """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
         return max(0, self.budget.room())
 
-    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+    def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """A `Runner`'s, but only the sequence at home: another one would cost memory, and be slower."""
         if sequence is self._at_home():
             super().keep(sequence, tokens)
 
-    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
+    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
         """A `Runner`'s."""
         with self._within_budget():
             return super().copy(source, target, shared)
 
-    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
+    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
         """A `Runner`'s. What it returns for a single token is valid until the next step."""
         one = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
@@ -151,7 +151,7 @@ class GpuRunner(Runner):
         return self._decoder.hidden
 
     def prefill(
-        self, sequence: Sequence, tokens: Ordered[int], on_chunk: Callable[[int], None] = lambda read: None
+        self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
     ) -> Tensor:
         """A `Runner`'s."""
         with self._within_budget():

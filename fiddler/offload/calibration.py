@@ -32,27 +32,27 @@ class Calibration:
     cpu_alone: float  # for one token, while it is not
     gpu_tokens: tuple[int, ...] = ()  # from here on, nothing where there is no GPU
     gpu_seconds: tuple[float, ...] = ()
-    link_seconds: float | None = None  # while the CPU computes
-    link_alone: float | None = None
+    copy_seconds: float | None = None  # while the CPU computes
+    copy_alone: float | None = None
     version: int = _VERSION
 
     def costs(self) -> Costs:
         """What `plan` weighs. The memory gives both sides together what it gave them when measured."""
         cpu = Curve(self.cpu_tokens, self.cpu_seconds)
-        if self.link_seconds is None or self.link_alone is None:
+        if self.copy_seconds is None or self.copy_alone is None:
             return Costs(cpu, Curve((1,), (inf,)), inf, 0.0)
         gpu = Curve(self.gpu_tokens, self.gpu_seconds)
-        return Costs(cpu, gpu, self.link_seconds, self._together(), link_alone=self.link_alone)
+        return Costs(cpu, gpu, self.copy_seconds, self._together(), copy_alone=self.copy_alone)
 
-    def link_speeds(self) -> tuple[float, ...]:
+    def copy_speeds(self) -> tuple[float, ...]:
         """Seconds an expert on the link, beside the CPU and alone; none where there is no GPU."""
-        given = (self.link_seconds, self.link_alone)
+        given = (self.copy_seconds, self.copy_alone)
         return tuple(seconds for seconds in given if seconds is not None)
 
     def _together(self) -> float:
         """Seconds an expert, for the CPU and the link together."""
-        assert self.link_seconds is not None
-        return 1 / (1 / self.cpu_seconds[0] + 1 / self.link_seconds)
+        assert self.copy_seconds is not None
+        return 1 / (1 / self.cpu_seconds[0] + 1 / self.copy_seconds)
 
     def to_text(self) -> str:
         """A few lines for people."""
@@ -65,10 +65,10 @@ class Calibration:
 
         lines = [self.machine, f"  expert of {self.expert_bytes / 1e6:.1f} MB, {self.threads} threads"]
         lines.append(f"  CPU, one token: {speed(self.cpu_alone)} alone")
-        if self.link_seconds is not None and self.link_alone is not None:
+        if self.copy_seconds is not None and self.copy_alone is not None:
             lines[-1] += f", {speed(self.cpu_seconds[0])} beside the link"
-            beside = f"{speed(self.link_seconds)} beside the CPU; both {speed(self._together())}"
-            lines.append(f"  link: {speed(self.link_alone)} alone, {beside}")
+            beside = f"{speed(self.copy_seconds)} beside the CPU; both {speed(self._together())}"
+            lines.append(f"  link: {speed(self.copy_alone)} alone, {beside}")
         lines.append(f"  CPU, ms an expert for tokens: {points(self.cpu_tokens, self.cpu_seconds)}")
         if self.gpu_tokens:
             lines.append(f"  GPU, ms an expert for tokens: {points(self.gpu_tokens, self.gpu_seconds)}")
@@ -94,7 +94,7 @@ def read_calibration(path: Path) -> Calibration | None:
         found = Calibration(**{**fields, **lists})
         sound = found.version == _VERSION and all(
             isinstance(s, float) and s > 0
-            for s in (*found.cpu_seconds, *found.gpu_seconds, found.cpu_alone, *found.link_speeds())
+            for s in (*found.cpu_seconds, *found.gpu_seconds, found.cpu_alone, *found.copy_speeds())
         )
         if sound:
             found.costs()

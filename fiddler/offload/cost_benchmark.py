@@ -25,13 +25,13 @@ import torch
 from fiddler import kernels
 from fiddler.device.detection import wants_gpu
 from fiddler.device.memory_budget import shown
-from fiddler.device.pinned_mapping import Registration
-from fiddler.device.weight_copy import Mark, fastest_link
+from fiddler.device.pinned_mapping import PinnedMapping
+from fiddler.device.weight_copy import Event, fastest_copy
 from fiddler.errors import ResourceError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, mapped_experts
 from fiddler.host_memory import available_memory, populate
-from fiddler.kernels import Product
+from fiddler.kernels import KernelVariant
 from fiddler.kernels.precompile import COMPILING
 from fiddler.offload.calibration import Calibration, cache_folder, read_calibration
 from fiddler.offload.feed_forward import feed_forward, torch_type
@@ -81,14 +81,14 @@ def _machine(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | 
     """What a result holds for, in one line."""
     gpu = "no GPU"
     if ring is not None:
-        device = ring.link.device
+        device = ring.weight_copy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU as a GPU"
-        gpu = f"{name}, {type(ring.link).__name__}"
-    product, (_, hidden, width) = layers[0].product, layers[0].gate.shape
+        gpu = f"{name}, {type(ring.weight_copy).__name__}"
+    variant, (_, hidden, width) = layers[0].variant, layers[0].gate.shape
     wanted = kernels.set_threads(None) if threads is None else threads
     return (
         f"{_cpu_name()}, {'up to ' if threads is None else ''}{wanted} threads; {gpu}; "
-        f"{product.tier.name}, {product.weights} weights, {product.activations} activations, D {width}, F {hidden}"
+        f"{variant.tier.name}, {variant.weights} weights, {variant.activations} activations, D {width}, F {hidden}"
     )
 
 
@@ -110,15 +110,15 @@ def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | N
         seconds = tuple(bench.cpu(tokens) for tokens in _TOKENS)
         return Calibration(machine, most, size, _TOKENS, seconds, seconds[0])
     both = _Bench(layers, ring)
-    link_alone = both.link()
+    copy_alone = both.weight_copy()
     speeds = {}
     left = (1, 2) if most > _FEW_CORES else (0, 1)  # to the thread that drives the GPU
     for count in {most} if threads is not None else {max(1, most - cores) for cores in left}:
         kernels.set_threads(count)
-        speeds[count] = sum(1 / seconds for seconds in both.together(1, link_alone))
+        speeds[count] = sum(1 / seconds for seconds in both.together(1, copy_alone))
     chosen = kernels.set_threads(max(speeds, key=lambda count: speeds[count]))
     cpu_alone = both.cpu(1)
-    points = [both.together(tokens, link_alone) for tokens in _TOKENS]
+    points = [both.together(tokens, copy_alone) for tokens in _TOKENS]
     return Calibration(
         machine,
         chosen,
@@ -128,8 +128,8 @@ def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | N
         cpu_alone,
         _GPU_TOKENS,
         tuple(both.gpu(tokens) for tokens in _GPU_TOKENS),
-        median(link for _, link in points[:4]),
-        link_alone,
+        median(weight_copy for _, weight_copy in points[:4]),
+        copy_alone,
     )
 
 
@@ -168,7 +168,7 @@ class _CpuBench:
         x = self._rng.standard_normal((tokens, self._width), np.float32)
         ids = np.tile(np.arange(self._experts), (tokens, 1))
         share = np.ones((tokens, self._experts), np.float32)
-        kernels.expert_ffn(x, ids, share, weights.gate, weights.up, weights.down, weights.product)
+        kernels.expert_ffn(x, ids, share, weights.gate, weights.up, weights.down, weights.variant)
 
     def cpu(self, tokens: int) -> float:
         """Seconds an expert, nothing else going on: the median of several."""
@@ -188,24 +188,24 @@ class _Bench(_CpuBench):
         super().__init__(layers)
         self._ring = ring
         self._sent = 0
-        device = ring.link.device
+        device = ring.weight_copy.device
         cuda = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._aside = ThreadPoolExecutor(1, "", *cuda)
         self._parts = -(-self._hidden // ring.rows)  # of an expert
 
-    def _send(self, experts: int) -> list[Mark]:
+    def _send(self, experts: int) -> list[Event]:
         """Queue so many whole experts on the link; a mark after each of their parts."""
-        marks = []
+        events = []
         for _ in range(experts):
             layer = self._sent // self._experts % len(self._layers)
             for part in self._ring.send(layer, self._sent % self._experts, 0, self._hidden):
                 self._ring.done(part)
-                marks.append(self._ring.link.mark())
-                self._ring.link.arrive(marks[-1])
+                events.append(self._ring.weight_copy.event())
+                self._ring.weight_copy.arrive(events[-1])
             self._sent += 1
-        return marks
+        return events
 
-    def link(self) -> float:
+    def weight_copy(self) -> float:
         """Seconds an expert, nothing else going on."""
         self._send(1)[-1].synchronize()
         count, seconds = 1, 0.0
@@ -216,37 +216,39 @@ class _Bench(_CpuBench):
             seconds = time.perf_counter() - started
         return seconds / count
 
-    def together(self, tokens: int, link_alone: float) -> tuple[float, float]:
+    def together(self, tokens: int, copy_alone: float) -> tuple[float, float]:
         """Seconds an expert of the CPU and of the link, both at work: the link has more than enough to do."""
         alone = self.cpu(tokens) * self._experts
         runs = max(1, round(_AT_LEAST / alone))
-        cpu, link = [], []
+        cpu, weight_copy = [], []
         for _ in range(3):
             started = time.perf_counter()
-            sending = self._aside.submit(self._send, max(1, round(_ENOUGH * runs * alone / link_alone)))
-            if not self._ring.link.blocks:
+            sending = self._aside.submit(self._send, max(1, round(_ENOUGH * runs * alone / copy_alone)))
+            if not self._ring.weight_copy.blocks:
                 sending.result()
             begun = time.perf_counter()
             for _ in range(runs):
                 self._run(tokens)
             computed = ended = time.perf_counter()
-            marks = sending.result()
-            arrived = sum(mark.query() for mark in marks)
-            if self._ring.link.blocks:  # all of them, by now
+            events = sending.result()
+            arrived = sum(event.query() for event in events)
+            if self._ring.weight_copy.blocks:  # all of them, by now
                 ended = time.perf_counter()
-            marks[-1].synchronize()
+            events[-1].synchronize()
             cpu.append((computed - begun) / runs / self._experts)
-            link.append((ended - started) * self._parts / max(1, arrived))
-        return median(cpu), median(link)
+            weight_copy.append((ended - started) * self._parts / max(1, arrived))
+        return median(cpu), median(weight_copy)
 
     def gpu(self, tokens: int) -> float:
         """Seconds that the GPU computes on an expert that is there."""
         weights, rows = self._layers[0], min(self._ring.rows, self._hidden)
-        kind, rounded = torch_type(weights), weights.product.activations == "bf16"
+        kind, rounded = torch_type(weights), weights.variant.activations == "bf16"
         (part,) = self._ring.send(0, 0, 0, rows)
         matrices = part.matrices(kind)
-        x = torch.ones(tokens, self._width, dtype=kind if rounded else torch.float32, device=self._ring.link.device)
-        done, samples = self._ring.link.mark(), []
+        x = torch.ones(
+            tokens, self._width, dtype=kind if rounded else torch.float32, device=self._ring.weight_copy.device
+        )
+        done, samples = self._ring.weight_copy.event(), []
         part.arrived.wait()
         for _ in range(4):
             started = time.perf_counter()
@@ -272,7 +274,7 @@ def calibrate_alone(
     if model_file is not None:
         experts = mapped_experts(model_file, tier, exact=exact)
     else:
-        product = Product(tier, "bf16", "f32" if exact else "bf16")
+        variant = KernelVariant(tier, "bf16", "f32" if exact else "bf16")
         size = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
         if available_memory() < 8 * size:
             raise ResourceError(
@@ -281,15 +283,15 @@ def calibrate_alone(
         memory = mmap.mmap(-1, 6 * size)  # shared, as a file's mapping is: else it cannot be registered read-only
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
         bits[:] = 0x3C00
-        experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), product)]
-    kernels.prepare(experts[0].product, lambda: notify(COMPILING))
+        experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), variant)]
+    kernels.precompile(experts[0].variant, lambda: notify(COMPILING))
     ring = None
     if gpu:
         on = torch.device("cuda", torch.cuda.current_device())
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
         owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
-        registration = Registration(mappings, path, owner)
-        ring = Ring(fastest_link(registration, on, notify), experts, slot_rows(experts[0].gate.shape[1]), SLOTS)
+        pinned = PinnedMapping(mappings, path, owner)
+        ring = Ring(fastest_copy(pinned, on, notify), experts, slot_rows(experts[0].gate.shape[1]), SLOTS)
     return calibrated(experts, ring, threads, notify, again=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fiddler.device.weight_copy import Link
+from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.offload.feed_forward import torch_type
 
@@ -43,7 +43,7 @@ class Residents:
         """Whether every expert of a layer is here."""
         return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
 
-    def load(self, placed: Sequence[Sequence[int]], link: Link, progress: Callable[[int], None]) -> None:
+    def load(self, placed: Sequence[Sequence[int]], weight_copy: WeightCopy, progress: Callable[[int], None]) -> None:
         """Bring experts here, those of each layer; `progress` is told of bytes on their way."""
         table = self.table.cpu()
         for layer, experts in enumerate(placed):
@@ -55,11 +55,11 @@ class Residents:
                 gate, up, down = memory[:, : hidden * width]
                 made = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
                 for target, bits in zip(made, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
-                    link.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
+                    weight_copy.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
                 self._weights[layer, e] = made
                 table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in made), hidden, 0])
                 progress(memory.nbytes)
-        arrived = link.mark()
-        link.arrive(arrived)
+        arrived = weight_copy.event()
+        weight_copy.arrive(arrived)
         arrived.synchronize()
         self.table.copy_(table)

@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 def torch_type(weights: ExpertWeights) -> torch.dtype:
     """The type of a layer's weights."""
-    return torch.bfloat16 if weights.product.weights == "bf16" else torch.float16
+    return torch.bfloat16 if weights.variant.weights == "bf16" else torch.float16
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounded: bool, work: int) -> Tensor:
@@ -54,7 +54,7 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounded: 
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def tokens_by_expert(ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+def tokens_by_expert(expert_ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
     """ids [T, K] -> how many tokens each expert has [E], and where they begin in the order by expert [E + 1]."""
-    counts = np.bincount(ids.reshape(-1), minlength=experts)
+    counts = np.bincount(expert_ids.reshape(-1), minlength=experts)
     return counts, np.concatenate(([0], np.cumsum(counts)))

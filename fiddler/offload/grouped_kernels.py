@@ -70,7 +70,7 @@ def _up(
 def _down(
     h,
     token,
-    shares,
+    routing_weights,
     jobs,
     blocks,
     y,
@@ -102,9 +102,9 @@ def _down(
         a = tl.load(a_at + begin, mask=mine[:, None] & inside[None, :], other=0.0)
         total = tl.dot(a, tl.load(down + b_at + begin, mask=inside[:, None], other=0.0), total)
     t = tl.load(token + m, mask=mine, other=0)
-    share = tl.load(shares + m, mask=mine, other=0.0)
+    routing_weights = tl.load(routing_weights + m, mask=mine, other=0.0)
     place = y + t[:, None] * width + n[None, :]
-    tl.atomic_add(place, total * share[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
+    tl.atomic_add(place, total * routing_weights[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
 
 
 @triton.jit
@@ -129,7 +129,7 @@ class Grouped:
         self._next = 0
 
     def experts_of_many(
-        self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
+        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
     ) -> None:
         """Add to `into` [T, D] float32, for every job and each of its tokens, that token's share of the feed-forward.
 
@@ -138,14 +138,16 @@ class Grouped:
         two give the same bits each time, three or more need not.
         """
         for part in _in_pieces(jobs, max(1, work // (2 * most))):
-            self._run(x, token, shares, part, most, into)
+            self._run(x, token, routing_weights, part, most, into)
 
     def add_from_host(self, into: Tensor, given: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
         count = into.numel()
         _fetch[(triton.cdiv(count, 4096),)](given.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
 
-    def _run(self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor) -> None:
+    def _run(
+        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], most: int, into: Tensor
+    ) -> None:
         width, base = x.shape[1], jobs[0].first
         largest = max(job.end - job.first for job in jobs)
         m = 16 if largest <= 16 else 64 if largest <= 64 else 128
@@ -162,7 +164,22 @@ class Grouped:
         )
         even = all(job.rows % 16 == 0 for job in jobs)
         _down[(len(blocks), triton.cdiv(width, n))](
-            h, token, shares, given, at, into, width, most, base, kind, even, m, n, k, num_warps=warps, num_stages=4
+            h,
+            token,
+            routing_weights,
+            given,
+            at,
+            into,
+            width,
+            most,
+            base,
+            kind,
+            even,
+            m,
+            n,
+            k,
+            num_warps=warps,
+            num_stages=4,
         )
 
     def _tell(self, numbers: list[int], device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 Knows who has which weights and asks `plan` who does what; not the model's structure, nor how costs were measured.
 All-CPU, all-GPU and every plan between give the same sums within rounding: that is its whole specification, and with
-a `HostLink` both sides are the CPU.
+a `HostCopy` both sides are the CPU.
 
 Two threads: the caller's is in the CPU's kernels, which are always called from there and leave Python's lock free; the
 side thread runs the model meanwhile, and queues the GPU's copies and products. The GPU waits for the CPU's sum of a
@@ -28,7 +28,7 @@ from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import Job, feed_forward, tokens_by_expert, torch_type
 from fiddler.offload.plan import Balance, Costs, Plan, make_plan
 from fiddler.offload.staging_ring import Part, Ring
-from fiddler.offload.worker_thread import SharedStep, SideThread
+from fiddler.offload.worker_thread import CooperativeStep, WorkerThread
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["Grouped", "Orchestrator", "Split"]
@@ -42,7 +42,7 @@ class Grouped(Protocol):
     """What `grouped_kernels` has for several tokens, see there."""
 
     def experts_of_many(
-        self, x: Tensor, token: Tensor, shares: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
+        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
     ) -> None:
         """Several experts at once, in 16 bits."""
         ...
@@ -65,8 +65,8 @@ class _CpuPart(NamedTuple):
 
     layer: int
     x: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
+    expert_ids: np.ndarray
+    routing_weights: np.ndarray
     split: Split
 
 
@@ -96,17 +96,17 @@ class Orchestrator:
         self._tokens, self._grouped = tokens, grouped
         experts, self._hidden, width = layers[0].gate.shape
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
-        self._pinned = ring.link.device.type == "cuda"
+        self._pinned = ring.weight_copy.device.type == "cuda"
         self._x, self._y = self._host(tokens, width), self._host(tokens, width)
-        self._ids, self._shares = self._host(tokens, 1, dtype=torch.int64), self._host(tokens, 1)
-        self._read = ring.link.mark()
+        self._expert_ids, self._routing_weights = self._host(tokens, 1, dtype=torch.int64), self._host(tokens, 1)
+        self._read = ring.weight_copy.event()
         self._ahead: tuple[int, list[Part]] = (0, [])
         self._last = tokens  # of the last layer, in this step
         self._seen = np.zeros((len(layers), experts), np.int64)
-        self.gate = ring.link.gate()
-        there = partial(torch.cuda.set_device, ring.link.device) if self._pinned else lambda: None
+        self.semaphore = ring.weight_copy.semaphore()
+        there = partial(torch.cuda.set_device, ring.weight_copy.device) if self._pinned else lambda: None
         self._between = ExitStack()  # layers' experts: the model's dense half, for the recorder
-        self.shared: SharedStep[_CpuPart] = SharedStep(SideThread("fiddler-gpu", there), self.gate)
+        self.shared: CooperativeStep[_CpuPart] = CooperativeStep(WorkerThread("fiddler-gpu", there), self.semaphore)
         self.planned_seconds = 0.0  # of all layers of several tokens so far, if the plans came true
         self.follow(costs)
 
@@ -145,18 +145,18 @@ class Orchestrator:
         self._ahead = (0, [])
         self.ring.release()
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The model's `Experts`: x [T, D], ids and weights [T, K], all on the GPU -> [T, D] there."""
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+        """The model's `Experts`: x [T, D], expert_ids and routing_weights [T, K], all on the GPU -> [T, D] there."""
         if not self.shared.running:
-            return self.beside(lambda: self(layer, x, ids, weights), len(x))
+            return self.beside(lambda: self(layer, x, expert_ids, routing_weights), len(x))
         tokens, experts = len(x), len(self.layers[layer].gate)
         if tokens > self._tokens:  # several long sequences
-            parts = zip(*(tensor.split(self._tokens) for tensor in (x, ids, weights)), strict=True)
+            parts = zip(*(tensor.split(self._tokens) for tensor in (x, expert_ids, routing_weights)), strict=True)
             return torch.cat([self(layer, *part) for part in parts])
         y = torch.zeros_like(x)
         if tokens == 0:
             return y
-        given = self._to_host(layer, x, ids, weights)
+        given = self._to_host(layer, x, expert_ids, routing_weights)
         if self.shared.stopping:
             raise RuntimeError("the step was broken off")  # to nobody: its caller has left
         counts, first = tokens_by_expert(given[1], experts)
@@ -172,9 +172,9 @@ class Orchestrator:
         if split.cpu_rows.any():
             number = self.shared.leave(_CpuPart(layer, *given, split))
         with self._recorder.span("queue", 0):
-            self._on_gpu(layer, x, ids, weights, first, split, ahead, y)
+            self._on_gpu(layer, x, expert_ids, routing_weights, first, split, ahead, y)
         if number is not None:
-            self.gate.wait(number)
+            self.semaphore.wait(number)
             if self._grouped is not None:
                 self._grouped.add_from_host(y, self._y[:tokens])
             else:
@@ -183,13 +183,16 @@ class Orchestrator:
         return y
 
     def _to_host(
-        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor
+        self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the CPU needs to know, after one wait: x (where it may compute), ids and weights."""
-        tokens, k = ids.shape
-        if self._ids.shape[1] != k:
-            self._ids, self._shares = self._host(self._tokens, k, dtype=torch.int64), self._host(self._tokens, k)
-        given = [(self._ids, ids), (self._shares, weights)]
+        tokens, k = expert_ids.shape
+        if self._expert_ids.shape[1] != k:
+            self._expert_ids, self._routing_weights = (
+                self._host(self._tokens, k, dtype=torch.int64),
+                self._host(self._tokens, k),
+            )
+        given = [(self._expert_ids, expert_ids), (self._routing_weights, routing_weights)]
         if not self._complete[layer]:
             given.append((self._x, x))
         for target, source in given:
@@ -199,7 +202,7 @@ class Orchestrator:
         self.shared.rest()  # rather than where a thread waits for the GPU, busily
         with self._recorder.span("wait", 0):
             self._read.synchronize()
-        return self._x[:tokens].numpy(), self._ids[:tokens].numpy(), self._shares[:tokens].numpy()
+        return self._x[:tokens].numpy(), self._expert_ids[:tokens].numpy(), self._routing_weights[:tokens].numpy()
 
     def complete(self, layer: int) -> bool:
         """Whether all experts of a layer are residents, so that nothing is left for the CPU or the link."""
@@ -226,7 +229,7 @@ class Orchestrator:
     def _until_arrived(self, ahead: Sequence[Part]) -> float:
         """Seconds for which the link still has these to carry, about half of the first having passed."""
         rows = [part.end - part.begin for part in ahead if not part.arrived.query()]
-        return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.link if rows else 0.0
+        return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.copy if rows else 0.0
 
     def split_one(self, layer: int, chosen: Sequence[int]) -> Split:
         """`split` for one token with these experts, each once: in microseconds.
@@ -235,7 +238,7 @@ class Orchestrator:
         """
         missing = [e for e in chosen if (layer, e) not in self.residents]
         cpu_rows = np.zeros(self._seen.shape[1], np.int64)
-        if self.ring.link.blocks:
+        if self.ring.weight_copy.blocks:
             cpu_rows[missing] = self._hidden
             return Split(dict.fromkeys(missing, 0), cpu_rows, 0.0)
         plan = self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds, 1)
@@ -244,7 +247,13 @@ class Orchestrator:
         return Split(dict(zip(missing, plan.gpu_rows, strict=True)), cpu_rows, plan.seconds)
 
     def on_cpu(
-        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, split: Split, out: np.ndarray
+        self,
+        layer: int,
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+        split: Split,
+        out: np.ndarray,
     ) -> bool:
         """The CPU's part of a layer, into `out` [T, D]; False where it has none."""
         rows = int(split.cpu_rows.sum())
@@ -252,15 +261,15 @@ class Orchestrator:
             return False
         w = self.layers[layer]
         with self._recorder.span("experts", rows * 6 * w.gate.shape[2]):
-            kernels.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.product, split.cpu_rows, out)
+            kernels.expert_ffn(x, expert_ids, routing_weights, w.gate, w.up, w.down, w.variant, split.cpu_rows, out)
         return True
 
     def _on_gpu(
         self,
         layer: int,
         x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
+        expert_ids: Tensor,
+        routing_weights: Tensor,
         first: np.ndarray,
         split: Split,
         ahead: Sequence[Part],
@@ -268,9 +277,9 @@ class Orchestrator:
     ) -> None:
         """Queue the GPU's part of a layer, residents first: y [T, D] += it. Then send ahead for the next one."""
         w = self.layers[layer]
-        rounded, hidden = w.product.activations == "bf16", self._hidden
-        order = torch.argsort(ids.reshape(-1), stable=True)
-        token, share = order // ids.shape[1], weights.reshape(-1)[order]
+        rounded, hidden = w.variant.activations == "bf16", self._hidden
+        order = torch.argsort(expert_ids.reshape(-1), stable=True)
+        token, routing_weights = order // expert_ids.shape[1], routing_weights.reshape(-1)[order]
         given = x.to(torch_type(w)) if rounded else x
         together = rounded and self._grouped is not None
 
@@ -279,13 +288,13 @@ class Orchestrator:
             rows = token[first[e] : first[e + 1]]
             with self._recorder.queued("experts"):
                 made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
-                y.index_add_(0, rows, made.mul_(share[first[e] : first[e + 1], None]))
+                y.index_add_(0, rows, made.mul_(routing_weights[first[e] : first[e + 1], None]))
 
         def add_together(jobs: Sequence[Job], most: int) -> None:
             """In 16 bits."""
             assert self._grouped is not None
             with self._recorder.queued("experts"):
-                self._grouped.experts_of_many(given, token, share, jobs, most, y, self._work)
+                self._grouped.experts_of_many(given, token, routing_weights, jobs, most, y, self._work)
 
         def use(part: Part) -> None:
             part.arrived.wait()
@@ -314,7 +323,7 @@ class Orchestrator:
             for e, rows in split.gpu_rows.items():
                 for part in self.ring.send(layer, e, hidden - rows, hidden - sent[e]):
                     use(part)
-        self._send_ahead(layer + 1, *ids.shape)
+        self._send_ahead(layer + 1, *expert_ids.shape)
 
     def _send_ahead(self, layer: int, tokens: int, each: int) -> None:
         """Start sending an expert of the next layer that will be streamed, whatever its router says.
@@ -341,6 +350,6 @@ def _plan(
     costs: Costs, hidden: int, tokens: tuple[int, ...], ahead: tuple[int, ...], later: float, handed_over: int
 ) -> Plan:
     """handed_over: tokens whose sums, 4 bytes an element, go over the link where the CPU has a part; a row has 6."""
-    start = costs.cpu_start + (0.0 if costs.link == inf else handed_over * 4 / (6 * hidden) * costs.link)
-    costs = replace(costs, cpu_start=start, link_start=costs.link_start + later)
+    start = costs.cpu_start + (0.0 if costs.copy == inf else handed_over * 4 / (6 * hidden) * costs.copy)
+    costs = replace(costs, cpu_start=start, copy_start=costs.copy_start + later)
     return make_plan(tokens, costs, hidden, _STEP, ahead, _MARGIN)

@@ -49,11 +49,11 @@ class Costs:
 
     cpu: Curve  # the CPU computes it
     gpu: Curve  # the GPU computes it
-    link: float  # its weights go over the link while the CPU computes; `inf` where there is none to use
+    copy: float  # its weights go over the link while the CPU computes; `inf` where there is none to use
     memory: float  # the memory gives its weights, to both sides together
     cpu_start: float = 0.0  # before the CPU begins, and handing over its result
-    link_start: float = 0.0  # before the first weights move
-    link_alone: float = inf  # what `link` is while the CPU does not compute, where that is less
+    copy_start: float = 0.0  # before the first weights move
+    copy_alone: float = inf  # what `copy` is while the CPU does not compute, where that is less
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Balance:
 
     @property
     def seconds(self) -> float:
-        """To be taken for the `link_start` of `Costs`; negative where the GPU is the faster one."""
+        """To be taken for the `copy_start` of `Costs`; negative where the GPU is the faster one."""
         return self._steps * self._STEP
 
     def tell(self, *, gpu_first: bool) -> None:
@@ -108,8 +108,8 @@ def make_plan(
     assert all(0 <= rows <= hidden for rows in have)
     floor_seconds = len(tokens) * costs.memory
     cpu = [costs.cpu(count) / hidden for count in tokens]  # a row
-    gpu = [max(costs.link, costs.gpu(count)) / hidden for count in tokens]
-    gpu_alone = [max(min(costs.link, costs.link_alone), costs.gpu(count)) / hidden for count in tokens]
+    gpu = [max(costs.copy, costs.gpu(count)) / hidden for count in tokens]
+    gpu_alone = [max(min(costs.copy, costs.copy_alone), costs.gpu(count)) / hidden for count in tokens]
 
     def cost(rows: Sequence[int]) -> float:
         on_cpu = sum(c * (hidden - r) for c, r in zip(cpu, rows, strict=True))
@@ -117,18 +117,18 @@ def make_plan(
         moved = sum(g * (r - h) for g, r, h in zip(a_row, rows, have, strict=True) if r > h)
         return max(
             on_cpu + costs.cpu_start if on_cpu else 0.0,
-            moved + costs.link_start if moved else 0.0,
+            moved + costs.copy_start if moved else 0.0,
             floor_seconds,
         )
 
     best = tuple(have)
     least = cost(best)
-    if costs.link == inf:
+    if costs.copy == inf:
         return Plan(best, least)
     order = sorted(range(len(tokens)), key=lambda e: cpu[e] / gpu[e], reverse=True)
     rows = list(have)
     on_cpu = costs.cpu_start + sum(c * (hidden - h) for c, h in zip(cpu, have, strict=True))
-    moved = costs.link_start
+    moved = costs.copy_start
     for e in order:
         free = hidden - have[e]
         # the share of what is left at which both sides take the same time; a little more or less is worse

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fiddler.device.weight_copy import Link, Mark
+from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -27,7 +27,7 @@ class Part:
     expert: int
     begin: int
     end: int
-    arrived: Mark
+    arrived: Event
     slot: int
     memory: Tensor  # [3, slot rows * D], 16 bits
     addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows] in it
@@ -45,20 +45,25 @@ class Ring:
     """`slots` slots of `rows` hidden rows each, for these layers' experts."""
 
     def __init__(
-        self, link: Link, layers: Sequence[ExpertWeights], rows: int, slots: int, recorder: Recorder = SILENT
+        self,
+        weight_copy: WeightCopy,
+        layers: Sequence[ExpertWeights],
+        rows: int,
+        slots: int,
+        recorder: Recorder = SILENT,
     ) -> None:
-        self.link = link
+        self.weight_copy = weight_copy
         self._recorder = recorder
         self.rows = rows
         self.slots = slots
         _, self._hidden, self._width = layers[0].gate.shape
         self._mapped = [tuple(bits.ctypes.data for bits in (w.gate, w.up, w.down)) for w in layers]
         size = slots * 3 * rows * self._width
-        self._whole = torch.empty(size + _SPARE, dtype=torch.bfloat16, device=link.device)
+        self._whole = torch.empty(size + _SPARE, dtype=torch.bfloat16, device=weight_copy.device)
         self._memory = self._whole[:size].view(slots, 3, rows * self._width)
         self._addresses = [tuple(matrix.data_ptr() for matrix in slot) for slot in self._memory]
-        self._arrived = [link.mark() for _ in range(slots)]
-        self._free = [link.mark() for _ in range(slots)]
+        self._arrived = [weight_copy.event() for _ in range(slots)]
+        self._free = [weight_copy.event() for _ in range(slots)]
         self._taken = [False] * slots
         self._next = 0
 
@@ -81,15 +86,15 @@ class Ring:
         slot, self._next = self._next, (self._next + 1) % self.slots
         assert not self._taken[slot], "a slot is filled again before its part was done with"
         self._taken[slot] = True
-        link, rows, hidden, width = self.link, end - begin, self._hidden, self._width
-        link.hold(self._free[slot])
+        weight_copy, rows, hidden, width = self.weight_copy, end - begin, self._hidden, self._width
+        weight_copy.hold(self._free[slot])
         (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
         row = 2 * width * (expert * hidden + begin)
-        with self._recorder.queued("link", 6 * width * rows, link.stream):
-            link.copy(to_gate, gate + row, 2 * width * rows)
-            link.copy(to_up, up + row, 2 * width * rows)
-            link.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
-        link.arrive(self._arrived[slot])
+        with self._recorder.queued("link", 6 * width * rows, weight_copy.stream):
+            weight_copy.copy(to_gate, gate + row, 2 * width * rows)
+            weight_copy.copy(to_up, up + row, 2 * width * rows)
+            weight_copy.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
+        weight_copy.arrive(self._arrived[slot])
         addresses = to_gate, to_up, to_down
         return Part(expert, begin, end, self._arrived[slot], slot, self._memory[slot], addresses, width)
 
@@ -99,9 +104,9 @@ class Ring:
         One after the other instead of each in slots of its own: fewer copies, and one mark for all.
         """
         assert not any(self._taken)
-        link, hidden, width = self.link, self._hidden, self._width
+        weight_copy, hidden, width = self.weight_copy, self._hidden, self._width
         for free in self._free:
-            link.hold(free)
+            weight_copy.hold(free)
         parts, at = [], self._memory.data_ptr()
         for expert, begin, end in wanted:
             (gate, up, down), size = self._mapped[layer], 2 * width * (end - begin)
@@ -109,14 +114,14 @@ class Ring:
             aligned = -(-size // 16) * 16
             addresses = at, at + aligned, at + 2 * aligned
             columns = down + 2 * (expert * width * hidden + begin)
-            with self._recorder.queued("link", 3 * size, link.stream):
-                link.copy(addresses[0], gate + row, size)
-                link.copy(addresses[1], up + row, size)
-                link.copy(addresses[2], columns, 2 * (end - begin), width, 2 * hidden)
+            with self._recorder.queued("link", 3 * size, weight_copy.stream):
+                weight_copy.copy(addresses[0], gate + row, size)
+                weight_copy.copy(addresses[1], up + row, size)
+                weight_copy.copy(addresses[2], columns, 2 * (end - begin), width, 2 * hidden)
             parts.append(Part(expert, begin, end, self._arrived[0], 0, self._memory, addresses, width))
             at += 3 * aligned
         assert at <= self._whole.data_ptr() + self._whole.nbytes
-        link.arrive(self._arrived[0])
+        weight_copy.arrive(self._arrived[0])
         return parts
 
     def done_together(self) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from fiddler.device.semaphore import Gate, HostGate
+from fiddler.device.semaphore import HostSemaphore, Semaphore
 
-__all__ = ["SharedStep", "SideThread", "Task"]
+__all__ = ["CooperativeStep", "Task", "WorkerThread"]
 
 _A_WHILE = 1e-3  # seconds
 
@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 
 class Task:
-    """Something that was given to a `SideThread`."""
+    """Something that was given to a `WorkerThread`."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call: Callable[[], None] | None = call
@@ -63,7 +63,7 @@ class Task:
         self._failed = None
 
 
-class SideThread:
+class WorkerThread:
     """Does what it is given, one after the other; ends with its last owner."""
 
     def __init__(self, name: str, first: Callable[[], None] = lambda: None) -> None:
@@ -85,11 +85,11 @@ def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
         del task  # nor what it raised, while there is nothing to do
 
 
-class SharedStep(Generic[Part]):
+class CooperativeStep(Generic[Part]):
     """Work on the side thread that leaves parts of it to the caller's, and goes on behind a gate when they are done."""
 
-    def __init__(self, side: SideThread, gate: Gate) -> None:
-        self._side, self._gate, self._done = side, gate, HostGate()
+    def __init__(self, side: WorkerThread, semaphore: Semaphore) -> None:
+        self._side, self._semaphore, self._done = side, semaphore, HostSemaphore()
         self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
         self._task: Task | None = None
         self.stopping = False  # what is done aside need not go on: nobody wants it any more
@@ -148,7 +148,7 @@ class SharedStep(Generic[Part]):
 
     def number(self) -> int:
         """On the side thread: the number of another wait at the gate, and of another `rest`."""
-        number = self._gate.next()
+        number = self._semaphore.next()
         self._done.numbered = number
         return number
 
@@ -158,7 +158,7 @@ class SharedStep(Generic[Part]):
 
     def open(self, number: int | None) -> None:
         """End the wait with this number and those before it; None: all."""
-        self._gate.open(number)
+        self._semaphore.open(number)
         self._done.open(number)
 
     def stop(self) -> None:

@@ -6,7 +6,7 @@ once and other devices by torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.models.attention import attend
 from fiddler.models.config import Config
-from fiddler.models.rotary import rotary_frequencies, rotary_turns, rotate
+from fiddler.models.rotary import rotary_cos_sin, rotary_frequencies, rotate
 
-__all__ = ["Sequence", "Step", "kept_bytes"]
+__all__ = ["KVCache", "Step", "kv_bytes"]
 
 _FIRST_CAPACITY = 256  # positions; doubled when full
 
 
-class Sequence:
+class KVCache:
     """Keys and values of one sequence, all layers. Memory grows with its length, up to `context` positions."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Sequence:
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
         self._room = min(kept.shape[1] for kept in (*self._keys, *self._values))  # positions
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
-        self._kept: kernels.Kept | None = None
+        self._kept: kernels.KVPointers | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
 
     @property
@@ -68,7 +68,7 @@ class Sequence:
             self._keys[layer], self._values[layer] = grown
         self._room = capacity
 
-    def divided(self, count: int, length: int) -> list[Sequence]:
+    def divided(self, count: int, length: int) -> list[KVCache]:
         """So many empty sequences of at most `length` positions each, in this one's memory.
 
         It is theirs from now on; keep this sequence until they are done with, and do not use it.
@@ -81,7 +81,7 @@ class Sequence:
             return [kept.view(self._heads, length, self._head_dim) for kept in flat]
 
         return [
-            Sequence(self._config, length, self._dtype, self.device, (parts(self._keys, i), parts(self._values, i)))
+            KVCache(self._config, length, self._dtype, self.device, (parts(self._keys, i), parts(self._values, i)))
             for i in range(count)
         ]
 
@@ -98,11 +98,11 @@ class Sequence:
         return self._arrays[layer]
 
     @property
-    def kept(self) -> kernels.Kept:
+    def kept(self) -> kernels.KVPointers:
         """All of them, likewise."""
         if self._kept is None:
             arrays = self._as_arrays()
-            self._kept = kernels.Kept([keys for keys, _ in arrays], [values for _, values in arrays])
+            self._kept = kernels.KVPointers([keys for keys, _ in arrays], [values for _, values in arrays])
         return self._kept
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class Sequence:
             kept[self.length : end] = new
         return stored[0][:end], stored[1][:end]
 
-    def become(self, other: Sequence, shared: int = 0) -> None:
+    def become(self, other: KVCache, shared: int = 0) -> None:
         """Hold what `other` holds. Copied are its positions from `shared` on: those before are the same in both."""
         assert shared <= min(self.length, other.length)
         self.length = shared  # what is kept where memory grows, and where that fails
@@ -136,7 +136,7 @@ class Sequence:
 class Step:
     """Tokens appended to one or several sequences in one pass through the model: the model's `Cache`."""
 
-    def __init__(self, parts: Ordered[tuple[Sequence, int]], config: Config) -> None:
+    def __init__(self, parts: Sequence[tuple[KVCache, int]], config: Config) -> None:
         """`parts`: each sequence with the number of its tokens, in the order of the step's rows."""
         assert len({id(sequence) for sequence, _ in parts}) == len(parts), "a sequence stands twice in a step"
         for sequence, count in parts:
@@ -165,9 +165,9 @@ class Step:
         if self._ones:
             out[self._rows] = self._attend_ones(layer, *(tensor[self._rows] for tensor in (q, k, v)))
         for sequence, rows in self._others:
-            turns = self._turns[rows]
-            keys, values = sequence.write(layer, rotate(k[rows], turns), v[rows])
-            out[rows] = attend(rotate(q[rows], turns), keys, values, self._config.sliding_window)
+            cos_sin = self._cos_sin[rows]
+            keys, values = sequence.write(layer, rotate(k[rows], cos_sin), v[rows])
+            out[rows] = attend(rotate(q[rows], cos_sin), keys, values, self._config.sliding_window)
         return out
 
     def _attend_ones(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,10 +180,10 @@ class Step:
         return torch.from_numpy(made)
 
     @cached_property
-    def _turns(self) -> Tensor:
+    def _cos_sin(self) -> Tensor:
         """What turns the step's rows to their positions."""
         places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
-        return rotary_turns(self._config, torch.cat(places).to(self._parts[0][0].device))
+        return rotary_cos_sin(self._config, torch.cat(places).to(self._parts[0][0].device))
 
     def commit(self) -> None:
         """The step went through every layer: the sequences are longer now."""
@@ -191,7 +191,7 @@ class Step:
             sequence.length += count
 
 
-def kept_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
+def kv_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
     """Bytes of keys and values of a new sequence that reserves `length` positions at once."""
     row = config.head_count_kv * config.head_dim * dtype.itemsize
     return 2 * config.block_count * row * _capacity(length, context)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ import torch
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.model_file import ModelFile
-from fiddler.runtime.kv_cache import Sequence
+from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 
@@ -40,7 +40,7 @@ _CRC = struct.Struct("<I")
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
 
 
-def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Ordered[int]) -> Callable[[Sequence], None]:
+def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence[int]) -> Callable[[KVCache], None]:
     """Let `runner` resume `ids` from the file, if that has more of them than the runner keeps.
 
     Returns what writes the file, if it lacks some of `ids`, when it is given the sequence that holds them.
@@ -54,7 +54,7 @@ def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Ordered[
             raise RequestError(f"{path.parent} cannot be written in; name a file elsewhere")
         check_space(path, cache.nbytes(len(ids)))
     count = min(held, len(ids) - 1)
-    if count > common(runner.kept.tokens, ids):
+    if count > common(runner.prefix_cache.tokens, ids):
         sequence = runner.sequence()
         cache.read(sequence, count)
         runner.keep(sequence, ids[:count])
@@ -83,7 +83,7 @@ class PromptCache:
         block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
         return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + 2 * layers * block
 
-    def read(self, sequence: Sequence, count: int) -> None:
+    def read(self, sequence: KVCache, count: int) -> None:
         """Fill an empty sequence with the first `count` positions of the file.
 
         Raises FileFormatError where the file is damaged; the sequence is to be forgotten then.
@@ -95,15 +95,19 @@ class PromptCache:
         with self._opened() as file:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
-            for kept in (kept for layer in zip(*sequence.storage, strict=True) for kept in layer):
+            for prefix_cache in (
+                prefix_cache for layer in zip(*sequence.storage, strict=True) for prefix_cache in layer
+            ):
                 data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
                 block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
                 if not np.isfinite(block).all():
                     raise self._damaged("holds what is no number")
-                kept[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(kept.device)
+                prefix_cache[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(
+                    prefix_cache.device
+                )
         sequence.length = count
 
-    def write(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+    def write(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Replace the file by one with these tokens, of which `sequence` has the keys and values; it appears whole.
 
         Raises ResourceError where the disk is full, FileFormatError where another file came to lie there.
@@ -120,8 +124,10 @@ class PromptCache:
 
             put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._model))
             put(np.array(tokens, "<i4").tobytes())
-            for kept in (kept for layer in zip(*sequence.storage, strict=True) for kept in layer):
-                block = kept[:, :positions].cpu().numpy()
+            for prefix_cache in (
+                prefix_cache for layer in zip(*sequence.storage, strict=True) for prefix_cache in layer
+            ):
+                block = prefix_cache[:, :positions].cpu().numpy()
                 put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
 
     def _opened(self) -> BinaryIO:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,8 @@ from fiddler import kernels
 from fiddler.errors import ResourceError
 from fiddler.host_memory import available_memory, memory_for_sequences
 from fiddler.models.mixtral import Mixtral
-from fiddler.runtime.kv_cache import Sequence, Step, kept_bytes
-from fiddler.runtime.prefix_cache import Kept
+from fiddler.runtime.kv_cache import KVCache, Step, kv_bytes
+from fiddler.runtime.prefix_cache import PrefixCache
 
 __all__ = ["Runner", "out_of_memory"]
 
@@ -29,40 +29,40 @@ class Runner:
         self.context = context
         self.chunk = chunk
         self.cache_dtype = cache_dtype
-        self.kept = Kept()
+        self.prefix_cache = PrefixCache()
 
-    def sequence(self, positions: int = 0) -> Sequence:
+    def sequence(self, positions: int = 0) -> KVCache:
         """A new, empty sequence, with room for so many positions; it grows where it gets more."""
-        made = Sequence(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
+        made = KVCache(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
             with out_of_memory():
                 made.reserve(positions)
         return made
 
-    def kept_bytes(self, positions: int) -> int:
+    def kv_bytes(self, positions: int) -> int:
         """Bytes of keys and values of a `sequence` with room for so many positions."""
-        return kept_bytes(self.model.config, self.context, self.cache_dtype, positions)
+        return kv_bytes(self.model.config, self.context, self.cache_dtype, positions)
 
     def room(self, weights: int) -> int | None:
         """Bytes that sequences may have in all, beside weights in so many bytes of mapped files; None: any number."""
         return memory_for_sequences(available_memory(), weights)
 
-    def resume(self, ids: Ordered[int]) -> Sequence:
+    def resume(self, ids: Sequence[int]) -> KVCache:
         """A sequence for `ids`: the kept one with what it has of their beginning, never all of them, or a new one."""
-        return self.kept.take(ids) or self.sequence()
+        return self.prefix_cache.take(ids) or self.sequence()
 
-    def keep(self, sequence: Sequence, tokens: Ordered[int]) -> None:
+    def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Have `resume` go on from `sequence`, which its user is done with; it holds the first of `tokens`."""
-        self.kept.put(sequence, tokens)
+        self.prefix_cache.put(sequence, tokens)
 
-    def copy(self, source: Sequence, target: Sequence | None = None, shared: int = 0) -> Sequence:
-        """`target`, or else a new sequence, with all that `source` holds; see `Sequence.become`."""
+    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
+        """`target`, or else a new sequence, with all that `source` holds; see `KVCache.become`."""
         target = self.sequence() if target is None else target
         with out_of_memory():
             target.become(source, shared)
         return target
 
-    def step(self, parts: Ordered[tuple[Sequence, Ordered[int]]], wanted: Ordered[int] | None = None) -> Tensor:
+    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
         """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given.
 
         wanted: the rows of that which are returned, in rising order: [W, D]. None: all. The last layer's experts
@@ -84,12 +84,12 @@ class Runner:
         """The model's step."""
         return self.model(ids, step, wanted)
 
-    def _place(self, parts: Ordered[tuple[Sequence, int]]) -> Step:
+    def _place(self, parts: Sequence[tuple[KVCache, int]]) -> Step:
         """Room for so many more tokens of each sequence."""
         return Step(parts, self.model.config)
 
     def prefill(
-        self, sequence: Sequence, tokens: Ordered[int], on_chunk: Callable[[int], None] = lambda read: None
+        self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
     ) -> Tensor:
         """Append a prompt, a chunk at a time: float32 logits [V] after its last token.
 

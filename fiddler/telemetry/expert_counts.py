@@ -25,11 +25,11 @@ class CountedExperts:
         self._experts = experts
         self._counts = torch.zeros(layers, count, dtype=torch.int64, device=device)
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """The model's `Experts`."""
-        chosen = ids.reshape(-1)
+        chosen = expert_ids.reshape(-1)
         self._counts[layer].index_add_(0, chosen, torch.ones_like(chosen))  # unlike bincount, waits for no GPU
-        return self._experts(layer, x, ids, weights)
+        return self._experts(layer, x, expert_ids, routing_weights)
 
     @property
     def counts(self) -> list[list[int]]:

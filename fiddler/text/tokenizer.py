@@ -17,7 +17,7 @@ from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.spm import canonical, decoded_tokens, processor_of, raw_bytes
 from fiddler.text.vocabulary import SPACE, TokenTable
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["TextStream", "Tokenizer"]
 _ESCAPED = re.compile(r"([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's "surrogateescape" carries it
 _BLANK = (" ", SPACE)
 
@@ -162,9 +162,9 @@ class Tokenizer:
         decoder = self.stream(continuing)
         return b"".join([decoder.push_bytes(index) for index in ids])
 
-    def stream(self, continuing: bool = False) -> StreamDecoder:
+    def stream(self, continuing: bool = False) -> TextStream:
         """A decoder to be fed one id at a time; `continuing` where the ids go on from a prompt."""
-        return StreamDecoder(self, continuing)
+        return TextStream(self, continuing)
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self._bytes):
@@ -202,7 +202,7 @@ class Tokenizer:
         return ids
 
 
-class StreamDecoder:
+class TextStream:
     """Decodes ids as they come, never cutting a character; the parts add up to `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer, continuing: bool) -> None:

@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["Called"]
+__all__ = ["FunctionPointer"]
 
 
-class Called:
+class FunctionPointer:
     """What a kernel is called through."""
 
     def __init__(self, kernel: Any, *arguments: types.Type | None, returns: types.Type = types.none) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import njit
 
-__all__ = ["FASTMATH", "OPTIONS", "discard_cache", "kept_on_disk", "kernel"]
+__all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "discard_cache", "kernel"]
 
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
@@ -39,7 +39,7 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
     return compiled
 
 
-def kept_on_disk() -> bool:
+def cached_on_disk() -> bool:
     """Whether machine code is kept for other processes."""
     return all(compiled.stats.cache_path is not None for compiled in _kernels)
 

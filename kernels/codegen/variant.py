@@ -1,6 +1,6 @@
 """What a kernel multiplies with what: weights, activations, instructions. As a value, and as a type for Numba.
 
-Numba sees each `Product` as a type of its own, so every kind compiles to a kernel of its own, and what a kind rules
+Numba sees each `KernelVariant` as a type of its own, so every kind compiles to a kernel of its own, and what a kind rules
 out is gone from its code. The type's name is part of the key in Numba's on-disk cache.
 """
 
@@ -19,12 +19,12 @@ from numba.extending import NativeValue, intrinsic, models, register_model, type
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, on_zen
 
 __all__ = [
-    "Product",
+    "KernelVariant",
+    "amx",
+    "bf16_pairs",
     "compiled",
     "constant_of",
-    "in_pairs",
-    "in_parts",
-    "in_tiles",
+    "k_blocked",
     "outer_rows",
     "outer_tokens",
     "panel_tokens",
@@ -33,7 +33,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Product:
+class KernelVariant:
     """How weights meet activations.
 
     `weights`: "bf16" or "f16". `activations`: "f32", or "bf16" where each is rounded to bf16 once, before the
@@ -51,27 +51,27 @@ class Product:
             raise ValueError(f"this CPU does not run the tier {self.tier.name}")
 
     @property
-    def rows_in_pairs(self) -> bool:
+    def bf16_rows(self) -> bool:
         """Few tokens' activations are stored as bf16 bits; else as float32, rounded or not."""
         return self.activations == "bf16" and self.weights == "bf16"
 
     @property
-    def in_pairs(self) -> bool:
+    def bf16_pairs(self) -> bool:
         """Likewise those of many tokens, and the CPU multiplies pairs of bf16."""
-        return self.rows_in_pairs and self.tier.dot_bf16
+        return self.bf16_rows and self.tier.dot_bf16
 
     @property
-    def in_parts(self) -> bool:
+    def k_blocked(self) -> bool:
         """Several tokens' pairs meet the weights in parts that fit the first-level cache, one after the other.
 
         On Zen 5 that was faster than whole rows one by one; on Emerald Rapids four whole rows are, 1.1 to 1.5 times.
         """
-        return self.in_pairs and on_zen()
+        return self.bf16_pairs and on_zen()
 
     @property
-    def in_tiles(self) -> bool:
+    def amx(self) -> bool:
         """Many tokens are multiplied in tile registers."""
-        return self.in_pairs and self.tier.tiles
+        return self.bf16_pairs and self.tier.tiles
 
 
 def _digest() -> str:
@@ -85,26 +85,26 @@ def _digest() -> str:
 _SOURCES = _digest()
 
 
-class _ProductType(types.Type):
+class _VariantType(types.Type):
     def __init__(self, tier: str, weights: str, activations: str) -> None:
         self.tier, self.weights, self.activations = tier, weights, activations
         super().__init__(name=f"Product({tier}, {weights}, {activations}, sources {_SOURCES})")
 
     @property
-    def product(self) -> Product:
-        return Product(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
+    def variant(self) -> KernelVariant:
+        return KernelVariant(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
 
 
-register_model(_ProductType)(models.OpaqueModel)
+register_model(_VariantType)(models.OpaqueModel)
 
 
-@typeof_impl.register(Product)
-def _typeof_product(value: Product, _context: object) -> _ProductType:
-    return _ProductType(value.tier.name, value.weights, value.activations)
+@typeof_impl.register(KernelVariant)
+def _typeof_variant(value: KernelVariant, _context: object) -> _VariantType:
+    return _VariantType(value.tier.name, value.weights, value.activations)
 
 
-@unbox(_ProductType)
-def _unbox_product(_type: object, _value: object, context: Any) -> NativeValue:
+@unbox(_VariantType)
+def _unbox_variant(_type: object, _value: object, context: Any) -> NativeValue:
     return NativeValue(context.context.get_dummy_value())
 
 
@@ -114,26 +114,26 @@ def compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def constant_of(number: Callable[[Product], int], returns: types.Type) -> Any:
+def constant_of(number: Callable[[KernelVariant], int], returns: types.Type) -> Any:
     """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
 
     @compiled
-    def constant(_context: Any, product: Any) -> Any:
+    def constant(_context: Any, variant: Any) -> Any:
         def generate(context: Any, _b: Any, signature: Any, _arguments: Any) -> ir.Value:
-            return context.get_constant(signature.return_type, number(product.product))
+            return context.get_constant(signature.return_type, number(variant.variant))
 
-        return returns(product), generate
+        return returns(variant), generate
 
     return constant
 
 
-in_pairs = constant_of(lambda product: product.in_pairs, types.boolean)
-in_parts = constant_of(lambda product: product.in_parts, types.boolean)
-in_tiles = constant_of(lambda product: product.in_tiles, types.boolean)
-outer_rows = constant_of(lambda product: product.tier.outer_rows, types.intp)
+bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)
+k_blocked = constant_of(lambda variant: variant.k_blocked, types.boolean)
+amx = constant_of(lambda variant: variant.amx, types.boolean)
+outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
 # beside tile registers, outer products compute what is left over, and need no wide form of their own
-outer_tokens = constant_of(lambda product: 16 if product.in_tiles else product.tier.outer_tokens, types.intp)
-row_bytes = constant_of(lambda product: 2 if product.rows_in_pairs else 4, types.intp)
+outer_tokens = constant_of(lambda variant: 16 if variant.amx else variant.tier.outer_tokens, types.intp)
+row_bytes = constant_of(lambda variant: 2 if variant.bf16_rows else 4, types.intp)
 """Bytes of an activation in the rows layout."""
-panel_tokens = constant_of(lambda product: 32 if product.in_tiles else 48, types.intp)
+panel_tokens = constant_of(lambda variant: 32 if variant.amx else 48, types.intp)
 """Tokens of a panel in the packed layout: as many as a tile takes at once."""

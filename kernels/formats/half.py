@@ -5,12 +5,12 @@ from __future__ import annotations
 from llvmlite import ir
 
 from fiddler.kernels.codegen.llvm import F16, F32, I16, I32
-from fiddler.kernels.codegen.variant import Product
+from fiddler.kernels.codegen.variant import KernelVariant
 
 __all__ = ["halves", "widen", "widen_one"]
 
 
-def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
+def widen(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
     """A vector of 16-bit weights as float32."""
     count = bits.type.count
     wide, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
@@ -18,9 +18,9 @@ def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
     def constant(value: int) -> ir.Constant:
         return ir.Constant(wide, [value] * count)
 
-    if product.weights == "bf16":
+    if variant.weights == "bf16":
         return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
-    if product.tier.half_convert:
+    if variant.tier.half_convert:
         return b.fpext(b.bitcast(bits, ir.VectorType(F16, count)), floats)
     # sign, exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
     placed = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
@@ -30,9 +30,9 @@ def widen(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
 
 
-def widen_one(b: ir.IRBuilder, product: Product, bits: ir.Value) -> ir.Value:
+def widen_one(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
     """One 16-bit weight as float32."""
-    return b.extract_element(widen(b, product, b.bitcast(bits, ir.VectorType(I16, 1))), ir.Constant(I32, 0))
+    return b.extract_element(widen(b, variant, b.bitcast(bits, ir.VectorType(I16, 1))), ir.Constant(I32, 0))
 
 
 def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:

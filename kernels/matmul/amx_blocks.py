@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fiddler.kernels.codegen.variant import (
-    Product,
+    KernelVariant,
     panel_tokens,
 )
 from fiddler.kernels.matmul.amx_tiles import TILE_PAIRS, TILE_ROWS, configure_tiles, matrix_tile, release_tiles
@@ -18,7 +18,7 @@ _TILE_PANELS, _TILE_FETCHED = 4, 8  # the first panels of many tokens, each with
 
 
 def multiply_tiles(
-    product: Product,
+    variant: KernelVariant,
     w: int,
     ldw: int,
     rows: int,
@@ -38,9 +38,9 @@ def multiply_tiles(
     words, stride = k // 2, ldw // 2
     many = padded > _TILE_FEW
     block = TILE_BLOCK_MANY if many else _TILE_BLOCK_FEW
-    panel_width = panel_tokens(product)
+    panel_width = panel_tokens(variant)
     whole = rows - rows % TILE_ROWS
-    configure_tiles(product)
+    configure_tiles(variant)
     for begin in range(0, words, block):
         count = min(block, words - begin)
         done = count - count % TILE_PAIRS
@@ -64,25 +64,25 @@ def multiply_tiles(
                         following + 4 * (r + fetched) * stride,
                     )
                     if wide == 16 and many:
-                        matrix_tile(product, 16, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
+                        matrix_tile(variant, 16, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
                     elif wide == 16:
                         matrix_tile(
-                            product, 16, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
+                            variant, 16, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
                         )
                     elif many and m < _TILE_PANELS * panel_width and (onward != 0 or not last):
                         matrix_tile(
-                            product, 32, _TILE_FETCHED, wr, tile_stride, panel, wide, cr, ldc, done, ahead, stride
+                            variant, 32, _TILE_FETCHED, wr, tile_stride, panel, wide, cr, ldc, done, ahead, stride
                         )
                     elif m == 0 and not many:
                         matrix_tile(
-                            product, 32, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
+                            variant, 32, 32, wr, tile_stride, panel, wide, cr, ldc, done, wr + _TILE_AHEAD, stride
                         )
                     else:
-                        matrix_tile(product, 32, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
+                        matrix_tile(variant, 32, 0, wr, tile_stride, panel, wide, cr, ldc, done, 0, 0)
             for part in range(2):  # of one call, which takes seconds to compile
                 skip, top, left = (done, 0, whole) if part == 0 else (0, whole, rows - whole)
                 outer_block(
-                    product,
+                    variant,
                     row + 4 * (top * stride + skip),
                     stride,
                     left,
@@ -92,4 +92,4 @@ def multiply_tiles(
                     sums + 4 * top * ldc,
                     ldc,
                 )
-    release_tiles(product)
+    release_tiles(variant)

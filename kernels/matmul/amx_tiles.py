@@ -37,35 +37,35 @@ def _call(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> None:
 
 
 @compiled
-def configure_tiles(_context: Any, product: Any) -> Any:
+def configure_tiles(_context: Any, variant: Any) -> Any:
     """Give every tile register of this thread its shape."""
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
-        if product.product.in_tiles:
+        if variant.variant.amx:
             shapes = ir.Constant(ir.ArrayType(I8, len(_SHAPES)), bytearray(_SHAPES))
             pointer = b.bitcast(cgutils.global_constant(b.module, "tile_shapes", shapes), I8.as_pointer())
             _call(b, "llvm.x86.ldtilecfg", pointer)
         return context.get_dummy_value()
 
-    return types.void(product), generate
+    return types.void(variant), generate
 
 
 @compiled
-def release_tiles(_context: Any, product: Any) -> Any:
+def release_tiles(_context: Any, variant: Any) -> Any:
     """Return this thread's tile registers, so that a switch of threads need not save them."""
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
-        if product.product.in_tiles:
+        if variant.variant.amx:
             _call(b, "llvm.x86.tilerelease")
         return context.get_dummy_value()
 
-    return types.void(product), generate
+    return types.void(variant), generate
 
 
 @compiled
 def matrix_tile(
     _context: Any,
-    product: Any,
+    variant: Any,
     tokens: Any,
     fetch: Any,
     w: Any,
@@ -84,11 +84,11 @@ def matrix_tile(
     `fetch` other rows are prefetched: the first one is at the address `ahead`, and they lie `ld_ahead` words apart.
     `tokens` and `fetch` are constants. A tile's row that crosses a cache line is loaded at a fifth of the speed.
     """
-    columns, kind = tokens.literal_value // 16, product.product
-    signature = types.void(product, tokens, fetch, *([types.intp] * 9))
+    columns, kind = tokens.literal_value // 16, variant.variant
+    signature = types.void(variant, tokens, fetch, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        if not kind.in_tiles:  # a branch that is never taken
+        if not kind.amx:  # a branch that is never taken
             return context.get_dummy_value()
         w, ldw, x, ldx, c, ldc, pairs, ahead, ld_ahead = arguments[3:]
         w_row, x_row, c_row, ahead_row = (b.mul(stride, ir.Constant(I64, 4)) for stride in (ldw, ldx, ldc, ld_ahead))

@@ -13,12 +13,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from fiddler.kernels.codegen.function_pointer import Called
+from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import (
-    Product,
-    in_pairs,
-    in_tiles,
+    KernelVariant,
+    amx,
+    bf16_pairs,
     outer_rows,
 )
 from fiddler.kernels.matmul.amx_blocks import TILE_BLOCK_MANY, multiply_tiles
@@ -31,7 +31,7 @@ __all__ = ["block_product", "call_block_product", "scratch_words"]
 
 @partial(kernel, parallel=False)
 def _block_product(
-    product: Product,
+    variant: KernelVariant,
     packed: bool,
     w: int,
     ldw: int,
@@ -49,7 +49,7 @@ def _block_product(
 
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
     next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens. `onward`: bytes from `w`
-    to the rows that are read next, 0 where nobody knows. `scratch`: address of `scratch_words(product, rows)` words of
+    to the rows that are read next, 0 where nobody knows. `scratch`: address of `scratch_words(variant, rows)` words of
     the caller's, at a cache line.
     """
     padded = (tokens + 15) // 16 * 16 if packed else tokens
@@ -57,26 +57,26 @@ def _block_product(
         for m in range(padded):
             store_float(c, r * ldc + m, np.float32(0))
     if packed:
-        _packed_product(product, w, ldw, rows, x, padded, k, c, ldc, onward, scratch)
+        _packed_product(variant, w, ldw, rows, x, padded, k, c, ldc, onward, scratch)
     else:
-        multiply_dots(product, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
+        multiply_dots(variant, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
 
 
-block_product = Called(_block_product, None, types.boolean, *[types.intp] * 11)
+block_product = FunctionPointer(_block_product, None, types.boolean, *[types.intp] * 11)
 call_block_product = block_product.call
 
 
 @njit(**OPTIONS)
-def scratch_words(product: Product, rows: int) -> int:
+def scratch_words(variant: KernelVariant, rows: int) -> int:
     """Words of 4 bytes that `block_product` uses for blocks of weights that it copies or widens."""
-    if in_tiles(product):
+    if amx(variant):
         return rows * (TILE_BLOCK_MANY + 16)
-    words: int = 0 if in_pairs(product) else outer_rows(product) * OUTER_BLOCK
+    words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * OUTER_BLOCK
     return words
 
 
 def _packed_product(
-    product: Product,
+    variant: KernelVariant,
     w: int,
     ldw: int,
     rows: int,
@@ -94,7 +94,7 @@ def _packed_product(
 
 @overload(_packed_product, jit_options=OPTIONS)
 def _packed_product_of(
-    product: Product,
+    variant: KernelVariant,
     w: int,
     ldw: int,
     rows: int,
@@ -107,7 +107,7 @@ def _packed_product_of(
     scratch: int,
 ) -> Callable[..., None]:
     # chosen before anything is compiled: code for the other kinds, never run, took a third of the time
-    kind: Product = cast(Any, product).product  # the arguments are Numba's types
-    if kind.in_tiles:
+    kind: KernelVariant = cast(Any, variant).variant  # the arguments are Numba's types
+    if kind.amx:
         return multiply_tiles
-    return multiply_outer if kind.in_pairs else multiply_outer_floats
+    return multiply_outer if kind.bf16_pairs else multiply_outer_floats

@@ -6,8 +6,8 @@ from numba import njit
 
 from fiddler.kernels.codegen.jit import OPTIONS
 from fiddler.kernels.codegen.variant import (
-    Product,
-    in_parts,
+    KernelVariant,
+    k_blocked,
     row_bytes,
 )
 from fiddler.kernels.matmul.dot_tiles import SEVERAL, dot_tile, dot_tokens
@@ -31,7 +31,17 @@ def _part(k: int, most: int) -> int:
 
 @njit(**OPTIONS)
 def multiply_dots(
-    product: Product, w: int, ldw: int, rows: int, x: int, ldx: int, tokens: int, k: int, c: int, ldc: int, onward: int
+    variant: KernelVariant,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    ldx: int,
+    tokens: int,
+    k: int,
+    c: int,
+    ldc: int,
+    onward: int,
 ) -> None:
     """A few rows at once, from their beginning to their end: the order in which memory is read fastest.
 
@@ -39,39 +49,39 @@ def multiply_dots(
     first-level cache. The cores are busy for longer than a row's part is on its way then; so the next part of each row
     is asked for, or, with the last one, the first part of the rows that are read next.
     """
-    token, part, ahead, parted = ldx * row_bytes(product), k, _AHEAD, in_parts(product) and tokens >= SEVERAL
-    if parted:
-        fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(product)) // 256 * 256))
+    token, part, ahead, blocked = ldx * row_bytes(variant), k, _AHEAD, k_blocked(variant) and tokens >= SEVERAL
+    if blocked:
+        fits = max(256, min(_PART, _NEAR // (tokens * row_bytes(variant)) // 256 * 256))
         part, ahead = _part(k, fits), 2 * ldw
-    chunks = (tokens + dot_tokens(product) - 1) // dot_tokens(product)
-    most = dot_tokens(product) if parted else (tokens + chunks - 1) // chunks
+    chunks = (tokens + dot_tokens(variant) - 1) // dot_tokens(variant)
+    most = dot_tokens(variant) if blocked else (tokens + chunks - 1) // chunks
     taken = rows if chunks == 1 else _ROWS_OF_MANY
     for begin in range(0, k, part):
         count = min(part, k - begin)
-        if parted and begin + part < k:
+        if blocked and begin + part < k:
             ahead = 2 * part
-        elif parted and onward != 0:
+        elif blocked and onward != 0:
             ahead = onward - 2 * begin
-        xr = x + begin * row_bytes(product)
+        xr = x + begin * row_bytes(variant)
         for r in range(0, rows, taken):
             wr, cr, these = w + 2 * (r * ldw + begin), c + 4 * r * ldc, min(taken, rows - r)
             m, first = 0, ahead
             while m < tokens:
                 xm, cm, left = xr + m * token, cr + 4 * m, min(tokens - m, most)
                 if left == 1:
-                    dot_tile(product, 1, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                    dot_tile(variant, 1, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 elif left == 2:
-                    dot_tile(product, 2, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 3 and left == 3:
-                    dot_tile(product, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 4 and left == 4:
-                    dot_tile(product, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 5 and left == 5:
-                    dot_tile(product, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 6 and left == 6:
-                    dot_tile(product, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) >= 7 and left == 7:
-                    dot_tile(product, 7, wr, ldw, these, xm, ldx, cm, ldc, count, first)
-                elif dot_tokens(product) == 8:
-                    dot_tile(product, 8, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                    dot_tile(variant, 2, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) >= 3 and left == 3:
+                    dot_tile(variant, 3, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) >= 4 and left == 4:
+                    dot_tile(variant, 4, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) >= 5 and left == 5:
+                    dot_tile(variant, 5, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) >= 6 and left == 6:
+                    dot_tile(variant, 6, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) >= 7 and left == 7:
+                    dot_tile(variant, 7, wr, ldw, these, xm, ldx, cm, ldc, count, first)
+                elif dot_tokens(variant) == 8:
+                    dot_tile(variant, 8, wr, ldw, these, xm, ldx, cm, ldc, count, first)
                 m, first = m + left, 0

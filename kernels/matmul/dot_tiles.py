@@ -2,7 +2,7 @@
 
 `dot_tile`: weight rows with a few tokens, for as long as reading the weights is what takes the time. `outer_tile`:
 several weight rows x 16 or more tokens, packed so that one vector holds a value of several tokens. A tile is
-generated for its `Product`: the kinds of weights and activations and the instructions that multiply them. Pointers
+generated for its `KernelVariant`: the kinds of weights and activations and the instructions that multiply them. Pointers
 are plain addresses.
 """
 
@@ -29,7 +29,7 @@ from fiddler.kernels.codegen.llvm import (
     opaque,
     prefetch,
 )
-from fiddler.kernels.codegen.variant import Product, compiled, constant_of
+from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
 from fiddler.kernels.formats.half import halves, widen, widen_one
 from fiddler.kernels.machine.isa import on_zen
 
@@ -59,7 +59,7 @@ def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
     return [b.add(line, swap), b.sub(line, swap)]
 
 
-def _dot_rows(product: Product, tokens: int) -> int:
+def _dot_rows(variant: KernelVariant, tokens: int) -> int:
     """Weight rows that a dot-product tile takes at once: at most 4, as many as leave registers for the operands.
 
     They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
@@ -67,23 +67,23 @@ def _dot_rows(product: Product, tokens: int) -> int:
     """
     if tokens == 1:
         return 4
-    if product.in_parts and tokens >= SEVERAL:
+    if variant.k_blocked and tokens >= SEVERAL:
         return 1
-    few = 2 if _x_from_memory(product, tokens) else 1
-    return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= product.tier.registers), few)
+    few = 2 if _x_from_memory(variant, tokens) else 1
+    return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= variant.tier.registers), few)
 
 
-def _x_from_memory(product: Product, tokens: int) -> bool:
+def _x_from_memory(variant: KernelVariant, tokens: int) -> bool:
     """Whether sums and weights of two rows take all registers, so that each product has its x from memory."""
-    return not product.rows_in_pairs and 0 <= product.tier.registers - 2 * (tokens + 1) < 2
+    return not variant.bf16_rows and 0 <= variant.tier.registers - 2 * (tokens + 1) < 2
 
 
-def _dot_tokens(product: Product) -> int:
-    if product.in_tiles:
+def _dot_tokens(variant: KernelVariant) -> int:
+    if variant.amx:
         return 2
-    if product.in_parts:
+    if variant.k_blocked:
         return 8
-    return {32: 5, 16: 6 if product.rows_in_pairs else 7}.get(product.tier.registers, 4)
+    return {32: 5, 16: 6 if variant.bf16_rows else 7}.get(variant.tier.registers, 4)
 
 
 dot_tokens = constant_of(_dot_tokens, types.intp)
@@ -97,7 +97,7 @@ and words of two bf16 cannot: they are split in registers.
 @compiled
 def dot_tile(
     _context: Any,
-    product: Any,
+    variant: Any,
     tokens: Any,
     w: Any,
     ldw: Any,
@@ -115,15 +115,15 @@ def dot_tile(
     `ldx` and `ldc` count their elements. Nothing past k is read. What is read when `ahead` more bytes have been, rows
     that follow included, is prefetched; in parts, with SEVERAL tokens, what lies so many bytes behind each address.
     """
-    M, kind = tokens.literal_value, product.product
+    M, kind = tokens.literal_value, variant.variant
     R, lanes = _dot_rows(kind, M), kind.tier.lanes
-    parted = kind.in_parts and M >= SEVERAL
-    chains = 2 if parted else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
-    step = lanes * (2 if kind.rows_in_pairs else 1)
+    blocked = kind.k_blocked and M >= SEVERAL
+    chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
+    step = lanes * (2 if kind.bf16_rows else 1)
     unroll = max(chains, LINE // (2 * step))
-    x_width, x_from_memory = 2 if kind.rows_in_pairs else 4, _x_from_memory(kind, M)
-    level = 2 if parted else weights_level()
-    signature = types.void(product, tokens, *([types.intp] * 9))
+    x_width, x_from_memory = 2 if kind.bf16_rows else 4, _x_from_memory(kind, M)
+    level = 2 if blocked else weights_level()
+    signature = types.void(variant, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         w, ldw, rows, x, ldx, c, ldc, K, ahead = arguments[2:]
@@ -138,15 +138,15 @@ def dot_tile(
 
         def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
             place = address(b, base, k, width)
-            if kind.rows_in_pairs:
+            if kind.bf16_rows:
                 pairs = load(b, place, words, 2)
-                return pairs if kind.in_pairs else halves(b, pairs)[half]
+                return pairs if kind.bf16_pairs else halves(b, pairs)[half]
             return load(b, place, floats, 4) if width == 4 else widen(b, kind, load(b, place, bits, 2))
 
         def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            multiply, result = dot_bf16 if kind.in_pairs else multiply_add, list(sums)
+            multiply, result = dot_bf16 if kind.bf16_pairs else multiply_add, list(sums)
             again = opaque(b, k) if x_from_memory else k  # else LLVM loads x once, into a register that is not there
-            for half in range(2 if kind.rows_in_pairs and not kind.in_pairs else 1):
+            for half in range(2 if kind.bf16_rows and not kind.bf16_pairs else 1):
                 if half == 1 and kind.tier.registers <= 2 * R * M:
                     k = opaque(b, k)  # both halves of all operands would not fit the registers
                 weights = [operands(base, k, 2, half) for base in row]
@@ -163,12 +163,12 @@ def dot_tile(
             index = [b.select(b.icmp_signed("<", r, last), r, last) for r in further]  # the last one again, if too few
             row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
             lines = [row] * 2  # from where even and odd ones are counted
-            if parted:
+            if blocked:
                 lines = [[base] for base in _odd_lines_first(b, b.add(row[0], ahead))]
 
             def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 sums = list(sums)
-                distance = zero if parted else b.select(b.icmp_signed("<", k, turn), near, beyond)
+                distance = zero if blocked else b.select(b.icmp_signed("<", k, turn), near, beyond)
                 for u in range(unroll):
                     at = b.add(k, ir.Constant(I64, u * step))
                     if 2 * u * step % LINE == 0:
@@ -185,7 +185,7 @@ def dot_tile(
             def one(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                 weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
                 places = [address(b, base, k, x_width) for base in column]
-                if kind.rows_in_pairs:
+                if kind.bf16_rows:
                     values = [widen_one(b, kind, load(b, place, I16, 2)) for place in places]
                 else:
                     values = [load(b, place, F32, 4) for place in places]

@@ -33,7 +33,7 @@ _UNROLL = 4
 @compiled
 def outer_tile(
     _context: Any,
-    product: Any,
+    variant: Any,
     rows: Any,
     tokens: Any,
     w: Any,
@@ -50,20 +50,20 @@ def outer_tile(
     of bf16, or a float32 (weights that `widen_row` has written). `x` is a panel of the packed layout. Each weight is
     broadcast from its row; there is no horizontal sum.
     """
-    kind = product.product
+    kind = variant.variant
     R = kind.tier.outer_rows if rows.literal_value == "several" else 1
     MV = tokens.literal_value // kind.tier.lanes
-    memory_bound = kind.in_pairs and MV <= 2  # so few tokens wait for weights
+    memory_bound = kind.bf16_pairs and MV <= 2  # so few tokens wait for weights
     unroll = LINE // 4 if memory_bound else _UNROLL
     chains = 2 if MV == 1 else 1  # of sums, which take turns: one vector a row is too few, and leaves registers free
-    signature = types.void(product, rows, tokens, *([types.intp] * 7))
+    signature = types.void(variant, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         w, ldw, x, ldx, c, ldc, count = arguments[3:]
         lanes = kind.tier.lanes
         floats = ir.VectorType(F32, lanes)
-        vector, word = (ir.VectorType(I32, lanes), I32) if kind.in_pairs else (floats, F32)
-        multiply = dot_bf16 if kind.in_pairs else multiply_add
+        vector, word = (ir.VectorType(I32, lanes), I32) if kind.bf16_pairs else (floats, F32)
+        multiply = dot_bf16 if kind.bf16_pairs else multiply_add
         row = [b.add(w, b.mul(ldw, ir.Constant(I64, 4 * r))) for r in range(R)]
 
         def step(p: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -101,12 +101,12 @@ def outer_tile(
 
 
 @compiled
-def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
+def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
     """out[i] = w[i] as float32 for i < k.
 
     What lies `ahead` bytes further is prefetched.
     """
-    kind = product.product
+    kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         _, w, out, K, ahead = arguments
@@ -128,4 +128,4 @@ def widen_row(_context: Any, product: Any, w: Any, out: Any, k: Any, ahead: Any)
         loop(b, "tail", k, K, 1, [], one)
         return context.get_dummy_value()
 
-    return types.void(product, *([types.intp] * 4)), generate
+    return types.void(variant, *([types.intp] * 4)), generate

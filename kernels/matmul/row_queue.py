@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
-from fiddler.kernels.codegen.variant import Product, compiled, in_pairs, in_parts, in_tiles
+from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, k_blocked
 from fiddler.kernels.matmul.dot_tiles import SEVERAL
 
 __all__ = ["take_rows", "task_rows"]
@@ -23,21 +23,21 @@ _LEAST = 8  # rows of the last tasks, where any number will do
 
 
 @njit(**OPTIONS)
-def task_rows(product: Product, tokens: int, rows: int, threads: int) -> int:
+def task_rows(variant: KernelVariant, tokens: int, rows: int, threads: int) -> int:
     """Weight rows of one task where an expert has at most `tokens`, a multiple of 32.
 
     With few tokens the memory decides: every task begins to read anew, so these are long, and only the last ones are
     short (`take_rows`). With many, whose activations every task reads again, as many rows as still leave the threads
     enough tasks.
     """
-    if in_tiles(product) and tokens > 2:
+    if amx(variant) and tokens > 2:
         most = 64 if tokens <= 48 else 128
     elif tokens < SEVERAL:
         most = 1024
     else:
         # two panels of pairs that shared 128 rows took 1.2 times as long on Emerald Rapids; floats are no slower so,
         # and Zen, whose pairs go in parts, was not measured
-        short = 64 if in_pairs(product) and not in_parts(product) else 48
+        short = 64 if bf16_pairs(variant) and not k_blocked(variant) else 48
         most = 32 if 16 < tokens <= short else 128
     while most > 32 and rows < most * _TASKS_A_THREAD * threads:
         most //= 2

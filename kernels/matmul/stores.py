@@ -8,44 +8,44 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from fiddler.kernels.codegen.llvm import F32, I8, I16, I32, I64, address, load, round_to_bf16
-from fiddler.kernels.codegen.variant import Product, compiled
+from fiddler.kernels.codegen.variant import KernelVariant, compiled
 
 __all__ = ["copy_words", "store_activation", "store_float", "store_pair", "store_pairs", "store_word"]
 
 
 @compiled
-def store_activation(_context: Any, product: Any, base: Any, index: Any, value: Any) -> Any:
+def store_activation(_context: Any, variant: Any, base: Any, index: Any, value: Any) -> Any:
     """Write a float32 as element `index` from the address `base`, as this product keeps those of few tokens."""
-    kind = product.product
+    kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         _, base, index, value = arguments
-        if kind.rows_in_pairs:
+        if kind.bf16_rows:
             bits = b.trunc(round_to_bf16(b, value), I16)
             b.store(bits, b.bitcast(address(b, base, index, 2), I16.as_pointer()))
         else:
             _store_rounded(b, kind, base, index, value)
         return context.get_dummy_value()
 
-    return types.void(product, types.intp, types.intp, types.float32), generate
+    return types.void(variant, types.intp, types.intp, types.float32), generate
 
 
 @compiled
-def store_word(_context: Any, product: Any, base: Any, index: Any, value: Any) -> Any:
+def store_word(_context: Any, variant: Any, base: Any, index: Any, value: Any) -> Any:
     """Write a float32 as word `index` from the address `base`, as this product keeps those of many tokens by itself."""
-    kind = product.product
+    kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         _, base, index, value = arguments
         _store_rounded(b, kind, base, index, value)
         return context.get_dummy_value()
 
-    return types.void(product, types.intp, types.intp, types.float32), generate
+    return types.void(variant, types.intp, types.intp, types.float32), generate
 
 
-def _store_rounded(b: ir.IRBuilder, product: Product, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
+def _store_rounded(b: ir.IRBuilder, variant: KernelVariant, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
     """Write a float32 that this product may round to bf16."""
-    if product.activations == "bf16":
+    if variant.activations == "bf16":
         value = b.bitcast(b.shl(round_to_bf16(b, value), ir.Constant(I32, 16)), F32)
     b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
 

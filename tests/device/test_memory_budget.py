@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fiddler.device.memory_budget import at_least, parse_size
-from fiddler.device.pinned_mapping import Registration
+from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.errors import RequestError, ResourceError
 from fiddler.host_memory import available_memory, cached_bytes, in_memory, populate
 
@@ -58,16 +58,16 @@ def test_files_that_live_in_memory():
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
 def test_without_a_driver_registering_says_why():
     memory = mmap.mmap(-1, 1 << 22)
-    registration = Registration([(np.frombuffer(memory, np.uint8).ctypes.data, 1 << 22)], None, memory)
-    registration.counted()
+    pinned = PinnedMapping([(np.frombuffer(memory, np.uint8).ctypes.data, 1 << 22)], None, memory)
+    pinned.counted()
     with pytest.raises(ResourceError, match=r"driver library|GPU does not start"):
-        registration.wait()
+        pinned.wait()
 
 
 def test_more_than_the_memory_is_not_registered():
     huge = [(mmap.PAGESIZE, 1 << 50)]
     with pytest.raises(ResourceError, match=r"1048576.00 GiB exceed the memory"):
-        Registration(huge, Path("/proc/self/mounts"), None).wait()
+        PinnedMapping(huge, Path("/proc/self/mounts"), None).wait()
 
 
 def test_whatever_the_driver_raises_is_told(monkeypatch):
@@ -76,4 +76,4 @@ def test_whatever_the_driver_raises_is_told(monkeypatch):
 
     monkeypatch.setattr("fiddler.device.pinned_mapping.cuda_driver.used_at_first", fail)
     with pytest.raises(ResourceError, match="no such symbol"):
-        Registration([(mmap.PAGESIZE, mmap.PAGESIZE)], None, None).wait()
+        PinnedMapping([(mmap.PAGESIZE, mmap.PAGESIZE)], None, None).wait()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import fiddler
 from fiddler import kernels
-from fiddler.device.weight_copy import HostLink
+from fiddler.device.weight_copy import HostCopy
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.evaluation.perplexity import Estimate, cut, losses, measure
 from fiddler.files.weights import mapped_experts
@@ -108,7 +108,7 @@ def test_counts_are_those_of_transformers_routers(path, where):
     engine = fiddler.load(path, device="cpu", precision="exact")
     model, bos, windows = engine.runner.model, engine.tokenizer.bos_id, cut(IDS, 90)
     if where == "both sides":
-        layers, link = mapped_experts(engine.model_file, kernels.choose_tier(), exact=True), HostLink()
+        layers, link = mapped_experts(engine.model_file, kernels.choose_tier(), exact=True), HostCopy()
         residents = Residents(layers, link.device)
         residents.load([[0, 2], [1]], link, lambda nbytes: None)
         costs = Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0)

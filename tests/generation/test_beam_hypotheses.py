@@ -11,15 +11,15 @@ from hypothesis import given, settings, strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fiddler.errors import RequestError
-from fiddler.generation.beam_hypotheses import Beaming, Hypotheses, best
+from fiddler.generation.beam_hypotheses import BeamOptions, Hypotheses, best
 from fiddler.sampling.logprobs import log_softmax
 
 END = 3
 
 
-def search(steps, beaming, limit, ends=(END,)):
+def search(steps, options, limit, ends=(END,)):
     """A search over log-probabilities that are the same for every beam, one row a step: the search, when it is over."""
-    found = Hypotheses(beaming, limit, lambda tokens: tokens[-1] in ends, len(ends))
+    found = Hypotheses(options, limit, lambda tokens: tokens[-1] in ends, len(ends))
     for row in steps:
         found.advance(np.log(np.array([row] * len(found.live))))
         if found.over:
@@ -46,20 +46,20 @@ def test_the_best_come_first_and_the_lower_place_among_equals(count, expected):
 
 
 def test_a_beam_that_ends_makes_room_for_the_next_one():
-    found = search([[0.3, 0.1, 0.1, 0.5]], Beaming(2), 9)
+    found = search([[0.3, 0.1, 0.1, 0.5]], BeamOptions(2), 9)
     assert [(beam.tokens, round(math.exp(beam.total), 6)) for beam in found.live] == [((0,), 0.3), ((1,), 0.1)]
     assert result(found) == [((END,), round(math.log(0.5), 4))]
     assert not found.over
 
 
 def test_an_end_that_is_not_among_the_best_is_dropped():
-    found = search([[0.3, 0.4, 0.1, 0.2]], Beaming(2), 9)
+    found = search([[0.3, 0.4, 0.1, 0.2]], BeamOptions(2), 9)
     assert not found.finished
     assert [beam.tokens for beam in found.live] == [(1,), (0,)]
 
 
 def test_at_the_limit_every_beam_is_finished():
-    found = search([[0.6, 0.4, 0.0001, 0.0001], [0.7, 0.3, 0.0001, 0.0001]], Beaming(2), 2)
+    found = search([[0.6, 0.4, 0.0001, 0.0001], [0.7, 0.3, 0.0001, 0.0001]], BeamOptions(2), 2)
     assert found.over
     assert result(found) == [((0, 0), round(math.log(0.42) / 2, 4)), ((1, 0), round(math.log(0.28) / 2, 4))]
 
@@ -79,14 +79,14 @@ def test_at_the_limit_every_beam_is_finished():
 def test_when_it_ends(early, penalty, steps):
     """Ends with probabilities of 0.3 and 0.6 * 0.2, beside what goes on with 0.6, 0.45 and then 0.0045."""
     rows = [[0.05, 0.05, 0.6, 0.3], [0.03, 0.02, 0.75, 0.2], [0.008, 0.009, 0.01, 0.001]]
-    found = search(rows + [[0.001, 0.001, 0.99, 0.0001]] * 9, Beaming(2, penalty, early), 9)
+    found = search(rows + [[0.001, 0.001, 0.99, 0.0001]] * 9, BeamOptions(2, penalty, early), 9)
     assert len(found.live[0].tokens if found.live else found.finished[0].tokens) == steps
 
 
 def test_a_width_of_one_is_greedy():
     rows = [[0.2, 0.5, 0.2, 0.1], [0.2, 0.2, 0.1, 0.5]]
     for early in (True, False, "never"):
-        assert result(search(rows, Beaming(1, 2.0, early), 9)) == [((1, END), round(math.log(0.25) / 4, 4))]
+        assert result(search(rows, BeamOptions(1, 2.0, early), 9)) == [((1, END), round(math.log(0.25) / 4, 4))]
 
 
 def test_log_probabilities_of_large_logits():
@@ -108,7 +108,7 @@ def test_log_probabilities_of_large_logits():
 )
 def test_what_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(RequestError, match=message):
-        Beaming(**arguments)
+        BeamOptions(**arguments)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_searches_are_those_of_transformers(tiny, data):
         return_dict_in_generate=True,
         output_scores=True,
     )
-    found = Hypotheses(Beaming(width, penalty, early), limit, lambda tokens: tokens[-1] in ends, len(ends))
+    found = Hypotheses(BeamOptions(width, penalty, early), limit, lambda tokens: tokens[-1] in ends, len(ends))
     while not found.over:
         with torch.inference_mode():
             logits = tiny(torch.tensor([[*prompt, *beam.tokens] for beam in found.live])).logits[:, -1]

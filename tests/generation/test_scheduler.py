@@ -9,7 +9,7 @@ import pytest
 import fiddler
 from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError, ResourceError
-from fiddler.generation.batch_size import Width, first_width, tokens_of_each
+from fiddler.generation.batch_size import BatchSize, first_batch_size, tokens_per_sequence
 from fiddler.generation.scheduler import Batch
 from fiddler.host_memory import memory_for_sequences
 from fiddler.runtime.runner import Runner
@@ -50,7 +50,7 @@ def test_memory_for_sequences(available, weights, room):
 
 @pytest.mark.parametrize("experts, used, width", [(8, 2, 32), (4, 4, 8), (128, 8, 128), (5, 2, 20), (3, 2, 12)])
 def test_the_first_width_reads_every_expert(experts, used, width):
-    assert first_width(experts, used) == width
+    assert first_batch_size(experts, used) == width
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_first_width_reads_every_expert(experts, used, width):
     ],
 )
 def test_tokens_of_a_step(lacking, most, given):
-    assert tokens_of_each(lacking, most) == given
+    assert tokens_per_sequence(lacking, most) == given
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_tokens_of_a_step(lacking, most, given):
     ],
 )
 def test_a_batch_grows_as_long_as_that_pays(most, seconds, widths):
-    width, seen = Width(16, most), []
+    width, seen = BatchSize(16, most), []
     for _ in widths:
         seen.append(width.now)
         for step in range(8):
@@ -92,7 +92,7 @@ def test_a_batch_grows_as_long_as_that_pays(most, seconds, widths):
 
 
 def test_a_batch_keeps_to_the_room_there_is():
-    width = Width(16, 64)
+    width = BatchSize(16, 64)
     width.limit(5)
     for _ in range(20):
         width.measured(5, 1.0)
@@ -153,7 +153,7 @@ class Watched(Runner):
 
 def through(engine, runner, prompts, limit, room=None, width=16):
     generations = (engine.start(prompt, Sampling(1.0, seed=5), limit, ignore_eos=True) for prompt in prompts)
-    return dict(Batch(runner, generations, room, Width(width, width)))
+    return dict(Batch(runner, generations, room, BatchSize(width, width)))
 
 
 def test_prompts_are_read_in_chunks_beside_which_the_others_go_on(demo):
@@ -180,7 +180,7 @@ def test_where_memory_runs_out_fewer_go_on_and_nothing_is_lost(demo):
         if len(steps) == 4:
             runner.most = 3
 
-    found = dict(Batch(runner, generations, None, Width(7, 7), scarce))
+    found = dict(Batch(runner, generations, None, BatchSize(7, 7), scarce))
     assert steps[:4] == [7] * 4
     assert max(steps[4:]) == 3
     assert [found[place].tokens for place in range(7)] == expected
@@ -198,9 +198,9 @@ def test_one_that_has_no_room_by_itself_fails_alone(demo):
 def test_keys_and_values_stay_within_their_room(demo, fits):
     runner = Watched(demo.runner)
     for positions in (5, 300):
-        taken = sum(kept.nbytes for half in runner.sequence(positions).storage for kept in half)
-        assert runner.kept_bytes(positions) == taken
-    needs = runner.kept_bytes(5)
+        taken = sum(prefix_cache.nbytes for half in runner.sequence(positions).storage for prefix_cache in half)
+        assert runner.kv_bytes(positions) == taken
+    needs = runner.kv_bytes(5)
     assert len(through(demo, runner, [[1, 40, 50]] * 5, 2, room=fits * needs + needs // 2)) == 5
     assert max(len(step) for step in runner.steps) == fits
     assert len(through(demo, runner, [[1, 40, 50]] * 2, 2, room=0)) == 2  # one is always let in

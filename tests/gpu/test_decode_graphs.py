@@ -33,10 +33,10 @@ class Event(threading.Event):
 
 @pytest.fixture
 def decoder(monkeypatch):
-    """A `Decoder` whose graphs choose experts at random."""
+    """A `DecodeGraphs` whose graphs choose experts at random."""
     monkeypatch.setattr(decode_graphs.torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(decode_graphs.cuda_driver, "copy_to_device", lambda *given: None)
-    made = object.__new__(decode_graphs.Decoder)
+    made = object.__new__(decode_graphs.DecodeGraphs)
     made._orchestrator = orchestrator(EXACT, [[0], [], []], COSTS)
     made._recorder = SimpleNamespace(span=lambda *given: nullcontext(), queued=lambda *given: nullcontext())
     made._ids, numbers = np.zeros((1, K), np.float32), np.random.default_rng(0)

@@ -83,7 +83,7 @@ def test_experts_of_one_token(size, rounded):
             shares,
             hidden,
             torch.bfloat16,
-            ids=ids,
+            expert_ids=ids,
             into=into,
             add=add,
             rounded=rounded,
@@ -122,10 +122,10 @@ def test_norms_and_routes_as_torch_does():
 @pytest.mark.parametrize("width", [96, 4096])
 def test_what_passes_between_the_two_sides(width):
     x, shares, ids = torch.randn(1, width, device=DEVICE), torch.rand(1, 3, device=DEVICE), [[7, 0, 200]]
-    kept, seen = torch.zeros(width + 3, device=DEVICE), torch.zeros(width + 6, pin_memory=True)
-    decode_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, kept, seen)
+    prefix_cache, seen = torch.zeros(width + 3, device=DEVICE), torch.zeros(width + 6, pin_memory=True)
+    decode_kernels.hand_over(x, torch.tensor(ids, device=DEVICE), shares, prefix_cache, seen)
     torch.cuda.synchronize()
-    assert torch.equal(kept, torch.cat([x, shares], 1)[0])
+    assert torch.equal(prefix_cache, torch.cat([x, shares], 1)[0])
     assert torch.equal(seen, torch.cat([x.cpu(), torch.tensor(ids).float(), shares.cpu()], 1)[0])
     h, y, made = torch.randn(1, width, device=DEVICE), torch.randn(1, width, device=DEVICE), torch.randn(1, width)
     assert torch.equal(decode_kernels.gather(h, y, made.pin_memory()), h + y + made.to(DEVICE))
@@ -176,12 +176,12 @@ def test_attention_of_one_token(kind, heads):
     for position, window in ((0, None), (31, None), (777, None), (2999, None), (2999, 64), (10, 64)):
         q, k, v = (torch.randn(1, n, dim, device=DEVICE) for n in (count, groups, groups))
         keys, values = (torch.randn(groups, capacity, dim, device=DEVICE).to(kind) for _ in range(2))
-        turns = torch.polar(torch.ones(capacity, dim // 2), torch.rand(capacity, dim // 2) * 6).to(DEVICE)
+        cos_sin = torch.polar(torch.ones(capacity, dim // 2), torch.rand(capacity, dim // 2) * 6).to(DEVICE)
         before = keys.clone()
         at = torch.tensor([position], device=DEVICE)
-        turned = attention_kernels.rotate_and_store(q, k, v, torch.view_as_real(turns).contiguous(), at, keys, values)
-        assert torch.allclose(turned, rotate(q, turns[position, None][None]), atol=1e-5)
-        stored = rotate(k, turns[position, None][None])[0].to(kind).float()
+        turned = attention_kernels.rotate_and_store(q, k, v, torch.view_as_real(cos_sin).contiguous(), at, keys, values)
+        assert torch.allclose(turned, rotate(q, cos_sin[position, None][None]), atol=1e-5)
+        stored = rotate(k, cos_sin[position, None][None])[0].to(kind).float()
         assert torch.allclose(keys[:, position].float(), stored, atol=2e-3)
         assert torch.allclose(values[:, position], v[0].to(kind))
         keep = torch.arange(capacity, device=DEVICE) != position
@@ -189,8 +189,8 @@ def test_attention_of_one_token(kind, heads):
         if position == 777:  # several from there on, out of one product
             rows = torch.randn(9, (count + 2 * groups) * dim, device=DEVICE)
             many = [part.view(9, -1, dim) for part in rows.split([count * dim, groups * dim, groups * dim], 1)]
-            places = turns[position : position + 9, None]
-            args = torch.view_as_real(turns).contiguous(), at, keys, values, kind
+            places = cos_sin[position : position + 9, None]
+            args = torch.view_as_real(cos_sin).contiguous(), at, keys, values, kind
             rotated = attention_kernels.rotate_and_store(*many, *args)
             assert torch.allclose(rotated.float(), rotate(many[0], places), atol=4e-3)
             expected = rotate(many[1], places).transpose(0, 1)

@@ -121,9 +121,9 @@ def test_a_broken_step_leaves_no_garbage_that_holds_the_sequence(cpu, hybrid, no
 
 def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
     """Another engine's pinned memory, of which the driver ends a capture when it is freed."""
-    from fiddler.gpu.decode_graphs import Decoder
+    from fiddler.gpu.decode_graphs import DecodeGraphs
 
-    waste, run, captured = [load(device="cuda", precision="exact", gpu_experts=7)], Decoder._run, 0
+    waste, run, captured = [load(device="cuda", precision="exact", gpu_experts=7)], DecodeGraphs._run, 0
 
     def runs(self, *given):
         nonlocal captured
@@ -136,7 +136,7 @@ def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
             assert len(many) == 100_000
         return run(self, *given)
 
-    monkeypatch.setattr(Decoder, "_run", runs)
+    monkeypatch.setattr(DecodeGraphs, "_run", runs)
     engine = load(device="cuda", precision="exact", gpu_experts=7)
     assert captured
     assert texts(engine) == texts(cpu)
@@ -144,19 +144,19 @@ def test_garbage_is_left_alone_while_graphs_are_captured(cpu, monkeypatch):
 
 def test_a_capture_that_fails_is_an_error(monkeypatch):
     """And not the end of the process; the next one succeeds."""
-    from fiddler.gpu.decode_graphs import Decoder
+    from fiddler.gpu.decode_graphs import DecodeGraphs
 
-    run = Decoder._run
+    run = DecodeGraphs._run
 
     def fails(self, *given):
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("broken off")
         return run(self, *given)
 
-    monkeypatch.setattr(Decoder, "_run", fails)
+    monkeypatch.setattr(DecodeGraphs, "_run", fails)
     with pytest.raises(ValueError, match="broken off"):
         load(device="cuda", gpu_experts=7)
-    monkeypatch.setattr(Decoder, "_run", run)
+    monkeypatch.setattr(DecodeGraphs, "_run", run)
     load(device="cuda", gpu_experts=7)
 
 

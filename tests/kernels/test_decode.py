@@ -24,18 +24,18 @@ from oracles.synthetic import write_random_mixtral
 EPSILON = 1e-5
 
 
-def weights_of(rng, product, layers, width, hidden, experts, groups, each, size, vocabulary):
+def weights_of(rng, variant, layers, width, hidden, experts, groups, each, size, vocabulary):
     """Random weights of a small model: blocks, the final norm, output and embeddings."""
 
     def bits(*shape):
-        return to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, product.weights)
+        return to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, variant.weights)
 
     def floats(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
     queries, keys = groups * each * size, groups * size
     blocks = [
-        kernels.Block(
+        kernels.BlockWeights(
             attn_norm=floats(width),
             attn_q=bits(queries, width),
             attn_k=bits(keys, width),
@@ -52,43 +52,43 @@ def weights_of(rng, product, layers, width, hidden, experts, groups, each, size,
     return blocks, floats(width), bits(vocabulary, width), bits(vocabulary, width)
 
 
-def one_by_one(blocks, output_norm, output, product, frequencies, used, window, x, keys, values, positions):
+def one_by_one(blocks, output_norm, output, variant, frequencies, used, window, x, keys, values, positions):
     """The order of operations as the paper has it, each by the kernel that `fiddler.kernels` offers for it."""
     h, size = x, 2 * len(frequencies)
     for layer, block in enumerate(blocks):
         x = kernels.rms_norm(h, block.attn_norm, EPSILON)
-        q, k, v = kernels.linears(x, [block.attn_q, block.attn_k, block.attn_v], product)
+        q, k, v = kernels.linears(x, [block.attn_q, block.attn_k, block.attn_v], variant)
         q, k, v = (part.reshape(len(h), -1, size) for part in (q, k, v))
         kept = [of_one[layer] for of_one in keys], [of_one[layer] for of_one in values]
         attended = kernels.attend_each(q, k, v, *kept, positions, frequencies, window)
-        h = h + kernels.linear(attended.reshape(len(h), -1), block.attn_output, product)
+        h = h + kernels.linear(attended.reshape(len(h), -1), block.attn_output, variant)
         x = kernels.rms_norm(h, block.ffn_norm, EPSILON)
         ids, shares = kernels.route(x, block.ffn_gate_inp, used)
-        h = h + kernels.expert_ffn(x, ids, shares, block.gate, block.up, block.down, product)
-    return h, kernels.linear(kernels.rms_norm(h, output_norm, EPSILON), output, product)
+        h = h + kernels.expert_ffn(x, ids, shares, block.gate, block.up, block.down, variant)
+    return h, kernels.linear(kernels.rms_norm(h, output_norm, EPSILON), output, variant)
 
 
-def product_of(name):
+def variant_for(name):
     weights, activations = name.split("-")
-    return kernels.Product(kernels.choose_tier(), weights, activations)
+    return kernels.KernelVariant(kernels.choose_tier(), weights, activations)
 
 
 @pytest.mark.parametrize("name", ["bf16-bf16", "bf16-f32", "f16-f32"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_step_is_its_parts(name, data):
-    product = product_of(name)
+    variant = variant_for(name)
     layers, groups, each, pairs, experts = (data.draw(st.integers(1, most)) for most in (3, 3, 3, 8, 5))
     width, hidden, tokens = (data.draw(st.integers(1, most)) for most in (70, 90, 18))
     used, window = data.draw(st.integers(1, experts)), data.draw(st.one_of(st.none(), st.integers(1, 12)))
     rng, vocabulary = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), 9
     blocks, output_norm, output, embeddings = weights_of(
-        rng, product, layers, width, hidden, experts, groups, each, 2 * pairs, vocabulary
+        rng, variant, layers, width, hidden, experts, groups, each, 2 * pairs, vocabulary
     )
     frequencies = (1 / 10000 ** (np.arange(pairs) / pairs)).astype(np.float32)
     capacities = [data.draw(st.integers(1, 20)) for _ in range(tokens)]
     positions = [data.draw(st.integers(0, capacity - 1)) for capacity in capacities]
-    kind = np.float16 if product.activations == "bf16" else np.float32
+    kind = np.float16 if variant.activations == "bf16" else np.float32
 
     def random_kept():
         made = [rng.normal(size=(layers, groups, capacity, 2 * pairs)).astype(kind) for capacity in capacities]
@@ -97,14 +97,16 @@ def test_a_step_is_its_parts(name, data):
     keys, values = random_kept(), random_kept()
     before = [half.copy() for half in keys], [half.copy() for half in values]
     ids = rng.integers(0, vocabulary, tokens).tolist()
-    table = embeddings.view(np.float16) if product.weights == "f16" else embeddings
+    table = embeddings.view(np.float16) if variant.weights == "f16" else embeddings
     x = table[ids].astype(np.float32)
-    if product.weights == "bf16":
+    if variant.weights == "bf16":
         x = (embeddings[ids].astype(np.uint32) << 16).view(np.float32)
-    decoder = kernels.Decoder(table, blocks, output_norm, output, product, frequencies, EPSILON, used, window)
-    kept = [kernels.Kept(list(k), list(v)) for k, v in zip(*before, strict=True)]
+    decoder = kernels.CompiledDecodeStep(
+        table, blocks, output_norm, output, variant, frequencies, EPSILON, used, window
+    )
+    kept = [kernels.KVPointers(list(k), list(v)) for k, v in zip(*before, strict=True)]
     h, logits, _ = decoder.step(ids, kept, positions)
-    expected = one_by_one(blocks, output_norm, output, product, frequencies, used, window, x, keys, values, positions)
+    expected = one_by_one(blocks, output_norm, output, variant, frequencies, used, window, x, keys, values, positions)
     np.testing.assert_array_equal(h, expected[0])
     np.testing.assert_array_equal(logits, expected[1])
     for ours, theirs in zip((*before[0], *before[1]), (*keys, *values), strict=True):
@@ -218,21 +220,21 @@ def test_what_is_read_is_recorded(path, monkeypatch):
 
 
 def test_bad_arguments_stop_at_the_door():
-    rng, product = np.random.default_rng(0), product_of("bf16-bf16")
-    blocks, output_norm, output, table = weights_of(rng, product, 2, 8, 6, 3, 2, 2, 4, 11)
+    rng, variant = np.random.default_rng(0), variant_for("bf16-bf16")
+    blocks, output_norm, output, table = weights_of(rng, variant, 2, 8, 6, 3, 2, 2, 4, 11)
     frequencies = np.ones(2, np.float32)
     good = {
         "token_embd": table,
         "blocks": blocks,
         "output_norm": output_norm,
         "output": output,
-        "product": product,
+        "variant": variant,
         "frequencies": frequencies,
         "epsilon": EPSILON,
         "experts_used": 2,
         "window": None,
     }
-    decoder = kernels.Decoder(**good)
+    decoder = kernels.CompiledDecodeStep(**good)
     wrong = {
         "token_embd": [table[:5], table.astype(np.float64)],
         "blocks": [[]],
@@ -242,18 +244,18 @@ def test_bad_arguments_stop_at_the_door():
         "experts_used": [0, 4],
         "window": [0],
     }
-    for name in (field.name for field in dataclasses.fields(kernels.Block)):
+    for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
         array = getattr(blocks[1], name)
         spoiled = array[..., :1], array.astype(np.int32), np.asfortranarray(array) if array.ndim > 1 else array[::2]
         wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], **{name: each})] for each in spoiled]
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError):
-                kernels.Decoder(**good | {name: value})
+                kernels.CompiledDecodeStep(**good | {name: value})
 
     def kept(layers=2, groups=2, capacity=5, size=4, kind=np.uint16):
         half = np.zeros((layers, groups, capacity, size), kind)
-        return kernels.Kept(list(half), list(half.copy()))
+        return kernels.KVPointers(list(half), list(half.copy()))
 
     decoder.step([1, 10], [kept(), kept(capacity=1)], [4, 0])
     for tokens, all_kept, positions in (
@@ -285,7 +287,7 @@ def test_bad_arguments_stop_at_the_door():
         ([array], [fixed]),
     ):
         with pytest.raises(ValueError):
-            kernels.Kept(keys, values)
+            kernels.KVPointers(keys, values)
 
 
 def test_results_are_the_same_for_any_number_of_threads(engine):

@@ -15,21 +15,21 @@ from hypothesis import given, settings, strategies as st
 
 from fiddler import kernels
 from fiddler.errors import RequestError
-from fiddler.kernels import Product
+from fiddler.kernels import KernelVariant
 from fiddler.kernels.codegen import variant as product_room
 from fiddler.kernels.machine import threads
 from oracles import naive
 
 BEST = kernels.available_tiers()[0]
 # bf16 in every tier, since each has tiles of its own; the other kinds in the best one, and f16 in the plainest of all
-PRODUCTS = [
-    *(Product(tier, "bf16", "bf16") for tier in kernels.available_tiers()),
-    Product(BEST, "bf16", "f32"),
-    Product(BEST, "f16", "f32"),
-    Product(BEST, "f16", "bf16"),
-    Product(kernels.TIERS[-1], "f16", "f32"),
+VARIANTS = [
+    *(KernelVariant(tier, "bf16", "bf16") for tier in kernels.available_tiers()),
+    KernelVariant(BEST, "bf16", "f32"),
+    KernelVariant(BEST, "f16", "f32"),
+    KernelVariant(BEST, "f16", "bf16"),
+    KernelVariant(kernels.TIERS[-1], "f16", "f32"),
 ]
-ALL = pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.tier.name}-{p.weights}-{p.activations}")
+ALL = pytest.mark.parametrize("variant", VARIANTS, ids=lambda p: f"{p.tier.name}-{p.weights}-{p.activations}")
 
 
 def case(seed, tokens, experts, k, width, hidden, kind):
@@ -42,9 +42,9 @@ def case(seed, tokens, experts, k, width, hidden, kind):
     return x, ids, weights, gate, up, down
 
 
-def check_expert_ffn(args, product):
-    y = kernels.expert_ffn(*args, product)
-    expected, tolerance = naive.expert_ffn(*args, product.weights, rounded=product.activations == "bf16")
+def check_expert_ffn(args, variant):
+    y = kernels.expert_ffn(*args, variant)
+    expected, tolerance = naive.expert_ffn(*args, variant.weights, rounded=variant.activations == "bf16")
     assert y.shape == expected.shape
     assert y.dtype == np.float32
     assert (np.abs(y - expected) <= tolerance).all()
@@ -53,7 +53,7 @@ def check_expert_ffn(args, product):
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_expert_ffn_is_the_naive_one(product, data):
+def test_expert_ffn_is_the_naive_one(variant, data):
     experts = data.draw(st.integers(1, 6))
     args = case(
         data.draw(st.integers(0, 2**32 - 1)),
@@ -62,99 +62,99 @@ def test_expert_ffn_is_the_naive_one(product, data):
         data.draw(st.integers(1, min(3, experts))),
         data.draw(st.integers(1, 140)),
         data.draw(st.integers(1, 140)),
-        product.weights,
+        variant.weights,
     )
-    check_expert_ffn(args, product)
+    check_expert_ffn(args, variant)
 
 
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_part_of_the_hidden_rows_is_part_of_the_sum(product, data):
+def test_part_of_the_hidden_rows_is_part_of_the_sum(variant, data):
     experts, hidden = data.draw(st.integers(1, 5)), 2 * data.draw(st.integers(1, 70))
     tokens, width = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 140))
-    args = case(data.draw(st.integers(0, 2**32 - 1)), tokens, experts, 1, width, hidden, product.weights)
+    args = case(data.draw(st.integers(0, 2**32 - 1)), tokens, experts, 1, width, hidden, variant.weights)
     rows = np.array([2 * data.draw(st.integers(0, hidden // 2)) for _ in range(experts)])
-    y = kernels.expert_ffn(*args, product, rows)
+    y = kernels.expert_ffn(*args, variant, rows)
     x, ids, weights, gate, up, down = args
     left_out = np.arange(hidden) >= rows[:, None]  # [E, F]
     gate, up = (np.where(left_out[:, :, None], np.uint16(0), bits) for bits in (gate, up))
-    rounded = product.activations == "bf16"
-    expected, tolerance = naive.expert_ffn(x, ids, weights, gate, up, down, product.weights, rounded=rounded)
+    rounded = variant.activations == "bf16"
+    expected, tolerance = naive.expert_ffn(x, ids, weights, gate, up, down, variant.weights, rounded=rounded)
     assert (np.abs(y - expected) <= tolerance).all()
 
 
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 130), rows=st.integers(1, 150), width=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
-def test_linear_is_a_matrix_product(product, tokens, rows, width, seed):
+def test_linear_is_a_matrix_product(variant, tokens, rows, width, seed):
     rng = np.random.default_rng(seed)
-    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
     x = rng.normal(size=(tokens, width)).astype(np.float32)
-    rounded = naive.round_bf16(x) if product.activations == "bf16" else x.astype(np.float64)
-    exact = naive.from_bits(w, product.weights).T
-    error = np.abs(kernels.linear(x, w, product) - rounded @ exact)
+    rounded = naive.round_bf16(x) if variant.activations == "bf16" else x.astype(np.float64)
+    exact = naive.from_bits(w, variant.weights).T
+    error = np.abs(kernels.linear(x, w, variant) - rounded @ exact)
     assert (error <= naive.EPSILON * (np.abs(rounded) @ np.abs(exact))).all()
 
 
 @ALL
-def test_every_token_to_one_expert(product):
-    x, ids, weights, *w = case(1, 70, 4, 1, 96, 66, product.weights)
+def test_every_token_to_one_expert(variant):
+    x, ids, weights, *w = case(1, 70, 4, 1, 96, 66, variant.weights)
     ids[:] = 2
-    check_expert_ffn((x, ids, weights, *w), product)
+    check_expert_ffn((x, ids, weights, *w), variant)
 
 
 @ALL
 @pytest.mark.parametrize("tokens", [1, 5, 21, 40])
-def test_same_bits_for_any_number_of_threads(product, tokens, monkeypatch):
+def test_same_bits_for_any_number_of_threads(variant, tokens, monkeypatch):
     monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)  # else so little work stays on one
-    args = case(2, tokens, 5, 2, 130, 98, product.weights)
+    args = case(2, tokens, 5, 2, 130, 98, variant.weights)
     before = kernels.thread_count()
     try:
         kernels.set_threads(1)
-        alone = kernels.expert_ffn(*args, product)
+        alone = kernels.expert_ffn(*args, variant)
         kernels.set_threads(None)
-        together = kernels.expert_ffn(*args, product)
+        together = kernels.expert_ffn(*args, variant)
     finally:
         kernels.set_threads(before)
     np.testing.assert_array_equal(alone.view(np.uint32), together.view(np.uint32))
 
 
 @ALL
-def test_weights_may_begin_at_any_even_address(product):
+def test_weights_may_begin_at_any_even_address(variant):
     rng = np.random.default_rng(6)
     rows, width = 70, 96
-    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
     memory = np.empty(w.size + 64, np.uint16)
     for tokens in (1, 4, 18, 33):
         x = rng.normal(size=(tokens, width)).astype(np.float32)
-        expected = kernels.linear(x, w, product)
+        expected = kernels.linear(x, w, variant)
         for shift in (1, 2, 15, 31):
             memory[shift : shift + w.size] = w.reshape(-1)
             moved = memory[shift : shift + w.size].reshape(rows, width)
-            np.testing.assert_array_equal(kernels.linear(x, moved, product), expected)
+            np.testing.assert_array_equal(kernels.linear(x, moved, variant), expected)
 
 
 @ALL
-def test_denormals_vanish_at_most(product):
+def test_denormals_vanish_at_most(variant):
     """bf16's smallest values: kept where arithmetic is float32, zero where the CPU's bf16 products flush them."""
     w = np.array([[0x0001, 0x007F, 0x8001, 0x0080] * 64] * 40, np.uint16)  # as f16 they are subnormal, too
     for tokens in (1, 4, 20):
         x = np.ones((tokens, w.shape[1]), np.float32)
-        exact = naive.from_bits(w, product.weights).sum(axis=1)
-        y = kernels.linear(x, w, product)
-        normal = naive.from_bits(w[:, 3::4], product.weights).sum(axis=1) if product.in_pairs else exact
+        exact = naive.from_bits(w, variant.weights).sum(axis=1)
+        y = kernels.linear(x, w, variant)
+        normal = naive.from_bits(w[:, 3::4], variant.weights).sum(axis=1) if variant.bf16_pairs else exact
         assert np.isclose(y, exact, rtol=1e-6, atol=0).all() or np.isclose(y, normal, rtol=1e-6, atol=0).all()
     w, x = w[:, :4].copy(), x[:1, :4].copy()  # the end of a row, which fills no vector
-    np.testing.assert_allclose(kernels.linear(x, w, product)[0], naive.from_bits(w, product.weights).sum(axis=1), 1e-6)
+    np.testing.assert_allclose(kernels.linear(x, w, variant)[0], naive.from_bits(w, variant.weights).sum(axis=1), 1e-6)
 
 
 @ALL
-def test_nothing_is_read_past_the_end_of_a_mapping(product, tmp_path):
+def test_nothing_is_read_past_the_end_of_a_mapping(variant, tmp_path):
     """Weights of odd sizes that end with the last page: one element too far would be a segmentation fault."""
     rng = np.random.default_rng(3)
     rows, width = 37, 51
-    w = naive.to_bits(rng.normal(size=(rows, width)), product.weights)
+    w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
     page = mmap.PAGESIZE
     path = tmp_path / "weights"
     path.write_bytes(bytes(page - w.nbytes % page) + w.tobytes())
@@ -164,22 +164,22 @@ def test_nothing_is_read_past_the_end_of_a_mapping(product, tmp_path):
     assert not view.flags.writeable
     for tokens in (1, 3, 33):
         x = rng.normal(size=(tokens, width)).astype(np.float32)
-        np.testing.assert_array_equal(kernels.linear(x, view, product), kernels.linear(x, w, product))
+        np.testing.assert_array_equal(kernels.linear(x, view, variant), kernels.linear(x, w, variant))
 
 
 @ALL
-def test_nan_and_infinity_pass_through(product):
+def test_nan_and_infinity_pass_through(variant):
     rng = np.random.default_rng(4)
     for tokens in (1, 6, 40):
-        w = naive.to_bits(rng.normal(size=(32, 70)), product.weights)
+        w = naive.to_bits(rng.normal(size=(32, 70)), variant.weights)
         x = rng.normal(size=(tokens, 70)).astype(np.float32)
         x[0, 69] = np.nan
-        y = kernels.linear(x, w, product)
+        y = kernels.linear(x, w, variant)
         assert np.isnan(y[0]).all()
         assert np.isfinite(y[1:]).all()
         x[0, 69] = np.inf
-        w[5, 69] = naive.to_bits(np.array([1.0]), product.weights)[0]
-        assert kernels.linear(x, w, product)[0, 5] == np.inf
+        w[5, 69] = naive.to_bits(np.array([1.0]), variant.weights)[0]
+        assert kernels.linear(x, w, variant)[0, 5] == np.inf
 
 
 @pytest.mark.parametrize("tier", [BEST, kernels.TIERS[-1]], ids=lambda tier: tier.name)
@@ -187,20 +187,20 @@ def test_every_f16_value_is_read_exactly(tier):
     """All 65536 of them, subnormals, infinities and NaNs included, each times one: alone, and in vectors."""
     for width in (1, 128):
         w, values = naive.every_f16(width)
-        y = kernels.linear(np.ones((1, width), np.float32), w, Product(tier, "f16", "f32"))[0]
+        y = kernels.linear(np.ones((1, width), np.float32), w, KernelVariant(tier, "f16", "f32"))[0]
         np.testing.assert_array_equal(y, values)
 
 
 def test_activations_round_to_nearest_even_bf16():
     values = np.array([1.0, 1.00390625, 1.01171875, -2.00390625, 3.3895e38, 65504.0, 1e-30], np.float32)
     one = naive.to_bits(np.ones((1, 1)), "bf16")
-    for product in (Product(BEST, "bf16", "bf16"), Product(kernels.TIERS[-1], "bf16", "bf16")):
-        y = kernels.linear(values[:, None].copy(), one, product)[:, 0]
+    for variant in (KernelVariant(BEST, "bf16", "bf16"), KernelVariant(kernels.TIERS[-1], "bf16", "bf16")):
+        y = kernels.linear(values[:, None].copy(), one, variant)[:, 0]
         np.testing.assert_array_equal(y, naive.round_bf16(values).astype(np.float32))
 
 
 def test_bad_arguments_stop_at_the_door():
-    product = PRODUCTS[0]
+    variant = VARIANTS[0]
     x, ids, weights, gate, up, down = case(5, 3, 4, 2, 16, 24, "bf16")
     bad = [
         (x.astype(np.float64), ids, weights, gate, up, down),
@@ -217,29 +217,29 @@ def test_bad_arguments_stop_at_the_door():
     ]
     for arguments in bad:
         with pytest.raises(ValueError):
-            kernels.expert_ffn(*arguments, product)
+            kernels.expert_ffn(*arguments, variant)
     for rows in ([24, 24, 24], [24, 24, 24, 26], [24, 24, 24, -2], [24, 24, 24, 3], [24.0, 2.0, 2.0, 2.0]):
         with pytest.raises(ValueError, match="hidden_rows"):
-            kernels.expert_ffn(x, ids, weights, gate, up, down, product, np.array(rows))
+            kernels.expert_ffn(x, ids, weights, gate, up, down, variant, np.array(rows))
     for bad_x, bad_w in ((x[0], gate[0]), (x, gate), (x, gate[0].T), (x, gate[0].astype(np.int16))):
         with pytest.raises(ValueError):
-            kernels.linear(bad_x, bad_w, product)
+            kernels.linear(bad_x, bad_w, variant)
 
 
 def test_a_product_that_no_kernel_multiplies_is_refused():
     for weights, activations in (("f32", "f32"), ("bf16", "int8"), ("f16", "")):
         with pytest.raises(ValueError, match="no kernel"):
-            Product(BEST, weights, activations)
+            KernelVariant(BEST, weights, activations)
     beyond = dataclasses.replace(BEST, name="avx9")
     with pytest.raises(ValueError, match="avx9"):
-        Product(beyond, "bf16", "bf16")
+        KernelVariant(beyond, "bf16", "bf16")
 
 
 def test_the_cache_key_holds_the_sources(monkeypatch):
     """Numba looks at the file of the function alone; the key must change with the files it is made of."""
-    kind = product_room._typeof_product(PRODUCTS[0], None)
+    kind = product_room._typeof_variant(VARIANTS[0], None)
     monkeypatch.setattr(product_room, "_SOURCES", "other")
-    assert product_room._typeof_product(PRODUCTS[0], None) != kind
+    assert product_room._typeof_variant(VARIANTS[0], None) != kind
     assert product_room._digest() in kind.name
 
 
@@ -268,8 +268,8 @@ from fiddler.kernels.codegen import variant as kinds
 from fiddler.kernels.matmul import dot_tiles as tiles
 kinds.on_zen = tiles.on_zen = lambda: {zen}
 assert [tier.name for tier in kernels.available_tiers()][0] == {tier!r}, kernels.available_tiers()
-product = kernels.Product(kernels.choose_tier(), {weights!r}, {activations!r})
-assert product.in_parts == {zen}
+variant = kernels.KernelVariant(kernels.choose_tier(), {weights!r}, {activations!r})
+assert variant.k_blocked == {zen}
 rng = np.random.default_rng(0)
 for tokens, width in ((1, 64), (4, 1300), (5, 1300), (7, 51), (8, 2600), (14, 1300), (24, 130), (33, 130), (64, 130)):
     w = naive.to_bits(rng.normal(size=(40, width)), {weights!r})
@@ -277,13 +277,13 @@ for tokens, width in ((1, 64), (4, 1300), (5, 1300), (7, 51), (8, 2600), (14, 13
     if {activations!r} == "bf16":
         x = naive.from_bits(naive.to_bits(x, "bf16"), "bf16").astype(np.float32)
     expected = x.astype(np.float64) @ naive.from_bits(w, {weights!r}).T
-    error = np.linalg.norm(kernels.linear(x, w, product) - expected) / np.linalg.norm(expected)
+    error = np.linalg.norm(kernels.linear(x, w, variant) - expected) / np.linalg.norm(expected)
     assert error < 1e-6, error
 if {weights!r} == "f16":
-    assert product.tier.half_convert == ("f16c" in {features!r})
+    assert variant.tier.half_convert == ("f16c" in {features!r})
     for width in (1, 128):
         w, values = naive.every_f16(width)
-        np.testing.assert_array_equal(kernels.linear(np.ones((1, width), np.float32), w, product)[0], values)
+        np.testing.assert_array_equal(kernels.linear(np.ones((1, width), np.float32), w, variant)[0], values)
 """
 
 
@@ -293,7 +293,7 @@ from llvmlite import ir
 from oracles import naive
 from fiddler import kernels
 from fiddler.kernels.machine import isa as cpu
-from fiddler.kernels.codegen import variant as product
+from fiddler.kernels.codegen import variant as variant
 from fiddler.kernels.matmul import dot_tiles as tiles, outer_tiles
 
 def dot_of_pairs(b, total, left, right):
@@ -303,10 +303,10 @@ def dot_of_pairs(b, total, left, right):
     return total
 
 tiles.dot_bf16 = outer_tiles.dot_bf16 = dot_of_pairs
-product.on_zen = tiles.on_zen = lambda: {zen}
-cpu.TIERS = product.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in cpu.TIERS)
-kind = kernels.Product(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")
-assert kind.in_pairs and kind.in_parts == {zen}
+variant.on_zen = tiles.on_zen = lambda: {zen}
+cpu.TIERS = variant.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in cpu.TIERS)
+kind = kernels.KernelVariant(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")
+assert kind.bf16_pairs and kind.k_blocked == {zen}
 rng = np.random.default_rng(0)
 for tokens, width, hidden in ((1, 64, 32), (4, 130, 66), (5, 1300, 34), (7, 51, 40), (8, 2600, 34), (14, 1300, 34),
                               (25, 130, 96), (28, 258, 34), (33, 130, 66), (64, 258, 130), (130, 66, 40)):

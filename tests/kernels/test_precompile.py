@@ -11,10 +11,10 @@ import pytest
 CACHE = """
 import sys, numpy as np
 from fiddler import kernels
-product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
-kernels.prepare(product)
+variant = kernels.KernelVariant(kernels.choose_tier("portable"), "bf16", "f32")
+kernels.precompile(variant)
 from fiddler.kernels.matmul.grouped import grouped_products
-y = kernels.linear(np.ones((1, 2), np.float32), np.full((1, 2), 0x3F80, np.uint16), product)
+y = kernels.linear(np.ones((1, 2), np.float32), np.full((1, 2), 0x3F80, np.uint16), variant)
 print(y[0, 0], sum(grouped_products.stats.cache_hits.values()))
 """
 
@@ -27,8 +27,8 @@ if sys.argv[1:]:
     sys.executable = sys.argv[1]
 sys.modules["fiddler.kernels.precompile"].usable_cores = lambda: 2
 told = []
-product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
-kernels.prepare(product, lambda: told.append(1), decode=True)
+variant = kernels.KernelVariant(kernels.choose_tier("portable"), "bf16", "f32")
+kernels.precompile(variant, lambda: told.append(1), decode=True)
 one = grouped.grouped_products, attention._attend, norm_router._rms_norm
 other = matmul._block_product, grouped._take_tasks, decode_step.decode
 print(len(told), *(sum(sum(kernel.stats.cache_hits.values()) for kernel in half) for half in (one, other)))

@@ -19,7 +19,7 @@ import numpy as np
 from fiddler import kernels
 from fiddler.kernels.machine import threads
 threads._PARALLEL_FROM = 0
-product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
+variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
 rng = np.random.default_rng(0)
 w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
 down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
@@ -29,7 +29,7 @@ for tokens in (9, 100):  # in rows, and packed
     results = set()
     for count in (1, 2, 3, 7, 16, 33, 64):
         kernels.set_threads(count)
-        results.add(kernels.expert_ffn(x, ids, np.ones((tokens, 2), np.float32), w, w, down, product).tobytes())
+        results.add(kernels.expert_ffn(x, ids, np.ones((tokens, 2), np.float32), w, w, down, variant).tobytes())
     assert len(results) == 1, tokens
 """
 
@@ -46,13 +46,13 @@ import threading, numpy as np
 from fiddler import kernels
 from fiddler.kernels.machine import threads
 threads._PARALLEL_FROM = 0
-product = kernels.Product(kernels.choose_tier("portable"), "bf16", "f32")
+variant = kernels.KernelVariant(kernels.choose_tier("portable"), "bf16", "f32")
 w, x = np.full((300, 64), 0x3F80, np.uint16), np.ones((3, 64), np.float32)
-kernels.linear(x, w, product)
+kernels.linear(x, w, variant)
 assert kernels.threading_layer() == "workqueue", kernels.threading_layer()
 results = []
 def call():
-    results.extend(kernels.linear(x, w, product) for _ in range(200))
+    results.extend(kernels.linear(x, w, variant) for _ in range(200))
 callers = [threading.Thread(target=call) for _ in "ab"]
 [caller.start() for caller in callers]
 [caller.join() for caller in callers]

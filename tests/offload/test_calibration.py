@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiddler.device.weight_copy import HostLink
+from fiddler.device.weight_copy import HostCopy
 from fiddler.offload import calibration as calibrate
 from fiddler.offload.calibration import Calibration, cache_folder, stored
 from fiddler.offload.cost_benchmark import calibrated, measure
@@ -28,14 +28,14 @@ def _own_folder(tmp_path, monkeypatch):
 
 def test_measured_once_and_found_again():
     told = []
-    ring = Ring(HostLink(), EXACT, 128, 3)
+    ring = Ring(HostCopy(), EXACT, 128, 3)
     first = calibrated(EXACT, ring, 1, told.append)
     assert len(told) == 1
     assert calibrated(EXACT, ring, 1, told.append) == first
     assert len(told) == 1
     assert stored() == [first]
     assert first.expert_bytes == 6 * D * F
-    assert min(*first.cpu_seconds, *first.gpu_seconds, first.link_seconds, first.link_alone, first.cpu_alone) > 0
+    assert min(*first.cpu_seconds, *first.gpu_seconds, first.copy_seconds, first.copy_alone, first.cpu_alone) > 0
     # seconds of different numbers of threads, and of a machine without a GPU, are other things
     calibrated(EXACT, None, 1, told.append)
     assert len(told) == 2
@@ -54,17 +54,17 @@ def test_only_what_memory_holds_is_measured_on(monkeypatch, experts, measured):
 
 def test_some_experts_of_a_layer_suffice(monkeypatch):
     monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * 3 * 6 * D * F)
-    made = measure(EXACT, Ring(HostLink(), EXACT, 128, 3), 1, "here")
-    assert min(*made.cpu_seconds, *made.link_speeds()) > 0
+    made = measure(EXACT, Ring(HostCopy(), EXACT, 128, 3), 1, "here")
+    assert min(*made.cpu_seconds, *made.copy_speeds()) > 0
 
 
 def test_the_costs_are_those_that_were_measured():
     costs = SOME.costs()
-    assert [costs.cpu(1), costs.cpu(4), costs.gpu(16), costs.link] == [1e-3, 2e-3, 2e-5, 2e-3]
+    assert [costs.cpu(1), costs.cpu(4), costs.gpu(16), costs.copy] == [1e-3, 2e-3, 2e-5, 2e-3]
     assert costs.memory == pytest.approx(1 / (1 / 1e-3 + 1 / 2e-3))
     # one token: a third of the rows over the link, which is half as fast as the CPU
     assert sum(make_plan([1], costs, 900, 1).gpu_rows) == pytest.approx(300, abs=1)
-    assert replace(SOME, link_seconds=None, link_alone=None).costs().link == inf
+    assert replace(SOME, copy_seconds=None, copy_alone=None).costs().copy == inf
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_a_ring_hands_over_what_the_mapping_holds():
-    ring = Ring(HostLink(), EXACT, 64, 3)
+    ring = Ring(HostCopy(), EXACT, 64, 3)
     w = EXACT[1]
     for begin, end in ((0, F), (64, 250), (F - 64, F)):
         at = begin

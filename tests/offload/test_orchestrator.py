@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fiddler.device.weight_copy import HostLink
+from fiddler.device.weight_copy import HostCopy
 from fiddler.offload.plan import Costs, Curve
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
@@ -25,7 +25,7 @@ COSTS = {
 }
 
 
-class BlockingLink(HostLink):
+class BlockingCopy(HostCopy):
     """A link that keeps its caller busy, so that it gets a thread."""
 
     blocks = True
@@ -48,7 +48,7 @@ def scale(w, x, ids, weights):
     total = 0.0
     for t in range(len(x)):
         for j, e in enumerate(ids[t]):
-            gate, up, down = (naive.from_bits(bits[e], w.product.weights) for bits in (w.gate, w.up, w.down))
+            gate, up, down = (naive.from_bits(bits[e], w.variant.weights) for bits in (w.gate, w.up, w.down))
             g, u = gate @ x[t], up @ x[t]
             total += weights[t, j] ** 2 * (down**2 @ (g / (1 + np.exp(-g)) * u) ** 2).sum()
     return total**0.5
@@ -56,8 +56,8 @@ def scale(w, x, ids, weights):
 
 def check(made, layers, layer, x, ids, weights):
     w = layers[layer]
-    rounded = w.product.activations == "bf16"
-    expected, tolerance = naive.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.product.weights, rounded=rounded)
+    rounded = w.variant.activations == "bf16"
+    expected, tolerance = naive.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.variant.weights, rounded=rounded)
     assert made.shape == x.shape
     if rounded:  # torch rounds gate's, up's and down's products to 16 bits, too: four roundings, 2**-9 at most each
         assert np.linalg.norm(made - expected) <= 4 * 2**-9 * scale(w, x, ids, weights)
@@ -74,7 +74,7 @@ def test_every_mix_is_the_same_sum(kind, costs, data):
     placed = [data.draw(st.lists(st.integers(0, E - 1), unique=True, max_size=E)) for _ in range(LAYERS)]
     blocking = data.draw(st.booleans())
     both = orchestrator(
-        layers, placed, COSTS[costs], BlockingLink() if blocking else None, data.draw(st.sampled_from([64, 128]))
+        layers, placed, COSTS[costs], BlockingCopy() if blocking else None, data.draw(st.sampled_from([64, 128]))
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     k = data.draw(st.integers(1, 3))
@@ -150,9 +150,9 @@ def test_nothing_is_sent_ahead_for_a_last_layer_that_has_few_tokens():
     both.beside(forward, 1)
 
 
-@pytest.mark.parametrize("link", [HostLink, BlockingLink])
-def test_a_step_that_was_broken_off_leaves_nothing_behind(link):
-    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"], link())
+@pytest.mark.parametrize("weight_copy", [HostCopy, BlockingCopy])
+def test_a_step_that_was_broken_off_leaves_nothing_behind(weight_copy):
+    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"], weight_copy())
     rng = np.random.default_rng(0)
     x, ids, weights = step(rng, 60, 2)
     both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
@@ -201,14 +201,14 @@ def test_one_token_has_its_plan_and_the_time_it_should_take():
     assert split.cpu_rows[3] + split.gpu_rows[3] == F
     assert split.seconds == both.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
     # a link that blocks would only begin when the CPU is done
-    blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingLink())
+    blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingCopy())
     assert blocking.split_one(0, (0, 3)).cpu_rows.tolist() == [0, 0, 0, F, 0]
 
 
-class Underway(HostLink):
+class Underway(HostCopy):
     """A link on which nothing arrives."""
 
-    def mark(self):
+    def event(self):
         class Ahead:
             record = wait = synchronize = staticmethod(lambda: None)
             query = staticmethod(lambda: False)

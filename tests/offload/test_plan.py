@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import variant
 from math import inf
 
 import pytest
@@ -19,14 +19,14 @@ def cost(tokens, rows, costs, ahead):
     cpu = sum(costs.cpu(t) * (HIDDEN - r) / HIDDEN for t, r in zip(tokens, rows, strict=True))
     moved = any(r > a for r, a in zip(rows, ahead, strict=True))
     left = any(r < HIDDEN for r in rows)
-    link = costs.link if left else min(costs.link, costs.link_alone)
-    gpu = sum(max(link, costs.gpu(t)) * (r - a) / HIDDEN for t, r, a in zip(tokens, rows, ahead, strict=True) if r > a)
-    return max(cpu + costs.cpu_start if left else 0, gpu + costs.link_start if moved else 0, costs.memory * len(tokens))
+    copy = costs.copy if left else min(costs.copy, costs.copy_alone)
+    gpu = sum(max(copy, costs.gpu(t)) * (r - a) / HIDDEN for t, r, a in zip(tokens, rows, ahead, strict=True) if r > a)
+    return max(cpu + costs.cpu_start if left else 0, gpu + costs.copy_start if moved else 0, costs.memory * len(tokens))
 
 
 def brute_force(tokens, costs, step, ahead):
     choices = [sorted({*range(a, HIDDEN + 1, step), HIDDEN}) for a in ahead]
-    return min(cost(tokens, rows, costs, ahead) for rows in product(*choices))
+    return min(cost(tokens, rows, costs, ahead) for rows in variant(*choices))
 
 
 positive = st.floats(0.01, 10)
@@ -36,7 +36,7 @@ positive = st.floats(0.01, 10)
 @given(
     tokens=st.lists(st.integers(1, 64), min_size=0, max_size=4),
     cpu=st.tuples(positive, positive),
-    link=positive,
+    copy=positive,
     alone=st.one_of(positive, st.just(inf)),
     memory=st.floats(0, 3),
     starts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
@@ -44,9 +44,9 @@ positive = st.floats(0.01, 10)
     data=st.data(),
 )
 def test_plan_is_the_best_of_all_where_the_link_is_what_the_gpu_waits_for(
-    tokens, cpu, link, alone, memory, starts, step, data
+    tokens, cpu, copy, alone, memory, starts, step, data
 ):
-    costs = Costs(Curve((1, 64), (cpu[0], cpu[0] + cpu[1])), Curve((1,), (0.0,)), link, memory, *starts, alone)
+    costs = Costs(Curve((1, 64), (cpu[0], cpu[0] + cpu[1])), Curve((1,), (0.0,)), copy, memory, *starts, alone)
     ahead = [step * data.draw(st.integers(0, HIDDEN // step)) for _ in tokens]
     plan = make_plan(tokens, costs, HIDDEN, step, ahead)
     assert plan.seconds == pytest.approx(cost(tokens, plan.gpu_rows, costs, ahead))
@@ -55,14 +55,14 @@ def test_plan_is_the_best_of_all_where_the_link_is_what_the_gpu_waits_for(
 
 
 @settings(max_examples=300, deadline=None)
-@given(tokens=st.lists(st.integers(1, 64), min_size=1, max_size=4), cpu=positive, gpu=positive, link=positive)
-def test_plan_is_near_the_best_and_no_worse_than_one_side_alone_in_general(tokens, cpu, gpu, link):
-    costs = Costs(Curve((1, 64), (cpu, 9 * cpu)), Curve((1, 64), (0.1 * gpu, 6 * gpu)), link, 0.0)
+@given(tokens=st.lists(st.integers(1, 64), min_size=1, max_size=4), cpu=positive, gpu=positive, copy=positive)
+def test_plan_is_near_the_best_and_no_worse_than_one_side_alone_in_general(tokens, cpu, gpu, copy):
+    costs = Costs(Curve((1, 64), (cpu, 9 * cpu)), Curve((1, 64), (0.1 * gpu, 6 * gpu)), copy, 0.0)
     none = [0] * len(tokens)
     plan = make_plan(tokens, costs, HIDDEN, 1)
     alone = min(cost(tokens, none, costs, none), cost(tokens, [HIDDEN] * len(tokens), costs, none))
     assert plan.seconds <= alone * (1 + 1e-12)
-    one_row = max(max(costs.cpu(t), costs.gpu(t), link) for t in tokens) / HIDDEN
+    one_row = max(max(costs.cpu(t), costs.gpu(t), copy) for t in tokens) / HIDDEN
     assert plan.seconds <= brute_force(tokens, costs, 1, none) + one_row * (1 + 1e-12)
 
 
@@ -79,7 +79,7 @@ def test_a_link_that_is_faster_alone_may_be_left_alone():
     """The CPU's quarter of an expert would save 3 % of a link that it slows by a tenth."""
     costs = Costs(Curve((1,), (31.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
     assert make_plan([5] * 8, costs, 128, 32).gpu_rows == (128,) * 7 + (96,)
-    plan = make_plan([5] * 8, replace(costs, link_alone=0.9), 128, 32)
+    plan = make_plan([5] * 8, replace(costs, copy_alone=0.9), 128, 32)
     assert plan.gpu_rows == (128,) * 8
     assert plan.seconds == pytest.approx(8 * 0.9)
 
@@ -117,9 +117,9 @@ def test_balance_finds_what_the_gpu_begins_later():
     for late in (0.0, 300e-6, -200e-6):
         balance = Balance()
         for _ in range(60):
-            plan = make_plan([1, 1], replace(costs, link_start=balance.seconds), hidden, 64)
+            plan = make_plan([1, 1], replace(costs, copy_start=balance.seconds), hidden, 64)
             share = sum(plan.gpu_rows) / hidden
-            cpu, gpu = (2 - share) * costs.cpu(1), share * costs.link + late
+            cpu, gpu = (2 - share) * costs.cpu(1), share * costs.copy + late
             balance.tell(gpu_first=gpu < cpu)
         assert abs(balance.seconds - late) < 60e-6
         assert abs(cpu - gpu) < 100e-6

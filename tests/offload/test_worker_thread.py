@@ -11,8 +11,8 @@ import weakref
 
 import pytest
 
-from fiddler.device.semaphore import HostGate
-from fiddler.offload.worker_thread import SharedStep, SideThread, Task
+from fiddler.device.semaphore import HostSemaphore
+from fiddler.offload.worker_thread import CooperativeStep, Task, WorkerThread
 
 
 class Held:
@@ -27,7 +27,7 @@ def given(side, call):
 
 def test_everything_is_done_in_order_by_one_thread():
     begun, done = [], []
-    side = SideThread("side", lambda: begun.append(threading.current_thread().name))
+    side = WorkerThread("side", lambda: begun.append(threading.current_thread().name))
     tasks = [given(side, lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
     tasks[-1].wait()
     assert done == [(i, "side") for i in range(100)]
@@ -37,7 +37,7 @@ def test_everything_is_done_in_order_by_one_thread():
 
 
 def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
-    side, done = SideThread("side"), []
+    side, done = WorkerThread("side"), []
     failed, fine = given(side, lambda: 1 // 0), given(side, lambda: done.append(1))
     failed.join()
     with pytest.raises(ZeroDivisionError):
@@ -47,7 +47,7 @@ def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
 
 
 def test_one_who_was_interrupted_may_wait_again():
-    side, go = SideThread("side"), threading.Event()
+    side, go = WorkerThread("side"), threading.Event()
     task = given(side, lambda: go.wait(60) and None)
     waiting = threading.Thread(target=task.join)
     waiting.start()
@@ -58,7 +58,7 @@ def test_one_who_was_interrupted_may_wait_again():
 
 
 def test_the_thread_ends_and_nothing_is_kept():
-    held, side = Held(), SideThread("a side of its own")
+    held, side = Held(), WorkerThread("a side of its own")
     seen = weakref.ref(held)
     task = given(side, lambda held=held: None)
     task.wait()
@@ -75,17 +75,17 @@ def test_the_thread_ends_and_nothing_is_kept():
 
 
 @pytest.fixture
-def gate():
-    return HostGate()
+def semaphore():
+    return HostSemaphore()
 
 
-def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(gate):
-    shared, done = SharedStep(SideThread("side"), gate), []
+def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(semaphore):
+    shared, done = CooperativeStep(WorkerThread("side"), semaphore), []
 
     def step():
         total = 0
         for part in range(20):
-            gate.wait(shared.leave(part))
+            semaphore.wait(shared.leave(part))
             total += done[-1][0]
         return total, threading.current_thread().name
 
@@ -95,12 +95,12 @@ def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(gate):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(gate, error):
-    shared, passed = SharedStep(SideThread("side"), gate), []
+def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(semaphore, error):
+    shared, passed = CooperativeStep(WorkerThread("side"), semaphore), []
 
     def step():
         for part in range(5):
-            gate.wait(shared.leave(part))
+            semaphore.wait(shared.leave(part))
             passed.append(part)
         return passed
 
@@ -115,11 +115,11 @@ def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(gate, error):
     assert shared.run(step, lambda part: None) == [0, 1, 2, 3, 4]
 
 
-def test_a_step_that_fails_itself_raises_to_its_caller(gate):
-    shared, done = SharedStep(SideThread("side"), gate), []
+def test_a_step_that_fails_itself_raises_to_its_caller(semaphore):
+    shared, done = CooperativeStep(WorkerThread("side"), semaphore), []
 
     def step():
-        gate.wait(shared.leave("one part"))
+        semaphore.wait(shared.leave("one part"))
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
@@ -128,7 +128,7 @@ def test_a_step_that_fails_itself_raises_to_its_caller(gate):
     assert shared.run(lambda: 7, done.append) == 7
 
 
-class Interrupted(SideThread):
+class Interrupted(WorkerThread):
     """Ctrl-C before the first task is given."""
 
     def take(self, task):
@@ -138,11 +138,11 @@ class Interrupted(SideThread):
         super().take(task)
 
 
-def test_a_step_that_was_not_given_yet_can_be_interrupted(gate):
-    shared, done = SharedStep(Interrupted("side"), gate), []
+def test_a_step_that_was_not_given_yet_can_be_interrupted(semaphore):
+    shared, done = CooperativeStep(Interrupted("side"), semaphore), []
 
     def step():
-        gate.wait(shared.leave(1))
+        semaphore.wait(shared.leave(1))
         return 5
 
     with pytest.raises(KeyboardInterrupt):
@@ -152,8 +152,8 @@ def test_a_step_that_was_not_given_yet_can_be_interrupted(gate):
     assert done == [1]
 
 
-def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(gate):
-    shared, asked = SharedStep(SideThread("side"), gate), threading.Event()
+def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(semaphore):
+    shared, asked = CooperativeStep(WorkerThread("side"), semaphore), threading.Event()
 
     def stops():
         while not shared.stopping:
@@ -168,12 +168,12 @@ def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(gate):
     assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
 
 
-def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(gate, monkeypatch):
-    shared, join = SharedStep(SideThread("side"), gate), Task.join
+def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(semaphore, monkeypatch):
+    shared, join = CooperativeStep(WorkerThread("side"), semaphore), Task.join
 
     def step():
         for part in range(5):
-            gate.wait(shared.leave(part))
+            semaphore.wait(shared.leave(part))
             time.sleep(0.01)
 
     def again(task, seconds=-1):
@@ -193,14 +193,14 @@ def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(gate, monke
     assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
 
 
-def test_ctrl_c_at_any_moment_leaves_nothing_waiting(gate):
+def test_ctrl_c_at_any_moment_leaves_nothing_waiting(semaphore):
     """A hundred of them, in steps of many small parts."""
-    shared, numbers, interrupted = SharedStep(SideThread("side"), gate), random.Random(0), 0
+    shared, numbers, interrupted = CooperativeStep(WorkerThread("side"), semaphore), random.Random(0), 0
 
     def step():
         for part in range(20):
             number = shared.leave(part)
-            shared.rest() if part % 2 else gate.wait(number)
+            shared.rest() if part % 2 else semaphore.wait(number)
         return "whole"
 
     while interrupted < 100:
@@ -220,7 +220,7 @@ def test_what_failed_is_not_kept_either(no_collection):
     def fail(held):
         raise ValueError
 
-    side, held = SideThread("side"), Held()
+    side, held = WorkerThread("side"), Held()
     seen = weakref.ref(held)
     with pytest.raises(ValueError):
         given(side, lambda held=held: fail(held)).wait()
@@ -239,13 +239,13 @@ def test_what_failed_is_not_kept_either(no_collection):
         ({"part", "gate"}, KeyboardInterrupt),
     ],
 )
-def test_what_a_broken_step_was_about_is_free_at_once(gate, no_collection, monkeypatch, broken, raised):
+def test_what_a_broken_step_was_about_is_free_at_once(semaphore, no_collection, monkeypatch, broken, raised):
     """On a GPU that is a sequence's memory, and nothing says when garbage is collected."""
-    shared, held, opens = SharedStep(SideThread("side"), gate), Held(), gate.open
+    shared, held, opens = CooperativeStep(WorkerThread("side"), semaphore), Held(), semaphore.open
     seen = weakref.ref(held)
 
     def step(held):
-        gate.wait(shared.leave("part"))
+        semaphore.wait(shared.leave("part"))
         if "step" in broken:
             raise RuntimeError
 
@@ -261,7 +261,7 @@ def test_what_a_broken_step_was_about_is_free_at_once(gate, no_collection, monke
         opens()
 
     if "gate" in broken:
-        monkeypatch.setattr(gate, "open", interrupted)
+        monkeypatch.setattr(semaphore, "open", interrupted)
     with pytest.raises(raised):
         shared.run(lambda held=held: step(held), do)
     monkeypatch.undo()

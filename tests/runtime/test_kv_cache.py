@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fiddler.loading import load
-from fiddler.runtime.kv_cache import Sequence, Step
+from fiddler.runtime.kv_cache import KVCache, Step
 from fiddler.telemetry.expert_counts import counting
 
 
@@ -18,10 +18,10 @@ def engine():
 def test_a_sequence_takes_over_anothers_memory(engine):
     """It computes as in memory of its own, and uses none."""
     runner, config, ids = engine.runner, engine.config, [1, 40, 50, 60, 70]
-    first = Sequence(config, 300, torch.float32, torch.device("cpu"))
+    first = KVCache(config, 300, torch.float32, torch.device("cpu"))
     first.reserve(300)
     runner.step([(first, ids[::-1])])
-    second = Sequence(config, 300, torch.float32, torch.device("cpu"), first.storage)
+    second = KVCache(config, 300, torch.float32, torch.device("cpu"), first.storage)
     places = [kept.data_ptr() for kept in second.storage[0]]
     made = torch.cat([runner.logits(runner.step([(second, part)])) for part in (ids[:3], ids[3:4], ids[4:])])
     assert torch.allclose(made, engine.logits(ids), atol=1e-4)
@@ -31,7 +31,7 @@ def test_a_sequence_takes_over_anothers_memory(engine):
 def test_sequences_in_one_sequences_memory(engine):
     """Side by side in a step, of which each sees its own; when they are used again, what was there is forgotten."""
     runner, parts = engine.runner, [[1, 40, 50, 60, 70], [1, 80, 90, 100, 110]]
-    home = Sequence(engine.config, 300, torch.float32, torch.device("cpu"))
+    home = KVCache(engine.config, 300, torch.float32, torch.device("cpu"))
     home.reserve(300)
     sequences = home.divided(2, 5)
     for ids in (parts, parts[::-1]):
@@ -74,14 +74,14 @@ def test_growth_that_was_broken_off_goes_on(engine, monkeypatch):
     runner, ids = engine.runner, list(range(3, 303))
     sequence = runner.sequence()
     runner.step([(sequence, ids[:250])])
-    real, left = Sequence._empty, iter(range(3))
+    real, left = KVCache._empty, iter(range(3))
 
     def scarce(self, capacity):
         if next(left, None) is None:
             raise MemoryError
         return real(self, capacity)
 
-    monkeypatch.setattr(Sequence, "_empty", scarce)
+    monkeypatch.setattr(KVCache, "_empty", scarce)
     with pytest.raises(MemoryError):
         runner.step([(sequence, ids[250:])])
     monkeypatch.undo()
@@ -114,7 +114,7 @@ def test_a_sequence_becomes_another(engine):
 )
 def test_what_torch_attends(engine, lengths, counts, expected):
     """Not single positions, which have a kernel."""
-    sequences = [Sequence(engine.config, 2000, torch.float32, torch.device("cpu")) for _ in lengths]
+    sequences = [KVCache(engine.config, 2000, torch.float32, torch.device("cpu")) for _ in lengths]
     for sequence, length in zip(sequences, lengths, strict=True):
         sequence.reserve(length)
         sequence.length = length
@@ -128,7 +128,7 @@ def test_growing_that_is_broken_off_leaves_what_the_kernel_and_torch_both_see(mo
     whole, broken = engine.runner.sequence(), engine.runner.sequence()
     for sequence in (whole, broken):
         engine.runner.prefill(sequence, ids[:250])
-    allocate, left = Sequence._empty, [3]
+    allocate, left = KVCache._empty, [3]
 
     def fail(self, capacity):
         left[0] -= 1
@@ -137,7 +137,7 @@ def test_growing_that_is_broken_off_leaves_what_the_kernel_and_torch_both_see(mo
         return allocate(self, capacity)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sequence, "_empty", fail)
+        patch.setattr(KVCache, "_empty", fail)
         with pytest.raises(KeyboardInterrupt):
             engine.runner.step([(broken, ids[250:])])
     for token in ids[250:254]:  # by our kernel

@@ -81,8 +81,8 @@ def test_what_is_read_is_what_was_computed(model, written):
     PromptCache(written, engine.model_file, torch.float32).read(other, 33)
     assert other.length == 33
     for half, made in zip(sequence.storage, other.storage, strict=True):
-        for kept, found in zip(half, made, strict=True):
-            assert torch.equal(kept[:, :33], found[:, :33])
+        for prefix_cache, found in zip(half, made, strict=True):
+            assert torch.equal(prefix_cache[:, :33], found[:, :33])
 
 
 def test_it_is_written_once_the_prompt_was_read(model, tmp_path):
@@ -213,7 +213,7 @@ def test_damage_anywhere_is_noticed(model, written):
             data[at:at] = bytes(numbers.randrange(1, 9))
         written.write_bytes(data)
         refused(engine, written, "delete it")
-        assert not engine.runner.kept.tokens
+        assert not engine.runner.prefix_cache.tokens
     written.write_bytes(whole)
     assert run(engine, IDS, written)[1] == 39
 

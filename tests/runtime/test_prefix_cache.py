@@ -10,8 +10,8 @@ import torch
 import fiddler
 from fiddler import Sampling
 from fiddler.gpu.runner import GpuRunner
-from fiddler.runtime.kv_cache import Sequence
-from fiddler.runtime.prefix_cache import Kept, common
+from fiddler.runtime.kv_cache import KVCache
+from fiddler.runtime.prefix_cache import PrefixCache, common
 from oracles.synthetic import write_random_mixtral
 
 GREEDY = Sampling(temperature=0.0)
@@ -73,15 +73,15 @@ def test_what_two_texts_have_in_common(one, other, expected):
 )
 def test_what_is_taken_is_cut_to_what_is_shared(engine, ids, left):
     """But for one token, which is computed for its logits; and it can be taken once."""
-    kept, sequence = Kept(), engine.runner.sequence()
+    prefix_cache, sequence = PrefixCache(), engine.runner.sequence()
     engine.runner.step([(sequence, [5, 6, 7])])
-    kept.put(sequence, [5, 6, 7, 8])  # the last one was chosen, not computed
-    assert kept.tokens == (5, 6, 7)
-    assert kept.take(ids) is sequence
+    prefix_cache.put(sequence, [5, 6, 7, 8])  # the last one was chosen, not computed
+    assert prefix_cache.tokens == (5, 6, 7)
+    assert prefix_cache.take(ids) is sequence
     assert sequence.length == left
-    assert kept.take(ids) is None
-    assert not kept.holds(sequence)
-    assert not kept.holds(None)
+    assert prefix_cache.take(ids) is None
+    assert not prefix_cache.holds(sequence)
+    assert not prefix_cache.holds(None)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_was_generated_is_kept_too(engine):
     assert made.stats.cached_tokens == len(IDS) + 5
     beams = engine.beam_search(longer, 3, 4, reuse=True)
     assert rows(engine) < 4 + 1 + 3 * 4 + 4
-    engine.runner.kept.drop()
+    engine.runner.prefix_cache.drop()
     anew_too = engine.beam_search(longer, 3, 4, reuse=True)
     assert [beam.tokens for beam in beams] == [beam.tokens for beam in anew_too]
     after = greedy(engine, longer)  # the beams' own keys and values are not the prompt's
@@ -148,14 +148,14 @@ def test_generations_that_run_side_by_side(engine):
 
 @pytest.mark.parametrize("error, kept", [(KeyboardInterrupt, 43), (RuntimeError, 43)])
 @pytest.mark.parametrize("at", [1, 44])
-def test_a_step_that_is_broken_off(engine, error, kept, at):
+def test_a_step_that_is_broken_off(engine, error, prefix_cache, at):
     """What is whole is kept, whatever it was."""
     plain = engine.runner.model.experts.experts
     expected = anew(engine, IDS, 9)
     engine.runner.model.experts = CountedExperts(plain, error("stop"), at)
     with pytest.raises(error):
         greedy(engine, IDS, 9)
-    assert len(engine.runner.kept.tokens) == (kept if at == 44 else 0)
+    assert len(engine.runner.prefix_cache.tokens) == (prefix_cache if at == 44 else 0)
     engine.runner.model.experts = CountedExperts(plain)
     assert list(greedy(engine, IDS, 9).tokens) == expected
 
@@ -163,7 +163,7 @@ def test_a_step_that_is_broken_off(engine, error, kept, at):
 def test_the_place_on_a_gpu_is_kept_and_given_up(engine):
     """There the sequence at home is the fast one: whoever comes gets it, unless somebody still works with it."""
     plain = engine.runner
-    home = Sequence(engine.config, 100, torch.float32, torch.device("cpu"))
+    home = KVCache(engine.config, 100, torch.float32, torch.device("cpu"))
     home.reserve(100)
     place = home.storage[0][0].data_ptr()
     engine.runner = runner = GpuRunner(
@@ -179,13 +179,13 @@ def test_the_place_on_a_gpu_is_kept_and_given_up(engine):
     greedy(engine, IDS)
     first = runner.sequence()
     assert at_home(first)  # what was kept there is forgotten
-    assert runner.kept.take(IDS) is None
+    assert runner.prefix_cache.take(IDS) is None
     second = runner.sequence()
     assert not at_home(second)
     runner.step([(second, IDS)])
     runner.keep(second, IDS)  # costs memory, and would be slow
     del second
-    assert runner.kept.take(IDS) is None
+    assert runner.prefix_cache.take(IDS) is None
     del first
     assert [list(greedy(engine, ids).tokens) for ids in (IDS, IDS[:9])] == [anew(engine, i, 4) for i in (IDS, IDS[:9])]
 

@@ -34,7 +34,9 @@ TOKENS = [1, 4, 16, 64, 128, 512]
 USED = 2  # experts a token
 AGREEMENT = 0.02  # both round to bfloat16, torch the results of its linears, too
 
-Layer = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # x [T, D], ids [T, K], weights [T, K] -> [T, D]
+Layer = Callable[
+    [np.ndarray, np.ndarray, np.ndarray], np.ndarray
+]  # x [T, D], expert_ids [T, K], routing_weights [T, K] -> [T, D]
 
 
 @contextmanager
@@ -65,8 +67,8 @@ def expert_weights(path: Path) -> list[np.ndarray]:
 
 
 def kernel_layer(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Layer:
-    product = kernels.Product(kernels.choose_tier(), "bf16", "bf16")
-    return lambda x, ids, weights: kernels.expert_ffn(x, ids, weights, gate, up, down, product)
+    variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
+    return lambda x, ids, weights: kernels.expert_ffn(x, ids, weights, gate, up, down, variant)
 
 
 def torch_layer(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Layer:

@@ -114,7 +114,7 @@ class Bench:
         if name not in self.plans:
             costs = self.costs
             if name in ("cpu", "torch"):
-                costs = replace(costs, link=inf)
+                costs = replace(costs, copy=inf)
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
             chosen.follow(costs)
@@ -234,7 +234,7 @@ def main():
     print(f"loaded in {bench.loaded:.1f} s; kernels {bench.engine.backend}, {bench.runner.threads} threads")
     if bench.calibration:
         print(f"{bench.calibration.to_text()}\n  measured in {bench.measured:.1f} s")
-        link = bench.calibration.expert_bytes / bench.calibration.link_alone
+        link = bench.calibration.expert_bytes / bench.calibration.copy_alone
         share = bench.resident_speed / link
         print(f"residents came at {bench.resident_speed / 1e9:.1f} GB/s, {share:.0%} of the link's {link / 1e9:.1f}")
     found, spent, nbytes, planned, idle = bench.generate(args.tokens)

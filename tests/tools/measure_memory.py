@@ -189,7 +189,7 @@ def convert(arguments: argparse.Namespace) -> bool:
 RUN = """
 import json, sys, time
 import fiddler.engine, fiddler.kernels as kernels  # the bare imports: torch, numba, sentencepiece
-kernels.prepare(kernels.Product(kernels.choose_tier(), "bf16", "bf16"))
+kernels.precompile(kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16"))
 from fiddler.host_memory import peak_memory
 imported = peak_memory().anonymous
 started = time.perf_counter()
