@@ -58,7 +58,7 @@ class CpuRunner(Runner):
         try:
             *made, products = self._decoder.step(
                 [tokens[0] for _, tokens in parts],
-                [sequence.kept for sequence in sequences],
+                [sequence.pointers for sequence in sequences],
                 [sequence.length for sequence in sequences],
             )
         finally:

@@ -62,7 +62,7 @@ class DecodeGraphs:
         self._arrived = [torch.cuda.Event() for _ in self._breaks]
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
+        self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # what one graph makes for another
         self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
         self.hidden = torch.empty(0)
         self._capture()
@@ -207,7 +207,7 @@ class DecodeGraphs:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
             for kind in kinds:
                 self._run_streamed(kind)
-            self._kept.clear()
+            self._router_outputs.clear()
             pool, aside_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             for kind in kinds:  # with memory of their own: they run while the other graphs' results are in use
                 with captured(aside_pool) as self._streamed[kind]:
@@ -219,7 +219,7 @@ class DecodeGraphs:
                 self._graphs.append(graph)
                 if end is not None:
                     with captured(aside_pool) as self._residents[end]:
-                        self._run_residents(end, *self._kept[-1], self._y, add=False)
+                        self._run_residents(end, *self._router_outputs[-1], self._y, add=False)
                 begin = len(layers) if end is None else end + 1
         torch.cuda.synchronize()
 
@@ -234,7 +234,7 @@ class DecodeGraphs:
             h, x, expert_ids, routing_weights = self._model.blk[layer].before_experts(h, self._cache)
             if layer == end:
                 decode_kernels.hand_over(x, expert_ids, routing_weights, self._handed, self._seen)
-                self._kept.append((x, expert_ids, routing_weights))
+                self._router_outputs.append((x, expert_ids, routing_weights))
             else:
                 self._run_residents(layer, x, expert_ids, routing_weights, h, add=True)
         if end is None:

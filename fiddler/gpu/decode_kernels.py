@@ -166,9 +166,9 @@ def _hand_over(x, expert_ids, routing_weights, kept, seen, width, TOP: tl.conste
     if tl.program_id(0) == 0:
         for j in tl.static_range(TOP):
             tl.store(seen + width + j, tl.load(expert_ids + j).to(tl.float32))
-            routing_weights = tl.load(routing_weights + j)
-            tl.store(kept + width + j, routing_weights)
-            tl.store(seen + width + TOP + j, routing_weights)
+            routing_weight = tl.load(routing_weights + j)
+            tl.store(kept + width + j, routing_weight)
+            tl.store(seen + width + TOP + j, routing_weight)
 
 
 def hand_over(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, kept: Tensor, seen: Tensor) -> None:

@@ -73,11 +73,11 @@ def _down(
         rows = tl.load(job + 3)
         if EVEN:  # else every row might begin anywhere, and be read element by element
             rows = tl.multiple_of(rows, 16)
-        routing_weights = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
+        routing_weight = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
         down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(W)), 16)
         for begin in range(0, rows, K):
             inside = begin + k < rows
-            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * routing_weights
+            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * routing_weight
             at = r.to(tl.int64)[:, None] * rows + (begin + k)[None, :]
             mask = (r < width)[:, None] & inside[None, :]
             total += tl.load(down + at, mask=mask, other=0.0).to(tl.float32) * a

@@ -102,9 +102,9 @@ def _down(
         a = tl.load(a_at + begin, mask=mine[:, None] & inside[None, :], other=0.0)
         total = tl.dot(a, tl.load(down + b_at + begin, mask=inside[:, None], other=0.0), total)
     t = tl.load(token + m, mask=mine, other=0)
-    routing_weights = tl.load(routing_weights + m, mask=mine, other=0.0)
+    routing_weight = tl.load(routing_weights + m, mask=mine, other=0.0)
     place = y + t[:, None] * width + n[None, :]
-    tl.atomic_add(place, total * routing_weights[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
+    tl.atomic_add(place, total * routing_weight[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
 
 
 @triton.jit

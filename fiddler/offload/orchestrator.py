@@ -279,7 +279,7 @@ class Orchestrator:
         w = self.layers[layer]
         rounded, hidden = w.variant.activations == "bf16", self._hidden
         order = torch.argsort(expert_ids.reshape(-1), stable=True)
-        token, routing_weights = order // expert_ids.shape[1], routing_weights.reshape(-1)[order]
+        token, sorted_weights = order // expert_ids.shape[1], routing_weights.reshape(-1)[order]
         given = x.to(torch_type(w)) if rounded else x
         together = rounded and self._grouped is not None
 
@@ -288,13 +288,13 @@ class Orchestrator:
             rows = token[first[e] : first[e + 1]]
             with self._recorder.queued("experts"):
                 made = feed_forward(given[rows], *matrices, rounded=rounded, work=self._work)
-                y.index_add_(0, rows, made.mul_(routing_weights[first[e] : first[e + 1], None]))
+                y.index_add_(0, rows, made.mul_(sorted_weights[first[e] : first[e + 1], None]))
 
         def add_together(jobs: Sequence[Job], most: int) -> None:
             """In 16 bits."""
             assert self._grouped is not None
             with self._recorder.queued("experts"):
-                self._grouped.experts_of_many(given, token, routing_weights, jobs, most, y, self._work)
+                self._grouped.experts_of_many(given, token, sorted_weights, jobs, most, y, self._work)
 
         def use(part: Part) -> None:
             part.arrived.wait()

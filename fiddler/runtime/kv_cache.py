@@ -45,7 +45,7 @@ class KVCache:
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
         self._room = min(kept.shape[1] for kept in (*self._keys, *self._values))  # positions
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
-        self._kept: kernels.KVPointers | None = None
+        self._pointers: kernels.KVPointers | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
 
     @property
@@ -60,7 +60,7 @@ class KVCache:
             return
         capacity = _capacity(length, self.context, min(kept.shape[1] for kept in (*self._keys, *self._values)))
         self._room = 0  # what is not all of one length, should this be broken off, grows again
-        self._arrays = self._kept = None  # they are of memory that goes
+        self._arrays = self._pointers = None  # they are of memory that goes
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
             grown = [self._empty(capacity) for _ in olds]
             for new, old in zip(grown, olds, strict=True):
@@ -98,12 +98,12 @@ class KVCache:
         return self._arrays[layer]
 
     @property
-    def kept(self) -> kernels.KVPointers:
+    def pointers(self) -> kernels.KVPointers:
         """All of them, likewise."""
-        if self._kept is None:
+        if self._pointers is None:
             arrays = self._as_arrays()
-            self._kept = kernels.KVPointers([keys for keys, _ in arrays], [values for _, values in arrays])
-        return self._kept
+            self._pointers = kernels.KVPointers([keys for keys, _ in arrays], [values for _, values in arrays])
+        return self._pointers
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""

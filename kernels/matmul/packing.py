@@ -76,7 +76,7 @@ def group_tokens(
         begin[e + 1] += begin[e]
     expert, first = np.empty(groups, np.int64), np.zeros(groups + 1, np.int64)
     packed, rows = np.empty(groups, np.bool_), np.empty(groups, np.int64)
-    token, routing_weights = np.empty(begin[-1], np.int64), np.empty(begin[-1], np.float32)
+    token, grouped_weights = np.empty(begin[-1], np.int64), np.empty(begin[-1], np.float32)
     g = 0
     for e in range(hidden.size):
         count = begin[e + 1] - begin[e]
@@ -90,9 +90,9 @@ def group_tokens(
         for j in range(each):
             e = expert_ids[t, j]
             if hidden[e] > 0:
-                token[begin[e]], routing_weights[begin[e]] = t, routing_weights[t, j]
+                token[begin[e]], grouped_weights[begin[e]] = t, routing_weights[t, j]
                 begin[e] += 1
-    return Groups(expert[:g], first[: g + 1], packed[:g], rows[:g], token, routing_weights)
+    return Groups(expert[:g], first[: g + 1], packed[:g], rows[:g], token, grouped_weights)
 
 
 @njit(**OPTIONS)

@@ -98,8 +98,8 @@ def test_log_probabilities_of_large_logits():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"width": 0}, "0 beams"),
-        ({"width": 2.5}, "2.5 beams"),
+        ({"num_beams": 0}, "0 beams"),
+        ({"num_beams": 2.5}, "2.5 beams"),
         ({"length_penalty": math.nan}, "length_penalty is nan"),
         ({"length_penalty": 51}, "length_penalty is 51"),
         ({"early_stopping": "always"}, "early_stopping is 'always'"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fiddler.device.weight_copy import HostCopy
-from fiddler.offload import calibration as calibrate
+from fiddler.offload import calibration as calibrate, cost_benchmark
 from fiddler.offload.calibration import Calibration, cache_folder, stored
 from fiddler.offload.cost_benchmark import calibrated, measure
 from fiddler.offload.plan import make_plan
@@ -47,13 +47,13 @@ def test_measured_once_and_found_again():
 @pytest.mark.parametrize("experts,measured", [(0, None), (1, (1, 1)), (3, (1, 3)), (2 * E + 1, (2, E))])
 def test_only_what_memory_holds_is_measured_on(monkeypatch, experts, measured):
     """experts: as many as a quarter of the memory is worth; 0: nobody knows how much there is."""
-    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * experts * 6 * D * F)
-    layers, count = calibrate._in_memory(EXACT)
+    monkeypatch.setattr(cost_benchmark, "available_memory", lambda: 4 * experts * 6 * D * F)
+    layers, count = cost_benchmark._in_memory(EXACT)
     assert (len(layers), count) == (measured or (len(EXACT), E))
 
 
 def test_some_experts_of_a_layer_suffice(monkeypatch):
-    monkeypatch.setattr(calibrate, "available_memory", lambda: 4 * 3 * 6 * D * F)
+    monkeypatch.setattr(cost_benchmark, "available_memory", lambda: 4 * 3 * 6 * D * F)
     made = measure(EXACT, Ring(HostCopy(), EXACT, 128, 3), 1, "here")
     assert min(*made.cpu_seconds, *made.copy_speeds()) > 0
 

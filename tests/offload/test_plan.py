@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import variant
+from itertools import product
 from math import inf
 
 import pytest
@@ -26,7 +26,7 @@ def cost(tokens, rows, costs, ahead):
 
 def brute_force(tokens, costs, step, ahead):
     choices = [sorted({*range(a, HIDDEN + 1, step), HIDDEN}) for a in ahead]
-    return min(cost(tokens, rows, costs, ahead) for rows in variant(*choices))
+    return min(cost(tokens, rows, costs, ahead) for rows in product(*choices))
 
 
 positive = st.floats(0.01, 10)

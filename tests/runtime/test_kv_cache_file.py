@@ -17,7 +17,7 @@ import fiddler
 from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.files.model_file import ModelFile
-from fiddler.generation.beam_hypotheses import Beaming
+from fiddler.generation.beam_hypotheses import BeamOptions
 from fiddler.runtime.kv_cache_file import PromptCache
 from oracles.synthetic import write_random_mixtral
 
@@ -93,7 +93,7 @@ def test_it_is_written_once_the_prompt_was_read(model, tmp_path):
     assert run(loaded(model), IDS, path)[1] == 39
     assert run(loaded(model), IDS, tmp_path / "other", count=0) == ([], 0)
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
-    loaded(model).start_beams(IDS, Beaming(2), 3, prompt_cache=tmp_path / "beams").run()
+    loaded(model).start_beams(IDS, BeamOptions(2), 3, prompt_cache=tmp_path / "beams").run()
     assert path.read_bytes() == (tmp_path / "beams").read_bytes()
 
 

@@ -146,7 +146,7 @@ def test_generations_that_run_side_by_side(engine):
     assert list(greedy(engine, IDS, 8).tokens) == expected[0]
 
 
-@pytest.mark.parametrize("error, kept", [(KeyboardInterrupt, 43), (RuntimeError, 43)])
+@pytest.mark.parametrize("error, prefix_cache", [(KeyboardInterrupt, 43), (RuntimeError, 43)])
 @pytest.mark.parametrize("at", [1, 44])
 def test_a_step_that_is_broken_off(engine, error, prefix_cache, at):
     """What is whole is kept, whatever it was."""
