@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to GGUF. `convert` is imported when first asked for: gguf takes half a second.
+"""Converts Hugging Face checkpoints to GGUF. `convert` is imported on first use: importing gguf takes half a second.
 
 No module here may be called `convert`: importing it would replace the function of that name.
 """

@@ -1,8 +1,7 @@
-"""A Hugging Face Mixtral folder as a lazy source: where the matrices of each GGUF tensor lie.
+"""A Hugging Face Mixtral folder as a lazy source: locates the matrices of each GGUF tensor.
 
-Knows transformers' tensor names, both ways of storing experts and the rules of tied embeddings; checks that
-the folder holds exactly the tensors that config.json implies. Reads no weights on opening, changes no value
-and does not know where they go.
+Knows transformers' tensor names, both expert layouts and the rules of tied embeddings; checks that the folder holds
+exactly the tensors that config.json implies. Changes no value; does not know where the weights are written to.
 
 Expert layouts, per layer: `block_sparse_moe.experts.E.{w1,w2,w3}` (w1 gate, w2 down, w3 up; the published
 checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transformers 5 in memory).
@@ -22,7 +21,7 @@ import numpy as np
 from fiddler.converters.hf_config import read_hf_config
 from fiddler.converters.json_object import read_object
 from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
-from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, Stored
+from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from fiddler.errors import CheckpointError, quoted
 from fiddler.models.config import Config
 
@@ -34,10 +33,10 @@ _COMPARED_ROWS = 256
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` rows from row `first` of a stored tensor seen as a matrix [rows, width]: one expert, or all."""
+    """`count` rows from row `first` of a stored tensor viewed as a matrix [rows, width]: one expert, or all rows."""
 
     file: SafetensorsFile
-    stored: Stored
+    stored: StoredTensor
     first: int
     count: int
 
@@ -54,9 +53,9 @@ class Matrix:
 
 
 class Checkpoint:
-    """An opened folder: `config`, `tied`, the `dtype` most weights have, and `matrices` by GGUF name.
+    """An opened folder: `config`, `tied`, the `dtype` of most weights, and `matrices` by GGUF name.
 
-    `warnings` holds, a line each, what the user should know about the source.
+    `warnings` are lines for the user about the source.
     """
 
     def __init__(
@@ -64,124 +63,127 @@ class Checkpoint:
         name: str,
         config: Config,
         tied: bool,
-        parts: Mapping[str, Sequence[Matrix]],
+        matrices: Mapping[str, Sequence[Matrix]],
         warnings: Sequence[str],
     ) -> None:
         self.name = name
         self.config = config
         self.tied = tied
         self.warnings = tuple(warnings)
-        self._parts = parts
+        self._matrices = matrices
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Open `folder`: config.json and model.safetensors, or the shards of model.safetensors.index.json.
 
-        Reads headers only (and, in a tied checkpoint that stores its output matrix, compares that with the
-        embedding). Raises CheckpointError, one line, for a folder that is incomplete, inconsistent,
-        quantised or not a Mixtral.
+        Reads headers only; in a tied checkpoint that stores its output matrix, also that matrix and the embedding,
+        to compare them. Raises CheckpointError, one line, for a folder that is incomplete, inconsistent, quantised
+        or not a Mixtral.
         """
         if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
-            raise CheckpointError(f"{folder} {found}; give the folder of a Hugging Face checkpoint")
-        read = read_hf_config(folder)
-        search = _Search(folder, _open_files(folder))
-        parts = search.all(read.config)
-        tied, warnings = _resolve_tie(read.tied, search, parts)
+            problem = "is a file" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder} {problem}; give the folder of a Hugging Face checkpoint")
+        hf_config = read_hf_config(folder)
+        lookup = _TensorLookup(folder, _open_files(folder))
+        matrices = lookup.matrices(hf_config.config)
+        tied, warnings = _resolve_tie(hf_config.tied, lookup, matrices)
         if tied:
-            parts.pop("output.weight", None)
-        window = read.config.sliding_window
-        if window is not None and window < read.config.context_length:
+            matrices.pop("output.weight", None)
+        window = hf_config.config.sliding_window
+        if window is not None and window < hf_config.config.context_length:
             warnings.append(
                 f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
                 f"from position {window} on"
             )
-        return cls(_model_name(folder.resolve()), read.config, tied, parts, warnings)
+        return cls(_model_name(folder.resolve()), hf_config.config, tied, matrices, warnings)
 
     @property
     def dtype(self) -> Dtype:
-        """The 16-bit type that most weights (counted in bytes) have; bf16 for a float32 checkpoint."""
+        """The 16-bit type of most weights, counted in bytes; bf16 for a float32 checkpoint."""
         bytes_of: Counter[str] = Counter()
-        for parts in self._parts.values():
-            for part in parts:
-                bytes_of[part.stored.dtype] += part.count * part.width * DTYPES[part.stored.dtype].itemsize
+        for matrices in self._matrices.values():
+            for matrix in matrices:
+                bytes_of[matrix.stored.dtype] += matrix.count * matrix.width * DTYPES[matrix.stored.dtype].itemsize
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
 
     def matrices(self, name: str) -> Iterator[Matrix]:
-        """The matrices that, one below the other, make up the GGUF tensor `name` (a vector is one row)."""
-        return iter(self._parts[name])
+        """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
+        return iter(self._matrices[name])
 
 
-class _Search:
-    """Finds stored tensors by name and shape, and remembers which were asked for."""
+class _TensorLookup:
+    """Finds stored tensors by name and shape, and records which are used."""
 
     def __init__(self, folder: Path, files: Sequence[SafetensorsFile]) -> None:
         self._folder = folder
-        self._where: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._used: set[str] = set()
         for file in files:
             for name in file.tensors:
-                if name in self._where:
+                if name in self._files:
                     raise CheckpointError(
-                        f"tensor {quoted(name)} is in both {self._where[name].path} and {file.path.name}"
+                        f"tensor {quoted(name)} is in both {self._files[name].path} and {file.path.name}"
                     )
-                self._where[name] = file
+                self._files[name] = file
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._files
 
-    def all(self, config: Config) -> dict[str, Sequence[Matrix]]:
-        """Every tensor that `config` implies, and none besides; `output.weight` only where it is stored."""
-        # Before a list of this length is built: a hostile config.json may say millions.
-        if config.block_count > len(self._where):
+    def matrices(self, config: Config) -> dict[str, Sequence[Matrix]]:
+        """The matrices of exactly the tensors that `config` implies; `output.weight` only if it is stored.
+
+        Raises CheckpointError for a tensor that is missing, of another shape or unknown.
+        """
+        # Check before a list of this length is built: a hostile config.json may say millions.
+        if config.block_count > len(self._files):
             raise CheckpointError(
                 f"{self._folder}: config.json says num_hidden_layers {config.block_count}, "
-                f"but there are only {len(self._where)} tensors; download the whole checkpoint"
+                f"but there are only {len(self._files)} tensors; download the whole checkpoint"
             )
-        parts: dict[str, Sequence[Matrix]] = {}
+        matrices: dict[str, Sequence[Matrix]] = {}
         tied = OTHER_NAMES["output.weight"] not in self
         for name, shape in config.tensor_shapes(tied=tied).items():
-            index, _, inner = name.removeprefix("blk.").partition(".")
+            layer, _, suffix = name.removeprefix("blk.").partition(".")
             if name in OTHER_NAMES:
-                parts[name] = [self._whole(OTHER_NAMES[name], shape)]
-            elif inner in BLOCK_NAMES:
-                parts[name] = [self._whole(f"model.layers.{index}.{BLOCK_NAMES[inner]}", shape)]
+                matrices[name] = [self._matrix(OTHER_NAMES[name], shape)]
+            elif suffix in BLOCK_NAMES:
+                matrices[name] = [self._matrix(f"model.layers.{layer}.{BLOCK_NAMES[suffix]}", shape)]
             else:
-                parts[name] = self._mixture(f"model.layers.{index}", inner, shape)
-        for name in self._where:
+                matrices[name] = self._moe_matrices(f"model.layers.{layer}", suffix, shape)
+        for name in self._files:
             if name not in self._used and not DERIVED.fullmatch(name):
                 raise CheckpointError(
-                    f"{self._where[name].path}: tensor {quoted(name)} is not part of a Mixtral with "
+                    f"{self._files[name].path}: tensor {quoted(name)} is not part of a Mixtral with "
                     f"{config.block_count} layers and {config.expert_count} experts"
                 )
-        return parts
+        return matrices
 
-    def _mixture(self, layer: str, inner: str, shape: tuple[int, ...]) -> list[Matrix]:
+    def _moe_matrices(self, prefix: str, suffix: str, shape: tuple[int, ...]) -> list[Matrix]:
         """The router or one of the three expert stacks [E, rows, width] of a layer, in either layout."""
-        fused = f"{layer}.mlp.gate.weight" in self
-        if inner == "ffn_gate_inp.weight":
-            return [self._whole(f"{layer}.{'mlp' if fused else 'block_sparse_moe'}.gate.weight", shape)]
+        fused = f"{prefix}.mlp.gate.weight" in self
+        if suffix == "ffn_gate_inp.weight":
+            return [self._matrix(f"{prefix}.{'mlp' if fused else 'block_sparse_moe'}.gate.weight", shape)]
         E, rows, width = shape
         if not fused:
-            prefix, letter = f"{layer}.block_sparse_moe.experts", EXPERT_LETTERS[inner]
-            return [self._whole(f"{prefix}.{expert}.{letter}.weight", (rows, width)) for expert in range(E)]
-        if inner == "ffn_down_exps.weight":
-            file, stored = self._find(f"{layer}.mlp.experts.down_proj", shape)
+            experts, letter = f"{prefix}.block_sparse_moe.experts", EXPERT_LETTERS[suffix]
+            return [self._matrix(f"{experts}.{expert}.{letter}.weight", (rows, width)) for expert in range(E)]
+        if suffix == "ffn_down_exps.weight":
+            file, stored = self._find(f"{prefix}.mlp.experts.down_proj", shape)
             return [Matrix(file, stored, expert * rows, rows) for expert in range(E)]
-        file, stored = self._find(f"{layer}.mlp.experts.gate_up_proj", (E, 2 * rows, width))
-        half = rows if inner == "ffn_up_exps.weight" else 0
-        return [Matrix(file, stored, expert * 2 * rows + half, rows) for expert in range(E)]
+        file, stored = self._find(f"{prefix}.mlp.experts.gate_up_proj", (E, 2 * rows, width))
+        first = rows if suffix == "ffn_up_exps.weight" else 0
+        return [Matrix(file, stored, expert * 2 * rows + first, rows) for expert in range(E)]
 
-    def _whole(self, name: str, shape: tuple[int, ...]) -> Matrix:
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Matrix:
         file, stored = self._find(name, shape)
         return Matrix(file, stored, 0, 1 if len(shape) == 1 else shape[0])
 
     def _require(self, name: str) -> SafetensorsFile:
-        if name not in self._where:
+        if name not in self._files:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing; download the whole checkpoint")
-        return self._where[name]
+        return self._files[name]
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, Stored]:
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, StoredTensor]:
         file = self._require(name)
         stored = file.tensors[name]
         if stored.dtype not in DTYPES:
@@ -198,15 +200,15 @@ class _Search:
 
 
 def _model_name(folder: Path) -> str:
-    """The folder's name; in the cache of the Hugging Face hub (models--ORG--NAME/snapshots/HASH) that is NAME."""
-    above = folder.parent
-    if above.name == "snapshots" and above.parent.name.startswith("models--"):
-        return above.parent.name.rpartition("--")[2] or folder.name
+    """The folder's name; NAME in the Hugging Face hub's cache (models--ORG--NAME/snapshots/HASH)."""
+    snapshots = folder.parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        return snapshots.parent.name.rpartition("--")[2] or folder.name
     return folder.name
 
 
 def _open_files(folder: Path) -> list[SafetensorsFile]:
-    """The folder's weight files, in transformers' order of preference: one file, else those of the index."""
+    """The folder's weight files, by transformers' precedence: model.safetensors, else the shards of the index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [SafetensorsFile(single)]
@@ -217,44 +219,46 @@ def _open_files(folder: Path) -> list[SafetensorsFile]:
                 "load them in transformers and save_pretrained() them as safetensors"
             )
         raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; download the whole checkpoint")
-    names = read_object(index, "").get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index}: weight_map is {quoted(names, 40)}; download the file again")
-    shards = sorted({_plain(name, index) for name in names.values()})
+    weight_map = read_object(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is {quoted(weight_map, 40)}; download the file again")
+    shards = sorted({_shard_name(shard, index) for shard in weight_map.values()})
     files = [SafetensorsFile(folder / shard) for shard in shards]
     tensors = {file.path.name: file.tensors for file in files}
-    for name, shard in names.items():
+    for name, shard in weight_map.items():
         if name not in tensors[shard]:
             raise CheckpointError(f"{index} says that tensor {quoted(name)} is in {shard}; it is not there")
     return files
 
 
-def _plain(name: object, index: Path) -> str:
-    """A shard's file name; never a path, for an index from elsewhere must not reach out of its folder."""
+def _shard_name(name: object, index: Path) -> str:
+    """A shard's file name, never a path: an untrusted index must not reach out of its folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
         raise CheckpointError(f"{index}: {quoted(name)} is not the name of a safetensors file in this folder")
     return name
 
 
-def _resolve_tie(said: bool, search: _Search, parts: Mapping[str, Sequence[Matrix]]) -> tuple[bool, list[str]]:
-    """Whether the output is tied, as transformers decides it given what config.json `said`; and warnings."""
-    output = parts.get("output.weight")
-    if not said:
+def _resolve_tie(
+    declared: bool, lookup: _TensorLookup, matrices: Mapping[str, Sequence[Matrix]]
+) -> tuple[bool, list[str]]:
+    """Whether the output is tied, decided as in transformers, and warnings; `declared`: config.json says it is."""
+    output = matrices.get("output.weight")
+    if not declared:
         if output is None:
             raise CheckpointError(
                 "tensor lm_head.weight is missing, and config.json does not say tie_word_embeddings; "
                 "download the whole checkpoint"
             )
         return False, []
-    if output is None or _same(output[0], parts["token_embd.weight"][0]):
+    if output is None or _same_bits(output[0], matrices["token_embd.weight"][0]):
         return True, []
     return False, [
         "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
-        "both are kept, as transformers does"
+        "both are converted, as transformers loads both"
     ]
 
 
-def _same(one: Matrix, other: Matrix) -> bool:
+def _same_bits(one: Matrix, other: Matrix) -> bool:
     """Whether two matrices of one shape hold the same bits."""
     if one.stored.dtype != other.stored.dtype:
         return False

@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face Mixtral -> `Config`. Knows transformers' keys and defaults; opens no weights.
+"""Reads a Hugging Face Mixtral's config.json as `Config`. Knows transformers' keys and defaults; opens no weights.
 
-The keys are those of transformers' `MixtralConfig`, versions 4 and 5; whatever would change the model's
-arithmetic and has no place in the GGUF is refused here by name rather than dropped.
+The keys are those of transformers' `MixtralConfig`, versions 4 and 5. A key that would change the model's
+arithmetic and has no equivalent in the GGUF is refused by name, not dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fiddler.models.config import Config
 
 __all__ = ["HfConfig", "read_hf_config"]
 
-# What a key that is absent means: the defaults of transformers' `MixtralConfig`, version 5.
+# Values of absent keys: the defaults of transformers' `MixtralConfig`, version 5.
 _INTEGERS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -29,13 +29,13 @@ _INTEGERS = {
     "num_local_experts": 8,
 }
 _EPSILON = 1e-5
-_THETA = 1e6  # no RoPE key is written, or none has a base
+_THETA = 1e6  # if no RoPE key has a base
 _LARGEST_REAL = 3.4e38
 
 
 @dataclass(frozen=True)
 class HfConfig:
-    """What config.json says: the hyper-parameters, and whether `token_embd` serves as the output, too."""
+    """The hyper-parameters in config.json; `tied`: it says that `token_embd` is the output matrix, too."""
 
     config: Config
     tied: bool
@@ -45,11 +45,11 @@ def read_hf_config(folder: Path) -> HfConfig:
     """Read `folder`/config.json. Raises CheckpointError for anything but an unquantised Mixtral."""
     path = folder / "config.json"
     keys = _Keys(path, read_object(path, "give the folder of a Hugging Face checkpoint"))
-    keys.refuse_others()
+    keys.refuse_unsupported()
     width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     head_dim, kv_heads = keys.optional_integer("head_dim"), keys.optional_integer("num_key_value_heads")
     if head_dim is None and (heads < 1 or width % heads):
-        raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not whole; give head_dim")
+        raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not an integer; set head_dim")
     try:
         config = Config(
             vocab_size=keys.integer("vocab_size"),
@@ -74,9 +74,9 @@ def read_hf_config(folder: Path) -> HfConfig:
 class _Keys:
     """Typed look-ups in config.json.
 
-    An absent key has transformers' default. An explicit `null` is refused, as in transformers 5, but where it has
-    a meaning of its own: no `head_dim` (it follows from the width), no `sliding_window`, no RoPE key (the default)
-    and, in transformers 4, as many `num_key_value_heads` as heads.
+    An absent key has transformers' default. An explicit `null` is refused, as in transformers 5, except where it
+    has a meaning: no `head_dim` (it follows from the width), no `sliding_window`, no RoPE key (the default) and, in
+    transformers 4, as many `num_key_value_heads` as heads.
     """
 
     def __init__(self, path: Path, values: Mapping[str, object]) -> None:
@@ -86,8 +86,8 @@ class _Keys:
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: {message}")
 
-    def refuse_others(self) -> None:
-        """Raise for what is not a Mixtral, or one whose arithmetic the GGUF could not express."""
+    def refuse_unsupported(self) -> None:
+        """Raise CheckpointError for another model, or a Mixtral whose arithmetic the GGUF could not express."""
         kind = self._values.get("model_type")
         if kind != "mixtral":
             raise self.error(f"model_type is {quoted(kind, 40)}; only 'mixtral' converts")
@@ -106,22 +106,22 @@ class _Keys:
                 raise self.error(f"{key} is {quoted(self._values[key], 40)}; a Mixtral has no biases")
 
     def rope_theta(self) -> float:
-        """The base of RoPE, at top level (transformers 4) or in `rope_parameters` (5); not scaled."""
-        found = [self.optional_real("rope_theta")]
+        """The base of RoPE, at top level (transformers 4) or in `rope_parameters` (5); scaled RoPE is refused."""
+        thetas = [self.optional_real("rope_theta")]
         self._refuse_partial("partial_rotary_factor", self._values)
         for group in ("rope_parameters", "rope_scaling"):
-            inner = self._values.get(group)
-            if inner is None:
+            rope = self._values.get(group)
+            if rope is None:
                 continue
-            if not isinstance(inner, dict) or any(isinstance(value, dict) for value in inner.values()):
-                raise self.error(f"{group} is {quoted(inner, 60)}; one unscaled RoPE for all layers converts")
-            for key, plain in (("rope_type", "default"), ("type", "default"), ("factor", 1)):
-                value = inner.get(key)
-                if value is not None and value != plain:
+            if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+                raise self.error(f"{group} is {quoted(rope, 60)}; one unscaled RoPE for all layers converts")
+            for key, default in (("rope_type", "default"), ("type", "default"), ("factor", 1)):
+                value = rope.get(key)
+                if value is not None and value != default:
                     raise self.error(f"{group}.{key} is {quoted(value, 40)}; only unscaled RoPE converts")
-            self._refuse_partial(f"{group}.partial_rotary_factor", inner)
-            found.append(_Keys(self._path, inner).optional_real("rope_theta"))
-        bases = {base for base in found if base is not None}
+            self._refuse_partial(f"{group}.partial_rotary_factor", rope)
+            thetas.append(_Keys(self._path, rope).optional_real("rope_theta"))
+        bases = {base for base in thetas if base is not None}
         if len(bases) > 1:
             raise self.error(f"rope_theta has the values {sorted(bases)}; keep the right one")
         return bases.pop() if bases else _THETA

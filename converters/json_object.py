@@ -1,6 +1,6 @@
-"""One JSON object out of a file that someone else made: config.json, an index, a safetensors header.
+"""Reads one JSON object from an untrusted file: config.json, an index, a safetensors header.
 
-Knows what hostile or damaged JSON looks like; does not know what the keys mean.
+Refuses hostile and damaged JSON; does not know what the keys mean.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LARGEST_FILE = 64 << 20  # bytes; a config is 1 KB, the index of 32 layers 100 
 def parse_object(raw: bytes, where: str) -> dict[str, object]:
     """Decode `raw` as one JSON object without duplicate keys.
 
-    `where` names the source in messages. Raises CheckpointError for anything else: other bytes than
-    UTF-8, syntax errors, numbers or nesting beyond what the decoder takes, an array instead of an object.
+    `where` names the source in messages. Raises CheckpointError for anything else: other bytes than UTF-8, syntax
+    errors, numbers or nesting beyond the decoder's limits, an array instead of an object.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -34,7 +34,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, object]:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, object]:
-    """Read the JSON object in the file `path`; where the file is missing, the error ends with `remedy`."""
+    """Read the JSON object in the file `path`; if the file is missing, the error ends with `remedy`."""
     try:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE + 1)
@@ -48,9 +48,9 @@ def read_object(path: Path, remedy: str) -> dict[str, object]:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
-    found: dict[str, object] = {}
+    unique: dict[str, object] = {}
     for name, value in pairs:
-        if name in found:
+        if name in unique:
             raise ValueError(f"the key {name!r} appears twice")
-        found[name] = value
-    return found
+        unique[name] = value
+    return unique

@@ -1,4 +1,4 @@
-"""A Mixtral's tensors by transformers' names, beside those of GGUF. Knows names only."""
+"""Maps GGUF's tensor names of a Mixtral to transformers' names. Knows names only."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ OTHER_NAMES = {
     "output.weight": "lm_head.weight",
 }
 EXPERT_LETTERS = {"ffn_gate_exps.weight": "w1", "ffn_down_exps.weight": "w2", "ffn_up_exps.weight": "w3"}
-# Old checkpoints saved this table with the weights; it follows from rope_theta and head_dim.
+# Old checkpoints store this table, too; it follows from rope_theta and head_dim.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

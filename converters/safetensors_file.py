@@ -1,7 +1,7 @@
 """One safetensors file: its header checked once, its tensors as zero-copy views of a read-only mapping.
 
 Knows the container (https://huggingface.co/docs/safetensors: an 8-byte little-endian header length, a JSON
-header, then the tensors back to back); does not know what the tensors are for or which file comes next.
+header, then the tensors back to back); does not know the tensors' purpose or a model's other shards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fiddler.converters.json_object import parse_object
 from fiddler.errors import CheckpointError, quoted
 
-__all__ = ["DTYPES", "Array", "SafetensorsFile", "Stored"]
+__all__ = ["DTYPES", "Array", "SafetensorsFile", "StoredTensor"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -30,7 +30,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
 }
-"""The floating point types that convert, as numpy sees them: bfloat16 as its bits, for numpy has none."""
+"""The floating point types that convert, as numpy dtypes; bfloat16 as uint16 bits: numpy has no such type."""
 
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2} | {
@@ -39,8 +39,8 @@ _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U1
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies: `nbytes` bytes from `offset` of the file `path`, of a safetensors `dtype`."""
+class StoredTensor:
+    """Location of one tensor: `nbytes` bytes at byte `offset` of the file `path`, of a safetensors `dtype`."""
 
     name: str
     path: Path
@@ -51,10 +51,10 @@ class Stored:
 
 
 class SafetensorsFile:
-    """An opened file: `tensors` by name, and rows of them on request.
+    """An open file: `tensors` by name, and views of their `rows`.
 
-    Raises CheckpointError on opening where the header is damaged or does not describe exactly the bytes
-    that follow it (ranges out of the file, overlaps, gaps, shapes that need another number of bytes).
+    Opening raises CheckpointError if the header is damaged or does not describe exactly the bytes that follow it
+    (ranges out of the file, overlaps, gaps, shapes that need another number of bytes).
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,21 +67,21 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} is missing; download the whole checkpoint") from None
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        self.tensors: dict[str, Stored] = _check_header(header, path, start, size - start)
+        self.tensors: dict[str, StoredTensor] = _check_header(header, path, start, size - start)
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
         with self.path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Read once from front to back, and larger than memory: let the kernel read ahead and drop behind.
+        # Read once, front to back, and maybe larger than memory: let the kernel read ahead and drop pages behind.
         mapping.madvise(mmap.MADV_SEQUENTIAL)
         return np.frombuffer(mapping, dtype=np.uint8)
 
-    def rows(self, stored: Stored, first: int, count: int) -> Array:
-        """Rows `first` to `first + count` of a tensor seen as a matrix of its last dimension's width.
+    def rows(self, stored: StoredTensor, first: int, count: int) -> Array:
+        """Rows `first` to `first + count` of a tensor viewed as a matrix [rows, last dimension].
 
-        Returns a read-only [count, width] view of the mapping; bfloat16 comes as uint16 bits. Nothing is
-        read before the view is. Its memory is the page cache, which the kernel takes back at will.
+        Returns a read-only view [count, last dimension] of the mapping; bfloat16 as uint16 bits. The disk is read
+        only when the view is. Its memory is page cache, which the kernel can reclaim at any time.
         """
         dtype, width = DTYPES[stored.dtype], stored.shape[-1]
         begin = stored.offset + first * width * dtype.itemsize
@@ -91,7 +91,7 @@ class SafetensorsFile:
 
 
 def _read_header(prefix: bytes, read: Any, size: int, path: Path) -> tuple[int, dict[str, object]]:
-    """First byte of the data and the header, from the file's first 8 bytes and a reader of those behind."""
+    """Offset of the data [bytes] and the header; `prefix`: the file's first 8 bytes, `read`: reads the next ones."""
     if prefix == b"version ":
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
     if len(prefix) < 8:
@@ -104,26 +104,26 @@ def _read_header(prefix: bytes, read: Any, size: int, path: Path) -> tuple[int, 
     return 8 + length, parse_object(read(length), f"the header of {path}")
 
 
-def _check_header(header: Mapping[str, object], path: Path, start: int, available: int) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
+def _check_header(header: Mapping[str, object], path: Path, start: int, data_bytes: int) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             tensors[name] = _check_entry(name, entry, path, start)
-    end, before = start, "the header"
+    end, previous = start, "the header"
     for stored in sorted(tensors.values(), key=lambda stored: (stored.offset, stored.nbytes)):
         if stored.offset != end:
-            fault = f"overlaps {before}" if stored.offset < end else f"leaves a gap behind {before}"
+            fault = f"overlaps {previous}" if stored.offset < end else f"leaves a gap behind {previous}"
             raise CheckpointError(f"{path}: tensor {quoted(stored.name)} {fault}; the file is damaged")
-        end, before = stored.offset + stored.nbytes, quoted(stored.name)
-    if end != start + available:
+        end, previous = stored.offset + stored.nbytes, quoted(stored.name)
+    if end != start + data_bytes:
         raise CheckpointError(
-            f"{path} is {start + available} bytes long, but its header describes {end}: "
+            f"{path} is {start + data_bytes} bytes long, but its header describes {end}: "
             "a download that did not finish, or a damaged file"
         )
     return tensors
 
 
-def _check_entry(name: str, entry: object, path: Path, start: int) -> Stored:
+def _check_entry(name: str, entry: object, path: Path, start: int) -> StoredTensor:
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} has the header entry {quoted(entry, 60)}; the file is damaged")
@@ -138,11 +138,11 @@ def _check_entry(name: str, entry: object, path: Path, start: int) -> Stored:
             f"{where} of shape {quoted(shape, 60)} and dtype {dtype} cannot have {end - begin} bytes; "
             "the file is damaged"
         )
-    return Stored(name, path, dtype, tuple(shape), start + begin, end - begin)
+    return StoredTensor(name, path, dtype, tuple(shape), start + begin, end - begin)
 
 
 def _naturals(value: object) -> bool:
-    """A short list of integers that fit a file offset: what shapes and offsets are made of."""
+    """Whether `value` is, as shapes and offsets are, a list of at most 8 integers from 0 that fit a file offset."""
     if not isinstance(value, list) or len(value) > 8:
         return False
     return all(type(item) is int and 0 <= item < 1 << 62 for item in value)  # True is an instance of int, too

@@ -1,7 +1,7 @@
-"""CPU kernels: expert feed-forwards and dense products from 16-bit weights where they lie, compiled by Numba.
+"""CPU kernels: expert feed-forwards and dense products, read from 16-bit weights in place, compiled by Numba.
 
-Knows arrays and CPU features; not files, tensors or models. The functions here validate what they are given and
-are the only doors to the compiled code, which has no bounds checks.
+Knows arrays and CPU features; not files, tensors or models. The compiled code has no bounds checks: the functions
+here validate their arguments and are the only way in.
 """
 
 from fiddler.kernels.attention import KVPointers, attend_each

@@ -1,7 +1,7 @@
-"""Attention of one new position of each of several sequences over its keys and values, which it joins.
+"""Decode attention: one new position of each of several sequences attends to that sequence's keys and values.
 
-Rotate, store, attend: a task for each key-value head of each sequence, shared out among the threads. Knows arrays. Does
-not know sequences, layers or how many positions there is room for beyond the arrays it is given.
+Rotates q and k, stores k and v, attends: one parallel task for each key-value head of each sequence. Knows arrays; not
+layers, nor the capacity of a KV cache beyond the arrays that it gets.
 """
 
 from __future__ import annotations
@@ -35,32 +35,33 @@ def attend_each(
     frequencies: np.ndarray,
     window: int | None = None,
 ) -> np.ndarray:
-    """Grouped-query attention of each sequence's new position to itself and those before it: float32 [N, H, head_dim].
+    """Grouped-query attention of each sequence's new position to itself and all earlier ones: float32 [N, H, head_dim].
 
-    q: float32 [N, H, head_dim]; k, v: float32 [N, G, head_dim]. keys, values: of each sequence, float32 or the uint16
-    bits of float16, [G, capacity, head_dim], whose place `positions[n]` is written: k rotated, v as it is; no two of
-    them share memory. frequencies: float32 [head_dim / 2], radians a position of each pair of neighbouring elements
-    (RoFormer). window: the most positions that are seen. A key-value head of a sequence is done on one thread.
+    q: float32 [N, H, head_dim]; k, v: float32 [N, G, head_dim]. keys, values: one array for each sequence, float32 or
+    the uint16 bits of float16, [G, capacity, head_dim]; position `positions[n]` is written: k rotated, v unchanged. No
+    two arrays share memory. frequencies: float32 [head_dim / 2], rotation of each pair of neighbouring elements
+    [radians a position] (RoFormer). window: length of the sliding window [positions]. One thread computes one key-value
+    head of one sequence.
     Raises ValueError when a shape, a data type or the memory order does not fit.
     """
     _validate(q, k, v, keys, values, positions, frequencies, window)
     out = np.empty(q.shape, np.float32)
     if not len(q):
         return out
-    at = np.array(positions, np.int64)
-    oldest = np.zeros_like(at) if window is None else np.maximum(0, at + 1 - window)
-    places = np.array([[address_of(kept) for kept in half] for half in (keys, values)])
-    capacities = np.array([kept.shape[1] for kept in keys])
-    multiplications = 2 * int((at + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
+    position_array = np.array(positions, np.int64)
+    oldest = np.zeros_like(position_array) if window is None else np.maximum(0, position_array + 1 - window)
+    kv_addresses = np.array([[address_of(array) for array in arrays] for arrays in (keys, values)])
+    capacities = np.array([array.shape[1] for array in keys])
+    multiplications = 2 * int((position_array + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
     with threads_for(multiplications):
         _attend(
             q,
             k,
             v,
-            places,
+            kv_addresses,
             capacities,
             np.empty(0, keys[0].dtype),
-            at,
+            position_array,
             oldest,
             frequencies,
             out,
@@ -70,9 +71,10 @@ def attend_each(
 
 
 class KVPointers:
-    """Keys and values of one sequence in every layer, validated once: what `decode` attends to and adds to.
+    """Addresses of one sequence's keys and values in every layer, validated once; `decode` reads and extends them.
 
-    keys, values: of each layer, float32 or the uint16 bits of float16, [G, capacity, head_dim], as in `attend_each`.
+    keys, values: one array for each layer, float32 or the uint16 bits of float16, [G, capacity, head_dim], as in
+    `attend_each`.
     Raises ValueError when a shape, a data type or the memory order does not fit.
     """
 
@@ -86,10 +88,10 @@ class KVPointers:
             if array.shape != self.shape or array.dtype != self.dtype:
                 raise ValueError(f"keys or values are {array.dtype} {array.shape}; expected {self.dtype} {self.shape}")
             if not array.flags.c_contiguous or not array.flags.writeable:
-                raise ValueError("keys and values are contiguous, and may be written")
-        self.empty = np.empty(0, self.dtype)  # tells compiled code the type
-        self._arrays = *keys, *values  # which must live as long as their addresses are used
-        self.places = np.array(
+                raise ValueError("keys and values must be contiguous and writeable")
+        self.empty = np.empty(0, self.dtype)  # carries the type into compiled code
+        self._arrays = *keys, *values  # keeps the memory alive while its addresses are in use
+        self.addresses = np.array(
             [[[address_of(k)], [address_of(v)]] for k, v in zip(keys, values, strict=True)]
         )  # [L, 2, 1]
 
@@ -106,99 +108,103 @@ def _validate(
 ) -> None:
     if q.ndim != 3 or not len(q) == len(k) == len(v) == len(keys) == len(values) == len(positions):
         raise ValueError(
-            f"q is {q.shape}, for {len(keys)} sequences' keys, {len(values)} values, {len(positions)} places"
+            f"q is {q.shape}, for {len(keys)} sequences' keys, {len(values)} values, {len(positions)} positions"
         )
-    _, heads, size = q.shape
+    _, heads, head_dim = q.shape
     groups = k.shape[1] if k.ndim == 3 else 0
-    if k.shape != (len(q), groups, size) or v.shape != k.shape or not groups or heads % groups or size % 2:
+    if k.shape != (len(q), groups, head_dim) or v.shape != k.shape or not groups or heads % groups or head_dim % 2:
         raise ValueError(f"q is {q.shape}, k {k.shape}, v {v.shape}; expected [N, H, head_dim] and [N, G, head_dim]")
-    if frequencies.shape != (size // 2,):
-        raise ValueError(f"frequencies are {frequencies.shape}; expected {(size // 2,)}")
+    if frequencies.shape != (head_dim // 2,):
+        raise ValueError(f"frequencies are {frequencies.shape}; expected {(head_dim // 2,)}")
     if any(array.dtype != np.float32 or not array.flags.c_contiguous for array in (q, k, v, frequencies)):
-        raise ValueError("q, k, v and frequencies are float32, and contiguous")
+        raise ValueError("q, k, v and frequencies must be float32 and contiguous")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} positions; give at least 1")
-    kind = keys[0].dtype if len(keys) else np.float32
-    if kind not in (np.float32, np.uint16):
-        raise ValueError(f"keys are {kind}; expected float32, or the bits of float16")
-    for one, other, position in zip(keys, values, positions, strict=True):
-        if one.ndim != 3 or (one.shape[0], one.shape[2]) != (groups, size) or other.shape != one.shape:
-            raise ValueError(f"keys are {one.shape}, values {other.shape}; expected [{groups}, capacity, {size}]")
-        if one.dtype != kind or other.dtype != kind or not (one.flags.c_contiguous and other.flags.c_contiguous):
-            raise ValueError("keys and values are contiguous, and all of one type")
-        if not 0 <= position < one.shape[1]:
-            raise ValueError(f"position {position} lies outside 0..{one.shape[1] - 1}")
+    kv_dtype = keys[0].dtype if len(keys) else np.float32
+    if kv_dtype not in (np.float32, np.uint16):
+        raise ValueError(f"keys are {kv_dtype}; expected float32, or the bits of float16")
+    for key, value, position in zip(keys, values, positions, strict=True):
+        if key.ndim != 3 or (key.shape[0], key.shape[2]) != (groups, head_dim) or value.shape != key.shape:
+            raise ValueError(f"keys are {key.shape}, values {value.shape}; expected [{groups}, capacity, {head_dim}]")
+        if (
+            key.dtype != kv_dtype
+            or value.dtype != kv_dtype
+            or not (key.flags.c_contiguous and value.flags.c_contiguous)
+        ):
+            raise ValueError("keys and values must be contiguous and all of one type")
+        if not 0 <= position < key.shape[1]:
+            raise ValueError(f"position {position} lies outside 0..{key.shape[1] - 1}")
 
 
-def _read(kept: np.ndarray, row: np.ndarray) -> None:
-    """row = one position's keys or values."""
+def _read(stored: np.ndarray, row: np.ndarray) -> None:
+    """row = stored: one position's keys or values, as float32."""
     raise NotImplementedError("called from compiled code only")
 
 
-def _write(kept: np.ndarray, row: np.ndarray) -> None:
-    """One position's keys or values = row."""
+def _write(stored: np.ndarray, row: np.ndarray) -> None:
+    """stored = row: one position's keys or values, in the KV cache's type."""
     raise NotImplementedError("called from compiled code only")
 
 
 @overload(_read, jit_options=OPTIONS)
-def _read_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
-    if cast(Any, kept).dtype == types.float32:
+def _read_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
+    if cast(Any, stored).dtype == types.float32:
 
-        def read(kept: np.ndarray, row: np.ndarray) -> None:
+        def read(stored: np.ndarray, row: np.ndarray) -> None:
             for i in range(row.size):
-                row[i] = kept[i]
+                row[i] = stored[i]
     else:
 
-        def read(kept: np.ndarray, row: np.ndarray) -> None:
+        def read(stored: np.ndarray, row: np.ndarray) -> None:
             for i in range(row.size):
-                row[i] = from_half(kept[i])
+                row[i] = from_half(stored[i])
 
     return read
 
 
 @overload(_write, jit_options=OPTIONS)
-def _write_of(kept: np.ndarray, row: np.ndarray) -> Callable[..., None]:
-    if cast(Any, kept).dtype == types.float32:
+def _write_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
+    if cast(Any, stored).dtype == types.float32:
 
-        def write(kept: np.ndarray, row: np.ndarray) -> None:
+        def write(stored: np.ndarray, row: np.ndarray) -> None:
             for i in range(row.size):
-                kept[i] = row[i]
+                stored[i] = row[i]
     else:
 
-        def write(kept: np.ndarray, row: np.ndarray) -> None:
+        def write(stored: np.ndarray, row: np.ndarray) -> None:
             for i in range(row.size):
-                kept[i] = to_half(row[i])
+                stored[i] = to_half(row[i])
 
     return write
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def _weigh(scores: np.ndarray) -> np.float32:
-    """Scores -> e to them, less the largest; their sum. A NaN stays one."""
-    top = scores[0]
+def _softmax_terms(scores: np.ndarray) -> np.float32:
+    """Replace the scores by exp(score - largest) and return their sum. A NaN stays a NaN."""
+    largest = scores[0]
     for s in range(scores.size):
-        top = max(top, scores[s])
+        largest = max(largest, scores[s])
     total = np.float32(0)
     for s in range(scores.size):
-        below = scores[s] - top
-        scores[s] = exponential(below) if below == below else below
+        shifted = scores[s] - largest
+        scores[s] = exponential(shifted) if shifted == shifted else shifted
         total += scores[s]
     return total
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def _turn(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.float32, turned: np.ndarray) -> None:
-    """Neighbouring pairs of a head, as complex numbers, turned to their position, and scaled."""
+def _rotate(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.float32, rotated: np.ndarray) -> None:
+    """rotated = the head's neighbouring pairs as complex numbers, rotated to their position, times `scale`."""
     for i in range(frequencies.size):
         angle = np.float32(position) * frequencies[i]
         c, s = np.cos(angle) * scale, np.sin(angle) * scale
-        turned[2 * i] = row[2 * i] * c - row[2 * i + 1] * s
-        turned[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
+        rotated[2 * i] = row[2 * i] * c - row[2 * i + 1] * s
+        rotated[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
 
 
 @intrinsic
 def _pointer(_context: Any, _address: Any) -> Any:
-    """An address, as Numba takes a pointer."""
+    """An int64 address as a Numba pointer."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         return b.inttoptr(arguments[0], ir.IntType(8).as_pointer())
@@ -218,35 +224,35 @@ def _attend_group(
     frequencies: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """One key-value head, k and v [head_dim], and the query heads that share it, q [H / G, head_dim]."""
-    (each, size), seen = q.shape, position + 1 - oldest
-    scale = np.float32(1 / np.sqrt(size))
-    turned, scores = np.empty((each, size), np.float32), np.empty((each, seen), np.float32)
-    row = np.empty(size, np.float32)
-    _turn(k, position, frequencies, np.float32(1), row)
+    """Attention of one key-value head, k and v [head_dim], for the query heads that share it, q [H / G, head_dim]."""
+    (heads, head_dim), length = q.shape, position + 1 - oldest
+    scale = np.float32(1 / np.sqrt(head_dim))
+    rotated, scores = np.empty((heads, head_dim), np.float32), np.empty((heads, length), np.float32)
+    row = np.empty(head_dim, np.float32)
+    _rotate(k, position, frequencies, np.float32(1), row)
     _write(keys[position], row)
     _write(values[position], v)
-    for r in range(each):
-        _turn(q[r], position, frequencies, scale, turned[r])
-    for p in range(seen):
+    for r in range(heads):
+        _rotate(q[r], position, frequencies, scale, rotated[r])
+    for p in range(length):
         _read(keys[oldest + p], row)
-        for r in range(each):
+        for r in range(heads):
             total = np.float32(0)
-            for i in range(size):
-                total += turned[r, i] * row[i]
+            for i in range(head_dim):
+                total += rotated[r, i] * row[i]
             scores[r, p] = total
-    for r in range(each):
-        once = np.float32(1) / _weigh(scores[r])
-        for p in range(seen):
-            scores[r, p] *= once
-        for i in range(size):
+    for r in range(heads):
+        inverse = np.float32(1) / _softmax_terms(scores[r])
+        for p in range(length):
+            scores[r, p] *= inverse
+        for i in range(head_dim):
             out[r, i] = 0
-    for p in range(seen):
+    for p in range(length):
         _read(values[oldest + p], row)
-        for r in range(each):
-            share = scores[r, p]
-            for i in range(size):
-                out[r, i] += share * row[i]
+        for r in range(heads):
+            weight = scores[r, p]
+            for i in range(head_dim):
+                out[r, i] += weight * row[i]
 
 
 _VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
@@ -255,10 +261,10 @@ _call_group = _group.call
 
 
 @lru_cache(maxsize=2)
-def addresses(kind: np.dtype) -> int:
-    """The address of what `attention` calls, for keys and values of this type."""
-    kept = from_dtype(kind)[:, ::1]
-    return _group.address(kept, kept)
+def addresses(kv_dtype: np.dtype) -> int:
+    """The address of `_attend_group` for keys and values of this type, which `attention` calls."""
+    array_type = from_dtype(kv_dtype)[:, ::1]
+    return _group.address(array_type, array_type)
 
 
 @kernel
@@ -266,35 +272,35 @@ def _attend(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    places: np.ndarray,
+    kv_addresses: np.ndarray,
     capacities: np.ndarray,
-    kind: np.ndarray,
+    kv_type: np.ndarray,
     positions: np.ndarray,
     oldest: np.ndarray,
     frequencies: np.ndarray,
     out: np.ndarray,
     attend: int,
 ) -> None:
-    """places: int64 [2, N], the addresses of keys and values, of the type of `kind`, which is empty.
+    """kv_addresses: int64 [2, N], of keys and of values; kv_type: an empty array of their type.
 
     attend: the address of `_attend_group` for that type.
     """
-    sequences, groups, size = k.shape
-    each = q.shape[1] // groups
+    sequences, groups, head_dim = k.shape
+    group_heads = q.shape[1] // groups
     for task in prange(sequences * groups):
         n, g = task // groups, task % groups
-        shape = (groups, capacities[n], size)
-        keys = carray(_pointer(places[0, n]), shape, kind.dtype)[g]
-        values = carray(_pointer(places[1, n]), shape, kind.dtype)[g]
-        heads = slice(g * each, (g + 1) * each)
+        shape = (groups, capacities[n], head_dim)
+        keys = carray(_pointer(kv_addresses[0, n]), shape, kv_type.dtype)[g]
+        values = carray(_pointer(kv_addresses[1, n]), shape, kv_type.dtype)[g]
+        heads = slice(g * group_heads, (g + 1) * group_heads)
         _call_group(
             attend,
             (q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads]),
         )
 
 
-_HEADS, _PLACES = types.float32[:, :, ::1], types.intp[::1]
+_HEADS, _INTS = types.float32[:, :, ::1], types.intp[::1]
 attention = FunctionPointer(
     _attend,
-    *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _PLACES, None, _PLACES, _PLACES, _VECTOR, _HEADS, types.intp),
+    *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _INTS, None, _INTS, _INTS, _VECTOR, _HEADS, types.intp),
 )

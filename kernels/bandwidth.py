@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the ceiling that every mat-vec is held against. Knows nothing of weights."""
+"""Measures this machine's memory read bandwidth, the upper bound of every mat-vec. Knows nothing of weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fiddler.kernels.machine.threads import one_caller
 
 __all__ = ["read_bandwidth"]
 
-_WORDS = 1 << 16  # 8-byte words a task: half a megabyte, long enough for the prefetchers
+_WORDS = 1 << 16  # words of 8 bytes a task: half a megabyte, long enough for the hardware prefetchers
 
 
 def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
-    """Bytes a second of the best of several plain streaming reads of `data`, all threads.
+    """Bandwidth of the fastest of several streaming reads of `data` on all threads [bytes/s].
 
-    data: a contiguous array, best several times the last-level cache, whose pages are mapped already.
+    data: a contiguous array whose pages are mapped already, preferably several times the last-level cache.
     Raises ValueError for an array smaller than one task.
     """
     words = data.reshape(-1).view(np.uint8)[: data.nbytes // 8 * 8].view(np.uint64)
@@ -35,7 +35,7 @@ def read_bandwidth(data: np.ndarray, repetitions: int = 5) -> float:
 
 @kernel
 def _sum(words: np.ndarray) -> np.uint64:
-    """A sum in wrapping 64-bit arithmetic: nothing but loads and additions."""
+    """Sum of the words in wrapping 64-bit arithmetic: only loads and additions."""
     total = np.uint64(0)
     for task in prange((words.size + _WORDS - 1) // _WORDS):
         piece = words[task * _WORDS : task * _WORDS + _WORDS]

@@ -1,4 +1,7 @@
-"""The door to `decode_step`: a step of single tokens through a whole model, whose weights are validated once."""
+"""Compiled decode step for single tokens of a few sequences: validates the model's weights once, calls `decode_step`.
+
+Knows arrays; not files, tensors or KV caches beyond their `KVPointers`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ __all__ = ["BlockWeights", "CompiledDecodeStep", "StepSpans"]
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One transformer block's weights: float32, and uint16 bits, possibly read-only mappings."""
+    """One transformer block's weights: float32, or uint16 bits where no type is noted; read-only mappings will do."""
 
     attn_norm: np.ndarray  # float32 [D]
     attn_q: np.ndarray  # [H * head_dim, D]
@@ -35,10 +38,10 @@ class BlockWeights:
 
 
 class StepSpans(NamedTuple):
-    """What a step computed of the large products; see `CompiledDecodeStep.spans`."""
+    """Expert ids and times of a step's large products; `CompiledDecodeStep.spans` reads them."""
 
-    chosen: np.ndarray  # int64 [L, T, K]: experts
-    times: np.ndarray  # float64 [products, 2]: when each began and ended
+    expert_ids: np.ndarray  # int64 [L, T, K]
+    times: np.ndarray  # float64 [products, 2]: begin and end of each [s]
 
 
 class CompiledDecodeStep:
@@ -58,8 +61,8 @@ class CompiledDecodeStep:
     ) -> None:
         """token_embd: [V, D], float32, float16 or the uint16 bits of bf16; output_norm: float32 [D].
 
-        output: uint16 bits [V, D]; product: how blocks' and output's bits are read.
-        frequencies: float32 [head_dim / 2], radians a position (RoFormer); window: as in `attend_each`.
+        output: uint16 bits [V, D]; variant: how the blocks' and output's bits are read.
+        frequencies: float32 [head_dim / 2], in radians a position (RoFormer); window: as in `attend_each`.
         Raises ValueError when a shape, a data type or the memory order does not fit.
         """
         _validate(blocks, output_norm, output, frequencies, experts_used, window)
@@ -72,16 +75,16 @@ class CompiledDecodeStep:
         experts, hidden, _ = first.gate.shape
         queries, keys = len(first.attn_q), len(first.attn_k)
         self._embeddings = token_embd
-        self._blocks, self._output = list(blocks), output  # whose addresses are used
-        self._product, self._window, self._used = variant, window, experts_used
+        self._blocks, self._output = list(blocks), output  # keeps the memory alive: `_weights` has its addresses
+        self._variant, self._window, self._experts_used = variant, window, experts_used
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
         self._width, self._vocabulary = width, vocabulary
-        dense = [(b.attn_q, b.attn_k, b.attn_v, b.attn_output, b.gate, b.up, b.down) for b in blocks]
+        matrices = [(b.attn_q, b.attn_k, b.attn_v, b.attn_output, b.gate, b.up, b.down) for b in blocks]
         self._weights = (
             np.stack([block.attn_norm for block in blocks]),
             np.stack([block.ffn_norm for block in blocks]),
             np.stack([block.ffn_gate_inp for block in blocks]),
-            np.array([[address_of(bits) for bits in of_one] for of_one in dense]),
+            np.array([[address_of(bits) for bits in block_matrices] for block_matrices in matrices]),
             output_norm,
             np.array([address_of(output)]),
         )
@@ -91,46 +94,52 @@ class CompiledDecodeStep:
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
 
     def step(
-        self, tokens: Sequence[int], kept: Sequence[KVPointers], positions: Sequence[int]
+        self, tokens: Sequence[int], kv_pointers: Sequence[KVPointers], positions: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, StepSpans]:
-        """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32, and what was read.
+        """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32, and the `StepSpans`.
 
-        kept: each sequence's keys and values, whose place `positions[t]` is written; no two share memory.
+        kv_pointers: each sequence's keys and values; position `positions[t]` is written. No two share memory.
         Raises ValueError when a shape, a data type or a number does not fit.
         """
-        if not len(tokens) == len(kept) == len(positions) > 0:
-            raise ValueError(f"{len(tokens)} tokens of {len(kept)} sequences at {len(positions)} places")
-        if len({id(one) for one in kept}) < len(kept):
-            raise ValueError("a sequence stands twice in a step")
-        dtype, shape = kept[0].dtype, (len(self._blocks), self._groups, self._head_dim)
-        for token, one, position in zip(tokens, kept, positions, strict=True):
-            groups, capacity, size = one.shape
-            if (len(one.places), groups, size) != shape or one.dtype != dtype:
-                raise ValueError(f"{len(one.places)} layers' keys are {one.dtype} {one.shape}; expected {shape}")
+        if not len(tokens) == len(kv_pointers) == len(positions) > 0:
+            raise ValueError(f"{len(tokens)} tokens of {len(kv_pointers)} sequences at {len(positions)} positions")
+        if len({id(pointers) for pointers in kv_pointers}) < len(kv_pointers):
+            raise ValueError("a sequence appears twice in a step")
+        dtype, shape = kv_pointers[0].dtype, (len(self._blocks), self._groups, self._head_dim)
+        for token, pointers, position in zip(tokens, kv_pointers, positions, strict=True):
+            groups, capacity, head_dim = pointers.shape
+            if (len(pointers.addresses), groups, head_dim) != shape or pointers.dtype != dtype:
+                raise ValueError(
+                    f"{len(pointers.addresses)} layers' keys are {pointers.dtype} {pointers.shape}; expected {shape}"
+                )
             if not 0 <= position < capacity:
                 raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
             if not 0 <= token < self._vocabulary:
                 raise ValueError(f"token {token} lies outside 0..{self._vocabulary - 1}")
         x = self._embedded(tokens)
-        at = np.array(positions, np.int64)
-        places = kept[0].places if len(x) == 1 else np.concatenate([one.places for one in kept], 2)
-        capacities = np.array([one.shape[1] for one in kept])
-        chosen = np.empty((len(self._blocks), len(x), self._used), np.int64)
+        position_array = np.array(positions, np.int64)
+        kv_addresses = (
+            kv_pointers[0].addresses
+            if len(x) == 1
+            else np.concatenate([pointers.addresses for pointers in kv_pointers], 2)
+        )
+        capacities = np.array([pointers.shape[1] for pointers in kv_pointers])
+        expert_ids = np.empty((len(self._blocks), len(x), self._experts_used), np.int64)
         times = np.empty((SPANS * len(self._blocks) + 1, 2))
         h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
-        with threads_for(3 * x.size * self._used * self._blocks[0].gate.shape[1]) as threads:
-            lacks = 1
-            while lacks > 0:
-                lacks = decode(
-                    self._product,
-                    addresses(self._product, dtype),
+        with threads_for(3 * x.size * self._experts_used * self._blocks[0].gate.shape[1]) as threads:
+            needed_words = 1
+            while needed_words > 0:
+                needed_words = decode(
+                    self._variant,
+                    addresses(self._variant, dtype),
                     x,
                     *self._weights,
                     self._shapes,
-                    places,
+                    kv_addresses,
                     capacities,
-                    kept[0].empty,
-                    at,
+                    kv_pointers[0].empty,
+                    position_array,
                     self._window or 0,
                     self._frequencies,
                     self._epsilon,
@@ -138,32 +147,32 @@ class CompiledDecodeStep:
                     grouped.workspace.words,
                     h,
                     logits.reshape(-1),
-                    chosen,
+                    expert_ids,
                     times,
                 )
-                if lacks > 0:
-                    grouped.workspace.grow(lacks)
-        return h, logits, StepSpans(chosen, times)
+                if needed_words > 0:
+                    grouped.workspace.grow(needed_words)
+        return h, logits, StepSpans(expert_ids, times)
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [T, D]."""
+        """The tokens' embeddings as float32 [T, D]."""
         rows: np.ndarray = self._embeddings[np.array(tokens)]
         return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
-    def spans(self, products: StepSpans) -> Iterator[tuple[str, float, float, int]]:
-        """A step's products: of which kind, when they began and ended, and the bytes of weights they read.
+    def spans(self, step_spans: StepSpans) -> Iterator[tuple[str, float, float, int]]:
+        """For each large product of a step: its kind, begin [s], end [s] and the weights that it read [bytes].
 
-        "dense" or "experts"; seconds of CLOCK_MONOTONIC, which are time.perf_counter's.
+        Kinds: "dense" and "experts". Clock: CLOCK_MONOTONIC, as time.perf_counter.
         """
-        work: list[tuple[str, int]] = []
-        for block, chosen in zip(self._blocks, products.chosen.tolist(), strict=True):
-            work.append(("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes))
-            work.append(("dense", block.attn_output.nbytes))
-            read = len({expert for ids in chosen for expert in ids})
-            work.append(("experts", read * 3 * block.gate.nbytes // len(block.gate)))
-        work.append(("dense", self._output.nbytes))
-        for (name, nbytes), (begun, ended) in zip(work, products.times.tolist(), strict=True):
-            yield name, begun, ended, nbytes
+        products: list[tuple[str, int]] = []
+        for block, token_expert_ids in zip(self._blocks, step_spans.expert_ids.tolist(), strict=True):
+            products.append(("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes))
+            products.append(("dense", block.attn_output.nbytes))
+            experts_read = len({expert for ids in token_expert_ids for expert in ids})
+            products.append(("experts", experts_read * 3 * block.gate.nbytes // len(block.gate)))
+        products.append(("dense", self._output.nbytes))
+        for (name, nbytes), (began, ended) in zip(products, step_spans.times.tolist(), strict=True):
+            yield name, began, ended, nbytes
 
 
 def _validate(

@@ -1,8 +1,8 @@
-"""One step of single tokens through a whole model: the compiled call that `CompiledDecodeStep` validates for.
+"""The decode step as one compiled call: single tokens through all blocks; `CompiledDecodeStep` validates its arguments.
 
-Between two products of a token, Python would find its code and data evicted by the weights: a millisecond a layer of
-Mixtral's shape. Every kernel that is called here is one that others call, too, so the results are theirs, bit by bit.
-Knows the order of operations, which `models` describes; not files or tensors.
+One call, because the weights evict Python's code and data from the caches between two products: 1 ms a layer of
+Mixtral's shape. It calls the same kernels as the other paths, so results agree bit by bit. Knows the order of
+operations, which `models` describes; not files or tensors.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from fiddler.kernels.matmul import grouped
 __all__ = ["SPANS", "addresses", "compile_decode", "decode"]
 
 SPANS = 3
-"""Timed parts of each layer: query, key and value; attention's output; experts."""
+"""Timed products of each layer: query, key and value; attention's output; experts."""
 
 _call_norm, _call_router = norm_router.normalise.call, norm_router.router.call
 _call_attention, _call_products = attention.attention.call, grouped.products.call
 
 
-def compile_decode(variant: KernelVariant, kept: type[np.generic]) -> None:
-    """Compile `CompiledDecodeStep.step` for keys and values of this type, or read it from the cache; nothing is computed."""
-    none, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
-    numbers = np.empty(0, np.int64)
-    weights = none, none, none[None], numbers.reshape(0, 7), row, numbers
-    lacks = decode(
+def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
+    """Compile `CompiledDecodeStep.step` for KV caches of this type, or read it from the cache; computes nothing."""
+    empty, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
+    no_ints = np.empty(0, np.int64)
+    weights = empty, empty, empty[None], no_ints.reshape(0, 7), row, no_ints
+    needed_words = decode(
         variant,
         (0,) * 8,
-        none,
+        empty,
         *weights,
         (np.ones(3, np.int64),) * 8,
-        numbers.reshape(0, 2, 1),
-        numbers,
-        np.empty(0, kept),
-        numbers,
+        no_ints.reshape(0, 2, 1),
+        no_ints,
+        np.empty(0, kv_dtype),
+        no_ints,
         0,
         row,
         np.float32(0),
         1,
         grouped.workspace.words,
-        none,
-        none.reshape(-1),
-        numbers.reshape(0, 0, 1),
+        empty,
+        empty.reshape(-1),
+        no_ints.reshape(0, 0, 1),
         np.empty((1, 2)),
     )
-    assert lacks == 0
+    assert needed_words == 0
 
 
 @lru_cache(maxsize=64)
-def addresses(variant: KernelVariant, kept: np.dtype) -> tuple[int, ...]:
-    """The addresses of what `decode` calls; compiled, or read from the cache, where that is not done."""
+def addresses(variant: KernelVariant, kv_dtype: np.dtype) -> tuple[int, ...]:
+    """The addresses of the kernels that `decode` calls; compiled or read from the cache first."""
     return (
         norm_router.normalise.address(),
         norm_router.router.address(),
-        attention.attention.address(from_dtype(kept)[::1]),
-        attention.addresses(kept),
+        attention.attention.address(from_dtype(kv_dtype)[::1]),
+        attention.addresses(kv_dtype),
         grouped.products.address(typeof(variant)),
         *grouped.addresses(variant),
     )
@@ -75,14 +75,14 @@ def addresses(variant: KernelVariant, kept: np.dtype) -> tuple[int, ...]:
 
 @intrinsic
 def _now(_context: Any) -> Any:
-    """Seconds of CLOCK_MONOTONIC."""
+    """CLOCK_MONOTONIC [s]."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
         word = ir.IntType(64)
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
-        read = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
+        function_type = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
+        clock_gettime = cgutils.get_or_insert_function(b.module, function_type, "clock_gettime")
         time = cgutils.alloca_once(b, word, 2)
-        b.call(read, [ir.Constant(ir.IntType(32), CLOCK_MONOTONIC), time])
+        b.call(clock_gettime, [ir.Constant(ir.IntType(32), CLOCK_MONOTONIC), time])
         seconds, nanoseconds = (
             b.sitofp(b.load(b.gep(time, [ir.Constant(ir.IntType(32), i)])), ir.DoubleType()) for i in range(2)
         )
@@ -93,13 +93,13 @@ def _now(_context: Any) -> Any:
 
 @njit(**OPTIONS)
 def _timed_products(
-    given: tuple[Any, ...], addresses: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
+    arguments: tuple[Any, ...], addresses: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
 ) -> int:
-    """`grouped_products` of what is given, and when it began and ended."""
+    """Call `grouped_products`; write its begin and end [s] to `span`."""
     span[0] = _now()
-    lacks: int = _call_products(addresses[4], (*given, memory, threads, addresses[5:]))
+    needed_words: int = _call_products(addresses[4], (*arguments, memory, threads, addresses[5:]))
     span[1] = _now()
-    return lacks
+    return needed_words
 
 
 @partial(kernel, parallel=False)
@@ -114,9 +114,9 @@ def decode(
     output_norm: np.ndarray,
     output: np.ndarray,
     shapes: tuple[np.ndarray, ...],
-    places: np.ndarray,
+    kv_addresses: np.ndarray,
     capacities: np.ndarray,
-    kind: np.ndarray,
+    kv_type: np.ndarray,
     positions: np.ndarray,
     window: int,
     frequencies: np.ndarray,
@@ -125,63 +125,63 @@ def decode(
     memory: np.ndarray,
     h: np.ndarray,
     logits: np.ndarray,
-    chosen: np.ndarray,
+    all_expert_ids: np.ndarray,
     spans: np.ndarray,
 ) -> int:
-    """`CompiledDecodeStep.step`: x -> h and logits. Returns 0, or how many words `memory`, a workspace, needs; then call again.
+    """`CompiledDecodeStep.step`: x -> h, logits. Returns 0, or the words that `memory`, a workspace, needs: call again.
 
-    matrices: int64 [L, 7], addresses; window: 0 for none. chosen: int64 [L, T, K], experts that are written.
+    matrices: int64 [L, 7], addresses; window: 0 for none. all_expert_ids: int64 [L, T, K], written.
     """
     norm, router, attend, attend_group = addresses[:4]
-    qkv_rows, out_rows, ffn_rows, logit_rows, qkv_width, out_width, hidden, logit_width = shapes
-    (tokens, width), experts_used = x.shape, chosen.shape[2]
+    qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
+    (tokens, width), experts_used = x.shape, all_expert_ids.shape[2]
     if tokens == 0:
         return 0
-    queries, size = out_width[0], 2 * frequencies.size
-    heads, groups = queries // size, qkv_rows[1] // size
-    keys = groups * size
-    everyone, whole = np.empty((tokens, 1), np.int64), np.empty((tokens, 1), np.float32)
+    queries, head_dim = out_columns[0], 2 * frequencies.size
+    heads, groups = queries // head_dim, qkv_rows[1] // head_dim
+    keys = groups * head_dim
+    dense_ids, dense_weights = np.empty((tokens, 1), np.int64), np.empty((tokens, 1), np.float32)
     routing_weights = np.empty((tokens, experts_used), np.float32)
     normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
-    made = np.empty(tokens * (queries + 2 * keys), np.float32)
-    q = made[: tokens * queries].reshape(tokens, heads, size)
-    k = made[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, size)
-    v = made[tokens * (queries + keys) :].reshape(tokens, groups, size)
-    attended = np.empty((tokens, heads, size), np.float32)
+    qkv = np.empty(tokens * (queries + 2 * keys), np.float32)
+    q = qkv[: tokens * queries].reshape(tokens, heads, head_dim)
+    k = qkv[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, head_dim)
+    v = qkv[tokens * (queries + keys) :].reshape(tokens, groups, head_dim)
+    attended = np.empty((tokens, heads, head_dim), np.float32)
     oldest = np.empty(tokens, np.int64)
     for t in range(tokens):
-        everyone[t, 0], whole[t, 0] = 0, 1
+        dense_ids[t, 0], dense_weights[t, 0] = 0, 1
         oldest[t] = max(0, positions[t] + 1 - window) if window > 0 else 0
         for i in range(width):
             h[t, i] = x[t, i]
     flat = added.reshape(-1)
-    dense, gated = bool(0), bool(1)  # as literals they would be types, each compiled by itself
-    lacks: int = 0
+    dense, gated = bool(0), bool(1)  # not literals: Numba would compile once for each literal type
+    needed_words: int = 0
     for layer in range(len(matrices)):
-        expert_ids, span = chosen[layer], spans[SPANS * layer : SPANS * (layer + 1)]
-        of_layer = matrices[layer]
+        expert_ids, span = all_expert_ids[layer], spans[SPANS * layer : SPANS * (layer + 1)]
+        layer_matrices = matrices[layer]
         _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
-        given = variant, normed, everyone, whole, qkv_width, of_layer[:3], qkv_rows, dense, made
-        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[0]))
+        arguments = variant, normed, dense_ids, dense_weights, qkv_columns, layer_matrices[:3], qkv_rows, dense, qkv
+        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         _call_attention(
             attend,
-            (q, k, v, places[layer], capacities, kind, positions, oldest, frequencies, attended, attend_group),
+            (q, k, v, kv_addresses[layer], capacities, kv_type, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        given = variant, x_out, everyone, whole, out_width, of_layer[3:4], out_rows, dense, flat
-        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[1]))
+        arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], out_rows, dense, flat
+        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
         _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
         _call_router(router, (normed, ffn_gate_inp[layer], expert_ids, routing_weights))
-        given = variant, normed, expert_ids, routing_weights, hidden, of_layer[4:], ffn_rows, gated, flat
-        lacks = max(lacks, _timed_products(given, addresses, memory, threads, span[2]))
-        if lacks > 0:
-            return lacks
+        arguments = variant, normed, expert_ids, routing_weights, hidden, layer_matrices[4:], ffn_rows, gated, flat
+        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
+        if needed_words > 0:
+            return needed_words
         for t in range(tokens):
             for i in range(width):
                 h[t, i] += added[t, i]
     _call_norm(norm, (h, output_norm, epsilon, normed))
-    given = variant, normed, everyone, whole, logit_width, output, logit_rows, dense, logits
-    return int(_timed_products(given, addresses, memory, threads, spans[-1]))
+    arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, logit_rows, dense, logits
+    return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

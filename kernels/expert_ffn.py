@@ -1,10 +1,10 @@
-"""The feed-forward of all selected experts of one layer at once, from 16-bit weights where they lie.
+"""The feed-forward of all selected experts of one layer at once, from 16-bit weights in place.
 
-y[t] = sum over j of weights[t, j] * down_e . (silu(gate_e . x[t]) * (up_e . x[t])),  e = ids[t, j].
+y[t] = sum over j of routing_weights[t, j] * down_e . (silu(gate_e . x[t]) * (up_e . x[t])),  e = expert_ids[t, j].
 
 Two parallel regions: gate, up and their product; then down and the weighted sum. Each splits the *rows* of every
-selected expert over all threads, so no thread waits for a busier expert, and each output element is the work of
-one task in one order: the result does not depend on the number of threads.
+selected expert over all threads, so no thread waits for a busier expert. One task computes each output element in one
+order, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def expert_ffn(
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
-    x: float32 [T, D]; ids: integer [T, K], the experts of each token; weights: float32 [T, K].
+    x: float32 [T, D]; expert_ids: integer [T, K]; routing_weights: float32 [T, K].
     gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; any of them may be a read-only mapping.
-    `variant` says how those bits are read and to what activations are rounded: x before the first products, the
+    `variant` says how the bits are read and to which type activations are rounded: x before the first products, the
     SwiGLU product before the second.
-    hidden_rows: int64 [E], even numbers; of each expert only its first so many of the F hidden rows are computed,
-    that is, so many rows of gate and up and columns of down: the rest is someone else's share of the same sum.
-    out: float32 [T, D] that is written and returned, instead of a new one.
+    hidden_rows: int64 [E], even numbers: how many of each expert's F hidden rows are computed, from the first on, that
+    is, rows of gate and up and columns of down. Another device computes the rest of the same sum.
+    out: float32 [T, D], written and returned in place of a new array.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     tokens, width, hidden = _validate(x, expert_ids, routing_weights, gate, up, down)
@@ -109,7 +109,8 @@ def _validate(
         or routing_weights.shape != expert_ids.shape
     ):
         raise ValueError(
-            f"ids are {expert_ids.dtype} {expert_ids.shape}, weights {routing_weights.shape}; expected [{x.shape[0]}, K] both"
+            f"expert_ids are {expert_ids.dtype} {expert_ids.shape}, routing_weights {routing_weights.shape}; "
+            f"expected [{x.shape[0]}, K] both"
         )
     return x.shape[0], width, hidden
 
@@ -120,4 +121,4 @@ def _validate_rows(hidden_rows: np.ndarray, experts: int, hidden: int) -> None:
     if not (hidden_rows.min() >= 0 and hidden_rows.max() <= hidden):
         raise ValueError(f"hidden_rows lie outside 0..{hidden}")
     if ((hidden_rows % 2 != 0) & (hidden_rows != hidden)).any():
-        raise ValueError("hidden_rows are odd, which splits pairs; give even numbers")
+        raise ValueError("hidden_rows are odd, which splits bf16 pairs; give even numbers")

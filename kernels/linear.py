@@ -1,4 +1,4 @@
-"""Matrix products from 16-bit weights where they lie: the dense layers on the CPU."""
+"""Matrix products from 16-bit weights in place: the dense layers on the CPU. Knows arrays; not layers or files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def linear(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
 
 
 def linears(x: np.ndarray, weights: Sequence[np.ndarray], variant: KernelVariant) -> list[np.ndarray]:
-    """`linear` of one x with several weights, which is prepared for the products once."""
+    """`linear` of one x with several weights: x is packed once."""
     if x.ndim != 2 or x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, K]")
     tokens, width = x.shape
@@ -38,13 +38,13 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], variant: KernelVariant
     outputs = [w.shape[0] for w in weights]
     y = np.empty(tokens * sum(outputs), np.float32)
     matrices = np.array([address_of(w) for w in weights])
-    expert_ids, routing_weights, every = _one_expert(tokens, width)
-    run(variant, x, expert_ids, routing_weights, every, matrices, np.array(outputs), False, y, y.size * width)
+    expert_ids, routing_weights, columns = _one_expert(tokens, width)
+    run(variant, x, expert_ids, routing_weights, columns, matrices, np.array(outputs), False, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
     return [y[end - tokens * rows : end].reshape(tokens, rows) for rows, end in zip(outputs, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)
 def _one_expert(tokens: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every token with a share of 1 in the one matrix there is."""
+    """Expert ids, routing weights and hidden rows of a dense product: every token has weight 1 in expert 0."""
     return np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32), np.array([width])

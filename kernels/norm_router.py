@@ -1,7 +1,7 @@
-"""What stands between a layer's large products: the root-mean-square norm and the choice of experts.
+"""RMS norm and router (top-k experts) for few tokens, on one thread.
 
-For few tokens: compiled since torch's five operations each find their code evicted by the weights, and on one thread.
-Knows float32 arrays; not what is done with the result.
+Compiled, because the weights evict the code of torch's five operations from the caches between the large products.
+Knows float32 arrays; not experts or layers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def route(x: np.ndarray, weight: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's k most probable experts, int64 [T, k], and their shares, float32 [T, k], which sum to 1.
+    """Each token's k most probable experts, int64 [T, k], and their routing weights, float32 [T, k], which sum to 1.
 
     x: float32 [T, D]; weight: float32 [E, D]. The probabilities are the softmax of weight . x; the most probable
-    expert comes first, the lower number among equals.
+    expert comes first; among equals the lower id.
     Raises ValueError when a shape or a data type does not fit.
     """
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or not 1 <= k <= weight.shape[0]:
@@ -69,20 +69,20 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: np.float32, out: np.nd
 def _route(x: np.ndarray, weight: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray) -> None:
     experts, k = weight.shape[0], expert_ids.shape[1]
     for t in range(x.shape[0]):
-        scores, free = np.empty(experts, np.float32), np.empty(experts, np.bool_)
+        scores, available = np.empty(experts, np.float32), np.empty(experts, np.bool_)
         for e in range(experts):
-            scores[e], free[e] = _dot(x[t], weight[e]), True
+            scores[e], available[e] = _dot(x[t], weight[e]), True
         total = np.float32(0)
         for j in range(k):
             best = -1
             for e in range(experts):
-                if free[e] and (best < 0 or scores[e] > scores[best]):
+                if available[e] and (best < 0 or scores[e] > scores[best]):
                     best = e
-            free[best] = False
+            available[best] = False
             expert_ids[t, j] = best
-            # the softmax over all of them, divided by its sum over the chosen: the others' terms cancel
-            below = scores[best] - scores[expert_ids[t, 0]]
-            routing_weights[t, j] = exponential(below) if below == below else below
+            # softmax over all experts, divided by its sum over the selected ones: the other experts' terms cancel
+            shifted = scores[best] - scores[expert_ids[t, 0]]
+            routing_weights[t, j] = exponential(shifted) if shifted == shifted else shifted
             total += routing_weights[t, j]
         for j in range(k):
             routing_weights[t, j] /= total

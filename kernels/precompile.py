@@ -1,4 +1,4 @@
-"""Compiling a product's kernels before they are needed, and again where what was kept on disk is damaged."""
+"""Compiles a variant's kernels before their first use, and again where the cache on disk is damaged."""
 
 from __future__ import annotations
 
@@ -21,89 +21,94 @@ from fiddler.kernels.machine.threads import usable_cores
 from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
 from fiddler.kernels.norm_router import rms_norm, route
 
-__all__ = ["COMPILING", "help_with", "precompile"]
+__all__ = ["COMPILING", "compile_for_parent", "precompile"]
 
-_PATIENCE = 120  # seconds that another process may take longer than this one
-_DAMAGE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
+_HELPER_TIMEOUT = 120  # how much longer the helper process may take than this one [s]
+_DAMAGED_CACHE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
 
 
 class _FirstCompilation(event.Listener):
-    """Calls back when Numba begins to compile, once."""
+    """Calls back once, when Numba begins its first compilation."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback: Callable[[], None] | None = callback
 
     def on_start(self, event: object) -> None:
-        """A compilation begins."""
+        """Implements `Listener.on_start`."""
         if self._callback is not None:
             callback, self._callback = self._callback, None
             callback()
 
     def on_end(self, event: object) -> None:
-        """A compilation is done."""
+        """Implements `Listener.on_end`."""
 
 
 def precompile(variant: KernelVariant, on_compile: Callable[[], None] = lambda: None, decode: bool = False) -> None:
-    """Compile the kernels of `variant` and what stands between the products, or read them from the cache.
+    """Compile the kernels of `variant`, attention, norm and router, or read them from the cache.
 
-    Seconds the first time, then a moment. Another process compiles half of it, where there is a core for that.
-    `on_compile` is called, once, where there is something to compile. decode: that of a `CompiledDecodeStep`, too. A cache that
-    cannot be read is removed and made anew.
+    Takes seconds the first time, then a moment. A helper process compiles half of them, where it has a core.
+    `on_compile` is called once if anything must be compiled. decode: also compile `CompiledDecodeStep.step`. A damaged
+    cache is removed and built again.
     """
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
         try:
-            with _helped(variant, decode):
-                _one_half(variant)
-            _other_half(variant, decode)
-        except _DAMAGE:
+            with _with_helper(variant, decode):
+                _compile_first_half(variant)
+            _compile_second_half(variant, decode)
+        except _DAMAGED_CACHE:
             discard_cache()
-            _one_half(variant)
-            _other_half(variant, decode)
+            _compile_first_half(variant)
+            _compile_second_half(variant, decode)
 
 
-def _one_half(variant: KernelVariant) -> None:
+def _compile_first_half(variant: KernelVariant) -> None:
     compile_grouped_products(variant)
-    x, kept = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), _kept(variant))
-    attend_each(x, x, x, [kept], [kept], [0], x[0, 0, :1])
+    x, kv = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), _kv_dtype(variant))
+    attend_each(x, x, x, [kv], [kv], [0], x[0, 0, :1])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
 
 
-def _other_half(variant: KernelVariant, decode: bool) -> None:
+def _compile_second_half(variant: KernelVariant, decode: bool) -> None:
     addresses(variant)
     if decode:
-        compile_decode(variant, _kept(variant))
+        compile_decode(variant, _kv_dtype(variant))
 
 
-def _kept(variant: KernelVariant) -> type[np.generic]:
-    """Of what type keys and values are beside these products."""
+def _kv_dtype(variant: KernelVariant) -> type[np.generic]:
+    """The KV cache's type beside this variant."""
     return np.uint16 if variant.activations == "bf16" else np.float32
 
 
 @contextmanager
-def _helped(variant: KernelVariant, decode: bool) -> Iterator[None]:
-    """Where something is compiled inside, another process puts the other half into the cache until the end.
+def _with_helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
+    """Start a helper process at the first compilation inside the context; it compiles the second half into the cache.
 
-    What it leaves out, for whatever reason, is compiled where it is needed.
+    This process compiles whatever the helper did not, for any reason.
     """
     with (
         ExitStack() as helpers,
         event.install_listener(
-            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper(variant, decode)))
+            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper_process(variant, decode)))
         ),
     ):
         yield
 
 
 @contextmanager
-def _helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
-    """A process that puts the other half into the cache, where there is a core for it; it has ended when this does."""
+def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
+    """Compile the second half in another process, where a core is free; it has ended when the context ends."""
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
         arguments = variant.tier.name, variant.weights, variant.activations, decode
         paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path)
         with suppress(OSError):
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from fiddler.kernels.precompile import help_with; help_with{arguments}"],
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    f"from fiddler.kernels.precompile import compile_for_parent; compile_for_parent{arguments}",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -112,7 +117,7 @@ def _helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
     try:
         yield
         if process is not None:
-            process.wait(_PATIENCE)
+            process.wait(_HELPER_TIMEOUT)
     except subprocess.TimeoutExpired:
         pass
     finally:
@@ -121,9 +126,9 @@ def _helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
             process.wait()
 
 
-def help_with(tier: str, weights: str, activations: str, decode: bool) -> None:
-    """What `precompile` of this product leaves to another process."""
-    _other_half(KernelVariant(choose_tier(tier), weights, activations), decode)
+def compile_for_parent(tier: str, weights: str, activations: str, decode: bool) -> None:
+    """The helper process's half of `precompile`, for this variant."""
+    _compile_second_half(KernelVariant(choose_tier(tier), weights, activations), decode)
 
 
 COMPILING = "compiling kernels for this CPU; the next start finds them on disk"

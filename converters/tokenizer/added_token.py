@@ -1,6 +1,6 @@
-"""A token added to a tokenizer, as two of Hugging Face's files write it.
+"""Added tokens as `tokenizer.json` and `tokenizer_config.json` write them.
 
-Knows the notation, not which file wins.
+Knows the notation; not which file takes precedence.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ __all__ = ["AddedToken", "added_tokens"]
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is looked for in the text before anything else."""
+    """A token that is matched in the text before anything else."""
 
     id: int
     text: str
     special: bool
-    strips: bool = False  # takes white space beside it along, or wants to be a word by itself
-    normalized: bool = False  # looked for in the text as the normaliser left it
+    strips: bool = False  # lstrip or rstrip: takes adjacent white space along; or single_word: matches whole words only
+    normalized: bool = False  # matched in the normalised text
 
 
 def added_tokens(value: object, where: str) -> list[AddedToken]:
     """Added tokens as `tokenizer.json` (a list) or `tokenizer_config.json` (an object by id) writes them.
 
-    Raises CheckpointError, its message beginning with `where`, where they are malformed.
+    Raises CheckpointError, its message beginning with `where`, if they are malformed.
     """
     if isinstance(value, dict):
-        return [_token(key, one, where) for key, one in value.items()]
+        return [_token(key, entry, where) for key, entry in value.items()]
     if isinstance(value, list):
-        return [_token(one.get("id") if isinstance(one, dict) else None, one, where) for one in value]
+        return [_token(entry.get("id") if isinstance(entry, dict) else None, entry, where) for entry in value]
     if value is None:
         return []
     raise CheckpointError(f"{where} is {quoted(value, 40)}; it must be a list or an object")
 
 
-def _token(index: object, one: object, where: str) -> AddedToken:
+def _token(index: object, entry: object, where: str) -> AddedToken:
     if isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 10:
         index = int(index)
     if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < LARGEST_VOCABULARY:
-        text = one.get("content") if isinstance(one, dict) else None
-        if isinstance(one, dict) and isinstance(text, str) and text:
-            strips = any(one.get(key) is True for key in ("single_word", "lstrip", "rstrip"))
-            return AddedToken(index, text, one.get("special") is True, strips, one.get("normalized") is True)
-    raise CheckpointError(f"{where}: {quoted(index, 40)} is {quoted(one, 60)}; it must be an id and a token")
+        text = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(entry, dict) and isinstance(text, str) and text:
+            strips = any(entry.get(key) is True for key in ("single_word", "lstrip", "rstrip"))
+            return AddedToken(index, text, entry.get("special") is True, strips, entry.get("normalized") is True)
+    raise CheckpointError(f"{where}: {quoted(index, 40)} is {quoted(entry, 60)}; it must be an id and a token")

@@ -1,8 +1,7 @@
-"""What a tokenizer file says of its tokens, whichever of the two formats it has: `Pieces`, and their reading
-from SentencePiece's `tokenizer.model`.
+"""The tokens of a tokenizer file of either format (`Pieces`), and the reader of SentencePiece's `tokenizer.model`.
 
-Knows which SentencePiece models llama.cpp's `llama` tokenizer reproduces; does not know what Hugging Face
-adds around them (`vocabulary`).
+Knows which SentencePiece models llama.cpp's `llama` tokenizer reproduces; does not know what Hugging Face adds to
+them (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _LARGEST_FILE = 256 << 20  # bytes; 32,000 pieces make half a megabyte
 
 
 class Piece(NamedTuple):
-    """One token; among ordinary tokens those of higher score are merged first."""
+    """One token; ordinary tokens of higher score are merged first."""
 
     text: str
     score: float
@@ -33,20 +32,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Pieces:
-    """The tokens of one file by id, and how text is prepared for them."""
+    """The tokens of one file by id, and its rule for a space before a text."""
 
     source: str  # the file's name, for messages
     by_id: dict[int, Piece]  # ids may have gaps
-    names: dict[str, str]  # "bos", "eos", "unk", "pad" -> the text of that token, as far as the file says
+    names: dict[str, str]  # "bos", "eos", "unk", "pad" -> the token's text; only those that the file names
     add_space_prefix: bool
-    prepend_scheme: str | None = None  # "always", "first": the prefix rule is `Metaspace`'s, see fiddler.token_table
+    prepend_scheme: str | None = None  # "always", "first": `Metaspace`'s rule; see fiddler.text.vocabulary
 
 
 def read_tokenizer_model(path: Path) -> Pieces:
     """Read a SentencePiece BPE model with byte fallback.
 
-    Raises CheckpointError where the file is damaged, and where it does what llama.cpp's `llama` tokenizer
-    cannot: another algorithm, a normaliser, whitespace treated another way.
+    Raises CheckpointError if the file is damaged or does what llama.cpp's `llama` tokenizer cannot: another algorithm,
+    a normaliser, another treatment of white space.
     """
     try:
         with path.open("rb") as file:
@@ -88,16 +87,16 @@ def _check_supported(path: Path, model: SentencePieceModel) -> None:
     if not model.byte_fallback:
         raise CheckpointError(f"{path} has no byte fallback; only models trained with byte_fallback can be converted")
     normalizer = quoted(model.normalizer.decode("utf-8", "replace"), 40)
-    for refused, what in (
+    for unsupported, reason in (
         (model.has_charsmap, f"its normalizer {normalizer} rewrites characters"),
         (model.has_denormalizer, "it has a denormalizer"),
         (model.remove_extra_whitespaces, "remove_extra_whitespaces is set"),
         (not model.escape_whitespaces, "escape_whitespaces is off"),
         (model.treat_whitespace_as_suffix, "treat_whitespace_as_suffix is set"),
     ):
-        if refused:
+        if unsupported:
             raise CheckpointError(
-                f"{path} cannot be converted: {what}, which llama.cpp's tokenizer does not do; "
+                f"{path} cannot be converted: {reason}, which llama.cpp's tokenizer does not do; "
                 "only the identity normalizer is supported"
             )
 
@@ -115,5 +114,5 @@ def _piece(path: Path, model: SentencePieceModel, index: int) -> Piece:
     if kind == TokenType.BYTE and text not in BYTE_NAMES:
         raise CheckpointError(f"{path}: piece {index} is a byte token called {quoted(text, 40)}; download it again")
     if kind == TokenType.USER_DEFINED:
-        text = text.replace(SPACE, " ")  # llama.cpp looks for these in the text as it was typed
+        text = text.replace(SPACE, " ")  # llama.cpp matches these in the text as typed
     return Piece(text, score, TokenType(kind))

@@ -1,7 +1,7 @@
-"""The configurations beside a tokenizer that have a say in it, and which of them wins.
+"""Reads tokenizer settings from the configuration files of a Hugging Face folder, by their precedence.
 
-Knows the keys of tokenizer_config.json, special_tokens_map.json, added_tokens.json, config.json,
-generation_config.json and the chat template's places; does not know the vocabulary itself.
+Knows the keys of tokenizer_config.json, special_tokens_map.json, added_tokens.json, config.json and
+generation_config.json, and the files that may hold a chat template; does not know the vocabulary itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["TokenizerSettings"]
 
 
 class TokenizerSettings:
-    """The configurations beside the tokenizer, each empty where its file is missing."""
+    """The configuration files beside the tokenizer; a missing file counts as empty."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -34,60 +34,63 @@ class TokenizerSettings:
             name: read_object(path, "download it again") if path.is_file() else {} for name, path in paths.items()
         }
 
-    def _wrong(self, file: str, key: str, value: object, must: str) -> CheckpointError:
-        return CheckpointError(f"{self._folder / f'{file}.json'}: {key} is {quoted(value, 60)}; it must be {must}")
+    def _error(self, file: str, key: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self._folder / f'{file}.json'}: {key} is {quoted(value, 60)}; it must be {expected}")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._files["tokenizer_config"].get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self._wrong("tokenizer_config", key, value, "true or false")
+            raise self._error("tokenizer_config", key, value, "true or false")
         return value
 
     def added(self, from_tokenizer_json: Iterable[AddedToken]) -> list[AddedToken]:
-        """Added tokens of all files, one an id; raises CheckpointError where they disagree on its text."""
+        """Added tokens of all files, one per id; raises CheckpointError if they disagree on its text."""
         where = str(self._folder / "tokenizer_config.json: added_tokens_decoder")
-        plain = [{"id": index, "content": text} for text, index in self._files["added_tokens"].items()]
-        named = self._special_texts()
-        found: dict[int, AddedToken] = {}
+        entries = [{"id": index, "content": text} for text, index in self._files["added_tokens"].items()]
+        special_texts = self._special_texts()
+        by_id: dict[int, AddedToken] = {}
         for token in (
-            *added_tokens(plain, str(self._folder / "added_tokens.json")),
+            *added_tokens(entries, str(self._folder / "added_tokens.json")),
             *from_tokenizer_json,
             *added_tokens(self._files["tokenizer_config"].get("added_tokens_decoder"), where),
         ):
-            known = found.get(token.id)
-            if known is not None and known.text != token.text:
+            earlier = by_id.get(token.id)
+            if earlier is not None and earlier.text != token.text:
                 raise CheckpointError(
-                    f"{self._folder}: token {token.id} is {quoted(known.text, 60)} in one of its files and "
+                    f"{self._folder}: token {token.id} is {quoted(earlier.text, 60)} in one of its files and "
                     f"{quoted(token.text, 60)} in another; download them again"
                 )
-            special = token.special or (known is not None and known.special) or token.text in named
-            # Some checkpoints leave tokens of their chat format unmarked; llama.cpp goes by the name, too.
+            special = token.special or (earlier is not None and earlier.special) or token.text in special_texts
+            # Some checkpoints do not mark the tokens of their chat format; llama.cpp recognises them by name, too.
             special = special or (token.text.startswith("<|") and token.text.endswith("|>"))
-            found[token.id] = AddedToken(token.id, token.text, special)
-        return list(found.values())
+            by_id[token.id] = AddedToken(token.id, token.text, special)
+        return list(by_id.values())
 
     def _special_texts(self) -> set[str]:
-        found: set[str] = set()
+        texts: set[str] = set()
         for file in ("tokenizer_config", "special_tokens_map"):
             for key, value in self._files[file].items():
                 if key.endswith("_token") and (text := _text(value)) is not None:
-                    found.add(text)
+                    texts.add(text)
                 elif key in ("additional_special_tokens", "extra_special_tokens"):
-                    each = list(value.values()) if isinstance(value, dict) else value
-                    each = each if isinstance(each, list) else []
-                    found |= {text for one in each if (text := _text(one)) is not None}
-        return found
+                    entries = list(value.values()) if isinstance(value, dict) else value
+                    entries = entries if isinstance(entries, list) else []
+                    texts |= {text for entry in entries if (text := _text(entry)) is not None}
+        return texts
 
     def special_id(self, name: str, names: Mapping[str, str], ids: Mapping[str, int], vocab_size: int) -> int | None:
-        """The id of "bos", "eos", "unk" or "pad": by its text in the tokenizer's files, else the model's id."""
+        """The id of "bos", "eos", "unk" or "pad": by its text in the tokenizer's files, else from the model's files.
+
+        `names`: the texts that the vocabulary's file gives these tokens; `ids`: text -> id of every token.
+        """
         key = f"{name}_token"
         for file in ("tokenizer_config", "special_tokens_map"):
             value = self._files[file].get(key)
             text = _text(value)
             if value is not None and text is None:
-                raise self._wrong(file, key, value, "a token's text")
+                raise self._error(file, key, value, "a token's text")
             if text is not None and text in ids:
                 return ids[text]
         if name in names and names[name] in ids:
@@ -98,40 +101,40 @@ class TokenizerSettings:
         return None
 
     def more_end_ids(self, eos_id: int, vocab_size: int) -> tuple[int, ...]:
-        """At most two further tokens that `eos_token_id` of the model's configurations lists."""
-        listed = [i for file in ("generation_config", "config") for i in self._ids(file, "eos_token_id", vocab_size)]
-        return tuple(dict.fromkeys(index for index in listed if index != eos_id))[:2]
+        """At most two more end tokens from `eos_token_id` in generation_config.json and config.json."""
+        end_ids = [i for file in ("generation_config", "config") for i in self._ids(file, "eos_token_id", vocab_size)]
+        return tuple(dict.fromkeys(index for index in end_ids if index != eos_id))[:2]
 
     def _ids(self, file: str, key: str, vocab_size: int, *, lenient: bool = False) -> list[int]:
         value = self._files[file].get(key)
-        found: list[int] = []
+        ids: list[int] = []
         for index in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < vocab_size:
-                found.append(index)
-            elif not lenient:  # an id of -1 is how some say that they have no padding
-                raise self._wrong(file, key, value, f"the id of one of {vocab_size} tokens")
-        return found
+                ids.append(index)
+            elif not lenient:  # some checkpoints without a padding token write -1
+                raise self._error(file, key, value, f"the id of one of {vocab_size} tokens")
+        return ids
 
     def chat_templates(self) -> dict[str, str]:
-        """Chat templates by name, the usual one as "default". Files of their own count before the configurations."""
+        """Chat templates by name, the usual one as "default"; `.jinja` files take precedence over configurations."""
         default = self._folder / "chat_template.jinja"
         more = sorted((self._folder / "additional_chat_templates").glob("*.jinja"))
-        found = {path.stem: _read(path) for path in more} | ({"default": _read(default)} if default.is_file() else {})
+        texts = {path.stem: _read(path) for path in more} | ({"default": _read(default)} if default.is_file() else {})
         for file in ("chat_template", "tokenizer_config"):
             value = self._files[file].get("chat_template")
-            if found or value is None:
+            if texts or value is None:
                 continue
             if isinstance(value, str):
-                found = {"default": value}
+                texts = {"default": value}
             elif isinstance(value, list):
-                for one in value:
-                    name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+                for entry in value:
+                    name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
                     if not isinstance(name, str) or not isinstance(text, str):
-                        raise self._wrong(file, "chat_template", value, "a list of objects with name and template")
-                    found[name] = text
+                        raise self._error(file, "chat_template", value, "a list of objects with name and template")
+                    texts[name] = text
             else:
-                raise self._wrong(file, "chat_template", value, "a string or a list")
-        return found
+                raise self._error(file, "chat_template", value, "a string or a list")
+        return texts
 
 
 def _read(path: Path) -> str:
@@ -142,6 +145,6 @@ def _read(path: Path) -> str:
 
 
 def _text(value: object) -> str | None:
-    """A special token's text, which is written as a string or as an object with `content`."""
+    """A special token's text, written as a string or as an object with `content`."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None

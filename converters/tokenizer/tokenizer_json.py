@@ -1,10 +1,8 @@
-"""`tokenizer.json`, the `tokenizers` library's format, read where llama.cpp's `llama` tokenizer gives the
-same ids.
+"""Reads `tokenizer.json`, the `tokenizers` library's format, where llama.cpp's `llama` tokenizer gives the same ids.
 
-The format has no specification but the library (https://github.com/huggingface/tokenizers). Two shapes of a
-Llama tokenizer are in use: a normaliser that prepends "▁" and replaces spaces by it, and the `Metaspace`
-pre-tokenizer that transformers 5 writes. Knows what these mean for ids; does not know the other files of a
-checkpoint.
+The library is the format's only specification (https://github.com/huggingface/tokenizers). Two forms of a Llama
+tokenizer are in use: a normaliser that prepends "▁" and replaces spaces by it, and the `Metaspace` pre-tokenizer that
+transformers 5 writes. Knows their effect on ids; does not know the other files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,20 +24,20 @@ _REMEDY = "put the model's SentencePiece tokenizer.model beside it"
 
 
 class TokenizerJson:
-    """One `tokenizer.json`, read and of the right outer shape; a missing file is one that says nothing."""
+    """One `tokenizer.json` and its added tokens; a missing file counts as empty."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where the file is malformed."""
+        """Raises CheckpointError if the file is no JSON object or its added tokens are malformed."""
         self.source = str(path)
         self._root = read_object(path, _REMEDY) if path.is_file() else {}
         self.added = added_tokens(self._root.get("added_tokens"), f"{path}: added_tokens")
 
     def adds(self) -> dict[str, bool] | None:
-        """Whether "bos" and "eos" go around a text by the post-processor; None where it does not say."""
+        """Whether the post-processor adds "bos" and "eos" to a text; None if there is no template for that."""
         template = self._root.get("post_processor")
         if isinstance(template, dict) and template.get("type") == "Sequence":
-            found = [one for one in _list(template.get("processors")) if isinstance(one, dict)]
-            template = next((one for one in found if one.get("type") == "TemplateProcessing"), None)
+            steps = [step for step in _list(template.get("processors")) if isinstance(step, dict)]
+            template = next((step for step in steps if step.get("type") == "TemplateProcessing"), None)
         if not isinstance(template, dict) or template.get("type") != "TemplateProcessing":
             return None
         single = _list(template.get("single"))
@@ -49,8 +47,7 @@ class TokenizerJson:
     def pieces(self) -> Pieces:
         """The tokens, with scores in place of merges.
 
-        Raises CheckpointError, saying what stands in the way, where llama.cpp's tokenizer would give other
-        ids.
+        Raises CheckpointError that names the obstacle if llama.cpp's tokenizer would give other ids.
         """
         model = self._object(self._root.get("model"), "model")
         kind = model.get("type", "BPE")
@@ -69,26 +66,26 @@ class TokenizerJson:
         unknown = model.get("unk_token")
         added = {token.text: token for token in self.added}
         self._check_added(prepends=add_prefix and scheme is None)
-        set_apart = {*BYTE_NAMES, *added, *([unknown] if isinstance(unknown, str) else [])}
-        ordinary = [text for text in vocab if text not in set_apart and " " not in text]  # no text still has a " "
+        reserved = {*BYTE_NAMES, *added, *([unknown] if isinstance(unknown, str) else [])}
+        ordinary = [text for text in vocab if text not in reserved and " " not in text]  # " " became "▁" in every text
         if splits:
             self._check_split(ordinary)
         ignore_merges = model.get("ignore_merges") is True
         if ignore_merges and (not add_prefix or scheme == "first"):
             raise self._refused("ignore_merges is set without a space before every text")
-        ranks = self._ranks(model.get("merges"), vocab, set_apart, added)
+        ranks = self._ranks(model.get("merges"), vocab, reserved, added)
         scores = scores_from_merges(ordinary, ranks, source=self.source, ignore_merges=ignore_merges)
         by_id: dict[int, Piece] = {}
         for text, index in vocab.items():
-            kind_of = (
+            piece_type = (
                 TokenType.BYTE if text in BYTE_NAMES else TokenType.UNKNOWN if text == unknown else TokenType.NORMAL
             )
-            by_id[index] = Piece(text, scores.get(text, 0.0), kind_of)
+            by_id[index] = Piece(text, scores.get(text, 0.0), piece_type)
         names = {"unk": unknown} if isinstance(unknown, str) else {}
         return Pieces(self.source, by_id, names, add_prefix, scheme)
 
-    def _refused(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {what}, which llama.cpp's llama tokenizer cannot follow; {_REMEDY}")
+    def _refused(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {reason}, which llama.cpp's llama tokenizer cannot follow; {_REMEDY}")
 
     def _object(self, value: object, name: str) -> dict[str, object]:
         if not isinstance(value, dict):
@@ -108,9 +105,9 @@ class TokenizerJson:
         return {text: index for index, text in texts.items()}
 
     def _ranks(
-        self, value: object, vocab: dict[str, int], set_apart: set[str], added: dict[str, AddedToken]
+        self, value: object, vocab: dict[str, int], reserved: set[str], added: dict[str, AddedToken]
     ) -> dict[tuple[str, str], int]:
-        """Each pair's rank; a pair that is listed twice has its last place, as in the library."""
+        """Each pair's rank; of a pair that is listed twice the last one, as in the library."""
         if not isinstance(value, list):
             raise CheckpointError(f"{self.source}: model.merges is {quoted(value, 40)}; it must be a list")
         ranks: dict[tuple[str, str], int] = {}
@@ -122,10 +119,10 @@ class TokenizerJson:
             for text in (left, right, left + right):
                 if text not in vocab:
                     raise CheckpointError(f"{self.source}: merge {rank} needs {quoted(text, 60)}, which is no token")
-                if text not in set_apart:
+                if text not in reserved:
                     continue
-                # An added token never meets a merge: it is taken out of the text first, unless it is
-                # looked for in another form than merges see.
+                # An added token takes no part in merges: it is cut out of the text first, unless it is matched in
+                # another form of the text than merges see.
                 if text not in added or SPACE in text or added[text].strips or added[text].normalized:
                     raise self._refused(f"merge {rank} has to do with {quoted(text, 60)}")
             ranks[left, right] = rank
@@ -141,13 +138,11 @@ class TokenizerJson:
     def _check_added(self, prepends: bool) -> None:
         for token in self.added:
             if not token.special and (token.strips or (token.normalized and prepends)):
-                what = "single_word, lstrip or rstrip" if token.strips else "normalized"
-                raise self._refused(f"the added token {quoted(token.text, 60)} sets {what}")
+                options = "single_word, lstrip or rstrip" if token.strips else "normalized"
+                raise self._refused(f"the added token {quoted(token.text, 60)} sets {options}")
 
     def _whitespace(self) -> tuple[bool, str | None, bool]:
-        """Whether a space goes before a text, by which rule of `Pieces.prepend_scheme`, and whether text is
-        split at spaces.
-        """
+        """Whether a space goes before a text, the rule (see `Pieces.prepend_scheme`), whether text splits at spaces."""
         normalizers = _steps(self._root.get("normalizer"), "normalizers")
         splitters = _steps(self._root.get("pre_tokenizer"), "pretokenizers")
         if not splitters:
@@ -164,8 +159,8 @@ class TokenizerJson:
         metaspace = splitters[0]
         if metaspace.get("replacement") != SPACE:
             raise self._refused(f"its Metaspace replacement is {quoted(metaspace.get('replacement'), 40)}")
-        older = "always" if metaspace.get("add_prefix_space", True) else "never"
-        scheme = metaspace.get("prepend_scheme", older)
+        default = "always" if metaspace.get("add_prefix_space", True) else "never"  # the older key
+        scheme = metaspace.get("prepend_scheme", default)
         if scheme not in ("always", "first", "never"):
             raise self._refused(f"its Metaspace prepend_scheme is {quoted(scheme, 40)}")
         splits = metaspace.get("split", True) is not False
@@ -177,16 +172,16 @@ def _list(value: object) -> list[object]:
 
 
 def _steps(value: object, key: str) -> list[dict[str, object]]:
-    """A normaliser or pre-tokenizer as a flat list, `Sequence`s unfolded."""
-    found: list[dict[str, object]] = []
-    waiting = [] if value is None else [value]
-    while waiting:
-        step = waiting.pop()
+    """A normaliser or pre-tokenizer as a flat list of steps, `Sequence`s unfolded."""
+    steps: list[dict[str, object]] = []
+    stack = [] if value is None else [value]
+    while stack:
+        step = stack.pop()
         if isinstance(step, dict) and step.get("type") == "Sequence":
-            waiting += reversed(_list(step.get(key)))
+            stack += reversed(_list(step.get(key)))
         else:
-            found.append(step if isinstance(step, dict) else {"type": step})
-    return found
+            steps.append(step if isinstance(step, dict) else {"type": step})
+    return steps
 
 
 def _types(steps: list[dict[str, object]]) -> str:

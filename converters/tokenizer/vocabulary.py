@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face folder as GGUF's keys hold it: `Vocabulary`.
 
-Several files have a say: `tokenizer.model` or else `tokenizer.json` for the tokens, these and three more for
-what was added to them, and the configurations for the special ones. This file knows who wins; how each format
-reads is `pieces` and `tokenizer_json`, and it knows nothing of weights. The keys are those of
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter.
+Several files contribute: `tokenizer.model` or else `tokenizer.json` the tokens, these and three more the added tokens,
+the configurations the special tokens. This file knows their precedence; it does not know the formats (`pieces`,
+`tokenizer_json`) or the weights. The keys are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and
+llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -27,25 +27,18 @@ from fiddler.text.vocabulary import PREPEND_SCHEME
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
-_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # never looked at; what llama.cpp's converter writes
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # never read; llama.cpp's converter writes the same
 
 _IMPOSSIBLE = re.compile(r"[\0\ud800-\udfff]")
-_FIXED = {
-    TokenType.CONTROL,
-    TokenType.UNKNOWN,
-    TokenType.BYTE,
-}  # an added token of the same name does not change these
-_RENAMED = {
-    TokenType.CONTROL,
-    TokenType.UNKNOWN,
-    TokenType.UNUSED,
-    TokenType.USER_DEFINED,
-}  # these may get another name, no text has theirs
+# An added token of the same name does not change these types.
+_FIXED = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE}
+# An added token may rename tokens of these types: no text is merged into them.
+_RENAMED = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED, TokenType.USER_DEFINED}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as GGUF describes it; `tokens`, `scores` and `types` have one entry an id."""
+    """A tokenizer as GGUF describes it; `tokens`, `scores` and `types` have one entry per id."""
 
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
@@ -54,16 +47,16 @@ class Vocabulary:
     eos_id: int
     unk_id: int | None
     pad_id: int | None
-    more_end_ids: tuple[int, ...]  # further tokens that end a generation; GGUF has room for two
+    more_end_ids: tuple[int, ...]  # more tokens that end a generation; GGUF has keys for two
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    prepend_scheme: str | None  # see fiddler.token_table.PREPEND_SCHEME
+    prepend_scheme: str | None  # see fiddler.text.vocabulary.PREPEND_SCHEME
     chat_template: str | None
     more_templates: Mapping[str, str]  # by name: tool_use, rag
 
     def metadata(self) -> dict[str, str | bool | int | list[str] | NDArray[np.float32] | NDArray[np.int32]]:
-        """GGUF keys -> values: `int` is uint32, arrays have the type they have in the file."""
+        """GGUF keys -> values: `int` is uint32, arrays have their type in the file."""
         names = gguf.Keys.Tokenizer
         eot, eom = (*self.more_end_ids, None, None)[:2]
         values = {
@@ -89,7 +82,7 @@ class Vocabulary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know, one line each."""
+        """Lines for the user about differences from llama.cpp."""
         if self.prepend_scheme is None:
             return ()
         return (
@@ -98,7 +91,7 @@ class Vocabulary:
         )
 
     def write_to(self, writer: gguf.GGUFWriter) -> None:
-        """Add these keys to a GGUF that is being written."""
+        """Add these keys to a GGUF writer."""
         for key, value in self.metadata().items():
             if isinstance(value, str):
                 writer.add_string(key, value)
@@ -113,20 +106,20 @@ class Vocabulary:
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the tokenizer of a Hugging Face folder, padded with unused tokens to `vocab_size`.
 
-    `tokenizer.model` counts where there is one, else `tokenizer.json`. Raises CheckpointError where neither
-    is there, where a file is malformed or contradicts another, where there are more than `vocab_size` tokens,
-    and where llama.cpp's `llama` tokenizer could not give the same ids.
+    Uses `tokenizer.model` if there is one, else `tokenizer.json`. Raises CheckpointError if both are missing, a file is
+    malformed or contradicts another, there are more than `vocab_size` tokens, or llama.cpp's `llama` tokenizer cannot
+    give the same ids.
     """
-    settings, fast = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
+    settings, tokenizer_json = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
         pieces = read_tokenizer_model(folder / "tokenizer.model")
         if not settings.flag("add_prefix_space", True):
             pieces = replace(pieces, add_space_prefix=False)
     elif (folder / "tokenizer.json").is_file():
-        pieces = fast.pieces()
+        pieces = tokenizer_json.pieces()
     else:
         raise CheckpointError(f"{folder} holds neither tokenizer.model nor tokenizer.json; download one of them again")
-    by_id = _with_added(pieces, settings.added(fast.added))
+    by_id = _with_added(pieces, settings.added(tokenizer_json.added))
     _check_ids(folder, by_id, vocab_size)
     ids = {piece.text: index for index, piece in by_id.items()}
     special = {name: settings.special_id(name, pieces.names, ids, vocab_size) for name in ("bos", "eos", "unk", "pad")}
@@ -140,7 +133,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             by_id[index] = by_id[index]._replace(type=kind)
     entries = _padded(by_id, vocab_size)
     templates = settings.chat_templates()
-    adds = fast.adds() or {"bos": True, "eos": False}
+    adds = tokenizer_json.adds() or {"bos": True, "eos": False}
     return Vocabulary(
         tokens=tuple(piece.text for piece in entries),
         scores=tuple(piece.score for piece in entries),
@@ -155,7 +148,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         add_space_prefix=pieces.add_space_prefix,
         prepend_scheme=pieces.prepend_scheme,
         chat_template=templates.pop("default", None),
-        # as the gguf package writes them: no other characters in a name
+        # names as the gguf package writes them: letters, digits and _
         more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
     )
 
@@ -187,25 +180,25 @@ def _check_ids(folder: Path, by_id: Mapping[int, Piece], vocab_size: int) -> Non
             f"{folder}: its tokenizer has {count} tokens, but vocab_size in config.json is {vocab_size}; "
             "use the tokenizer that belongs to these weights"
         )
-    seen: dict[str, int] = {}
+    ids: dict[str, int] = {}
     for index, piece in by_id.items():
         if not piece.text or _IMPOSSIBLE.search(piece.text):
             raise CheckpointError(
                 f"{folder}: token {index} is {quoted(piece.text, 60)}; llama.cpp cannot hold such a name"
             )
-        if seen.setdefault(piece.text, index) != index:
+        if ids.setdefault(piece.text, index) != index:
             raise CheckpointError(
-                f"{folder}: tokens {seen[piece.text]} and {index} are both called {quoted(piece.text, 60)}, "
+                f"{folder}: tokens {ids[piece.text]} and {index} are both called {quoted(piece.text, 60)}, "
                 "which llama.cpp does not load; rename one of them"
             )
 
 
 def _padded(by_id: Mapping[int, Piece], vocab_size: int) -> list[Piece]:
-    taken = {piece.text for piece in by_id.values()}
+    texts = {piece.text for piece in by_id.values()}
     entries = []
     for index in range(vocab_size):
         name = f"[PAD{index}]"
-        while name in taken:
+        while name in texts:
             name += "_"
         entries.append(by_id.get(index, Piece(name, _UNUSED_SCORE, TokenType.UNUSED)))
     return entries

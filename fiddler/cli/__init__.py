@@ -1,1 +1,1 @@
-"""The command line: one file a command. The only room that prints and exits."""
+"""The command line, one file per command. Only this room prints and exits."""

@@ -1,7 +1,7 @@
-"""The command line: parses, calls one function, prints. Nothing outside the `cli` files prints, nothing else exits.
+"""The command line: parses, calls one function, prints. Only the `cli` files print and exit. Knows no model.
 
-Text that was asked for goes to stdout; progress, statistics and warnings to stderr. Exit codes: 0 done, 1 an error
-in one line, 2 wrong usage, 130 interrupted. Heavy imports are inside the commands, so that `--help` is quick.
+Results go to stdout; progress, statistics and warnings to stderr. Exit codes: 0 success, 1 an error in one line,
+2 usage error, 130 interrupted. Commands import heavy libraries inside their functions: `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def main() -> NoReturn:
         _check_stdout()
         try:
             app(standalone_mode=True)
-        finally:  # here, where what fails is said in one line, and not when the interpreter ends
+        finally:  # here, not at interpreter exit: a failed flush becomes an error in one line
             sys.stdout.flush()
     except FiddlerError as error:
         _fail(error, str(error))
-    except KeyboardInterrupt:  # from `convert`, cleaned up
+    except KeyboardInterrupt:  # from a command that has cleaned up
         _leave(130)
-    except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say
+    except BrokenPipeError:  # stdout's reader has closed the pipe: nobody is left to print for
         _silence_stdout()
         _leave(1)
-    except OSError as error:  # the rooms turn what they expect into a FiddlerError; a full disk under stdout is left
+    except OSError as error:  # unexpected, such as a full disk under stdout: expected ones are FiddlerErrors
         _silence_stdout()
         _fail(error, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError as error:
@@ -80,7 +80,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -90,7 +90,9 @@ def _options(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
-    dtype: Annotated[DType | None, typer.Option(help="16-bit type of the weights [default: the checkpoint's].")] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="16-bit type of the weights; the checkpoint's if not given.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
     """Convert a Hugging Face Mixtral folder to GGUF."""
@@ -117,7 +119,7 @@ def convert(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to look at.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to inspect.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""
@@ -146,16 +148,16 @@ def _fail(error: BaseException, message: str) -> NoReturn:
 def _check_stdout() -> None:
     if not isinstance(sys.stdout, io.TextIOWrapper):
         raise FiddlerError("standard output is closed; give it a terminal, a pipe or a file")
-    sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character, as in some locales
+    sys.stdout.reconfigure(errors="replace")  # some locales' encodings lack characters of the text
 
 
 def _silence_stdout() -> None:
-    """What is still buffered goes nowhere, so that the interpreter's last flush cannot fail."""
+    """Send buffered output to /dev/null: the interpreter's last flush must not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
-    """What SIGINT does. Raised as an exception in the middle of an import of torch it would abort the process."""
+    """Handles SIGINT: exits without an exception, which would abort the process in the middle of an import of torch."""
     os._exit(130)
 
 

@@ -1,4 +1,4 @@
-"""The command `batch`: prompts from one file, results into another, many at once, on from where it was interrupted."""
+"""The command `batch`: reads prompts from one file, runs many at once, writes results to another; can be resumed."""
 
 from __future__ import annotations
 
@@ -59,16 +59,21 @@ __all__ = ["batch"]
 
 
 def batch(
-    given: typer.Context,
-    prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A prompt a line: id, prompt, and options.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; those that it holds are not made again.")],
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if none.")] = None,
+    context: typer.Context,
+    prompts: Annotated[
+        Path, typer.Argument(metavar="IN.jsonl", help="Prompts, one JSON object a line: id, prompt, options.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; ids that have one are skipped.")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if not given.")] = None,
     parallel: Annotated[
         int | None,
-        typer.Option("-np", "--parallel", min=1, help="At most so many at once; as many as pay if not given."),
+        typer.Option(
+            "-np", "--parallel", min=1, help="Maximum batch size; if not given, it grows while throughput does."
+        ),
     ] = None,
     count: Annotated[
-        int, typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without; -1: to the end or --ctx.")
+        int,
+        typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without it; -1: until the end or --ctx."),
     ] = -1,
     temp: Temp = 0.8,
     top_k: TopK = 40,
@@ -88,10 +93,10 @@ def batch(
     xtc_threshold: XtcThreshold = 0.1,
     logit_bias: LogitBias = None,
     n_probs: NProbs = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="stop of lines without; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="stop of lines without it; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
     seed: Annotated[
-        int, typer.Option(min=-1, help="Lines without a seed get theirs from this and their id; -1: a new one.")
+        int, typer.Option(min=-1, help="With its id, gives the seed of each line without one; -1: random.")
     ] = -1,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemory = None,
@@ -102,15 +107,15 @@ def batch(
     ctx: Ctx = None,
     precision: PrecisionOption = Precision.fast,
 ) -> None:
-    """Continue or answer many texts at once, by options of their own or those given here.
+    """Continue or answer many prompts at once, with options of their own or of the command line.
 
-    What is interrupted goes on with the same command.
+    The same command resumes an interrupted run.
     """
     from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
     from fiddler.serving.json_fields import Defaults
 
-    sampling = sampling_from(given)
+    sampling = sampling_from(context)
     if not all(stop or ()):
         raise typer.BadParameter("--stop is empty; give at least one character")
     jobs = JobFile(prompts, Defaults(sampling, None if count < 0 else count, tuple(stop or ()), ignore_eos))
@@ -130,66 +135,66 @@ def batch(
             precision=precision.value,
         )
         if callable(signal.getsignal(signal.SIGINT)):
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # all is imported: there is time to say something
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # after all imports: Ctrl-C may report progress
         try:
             _run(engine, jobs, results, parallel)
         except KeyboardInterrupt:
-            say(f"interrupted: {len(results.done)} of {len(jobs.ids)} are in {out}; the same command goes on")
+            say(f"interrupted: {len(results.done)} of {len(jobs.ids)} are in {out}; run the same command to resume")
             raise
 
 
 def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) -> None:
-    """All jobs that have no result yet, with a bar, and a line about them at the end."""
+    """Run all jobs that have no result yet, with a progress bar; print a summary line."""
     from tqdm import tqdm
 
     from fiddler.serving.batch_run import Prompts
     from fiddler.serving.json_fields import probs_of
 
-    before, began, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
-    generated = lacking = 0
+    initial, start, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
+    generated = out_of_memory = 0
     running: dict[int, Id] = {}
     prompts, pieces = Prompts(engine), engine.tokenizer.pieces(special=True)
-    bar = tqdm(total=len(jobs.ids), initial=before, unit="prompt", leave=False, disable=None, miniters=0)
+    bar = tqdm(total=len(jobs.ids), initial=initial, unit="prompt", leave=False, disable=None, miniters=0)
 
-    def refused(identity: Id, error: FiddlerError) -> None:
+    def add_error(identity: Id, error: FiddlerError) -> None:
         nonlocal failed
         results.add(identity, error=str(error))
         failed += 1
 
-    def started() -> Iterator[Generation]:
-        """A line that cannot run has its result at once, and stops none of the others."""
-        place = 0
+    def generations() -> Iterator[Generation]:
+        """Start each job. A job that cannot run gets an error as its result and does not stop the rest."""
+        index = 0
         for job in jobs.jobs(results.done):
             try:
                 generation = prompts.start(job)
             except FiddlerError as error:
-                refused(job.id, error)
+                add_error(job.id, error)
                 bar.update(1)
                 continue
-            running[place] = job.id
-            place += 1
+            running[index] = job.id
+            index += 1
             yield generation
 
-    def stepped(tokens: int, sequences: int) -> None:
+    def on_step(tokens: int, sequences: int) -> None:
         nonlocal generated, widest
         generated, widest = tokens, max(widest, sequences)
-        speed = tokens / (time.perf_counter() - began)
+        speed = tokens / (time.perf_counter() - start)
         bar.set_postfix_str(f"{speed:.1f} tokens/s, {sequences} at once", refresh=False)
         bar.update(0)
 
     with bar:
-        for place, outcome in engine.batch(started(), parallel, on_step=stepped):
-            identity = running.pop(place)
-            if isinstance(outcome, ResourceError):  # no result: with more memory the same command makes it
+        for index, outcome in engine.batch(generations(), parallel, on_step=on_step):
+            identity = running.pop(index)
+            if isinstance(outcome, ResourceError):  # no result: the same command retries it
                 say(f"{identity}: {outcome}")
-                lacking += 1
+                out_of_memory += 1
             elif isinstance(outcome, FiddlerError):
-                refused(identity, outcome)
+                add_error(identity, outcome)
             else:
                 probs = [probs_of(pieces, step) for step in outcome.log_probs]
                 results.add(
                     identity,
-                    text=prompts.shown(identity, outcome.text),
+                    text=prompts.text_of(identity, outcome.text),
                     finish_reason=outcome.finish_reason,
                     prompt_tokens=outcome.stats.prompt_tokens,
                     generated_tokens=outcome.stats.generated_tokens,
@@ -197,13 +202,13 @@ def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) 
                 )
                 prompt_tokens += outcome.stats.prompt_tokens
             bar.update(1)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     say(
-        f"{len(results.done) - before} results (errors: {failed}), {before} were there | "
+        f"{len(results.done) - initial} results (errors: {failed}), {initial} were there | "
         f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
         f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
     )
-    if lacking:
+    if out_of_memory:
         raise ResourceError(
-            f"{lacking} prompts lacked memory and have no result; the same command with more makes them"
+            f"{out_of_memory} prompts lacked memory and have no result; run the same command with more memory"
         )

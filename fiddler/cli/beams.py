@@ -1,4 +1,4 @@
-"""`run --beams N`: its options, which others make no sense beside it, and printing what the search finds."""
+"""`run --beams N`: its options, their conflicts with sampling options, and printing the beams. Knows no search."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "print_beams",
 ]
 
-_ONLY_WITH = ("n_best", "length_penalty", "early_stopping")
+_BEAM_PARAMETERS = ("n_best", "length_penalty", "early_stopping")
 
 
 class EarlyStop(StrEnum):
@@ -41,9 +41,9 @@ class EarlyStop(StrEnum):
 
 
 Beams = Annotated[
-    int | None, typer.Option("--beams", metavar="N", min=1, help="Beam search N beams wide, instead of sampling.")
+    int | None, typer.Option("--beams", metavar="N", min=1, help="Beam search with N beams, instead of sampling.")
 ]
-NBest = Annotated[int, typer.Option("--n-best", metavar="K", min=1, help="With --beams: print the K best.")]
+NBest = Annotated[int, typer.Option("--n-best", metavar="K", min=1, help="With --beams: print the K best texts.")]
 LengthPenalty = Annotated[
     float, typer.Option(help="With --beams: above 0 favours long texts, below 0 short ones.", show_default=True)
 ]
@@ -51,18 +51,18 @@ EarlyStopOption = Annotated[
     EarlyStop,
     typer.Option(
         "--early-stopping",
-        help="With --beams: true ends once N texts are finished; false when the others look no better by their length "
-        "now; never: by any length.",
+        help="With --beams: true ends once N texts are finished; false, once no unfinished beam scores better at its "
+        "current length; never, once none can at any length.",
     ),
 ]
 
 
-def check_beam_options(given: typer.Context, beams: int | None, n_best: int, sampling: Sequence[str]) -> None:
-    """Raise BadParameter, wrong usage, for options on the command line that mean nothing with beams, or without.
+def check_beam_options(context: typer.Context, beams: int | None, n_best: int, sampling: Sequence[str]) -> None:
+    """Raise BadParameter (usage error) for beam options without --beams, or sampling options with it.
 
-    `sampling`: the parameters of those that mean nothing with them.
+    `sampling`: the names of the parameters that conflict with --beams.
     """
-    wrong = [name for name in (_ONLY_WITH if beams is None else sampling) if _is_given(given, name)]
+    wrong = [name for name in (_BEAM_PARAMETERS if beams is None else sampling) if _on_command_line(context, name)]
     if wrong:
         names = ", ".join("--" + name.replace("_", "-") for name in wrong)
         raise typer.BadParameter(f"{names}: only with --beams" if beams is None else f"{names}: not with --beams")
@@ -71,7 +71,7 @@ def check_beam_options(given: typer.Context, beams: int | None, n_best: int, sam
 
 
 def beam_options_of(beams: int, length_penalty: float, early: EarlyStop) -> BeamOptions:
-    """How to search. Raises BadParameter, wrong usage, where a value is out of range."""
+    """The options of the search. Raises BadParameter (usage error) where a value is out of range."""
     from fiddler.generation.beam_hypotheses import BeamOptions
 
     stopping: EarlyStopping = "never" if early is EarlyStop.never else early is EarlyStop.true
@@ -93,20 +93,20 @@ def print_beams(
     prompt_cache: Path | None,
     stats: bool,
 ) -> Stats:
-    """Search, and print the best text, or the best few, each below a line with its rank and score."""
+    """Search and print the best text, or the `n_best` best, each below a line with its rank and score."""
     search = engine.start_beams(text, options, max_tokens, stop=stop, ignore_eos=ignore_eos, prompt_cache=prompt_cache)
-    found = search.run()[:n_best]
-    for rank, beam in enumerate(found, 1):
+    best = search.run()[:n_best]
+    for rank, beam in enumerate(best, 1):
         if n_best > 1:
             sys.stdout.write(f"== {rank}: score {beam.score:.4f}\n")
         sys.stdout.write(beam.text + "\n")
     sys.stdout.flush()
     if stats:
-        scores = ", ".join(f"{beam.score:.4f} ({len(beam.tokens)} tokens, {beam.finish_reason})" for beam in found)
-        say(f"scores of {len(found)} of {options.num_beams} beams: {scores}")
+        scores = ", ".join(f"{beam.score:.4f} ({len(beam.tokens)} tokens, {beam.finish_reason})" for beam in best)
+        say(f"scores of {len(best)} of {options.num_beams} beams: {scores}")
     return search.stats
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def _on_command_line(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

@@ -1,4 +1,4 @@
-"""The command `bench`: which tests its options ask for, and printing what they give."""
+"""The command `bench`: turns options into tests, and prints their results. Measures nothing itself."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ def bench(
     count: Annotated[str, typer.Option("-n", "--n-gen", help="Generated lengths, as 128; 0: none.")] = "",
     both: Annotated[str, typer.Option("-pg", help="Prompt and generation in one test, as 512,128.")] = "",
     depth: Annotated[int, typer.Option("-d", "--n-depth", min=0, help="Tokens before each test, not timed.")] = 0,
-    repetitions: Annotated[int | None, typer.Option("-r", "--repetitions", min=1, help="Runs a test [3].")] = None,
+    repetitions: Annotated[int | None, typer.Option("-r", "--repetitions", min=1, help="Runs per test [3].")] = None,
     threads: Annotated[str, typer.Option("-t", "--threads", help="CPU threads, as 8 or 4,8.")] = "",
-    output: Annotated[Output, typer.Option("-o", "--output", help="What to print.")] = Output.md,
-    no_warmup: Annotated[bool, typer.Option("--no-warmup", help="No run before the timed ones.")] = False,
-    ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Positions [what the tests need].")] = None,
+    output: Annotated[Output, typer.Option("-o", "--output", help="Output format.")] = Output.md,
+    no_warmup: Annotated[bool, typer.Option("--no-warmup", help="Skip the warm-up run before the timed ones.")] = False,
+    ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx", min=1, help="Context size in tokens; as large as the tests need if not given."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random token ids.")] = 0,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemory = None,
@@ -47,15 +50,19 @@ def bench(
     precision: PrecisionOption = Precision.fast,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Write a timeline of the last -t, for Perfetto."),
+        typer.Option(metavar="FILE.json", help="Write a timeline for Perfetto, of the last -t."),
     ] = None,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels by themselves.")] = False,
-    tokens: Annotated[str, typer.Option(help="With --kernels: tokens an expert, as 1,2,8-12.")] = "",
-    tiers: Annotated[str, typer.Option("--tiers", help="With --kernels: tiers, as avx512,avx2 [all].")] = "",
-    types: Annotated[str, typer.Option("--types", help="With --kernels: weights, bf16, f16 or bf16,f16.")] = "",
-    png: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="With --kernels: draw it.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Measure the expert kernels alone.")] = False,
+    tokens: Annotated[str, typer.Option(help="With --kernels: tokens per expert, as 1,2,8-12.")] = "",
+    tiers: Annotated[
+        str, typer.Option("--tiers", help="With --kernels: tiers, as avx512,avx2; all if not given.")
+    ] = "",
+    types: Annotated[str, typer.Option("--types", help="With --kernels: weight types: bf16, f16 or bf16,f16.")] = "",
+    png: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="With --kernels: plot the results.")
+    ] = None,
 ) -> None:
-    """Measure the speed of prompts and generation, as llama-bench does, against what the memory gives."""
+    """Measure prompt and generation speed as llama-bench does, and compare it with the memory's read bandwidth."""
     if kernels:
         ignored = {
             "-p": prompt,
@@ -119,13 +126,13 @@ def _bench_model(
     seed: int,
     device: Device,
     precision: Precision,
-    gpu: dict[str, Any],
+    gpu_options: dict[str, Any],
     trace: Path | None,
 ) -> None:
     from fiddler.files.model_file import ModelFile
 
-    opened = ModelFile.open(model)
-    opened.check_runnable()
+    model_file = ModelFile.open(model)
+    model_file.check_runnable()
     from fiddler.evaluation.throughput import Result, Test, measure, to_markdown
     from fiddler.loading import load
     from fiddler.telemetry.gpu_timeline import GpuTracer
@@ -140,7 +147,7 @@ def _bench_model(
         meter = Meter() if trace is None else GpuTracer()
         with loading_bar() as progress:
             engine = load(
-                opened,
+                model_file,
                 device.value,
                 threads=threads,
                 context=context,
@@ -148,21 +155,21 @@ def _bench_model(
                 notify=say,
                 recorder=meter,
                 progress=progress,
-                **gpu,
+                **gpu_options,
             )
         for result in measure(engine, meter, tests, repetitions, warm_up=warm_up, seed=seed):
             say(f"{result.test.name}, {result.threads} threads: {result.tokens_per_second:.2f} tokens/s")
             results.append(result)
         timeline = meter
-        del engine  # its memory on a GPU is the next one's
+        del engine  # frees its GPU memory for the next engine
     if output is Output.json:
         import json
 
         print(json.dumps([result.to_json() for result in results], indent=2))
     else:
-        sizes = list(opened.file.tensors.values())
-        parameters = sum(math.prod(tensor.shape) for tensor in sizes)
-        print(to_markdown(results, parameters, sum(tensor.nbytes for tensor in sizes)))
+        tensors = list(model_file.file.tensors.values())
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        print(to_markdown(results, parameters, sum(tensor.nbytes for tensor in tensors)))
     if trace is not None and isinstance(timeline, Tracer):
         import json
 
@@ -179,24 +186,24 @@ def _bench_kernels(
     output: Output,
     png: Path | None,
 ) -> None:
-    kinds = types.split(",") if types else ["bf16", "f16"]
-    if not set(kinds) <= {"bf16", "f16"}:
+    weight_types = types.split(",") if types else ["bf16", "f16"]
+    if not set(weight_types) <= {"bf16", "f16"}:
         raise typer.BadParameter(f"--types {types}: give bf16, f16 or both")
-    counts = numbers("--tokens", tokens or "1,2,4,8,16,32,64,128,256,512")
-    if 0 in counts:
+    token_counts = numbers("--tokens", tokens or "1,2,4,8,16,32,64,128,256,512")
+    if 0 in token_counts:
         raise typer.BadParameter(f"--tokens {tokens}: give 1 or more")
     from fiddler.files.model_file import ModelFile
     from fiddler.kernels import available_tiers, choose_tier
 
-    chosen = [choose_tier(name) for name in tiers.split(",")] if tiers else list(available_tiers())
-    opened = ModelFile.open(model)
-    opened.check_runnable()
+    chosen_tiers = [choose_tier(name) for name in tiers.split(",")] if tiers else list(available_tiers())
+    model_file = ModelFile.open(model)
+    model_file.check_runnable()
     from tqdm import tqdm
 
     from fiddler.evaluation.kernel_throughput import kernel_rows, plot, rows_to_markdown
 
-    total = len(kinds) * len(counts) * (len(chosen) + 2)
-    measured = kernel_rows(opened, chosen, kinds, counts, repetitions, threads)
+    total = len(weight_types) * len(token_counts) * (len(chosen_tiers) + 2)
+    measured = kernel_rows(model_file, chosen_tiers, weight_types, token_counts, repetitions, threads)
     rows = list(tqdm(measured, total=total, desc="kernels", leave=False, disable=None))
     if output is Output.json:
         import json

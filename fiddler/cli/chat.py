@@ -1,4 +1,4 @@
-"""The chat that `run` opens on a terminal: answers as they come, commands, files. Knows no sampling and no loading."""
+"""The chat that `run` opens on a terminal: streamed answers, commands, saving. Knows no sampling and no loading."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 __all__ = ["open_chat", "read_template"]
 
 _HELP = """\
-/help        this
-/reset       forget what was said, but for --system
+/help        show this
+/reset       forget the conversation, except --system
 /save FILE   write the conversation to FILE, as JSON messages
 /stats       speed, memory and context of the last answer
 /exit        leave, as Ctrl-D does
-A line that ends with \\ goes on in the next; lines between \"\"\" and \"\"\" are one message, whatever they begin with.
-Ctrl-C stops an answer; what came of it stays in the conversation. While a long message is read it has to wait for
-the next few hundred tokens; pressed again after a second it leaves fiddler."""
+A line that ends with \\ continues on the next. Lines between \"\"\" and \"\"\" are one message, which may begin with /.
+Ctrl-C stops an answer; its text so far stays in the conversation. While the model reads a long message, Ctrl-C takes
+effect within a few hundred tokens; pressed again after a second it leaves fiddler."""
 
 _NO_TEMPLATE = (
-    "this model has no chat template: what you type is plain text, and the model continues all of it, "
-    "what it wrote itself included, line after line"
+    "this model has no chat template: your messages are plain text, and the model continues the whole conversation, "
+    "its own lines included"
 )
 
 
 def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_stats: bool) -> None:
-    """Converse until Ctrl-D or /exit. `to_text`: what an answer took, in a line."""
-    say(f"chat with {name}; /help says what can be typed, Ctrl-D leaves")
+    """Converse until Ctrl-D or /exit. `to_text`: formats an answer's statistics in one line."""
+    say(f"chat with {name}; /help lists the commands, Ctrl-D leaves")
     if not chat.has_template:
         say(_NO_TEMPLATE)
     with Terminal() as terminal:
@@ -86,13 +86,13 @@ def _show(pieces: Iterator[str], terminal: Terminal) -> None:
     except StoppedError:
         pass
     finally:
-        pieces.close()  # type: ignore[attr-defined]  # a generator: what was shown is what was said
+        pieces.close()  # type: ignore[attr-defined]  # closes the generator: the answer ends with the text shown
         sys.stdout.write("\n")
         sys.stdout.flush()
 
 
 def _obey(chat: Chat, line: str, to_text: Callable[[Stats], str]) -> bool:
-    """Do what a command says; whether the chat goes on."""
+    """Execute a command. Returns whether the chat continues."""
     command, _, argument = line.strip().partition(" ")
     if command == "/exit":
         return False
@@ -106,15 +106,15 @@ def _obey(chat: Chat, line: str, to_text: Callable[[Stats], str]) -> bool:
     elif command == "/save":
         try:
             _save(chat, argument.strip())
-        except (FiddlerError, OSError, RuntimeError, ValueError) as error:  # the latter by names that no file has
+        except (FiddlerError, OSError, RuntimeError, ValueError) as error:  # the last two: invalid file names
             say(f"error: {error}")
     else:
-        say(f'there is no {harmless(command)}; /help lists what there is (in """ """ a message may begin with /)')
+        say(f'there is no {harmless(command)}; /help lists the commands (in """ """ a message may begin with /)')
     return True
 
 
 def _save(chat: Chat, name: str) -> None:
-    """Write the messages as JSON, all or nothing, to a file that is not there yet."""
+    """Write the messages as JSON to a new file, all or nothing."""
     if not name:
         raise FiddlerError("/save needs the name of a file")
     from fiddler.files.atomic_file import check_target, whole_file
@@ -133,5 +133,5 @@ def _stats(chat: Chat, to_text: Callable[[Stats], str]) -> None:
     if chat.completion is not None:
         say(to_text(chat.completion.stats))
     elif turns:
-        say("the last answer was broken off: no figures")
+        say("the last answer was broken off: no statistics")
     say(f"turns: {turns}, no longer sent: {chat.left_out}; {chat.context_used} of {chat.context} positions used")

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options, loading a model by them, lists of numbers, saying something."""
+"""Shared by the commands: options, loading a model by them, lists of numbers, messages. Knows no single command."""
 
 from __future__ import annotations
 
@@ -74,44 +74,45 @@ class Precision(StrEnum):
     exact = "exact"
 
 
-ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if none.")]
+ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if not given.")]
 DeviceOption = Annotated[Device, typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute.")]
-GpuMemory = Annotated[str | None, typer.Option(help="GPU memory to use in all, e.g. 24GiB.")]
-GpuExperts = Annotated[int | None, typer.Option(min=0, help="At most so many experts on the GPU.")]
+GpuMemory = Annotated[str | None, typer.Option(help="Total GPU memory to use, e.g. 24GiB.")]
+GpuExperts = Annotated[int | None, typer.Option(min=0, help="Maximum number of experts on the GPU.")]
 MissingOption = Annotated[
-    Missing, typer.Option(help="Who computes experts that are not on the GPU; auto: what is fastest.")
+    Missing,
+    typer.Option(help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest."),
 ]
 ExpertCounts = Annotated[
-    Path | None, typer.Option(help="How often each expert is chosen: the most popular go to the GPU.")
+    Path | None, typer.Option(help="File of expert frequencies: the most frequent experts go to the GPU.")
 ]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")]
 Ctx = Annotated[
-    int | None, typer.Option("-c", "--ctx", min=1, help="Positions of context [default: 4096, or the model's].")
+    int | None, typer.Option("-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less.")
 ]
 PrecisionOption = Annotated[Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")]
 
 
 def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> Engine:
-    """The engine for MODEL.gguf, or the demo model, by the options of `fiddler.load`; it tells on stderr what it does.
+    """The engine for MODEL.gguf or the demo model; `options` are those of `fiddler.load`. Reports to stderr.
 
-    A bad file is refused before torch is imported.
+    Raises FiddlerError for a bad file before it imports torch.
     """
-    opened, pinned = model, None
-    if opened is not None:
+    model_file, pinned = model, None
+    if model_file is not None:
         from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
         from fiddler.files.model_file import ModelFile
 
-        if isinstance(opened, Path):
-            opened = ModelFile.open(opened)
-        opened.check_runnable()
+        if isinstance(model_file, Path):
+            model_file = ModelFile.open(model_file)
+        model_file.check_runnable()
         if options.get("device") != "cpu" and torch_for_gpus():
-            pinned = PinnedMapping(opened.file.mappings, opened.file.path, opened.file)
-        _ = opened.tokenizer
+            pinned = PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
+        _ = model_file.tokenizer
     from fiddler.loading import load
 
     with loading_bar() as progress:
         engine = load(
-            opened,
+            model_file,
             context=4096 if ctx is None else ctx,
             notify=say,
             progress=progress,
@@ -124,24 +125,24 @@ def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> E
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of an option like 1,2,8-12. Raises BadParameter, wrong usage, for anything else."""
-    found: list[int] = []
+    """Whole numbers of an option like 1,2,8-12. Raises BadParameter (usage error) for anything else."""
+    values: list[int] = []
     for part in text.split(",") if text else []:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
             raise typer.BadParameter(f"{option} {text}: give numbers, as 128 or 128,512")
-        found += range(int(first), int(last) + 1) if dash else [int(first)]
-    return found
+        values += range(int(first), int(last) + 1) if dash else [int(first)]
+    return values
 
 
 def say(text: str) -> None:
-    """Progress, statistics, warnings and errors: to stderr, which is not what was asked for."""
+    """Print progress, statistics, warnings or errors to stderr: stdout is for results."""
     print(text, file=sys.stderr)
 
 
 @contextmanager
 def loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """What `load` tells its progress to: a bar on terminals, shown from the first experts on."""
+    """A progress callback for `load`, (bytes done, bytes in total): a bar on terminals, from the first experts on."""
     from tqdm import tqdm
 
     bars: list[tqdm[Never]] = []

@@ -1,4 +1,4 @@
-"""The command `perplexity`: which text and model, the running estimate, printing the result."""
+"""The command `perplexity`: reads text and model, shows the running estimate, prints the result. Scores nothing."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 __all__ = ["perplexity"]
 
-_ENOUGH = 4096  # positions of context that let the longest steps hold several windows
+_DEFAULT_CONTEXT = 4096  # `loaded`'s context [tokens]: its longest steps hold several windows
 
 
 def perplexity(
-    file: Annotated[Path, typer.Option("-f", "--file", help="Text to measure.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="Text file to score.")],
     model: ModelOrDemo = None,
-    ctx: Annotated[int, typer.Option("-c", "--ctx", min=3, help="Tokens of a window.")] = 512,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", min=3, help="Window length in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     counts: Annotated[
         Path | None,
-        typer.Option("--expert-counts", metavar="FILE", help="Write how often each expert is chosen, for `run`."),
+        typer.Option("--expert-counts", metavar="FILE", help="Write expert frequencies, for `run`."),
     ] = None,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemory = None,
@@ -50,7 +50,7 @@ def perplexity(
     threads: Threads = None,
     precision: PrecisionOption = Precision.fast,
 ) -> None:
-    """Measure how well a model predicts a text, as llama-perplexity does: windows of -c, the second halves scored."""
+    """Measure a model's perplexity on a text as llama-perplexity does: the second half of each window of -c tokens."""
     try:
         text = file.read_bytes().removesuffix(b"\n")  # as llama.cpp reads it; need not be UTF-8
     except OSError as error:
@@ -61,13 +61,13 @@ def perplexity(
         from fiddler.loading import DEMO_MODEL
 
         model = DEMO_MODEL
-    opened = ModelFile.open(model)
-    if ctx > opened.config.context_length:
-        raise RequestError(f"--ctx {ctx}: the model was trained with {opened.config.context_length} positions")
+    model_file = ModelFile.open(model)
+    if ctx > model_file.config.context_length:
+        raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
     if counts is not None:
-        _check_counts(counts, opened.config)
-    opened.check_runnable()
-    tokenizer = opened.tokenizer
+        _check_counts(counts, model_file.config)
+    model_file.check_runnable()
+    tokenizer = model_file.tokenizer
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
     from fiddler.evaluation.perplexity import cut, measure
 
@@ -76,8 +76,8 @@ def perplexity(
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
     engine = loaded(
-        opened,
-        ctx if ctx > _ENOUGH else None,
+        model_file,
+        ctx if ctx > _DEFAULT_CONTEXT else None,
         device=device.value,
         gpu_memory=gpu_memory,
         gpu_experts=gpu_experts,
@@ -91,7 +91,7 @@ def perplexity(
 
     started = time.perf_counter()
     with (
-        counting(engine.runner.model) if counts is not None else nullcontext() as counted,
+        counting(engine.runner.model) if counts is not None else nullcontext() as counter,
         tqdm(total=len(windows) * ctx, unit="token", unit_scale=True, leave=False, disable=None) as bar,
     ):
         for estimate in measure(engine.runner, windows, tokenizer.bos_id if tokenizer.add_bos else None):
@@ -124,12 +124,12 @@ def perplexity(
         f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
         f"{seconds:.1f} s, {speed:.1f} tokens/s"
     )
-    if counts is not None and counted is not None:
-        _write_counts(counts, counted.counts)
+    if counts is not None and counter is not None:
+        _write_counts(counts, counter.counts)
 
 
 def _check_counts(target: Path, config: Config) -> None:
-    """Raises RequestError where counts cannot be written to `target`, or would replace anything but such counts."""
+    """Raises RequestError where `target` cannot be written, or is a file of anything but this model's expert counts."""
     from fiddler.files.atomic_file import check_target
     from fiddler.telemetry.expert_counts import read_counts
 

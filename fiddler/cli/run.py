@@ -1,4 +1,4 @@
-"""The command `run`: what to continue, how to choose, printing it as it comes."""
+"""The command `run`: reads a prompt and options, prints the text as it comes, or opens a chat. Samples nothing."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_CHOOSING = (*SAMPLING, "probs_file", "json_schema", "grammar")  # what beams do without
+_SAMPLING_PARAMETERS = (*SAMPLING, "probs_file", "json_schema", "grammar")  # without effect on beams
 
 
 def run(
-    given: typer.Context,
+    context: typer.Context,
     model: ModelOrDemo = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
@@ -103,18 +103,18 @@ def run(
     probs_file: ProbsFile = None,
     json_schema: JsonSchema = None,
     grammar: Grammar = None,
-    system: Annotated[str | None, typer.Option(help="Message that a chat begins with.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
     chat_template_file: Annotated[
         Path | None, typer.Option(help="Jinja chat template for a chat, instead of the model's.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never choose an end token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
     beams: Beams = None,
     n_best: NBest = 1,
     length_penalty: LengthPenalty = 1.0,
     early_stopping: EarlyStopOption = EarlyStop.false,
     prompt_cache: Annotated[
-        Path | None, typer.Option(help="File that keeps what was computed of the prompt, for the next run.")
+        Path | None, typer.Option(help="File that caches the prompt's keys and values for the next run.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
     device: DeviceOption = Device.auto,
@@ -127,7 +127,7 @@ def run(
     precision: PrecisionOption = Precision.fast,
 ) -> None:
     """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
-    check_beam_options(given, beams, n_best, _CHOOSING)
+    check_beam_options(context, beams, n_best, _SAMPLING_PARAMETERS)
     options = None if beams is None else beam_options_of(beams, length_penalty, early_stopping)
     chatting = prompt is None and prompt_file is None and _on_terminal()
     if not chatting and (system is not None or chat_template_file is not None):
@@ -140,12 +140,12 @@ def run(
         from fiddler.cli.chat import read_template
 
         template = read_template(chat_template_file)
-    sampling = sampling_from(given)
+    sampling = sampling_from(context)
     if probs_file is not None and not n_probs:
         raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
     if probs_file is not None:
         with probs_file.open("ab"):
-            pass  # a name that cannot be written to is refused before any work
+            pass  # fails before any work if it is not writable
     constraint = constraint_of(json_schema, grammar)
     engine = loaded(
         model,
@@ -158,7 +158,7 @@ def run(
         threads=threads,
         precision=precision.value,
     )
-    limit = None if count < 0 else count
+    max_tokens = None if count < 0 else count
     if chatting:
         from fiddler.chat import Chat
         from fiddler.cli.chat import open_chat
@@ -167,7 +167,7 @@ def run(
             engine,
             system,
             sampling,
-            limit,
+            max_tokens,
             template=template,
             stop=stop or (),
             ignore_eos=ignore_eos,
@@ -178,11 +178,11 @@ def run(
     if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
     if options is not None:
-        took = print_beams(
+        search_stats = print_beams(
             engine,
             text,
             options,
-            limit,
+            max_tokens,
             n_best,
             stop=stop or (),
             ignore_eos=ignore_eos,
@@ -190,12 +190,12 @@ def run(
             stats=stats,
         )
         if stats:
-            say(f"{engine.where} | {_stats_text(took)}")
+            say(f"{engine.where} | {_stats_text(search_stats)}")
         return
     generation = engine.start(
         text,
         sampling,
-        limit,
+        max_tokens,
         stop=stop or (),
         ignore_eos=ignore_eos,
         constraint=constraint,
@@ -225,10 +225,10 @@ def _on_terminal() -> bool:
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from -p, a file or standard input; wrong usage where there is none or more than one.
+    """The prompt from -p, a file or standard input. Raises BadParameter (usage error) for none or more than one.
 
-    As with llama.cpp one newline at the end of a file is not part of it: `echo` and editors put it there. Bytes that
-    are no UTF-8 reach the tokenizer as they are.
+    As in llama.cpp, one newline at the end of a file is dropped: `echo` and editors add it. Bytes that are not UTF-8
+    reach the tokenizer unchanged.
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give -p or --prompt-file, not both")
@@ -236,14 +236,14 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
         return prompt
     if prompt_file is not None:
         try:
-            given = prompt_file.read_bytes()
+            data = prompt_file.read_bytes()
         except OSError as error:
             raise FiddlerError(f"{prompt_file}: cannot be read: {error.strerror}") from None
     elif sys.stdin is None or sys.stdin.isatty():
-        raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or a text on standard input")
+        raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or text on standard input")
     else:
-        given = sys.stdin.buffer.read()
-    return given.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        data = sys.stdin.buffer.read()
+    return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
 def _stats_text(stats: Stats) -> str:

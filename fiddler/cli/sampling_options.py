@@ -1,7 +1,7 @@
-"""How tokens are chosen, as options of the command line: shared by the commands that generate.
+"""Sampling options of the command line, shared by the commands that generate. Knows no engine.
 
-Names and defaults are llama.cpp's. Each option is an annotated type; `sampling_of` and `constraint_of` make of their
-values what the engine takes.
+Names and defaults are llama.cpp's. Each option is an annotated type; `sampling_of` and `constraint_of` turn the values
+into the engine's arguments.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
     "sampling_of",
 ]
 
-_PANEL = "How tokens are chosen"
+_PANEL = "Sampling"
 _BIAS = re.compile(r"\s*(\d+)\s*([+-])(.+)")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
@@ -60,39 +60,47 @@ def _option(*names: str, text: str, **more: Any) -> Any:
 
 Temp = Annotated[float, _option("--temp", text="Temperature; 0 is greedy.")]
 TopK = Annotated[int, _option("--top-k", text="Keep the k most probable tokens; 0 or less: all.")]
-TopP = Annotated[float, _option("--top-p", text="Keep the fewest tokens that reach this probability; 1: all.")]
-MinP = Annotated[float, _option("--min-p", text="Keep tokens this probable, relative to the first; 0: all.")]
+TopP = Annotated[
+    float, _option("--top-p", text="Keep the most probable tokens until they reach this total probability; 1: all.")
+]
+MinP = Annotated[float, _option("--min-p", text="Keep tokens this probable, relative to the most probable; 0: all.")]
 Typical = Annotated[
     float,
-    _option("--typical", "--typical-p", text="Keep the most typical tokens that exceed this probability; 1: all."),
+    _option(
+        "--typical",
+        "--typical-p",
+        text="Keep the most typical tokens until they exceed this total probability; 1: all.",
+    ),
 ]
-RepeatPenalty = Annotated[float, _option("--repeat-penalty", text="Penalty on tokens seen lately; 1: none.")]
-RepeatLastN = Annotated[int, _option("--repeat-last-n", min=-1, text="How many tokens are lately; -1: all.")]
+RepeatPenalty = Annotated[float, _option("--repeat-penalty", text="Penalty on recent tokens; 1: none.")]
+RepeatLastN = Annotated[int, _option("--repeat-last-n", min=-1, text="Number of recent tokens to penalise; -1: all.")]
 PresencePenalty = Annotated[
-    float, _option("--presence-penalty", text="Subtracted from logits of tokens seen lately; 0: none.")
+    float, _option("--presence-penalty", text="Subtracted from the logits of recent tokens; 0: none.")
 ]
-FrequencyPenalty = Annotated[float, _option("--frequency-penalty", text="The same, as often as seen; 0: none.")]
+FrequencyPenalty = Annotated[
+    float, _option("--frequency-penalty", text="Subtracted once per recent occurrence; 0: none.")
+]
 DryMultiplier = Annotated[
-    float, _option("--dry-multiplier", text="DRY's penalty on going on with a repeated run of tokens; 0: none.")
+    float, _option("--dry-multiplier", text="DRY penalty on continuing a repeated sequence of tokens; 0: none.")
 ]
-DryBase = Annotated[float, _option("--dry-base", text="It grows by this factor with every token of the run.")]
-DryAllowedLength = Annotated[int, _option("--dry-allowed-length", text="Shorter runs are free.")]
+DryBase = Annotated[float, _option("--dry-base", text="Growth of the DRY penalty per repeated token.")]
+DryAllowedLength = Annotated[int, _option("--dry-allowed-length", text="Shorter repetitions have no DRY penalty.")]
 DryPenaltyLastN = Annotated[
-    int, _option("--dry-penalty-last-n", text="How many tokens are searched for runs; -1: all.")
+    int, _option("--dry-penalty-last-n", text="Number of recent tokens that DRY searches; -1: all.")
 ]
 DrySequenceBreaker = Annotated[
     list[str] | None,
     _option(
         "--dry-sequence-breaker",
-        text="No run goes over this text (\\n and the like are understood); may be repeated, instead of "
-        "newline, colon, quote and asterisk; 'none': nothing breaks runs.",
+        text="DRY's repeated sequences end at this text (with escapes as \\n); may be repeated, instead of "
+        "newline, colon, quote and asterisk; 'none': no breakers.",
     ),
 ]
 XtcProbability = Annotated[
-    float, _option("--xtc-probability", text="How often XTC drops the most probable tokens; 0: never.")
+    float, _option("--xtc-probability", text="Probability that XTC drops the most probable tokens; 0: never.")
 ]
 XtcThreshold = Annotated[
-    float, _option("--xtc-threshold", text="It drops tokens this probable, all but the last of them.")
+    float, _option("--xtc-threshold", text="XTC drops tokens at least this probable, except the least of them.")
 ]
 LogitBias = Annotated[
     list[str] | None,
@@ -103,26 +111,24 @@ LogitBias = Annotated[
         text="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
     ),
 ]
-Seed = Annotated[int, _option("--seed", min=-1, text="Seed of the sampling; -1: a new one each time.")]
+Seed = Annotated[int, _option("--seed", min=-1, text="Random seed; -1: a new one each time.")]
 NProbs = Annotated[
     int,
     _option(
         "--n-probs",
         min=0,
-        text="After the text, print a line of JSON a token to stderr: its log-probability and those of the N most "
-        "probable tokens, of the model's own distribution.",
+        text="After the text, print one line of JSON per token to stderr: its log-probability and those of the N most "
+        "probable tokens, in the model's own distribution.",
     ),
 ]
-ProbsFile = Annotated[Path | None, _option("--probs-file", text="Write these lines to a file.")]
+ProbsFile = Annotated[Path | None, _option("--probs-file", text="Write the lines of --n-probs to this file.")]
 JsonSchema = Annotated[
     str | None,
-    _option("--json-schema", "--json-schema-file", metavar="FILE", text="Answer in JSON valid by this schema."),
+    _option("--json-schema", "--json-schema-file", metavar="FILE", text="Constrain the text to JSON of this schema."),
 ]
 Grammar = Annotated[
     str | None,
-    _option(
-        "--grammar", "--grammar-file", metavar="FILE", text="Answer in the language of this grammar, GBNF or Lark."
-    ),
+    _option("--grammar", "--grammar-file", metavar="FILE", text="Constrain the text to this grammar, GBNF or Lark."),
 ]
 
 
@@ -138,26 +144,27 @@ SAMPLING = {
         )
     },
 }
-"""Parameters of a command, and what `sampling_of` calls them."""
+"""Parameter of a command -> argument of `sampling_of`."""
 
 
-def sampling_from(given: typer.Context) -> Sampling:
-    """The `Sampling` that a command's options ask for. Errors: see `sampling_of`."""
-    return sampling_of(**{name: given.params[parameter] for parameter, name in SAMPLING.items()})
+def sampling_from(context: typer.Context) -> Sampling:
+    """The `Sampling` for a command's options. Raises as `sampling_of` does."""
+    return sampling_of(**{name: context.params[parameter] for parameter, name in SAMPLING.items()})
 
 
 def sampling_of(
     *, seed: int, logit_bias: Sequence[str] | None, dry_sequence_breaker: Sequence[str] | None, **values: float
 ) -> Sampling:
-    """The `Sampling` that options ask for; `values` by its own names. Raises BadParameter, wrong usage, where they make
-    no sense.
+    """The `Sampling` for the options; `values` are its fields by name.
+
+    Raises BadParameter (usage error) where a value is out of range.
     """
     from fiddler.sampling.sampler import Sampling
 
     fields: dict[str, Any] = dict(values)
     if dry_sequence_breaker:
-        given = [text for text in dry_sequence_breaker if text != "none"]
-        fields["dry_sequence_breakers"] = [_ESCAPE.sub(_unescaped, text) for text in given]
+        breakers = [text for text in dry_sequence_breaker if text != "none"]
+        fields["dry_sequence_breakers"] = [_ESCAPE.sub(_unescaped, text) for text in breakers]
     try:
         return Sampling(seed=None if seed < 0 else seed, logit_bias=_biases(logit_bias or ()), **fields)
     except RequestError as error:
@@ -165,9 +172,9 @@ def sampling_of(
 
 
 def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | None:
-    """What --json-schema or --grammar asks for: a file's name, or, as llama.cpp's options take it, the text itself.
+    """The constraint of --json-schema or --grammar: each names a file or, as in llama.cpp, is the text itself.
 
-    Raises BadParameter where both are given, FiddlerError where the file cannot be read or used.
+    Raises BadParameter (usage error) where both are given, FiddlerError where the file cannot be read or used.
     """
     if json_schema is not None and grammar is not None:
         raise typer.BadParameter("give --json-schema or --grammar, not both")
@@ -181,20 +188,20 @@ def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | 
     return None
 
 
-def _biases(given: Sequence[str]) -> dict[int, float]:
+def _biases(options: Sequence[str]) -> dict[int, float]:
     biases: dict[int, float] = {}
-    for text in given:
+    for text in options:
         parts = _BIAS.fullmatch(text)
         try:
             token, bias = int(parts[1]), float(parts[2] + parts[3])  # type: ignore[index]
         except (TypeError, ValueError):
-            raise typer.BadParameter(f"--logit-bias {text}: give a token's id and what to add, as 15043+1") from None
+            raise typer.BadParameter(f"--logit-bias {text}: give a token id and a bias, as 15043+1") from None
         biases[token] = biases.get(token, 0.0) + bias
     return biases
 
 
-def _unescaped(found: re.Match[str]) -> str:
-    return chr(int(found[1], 16)) if found[1] else _ESCAPED.get(found[2], found[2])
+def _unescaped(match: re.Match[str]) -> str:
+    return chr(int(match[1], 16)) if match[1] else _ESCAPED.get(match[2], match[2])
 
 
 def _read(name: str) -> str:

@@ -1,9 +1,8 @@
-"""The terminal of a chat: messages typed in one line or several, Ctrl-C, and text that cannot steer the terminal.
+"""The terminal of a chat: reads messages of one or several lines, handles Ctrl-C, escapes control characters.
 
-Ctrl-C means what the moment makes it. While something is typed, it drops that, and says how to leave where nothing
-was. While an answer comes, it sets a flag that is looked at between two tokens, since an exception in the middle of
-one could leave torch or the GPU half way; pressed again when that takes longer than a second, it does what it did
-before the chat. Knows no model.
+While the user types, Ctrl-C drops the input, or prints how to leave if there is none. While an answer comes, Ctrl-C
+sets a flag that is checked between two tokens: an exception in the middle of a token could leave torch or the GPU half
+way. If that takes longer than a second, a further Ctrl-C calls the handler from before the chat. Knows no model.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from fiddler.cli.options import say
 __all__ = ["StoppedError", "Terminal", "Typed", "harmless"]
 
 _BLOCK = '"""'
-_IMPATIENCE = 1.0  # seconds, within which a second Ctrl-C is the same one
+_FORCE_AFTER = 1.0  # [s]; a second Ctrl-C within it has no effect
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class StoppedError(Exception):
-    """Ctrl-C, where it may end what was going on."""
+    """Ctrl-C was pressed: the model stops reading the message."""
 
 
 @dataclass(frozen=True)
 class Typed:
-    """What was typed. `one_line`: neither in a block nor continued, so that it may be a command."""
+    """A typed message. `one_line`: neither in a block nor continued, so it may be a command."""
 
     text: str
     one_line: bool
 
 
 class Terminal:
-    """Within a `with` block, Ctrl-C is handled as said above."""
+    """Reads messages; within a `with` block, handles Ctrl-C as the module describes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._before: Callable[[int, FrameType | None], Any] | None = None
+        self._previous_handler: Callable[[int, FrameType | None], Any] | None = None
         self._reading = False
         self._nothing_typed = True
         self._interrupted: float | None = None
@@ -56,34 +55,34 @@ class Terminal:
 
     def __enter__(self) -> Self:
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # what is typed may be no UTF-8
-        before = signal.getsignal(signal.SIGINT)
-        if before is not None and not isinstance(before, int):  # not where it is ignored, or not Python's
-            self._before = before
+            sys.stdin.reconfigure(errors="replace")  # typed bytes may not be UTF-8
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is not None and not isinstance(handler, int):  # a Python handler: not SIG_IGN, SIG_DFL or one of C
+            self._previous_handler = handler
             signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
 
     @property
     def interrupted(self) -> bool:
-        """Whether there was a Ctrl-C since something was last read."""
+        """Whether Ctrl-C was pressed since the last message was read."""
         return self._interrupted is not None
 
     def check(self) -> None:
-        """Raises StoppedError where there was."""
+        """Raises StoppedError if Ctrl-C was pressed since then."""
         if self.interrupted:
             raise StoppedError
 
     def read(self) -> Typed | None:
-        """The next message that is not empty; None where there is no more, by Ctrl-D.
+        """The next message that is not empty; None at the end of input (Ctrl-D).
 
-        A line that ends with a backslash goes on in the next one; what stands between two marks of three double quotes
-        is one message, as it is.
+        A line that ends with a backslash continues on the next one; text between two marks of three double quotes is
+        one message, unchanged.
         """
         while True:
             try:
@@ -127,10 +126,10 @@ class Terminal:
             raise KeyboardInterrupt
         if self._interrupted is None:
             self._interrupted = self._clock()
-        elif self._clock() - self._interrupted > _IMPATIENCE and self._before is not None:
-            self._before(number, frame)
+        elif self._clock() - self._interrupted > _FORCE_AFTER and self._previous_handler is not None:
+            self._previous_handler(number, frame)
 
 
 def harmless(text: str) -> str:
-    r"""`text` with control characters but line breaks and tabs written out, as `\x1b`: no terminal obeys it."""
+    r"""`text` with control characters, but not line breaks and tabs, written out as `\x1b`: no terminal obeys them."""
     return text.translate(_ESCAPES)

@@ -1,1 +1,1 @@
-"""What a GPU and its driver offer: detection, pinning, copies, semaphores, memory budget."""
+"""A GPU and its driver: detection, pinning, copies, semaphores, memory budget."""

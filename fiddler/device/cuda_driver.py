@@ -1,7 +1,7 @@
-"""The few calls to NVIDIA's driver that torch does not offer: registering mapped memory, copies from it, memory used.
+"""Calls to NVIDIA's driver that torch does not offer: pinning mapped memory, copies from it, stream waits, memory used.
 
-Knows addresses and bytes; not tensors or models. The driver's own libraries are called, not the CUDA runtime's,
-which torch brings in a place and version of its own. See the CUDA Driver API, "Memory Management", and NVML.
+Knows addresses and bytes; not tensors or models. Calls the driver's own libraries, not the CUDA runtime: torch brings
+its own version of that, in its own place. See the CUDA Driver API, "Memory Management", and NVML.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "wait_for_value",
 ]
 
-_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the one flag with which a read-only, shared mapping is accepted
+_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the driver pins a read-only, shared mapping only with this flag
 _HOST, _DEVICE = 1, 2  # CUmemorytype
 
 
@@ -50,7 +50,7 @@ class _Copy2D(ctypes.Structure):
 
 
 class _NvmlMemory(ctypes.Structure):
-    """nvmlMemory_v2_t: unlike the first version, what the driver reserves for itself is not counted as used."""
+    """nvmlMemory_v2_t: unlike the first version, `used` excludes the driver's own reservation."""
 
     _fields_ = [
         ("version", c_uint),
@@ -77,9 +77,9 @@ def _driver() -> ctypes.CDLL:
 
 
 def start() -> None:
-    """Start the first of the GPUs that this process may use, for the calling thread. Raises ResourceError.
+    """Make the first GPU that this process may use current in the calling thread. Raises ResourceError.
 
-    In the context that torch will use, too.
+    Uses the GPU's primary context, as torch will.
     """
     library, device, context = _driver(), c_int(), c_void_p()
     if (
@@ -106,25 +106,25 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
 
 
-def copy_rows_to_device(target: int, source: int, width: int, rows: int, pitch: int, stream: int) -> None:
-    """Start a copy of `rows` rows of `width` bytes, `pitch` bytes apart in host memory, side by side on the device."""
-    made = _Copy2D(
+def copy_rows_to_device(target: int, source: int, row_bytes: int, rows: int, pitch: int, stream: int) -> None:
+    """Start a copy of `rows` rows of `row_bytes` bytes, `pitch` bytes apart in host memory, packed on the device."""
+    copy = _Copy2D(
         srcMemoryType=_HOST,
         srcHost=source,
         srcPitch=pitch,
         dstMemoryType=_DEVICE,
         dstDevice=target,
-        dstPitch=width,
-        WidthInBytes=width,
+        dstPitch=row_bytes,
+        WidthInBytes=row_bytes,
         Height=rows,
     )
-    _check(_driver().cuMemcpy2DAsync_v2(byref(made), stream), "a copy to the GPU")
+    _check(_driver().cuMemcpy2DAsync_v2(byref(copy), stream), "a copy to the GPU")
 
 
 def wait_for_value(stream: int, address: int, value: int) -> bool:
-    """The stream goes on only when the uint32 at `address`, in pinned memory, has come as far as `value`.
+    """Make the stream wait until the uint32 at `address`, in pinned memory, has reached `value`.
 
-    "As far" is counted around 2**32, by CU_STREAM_WAIT_VALUE_GEQ, which is 0. False where the driver cannot.
+    Compares modulo 2**32, by CU_STREAM_WAIT_VALUE_GEQ, which is 0. Returns False where the driver cannot wait.
     """
     library = _driver()
     if not hasattr(library, "cuStreamWaitValue32_v2"):
@@ -134,10 +134,10 @@ def wait_for_value(stream: int, address: int, value: int) -> bool:
 
 @cache
 def used_at_first() -> dict[int, int] | None:
-    """Bytes in use on each of the machine's GPUs, by the bus it sits on, at the first call; None without (a new) NVML.
+    """Memory [bytes] that all programs use on each GPU, by PCI bus, at the first call; None without (a new) NVML.
 
-    By all programs, to be called before this process uses any of it. Unlike torch's figure it needs no context on the
-    GPU, which itself takes hundreds of megabytes.
+    Call it before this process uses the GPU. Unlike torch's figure it needs no context on the GPU: a context itself
+    takes hundreds of megabytes.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -145,7 +145,7 @@ def used_at_first() -> dict[int, int] | None:
         return None
     if not hasattr(library, "nvmlDeviceGetMemoryInfo_v2") or library.nvmlInit_v2() != 0:
         return None
-    found: dict[int, int] = {}
+    used_by_bus: dict[int, int] = {}
     try:
         count = c_uint()
         library.nvmlDeviceGetCount_v2(byref(count))
@@ -158,12 +158,12 @@ def used_at_first() -> dict[int, int] | None:
                 handle, byref(memory)
             ):
                 continue
-            found[int(pci[5])] = int(memory.used)
+            used_by_bus[int(pci[5])] = int(memory.used)
     finally:
         library.nvmlShutdown()
-    return found
+    return used_by_bus
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, action: str) -> None:
     if result != 0:
-        raise ResourceError(f"{what} failed: CUDA driver error {result}; use --device cpu, or less --gpu-memory")
+        raise ResourceError(f"{action} failed: CUDA driver error {result}; use --device cpu, or less --gpu-memory")

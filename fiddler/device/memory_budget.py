@@ -1,7 +1,7 @@
-"""One budget for all that this process takes of a GPU's memory. Knows bytes; not what they are for.
+"""One budget for all of a GPU's memory that this process uses. Knows bytes; not their purpose.
 
-What torch allocates is counted by torch and capped there. The rest, the driver's own (its context, loaded code,
-graphs), is the growth of the GPU's used memory since before there was a context, less torch's part.
+Torch counts its own allocations and caps them. The driver's part (its context, loaded code, graphs) is the growth of
+the GPU's used memory since before there was a context, less torch's part.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fiddler.errors import RequestError, ResourceError
 __all__ = ["Budget", "GpuStartError", "at_least", "parse_size", "shown"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_MARGIN = 256 << 20  # that is never planned for: fragments of torch's allocator, code that is loaded later
-_LEFT = 512 << 20  # of a GPU's free memory, that a default leaves to others
+_MARGIN = 256 << 20  # [bytes] that no plan uses: fragments of torch's allocator, code that is loaded later
+_LEFT_FREE = 512 << 20  # [bytes] of a GPU's free memory that the default budget leaves to other programs
 
 
 def parse_size(text: str) -> int:
@@ -35,74 +35,76 @@ def shown(nbytes: int) -> str:
 
 
 def at_least(nbytes: int) -> str:
-    """Bytes for a message, in GiB, rounded up so that what it says suffices."""
+    """Bytes for a message, in GiB, rounded up: the size in the message suffices."""
     return f"{math.ceil(nbytes / 2**30 * 100) / 100:.2f}GiB"
 
 
 class GpuStartError(ResourceError):
-    """A GPU that is there and cannot be used."""
+    """The machine has a GPU, but it cannot be used."""
 
 
 class Budget:
-    """At most `total` bytes of a GPU's memory, all of this process."""
+    """Limits this process to `total` bytes of a GPU's memory."""
 
-    def __init__(self, device: torch.device, asked: str | None) -> None:
-        """Start using `device`, with what `asked` says, or nearly all that is free.
+    def __init__(self, device: torch.device, gpu_memory: str | None) -> None:
+        """Start using `device`, up to the size `gpu_memory`; None: nearly all that is free.
 
-        Raises RequestError for a size that is none or is more than the GPU has free; GpuStartError where the GPU
-        does not start.
+        Raises RequestError for a text that is no size and for a size above the GPU's free memory; GpuStartError where
+        the GPU does not start.
         """
-        wanted = None if asked is None else parse_size(asked)
-        before = cuda_driver.used_at_first()
+        requested = None if gpu_memory is None else parse_size(gpu_memory)
+        used_by_bus = cuda_driver.used_at_first()
         try:
             torch.zeros(1, device=device)
-            free, whole = torch.cuda.mem_get_info(device)
+            free, capacity = torch.cuda.mem_get_info(device)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise GpuStartError(f"the GPU cannot be used: {reason}; use --device cpu") from error
         self.device = device
-        used = self._bus(before)
-        self._before = used or 0  # where nothing tells what others use, all that is used counts as ours
-        most = free + self.driver_bytes() + torch.cuda.memory_reserved(device)
-        if wanted is not None and wanted > most:
-            raise RequestError(f"--gpu-memory {asked}: this GPU has {shown(most)} free; give at most {_floor(most)}")
-        self.total = most - _LEFT if wanted is None else wanted
+        used_before = self._used_on_device(used_by_bus)
+        self._before = used_before or 0  # where it is unknown, other programs' memory counts as ours
+        available = free + self.driver_bytes() + torch.cuda.memory_reserved(device)
+        if requested is not None and requested > available:
+            raise RequestError(
+                f"--gpu-memory {gpu_memory}: this GPU has {shown(available)} free; give at most {_floor(available)}"
+            )
+        self.total = available - _LEFT_FREE if requested is None else requested
         if self.total <= self.driver_bytes() + _MARGIN:
-            least = self.driver_bytes() + _MARGIN
-            if asked is None:
-                raise GpuStartError(f"the GPU has {shown(most)} free, and {at_least(least)} go before any model")
-            raise RequestError(f"--gpu-memory {asked}: starting the GPU alone takes {at_least(least)}; give more")
-        cap = min(1.0, (self.total - self.driver_bytes()) / whole)
+            needed = self.driver_bytes() + _MARGIN
+            if gpu_memory is None:
+                raise GpuStartError(f"the GPU has {shown(available)} free; {at_least(needed)} go before any model")
+            raise RequestError(f"--gpu-memory {gpu_memory}: starting the GPU alone takes {at_least(needed)}; give more")
+        cap = min(1.0, (self.total - self.driver_bytes()) / capacity)
         torch.cuda.set_per_process_memory_fraction(cap, device)
 
     def driver_bytes(self) -> int:
-        """Bytes that this process uses and torch has not allocated."""
-        free, whole = torch.cuda.mem_get_info(self.device)
-        return max(0, whole - free - self._before - torch.cuda.memory_reserved(self.device))
+        """Bytes that this process uses outside torch's allocator."""
+        free, capacity = torch.cuda.mem_get_info(self.device)
+        return max(0, capacity - free - self._before - torch.cuda.memory_reserved(self.device))
 
     def used(self) -> int:
         """Bytes that this process uses now, by the driver's count."""
-        free, whole = torch.cuda.mem_get_info(self.device)
-        return max(0, whole - free - self._before)
+        free, capacity = torch.cuda.mem_get_info(self.device)
+        return max(0, capacity - free - self._before)
 
     def room(self) -> int:
         """Bytes that may still be allocated, less a margin."""
         return self.total - self.driver_bytes() - torch.cuda.memory_allocated(self.device) - _MARGIN
 
     def settle(self) -> None:
-        """Hold torch to what is left now that the driver has taken its part."""
-        whole = torch.cuda.mem_get_info(self.device)[1]
+        """Free torch's cached blocks and cap torch at the budget less the driver's present use."""
+        capacity = torch.cuda.mem_get_info(self.device)[1]
         torch.cuda.empty_cache()
-        cap = max(0.0, min(1.0, (self.total - self.driver_bytes()) / whole))
+        cap = max(0.0, min(1.0, (self.total - self.driver_bytes()) / capacity))
         torch.cuda.set_per_process_memory_fraction(cap, self.device)
 
-    def _bus(self, used: dict[int, int] | None) -> int | None:
-        if not used:
+    def _used_on_device(self, used_by_bus: dict[int, int] | None) -> int | None:
+        if not used_by_bus:
             return None
         bus = getattr(torch.cuda.get_device_properties(self.device), "pci_bus_id", None)
-        if bus in used:
-            return used[bus]
-        return next(iter(used.values())) if len(used) == 1 else None
+        if bus in used_by_bus:
+            return used_by_bus[bus]
+        return next(iter(used_by_bus.values())) if len(used_by_bus) == 1 else None
 
 
 def _floor(nbytes: int) -> str:

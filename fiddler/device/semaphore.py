@@ -1,4 +1,7 @@
-"""Semaphores between a device's queue and the host: the queue waits for a number that a thread writes."""
+"""Semaphores between a device's queue and the host: the queue waits for a number that a host thread writes.
+
+Knows numbers and streams; not the work on either side of a wait.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,25 @@ __all__ = ["CudaSemaphore", "HostSemaphore", "Semaphore"]
 
 
 class Semaphore(Protocol):
-    """Where a device's queue waits for the host, again and again."""
+    """Orders a device's queue after host work. Its waits are numbered 1, 2, 3, ..."""
 
     def next(self) -> int:
-        """The number of another wait. One thread at a time asks."""
+        """The number of the next wait. One thread at a time may call it."""
         ...
 
     def wait(self, number: int) -> None:
-        """The queue goes on only when the gate has been opened that far; nor does the caller, if need be."""
+        """Hold the queue until wait `number` is released; where the device cannot wait, hold the caller."""
         ...
 
     def open(self, number: int | None = None) -> None:
-        """Let this wait and those before it pass; None: all that have a number."""
+        """Release wait `number` and all before it; None: all waits that have a number."""
         ...
 
 
 class HostSemaphore:
-    """A `Semaphore` at which the caller waits itself, for another thread. One thread at a time waits, and another one opens.
+    """A `Semaphore` at which the calling thread waits for another. One thread at a time waits, another one opens.
 
-    Without a lock: Ctrl-C, between taking one and the block that would release it, leaves it taken.
+    Uses no lock: Ctrl-C between acquiring one and entering the block that releases it would leave it locked.
     """
 
     def __init__(self) -> None:
@@ -41,19 +44,19 @@ class HostSemaphore:
         self._changed: SimpleQueue[None] = SimpleQueue()
 
     def next(self) -> int:
-        """A `Semaphore`'s."""
+        """Implements `Semaphore.next`."""
         self.numbered += 1
         return self.numbered
 
     def wait(self, number: int) -> None:
-        """A `Semaphore`'s."""
+        """Implements `Semaphore.wait`."""
         while not self._changed.empty():
             self._changed.get()
         while self._opened < number:
             self._changed.get()
 
     def open(self, number: int | None = None) -> None:
-        """A `Semaphore`'s."""
+        """Implements `Semaphore.open`."""
         self._opened = max(self._opened, self.numbered if number is None else number)
         self._changed.put(None)
 
@@ -64,20 +67,20 @@ class CudaSemaphore(HostSemaphore):
     def __init__(self) -> None:
         super().__init__()
         self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._seen = self._memory.numpy().view(np.uint32)
-        self._by_stream = self._wait(0)
+        self._number = self._memory.numpy().view(np.uint32)
+        self._stream_waits = self._wait(0)
 
     def wait(self, number: int) -> None:
-        """A `Semaphore`'s."""
-        if not self._by_stream:
+        """Implements `Semaphore.wait`."""
+        if not self._stream_waits:
             super().wait(number)
         elif not self._wait(number):
-            raise ResourceError("the GPU no longer waits for the CPU; use --device cpu")
+            raise ResourceError("the driver no longer lets the GPU wait for the CPU; use --device cpu")
 
     def open(self, number: int | None = None) -> None:
-        """A `Semaphore`'s."""
-        if self._by_stream:
-            self._seen[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
+        """Implements `Semaphore.open`."""
+        if self._stream_waits:
+            self._number[0] = (self.numbered if number is None else number) & 0xFFFFFFFF
         else:
             super().open(number)
 

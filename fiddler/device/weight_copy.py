@@ -1,9 +1,9 @@
-"""How weights get from a mapped file to where the GPU part computes. Knows addresses and streams; no models.
+"""Host-to-device copies of weights from a mapped file. Knows addresses and streams; no models.
 
-Three links, one interface. `PinnedCopy`: the mapping is registered, the GPU's copy engine reads it in place, at the
-speed of the bus and without a thread of ours. `BounceBufferCopy`: through pinned buffers that threads fill, where
-registering is refused or the model is larger than memory. `HostCopy`: both sides are the CPU; it is what the
-orchestration is tested with where there is no GPU.
+Three kinds, one interface. `PinnedCopy`: the mapping is pinned, and the GPU's copy engine reads it in place, at the
+speed of the PCIe link and without a thread of ours. `BounceBufferCopy`: threads fill pinned buffers, where the driver
+refuses to pin the mapping or the model is larger than memory. `HostCopy`: both sides are the CPU; tests of the
+orchestrator use it where there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,67 +26,67 @@ from fiddler.errors import ResourceError
 __all__ = ["BounceBufferCopy", "Event", "HostCopy", "PinnedCopy", "WeightCopy", "fastest_copy", "within"]
 
 _FILLING_THREADS = 4
-_BOUNCE = 1 << 24  # bytes of a pinned buffer
-_BOUNCES = 4
+_BUFFER_BYTES = 1 << 24  # pinned
+_BUFFERS = 4
 
 
 class Event(Protocol):
-    """A point in a queue of work, set again and again, as CUDA's events are."""
+    """A point in a stream, recorded again and again, as CUDA's events are."""
 
     def record(self) -> None:
-        """The point is after all that the compute stream was given so far."""
+        """Set the point after all work queued on the compute stream so far."""
         ...
 
     def wait(self) -> None:
-        """The compute stream goes on only when the point is reached."""
+        """Hold the compute stream until the point is reached."""
         ...
 
     def synchronize(self) -> None:
-        """The caller goes on only when the point is reached."""
+        """Hold the caller until the point is reached."""
         ...
 
     def query(self) -> bool:
-        """Whether it is reached."""
+        """Whether the point is reached."""
         ...
 
 
 class WeightCopy(Protocol):
-    """Copies weights, in order, beside what the compute stream does."""
+    """Copies weights, in order, while the compute stream works."""
 
     device: torch.device
-    blocks: bool  # whether `copy` keeps its caller busy until the copy is nearly done
+    blocks: bool  # whether `copy` returns only when the copy is nearly done
 
     @property
     def stream(self) -> object:
-        """Torch's stream in which the copies are; None where there is none."""
+        """Torch's stream of the copies; None where there is none."""
         ...
 
-    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """Copy `rows` rows of `width` bytes, which begin `pitch` bytes apart at the address `source` in a mapping.
+    def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
+        """Copy `rows` rows of `row_bytes` bytes from a mapping to `device`, packed there. target, source: addresses.
 
-        At the address `target` on `device` they come to lie side by side.
+        pitch: distance of the rows' beginnings in the mapping [bytes].
         """
         ...
 
     def event(self) -> Event:
-        """A new point, reached already."""
+        """A new event, reached already."""
         ...
 
     def semaphore(self) -> Semaphore:
-        """A new gate, open so far."""
+        """A new semaphore, without waits so far."""
         ...
 
     def arrive(self, event: Event) -> None:
-        """Set `event` after all copies so far."""
+        """Record `event` after all copies so far."""
         ...
 
     def hold(self, event: Event) -> None:
-        """Copies from now on wait for `event`."""
+        """Make all later copies wait for `event`."""
         ...
 
 
 class _ReachedEvent:
-    """A point that is always reached."""
+    """An event that is always reached."""
 
     def record(self) -> None: ...
 
@@ -98,15 +98,15 @@ class _ReachedEvent:
         return True
 
 
-def _view(address: int, width: int, rows: int, pitch: int) -> np.ndarray:
-    """Bytes [rows, width] at an address."""
-    extent = (rows - 1) * pitch + width
+def _view(address: int, row_bytes: int, rows: int, pitch: int) -> np.ndarray:
+    """Bytes [rows, row_bytes] at an address."""
+    extent = (rows - 1) * pitch + row_bytes
     flat = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(address))
-    return np.lib.stride_tricks.as_strided(flat, (rows, width), (pitch, 1))
+    return np.lib.stride_tricks.as_strided(flat, (rows, row_bytes), (pitch, 1))
 
 
 class HostCopy:
-    """Copies at once, on the CPU."""
+    """Copies on the CPU, within the call."""
 
     blocks = False
     stream = None
@@ -114,140 +114,140 @@ class HostCopy:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `WeightCopy`'s."""
-        np.copyto(_view(target, width, rows, width), _view(source, width, rows, pitch))
+    def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
+        """Implements `WeightCopy.copy`."""
+        np.copyto(_view(target, row_bytes, rows, row_bytes), _view(source, row_bytes, rows, pitch))
 
     def event(self) -> Event:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.event`."""
         return _ReachedEvent()
 
     def semaphore(self) -> Semaphore:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.semaphore`."""
         return HostSemaphore()
 
     def arrive(self, event: Event) -> None:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.arrive`."""
 
     def hold(self, event: Event) -> None:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.hold`."""
 
 
 class _StreamCopy:
-    """A stream for copies, and points in it and in the compute stream."""
+    """A CUDA stream for copies, and events in it and in the compute stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
     def event(self) -> Event:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.event`."""
         return torch.cuda.Event()
 
     def semaphore(self) -> Semaphore:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.semaphore`."""
         return CudaSemaphore()
 
     def arrive(self, event: Event) -> None:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.arrive`."""
         assert isinstance(event, torch.cuda.Event)
         event.record(self.stream)
 
     def hold(self, event: Event) -> None:
-        """A `WeightCopy`'s."""
+        """Implements `WeightCopy.hold`."""
         assert isinstance(event, torch.cuda.Event)
         self.stream.wait_event(event)
 
 
 class PinnedCopy(_StreamCopy):
-    """The copy engine reads the registered mapping."""
+    """The copy engine reads the pinned mapping."""
 
     blocks = False
 
     def __init__(self, device: torch.device, pinned: PinnedMapping) -> None:
-        """Raises ResourceError where the mapping cannot be registered."""
+        """Waits until the mapping is pinned. Raises ResourceError where it cannot be."""
         super().__init__(device)
-        self._pinned = pinned  # which goes with the last who holds it
+        self._pinned = pinned  # its last reference unpins it
         pinned.wait()
 
-    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `WeightCopy`'s."""
+    def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
+        """Implements `WeightCopy.copy`."""
         stream, borders = self.stream.cuda_stream, self._pinned.borders
-        for begin, count, size, to in within(source, width, rows, pitch, borders):
+        for begin, count, size, offset in within(source, row_bytes, rows, pitch, borders):
             if count == 1 or pitch == size:
-                cuda_driver.copy_to_device(target + to, begin, size * count, stream)
+                cuda_driver.copy_to_device(target + offset, begin, size * count, stream)
             else:
-                cuda_driver.copy_rows_to_device(target + to, begin, size, count, pitch, stream)
+                cuda_driver.copy_rows_to_device(target + offset, begin, size, count, pitch, stream)
 
 
 def within(
-    source: int, width: int, rows: int, pitch: int, borders: Sequence[int]
+    source: int, row_bytes: int, rows: int, pitch: int, borders: Sequence[int]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """The parts of such a copy as `WeightCopy.copy` makes, none of which goes past one of the `borders`, in order.
+    """Split a copy with the arguments of `WeightCopy.copy` into parts that cross none of the `borders`, in order.
 
-    Of each: its address, rows, bytes a row, and how far after the target's address it goes.
+    Yields of each part: source address, rows, bytes a row, and offset from the target's address [bytes].
     """
-    if rows == 1 or pitch == width:
-        begin, end = source, source + width * rows
+    if rows == 1 or pitch == row_bytes:
+        begin, end = source, source + row_bytes * rows
         for border in [*borders[bisect_right(borders, begin) : bisect_left(borders, end)], end]:
             yield begin, 1, border - begin, begin - source
             begin = border
         return
-    to = 0
+    offset = 0
     while rows:
-        place = bisect_right(borders, source)
-        fit = rows if place == len(borders) else min(rows, (borders[place] - source - width) // pitch + 1)
-        if fit > 0:
-            yield source, fit, width, to
-        else:  # a row that lies on both sides of a border
-            fit = 1
-            for begin, _, size, after in within(source, width, 1, 0, borders):
-                yield begin, 1, size, to + after
-        source, rows, to = source + fit * pitch, rows - fit, to + fit * width
+        index = bisect_right(borders, source)
+        count = rows if index == len(borders) else min(rows, (borders[index] - source - row_bytes) // pitch + 1)
+        if count > 0:
+            yield source, count, row_bytes, offset
+        else:  # this row crosses a border
+            count = 1
+            for begin, _, size, part_offset in within(source, row_bytes, 1, 0, borders):
+                yield begin, 1, size, offset + part_offset
+        source, rows, offset = source + count * pitch, rows - count, offset + count * row_bytes
 
 
 class BounceBufferCopy(_StreamCopy):
-    """Threads copy the mapping to pinned buffers, the copy engine reads those."""
+    """Threads copy the mapping to pinned buffers; the copy engine reads those."""
 
     blocks = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._buffers = [torch.empty(_BOUNCE, dtype=torch.uint8, pin_memory=True) for _ in range(_BOUNCES)]
-        self._left = [torch.cuda.Event() for _ in range(_BOUNCES)]  # reached when a buffer may be filled again
+        self._buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+        self._free = [torch.cuda.Event() for _ in range(_BUFFERS)]  # reached when the buffer may be filled again
         self._next = 0
-        self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-link")
+        self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-copy")
 
-    def copy(self, target: int, source: int, width: int, rows: int = 1, pitch: int = 0) -> None:
-        """A `WeightCopy`'s."""
-        if rows == 1 or pitch == width:  # one long row, in pieces of a buffer
-            total = width * rows
-            for begin in range(0, total, _BOUNCE):
-                self._copy(target + begin, source + begin, min(_BOUNCE, total - begin), 1, 0)
+    def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
+        """Implements `WeightCopy.copy`."""
+        if rows == 1 or pitch == row_bytes:  # one long row: a buffer at a time
+            total = row_bytes * rows
+            for begin in range(0, total, _BUFFER_BYTES):
+                self._copy(target + begin, source + begin, min(_BUFFER_BYTES, total - begin), 1, 0)
             return
-        most = _BOUNCE // width
-        assert most > 0, "a row is longer than a buffer"
-        for begin in range(0, rows, most):
-            count = min(most, rows - begin)
-            self._copy(target + begin * width, source + begin * pitch, width, count, pitch)
+        rows_per_buffer = _BUFFER_BYTES // row_bytes
+        assert rows_per_buffer > 0, "a row is longer than a buffer"
+        for begin in range(0, rows, rows_per_buffer):
+            count = min(rows_per_buffer, rows - begin)
+            self._copy(target + begin * row_bytes, source + begin * pitch, row_bytes, count, pitch)
 
-    def _copy(self, target: int, source: int, width: int, rows: int, pitch: int) -> None:
-        """What fits into a buffer."""
-        index, self._next = self._next, (self._next + 1) % _BOUNCES
-        self._left[index].synchronize()
+    def _copy(self, target: int, source: int, row_bytes: int, rows: int, pitch: int) -> None:
+        """Copy rows that fit into one buffer."""
+        index, self._next = self._next, (self._next + 1) % _BUFFERS
+        self._free[index].synchronize()
         address = self._buffers[index].data_ptr()
-        given, buffer = _view(source, width, rows, pitch), _view(address, width, rows, width)
+        mapped, buffer = _view(source, row_bytes, rows, pitch), _view(address, row_bytes, rows, row_bytes)
         axis = 1 if rows == 1 else 0
-        cuts = np.linspace(0, given.shape[axis], _FILLING_THREADS + 1).astype(int)
+        cuts = np.linspace(0, mapped.shape[axis], _FILLING_THREADS + 1).astype(int)
         pieces = [np.s_[a:b] if axis == 0 else np.s_[:, a:b] for a, b in pairwise(cuts)]
-        for done in [self._threads.submit(np.copyto, buffer[piece], given[piece]) for piece in pieces]:
-            done.result()
-        cuda_driver.copy_to_device(target, address, width * rows, self.stream.cuda_stream)
-        self._left[index].record(self.stream)
+        for future in [self._threads.submit(np.copyto, buffer[piece], mapped[piece]) for piece in pieces]:
+            future.result()
+        cuda_driver.copy_to_device(target, address, row_bytes * rows, self.stream.cuda_stream)
+        self._free[index].record(self.stream)
 
 
 def fastest_copy(pinned: PinnedMapping, device: torch.device, notify: Callable[[str], None]) -> WeightCopy:
-    """The fastest link there is: the mapping itself, where it fits into memory and may be registered."""
+    """The fastest copy that works: from the mapping itself where it fits into memory and the driver pins it."""
     try:
         return PinnedCopy(device, pinned)
     except ResourceError as error:

@@ -1,1 +1,1 @@
-"""Model files: the GGUF container, its tensors as views, and files that appear whole."""
+"""Model files: the GGUF container, its tensors as views, and atomic writes."""

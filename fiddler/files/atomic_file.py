@@ -1,6 +1,6 @@
-"""A file that appears whole or not at all: written under a temporary name beside its target, then renamed.
+"""Atomic writes: a file is written under a temporary name beside its target, then renamed, so it is whole or absent.
 
-Knows directories, signals and disks; does not know what is written.
+Knows directories, signals and disks; does not know the content.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fiddler.errors import RequestError, ResourceError
 __all__ = ["check_space", "check_target", "whole_file"]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class _TerminatedError(BaseException):
-    """A terminating signal as an exception, so that `finally` runs; not caught by `except Exception`."""
+    """Turns a terminating signal into an exception, so that `finally` runs; `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -34,7 +34,7 @@ class _TerminatedError(BaseException):
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise RequestError where a file could not be created at `target`, or not without `force`."""
+    """Raise RequestError if no file can be created at `target`, or if one exists and `force` is not set."""
     if target.is_dir():
         raise RequestError(f"{target} is a directory; name the file to write")
     if not target.parent.is_dir():
@@ -46,7 +46,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raise ResourceError where the disk of `target` has fewer than `needed` bytes free."""
+    """Raise ResourceError if the disk of `target` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ResourceError(
@@ -57,12 +57,12 @@ def check_space(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def whole_file(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield the path of an empty temporary file beside `target`, which becomes `target` when the block ends.
+    """Yield the path of an empty temporary file beside `target`; when the block ends, it becomes `target`.
 
-    By then its bytes are on the disk (fsync). If the block raises, or the process gets SIGINT, SIGTERM or
-    SIGHUP, the temporary file is removed and `target` is as it was; a SIGKILL or a power cut leaves
+    Its bytes are on the disk before it is renamed (fsync). If the block raises, or the process gets SIGINT, SIGTERM
+    or SIGHUP, the temporary file is removed and `target` stays unchanged; a SIGKILL or a power cut leaves
     `.NAME.<random>.tmp` behind. Without `force`, a file that appeared at `target` meanwhile is not replaced.
-    Raises RequestError where `target` exists or its directory refuses, ResourceError where the disk is full.
+    Raises RequestError if `target` exists or its directory is not writable, ResourceError if the disk is full.
     """
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
     with _signals_raise():
@@ -76,11 +76,11 @@ def whole_file(target: Path, *, force: bool) -> Iterator[Path]:
                 _sync(temporary)
                 _publish(temporary, target, force=force)
             except OSError as error:
-                full = f"{target.parent} is full" if error.errno in _NO_SPACE else f"cannot write {target}"
-                raise ResourceError(f"{full}: {error.strerror}; make room or write elsewhere") from error
+                problem = f"{target.parent} is full" if error.errno in _NO_SPACE else f"cannot write {target}"
+                raise ResourceError(f"{problem}: {error.strerror}; make room or write elsewhere") from error
         finally:
             temporary.unlink(missing_ok=True)
-    # After a crash of the machine the name is there, too; not every file system can promise that.
+    # Sync the directory, so that the name survives a crash of the machine; not every file system supports that.
     with contextlib.suppress(OSError):
         _sync(target.parent)
 
@@ -90,11 +90,11 @@ def _publish(temporary: Path, target: Path, *, force: bool) -> None:
         temporary.replace(target)
         return
     try:
-        os.link(temporary, target)  # unlike a rename, refuses to replace
+        os.link(temporary, target)  # unlike a rename, does not replace an existing file
     except FileExistsError:
         raise _exists(target) from None
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _NO_HARD_LINKS:
             raise
         if target.exists():
             raise _exists(target) from None
@@ -115,11 +115,11 @@ def _exists(target: Path) -> RequestError:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP unwind the stack; afterwards they do what they did before.
+    """Within the block, SIGTERM and SIGHUP unwind the stack; afterwards their default action is restored.
 
-    Only where nobody else handles them, and only in the main thread, where Python delivers signals.
+    Applies only to signals without another handler, and only in the main thread: Python delivers signals there.
     """
-    mine: list[signal.Signals] = []
+    handled: list[signal.Signals] = []
 
     def unwind(number: int, frame: FrameType | None) -> None:
         raise _TerminatedError(number)
@@ -130,10 +130,10 @@ def _signals_raise() -> Iterator[None]:
                 for number in _TERMINATING:
                     if signal.getsignal(number) is signal.SIG_DFL:
                         signal.signal(number, unwind)
-                        mine.append(number)
+                        handled.append(number)
             yield
         finally:
-            for number in mine:
+            for number in handled:
                 signal.signal(number, signal.SIG_DFL)
     except _TerminatedError as terminated:
         signal.raise_signal(terminated.number)

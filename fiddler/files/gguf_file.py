@@ -1,9 +1,9 @@
-"""Opens a GGUF file, or all the files of a split one: maps it, has its header checked, gives tensors as views.
+"""Opens a GGUF model, in one file or split into parts: maps it, validates its header, returns tensors as views.
 
 The only reader of GGUF files. Knows files and mappings; not what the metadata means, nor torch. The mapping is
-shared and read-only, so a model takes no memory of its own; it stays valid when the file is replaced or deleted,
-but truncating a file *in place* while a model runs from it kills the process (SIGBUS), as it does for any program
-that maps its models.
+shared and read-only, so a model takes no memory of its own. It stays valid when the file is replaced or deleted;
+truncating a file *in place* while a model runs from it kills the process (SIGBUS), as in any program that maps
+its models.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from fiddler.errors import FileFormatError
-from fiddler.files.gguf_header import VIEWED, Header, TensorInfo, printable
+from fiddler.files.gguf_header import VIEW_TYPES, Header, TensorInfo, printable
 
 __all__ = ["GgufFile", "TensorInfo"]
 
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
-_LONGEST_PATH = 300  # characters of a path that a message shows
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
+_MAX_PATH_CHARS = 300  # of a path in an error message
 
 
 class GgufFile:
-    """A validated GGUF model, in one file or several, mapped read-only and shared.
+    """A validated GGUF model in one or more files, mapped read-only and shared.
 
     `metadata` holds str, int, float and bool; arrays of strings are `list[str]`, other arrays 1-D numpy arrays.
     `tensors` maps a name to its `TensorInfo`, in file order.
@@ -50,15 +50,15 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Map and validate `path`; for a split model any one of its parts opens them all.
+        """Map and validate `path`; any part of a split model opens all parts.
 
-        Raises FileFormatError, in one printable line that names the file, when it is missing, truncated or malformed.
+        Raises FileFormatError, one printable line that names the file, if a file is missing, truncated or malformed.
         """
         path = Path(path)
         parts = [_Part.open(path)]
         count = parts[0].count()
         if count > 1:
-            parts = [_Part.open(name, number, count) for number, name in enumerate(_part_paths(path, count))]
+            parts = [_Part.open(part_path, number, count) for number, part_path in enumerate(_part_paths(path, count))]
         tensors = _index(parts)
         expected = parts[0].header.metadata.get("split.tensors.count", len(tensors))
         if count > 1 and not (isinstance(expected, int) and expected == len(tensors)):
@@ -71,29 +71,29 @@ class GgufFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes mapped, over all parts."""
+        """Size of all mappings [bytes]."""
         return sum(len(part) for part in self._maps)
 
     @property
     def mappings(self) -> list[tuple[int, int]]:
-        """Address and bytes of each part's mapping."""
+        """Address and size [bytes] of each part's mapping."""
         views = [np.frombuffer(part, np.uint8) for part in self._maps]
         return [(int(view.ctypes.data), view.nbytes) for view in views]
 
     @property
     def shown_path(self) -> str:
-        """`path` for a message: one printable line."""
+        """`path` for an error message: one printable line."""
         return _shown(self.path)
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in the mapping: float32 for F32, uint16 *bits* for F16 and BF16.
 
-        Raises FileFormatError when there is no such tensor or its type is one that cannot be viewed.
+        Raises FileFormatError if the tensor does not exist or has another type.
         """
         info = self.tensors.get(name)
         if info is None:
             raise FileFormatError(f"{self.shown_path}: has no tensor {printable(name)}; convert the model again")
-        dtype = next((dtype for known, dtype in VIEWED.values() if known == info.type), None)
+        dtype = next((dtype for type_name, dtype in VIEW_TYPES.values() if type_name == info.type), None)
         if dtype is None:
             raise FileFormatError(
                 f"{self.shown_path}: tensor {name} is {info.type}; only F32, F16 and BF16 run: "
@@ -104,8 +104,8 @@ class GgufFile:
 
 
 def _shown(path: Path) -> str:
-    """A path for a message: one printable line."""
-    return printable(path, _LONGEST_PATH)
+    """A path for an error message: one printable line."""
+    return printable(path, _MAX_PATH_CHARS)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class _Part:
 
     @classmethod
     def open(cls, path: Path, number: int = 0, count: int = 1) -> _Part:
-        """Map and check one file; with `count` above 1 it must say that it is part `number`, from 0, of so many."""
+        """Map and validate one file; if `count` > 1, its metadata must name it part `number` (from 0) of `count`."""
         try:
-            mapped = _mapped(path)
-            part = cls(path, Header.parse(mapped, number), mapped)
+            mapping = _map_file(path)
+            part = cls(path, Header.parse(mapping, number), mapping)
             if count > 1:
                 part._check(number, count)
         except FileNotFoundError:
@@ -133,25 +133,25 @@ class _Part:
         return part
 
     def count(self) -> int:
-        """How many parts the model has, by this one's word; 1 where it is not split."""
+        """Number of the model's parts according to this part's metadata; 1 if the model is not split."""
         value = self.header.metadata.get("split.count", 1)
-        if type(value) is not int or value < 0:  # type: True is an int, too
+        if type(value) is not int or value < 0:  # not isinstance: True is an int, too
             raise FileFormatError(
                 f"{_shown(self.path)}: split.count is '{printable(value)}'; it must be a number of files"
             )
         return max(value, 1)
 
     def _check(self, number: int, count: int) -> None:
-        says = [self.header.metadata.get(key) for key in ("split.no", "split.count")]
-        if not all(type(value) is int for value in says) or says != [number, count]:
+        recorded = [self.header.metadata.get(key) for key in ("split.no", "split.count")]
+        if not all(type(value) is int for value in recorded) or recorded != [number, count]:
             raise FileFormatError(
-                f"has split.no {printable(says[0])} and split.count {printable(says[1])}, but its name stands for "
-                f"{number} and {count}; restore its name or download the parts again"
+                f"has split.no {printable(recorded[0])} and split.count {printable(recorded[1])}, but its name "
+                f"stands for {number} and {count}; restore its name or download the parts again"
             )
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+def _map_file(path: Path) -> mmap.mmap:
+    # O_NONBLOCK: opening a pipe without a writer would block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         status = os.fstat(descriptor)
@@ -169,7 +169,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _part_paths(path: Path, count: int) -> list[Path]:
-    match = _PART.fullmatch(path.name)
+    match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise FileFormatError(
             f"{_shown(path)}: is one of {count} parts, but is not named like STEM-00001-of-{count:05}.gguf; "

@@ -1,4 +1,4 @@
-"""What `fiddler inspect` shows: a model file described in plain values. Reads no tensor data, needs no torch."""
+"""Describes a model file in plain values, for `fiddler inspect`. Reads no tensor data, needs no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fiddler.files.model_file import ModelFile
 
 __all__ = ["describe", "to_text"]
 
-_LONGEST = 200  # characters of a metadata string that are shown
+_MAX_CHARS = 200  # of a metadata string
 
 
 def describe(path: Path) -> dict[str, Any]:
     """A model's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
 
-    Values are exact but for long ones, which are cut, and numbers that JSON lacks, which become strings.
-    Raises FileFormatError, in one line, when the file is not a Mixtral GGUF.
+    Metadata is shortened: long strings are cut, arrays become their size and type. Infinities and NaN become strings.
+    Raises FileFormatError, one line, if the file is not a Mixtral GGUF.
     """
     model = ModelFile.open(path)
     file, config = model.file, model.config
@@ -82,12 +82,12 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def to_text(description: dict[str, Any]) -> str:
-    """`describe`'s answer for a person, without control characters; with "kernels" if the caller adds them."""
+    """Format `describe`'s result as text without control characters; with "kernels" if the caller adds them."""
     a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
     kernels = description.get("kernels")
     lines = [
-        f"{printable(description['name'] or description['path'], _LONGEST)}: {a['parameters'] / 1e9:.3g} B parameters, "
-        f"{sizes['file'] / 1e9:.2f} GB",
+        f"{printable(description['name'] or description['path'], _MAX_CHARS)}: {a['parameters'] / 1e9:.3g} B "
+        f"parameters, {sizes['file'] / 1e9:.2f} GB",
         f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
         f"{a['experts_per_token']} a token",
         f"  {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} KV heads; context {a['context']}"
@@ -115,8 +115,8 @@ def _plain(value: object) -> object:
         return f"[{value.size} x {value.dtype}]"
     if isinstance(value, list):
         return f"[{len(value)} strings]"
-    if isinstance(value, str) and len(value) > _LONGEST:
-        return value[:_LONGEST] + "..."
+    if isinstance(value, str) and len(value) > _MAX_CHARS:
+        return value[:_MAX_CHARS] + "..."
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,6 +1,6 @@
-"""A GGUF file that is a Mixtral: container, hyper-parameters and tensors that agree. No torch, no tensor data read.
+"""A validated Mixtral GGUF: its hyper-parameters, tensors and vocabulary agree. Opening needs no torch or tensor data.
 
-It knows which tensors and which vocabulary a Mixtral has; not how they are computed with, nor how text is cut.
+Knows which tensors and which vocabulary a Mixtral has; not how to compute with them or to tokenize text.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 __all__ = ["ModelFile"]
 
 _RUNNABLE = ("F16", "BF16")
-_SAMPLES, _SAMPLE = 8, 32  # places of a tensor that tell it from others, and elements there
+_SAMPLES, _SAMPLE_SIZE = 8, 32  # samples of a tensor in the fingerprint, elements of a sample
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file whose tensors have the shapes, and whose vocabulary the size, that its hyper-parameters imply."""
+    """A GGUF file whose tensor shapes and vocabulary size are those that its hyper-parameters imply."""
 
     file: GgufFile
     config: Config
-    tied: bool  # `token_embd` serves as the output, too
+    tied: bool  # `token_embd` is the output matrix, too
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFile:
-        """Map `path` and hold its tensors and its vocabulary against its hyper-parameters.
+        """Map `path` and check its tensors and its vocabulary against its hyper-parameters.
 
-        Raises FileFormatError, in one line that names the file, for a malformed file, another architecture, a
-        tensor that is missing, unknown or of another shape, and a vocabulary that is malformed or of another size.
+        Raises FileFormatError, one line that names the file, for a malformed file, another architecture, a tensor
+        that is missing, unknown or of another shape, and a vocabulary that is malformed or of another size.
         """
         file = GgufFile.open(path)
         try:
@@ -53,7 +53,7 @@ class ModelFile:
         return cls(file, config, tied)
 
     def check_runnable(self) -> None:
-        """Raises FileFormatError unless every weight is of a type that the kernels read."""
+        """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
         for name in self.config.tensor_shapes(tied=self.tied):
             kind = self.file.tensors[name].type
             routed = name.endswith("_exps.weight")
@@ -73,11 +73,11 @@ class ModelFile:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the file's vocabulary makes, built when first asked for.
+        """The tokenizer of the file's vocabulary, built on first use.
 
-        Raises FileFormatError, in one line that names the file, where it makes none.
+        Raises FileFormatError, one line that names the file, if the vocabulary makes no tokenizer.
         """
-        from fiddler.text.tokenizer import Tokenizer  # late: looking at a file does without the library under it
+        from fiddler.text.tokenizer import Tokenizer  # late: inspecting a file needs no sentencepiece
 
         try:
             return Tokenizer.from_metadata(self.file.metadata)
@@ -86,25 +86,25 @@ class ModelFile:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """32 bytes that are the same for the same model: SHA-256 of metadata, shapes and samples of the data.
+        """Identifies the model: SHA-256 [32 bytes] of its metadata, tensor shapes and samples of its weights.
 
-        The samples are read from the mapping, some kilobytes in all; weights that differ elsewhere alone go unnoticed.
+        Reads some kilobytes of the mapping in all; weights that differ only elsewhere go unnoticed.
         """
-        made = hashlib.sha256()
+        sha256 = hashlib.sha256()
         for key, value in self.file.metadata.items():
             if not key.startswith("split."):
-                made.update(f"{key!a}={value!a};".encode())
-                made.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
+                sha256.update(f"{key!a}={value!a};".encode())
+                sha256.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
         for tensor in self.file.tensors.values():
-            made.update(f"{tensor.name!a} {tensor.type} {tensor.shape};".encode())
+            sha256.update(f"{tensor.name!a} {tensor.type} {tensor.shape};".encode())
             flat = self.file.array(tensor.name).reshape(-1)
-            for part in range(_SAMPLES):
-                begin = (flat.size - 1) * part // (_SAMPLES - 1)
-                made.update(flat[begin : begin + _SAMPLE].tobytes())
-        return made.digest()
+            for sample in range(_SAMPLES):
+                begin = (flat.size - 1) * sample // (_SAMPLES - 1)
+                sha256.update(flat[begin : begin + _SAMPLE_SIZE].tobytes())
+        return sha256.digest()
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor's view (see `GgufFile.array`) and its type; "output.weight" of a tied model is the embedding."""
+        """A tensor's view (see `GgufFile.array`) and its type; a tied model's "output.weight" is its `token_embd`."""
         if name == "output.weight" and self.tied:
             name = "token_embd.weight"
         return self.file.array(name), self.file.tensors[name].type

@@ -14,7 +14,7 @@ __all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "variant_for"]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One layer's experts as they lie in the file: uint16 bits, and how to read them."""
+    """One layer's experts: uint16 bits and the kernel variant that reads them."""
 
     gate: np.ndarray  # [E, F, D]
     up: np.ndarray  # [E, F, D]
@@ -24,14 +24,14 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """One dense weight: uint16 bits [out, in] and how to read them."""
+    """One dense weight: uint16 bits [out, in] and the kernel variant that reads them."""
 
     bits: np.ndarray
     variant: KernelVariant
 
 
 def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
-    """Every layer's experts; `exact`: float32 activations for bf16 weights, too."""
+    """The experts of every layer; `exact`: float32 activations for bf16 weights, too."""
     experts = []
     for layer in range(model_file.config.block_count):
         names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
@@ -41,6 +41,6 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
 
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
-    """How weights of a GGUF type are multiplied; `exact`: with float32 activations."""
+    """The kernel variant for weights of a GGUF type; `exact`: float32 activations for bf16 weights, too."""
     weights = "bf16" if kind == "BF16" else "f16"
     return KernelVariant(tier, weights, "f32" if exact or weights == "f16" else "bf16")

@@ -1,8 +1,8 @@
-"""Prompts in a file of JSON lines: each line's fields, checked before any of them is run. Knows no model.
+"""Prompts in a file of JSON lines, all checked before the first one runs. Knows no model.
 
-A line is an object: `id` (a string or a number, each once), `prompt` or `messages` (role and content each, as OpenAI's
-chat), and what the defaults would say otherwise: `max_tokens`, `stop`, `ignore_eos` and the fields of `Sampling` by
-their names. A field that is null counts as absent.
+A line is an object: `id` (a string or a number, unique), `prompt` or `messages` (role and content each, as in OpenAI's
+chat), and optional fields that override the defaults: `max_tokens`, `stop`, `ignore_eos` and the fields of `Sampling`
+by name. A field that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["JobFile"]
 
 
 class JobFile:
-    """The file; `ids` are all there are, checked. Its lines are read again as they are run, one at a time."""
+    """A checked file of prompts; `ids` are those of all lines. `jobs` reads the lines again, one at a time."""
 
     def __init__(self, path: Path, defaults: Defaults) -> None:
         """Check every line.
 
-        Raises RequestError, with the number of the line, for the first that is not right; for a file that cannot be
-        read or holds nothing.
+        Raises RequestError with the line number for the first invalid line, and for a file that cannot be read or
+        holds no prompt.
         """
         self.path = path
         self._defaults = defaults
-        self.ids: dict[Id, int] = {}  # and their lines' numbers
+        self.ids: dict[Id, int] = {}  # id -> line number
         for number, job in self._lines():
             if job.id in self.ids:
                 self._refuse(number, f"the id {quoted(job.id)} is that of line {self.ids[job.id]}; give each its own")
@@ -38,7 +38,7 @@ class JobFile:
             raise RequestError(f'{path}: holds no prompt; give lines as {{"id": 1, "prompt": "Once upon a time"}}')
 
     def jobs(self, done: Collection[Id]) -> Iterator[Job]:
-        """Those whose ids are not `done`, in their order."""
+        """The jobs whose ids are not in `done`, in file order. Raises RequestError where the file has changed."""
         for number, job in self._lines():
             if self.ids.get(job.id) != number:
                 self._refuse(number, "was changed after it was checked; run the command again")
@@ -48,7 +48,9 @@ class JobFile:
     def _lines(self) -> Iterator[tuple[int, Job]]:
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
-                raise RequestError(f"{self.path}: is no regular file, which is read twice; give a file of JSON lines")
+                raise RequestError(
+                    f"{self.path}: is no regular file and cannot be read twice; give a file of JSON lines"
+                )
             with self.path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line

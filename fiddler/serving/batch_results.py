@@ -1,8 +1,8 @@
-"""Results in a file of JSON lines, which grows line by line and from which an interrupted run goes on.
+"""Results in a file of JSON lines, appended one by one, from which an interrupted run resumes.
 
-Each line is one write to the end of the file, so that a process that is killed leaves whole lines, or at worst the
-beginning of one, which the next run takes off. What a write gave to the system survives the process; `fsync`, at most
-once a second and at the end, is for when the machine goes down. Knows no model and no prompts.
+Each line is one write to the end of the file: a killed process leaves whole lines, or at worst one partial line at the
+end, which the next run removes. Written lines survive the process; `fsync`, at most once a second and at the end,
+guards against a crash of the machine. Knows no model and no prompts.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fiddler.serving.json_fields import Id, as_id, parse_object
 
 __all__ = ["Results"]
 
-_BEGINNING = b'{"id": '
-_SYNC = 1.0  # seconds
-_ANSWER = {"id", "text", "finish_reason", "prompt_tokens", "generated_tokens"}
-_FAILURE = {"id", "error"}
+_LINE_START = b'{"id": '
+_SYNC_INTERVAL = 1.0  # [s]
+_ANSWER_KEYS = {"id", "text", "finish_reason", "prompt_tokens", "generated_tokens"}
+_ERROR_KEYS = {"id", "error"}
 
 
 class Results:
-    """An open file of results, of this process alone; `done` are the ids that it holds."""
+    """An open file of results, locked by this process; `done` are the ids that have one."""
 
     def __init__(self, path: Path, source: Path, ids: Collection[Id]) -> None:
-        """Open or make `path`, for answers to `ids`, which come from the file `source`.
+        """Open or create `path`, for results of `ids`, which come from the file `source`.
 
-        The beginning of a line at the end is taken off. Raises RequestError where the file holds anything but answers
-        to `ids`, is `source`, is written by another process or cannot be written.
+        Removes a partial line at the end. Raises RequestError where the file holds anything but results of `ids`, is
+        `source`, is being written by another process or cannot be written.
         """
         self.path = path
         self.done: set[Id] = set()
@@ -63,27 +63,27 @@ class Results:
             os.close(self._file)
 
     def add(self, identity: Id, **answer: Any) -> None:
-        """Append a line. Raises ResourceError where the disk is full; then the file ends where it did before."""
+        """Append a result as one line. Raises ResourceError where the disk is full, and leaves the file unchanged."""
         line = (json.dumps({"id": identity, **answer}, ensure_ascii=False) + "\n").encode()
         end = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
             if written < len(line):
-                written += os.write(self._file, line[written:])  # says why
-            short = None if written == len(line) else "only a part was written"
+                written += os.write(self._file, line[written:])  # raises with the reason
+            failure = None if written == len(line) else "only a part was written"
         except OSError as error:
-            short = error.strerror
-        if short is not None:
+            failure = error.strerror
+        if failure is not None:
             os.ftruncate(self._file, end)
-            raise ResourceError(f"{self.path}: cannot be written: {short}; make room, then run the command again")
+            raise ResourceError(f"{self.path}: cannot be written: {failure}; make room, then run the command again")
         self.done.add(identity)
-        if time.monotonic() >= self._synced + _SYNC:
+        if time.monotonic() >= self._synced + _SYNC_INTERVAL:
             os.fsync(self._file)
             self._synced = time.monotonic()
 
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
-            raise RequestError(f"{self.path}: is no regular file, from which a run could go on; give another")
+            raise RequestError(f"{self.path}: is no regular file, so a run could not resume from it; give another")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -94,22 +94,22 @@ class Results:
             raise RequestError(f"{self.path}: cannot be locked: {error.strerror}; give a file elsewhere") from None
 
     def _read(self, ids: Collection[Id]) -> None:
-        """Note what is there, and take off what is not whole."""
-        whole = 0
+        """Collect the ids in the file, and remove a partial line at the end."""
+        complete_bytes = 0
         with os.fdopen(os.dup(self._file), "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
-                    if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                    if not (line.startswith(_LINE_START) or _LINE_START.startswith(line)):
                         self._refuse(number, "is not the beginning of a result")
-                    os.ftruncate(self._file, whole)
+                    os.ftruncate(self._file, complete_bytes)
                     return
-                whole += len(line)
+                complete_bytes += len(line)
                 try:
-                    found = parse_object(line)
-                    identity = as_id(found.get("id"))
+                    result = parse_object(line)
+                    identity = as_id(result.get("id"))
                 except RequestError as error:
                     self._refuse(number, str(error).partition(";")[0])
-                if not (found.keys() >= _ANSWER or found.keys() >= _FAILURE):
+                if not (result.keys() >= _ANSWER_KEYS or result.keys() >= _ERROR_KEYS):
                     self._refuse(number, "is no result")
                 if identity not in ids:
                     self._refuse(number, f"answers {identity!r:.60}, which is not among the prompts")
@@ -119,5 +119,5 @@ class Results:
 
     def _refuse(self, number: int, message: str) -> NoReturn:
         raise RequestError(
-            f"{self.path}, line {number}: {message}: not what these prompts gave; give another file for the results"
+            f"{self.path}, line {number}: {message}: not a result of these prompts; give another file for the results"
         ) from None

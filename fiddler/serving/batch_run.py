@@ -1,4 +1,4 @@
-"""A batch's lines as generations. Knows an engine and its chat template; no files."""
+"""Starts a batch's jobs as generations. Knows an engine and its chat template; no files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["Prompts"]
 
 
 class Prompts:
-    """What lines ask for, as generations."""
+    """Starts jobs on one engine, those with messages through its chat template."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._template: ChatTemplate | None = None
-        self._answers: set[Id] = set()
+        self._chat_ids: set[Id] = set()
 
     def start(self, job: Job) -> Generation:
-        """Raises FiddlerError where the line cannot run: too long, or messages that the model's template refuses."""
+        """A job's generation. Raises FiddlerError for a prompt too long, or messages that the chat template refuses."""
         prompt: str | list[int]
         if isinstance(job.prompt, str):
             prompt = job.prompt
         else:
-            prompt = self._chat().ids(job.prompt)
-            self._answers.add(job.id)
+            prompt = self._chat_template().ids(job.prompt)
+            self._chat_ids.add(job.id)
         return self._engine.start(prompt, job.sampling, job.max_tokens, stop=job.stop, ignore_eos=job.ignore_eos)
 
-    def shown(self, identity: Id, text: str) -> str:
-        """A result's text. As in a chat, the tokenizer's own space before an answer is left out."""
-        if identity in self._answers and self._engine.tokenizer.add_space_prefix:
+    def text_of(self, identity: Id, text: str) -> str:
+        """A result's text. As in a chat, an answer to messages loses the space that the tokenizer puts first."""
+        if identity in self._chat_ids and self._engine.tokenizer.add_space_prefix:
             return text.removeprefix(" ")
         return text
 
-    def _chat(self) -> ChatTemplate:
+    def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             from fiddler.text.chat_template import ChatTemplate
 

@@ -1,4 +1,4 @@
-"""A request's fields as JSON spells them, checked before anything is run. Knows no model and no files."""
+"""A request's JSON fields, checked before anything runs, and log-probabilities as JSON. Knows no model and no files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", *_SAM
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a line leaves open. `max_tokens` None: until the end, or as far as the context goes."""
+    """Values of the fields that a line omits. `max_tokens` None: until an end token or the end of the context."""
 
     sampling: Sampling
     max_tokens: int | None = None
@@ -37,7 +37,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Job:
-    """A line: text to continue, or messages to answer."""
+    """A checked line: a text to continue, or messages to answer."""
 
     id: Id
     prompt: str | tuple[Message, ...]
@@ -50,16 +50,16 @@ class Job:
 def parse_object(line: bytes) -> dict[str, Any]:
     """A line's JSON object. Raises RequestError for anything else."""
     try:
-        found = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise RequestError("is not UTF-8; save the file as UTF-8") from None
     except RecursionError:
         raise RequestError("is nested too deeply; give an object of plain fields") from None
     except ValueError as error:
         raise RequestError(f"is not JSON ({' '.join(str(error).split())[:80]}); give one object a line") from None
-    if not isinstance(found, dict):
-        raise RequestError(f"is a {type(found).__name__}, not an object; give an id and a prompt by name")
-    return found
+    if not isinstance(value, dict):
+        raise RequestError(f"is a {type(value).__name__}, not an object; give an id and a prompt by name")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -67,7 +67,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def as_id(value: object) -> Id:
-    """Raises RequestError for what is no id."""
+    """`value`, if it is an id. Raises RequestError where it is neither a string nor a finite number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RequestError(f"the id is {quoted(value)}; give a string or a number")
     if isinstance(value, float) and not math.isfinite(value):
@@ -78,39 +78,39 @@ def as_id(value: object) -> Id:
 
 
 def job_of(line: dict[str, Any], defaults: Defaults) -> Job:
-    """A line's object as a job. Raises RequestError, which names the field, where one does not fit."""
+    """A line's object as a job. Raises RequestError, which names the field, for an invalid one."""
     unknown = next((name for name in line if name not in _FIELDS), None)
     if unknown is not None:
         raise RequestError(f"unknown field {quoted(unknown)}; known are {', '.join(_FIELDS)}")
-    given = {name: value for name, value in line.items() if value is not None}
-    if "id" not in given:
+    values = {name: value for name, value in line.items() if value is not None}
+    if "id" not in values:
         raise RequestError("has no id; give a string or a number")
-    identity = as_id(given["id"])
-    limit = given.get("max_tokens", defaults.max_tokens)
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < -1):
-        raise RequestError(f"max_tokens is {quoted(limit)}; give a whole number, -1 for no limit")
-    ignore_eos = given.get("ignore_eos", defaults.ignore_eos)
+    identity = as_id(values["id"])
+    max_tokens = values.get("max_tokens", defaults.max_tokens)
+    if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < -1):
+        raise RequestError(f"max_tokens is {quoted(max_tokens)}; give a whole number, -1 for no limit")
+    ignore_eos = values.get("ignore_eos", defaults.ignore_eos)
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"ignore_eos is {quoted(ignore_eos)}; give true or false")
     return Job(
         identity,
-        _prompt(given),
-        _sampling(given, defaults.sampling, identity),
-        None if limit == -1 else limit,
-        _stop(given["stop"]) if "stop" in given else defaults.stop,
+        _prompt(values),
+        _sampling(values, defaults.sampling, identity),
+        None if max_tokens == -1 else max_tokens,
+        _stop(values["stop"]) if "stop" in values else defaults.stop,
         ignore_eos,
     )
 
 
-def _prompt(given: dict[str, Any]) -> str | tuple[Message, ...]:
-    if ("prompt" in given) == ("messages" in given):
+def _prompt(values: dict[str, Any]) -> str | tuple[Message, ...]:
+    if ("prompt" in values) == ("messages" in values):
         raise RequestError("give either a prompt or messages")
-    if "prompt" in given:
-        prompt = given["prompt"]
+    if "prompt" in values:
+        prompt = values["prompt"]
         if not isinstance(prompt, str):
             raise RequestError(f"the prompt is {quoted(prompt)}; give a string")
         return prompt
-    messages = given["messages"]
+    messages = values["messages"]
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages are {quoted(messages)}; give a list of objects with role and content")
     for message in messages:
@@ -130,14 +130,14 @@ def _stop(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _sampling(given: dict[str, Any], defaults: Sampling, identity: Id) -> Sampling:
-    """The line's own fields over the defaults, whose seed becomes the line's: it depends on nothing but them both."""
+def _sampling(values: dict[str, Any], defaults: Sampling, identity: Id) -> Sampling:
+    """The line's own fields over the defaults. A line without a seed derives it from the default seed and its id."""
     own: dict[str, Any] = {}
     for name in _SAMPLING:
-        if name not in given:
+        if name not in values:
             continue
-        value, usual = given[name], getattr(defaults, name)
-        if isinstance(value, bool) and not isinstance(usual, bool):
+        value, default = values[name], getattr(defaults, name)
+        if isinstance(value, bool) and not isinstance(default, bool):
             raise RequestError(f"{name} is {json.dumps(value)}; it must be a number")
         if isinstance(value, int) and abs(value) >= 2**64:
             raise RequestError(f"{name} is {quoted(value)}, which is too large")
@@ -150,7 +150,7 @@ def _sampling(given: dict[str, Any], defaults: Sampling, identity: Id) -> Sampli
 
 
 def _biases(value: object) -> object:
-    """JSON's keys are texts: ids of tokens."""
+    """An object with its keys as token ids: JSON has only string keys. Other values and keys stay as they are."""
     if not isinstance(value, dict):
         return value
     return {int(key) if key.isascii() and key.isdigit() and len(key) < 12 else key: b for key, b in value.items()}
@@ -162,14 +162,14 @@ def _seed(seed: int, identity: Id) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def probs_of(pieces: Sequence[bytes], found: LogProbs) -> dict[str, Any]:
-    """One step as JSON has it, with the keys of `completion_probabilities` of llama.cpp's server.
+def probs_of(pieces: Sequence[bytes], step: LogProbs) -> dict[str, Any]:
+    """One step's log-probabilities as JSON, with the keys of `completion_probabilities` of llama.cpp's server.
 
-    `pieces`: each token's text. `bytes` are exact; `token` shows what is no UTF-8 as U+FFFD.
+    `pieces`: each token's text, by id. `bytes` are exact; `token` has U+FFFD for bytes that are not UTF-8.
     """
 
-    def shown(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
         piece = pieces[token]
         return {"id": token, "token": piece.decode(errors="replace"), "bytes": [*piece], "logprob": logprob}
 
-    return {**shown(found.token, found.logprob), "top_logprobs": [shown(*pair) for pair in found.top]}
+    return {**entry(step.token, step.logprob), "top_logprobs": [entry(*pair) for pair in step.top]}

@@ -1,14 +1,14 @@
-"""A model's chat template: messages in, the ids of a prompt out, as `transformers.apply_chat_template` gives them.
+"""A model's chat template: turns messages into prompt ids, as `transformers.apply_chat_template` does.
 
-The template is Jinja from the file's metadata, rendered by `template_process`. Its own text may become control
-tokens; what stands in a message never does. Both meet in one string, which is cut into tokens as a whole, since
-SentencePiece joins and spaces across their borders. So before rendering a character that occurs nowhere else, the
-bar, goes into every name of a control token that a message holds, and between a message and what could complete one
-around it; the tokenizer finds no special token across a bar and drops it. A message without such a name is left as it
-is, so templates that strip, cut or test it do with it as they do in transformers. A template that itself rewrites
-a message's letters (`lower`, `replace`) can still make a name of what was none.
+The template is Jinja from the file's metadata; `template_process` renders it. The template's own text may become
+control tokens; text of a message never does. Both are tokenized as one string, because SentencePiece merges and adds
+spaces across their borders. So before rendering, a character that occurs nowhere else, the bar, is inserted into every
+control token's name in a message, and between a message and text that could complete a name around it. The tokenizer
+recognises no special token across a bar, and drops the bar. A message without such a name stays unchanged, so
+templates that strip, cut or test it behave as in transformers. A template that itself rewrites a message's letters
+(`lower`, `replace`) can still create a name.
 
-A template that writes no BOS gets none, as in transformers, whatever `add_bos` says; one that does gets that one.
+A template that writes no BOS gets none, as in transformers, whatever `add_bos` says; one that writes it gets that one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PRIVATE_PLANE, _PRIVATE_COUNT = 0x100000, 0xFFFE
 
 
 class ChatTemplate:
-    """One template with the tokenizer it is for. Renders in a process of its own, which `close` ends."""
+    """A chat template with its tokenizer. Renders in a process of its own, which `close` ends."""
 
     def __init__(
         self, source: str, tokenizer: Tokenizer, special: Mapping[str, str], limits: Limits | None = None
     ) -> None:
-        """`special`: what the template finds as `bos_token`, `eos_token`, ...; `limits`: of rendering once."""
+        """`special`: the template's variables `bos_token`, `eos_token`, ...; `limits`: of one rendering."""
         self._source, self._tokenizer, self._special = source, tokenizer, dict(special)
         self._names = tokenizer.control_names
         self._process = TemplateProcess(limits or Limits())
@@ -48,14 +48,14 @@ class ChatTemplate:
         return None if source is None else cls(source, tokenizer, special_tokens(tokenizer, metadata))
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """What the template makes of `messages`, as text. Raises as `ids` does."""
+        """The text that the template renders for `messages`. Raises as `ids` does."""
         return self._rendered(_checked(messages), add_generation_prompt)
 
     def ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """The prompt's ids, BOS included where the template writes it; `add_generation_prompt`: up to an answer.
+        """The prompt's ids, BOS included where the template writes it; `add_generation_prompt`: begin an answer.
 
         Raises RequestError where `messages` are malformed or the template refuses them, and FileFormatError where
-        the template is malformed, fails or goes beyond the limits, in one line.
+        the template is malformed, fails or exceeds the limits, in one line.
         """
         texts = [text for message in _checked(messages) for pair in message.items() for text in pair]
         bar = _unused_character((self._source, *self._special.values(), *texts))
@@ -66,7 +66,7 @@ class ChatTemplate:
         return self._tokenizer.encode(self._rendered(marked, add_generation_prompt), parse_special=True, bar=bar)
 
     def close(self) -> None:
-        """End the process that renders; it is started again when needed."""
+        """End the rendering process; the next rendering starts another."""
         self._process.close()
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -77,18 +77,22 @@ class ChatTemplate:
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages:
         raise RequestError("there are no messages; give at least one")
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise RequestError(f"message {place} is {quoted(message)}; it must have a role and a content")
+            raise RequestError(f"message {index} is {quoted(message)}; it must have a role and a content")
         for key, value in message.items():
             if not isinstance(value, str):
-                raise RequestError(f"message {place}: {quoted(key)} is {quoted(value)}; it must be a string")
+                raise RequestError(f"message {index}: {quoted(key)} is {quoted(value)}; it must be a string")
     return messages
 
 
 def special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> dict[str, str]:
-    """The names of a GGUF's special tokens as templates know them: those that its metadata name."""
-    found = {}
+    """A GGUF's special tokens by their names in templates: variable -> text.
+
+    The variables are those that the metadata defines; `eos_token` always, `bos_token` also where `add_bos` is set.
+    Raises FileFormatError for an id outside the vocabulary.
+    """
+    tokens = {}
     for name in _SPECIAL:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if index is None and not (name == "bos" and tokenizer.add_bos) and name != "eos":
@@ -96,15 +100,15 @@ def special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> dict
         index = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, index)
         if not isinstance(index, int) or not 0 <= index < tokenizer.vocab_size:
             raise FileFormatError(f"tokenizer.ggml.{name}_token_id is {quoted(index)}; it must be the id of a token")
-        found[_TEMPLATE_NAMES.get(name, f"{name}_token")] = tokenizer.token(index)
-    return found
+        tokens[_TEMPLATE_NAMES.get(name, f"{name}_token")] = tokenizer.token(index)
+    return tokens
 
 
 def barred(text: str, names: Iterable[str], bar: str) -> str:
-    """`text` with `bar` wherever it, or it and what stands around it, could hold one of `names`.
+    """`text` with `bar` inserted wherever the text, or the text with its surroundings, could hold one of `names`.
 
-    That is after the first character of every name; behind the text, before or after the white space at its end,
-    where it ends as a name begins; and likewise in front of it. Names of one character cannot be kept apart.
+    That is: after the first character of every name; at the end of the text, before or after its trailing white space,
+    where it ends as a name begins; and likewise at its start. A bar cannot split names of one character.
     """
     names = [name for name in names if len(name) > 1]
     for name in names:
@@ -112,13 +116,13 @@ def barred(text: str, names: Iterable[str], bar: str) -> str:
             text = text.replace(name, f"{name[0]}{bar}{name[1:]}")
     begins = {len(edge) for edge in (text, text.rstrip()) if any(_begins(edge, name) for name in names)}
     ends = {len(text) - len(edge) for edge in (text, text.lstrip()) if any(_ends(edge, name) for name in names)}
-    for place in sorted(begins | ends, reverse=True):
-        text = text[:place] + bar + text[place:]
+    for position in sorted(begins | ends, reverse=True):
+        text = text[:position] + bar + text[position:]
     return text
 
 
 def _begins(text: str, name: str) -> bool:
-    """Whether `text` ends with a beginning of `name`, not all of it."""
+    """Whether `text` ends with a proper prefix of `name`."""
     last, at = text[-1:], -1
     while last and (at := name.find(last, at + 1)) >= 0:
         if at + 1 < len(name) and text.endswith(name[: at + 1]):
@@ -127,7 +131,7 @@ def _begins(text: str, name: str) -> bool:
 
 
 def _ends(text: str, name: str) -> bool:
-    """Whether `text` starts with an end of `name`, not all of it."""
+    """Whether `text` starts with a proper suffix of `name`."""
     first, at = text[:1], 0
     while first and (at := name.find(first, at + 1)) >= 0:
         if text.startswith(name[at:]):
@@ -136,9 +140,9 @@ def _ends(text: str, name: str) -> bool:
 
 
 def _unused_character(texts: Iterable[str]) -> str:
-    """A private-use character that none of `texts` holds, and that nobody can know before."""
-    taken = set().union(*texts)
+    """A random private-use character that none of `texts` holds: nobody can know it in advance."""
+    used = set().union(*texts)
     while True:
         character = chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_COUNT))
-        if character not in taken:
+        if character not in used:
             return character

@@ -1,12 +1,11 @@
-"""SentencePiece's model file (`tokenizer.model`) read and written, as far as a BPE tokenizer needs it.
+"""Reads and writes SentencePiece's model file (`tokenizer.model`), as far as a BPE tokenizer needs it.
 
 The file is one protobuf message, `ModelProto` of sentencepiece_model.proto
-(https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto). Two packages in wide use
-each register their own copy of its descriptor with `protobuf`, and one process can hold only one of them; the
-wire format (https://protobuf.dev/programming-guides/encoding/) is small enough to be walked here instead.
+(https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto). Two widely used packages each
+register their own copy of its descriptor with `protobuf`, and one process can hold only one of them. So this file
+parses the wire format (https://protobuf.dev/programming-guides/encoding/) itself: it is small.
 
-It knows the format and nothing else: not GGUF, not what a piece means, not whether a model can run. Standard
-library only.
+Knows neither GGUF, nor the meaning of a piece, nor whether a model can run. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ __all__ = ["ModelType", "SentencePieceModel", "TokenType", "WireFormatError"]
 
 
 class WireFormatError(ValueError):
-    """Bytes that are not a SentencePiece model; the message says what is wrong, not in which file."""
+    """Bytes that are not a SentencePiece model. The message names the fault, not the file."""
 
 
 class TokenType(IntEnum):
-    """What a token is: `SentencePiece.Type`, and with the same numbers GGUF's `tokenizer.ggml.token_type`."""
+    """A token's type: `SentencePiece.Type`; GGUF's `tokenizer.ggml.token_type` has the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -44,14 +43,14 @@ class ModelType(IntEnum):
     CHAR = 4
 
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are not used by this format
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types; this format does not use 3 and 4 (groups)
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
     """The fields of a `ModelProto` that decide ids and text; the defaults are the format's own."""
 
-    pieces: tuple[bytes, ...]  # UTF-8, as written; one a token, `scores` and `types` likewise
+    pieces: tuple[bytes, ...]  # UTF-8, as in the file; one per token, like `scores` and `types`
     scores: tuple[float, ...]
     types: tuple[int, ...]
     model_type: int = ModelType.UNIGRAM
@@ -93,7 +92,7 @@ class SentencePieceModel:
         return cls(tuple(pieces), tuple(scores), tuple(types), **settings)
 
     def to_bytes(self) -> bytes:
-        """The model as a file that the `sentencepiece` library loads; a charsmap is not carried over."""
+        """The model as a file that the `sentencepiece` library loads, without a charsmap."""
         out = bytearray()
         pack = struct.Struct("<f").pack
         for piece, score, kind in zip(self.pieces, self.scores, self.types, strict=True):
@@ -107,7 +106,7 @@ class SentencePieceModel:
         return bytes(out)
 
 
-# Field number -> attribute. The attribute's default says whether it is an integer, a flag or a string.
+# Field number -> attribute. The type of the attribute's default is the field's: integer, flag or string.
 _TRAINER = {
     3: "model_type",
     24: "treat_whitespace_as_suffix",
@@ -143,21 +142,21 @@ def _piece(data: bytes) -> tuple[bytes, float, int]:
 
 
 def _settings(data: bytes, names: dict[int, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for number, value in _fields(data):
         name = names.get(number)
         if name is None:
             continue
         default = getattr(SentencePieceModel, name)
         if name == "has_charsmap":
-            found[name] = len(_message(value, name)) > 0
+            settings[name] = len(_message(value, name)) > 0
         elif isinstance(default, bytes):
-            found[name] = _message(value, name)
+            settings[name] = _message(value, name)
         elif isinstance(value, int):
-            found[name] = bool(value) if isinstance(default, bool) else value
+            settings[name] = bool(value) if isinstance(default, bool) else value
         else:
             raise WireFormatError(f"{name} is not a number")
-    return found
+    return settings
 
 
 def _message(value: int | float | bytes, name: str) -> bytes:
@@ -167,49 +166,45 @@ def _message(value: int | float | bytes, name: str) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Field number and value of each field of a message: a varint as `int`, fixed32 as `float`, a string as
-    `bytes`.
-    """
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _read_varint(data, at)
+    """Number and value of each field of a message: a varint as `int`, fixed32 as `float`, others as `bytes`."""
+    offset, end = 0, len(data)
+    while offset < end:
+        tag, offset = _read_varint(data, offset)
         number, wire = tag >> 3, tag & 7
         if number == 0:
-            raise WireFormatError(f"field number 0 before byte {at}")
+            raise WireFormatError(f"field number 0 before byte {offset}")
         if wire == _VARINT:
-            value, at = _read_varint(data, at)
+            value, offset = _read_varint(data, offset)
             yield number, value
             continue
         if wire == _LENGTH:
-            length, at = _read_varint(data, at)
+            length, offset = _read_varint(data, offset)
         elif wire in (_FIXED32, _FIXED64):
             length = 4 if wire == _FIXED32 else 8
         else:
-            raise WireFormatError(f"wire type {wire} before byte {at}")
-        if length > end - at:
-            raise WireFormatError(f"{length} bytes announced where {end - at} are left: truncated")
-        chunk = data[at : at + length]
-        at += length
+            raise WireFormatError(f"wire type {wire} before byte {offset}")
+        if length > end - offset:
+            raise WireFormatError(f"{length} bytes announced where {end - offset} are left: truncated")
+        chunk = data[offset : offset + length]
+        offset += length
         if wire == _FIXED32:
             yield number, struct.unpack("<f", chunk)[0]
         else:
             yield number, chunk
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Base-128 number, low group first, and the position behind it; ten bytes hold the 64 bits that are
-    allowed.
-    """
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
+    """A base-128 number, low group first, and the position after it; at most ten bytes, for 64 bits."""
     value = 0
     for shift in range(0, 70, 7):
-        if at >= len(data):
+        if offset >= len(data):
             raise WireFormatError("it ends inside a number: truncated")
-        byte = data[at]
-        at += 1
+        byte = data[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
-    raise WireFormatError(f"a number longer than 64 bits before byte {at}")
+            return value, offset
+    raise WireFormatError(f"a number longer than 64 bits before byte {offset}")
 
 
 def _varint(value: int) -> bytes:

@@ -1,4 +1,4 @@
-"""A GGUF's tokens as a SentencePiece model, and as bytes. Knows the vocabulary; not special tokens in a text."""
+"""A GGUF's vocabulary as a SentencePiece model, and as bytes. Knows no special tokens in a text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fiddler.text.vocabulary import SPACE, TokenTable
 
 __all__ = ["canonical", "decoded_tokens", "processor_of", "raw_bytes"]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # a surrogate that stands for no byte
-_UNREACHABLE = re.compile(r"[\0\ud800-\udfff]")  # what the library accepts in no piece, or in no text
+_LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # a surrogate that encodes no byte
+_UNREACHABLE = re.compile(r"[\0\ud800-\udfff]")  # characters that the library refuses in pieces or in texts
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def canonical(text: str | bytes) -> str:
-    """`text` as valid characters and, for each byte that is no UTF-8, one of U+DC80 to U+DCFF."""
+    """`text` as valid characters; each byte that is not UTF-8 becomes one of U+DC80 to U+DCFF."""
     if isinstance(text, str):
         if not _SURROGATE.search(text):
             return text
@@ -27,14 +27,17 @@ def canonical(text: str | bytes) -> str:
 
 
 def raw_bytes(text: str) -> bytes:
-    """A token's text as bytes; a name that is no UTF-8 keeps the bytes that it came from."""
+    """A token's text as bytes; a name that was not UTF-8 gives its original bytes."""
     if text.isascii():
         return text.encode()
     return canonical(text).encode("utf-8", "surrogateescape")
 
 
 def decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
-    """Each token's text as bytes, and the id of each byte's token."""
+    """Each token's text as bytes, by id, and byte -> id of its byte token.
+
+    Raises FileFormatError where a byte token is malformed or missing.
+    """
     decoded: list[bytes] = []
     byte_ids: dict[int, int] = {}
     for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
@@ -43,12 +46,12 @@ def decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
         elif kind == TokenType.USER_DEFINED:
             decoded.append(raw_bytes(text))
         elif kind == TokenType.BYTE:
-            named = _BYTE.fullmatch(text)
-            if named is None:
+            match = _BYTE.fullmatch(text)
+            if match is None:
                 raise FileFormatError(
                     f"token {index} is a byte token called {text[:40]!r}; it must be called <0x00> to <0xFF>"
                 )
-            byte = int(named[1], 16)
+            byte = int(match[1], 16)
             decoded.append(bytes([byte]))
             byte_ids.setdefault(byte, index)
         else:
@@ -65,27 +68,27 @@ def decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
 def processor_of(table: TokenTable, byte_ids: dict[int, int]) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece BPE model with the same ids, which adds no prefix and leaves spaces alone.
 
-    The library refuses a piece that is empty or occurs twice. Of tokens with one text the last is reached, as
-    in llama.cpp's own table; the others, and every token that ordinary text must not reach, get a name of no
-    use.
+    The library refuses a piece that is empty or occurs twice. Of several tokens with the same text, encoding yields the
+    last, as in llama.cpp's own table. The rest, and every token that ordinary text must not yield, get a placeholder
+    name. Raises FileFormatError where the library refuses the model.
     """
-    owner: dict[str, int] = {}
-    for wanted in (TokenType.UNUSED, TokenType.NORMAL):
+    id_by_text: dict[str, int] = {}
+    for token_type in (TokenType.UNUSED, TokenType.NORMAL):
         for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
-            if kind == wanted and text and not _UNREACHABLE.search(text):
-                owner[text] = index
-    bytes_kept = set(byte_ids.values())
+            if kind == token_type and text and not _UNREACHABLE.search(text):
+                id_by_text[text] = index
+    byte_token_ids = set(byte_ids.values())
     pieces: list[bytes] = []
     types: list[int] = []
     for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
-        if index in bytes_kept or owner.get(text) == index:
+        if index in byte_token_ids or id_by_text.get(text) == index:
             pieces.append(text.encode())
             types.append(kind)
         else:
             pieces.append(b"[%d]" % index)
             types.append(TokenType.CONTROL)
     model = SentencePieceModel(
-        # The library insists on an unknown token; with all bytes at hand it never gives one out.
+        # The library requires an unknown token; with all byte tokens present it never returns it.
         pieces=(*pieces, b"<unk>"),
         scores=(*table.scores, 0.0),
         types=(*types, TokenType.UNKNOWN),

@@ -1,4 +1,4 @@
-"""The door to the process that renders chat templates: starts it, asks it, ends it. Knows no messages, no tokens."""
+"""Starts, queries and ends the process that renders chat templates. Knows no messages, no tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fiddler.errors import FileFormatError, RequestError, ResourceError, quoted
 
 __all__ = ["Limits", "TemplateProcess"]
 
-_PATIENCE = 30  # times the seconds of computing, and seconds besides, until a machine that busy is given up
+_WALL_TIME_FACTOR = 30  # wall time for one answer / (CPU time limit + 1 s): the machine may be busy
 _START = (
     "import fiddler.text.template_sandbox as it, sys; it.main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
 )
@@ -27,7 +27,7 @@ _START = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What rendering a template once may take: seconds of computing, bytes of memory, characters of text."""
+    """Limits of one rendering: CPU time [s], memory [bytes], length of the text [characters]."""
 
     seconds: float = 2.0
     memory: int = 256 << 20
@@ -35,26 +35,26 @@ class Limits:
 
 
 class TemplateProcess:
-    """Renders templates in a process that is started when first needed, and again when a template ended it."""
+    """Renders templates in a process, started at first use and again after a template ended it."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: weakref.finalize[..., Any] | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """The text that the Jinja template `source` makes of `variables`, which are what JSON can say.
+        """The text that the Jinja template `source` renders from `variables`, which JSON must be able to encode.
 
         Raises RequestError where the template refuses them by `raise_exception`, FileFormatError where it is
-        malformed, fails, does what the sandbox forbids or takes more than the limits, ResourceError where no process
-        can be started; all in one line.
+        malformed, fails, breaks the sandbox's rules or exceeds the limits, ResourceError where no process can be
+        started; all in one line.
         """
         request = json.dumps({"source": source, "variables": dict(variables)}).encode() + b"\n"
         process = self._running()
         try:
-            line = _exchange(process, request, time.monotonic() + _PATIENCE * (self._limits.seconds + 1))
+            line = _exchange(process, request, time.monotonic() + _WALL_TIME_FACTOR * (self._limits.seconds + 1))
         except BaseException:
-            self.close()  # else its answer would be taken for the next one's
+            self.close()  # or the next request would read this one's answer
             raise
         if not line.endswith(b"\n"):
             raise FileFormatError(f"the chat template {self._death(process)}")
@@ -62,14 +62,14 @@ class TemplateProcess:
         if "text" in answer:
             text: str = answer["text"]
             return text
-        self._check_goes_on(answer["error"])
+        self._close_if_exhausted(answer["error"])
         raise self._refusal(answer["error"], answer["message"])
 
     def close(self) -> None:
         """End the process; a later `render` starts another."""
-        if self._end is not None:
-            self._end()
-        self._process = self._end = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -83,33 +83,33 @@ class TemplateProcess:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C is not for it
+                    start_new_session=True,  # Ctrl-C must not reach it
                 )
             except OSError as error:
                 raise ResourceError(f"cannot start {sys.executable} to render the chat template: {error}") from None
-            self._end = weakref.finalize(self, _stop, self._process)
+            self._finalizer = weakref.finalize(self, _stop, self._process)
         return self._process
 
-    def _check_goes_on(self, kind: str) -> None:
-        """After what may have left the process short of memory, the next request gets another one."""
+    def _close_if_exhausted(self, kind: str) -> None:
+        """End the process after an error that may leave it short of memory: the next request starts another."""
         if kind in ("memory", "depth", "length"):
             self.close()
 
     def _refusal(self, kind: str, message: str) -> FileFormatError | RequestError:
-        told, limits = quoted(message, 200), self._limits
+        reason, limits = quoted(message, 200), self._limits
         if kind == "raised":
-            return RequestError(f"the model's chat template refuses these messages: {told}")
-        what = {
-            "forbidden": f"tries what is forbidden to it: {told}",
-            "syntax": f"is malformed: {told}",
+            return RequestError(f"the model's chat template refuses these messages: {reason}")
+        failure = {
+            "forbidden": f"tries what is forbidden to it: {reason}",
+            "syntax": f"is malformed: {reason}",
             "length": f"writes more than {limits.characters} characters",
             "memory": f"asks for more than {limits.memory >> 20} MiB of memory",
             "depth": "is nested too deeply",
-        }.get(kind, f"fails: {told}")
-        return FileFormatError(f"the chat template {what}")
+        }.get(kind, f"fails: {reason}")
+        return FileFormatError(f"the chat template {failure}")
 
     def _death(self, process: subprocess.Popen[bytes]) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # not in a hurry to end where time was up
+        with contextlib.suppress(subprocess.TimeoutExpired):  # still running if the deadline passed
             process.wait(timeout=1)
         self.close()
         code = process.returncode
@@ -123,7 +123,7 @@ class TemplateProcess:
 
 
 def _exchange(process: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes:
-    """The answer's line; without its end where the process ended first, or time was up."""
+    """Send a request. Returns the answer's line, incomplete where the process ended or the deadline passed."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -131,24 +131,24 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, deadline: float)
         process.stdin.flush()
     except BrokenPipeError:
         return b""
-    found: list[bytes] = []
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([process.stdout], [], [], left)[0]:
+    parts: list[bytes] = []
+    while (remaining := deadline - time.monotonic()) > 0:
+        if not select.select([process.stdout], [], [], remaining)[0]:
             break
         part = os.read(process.stdout.fileno(), 1 << 16)
-        found.append(part)
+        parts.append(part)
         if not part or part.endswith(b"\n"):
             break
-    return b"".join(found)
+    return b"".join(parts)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End it, unless it has ended, and leave nothing behind."""
+    """Close the pipes, kill the process and reap it."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             try:
                 pipe.close()
             except BrokenPipeError:
-                continue  # of a request that it did not read any more
+                continue  # the process did not read its last request
     process.kill()
     process.wait()

@@ -1,19 +1,19 @@
-"""The process that renders chat templates: jinja2's sandbox, under limits that the operating system keeps.
+"""The process that renders chat templates: jinja2's sandbox, under limits that the operating system enforces.
 
-A template comes with a model file, so it may be hostile, and neither filters nor operators of Jinja are bounded: one
-multiplication can ask for 10 GB, one `tojson` of a list that holds itself forty times never ends. So nothing here
-trusts them to be small or quick. What is bounded, and by what:
+A template comes with a model file, so it may be hostile, and Jinja bounds neither its filters nor its operators: one
+multiplication can allocate 10 GB, one `tojson` of a list that holds itself forty times never ends. So these limits
+hold whatever a template computes:
 
-- seconds of computing, for parsing, compiling and rendering together, by an interval timer whose signal ends the
-  process, in the middle of whatever it computes;
-- memory beyond what the process has when it starts, by RLIMIT_AS;
-- characters of the result, counted as they come;
-- what is outside: no files can be opened, written or grown, no processes started (RLIMIT_NOFILE, _FSIZE, _NPROC,
-  _CORE), even if a template should get out of jinja2's sandbox. That is a second wall, no promise.
+- CPU time, of parsing, compiling and rendering together: an interval timer, whose signal ends the process in the middle
+  of any computation;
+- memory beyond the size of the process at its start: RLIMIT_AS;
+- characters of the result: counted as they come;
+- the outside: no files can be opened, written or grown, no processes started (RLIMIT_NOFILE, _FSIZE, _NPROC, _CORE),
+  even if a template escapes jinja2's sandbox. That is a second wall, no promise.
 
-In jinja2's sandbox, lists and dictionaries cannot be changed, attributes with an underscore, and every attribute of
-functions and classes, cannot be reached, and trying ends the rendering. What templates find is what `transformers`
-gives them (`_compile_jinja_template` in transformers/utils/chat_template_utils.py): trimmed blocks, loop controls,
+In jinja2's sandbox a template cannot change lists and dictionaries, and cannot reach attributes with an underscore or
+any attribute of functions and classes; an attempt ends the rendering. Templates have the environment of `transformers`
+(`_compile_jinja_template` in transformers/utils/chat_template_utils.py): trimmed blocks, loop controls,
 `raise_exception`, `strftime_now`, `tojson` as JSON without HTML, and `generation` blocks, which change no text.
 
 Requests and answers are lines of JSON on standard input and output. Knows no tokenizer and no model; imports none.
@@ -43,15 +43,15 @@ _WITHOUT_ATTRIBUTES = (type, types.FunctionType, types.BuiltinFunctionType, type
 
 
 class _RaisedError(TemplateError):
-    """The template itself says that these messages do not suit it."""
+    """The template called `raise_exception`: it refuses the messages."""
 
 
 class _TooLongError(Exception):
-    """More characters than allowed."""
+    """The result has more characters than allowed."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """jinja2's, less the attributes of functions and classes; what is forbidden raises as soon as it is touched."""
+    """jinja2's sandbox without attributes of functions and classes; forbidden access raises at once."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return not isinstance(obj, _WITHOUT_ATTRIBUTES) and super().is_safe_attribute(obj, attr, value)
@@ -61,11 +61,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Namespace(Namespace):
-    """`namespace()` whose names are ordinary ones."""
+    """`namespace()` without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *given = args
-        values = dict(*given, **kwargs)
+        self, *mappings = args
+        values = dict(*mappings, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
@@ -81,7 +81,7 @@ def _check_name(name: object) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what a model is trained on: its body."""
+    """`{% generation %}` marks text for training; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
@@ -114,10 +114,12 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _environment() -> _Environment:
-    made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    made.filters["tojson"] = _json
-    made.globals.update(raise_exception=_raise, strftime_now=_now, dict=_dict, namespace=_Namespace)
-    return made
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _json
+    environment.globals.update(raise_exception=_raise, strftime_now=_now, dict=_dict, namespace=_Namespace)
+    return environment
 
 
 def _rendered(source: str, variables: dict[str, Any], characters: int) -> str:
@@ -134,8 +136,8 @@ def _rendered(source: str, variables: dict[str, Any], characters: int) -> str:
 def _answer(request: bytes, characters: int) -> bytes:
     """{"text": ...}, or {"error": kind, "message": ...}, as JSON."""
     try:
-        asked = json.loads(request)
-        return json.dumps({"text": _rendered(asked["source"], asked["variables"], characters)}).encode()
+        fields = json.loads(request)
+        return json.dumps({"text": _rendered(fields["source"], fields["variables"], characters)}).encode()
     except _RaisedError as error:
         return _failed("raised", error)
     except SecurityError as error:
@@ -157,8 +159,8 @@ def _failed(kind: str, message: object) -> bytes:
 
 
 def _limit(memory: int) -> None:
-    """Give up what rendering does not need, for good."""
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  # pathlib is an import more
+    """Limit memory to its present size and `memory` [bytes], and files and processes to none, irrevocably."""
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  # avoids importing pathlib
         address_space = int(file.read().split()[0]) * resource.getpagesize()
     for which, value in (
         (resource.RLIMIT_AS, address_space + memory),
@@ -175,12 +177,14 @@ def _limit(memory: int) -> None:
 def main(seconds: float, memory: int, characters: int) -> None:
     """Answer requests `{"source": ..., "variables": {...}}` until standard input ends.
 
-    `seconds` of computing for each, `memory` in bytes, `characters` of one result.
+    Limits: `seconds` of CPU time per request, `memory` beyond the present size [bytes], `characters` per result.
     """
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     for template in ("{{ strftime_now('%Y') }}{{ lipsum() | pprint | wordwrap | striptags }}", "{{ none.x.y }}"):
-        _answer(json.dumps({"source": template, "variables": {}}).encode(), characters)  # imports what it needs, late
+        _answer(
+            json.dumps({"source": template, "variables": {}}).encode(), characters
+        )  # jinja2's late imports, before the limits
     _limit(memory)
     with os.fdopen(0, "rb") as requests, os.fdopen(1, "wb") as answers:
         for line in requests:

@@ -1,9 +1,8 @@
 """Text to token ids and back, as SentencePiece and llama.cpp's `llama` tokenizer do it.
 
-`Tokenizer` rebuilds a SentencePiece model from the tokens that a GGUF holds and leaves ordinary text to the
-`sentencepiece` library; around it stand the parts that the library does another way than the model's own
-stack: special tokens, bytes that are no UTF-8, and decoding piece by piece. It knows neither files nor the
-network, and applies no chat template.
+`Tokenizer` rebuilds a SentencePiece model from a GGUF's vocabulary and leaves ordinary text to the `sentencepiece`
+library. It adds the parts where the library differs from the model's own stack: special tokens, bytes that are not
+UTF-8, and decoding token by token. Knows neither files nor the network, and applies no chat template.
 """
 
 from __future__ import annotations
@@ -18,17 +17,15 @@ from fiddler.text.spm import canonical, decoded_tokens, processor_of, raw_bytes
 from fiddler.text.vocabulary import SPACE, TokenTable
 
 __all__ = ["TextStream", "Tokenizer"]
-_ESCAPED = re.compile(r"([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's "surrogateescape" carries it
+_ESCAPED = re.compile(r"([\udc80-\udcff])")  # a byte that is not UTF-8, as Python's "surrogateescape" encodes it
 _BLANK = (" ", SPACE)
 
 
 class Tokenizer:
-    """One vocabulary, both ways. Safe to share between threads."""
+    """Encodes and decodes with one vocabulary. Safe to share between threads."""
 
     def __init__(self, table: TokenTable) -> None:
-        """Raises FileFormatError where the 256 byte tokens are not complete: without them some text has no
-        ids.
-        """
+        """Raises FileFormatError where one of the 256 byte tokens is missing: some text would have no ids."""
         self._table = table
         self._bytes, byte_ids = decoded_tokens(table)
         self._byte_ids = {chr(0xDC00 + byte): index for byte, index in byte_ids.items() if byte >= 0x80}
@@ -41,8 +38,7 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """Build from a GGUF's key/values: strings as `str` and `list[str]`, numeric arrays as 1-D numpy
-        arrays.
+        """Build from a GGUF's metadata: strings as `str` and `list[str]`, numeric arrays as 1-D numpy arrays.
 
         Raises FileFormatError where a key is missing, malformed or out of range.
         """
@@ -55,7 +51,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """The token that begins a text; without `add_bos` the model may know none, and this is llama.cpp's default."""
+        """The token that begins a text. Without `add_bos` the model may have none: then this is llama.cpp's default."""
         return self._table.bos_id
 
     @property
@@ -65,32 +61,32 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Every token that ends a generation: `eos_id`, and ends of a turn by key or by name."""
+        """Every token that ends a generation: `eos_id`, and end-of-turn tokens by metadata key or by name."""
         return self._table.end_ids
 
     @property
     def add_bos(self) -> bool:
-        """Whether the model wants `bos_id` before a text."""
+        """Whether the model expects `bos_id` before a text."""
         return self._table.add_bos
 
     @property
     def add_eos(self) -> bool:
-        """Whether the model wants `eos_id` behind a text."""
+        """Whether the model expects `eos_id` after a text."""
         return self._table.add_eos
 
     @property
     def add_space_prefix(self) -> bool:
-        """Whether a space goes before a text, which decoding takes off again."""
+        """Whether encoding puts a space before a text; decoding removes it."""
         return self._table.add_space_prefix
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja source that the file carries, unread."""
+        """The file's chat template: Jinja source, not parsed."""
         return self._table.chat_template
 
     @property
     def control_names(self) -> list[str]:
-        """What `parse_special` finds in a text and what an ordinary text must not bring about; the longest first."""
+        """Names that only `parse_special` recognises and a user's text must not produce; the longest first."""
         types = self._table.types
         return [name for name, index in self._all_special if types[index] != TokenType.USER_DEFINED]
 
@@ -99,12 +95,13 @@ class Tokenizer:
         return self._table.texts[self._checked(index)]
 
     def pieces(self, special: bool = False) -> list[bytes]:
-        """Each token's text as bytes, by id: what it adds to a text that goes on. Control, unknown and unused tokens
-        add none; with `special` their names are given.
+        """Each token's text as bytes, by id, as it continues a text.
+
+        Control, unknown and unused tokens have none; with `special` they have their names.
         """
         if not special:
             return list(self._bytes)
-        return [found or raw_bytes(text) for found, text in zip(self._bytes, self._table.texts, strict=True)]
+        return [piece or raw_bytes(text) for piece, text in zip(self._bytes, self._table.texts, strict=True)]
 
     def encode(
         self,
@@ -115,17 +112,16 @@ class Tokenizer:
         *,
         bar: str = "",
     ) -> list[int]:
-        """The ids of `text`; those of SentencePiece wherever no special token is in play.
+        """The ids of `text`; those of SentencePiece wherever the text holds no special token.
 
-        Bytes that are no UTF-8 (in `bytes`, or in a `str` as `surrogateescape` leaves them) become byte
-        tokens; any other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text;
-        control tokens only with `parse_special`, so that what a user typed never turns into one. As in
-        llama.cpp the longest token is looked for first, and the space that goes before a text also goes
-        before what follows a special token. `add_bos` puts `bos_id` first. `continuing`: the text goes on from an
-        earlier one, and no space goes before it.
+        Bytes that are not UTF-8 (in `bytes`, or in a `str` as `surrogateescape` encodes them) become byte tokens; any
+        other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text; control tokens only with
+        `parse_special`, so that a user's text never produces one. As in llama.cpp, the longest special token matches
+        first, and the space before a text also goes before text that follows a special token. `add_bos` puts `bos_id`
+        first. `continuing`: the text continues an earlier one, and gets no space.
 
-        `bar`: a character across which no special token is recognised, and which counts for nothing else; where it
-        is given, control tokens of a single character, which it could not keep apart, are not recognised at all.
+        `bar`: a character across which no special token is recognised, and which is dropped. With a bar, control tokens
+        of a single character are not recognised at all: a bar cannot split them.
         """
         ids = [self.bos_id] if add_bos else []
         prefix = self._table.add_space_prefix and not continuing
@@ -149,11 +145,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], continuing: bool = False) -> str:
-        """The text of `ids`, U+FFFD for each byte that is no UTF-8.
+        """The text of `ids`, with U+FFFD for each byte that is not UTF-8.
 
-        Control and unused tokens give no text, and the space that `encode` put first is taken off again,
-        unless the ids go on from earlier ones (`continuing`). Raises RequestError for an id outside the
-        vocabulary.
+        Control and unused tokens have no text. The space that `encode` put first is removed, unless the ids continue
+        earlier ones (`continuing`). Raises RequestError for an id outside the vocabulary.
         """
         return _visible(self.decode_bytes(ids, continuing).decode("utf-8", "surrogateescape"))
 
@@ -163,7 +158,7 @@ class Tokenizer:
         return b"".join([decoder.push_bytes(index) for index in ids])
 
     def stream(self, continuing: bool = False) -> TextStream:
-        """A decoder to be fed one id at a time; `continuing` where the ids go on from a prompt."""
+        """A decoder that takes one id at a time; `continuing`: the ids continue a prompt."""
         return TextStream(self, continuing)
 
     def _checked(self, index: int) -> int:
@@ -172,7 +167,7 @@ class Tokenizer:
         return index
 
     def _split(self, text: str, special: list[tuple[str, int]]) -> list[str | int]:
-        """`text` cut at special tokens, each replaced by its id; no part is empty."""
+        """`text` split at special tokens, each replaced by its id; no part is empty."""
         parts: list[str | int] = [text] if text else []
         for name, index in special:
             if name not in text:
@@ -191,9 +186,9 @@ class Tokenizer:
         return parts
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of text without special tokens and without a prefix of the library's making."""
+        """Ids of text without special tokens; the library adds no prefix."""
         ids: list[int] = []
-        # No token reaches across a byte that is no UTF-8: what lies between such bytes is encoded by itself.
+        # No token spans a byte that is not UTF-8: the text between such bytes is encoded separately.
         for position, part in enumerate(_ESCAPED.split(text)):
             if position % 2:
                 ids.append(self._byte_ids[part])
@@ -203,7 +198,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes ids as they come, never cutting a character; the parts add up to `Tokenizer.decode`."""
+    """Decodes ids one at a time and never splits a character; the parts add up to `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer, continuing: bool) -> None:
         self._tokenizer = tokenizer
@@ -215,16 +210,16 @@ class TextStream:
         return _visible(self._utf8.decode(self.push_bytes(index)))
 
     def push_bytes(self, index: int) -> bytes:
-        """This id's bytes as they are, for a caller who wants no text; use either this or `push`."""
-        found = self._tokenizer._bytes[self._tokenizer._checked(index)]
-        if self._prefixed and found:
-            self._prefixed = False  # the space before a text is in its first token that has any
+        """This id's exact bytes, for a caller that needs no text; use either this or `push`."""
+        piece = self._tokenizer._bytes[self._tokenizer._checked(index)]
+        if self._prefixed and piece:
+            self._prefixed = False  # the first token with text holds the space before it
             if self._tokenizer._table.types[index] == TokenType.NORMAL:
-                return found.removeprefix(b" ")
-        return found
+                return piece.removeprefix(b" ")
+        return piece
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for each byte of a character that never became whole."""
+        """The text held back so far: U+FFFD for each byte of an incomplete character."""
         return _visible(self._utf8.decode(b"", final=True))
 
 

@@ -1,8 +1,8 @@
 """The tokenizer keys of a GGUF's metadata, checked once: `TokenTable`.
 
-Defaults, and what a file leaves out or names oddly, follow llama.cpp's `llama` tokenizer
-(`llama_vocab::impl::load` in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). It knows
-the keys and what they may hold; not how text is cut into tokens, and not the file they came from.
+Defaults, missing keys and unusual token names follow llama.cpp's `llama` tokenizer (`llama_vocab::impl::load` in
+https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp). Knows the keys and their valid values; neither
+how text is split into tokens, nor the file that holds the keys.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from fiddler.text.sentencepiece_model import TokenType
 __all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "SPACE", "TokenTable"]
 
 PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
-"""A key of our own, for a tokenizer whose prefix rule is that of `Metaspace` in Hugging Face's `tokenizers`
-library: no space goes before a text that begins with one ("always"), nor anywhere but at the very start
-("first").
+"""A metadata key of our own, for a tokenizer with the prefix rule of `Metaspace` in Hugging Face's `tokenizers`
+library: no space goes before a text that begins with one ("always"), nor anywhere but at the very start ("first").
 """
 
 LARGEST_VOCABULARY = 1 << 24
-"""Tokens at most: beyond it float32 scores no longer tell neighbouring ranks apart."""
+"""Maximum number of tokens: beyond it float32 scores cannot distinguish neighbouring ranks."""
 
 _PREFIX = "tokenizer.ggml."
 _LONGEST_TOKEN = 1 << 16  # characters
 
-# Names that end a generation in llama.cpp whatever the file says of them; it makes them control tokens, too.
+# Tokens of these names end a generation in llama.cpp, whatever the file says; it also makes them control tokens.
 _END_NAMES = frozenset(
     (
         *("</s>", "<eos>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>"),
@@ -45,9 +44,9 @@ _END_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What the metadata says of the tokens; `texts`, `scores` and `types` have one entry a token, by id."""
+    """The vocabulary in the metadata; `texts`, `scores` and `types` have one entry per token, by id."""
 
-    texts: list[str]  # as in the file: a space is "▁" in an ordinary token; "" is a token that no text has
+    texts: list[str]  # as in the file: "▁" is a space in an ordinary token; no text yields the token ""
     scores: list[float]
     types: list[int]  # `TokenType`
     bos_id: int
@@ -61,9 +60,7 @@ class TokenTable:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> TokenTable:
-        """Check and gather the tokenizer keys; raises FileFormatError where one is missing, malformed or out
-        of range.
-        """
+        """Check and gather the tokenizer keys. Raises FileFormatError for one missing, malformed or out of range."""
         model = metadata.get(f"{_PREFIX}model")
         if not isinstance(model, str) or model != "llama":
             raise FileFormatError(
@@ -77,19 +74,19 @@ class TokenTable:
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise FileFormatError(f"tokenizer.ggml.scores holds {scores[bad]} for token {bad}; convert the model again")
         types = _numbers(metadata, "token_type", count, "i")
-        odd = np.flatnonzero((types < 0) | (types > max(TokenType)))
-        if odd.size:
+        invalid = np.flatnonzero((types < 0) | (types > max(TokenType)))
+        if invalid.size:
             raise FileFormatError(
-                f"tokenizer.ggml.token_type is {types[odd[0]]} for token {odd[0]}; "
+                f"tokenizer.ggml.token_type is {types[invalid[0]]} for token {invalid[0]}; "
                 f"it must lie between 0 and {max(TokenType)}"
             )
         kinds: list[int] = np.where(types == 0, int(TokenType.UNUSED), types).tolist()
         bos_id, eos_id = _id(metadata, "bos_token_id", count, 1), _id(metadata, "eos_token_id", count, 2)
-        ends = {eos_id}
-        ends |= {_id(metadata, key, count) for key in ("eot_token_id", "eom_token_id") if _PREFIX + key in metadata}
+        end_ids = {eos_id}
+        end_ids |= {_id(metadata, key, count) for key in ("eot_token_id", "eom_token_id") if _PREFIX + key in metadata}
         for index, text in enumerate(texts):
             if text in _END_NAMES:
-                ends.add(index)
+                end_ids.add(index)
                 kinds[index] = TokenType.CONTROL
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
@@ -103,7 +100,7 @@ class TokenTable:
             types=kinds,
             bos_id=bos_id,
             eos_id=eos_id,
-            end_ids=frozenset(ends),
+            end_ids=frozenset(end_ids),
             add_bos=_flag(metadata, "add_bos_token", True),
             add_eos=_flag(metadata, "add_eos_token", False),
             add_space_prefix=_flag(metadata, "add_space_prefix", True),
@@ -132,7 +129,7 @@ def _texts(metadata: Mapping[str, object]) -> list[str]:
 
 
 def _numbers(metadata: Mapping[str, object], key: str, count: int, kinds: str) -> NDArray[Any]:
-    """The array under `key`: [count], of one of numpy's `kinds`."""
+    """The array under `key`: [count], with a dtype of one of numpy's `kinds`."""
     value = metadata.get(f"{_PREFIX}{key}")
     if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in kinds:
         raise FileFormatError(f"tokenizer.ggml.{key} is {quoted(value)}; it must be an array of one number a token")
@@ -159,4 +156,4 @@ def _flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:
     return value
 
 
-SPACE = "▁"  # U+2581, which stands for a space inside an ordinary token
+SPACE = "▁"  # U+2581, a space inside an ordinary token

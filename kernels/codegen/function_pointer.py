@@ -1,7 +1,7 @@
-"""Kernels that other kernels call through their address. Knows nothing of what they compute.
+"""Kernels that other kernels call through a function pointer. Knows nothing of their computation.
 
-A kernel called by its name is compiled once more with each of its callers, and again with each of the functions that
-Numba makes of a caller's parallel loop. One that is called through its address is compiled once, by itself.
+Numba compiles a kernel that is called by name again with each caller, and again with each of the functions that it
+makes of a caller's parallel loop. A kernel that is called through its address is compiled once, by itself.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ __all__ = ["FunctionPointer"]
 
 
 class FunctionPointer:
-    """What a kernel is called through."""
+    """A kernel that compiled code calls through its address."""
 
     def __init__(self, kernel: Any, *arguments: types.Type | None, returns: types.Type = types.none) -> None:
-        """`arguments`: their types; None for one of several, for each of which the kernel is compiled."""
+        """`arguments`: the argument types; None leaves one open: the kernel is compiled for each type in use."""
         self._kernel, self._arguments, self._returns = kernel, arguments, returns
 
     def address(self, *kinds: types.Type) -> int:
-        """Where the code lies in this process, of these types in place of None; compiled or read from the cache."""
-        given = iter(kinds)
-        signature = self._returns(*(next(given) if type is None else type for type in self._arguments))
-        made = self._kernel.get_compile_result(signature)
-        return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
+        """The code's address in this process, with `kinds` for the open types; compiled, or read from the cache."""
+        open_types = iter(kinds)
+        signature = self._returns(*(next(open_types) if type is None else type for type in self._arguments))
+        compiled = self._kernel.get_compile_result(signature)
+        return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
     @cached_property
     def call(self) -> Any:
@@ -36,16 +36,18 @@ class FunctionPointer:
         arguments, returns = self._arguments, self._returns
 
         @intrinsic
-        def call(_context: Any, place: Any, values: Any) -> Any:
-            given = list(values.types)
-            expected = [here if type is None else type for here, type in zip(given, arguments, strict=True)]
+        def call(_context: Any, function_address: Any, values: Any) -> Any:
+            value_types = list(values.types)
+            expected = [
+                value_type if type is None else type for value_type, type in zip(value_types, arguments, strict=True)
+            ]
 
             def generate(context: Any, b: ir.IRBuilder, _signature: Any, values: list[ir.Value]) -> ir.Value:
-                place, packed = values
-                unpacked = (b.extract_value(packed, i) for i in range(len(given)))
-                cast = [context.cast(b, *each) for each in zip(unpacked, given, expected, strict=True)]
+                function_address, packed = values
+                unpacked = (b.extract_value(packed, i) for i in range(len(value_types)))
+                cast = [context.cast(b, *each) for each in zip(unpacked, value_types, expected, strict=True)]
                 function = context.call_conv.get_function_type(returns, expected)
-                callee = b.inttoptr(place, function.as_pointer())
+                callee = b.inttoptr(function_address, function.as_pointer())
                 status, value = context.call_conv.call_function(b, callee, returns, expected, cast)
                 with b.if_then(status.is_error, likely=False):
                     context.call_conv.return_status_propagate(b, status)

@@ -1,4 +1,4 @@
-"""How kernels are compiled and kept on disk. Knows nothing of what they compute."""
+"""Compiles kernels with Numba and caches them on disk. Knows nothing of their computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
 
 OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cfunc_wrapper": True}
-"""Of all compiled code: no checks and no entry for C, which cost time to compile.
+"""Numba options of all compiled code: no checks and no C entry point, because these cost compile time.
 
 A division by 0 raises nothing: floats give infinities or NaN, integers 0.
 """
@@ -23,29 +23,29 @@ _kernels: list[Any] = []
 
 
 def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
-    """Compile a function with parallel loops when it is first called, without the GIL and without bounds checks.
+    """Compile a function with parallel loops on its first call, without the GIL and without bounds checks.
 
-    Without `parallel` its loops are ordinary ones, which compile in a fraction of the time.
+    parallel=False makes its loops serial, which compile in a fraction of the time.
 
-    Machine code is kept beside the source, or in the user's cache directory where that cannot be written; where
-    neither can, every process compiles anew.
+    Machine code is cached beside the source, or in the user's cache directory where the source's folder is read-only;
+    where both are, every process compiles again.
     """
     options = OPTIONS | {"parallel": parallel, "fastmath": FASTMATH}
     try:
         compiled = njit(cache=True, **options)(function)
-    except RuntimeError:  # no place to keep it
+    except RuntimeError:  # no folder for the cache
         compiled = njit(**options)(function)
     _kernels.append(compiled)
     return compiled
 
 
 def cached_on_disk() -> bool:
-    """Whether machine code is kept for other processes."""
+    """Whether machine code is cached for other processes."""
     return all(compiled.stats.cache_path is not None for compiled in _kernels)
 
 
 def discard_cache() -> None:
-    """Remove the kept code of all kernels, where there is any; files that cannot be removed are left."""
+    """Remove the cached machine code of all kernels; a file that is gone already is no error."""
     for compiled in _kernels:
         if compiled.stats.cache_path is None:
             continue

@@ -1,6 +1,6 @@
-"""LLVM IR that the tiles are written in: vectors, conversions, loops. Knows no matrices.
+"""Building blocks of the tiles in LLVM IR: vectors, conversions, loops. Knows no matrices.
 
-Pointers are plain addresses; `b` is the builder that the instructions are appended to.
+Pointers are plain addresses; `b` is the builder that receives the instructions.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def address(b: ir.IRBuilder, base: ir.Value, index: ir.Value, width: int) -> ir.
 
 
 def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, align: int) -> ir.Value:
-    """The value of this kind at an address that is a multiple of `align` bytes."""
+    """Load a value of type `kind` from an address that is a multiple of `align` [bytes]."""
     value = b.load(b.bitcast(pointer, kind.as_pointer()))
     value.align = align
     return value
 
 
 def prefetch(b: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
-    """Ask for a cache line of data, into this level of cache; an address outside of any mapping does no harm.
+    """Prefetch a cache line into this level of the cache; an address outside of every mapping is harmless.
 
-    Level PASSING: as near as level 1, for data that is used once and should displace nothing else.
+    Level PASSING is the non-temporal hint: into level 1, for data that is used once and should displace nothing else.
     """
     byte = I8.as_pointer()
     function = cgutils.get_or_insert_function(
@@ -68,7 +68,7 @@ def splat(b: ir.IRBuilder, value: ir.Value, count: int) -> ir.Value:
 
 
 def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """The same integer, of which the compiler does not know that: what is loaded from there is loaded again."""
+    """The same integer, hidden from the optimiser: a load through it is not merged with an earlier load."""
     return b.call(ir.InlineAsm(ir.FunctionType(value.type, [value.type]), "", "=r,0", side_effect=False), [value])
 
 
@@ -87,7 +87,7 @@ def multiply_add(b: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Val
 
 
 def horizontal_sum(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """The sum of a vector's lanes, in any order."""
+    """Sum of a vector's lanes, in any order."""
     function = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(F32, [F32, vector.type]), f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
     )
@@ -103,7 +103,7 @@ def loop(
     carried: list[ir.Value],
     body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """for (k = begin; k < end; k += step) carried = body(k, carried). Returns the k it stopped at and `carried`."""
+    """for (k = begin; k < end; k += step) carried = body(k, carried). Returns the final k (>= end) and `carried`."""
     before = b.block
     head, inside, after = (b.append_basic_block(f"{name}.{part}") for part in ("head", "body", "after"))
     b.branch(head)
@@ -126,7 +126,7 @@ def loop(
 
 
 def round_to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """float32 (or a vector of it) -> nearest bf16's bits, ties to even, in the low half of an i32; a NaN stays one."""
+    """float32 (or a vector of it) -> nearest bf16's bits, ties to even, in the low half of an i32; NaN stays NaN."""
     count = value.type.count if isinstance(value.type, ir.VectorType) else 0
     word = ir.VectorType(I32, count) if count else I32
 

@@ -1,4 +1,4 @@
-"""Arithmetic on single float32 values without calls or branches, so that loops over it become vector code.
+"""Scalar float32 arithmetic without calls or branches, so that LLVM vectorises loops over it.
 
 Compiles to the same on every CPU, with or without instructions for binary16. Knows no arrays.
 """
@@ -19,7 +19,7 @@ __all__ = ["exponential", "from_half", "silu", "to_half"]
 
 @intrinsic
 def _float_of(_context: Any, bits: Any) -> Any:
-    """uint32 bits -> the float32 they spell."""
+    """uint32 bits -> the float32 with these bits."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         return b.bitcast(arguments[0], ir.FloatType())
@@ -39,7 +39,7 @@ def _bits_of(_context: Any, value: Any) -> Any:
 
 @njit(**OPTIONS, inline="always")
 def exponential(value: np.float32) -> np.float32:
-    """e to this power, for -87 to 88; beyond, that of the nearest of them, and NaN may become any of these.
+    """exp(value), with value clamped to -87..88; NaN may give the result of any value in that range.
 
     exp(y) = 2**n * exp(r) with |r| <= ln(2)/2, exp(r) by its Taylor polynomial of degree 7.
     """
@@ -65,7 +65,7 @@ def silu(value: np.float32) -> np.float32:
 
 @njit(**OPTIONS)
 def from_half(bits: np.uint16) -> np.float32:
-    """The value of binary16 bits, exactly: exponent and mantissa moved into place, then scaled by 2**112."""
+    """The value of binary16 bits, exactly: exponent and mantissa are shifted, then scaled by 2**112."""
     word = np.uint32(bits)
     magnitude = _float_of(np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13))) * np.float32(2.0**112)
     special = np.uint32(0x7F800000) if (word & np.uint32(0x7FFF)) >= np.uint32(0x7C00) else np.uint32(0)
@@ -76,12 +76,12 @@ def from_half(bits: np.uint16) -> np.float32:
 
 @njit(**OPTIONS)
 def to_half(value: np.float32) -> np.uint16:
-    """The bits of the nearest binary16, ties to even; beyond its range an infinity, and a NaN stays one."""
+    """The bits of the nearest binary16, ties to even; infinity beyond its range; NaN stays NaN."""
     bits = _bits_of(value)
     sign, magnitude = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000)), np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
     half = np.uint32((magnitude + np.uint32(0xFFF) + odd - np.uint32(0x38000000)) >> np.uint32(13))
-    # one half has binary16's smallest step for its last bit: the sum is rounded to a multiple of that
+    # the last bit of float32 0.5 is binary16's smallest step: adding 0.5 rounds to a multiple of that step
     small = np.uint32(_bits_of(np.float32(_float_of(magnitude) + np.float32(0.5))) - np.uint32(0x3F000000))
     half = small if magnitude < np.uint32(0x38800000) else half
     half = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else half

@@ -1,7 +1,7 @@
-"""What a kernel multiplies with what: weights, activations, instructions. As a value, and as a type for Numba.
+"""A kernel variant: weights x activations x instruction set, as a value and as a Numba type.
 
-Numba sees each `KernelVariant` as a type of its own, so every kind compiles to a kernel of its own, and what a kind rules
-out is gone from its code. The type's name is part of the key in Numba's on-disk cache.
+Numba sees each `KernelVariant` as a type of its own, so each compiles to a kernel of its own, without the branches that
+it rules out. The type's name is part of the key in Numba's on-disk cache.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """How weights meet activations.
+    """The types and the instructions that a kernel multiplies with.
 
-    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16" where each is rounded to bf16 once, before the
-    products; sums are float32 in either case.
+    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16": each is rounded to bf16 once, before the products. Sums
+    are float32 in either case.
     """
 
     tier: Tier
@@ -52,30 +52,30 @@ class KernelVariant:
 
     @property
     def bf16_rows(self) -> bool:
-        """Few tokens' activations are stored as bf16 bits; else as float32, rounded or not."""
+        """The rows layout (few tokens) stores activations as bf16 bits; otherwise as float32, rounded or not."""
         return self.activations == "bf16" and self.weights == "bf16"
 
     @property
     def bf16_pairs(self) -> bool:
-        """Likewise those of many tokens, and the CPU multiplies pairs of bf16."""
+        """The packed layout (many tokens) stores bf16 pairs too, and the CPU multiplies these (`vdpbf16ps`)."""
         return self.bf16_rows and self.tier.dot_bf16
 
     @property
     def k_blocked(self) -> bool:
-        """Several tokens' pairs meet the weights in parts that fit the first-level cache, one after the other.
+        """Several tokens in bf16 pairs are multiplied K-block by K-block, so that a block fits the first-level cache.
 
-        On Zen 5 that was faster than whole rows one by one; on Emerald Rapids four whole rows are, 1.1 to 1.5 times.
+        Zen 5: faster than whole rows one by one. Emerald Rapids: four whole rows at once are 1.1 to 1.5 times as fast.
         """
         return self.bf16_pairs and on_zen()
 
     @property
     def amx(self) -> bool:
-        """Many tokens are multiplied in tile registers."""
+        """Many tokens are multiplied in AMX tile registers."""
         return self.bf16_pairs and self.tier.tiles
 
 
 def _digest() -> str:
-    """A digest of this room's sources. Numba's cache looks at one file, and a kernel is made of several."""
+    """A digest of this room's sources: Numba's cache checks one source file, but a kernel consists of several."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -88,7 +88,7 @@ _SOURCES = _digest()
 class _VariantType(types.Type):
     def __init__(self, tier: str, weights: str, activations: str) -> None:
         self.tier, self.weights, self.activations = tier, weights, activations
-        super().__init__(name=f"Product({tier}, {weights}, {activations}, sources {_SOURCES})")
+        super().__init__(name=f"KernelVariant({tier}, {weights}, {activations}, sources {_SOURCES})")
 
     @property
     def variant(self) -> KernelVariant:
@@ -109,13 +109,13 @@ def _unbox_variant(_type: object, _value: object, context: Any) -> NativeValue:
 
 
 def compiled(generator: Callable[..., Any]) -> Callable[..., Any]:
-    """`numba.extending.intrinsic`, to be called from compiled code only; constants keep their value as a type."""
+    """`numba.extending.intrinsic`, for calls from compiled code only; a literal argument arrives as a literal type."""
     wrapped: Callable[..., Any] = intrinsic(prefer_literal=True)(generator)
     return wrapped
 
 
 def constant_of(number: Callable[[KernelVariant], int], returns: types.Type) -> Any:
-    """An intrinsic that compiles to a constant of the product, so that the branches it rules out disappear."""
+    """An intrinsic that compiles to a constant of the variant, so that LLVM drops the branches that it rules out."""
 
     @compiled
     def constant(_context: Any, variant: Any) -> Any:
@@ -131,9 +131,9 @@ bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)
 k_blocked = constant_of(lambda variant: variant.k_blocked, types.boolean)
 amx = constant_of(lambda variant: variant.amx, types.boolean)
 outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
-# beside tile registers, outer products compute what is left over, and need no wide form of their own
+# with AMX, outer products compute only the remainders: the 32- and 48-token tiles need not be compiled
 outer_tokens = constant_of(lambda variant: 16 if variant.amx else variant.tier.outer_tokens, types.intp)
 row_bytes = constant_of(lambda variant: 2 if variant.bf16_rows else 4, types.intp)
-"""Bytes of an activation in the rows layout."""
+"""Size of an activation in the rows layout [bytes]."""
 panel_tokens = constant_of(lambda variant: 32 if variant.amx else 48, types.intp)
-"""Tokens of a panel in the packed layout: as many as a tile takes at once."""
+"""Tokens of a panel in the packed layout: those of the widest tile."""

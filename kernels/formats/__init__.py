@@ -1,1 +1,1 @@
-"""How weights are stored, and how a vector of them is decoded. One file a format."""
+"""Weight formats: how each is stored and how a vector of it is decoded. One file a format."""

@@ -1,4 +1,4 @@
-"""bf16 and binary16 weights: a vector of them as float32. Knows LLVM IR; no matrices."""
+"""bf16 and binary16 weights: decodes vectors of them to float32. Knows LLVM IR; no matrices."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def widen(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
         return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
     if variant.tier.half_convert:
         return b.fpext(b.bitcast(bits, ir.VectorType(F16, count)), floats)
-    # sign, exponent and mantissa moved into place, then scaled by 2**112: exact, subnormals included
-    placed = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
-    scaled = b.bitcast(b.fmul(b.bitcast(placed, floats), ir.Constant(floats, [2.0**112] * count)), wide)
+    # sign, exponent and mantissa are shifted, then scaled by 2**112: exact, subnormals included
+    shifted = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
+    scaled = b.bitcast(b.fmul(b.bitcast(shifted, floats), ir.Constant(floats, [2.0**112] * count)), wide)
     exponent = constant(0x1F << 23)  # of infinities and NaNs
-    special = b.sext(b.icmp_unsigned("==", b.and_(placed, exponent), exponent), wide)
+    special = b.sext(b.icmp_unsigned("==", b.and_(shifted, exponent), exponent), wide)
     return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
 
 
@@ -36,7 +36,7 @@ def widen_one(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Val
 
 
 def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Words of two bf16 each as float32: those in the low halves, and those in the high ones."""
+    """bf16 pairs as two float32 vectors: the low halves and the high halves."""
     count = pairs.type.count
     words, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
     low = b.shl(pairs, ir.Constant(words, [16] * count))

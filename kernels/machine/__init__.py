@@ -1,1 +1,1 @@
-"""The CPU: its instructions, threads and working memory."""
+"""The CPU: its instruction sets, threads and workspaces."""

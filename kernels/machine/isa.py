@@ -1,4 +1,4 @@
-"""Which instructions this CPU has, and which kernel tier they allow. Knows nothing of weights or arrays."""
+"""This CPU's instruction sets and the kernel tiers that they allow. Knows nothing of weights or arrays."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ __all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features", "o
 
 @dataclass(frozen=True)
 class Tier:
-    """One level of instructions."""
+    """One level of instruction sets, with the tile sizes that suit it."""
 
     name: str
     needs: frozenset[str]  # LLVM's feature names
     lanes: int  # float32 values in a vector
-    registers: int  # such vectors that the CPU has registers for
-    outer_rows: int  # weight rows of an outer-product tile: as many as fill the vector registers with sums
-    outer_tokens: int  # and its tokens, at most
+    registers: int  # vector registers
+    outer_rows: int  # weight rows of an outer-product tile: their sums fill the vector registers
+    outer_tokens: int  # tokens of an outer-product tile, at most
     dot_bf16: bool = False  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
     half_convert: bool = False  # converts binary16 in hardware
     tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
 
 
 def cpu_features() -> frozenset[str]:
-    """LLVM's names of the features that Numba compiles for: the host's, unless `NUMBA_*` variables say otherwise."""
+    """LLVM's names of the CPU features that Numba compiles for: the host's, unless `NUMBA_*` variables set others."""
     if numba_config.CPU_FEATURES is not None:
-        listed = numba_config.CPU_FEATURES
+        flags = numba_config.CPU_FEATURES
     elif numba_config.CPU_NAME == "generic":
-        listed = ""
+        flags = ""
     else:
-        listed = get_host_cpu_features()
-    return frozenset(feature[1:] for feature in listed.split(",") if feature.startswith("+"))
+        flags = get_host_cpu_features()
+    return frozenset(feature[1:] for feature in flags.split(",") if feature.startswith("+"))
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -55,7 +55,7 @@ TIERS = (
     Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
     Tier("portable", frozenset(), 8, 8, 3, 16, half_convert="f16c" in cpu_features()),
 )
-"""Best first. The last one runs on any CPU that LLVM compiles for, and uses F16C where there is that."""
+"""Best first. The last tier runs on any CPU that LLVM compiles for, and uses F16C where the CPU has it."""
 
 
 @cache
@@ -66,7 +66,7 @@ def available_tiers() -> tuple[Tier, ...]:
 
 
 def _tiles_permitted() -> bool:
-    """Ask the kernel for the tile registers' state, for all threads of the process; False where it refuses.
+    """Request the tile registers' state from Linux, for all threads of the process; False where it refuses.
 
     Linux, Documentation/arch/x86/xstate.rst: system call 158, ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
     """
@@ -76,7 +76,7 @@ def _tiles_permitted() -> bool:
 
 
 def choose_tier(name: str | None = None) -> Tier:
-    """The tier called `name`; without one, what `FIDDLER_KERNEL` says, or the best there is.
+    """The tier `name`; without a name, the one that `FIDDLER_KERNEL` names, or the best available.
 
     Raises RequestError when there is no such tier or this CPU lacks its instructions.
     """
@@ -92,5 +92,5 @@ def choose_tier(name: str | None = None) -> Tier:
 
 
 def on_zen() -> bool:
-    """Whether this CPU is one of AMD's Zen, whose caches want other ways than Intel's."""
+    """Whether this CPU is an AMD Zen: its caches favour other prefetches and loop orders than Intel's."""
     return str(numba_config.CPU_NAME or get_host_cpu_name()).startswith("znver")

@@ -1,4 +1,4 @@
-"""A thread's working memory, used again by its next call, and addresses of arrays."""
+"""Per-thread workspaces that kernels reuse, and addresses of arrays. Knows nothing of their contents."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ __all__ = ["Workspace", "address_of"]
 
 
 def address_of(array: np.ndarray) -> int:
-    """Where an array's data begin; what `ctypes.data` says takes several times as long."""
-    place: int = array.__array_interface__["data"][0]
-    return place
+    """Address of an array's data; `ctypes.data` takes several times as long."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class Workspace(threading.local):
-    """A thread's memory that is used again by its next call: fresh pages cost as much as a product.
+    """A thread's workspace, reused by its next call: page faults of fresh memory cost as much as a product.
 
-    It is as large as the largest call has needed.
+    It grows to the largest call's size.
     """
 
     def __init__(self) -> None:
-        self.words = np.empty(0, np.float32)  # begins at a cache line
+        self.words = np.empty(0, np.float32)  # aligned to a cache line
 
     def grow(self, count: int) -> np.ndarray:
-        """From now on `count` words, uninitialised."""
+        """Replace the workspace by one of `count` words (float32), uninitialised."""
         memory = np.empty(count + 15, np.float32)
         begin = -(memory.ctypes.data // 4) % 16
         self.words = memory[begin : begin + count]

@@ -1,6 +1,6 @@
-"""The product of a block of weight rows with a group of tokens, built from tiles.
+"""Products of a block of weight rows with a group of tokens, built from tiles.
 
-Works on addresses that its callers have validated: no bounds checks.
+Knows addresses that its callers have validated: no bounds checks.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def _block_product(
     k: int,
     c: int,
     ldc: int,
-    onward: int,
+    next_offset: int,
     scratch: int,
 ) -> None:
     """c[r * ldc + t] = w[r] . x[t] over k elements, for r < rows and t < tokens.
 
     `w`, `x`, `c`: addresses; `ldw`: elements from one weight row to the next; `ldx`: elements from one token to the
-    next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens. `onward`: bytes from `w`
-    to the rows that are read next, 0 where nobody knows. `scratch`: address of `scratch_words(variant, rows)` words of
-    the caller's, at a cache line.
+    next in the rows layout. In the packed layout c is written up to a multiple of 16 tokens. `next_offset`: bytes
+    from `w` to the rows that are read next, 0 if unknown. `scratch`: address of `scratch_words(variant, rows)` words of
+    the caller's, aligned to a cache line.
     """
     padded = (tokens + 15) // 16 * 16 if packed else tokens
     for r in range(rows):
         for m in range(padded):
             store_float(c, r * ldc + m, np.float32(0))
     if packed:
-        _packed_product(variant, w, ldw, rows, x, padded, k, c, ldc, onward, scratch)
+        _packed_product(variant, w, ldw, rows, x, padded, k, c, ldc, next_offset, scratch)
     else:
-        multiply_dots(variant, w, ldw, rows, x, ldx, tokens, k, c, ldc, onward)
+        multiply_dots(variant, w, ldw, rows, x, ldx, tokens, k, c, ldc, next_offset)
 
 
 block_product = FunctionPointer(_block_product, None, types.boolean, *[types.intp] * 11)
@@ -68,7 +68,7 @@ call_block_product = block_product.call
 
 @njit(**OPTIONS)
 def scratch_words(variant: KernelVariant, rows: int) -> int:
-    """Words of 4 bytes that `block_product` uses for blocks of weights that it copies or widens."""
+    """Scratch of `block_product` for blocks of weights that it copies or widens [words of 4 bytes]."""
     if amx(variant):
         return rows * (TILE_BLOCK_MANY + 16)
     words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * OUTER_BLOCK
@@ -85,10 +85,10 @@ def _packed_product(
     k: int,
     c: int,
     ldc: int,
-    onward: int,
+    next_offset: int,
     scratch: int,
 ) -> None:
-    """c += the product, for tokens in the packed layout: whichever of these functions is this product's."""
+    """c += w . x for tokens in the packed layout, by the variant's function: AMX, bf16 pairs or float32."""
     raise NotImplementedError("called from compiled code only")
 
 
@@ -103,10 +103,10 @@ def _packed_product_of(
     k: int,
     c: int,
     ldc: int,
-    onward: int,
+    next_offset: int,
     scratch: int,
 ) -> Callable[..., None]:
-    # chosen before anything is compiled: code for the other kinds, never run, took a third of the time
+    # selected before compilation: compiling the other variants' unused code took a third of the time
     kind: KernelVariant = cast(Any, variant).variant  # the arguments are Numba's types
     if kind.amx:
         return multiply_tiles

@@ -1,9 +1,8 @@
-"""The inner loops: small matrix products held in vector registers. Knows pointers and strides only.
+"""The inner loop for few tokens: dot products of weight rows in vector registers. Knows pointers and strides only.
 
-`dot_tile`: weight rows with a few tokens, for as long as reading the weights is what takes the time. `outer_tile`:
-several weight rows x 16 or more tokens, packed so that one vector holds a value of several tokens. A tile is
-generated for its `KernelVariant`: the kinds of weights and activations and the instructions that multiply them. Pointers
-are plain addresses.
+It suits numbers of tokens for which the memory limits the speed; `outer_tiles` has the loop for many tokens. A tile is
+generated for its `KernelVariant`: the types of weights and activations and the instructions that multiply them.
+Pointers are plain addresses.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
 from fiddler.kernels.formats.half import halves, widen, widen_one
 from fiddler.kernels.machine.isa import on_zen
 
-__all__ = ["LINE", "SEVERAL", "dot_tile", "dot_tokens", "weights_level"]
+__all__ = ["COMPUTE_BOUND_TOKENS", "LINE", "dot_tile", "dot_tokens", "weights_level"]
 
-SEVERAL = 5  # tokens from which on the cores, not the memory, may be what takes the time
+COMPUTE_BOUND_TOKENS = 5  # tokens from which on the cores, not the memory, may limit the speed
 LINE = 64  # bytes
 
 
 def weights_level() -> int:
-    """The level to prefetch weights into, which are read once.
+    """The cache level to prefetch weights into; each is read once.
 
-    Non-temporal, they leave code and data in the caches of Zen: 4 % of a token. On Emerald Rapids they are gone again
-    before they are used: one token read 61 to 70 GB/s so, 95 to 119 otherwise.
+    Zen: non-temporal prefetches leave code and data in the caches: 4 % of a token. Emerald Rapids: level 1, because it
+    evicts non-temporal lines before their use: one token read 61 to 70 GB/s with them, 95 to 119 without.
     """
     return PASSING if on_zen() else 1
 
 
 def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
-    """From where to count the first and the second line of two, so that of 128 aligned bytes the latter come first.
+    """Bases for prefetching the odd cache line of each 128-byte pair first: of its first and of its second prefetch.
 
-    On Zen 5 several tokens read at 0.7 of the speed where the former are asked for right before the latter. `base` is
-    rounded up to a line: of weights that lie across lines, the first one came with what lies before it.
+    Zen 5 reads several tokens at 0.7 of the speed if the even line is requested right before the odd one. `base` is
+    rounded up to a line: the weights before it have loaded the line that it shares with them.
     """
     line = b.and_(b.add(base, ir.Constant(I64, LINE - 1)), ir.Constant(I64, -LINE))
     swap = b.sub(ir.Constant(I64, LINE), b.and_(line, ir.Constant(I64, LINE)))
@@ -60,21 +59,21 @@ def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
 
 
 def _dot_rows(variant: KernelVariant, tokens: int) -> int:
-    """Weight rows that a dot-product tile takes at once: at most 4, as many as leave registers for the operands.
+    """Weight rows of a dot-product tile: at most 4, as many as leave registers for the operands.
 
-    They share what is loaded of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at
-    0.83 of the speed of plain reads with one row, at 0.96 with four. In parts it is one row: nothing else was measured.
+    They share the loads of x, which does not fit the first-level cache with K = 14336: on Zen 3 one token read at 0.83
+    of the speed of plain reads with one row, at 0.96 with four. K-blocked: one row; nothing else was measured.
     """
     if tokens == 1:
         return 4
-    if variant.k_blocked and tokens >= SEVERAL:
+    if variant.k_blocked and tokens >= COMPUTE_BOUND_TOKENS:
         return 1
     few = 2 if _x_from_memory(variant, tokens) else 1
     return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= variant.tier.registers), few)
 
 
 def _x_from_memory(variant: KernelVariant, tokens: int) -> bool:
-    """Whether sums and weights of two rows take all registers, so that each product has its x from memory."""
+    """Whether sums and weights of two rows fill all registers, so that each multiplication takes x from memory."""
     return not variant.bf16_rows and 0 <= variant.tier.registers - 2 * (tokens + 1) < 2
 
 
@@ -87,10 +86,10 @@ def _dot_tokens(variant: KernelVariant) -> int:
 
 
 dot_tokens = constant_of(_dot_tokens, types.intp)
-"""Tokens of a dot-product tile, at most. Beside tile registers only one or two come, or any number of an odd width.
+"""Maximum tokens of a dot-product tile. With AMX, only one or two tokens come here, or any number with an odd K.
 
-With 32 registers six of them and four rows have too many addresses. With 16, seven fit where x can come from memory,
-and words of two bf16 cannot: they are split in registers.
+32 registers: six tokens and four rows need too many addresses. 16 registers: seven tokens fit where x can come from
+memory; bf16 pairs cannot, because they are split in registers.
 """
 
 
@@ -107,18 +106,18 @@ def dot_tile(
     c: Any,
     ldc: Any,
     k: Any,
-    ahead: Any,
+    prefetch_distance: Any,
 ) -> Any:
     """c[r * ldc + m] += sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (a constant).
 
-    `w` are 2-byte aligned weights, `x` activations of the product's kind in the rows layout, `c` is float32; `ldw`,
-    `ldx` and `ldc` count their elements. Nothing past k is read. What is read when `ahead` more bytes have been, rows
-    that follow included, is prefetched; in parts, with SEVERAL tokens, what lies so many bytes behind each address.
+    `w`: 2-byte aligned weights; `x`: activations of the variant's type in the rows layout; `c`: float32; `ldw`, `ldx`
+    and `ldc` count their elements. Reads nothing past k. Prefetches the weights that are read `prefetch_distance` bytes
+    later, also of the rows that follow; K-blocked, with COMPUTE_BOUND_TOKENS, those at that distance from each address.
     """
     M, kind = tokens.literal_value, variant.variant
     R, lanes = _dot_rows(kind, M), kind.tier.lanes
-    blocked = kind.k_blocked and M >= SEVERAL
-    chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # of sums of each, which take turns
+    blocked = kind.k_blocked and M >= COMPUTE_BOUND_TOKENS
+    chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # independent sums of each element
     step = lanes * (2 if kind.bf16_rows else 1)
     unroll = max(chains, LINE // (2 * step))
     x_width, x_from_memory = 2 if kind.bf16_rows else 4, _x_from_memory(kind, M)
@@ -126,26 +125,31 @@ def dot_tile(
     signature = types.void(variant, tokens, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, ldw, rows, x, ldx, c, ldc, K, ahead = arguments[2:]
-        floats, words, bits = (ir.VectorType(kept, count) for kept, count in ((F32, lanes), (I32, lanes), (I16, step)))
+        w, ldw, rows, x, ldx, c, ldc, K, prefetch_distance = arguments[2:]
+        floats, words, bits = (
+            ir.VectorType(element, count) for element, count in ((F32, lanes), (I32, lanes), (I16, step))
+        )
         column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
         bytes_of_row, last = b.mul(ldw, ir.Constant(I64, 2)), b.sub(rows, ir.Constant(I64, 1))
         zero = ir.Constant(I64, 0)
         whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
-        near = b.sdiv(ahead, ir.Constant(I64, R))
-        turn = b.sub(K, b.sdiv(near, ir.Constant(I64, 2)))  # from where on that lies in other rows
-        beyond = b.add(b.sub(near, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R)))
+        distance_in_row = b.sdiv(prefetch_distance, ir.Constant(I64, R))
+        wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, 2)))  # from here on it falls in other rows
+        distance_beyond_row = b.add(
+            b.sub(distance_in_row, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R))
+        )
 
         def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
-            place = address(b, base, k, width)
+            pointer = address(b, base, k, width)
             if kind.bf16_rows:
-                pairs = load(b, place, words, 2)
+                pairs = load(b, pointer, words, 2)
                 return pairs if kind.bf16_pairs else halves(b, pairs)[half]
-            return load(b, place, floats, 4) if width == 4 else widen(b, kind, load(b, place, bits, 2))
+            return load(b, pointer, floats, 4) if width == 4 else widen(b, kind, load(b, pointer, bits, 2))
 
         def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             multiply, result = dot_bf16 if kind.bf16_pairs else multiply_add, list(sums)
-            again = opaque(b, k) if x_from_memory else k  # else LLVM loads x once, into a register that is not there
+            # hidden from LLVM, which otherwise loads x once, into a register that it lacks
+            reloaded_k = opaque(b, k) if x_from_memory else k
             for half in range(2 if kind.bf16_rows and not kind.bf16_pairs else 1):
                 if half == 1 and kind.tier.registers <= 2 * R * M:
                     k = opaque(b, k)  # both halves of all operands would not fit the registers
@@ -154,21 +158,24 @@ def dot_tile(
                     value = operands(column[m], k, x_width, half)
                     for r in range(R):
                         if r > 0 and x_from_memory:
-                            value = operands(column[m], again, x_width, half)
+                            value = operands(column[m], reloaded_k, x_width, half)
                         result[r * M + m] = multiply(b, result[r * M + m], weights[r], value)
             return result
 
-        def of_rows(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            further = [b.add(first, ir.Constant(I64, r)) for r in range(R)]
-            index = [b.select(b.icmp_signed("<", r, last), r, last) for r in further]  # the last one again, if too few
+        def row_group(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            row_numbers = [b.add(first, ir.Constant(I64, r)) for r in range(R)]
+            # with too few rows, the last one again
+            index = [b.select(b.icmp_signed("<", r, last), r, last) for r in row_numbers]
             row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
-            lines = [row] * 2  # from where even and odd ones are counted
+            lines = [row] * 2  # bases of even and odd cache lines
             if blocked:
-                lines = [[base] for base in _odd_lines_first(b, b.add(row[0], ahead))]
+                lines = [[base] for base in _odd_lines_first(b, b.add(row[0], prefetch_distance))]
 
-            def several(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            def unrolled(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
                 sums = list(sums)
-                distance = zero if blocked else b.select(b.icmp_signed("<", k, turn), near, beyond)
+                distance = (
+                    zero if blocked else b.select(b.icmp_signed("<", k, wrap_k), distance_in_row, distance_beyond_row)
+                )
                 for u in range(unroll):
                     at = b.add(k, ir.Constant(I64, u * step))
                     if 2 * u * step % LINE == 0:
@@ -179,31 +186,31 @@ def dot_tile(
                 return sums
 
             sums = [ir.Constant(floats, [0.0] * lanes)] * (R * M * chains)
-            k, sums = loop(b, "whole", zero, whole, step * unroll, sums, several)
+            k, sums = loop(b, "whole", zero, whole, step * unroll, sums, unrolled)
             totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
 
-            def one(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            def tail(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                 weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
-                places = [address(b, base, k, x_width) for base in column]
+                pointers = [address(b, base, k, x_width) for base in column]
                 if kind.bf16_rows:
-                    values = [widen_one(b, kind, load(b, place, I16, 2)) for place in places]
+                    values = [widen_one(b, kind, load(b, pointer, I16, 2)) for pointer in pointers]
                 else:
-                    values = [load(b, place, F32, 4) for place in places]
+                    values = [load(b, pointer, F32, 4) for pointer in pointers]
                 return [multiply_add(b, totals[i], weights[i // M], values[i % M]) for i in range(R * M)]
 
-            _, totals = loop(b, "tail", k, K, 1, totals, one)
-            places = [
+            _, totals = loop(b, "tail", k, K, 1, totals, tail)
+            c_pointers = [
                 b.bitcast(address(b, c, b.add(b.mul(r, ldc), ir.Constant(I64, m)), 4), F32.as_pointer())
                 for r in index
                 for m in range(M)
             ]
-            # all are read before one is written: a row that is there twice counts once
-            before = [b.load(place) for place in places]
-            for place, old, total in zip(places, before, totals, strict=True):
-                b.store(b.fadd(old, total), place)
+            # read all before writing any: a repeated row counts once
+            before = [b.load(c_pointer) for c_pointer in c_pointers]
+            for c_pointer, old, total in zip(c_pointers, before, totals, strict=True):
+                b.store(b.fadd(old, total), c_pointer)
             return []
 
-        loop(b, "rows", zero, rows, R, [], of_rows)
+        loop(b, "rows", zero, rows, R, [], row_group)
         return context.get_dummy_value()
 
     return signature, generate

@@ -1,9 +1,9 @@
-"""The one kernel that reads weights: products of all groups of tokens with their experts' rows, and what follows.
+"""Grouped matrix products: all groups of tokens with their experts' rows, and the epilogues. Knows addresses.
 
-Two things may follow a product: with two matrices, gate and up, SiLU of the one times the other, stored as the next
-product's activations; with one matrix, the sum over each token's groups, weighted. Both are in one kernel, since to
-compile the products is what takes the time. Before them all activations are packed; that is a stage of the same
-parallel loop, since each such loop takes more than a second to compile.
+The only kernel that reads weights. A product has one of two epilogues: with two matrices, gate and up, SwiGLU, stored
+as the next product's activations; with one matrix, the weighted sum over each token's groups. One kernel has both,
+because compiling the products takes most of the time. Packing all activations is the first stage of the same parallel
+loop, because each such loop takes more than a second to compile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, panel_tok
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
-from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_tokens, pack, places, row_stride
+from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
 from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
 
@@ -28,10 +28,10 @@ __all__ = ["addresses", "compile_grouped_products", "grouped_products", "product
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def _gate(a: np.ndarray, b: np.ndarray, rows: int, used: int) -> None:
-    """a = silu(a) * b: nothing but arithmetic on arrays, so that it becomes vector code."""
+def _swiglu(a: np.ndarray, b: np.ndarray, rows: int, columns: int) -> None:
+    """a = silu(a) * b: only arithmetic on arrays, so that LLVM vectorises it."""
     for r in range(rows):
-        for m in range(used):
+        for m in range(columns):
             a[r, m] = silu(a[r, m]) * b[r, m]
 
 
@@ -47,7 +47,7 @@ def _store_hidden(
     hidden: int,
     stride: int,
 ) -> None:
-    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], at address h in its layout."""
+    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], to address h in its layout."""
     if not packed:
         for m in range(tokens):
             for r in range(rows):
@@ -70,8 +70,10 @@ def _store_hidden(
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def _add(c: np.ndarray, rows: int, token: np.ndarray, routing_weights: np.ndarray, y: np.ndarray, begin: int) -> None:
-    """y[token, begin + r] += share * c[r, m], in squares, so that both sides stay in the first-level cache."""
+def _add_weighted(
+    c: np.ndarray, rows: int, token: np.ndarray, routing_weights: np.ndarray, y: np.ndarray, begin: int
+) -> None:
+    """y[token, begin + r] += routing weight * c[r, m], in squares: both sides stay in the first-level cache."""
     for first in range(0, token.size, 16):
         last = min(first + 16, token.size)
         for top in range(0, rows, 16):
@@ -83,16 +85,17 @@ def _add(c: np.ndarray, rows: int, token: np.ndarray, routing_weights: np.ndarra
 
 
 @njit(**OPTIONS)
-def _onward(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int, expert: int) -> int:
-    """Bytes from the rows of group g's expert in matrix i of these to the rows that a task reads next, 0 if none.
+def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int, expert_bytes: int) -> int:
+    """Bytes from the rows of group g's expert in matrix i to the rows that a task reads next, 0 if none.
 
-    That is in the other matrix of the pair, or of the next group with hidden rows from `begin` on. expert: its bytes.
+    These are in the other matrix of the pair, or of the next group with hidden rows from `begin` on. expert_bytes: size
+    of an expert's matrix.
     """
     if i + 1 < pair:
         return int(matrices[i + 1] - matrices[i])
-    for following in range(g + 1, groups.expert.size):
-        if groups.hidden[following] > begin:
-            return int(matrices[0] - matrices[i] + (groups.expert[following] - groups.expert[g]) * expert)
+    for next_group in range(g + 1, groups.expert.size):
+        if groups.hidden[next_group] > begin:
+            return int(matrices[0] - matrices[i] + (groups.expert[next_group] - groups.expert[g]) * expert_bytes)
     return 0
 
 
@@ -100,59 +103,63 @@ def _onward(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, beg
 def _take_tasks(
     variant: KernelVariant,
     multiply: int,
-    opens: bool,
+    gate_up: bool,
     matrices: np.ndarray,
     groups: Groups,
     words: int,
     at: np.ndarray,
     hidden_at: np.ndarray,
-    between: int,
+    expert_width: int,
     outputs: int,
     width: int,
     task: int,
     queue: int,
-    alike: bool,
+    independent: bool,
     threads: int,
     c: np.ndarray,
     scratch: int,
     result: np.ndarray,
 ) -> None:
-    """What one thread does of the products with one matrix, or, where they open a feed-forward, with a pair of them.
+    """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
-    The names are those of `grouped_products`. matrices: from this one on, each of `outputs` rows of `width`; c: float32
-    [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or, where hidden activations are made, empty.
+    The names are those of `grouped_products`. matrices: from this one on, each [outputs, width]; at: offsets of the
+    groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the
+    output is hidden activations.
     """
-    first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if opens else 1, c.shape[2]
-    begin, most_rows = take_rows(queue, task, outputs, threads, alike)
+    first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
+    begin, row_count = take_rows(queue, task, outputs, threads, independent)
     while begin < outputs:
-        most_rows = min(most_rows, outputs - begin)
+        row_count = min(row_count, outputs - begin)
         for t in range(result.shape[0]):
-            for r in range(begin, begin + most_rows):
+            for r in range(begin, begin + row_count):
                 result[t, r] = 0
         for g in range(groups.expert.size):
-            count, packed, used = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
-            rows, k = most_rows, used
-            if opens:
-                rows, k = min(rows, used - begin), width
+            count, packed, hidden_rows = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
+            rows, k = row_count, hidden_rows
+            if gate_up:
+                rows, k = min(rows, hidden_rows - begin), width
                 if rows <= 0:
                     continue
-            expert = 2 * outputs * width  # bytes
-            offset, needed_from = groups.expert[g] * expert + 2 * begin * width, begin if opens else 0
+            expert_bytes = 2 * outputs * width
+            offset, needed_from = groups.expert[g] * expert_bytes + 2 * begin * width, begin if gate_up else 0
             for i in range(pair):
-                onward = _onward(matrices, pair, i, groups, g, needed_from, expert)
-                w, x, made = matrices[i] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
+                next_offset = _next_offset(matrices, pair, i, groups, g, needed_from, expert_bytes)
+                w, x, c_at = matrices[i] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
                 call_block_product(
                     multiply,
-                    (variant, packed, w, width, rows, x, stride, count, k, made, ldc, onward, scratch),
+                    (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
                 )
-            if opens:
-                _gate(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
-                h, next_stride = words + 4 * hidden_at[g], row_stride(variant, between)
-                _store_hidden(variant, packed, c[0], begin, rows, count, h, used, next_stride)
+            if gate_up:
+                _swiglu(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+                h, next_stride = words + 4 * hidden_at[g], row_stride(variant, expert_width)
+                _store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, next_stride)
             else:
-                token, part = groups.token[first[g] : first[g + 1]], groups.routing_weights[first[g] : first[g + 1]]
-                _add(c[0], rows, token, part, result, begin)
-        begin, most_rows = take_rows(queue, task, outputs, threads, alike)
+                token, group_weights = (
+                    groups.token[first[g] : first[g + 1]],
+                    groups.routing_weights[first[g] : first[g + 1]],
+                )
+                _add_weighted(c[0], rows, token, group_weights, result, begin)
+        begin, row_count = take_rows(queue, task, outputs, threads, independent)
 
 
 _INTS, _FLOATS, _INT = types.intp[::1], types.float32[::1], types.intp
@@ -166,7 +173,7 @@ _call_tasks = _tasks.call
 
 @lru_cache(maxsize=64)
 def addresses(variant: KernelVariant) -> tuple[int, int, int]:
-    """The addresses of what `grouped_products` calls; compiled, or read from the cache, where that is not done."""
+    """The addresses of the kernels that `grouped_products` calls; compiled or read from the cache first."""
     kind = typeof(variant)
     return pack.address(kind), block_product.address(kind), _tasks.address(kind)
 
@@ -183,25 +190,25 @@ def run(
     y: np.ndarray,
     multiplications: int,
 ) -> bool:
-    """`grouped_products` on as many threads as so many multiplications are worth; False where an id is none."""
+    """Call `grouped_products` on the threads that `multiplications` justify; False if an expert id is out of range."""
     x = np.ascontiguousarray(x)
     with threads_for(multiplications) as threads:
         arguments = variant, x, expert_ids, routing_weights, hidden, matrices, outputs, gated, y
-        lacks: int = grouped_products(*arguments, workspace.words, threads, addresses(variant))
-        if lacks > 0:
-            lacks = grouped_products(*arguments, workspace.grow(lacks), threads, addresses(variant))
-    assert lacks <= 0
-    return lacks == 0
+        needed_words: int = grouped_products(*arguments, workspace.words, threads, addresses(variant))
+        if needed_words > 0:
+            needed_words = grouped_products(*arguments, workspace.grow(needed_words), threads, addresses(variant))
+    assert needed_words <= 0
+    return needed_words == 0
 
 
 def compile_grouped_products(variant: KernelVariant) -> None:
-    """Compile `grouped_products`, or read it from the cache; nothing is computed."""
+    """Compile `grouped_products`, or read it from the cache; computes nothing."""
     x, expert_ids, routing_weights = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
     one = np.ones(1, np.int64)
-    lacks = grouped_products(
+    needed_words = grouped_products(
         variant, x, expert_ids, routing_weights, one, one, one, False, x.reshape(-1), workspace.words, 1, (0, 0, 0)
     )
-    assert lacks == -1
+    assert needed_words == -1
 
 
 workspace = Workspace()
@@ -224,60 +231,63 @@ def grouped_products(
 ) -> int:
     """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
 
-    Gated, three of them: y [T, outputs[2]] = sum over j of share[t, j] * third . (silu(first . x) * (second . x)), of
-    expert ids[t, j], over as many hidden rows as `hidden` [E] says. Otherwise for every matrix, one after the other,
-    y [T, outputs] = sum over j of share[t, j] * matrix . x[t], over as many elements as `hidden` says.
-    `y` is flat. Returns 0, or, having done nothing, how many words `memory`, a workspace, needs, or -1 where an id is
-    not one of `hidden`'s. On `threads` threads, which share out weight rows. addresses: `addresses(variant)`.
+    Gated, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first . x) *
+    (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert. Otherwise for every
+    matrix, one after the other, y [T, outputs] = sum over j of routing_weights[t, j] * matrix . x[t], over the first
+    `hidden` elements. `y` is flat. Returns 0, or, without computing, the words that the workspace `memory` needs, or -1
+    if an expert id is out of the range of `hidden`. `threads` threads share the weight rows. addresses:
+    `addresses(variant)`.
     """
     tokens, width = x.shape
     for t in range(tokens):
         for j in range(expert_ids.shape[1]):
             if not 0 <= expert_ids[t, j] < hidden.size:
                 return -1
-    between = outputs[0] if gated else 0  # hidden width
-    # made here, since Numba hands a named tuple to the threads only where it sees its class
-    groups = Groups(*group_tokens(variant, expert_ids, routing_weights, hidden, width % 2 == 0 and between % 2 == 0))
+    expert_width = outputs[0] if gated else 0
+    # constructed here: Numba passes a named tuple to the threads only where it sees its class
+    groups = Groups(
+        *group_tokens(variant, expert_ids, routing_weights, hidden, width % 2 == 0 and expert_width % 2 == 0)
+    )
     first = groups.first
-    most, alike = np.int64(0), True
+    max_tokens, independent = np.int64(0), True
     for g in range(groups.expert.size):
-        most, alike = max(most, first[g + 1] - first[g]), alike and not groups.packed[g]
-    # a row of sums is a vector longer than needed: rows a power of two apart would share their places in the cache
-    ldc = (most + 15) // 16 * 16 + 16
+        max_tokens, independent = max(max_tokens, first[g + 1] - first[g]), independent and not groups.packed[g]
+    # a row of sums is a vector longer than needed: rows a power of two apart would compete for the same cache sets
+    ldc = (max_tokens + 15) // 16 * 16 + 16
     tasks = np.empty(outputs.size, np.int64)
-    sums_words, largest = 0, np.int64(0)
+    sums_words, max_task = 0, np.int64(0)
     for i in range(outputs.size):
-        tasks[i] = task_rows(variant, most, outputs[i], threads)
-        largest = max(largest, tasks[i])
+        tasks[i] = task_rows(variant, max_tokens, outputs[i], threads)
+        max_task = max(max_task, tasks[i])
         sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
-    scratch = (scratch_words(variant, largest) + 15) // 16 * 16
-    x_at = places(variant, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
-    hidden_at = places(variant, groups, between, x_at[-1])
-    needed: int = hidden_at[-1]
-    if memory.size < needed:
-        return needed
+    scratch = (scratch_words(variant, max_task) + 15) // 16 * 16
+    x_at = group_offsets(variant, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
+    hidden_at = group_offsets(variant, groups, expert_width, x_at[-1])
+    needed_words: int = hidden_at[-1]
+    if memory.size < needed_words:
+        return needed_words
     words, (pack_columns, multiply, take_tasks) = memory.ctypes.data, addresses
     scratch_at = words + 4 * (x_at[0] - threads * scratch)
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
-    for stage in range(-1, 2 if gated else outputs.size):  # the first one packs, and has no rows, tasks or results
-        packs, opens, closes = stage < 0, gated and stage == 0, gated and stage == 1
-        which = 0 if packs else 2 if closes else stage
-        rows_of_all, task, queue = outputs[which], tasks[which], queues.ctypes.data + 8 * which
-        k_of_all, at = (between, hidden_at) if closes else (width, x_at)
-        pair, written = 2 if opens else 1, 0 if packs or opens else tokens
-        result = y[done : done + written * rows_of_all].reshape(written, rows_of_all)
+    for stage in range(-1, 2 if gated else outputs.size):  # stage -1 packs, and has no rows, tasks or results
+        packing, gate_up, down = stage < 0, gated and stage == 0, gated and stage == 1
+        matrix = 0 if packing else 2 if down else stage
+        stage_rows, task, queue = outputs[matrix], tasks[matrix], queues.ctypes.data + 8 * matrix
+        stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
+        pair, result_tokens = 2 if gate_up else 1, 0 if packing or gate_up else tokens
+        result = y[done : done + result_tokens * stage_rows].reshape(result_tokens, stage_rows)
         done += result.size
         sums = memory[: threads * pair * task * ldc].reshape(threads, pair, task, ldc)
         for thread in prange(threads):
-            if packs:
+            if packing:
                 call_pack(pack_columns, (variant, x, groups, words, x_at, thread, threads))
             else:
                 _call_tasks(
                     take_tasks,
                     (
-                        *(variant, multiply, opens, matrices[which:], groups, words, at, hidden_at, between),
-                        *(rows_of_all, k_of_all, task, queue, alike, threads, sums[thread]),
+                        *(variant, multiply, gate_up, matrices[matrix:], groups, words, at, hidden_at, expert_width),
+                        *(stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
                         *(scratch_at + 4 * thread * scratch, result),
                     ),
                 )

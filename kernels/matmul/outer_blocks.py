@@ -1,4 +1,4 @@
-"""The product of a block of weight rows with many tokens, by outer products."""
+"""Products of a block of weight rows with many tokens, by outer products. Knows addresses and strides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fiddler.kernels.matmul.outer_tiles import outer_tile, widen_row
 
 __all__ = ["OUTER_BLOCK", "multiply_outer", "multiply_outer_floats", "outer_block"]
 
-# words along K that are taken at once, so that a panel's part stays in a cache while the weight rows go by
+# K-block [words]: a panel's block stays in a cache while the weight rows stream past
 OUTER_BLOCK = 1024
 
 
@@ -23,25 +23,25 @@ OUTER_BLOCK = 1024
 def outer_block(
     variant: KernelVariant, w: int, ldw: int, rows: int, x: int, wide: int, words: int, c: int, ldc: int
 ) -> None:
-    """c += the product of weight rows with a panel of `wide` tokens, over `words` of each."""
-    several = outer_rows(variant)
-    whole = rows - rows % several
+    """c += w . x for weight rows and a panel of `wide` tokens, over `words` words along K."""
+    tile_rows = outer_rows(variant)
+    full_rows = rows - rows % tile_rows
     m = 0
     while m < wide:
-        at, sums = x + 4 * m, c + 4 * m
+        x_at, sums = x + 4 * m, c + 4 * m
         if outer_tokens(variant) == 48 and wide - m == 48:
-            for r in range(0, whole, several):
-                outer_tile(variant, "several", 48, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
+            for r in range(0, full_rows, tile_rows):
+                outer_tile(variant, "several", 48, w + 4 * r * ldw, ldw, x_at, wide, sums + 4 * r * ldc, ldc, words)
             m += 48
         elif outer_tokens(variant) == 48 and wide - m == 32:
-            for r in range(0, whole, several):
-                outer_tile(variant, "several", 32, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
+            for r in range(0, full_rows, tile_rows):
+                outer_tile(variant, "several", 32, w + 4 * r * ldw, ldw, x_at, wide, sums + 4 * r * ldc, ldc, words)
             m += 32
         else:
-            for r in range(0, whole, several):
-                outer_tile(variant, "several", 16, w + 4 * r * ldw, ldw, at, wide, sums + 4 * r * ldc, ldc, words)
+            for r in range(0, full_rows, tile_rows):
+                outer_tile(variant, "several", 16, w + 4 * r * ldw, ldw, x_at, wide, sums + 4 * r * ldc, ldc, words)
             m += 16
-    for r in range(whole, rows):  # few, if any: not worth code of their own for more tokens
+    for r in range(full_rows, rows):  # few, if any: not worth compiling tiles for more tokens
         for m in range(0, wide, 16):
             outer_tile(variant, "one", 16, w + 4 * r * ldw, ldw, x + 4 * m, wide, c + 4 * (r * ldc + m), ldc, words)
 
@@ -56,10 +56,10 @@ def multiply_outer(
     k: int,
     c: int,
     ldc: int,
-    onward: int,
+    next_offset: int,
     scratch: int,
 ) -> None:
-    """bf16 pairs, straight from the weights."""
+    """c += w . x in bf16 pairs, straight from the weights."""
     panel_width, words, stride = panel_tokens(variant), k // 2, ldw // 2
     for begin in range(0, words, OUTER_BLOCK):
         count = min(OUTER_BLOCK, words - begin)
@@ -80,24 +80,24 @@ def multiply_outer_floats(
     k: int,
     c: int,
     ldc: int,
-    onward: int,
+    next_offset: int,
     scratch: int,
 ) -> None:
-    """A few rows are widened to float32 at a time, and used from the first-level cache."""
-    panel_width, several = panel_tokens(variant), outer_rows(variant)
+    """c += w . x in float32: widens a few rows at a time into `scratch`, which stays in the first-level cache."""
+    panel_width, tile_rows = panel_tokens(variant), outer_rows(variant)
     for begin in range(0, k, OUTER_BLOCK):
         count = min(OUTER_BLOCK, k - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             panel = x + 4 * (m * k + begin * wide)
-            for r in range(0, rows, several):
-                taken = min(several, rows - r)
-                for i in range(taken):
+            for r in range(0, rows, tile_rows):
+                row_count = min(tile_rows, rows - r)
+                for i in range(row_count):
                     widen_row(
                         variant,
                         w + 2 * ((r + i) * ldw + begin),
                         scratch + 4 * i * OUTER_BLOCK,
                         count,
-                        2 * several * ldw,
+                        2 * tile_rows * ldw,
                     )
-                outer_block(variant, scratch, OUTER_BLOCK, taken, panel, wide, count, c + 4 * (r * ldc + m), ldc)
+                outer_block(variant, scratch, OUTER_BLOCK, row_count, panel, wide, count, c + 4 * (r * ldc + m), ldc)

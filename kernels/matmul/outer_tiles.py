@@ -1,4 +1,7 @@
-"""The inner loop for many tokens: weight rows x 16 or more packed tokens, held in vector registers."""
+"""The inner loop for many tokens: outer products of weight rows and 16 or more packed tokens, in vector registers.
+
+Packed: one vector holds a value of several tokens. Knows pointers and strides only.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from fiddler.kernels.formats.half import widen, widen_one
 from fiddler.kernels.matmul.dot_tiles import LINE, weights_level
 
 __all__ = ["outer_tile", "widen_row"]
-_AHEAD_IN_ROWS = 1024  # bytes: how far before its use a cache line of weights is asked for, in each of several rows
+_PREFETCH_DISTANCE = 1024  # in each weight row [bytes]
 _UNROLL = 4
 
 
@@ -46,16 +49,16 @@ def outer_tile(
 ) -> Any:
     """c[r * ldc + t] += sum over p of w[r * ldw + p] . x[p * ldx + t], for t < tokens (a constant: 16, 32 or 48).
 
-    `rows`: "several" (as many as the tier's `outer_rows`) or "one". Weights and activations are 4-byte words: a pair
-    of bf16, or a float32 (weights that `widen_row` has written). `x` is a panel of the packed layout. Each weight is
-    broadcast from its row; there is no horizontal sum.
+    `rows`: "several" (the tier's `outer_rows`) or "one". Weights and activations are words of 4 bytes: a bf16 pair, or
+    a float32 (weights that `widen_row` has written). `x` is a panel of the packed layout. Each weight is broadcast from
+    its row; there is no horizontal sum.
     """
     kind = variant.variant
     R = kind.tier.outer_rows if rows.literal_value == "several" else 1
     MV = tokens.literal_value // kind.tier.lanes
-    memory_bound = kind.bf16_pairs and MV <= 2  # so few tokens wait for weights
+    memory_bound = kind.bf16_pairs and MV <= 2  # so few tokens wait for the weights
     unroll = LINE // 4 if memory_bound else _UNROLL
-    chains = 2 if MV == 1 else 1  # of sums, which take turns: one vector a row is too few, and leaves registers free
+    chains = 2 if MV == 1 else 1  # independent sums: one vector a row is too few, and leaves registers free
     signature = types.void(variant, rows, tokens, *([types.intp] * 7))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -81,7 +84,7 @@ def outer_tile(
                 sums[now] = step(b.add(p, ir.Constant(I64, u)), sums[now])
             if memory_bound:
                 for r in range(R):
-                    prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _AHEAD_IN_ROWS // 4)), 4))
+                    prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _PREFETCH_DISTANCE // 4)), 4))
             return sums
 
         zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV * chains)
@@ -92,28 +95,25 @@ def outer_tile(
         for r in range(R):
             for v in range(MV):
                 at = b.add(b.mul(ldc, ir.Constant(I64, r)), ir.Constant(I64, lanes * v))
-                place = address(b, c, at, 4)
-                total = b.fadd(load(b, place, floats, 4), sums[r * MV + v])
-                b.store(total, b.bitcast(place, floats.as_pointer())).align = 4
+                pointer = address(b, c, at, 4)
+                total = b.fadd(load(b, pointer, floats, 4), sums[r * MV + v])
+                b.store(total, b.bitcast(pointer, floats.as_pointer())).align = 4
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @compiled
-def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, ahead: Any) -> Any:
-    """out[i] = w[i] as float32 for i < k.
-
-    What lies `ahead` bytes further is prefetched.
-    """
+def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, prefetch_distance: Any) -> Any:
+    """out[i] = w[i] as float32 for i < k; prefetches the weights `prefetch_distance` bytes further."""
     kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        _, w, out, K, ahead = arguments
+        _, w, out, K, prefetch_distance = arguments
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, ahead), k, 2), weights_level())
+            prefetch(b, address(b, b.add(w, prefetch_distance), k, 2), weights_level())
             values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []

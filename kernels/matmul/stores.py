@@ -1,4 +1,4 @@
-"""Writing activations, sums and words to addresses, in the formats that the tiles read. Knows nothing of layouts."""
+"""Writes activations, sums and words to addresses, in the types that the tiles read. Knows nothing of layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["copy_words", "store_activation", "store_float", "store_pair", "store
 
 @compiled
 def store_activation(_context: Any, variant: Any, base: Any, index: Any, value: Any) -> Any:
-    """Write a float32 as element `index` from the address `base`, as this product keeps those of few tokens."""
+    """Write a float32 as element `index` from the address `base`, in the variant's type for the rows layout."""
     kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -32,7 +32,7 @@ def store_activation(_context: Any, variant: Any, base: Any, index: Any, value: 
 
 @compiled
 def store_word(_context: Any, variant: Any, base: Any, index: Any, value: Any) -> Any:
-    """Write a float32 as word `index` from the address `base`, as this product keeps those of many tokens by itself."""
+    """Write a float32 as word `index` from the address `base`, in the variant's type for unpaired packed words."""
     kind = variant.variant
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -44,7 +44,7 @@ def store_word(_context: Any, variant: Any, base: Any, index: Any, value: Any) -
 
 
 def _store_rounded(b: ir.IRBuilder, variant: KernelVariant, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
-    """Write a float32 that this product may round to bf16."""
+    """Write a float32, rounded to bf16 if the variant rounds activations."""
     if variant.activations == "bf16":
         value = b.bitcast(b.shl(round_to_bf16(b, value), ir.Constant(I32, 16)), F32)
     b.store(value, b.bitcast(address(b, base, index, 4), F32.as_pointer()))
@@ -77,13 +77,13 @@ def store_pair(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any
 
 @compiled
 def store_pairs(_context: Any, base: Any, index: Any, low: Any, high: Any) -> Any:
-    """`store_pair` for 16 neighbours: words from `index` on, of the float32 at the addresses `low` and `high`."""
+    """`store_pair` for 16 neighbours: words from `index` on, from the float32 at the addresses `low` and `high`."""
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         base, index, low, high = arguments
         floats, words = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
         lows, highs = (
-            round_to_bf16(b, load(b, address(b, place, ir.Constant(I64, 0), 1), floats, 4)) for place in (low, high)
+            round_to_bf16(b, load(b, address(b, start, ir.Constant(I64, 0), 1), floats, 4)) for start in (low, high)
         )
         both = b.or_(lows, b.shl(highs, ir.Constant(words, [16] * 16)))
         b.store(both, b.bitcast(address(b, base, index, 4), words.as_pointer())).align = 4
@@ -93,12 +93,12 @@ def store_pairs(_context: Any, base: Any, index: Any, low: Any, high: Any) -> An
 
 
 @compiled
-def copy_words(_context: Any, to: Any, source: Any, count: Any) -> Any:
+def copy_words(_context: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy `count` words of 4 bytes between addresses."""
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        to, source, count = arguments
-        cgutils.raw_memcpy(b, b.inttoptr(to, I8.as_pointer()), b.inttoptr(source, I8.as_pointer()), count, 4)
+        target, source, count = arguments
+        cgutils.raw_memcpy(b, b.inttoptr(target, I8.as_pointer()), b.inttoptr(source, I8.as_pointer()), count, 4)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp), generate
