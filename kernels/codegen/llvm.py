@@ -17,7 +17,6 @@ __all__ = [
     "I16",
     "I32",
     "I64",
-    "PASSING",
     "address",
     "dot_bf16",
     "horizontal_sum",
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 F16, F32 = ir.HalfType(), ir.FloatType()
-PASSING = 4
 I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 
 
@@ -51,7 +49,8 @@ def load(b: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, align: int) -> ir.Va
 def prefetch(b: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
     """Prefetch a cache line into this level of the cache; an address outside of every mapping is harmless.
 
-    Level PASSING is the non-temporal hint: into level 1, for data that is used once and should displace nothing else.
+    Level 4 is the non-temporal hint (`tuning.NON_TEMPORAL`): into level 1, for data that is used once and should
+    displace nothing else.
     """
     byte = I8.as_pointer()
     function = cgutils.get_or_insert_function(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import NativeValue, intrinsic, models, register_model, typeof_impl, unbox
 
-from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, on_zen
+from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers
+from fiddler.kernels.machine.tuning import TUNINGS, Tuning, current_tuning
 
 __all__ = [
     "KernelVariant",
@@ -29,6 +30,7 @@ __all__ = [
     "outer_tokens",
     "panel_tokens",
     "row_bytes",
+    "tuned",
 ]
 
 
@@ -37,12 +39,13 @@ class KernelVariant:
     """The types and the instructions that a kernel multiplies with.
 
     `weights`: "bf16" or "f16". `activations`: "f32", or "bf16": each is rounded to bf16 once, before the products. Sums
-    are float32 in either case.
+    are float32 in either case. `tuning`: block sizes and thresholds; the row for this CPU unless given.
     """
 
     tier: Tier
     weights: str
     activations: str
+    tuning: Tuning = field(default_factory=current_tuning)
 
     def __post_init__(self) -> None:
         if self.weights not in ("bf16", "f16") or self.activations not in ("bf16", "f32"):
@@ -62,11 +65,8 @@ class KernelVariant:
 
     @property
     def k_blocked(self) -> bool:
-        """Several tokens in bf16 pairs are multiplied K-block by K-block, so that a block fits the first-level cache.
-
-        Zen 5: faster than whole rows one by one. Emerald Rapids: four whole rows at once are 1.1 to 1.5 times as fast.
-        """
-        return self.bf16_pairs and on_zen()
+        """Several tokens in bf16 pairs are multiplied K-block by K-block: a block fits the first-level cache."""
+        return self.bf16_pairs and self.tuning.k_blocked
 
     @property
     def amx(self) -> bool:
@@ -86,13 +86,14 @@ _SOURCES = _digest()
 
 
 class _VariantType(types.Type):
-    def __init__(self, tier: str, weights: str, activations: str) -> None:
-        self.tier, self.weights, self.activations = tier, weights, activations
-        super().__init__(name=f"KernelVariant({tier}, {weights}, {activations}, sources {_SOURCES})")
+    def __init__(self, tier: str, weights: str, activations: str, tuning: str) -> None:
+        self.tier, self.weights, self.activations, self.tuning = tier, weights, activations, tuning
+        super().__init__(name=f"KernelVariant({tier}, {weights}, {activations}, {tuning}, sources {_SOURCES})")
 
     @property
     def variant(self) -> KernelVariant:
-        return KernelVariant(next(t for t in TIERS if t.name == self.tier), self.weights, self.activations)
+        tier = next(tier for tier in TIERS if tier.name == self.tier)
+        return KernelVariant(tier, self.weights, self.activations, TUNINGS[self.tuning])
 
 
 register_model(_VariantType)(models.OpaqueModel)
@@ -100,7 +101,7 @@ register_model(_VariantType)(models.OpaqueModel)
 
 @typeof_impl.register(KernelVariant)
 def _typeof_variant(value: KernelVariant, _context: object) -> _VariantType:
-    return _VariantType(value.tier.name, value.weights, value.activations)
+    return _VariantType(value.tier.name, value.weights, value.activations, value.tuning.name)
 
 
 @unbox(_VariantType)
@@ -125,6 +126,11 @@ def constant_of(number: Callable[[KernelVariant], int], returns: types.Type) -> 
         return returns(variant), generate
 
     return constant
+
+
+def tuned(name: str) -> Any:
+    """An intrinsic that compiles to this field of the variant's `Tuning`."""
+    return constant_of(lambda variant: getattr(variant.tuning, name), types.intp)
 
 
 bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)

@@ -8,13 +8,12 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 
-from llvmlite.binding import get_host_cpu_name
 from numba.core import config as numba_config
 from numba.core.codegen import get_host_cpu_features
 
 from fiddler.errors import RequestError
 
-__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features", "on_zen"]
+__all__ = ["TIERS", "Tier", "available_tiers", "choose_tier", "cpu_features"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,3 @@ def choose_tier(name: str | None = None) -> Tier:
             return tier
     names = ", ".join(tier.name for tier in available)
     raise RequestError(f"kernel {name!r} does not run here; this CPU offers {names}")
-
-
-def on_zen() -> bool:
-    """Whether this CPU is an AMD Zen: its caches favour other prefetches and loop orders than Intel's."""
-    return str(numba_config.CPU_NAME or get_host_cpu_name()).startswith("znver")

@@ -82,9 +82,11 @@ def matrix_tile(
 
     Words of 4 bytes as in `outer_tiles.outer_tile`; `pairs` is a positive multiple of TILE_PAIRS. Prefetches as many
     words of each of `prefetch_rows` other rows, from the address `prefetch_at` on, `ld_prefetch` words apart.
-    `tokens` and `prefetch_rows` are literals. A tile's row that crosses a cache line is loaded at a fifth of the speed.
+    `tokens` and `prefetch_rows` are literals; the latter is "none", "all" (32) or "part" (the tuning's).
+    A tile's row that crosses a cache line is loaded at a fifth of the speed.
     """
     columns, kind = tokens.literal_value // 16, variant.variant
+    prefetched = {"none": 0, "all": TILE_ROWS, "part": kind.tuning.amx_prefetch_rows}[prefetch_rows.literal_value]
     signature = types.void(variant, tokens, prefetch_rows, *([types.intp] * 9))
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
@@ -117,7 +119,7 @@ def matrix_tile(
                 if r == 0:
                     _call(b, "llvm.x86.tileloadd64", activations[m], at(x_at, x_row, 0, 64 * m), x_row)
                 _call(b, "llvm.x86.tdpbf16ps", sums[r][m], weights[r], activations[m])
-        for r in range(prefetch_rows.literal_value):
+        for r in range(prefetched):
             prefetch(b, at(b.add(prefetch_at, b.sub(w_at, w)), prefetch_row, r, 0), _LEVEL_2)
         next_p = b.add(p, ir.Constant(I64, TILE_PAIRS))
         p.add_incoming(next_p, b.block)

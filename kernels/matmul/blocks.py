@@ -21,9 +21,9 @@ from fiddler.kernels.codegen.variant import (
     bf16_pairs,
     outer_rows,
 )
-from fiddler.kernels.matmul.amx_blocks import TILE_BLOCK_MANY, multiply_tiles
+from fiddler.kernels.matmul.amx_blocks import k_words_many, multiply_tiles
 from fiddler.kernels.matmul.dot_blocks import multiply_dots
-from fiddler.kernels.matmul.outer_blocks import OUTER_BLOCK, multiply_outer, multiply_outer_floats
+from fiddler.kernels.matmul.outer_blocks import multiply_outer, multiply_outer_floats, outer_k_words
 from fiddler.kernels.matmul.stores import store_float
 
 __all__ = ["block_product", "call_block_product", "scratch_words"]
@@ -70,8 +70,8 @@ call_block_product = block_product.call
 def scratch_words(variant: KernelVariant, rows: int) -> int:
     """Scratch of `block_product` for blocks of weights that it copies or widens [words of 4 bytes]."""
     if amx(variant):
-        return rows * (TILE_BLOCK_MANY + 16)
-    words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * OUTER_BLOCK
+        return rows * (k_words_many(variant) + 16)
+    words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * outer_k_words(variant)
     return words
 
 

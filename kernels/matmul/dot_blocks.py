@@ -5,18 +5,14 @@ from __future__ import annotations
 from numba import njit
 
 from fiddler.kernels.codegen.jit import OPTIONS
-from fiddler.kernels.codegen.variant import (
-    KernelVariant,
-    k_blocked,
-    row_bytes,
-)
-from fiddler.kernels.matmul.dot_tiles import COMPUTE_BOUND_TOKENS, dot_tile, dot_tokens
+from fiddler.kernels.codegen.variant import KernelVariant, k_blocked, row_bytes, tuned
+from fiddler.kernels.matmul.dot_tiles import dot_tile, dot_tokens
 
 __all__ = ["multiply_dots"]
-_PREFETCH_DISTANCE = 8192  # of a dot-product tile [bytes]
-_ROWS_PER_PASS = 4  # weight rows that every tile of tokens reads before the next rows, with several tiles
-_L1_ACTIVATIONS = 1 << 15  # activations that stay in the first-level cache while the weights stream past [bytes]
-_MAX_K_BLOCK = 1024  # elements of a K-block, at most
+
+_prefetch_bytes, _pass_rows = tuned("dot_prefetch_bytes"), tuned("dot_pass_rows")
+_compute_bound_tokens, _l1_activation_bytes = tuned("compute_bound_tokens"), tuned("l1_activation_bytes")
+_k_block_elements = tuned("k_block_elements")
 
 
 @njit(**OPTIONS)
@@ -52,15 +48,16 @@ def multiply_dots(
     token_bytes, k_block, prefetch_distance, blocked = (
         ldx * row_bytes(variant),
         k,
-        _PREFETCH_DISTANCE,
-        k_blocked(variant) and tokens >= COMPUTE_BOUND_TOKENS,
+        _prefetch_bytes(variant),
+        k_blocked(variant) and tokens >= _compute_bound_tokens(variant),
     )
     if blocked:
-        max_elements = max(256, min(_MAX_K_BLOCK, _L1_ACTIVATIONS // (tokens * row_bytes(variant)) // 256 * 256))
+        fitting = _l1_activation_bytes(variant) // (tokens * row_bytes(variant)) // 256 * 256
+        max_elements = max(256, min(_k_block_elements(variant), fitting))
         k_block, prefetch_distance = _k_block(k, max_elements), 2 * ldw
     tiles = (tokens + dot_tokens(variant) - 1) // dot_tokens(variant)
     max_tokens = dot_tokens(variant) if blocked else (tokens + tiles - 1) // tiles
-    pass_rows = rows if tiles == 1 else _ROWS_PER_PASS
+    pass_rows = rows if tiles == 1 else _pass_rows(variant)
     for begin in range(0, k, k_block):
         count = min(k_block, k - begin)
         if blocked and begin + k_block < k:
@@ -73,20 +70,5 @@ def multiply_dots(
             m, tile_distance = 0, prefetch_distance
             while m < tokens:
                 xm, cm, tile_tokens = xr + m * token_bytes, cr + 4 * m, min(tokens - m, max_tokens)
-                if tile_tokens == 1:
-                    dot_tile(variant, 1, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif tile_tokens == 2:
-                    dot_tile(variant, 2, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) >= 3 and tile_tokens == 3:
-                    dot_tile(variant, 3, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) >= 4 and tile_tokens == 4:
-                    dot_tile(variant, 4, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) >= 5 and tile_tokens == 5:
-                    dot_tile(variant, 5, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) >= 6 and tile_tokens == 6:
-                    dot_tile(variant, 6, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) >= 7 and tile_tokens == 7:
-                    dot_tile(variant, 7, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
-                elif dot_tokens(variant) == 8:
-                    dot_tile(variant, 8, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
+                dot_tile(variant, tile_tokens, wr, ldw, tile_rows, xm, ldx, cm, ldc, count, tile_distance)
                 m, tile_distance = m + tile_tokens, 0

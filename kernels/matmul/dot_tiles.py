@@ -18,7 +18,6 @@ from fiddler.kernels.codegen.llvm import (
     I16,
     I32,
     I64,
-    PASSING,
     address,
     dot_bf16,
     horizontal_sum,
@@ -30,21 +29,10 @@ from fiddler.kernels.codegen.llvm import (
 )
 from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
 from fiddler.kernels.formats.half import halves, widen, widen_one
-from fiddler.kernels.machine.isa import on_zen
 
-__all__ = ["COMPUTE_BOUND_TOKENS", "LINE", "dot_tile", "dot_tokens", "weights_level"]
+__all__ = ["LINE", "dot_tile", "dot_tokens"]
 
-COMPUTE_BOUND_TOKENS = 5  # tokens from which on the cores, not the memory, may limit the speed
 LINE = 64  # bytes
-
-
-def weights_level() -> int:
-    """The cache level to prefetch weights into; each is read once.
-
-    Zen: non-temporal prefetches leave code and data in the caches: 4 % of a token. Emerald Rapids: level 1, because it
-    evicts non-temporal lines before their use: one token read 61 to 70 GB/s with them, 95 to 119 without.
-    """
-    return PASSING if on_zen() else 1
 
 
 def _odd_lines_first(b: ir.IRBuilder, base: ir.Value) -> list[ir.Value]:
@@ -66,10 +54,15 @@ def _dot_rows(variant: KernelVariant, tokens: int) -> int:
     """
     if tokens == 1:
         return 4
-    if variant.k_blocked and tokens >= COMPUTE_BOUND_TOKENS:
+    if _is_blocked(variant, tokens):
         return 1
     few = 2 if _x_from_memory(variant, tokens) else 1
     return next((rows for rows in (4, 2) if rows * (tokens + 1) + 2 <= variant.tier.registers), few)
+
+
+def _is_blocked(variant: KernelVariant, tokens: int) -> bool:
+    """Whether so many tokens are multiplied K-block by K-block."""
+    return variant.k_blocked and tokens >= variant.tuning.compute_bound_tokens
 
 
 def _x_from_memory(variant: KernelVariant, tokens: int) -> bool:
@@ -81,7 +74,7 @@ def _dot_tokens(variant: KernelVariant) -> int:
     if variant.amx:
         return 2
     if variant.k_blocked:
-        return 8
+        return variant.tuning.k_blocked_tile_tokens
     return {32: 5, 16: 6 if variant.bf16_rows else 7}.get(variant.tier.registers, 4)
 
 
@@ -108,109 +101,136 @@ def dot_tile(
     k: Any,
     prefetch_distance: Any,
 ) -> Any:
-    """c[r * ldc + m] += sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (a constant).
+    """c[r * ldc + m] += sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (1 to `dot_tokens`).
 
     `w`: 2-byte aligned weights; `x`: activations of the variant's type in the rows layout; `c`: float32; `ldw`, `ldx`
     and `ldc` count their elements. Reads nothing past k. Prefetches the weights that are read `prefetch_distance` bytes
-    later, also of the rows that follow; K-blocked, with COMPUTE_BOUND_TOKENS, those at that distance from each address.
+    later, also of the rows that follow; K-blocked, with many tokens, those at that distance from each address.
     """
-    M, kind = tokens.literal_value, variant.variant
-    R, lanes = _dot_rows(kind, M), kind.tier.lanes
-    blocked = kind.k_blocked and M >= COMPUTE_BOUND_TOKENS
+    kind = variant.variant
+    signature = types.void(variant, *([types.intp] * 10))
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        _, tokens, *others = arguments
+        none, done = b.append_basic_block("dot.none"), b.append_basic_block("dot.done")
+        switch = b.switch(tokens, none)
+        for count in range(1, _dot_tokens(kind) + 1):  # a tile for each number of tokens
+            case = b.append_basic_block(f"dot.{count}")
+            switch.add_case(ir.Constant(I64, count), case)
+            b.position_at_end(case)
+            _generate_tile(b, kind, count, *others)
+            b.branch(done)
+        b.position_at_end(none)
+        b.unreachable()
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _generate_tile(
+    b: ir.IRBuilder,
+    kind: KernelVariant,
+    M: int,
+    w: ir.Value,
+    ldw: ir.Value,
+    rows: ir.Value,
+    x: ir.Value,
+    ldx: ir.Value,
+    c: ir.Value,
+    ldc: ir.Value,
+    K: ir.Value,
+    prefetch_distance: ir.Value,
+) -> None:
+    """`dot_tile` for M tokens."""
+    R, lanes, blocked = _dot_rows(kind, M), kind.tier.lanes, _is_blocked(kind, M)
     chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # independent sums of each element
     step = lanes * (2 if kind.bf16_rows else 1)
     unroll = max(chains, LINE // (2 * step))
     x_width, x_from_memory = 2 if kind.bf16_rows else 4, _x_from_memory(kind, M)
-    level = 2 if blocked else weights_level()
-    signature = types.void(variant, tokens, *([types.intp] * 9))
+    level = 2 if blocked else kind.tuning.weights_prefetch_level
+    floats, words, bits = (
+        ir.VectorType(element, count) for element, count in ((F32, lanes), (I32, lanes), (I16, step))
+    )
+    column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
+    bytes_of_row, last = b.mul(ldw, ir.Constant(I64, 2)), b.sub(rows, ir.Constant(I64, 1))
+    zero = ir.Constant(I64, 0)
+    whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
+    distance_in_row = b.sdiv(prefetch_distance, ir.Constant(I64, R))
+    wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, 2)))  # from here on it falls in other rows
+    distance_beyond_row = b.add(
+        b.sub(distance_in_row, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R))
+    )
 
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        w, ldw, rows, x, ldx, c, ldc, K, prefetch_distance = arguments[2:]
-        floats, words, bits = (
-            ir.VectorType(element, count) for element, count in ((F32, lanes), (I32, lanes), (I16, step))
-        )
-        column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
-        bytes_of_row, last = b.mul(ldw, ir.Constant(I64, 2)), b.sub(rows, ir.Constant(I64, 1))
-        zero = ir.Constant(I64, 0)
-        whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
-        distance_in_row = b.sdiv(prefetch_distance, ir.Constant(I64, R))
-        wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, 2)))  # from here on it falls in other rows
-        distance_beyond_row = b.add(
-            b.sub(distance_in_row, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R))
-        )
+    def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
+        pointer = address(b, base, k, width)
+        if kind.bf16_rows:
+            pairs = load(b, pointer, words, 2)
+            return pairs if kind.bf16_pairs else halves(b, pairs)[half]
+        return load(b, pointer, floats, 4) if width == 4 else widen(b, kind, load(b, pointer, bits, 2))
 
-        def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
-            pointer = address(b, base, k, width)
+    def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        multiply, result = dot_bf16 if kind.bf16_pairs else multiply_add, list(sums)
+        # hidden from LLVM, which otherwise loads x once, into a register that it lacks
+        reloaded_k = opaque(b, k) if x_from_memory else k
+        for half in range(2 if kind.bf16_rows and not kind.bf16_pairs else 1):
+            if half == 1 and kind.tier.registers <= 2 * R * M:
+                k = opaque(b, k)  # both halves of all operands would not fit the registers
+            weights = [operands(base, k, 2, half) for base in row]
+            for m in range(M):
+                value = operands(column[m], k, x_width, half)
+                for r in range(R):
+                    if r > 0 and x_from_memory:
+                        value = operands(column[m], reloaded_k, x_width, half)
+                    result[r * M + m] = multiply(b, result[r * M + m], weights[r], value)
+        return result
+
+    def row_group(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        row_numbers = [b.add(first, ir.Constant(I64, r)) for r in range(R)]
+        # with too few rows, the last one again
+        index = [b.select(b.icmp_signed("<", r, last), r, last) for r in row_numbers]
+        row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
+        lines = [row] * 2  # bases of even and odd cache lines
+        if blocked:
+            lines = [[base] for base in _odd_lines_first(b, b.add(row[0], prefetch_distance))]
+
+        def unrolled(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            sums = list(sums)
+            distance = (
+                zero if blocked else b.select(b.icmp_signed("<", k, wrap_k), distance_in_row, distance_beyond_row)
+            )
+            for u in range(unroll):
+                at = b.add(k, ir.Constant(I64, u * step))
+                if 2 * u * step % LINE == 0:
+                    for base in lines[2 * u * step // LINE % 2]:
+                        prefetch(b, address(b, b.add(base, distance), at, 2), level)
+                now = slice(u % chains * R * M, (u % chains + 1) * R * M)
+                sums[now] = products(row, at, sums[now])
+            return sums
+
+        sums = [ir.Constant(floats, [0.0] * lanes)] * (R * M * chains)
+        k, sums = loop(b, "whole", zero, whole, step * unroll, sums, unrolled)
+        totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
+
+        def tail(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
+            pointers = [address(b, base, k, x_width) for base in column]
             if kind.bf16_rows:
-                pairs = load(b, pointer, words, 2)
-                return pairs if kind.bf16_pairs else halves(b, pairs)[half]
-            return load(b, pointer, floats, 4) if width == 4 else widen(b, kind, load(b, pointer, bits, 2))
+                values = [widen_one(b, kind, load(b, pointer, I16, 2)) for pointer in pointers]
+            else:
+                values = [load(b, pointer, F32, 4) for pointer in pointers]
+            return [multiply_add(b, totals[i], weights[i // M], values[i % M]) for i in range(R * M)]
 
-        def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            multiply, result = dot_bf16 if kind.bf16_pairs else multiply_add, list(sums)
-            # hidden from LLVM, which otherwise loads x once, into a register that it lacks
-            reloaded_k = opaque(b, k) if x_from_memory else k
-            for half in range(2 if kind.bf16_rows and not kind.bf16_pairs else 1):
-                if half == 1 and kind.tier.registers <= 2 * R * M:
-                    k = opaque(b, k)  # both halves of all operands would not fit the registers
-                weights = [operands(base, k, 2, half) for base in row]
-                for m in range(M):
-                    value = operands(column[m], k, x_width, half)
-                    for r in range(R):
-                        if r > 0 and x_from_memory:
-                            value = operands(column[m], reloaded_k, x_width, half)
-                        result[r * M + m] = multiply(b, result[r * M + m], weights[r], value)
-            return result
+        _, totals = loop(b, "tail", k, K, 1, totals, tail)
+        c_pointers = [
+            b.bitcast(address(b, c, b.add(b.mul(r, ldc), ir.Constant(I64, m)), 4), F32.as_pointer())
+            for r in index
+            for m in range(M)
+        ]
+        # read all before writing any: a repeated row counts once
+        before = [b.load(c_pointer) for c_pointer in c_pointers]
+        for c_pointer, old, total in zip(c_pointers, before, totals, strict=True):
+            b.store(b.fadd(old, total), c_pointer)
+        return []
 
-        def row_group(first: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            row_numbers = [b.add(first, ir.Constant(I64, r)) for r in range(R)]
-            # with too few rows, the last one again
-            index = [b.select(b.icmp_signed("<", r, last), r, last) for r in row_numbers]
-            row = [b.add(w, b.mul(r, bytes_of_row)) for r in index]
-            lines = [row] * 2  # bases of even and odd cache lines
-            if blocked:
-                lines = [[base] for base in _odd_lines_first(b, b.add(row[0], prefetch_distance))]
-
-            def unrolled(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                sums = list(sums)
-                distance = (
-                    zero if blocked else b.select(b.icmp_signed("<", k, wrap_k), distance_in_row, distance_beyond_row)
-                )
-                for u in range(unroll):
-                    at = b.add(k, ir.Constant(I64, u * step))
-                    if 2 * u * step % LINE == 0:
-                        for base in lines[2 * u * step // LINE % 2]:
-                            prefetch(b, address(b, b.add(base, distance), at, 2), level)
-                    now = slice(u % chains * R * M, (u % chains + 1) * R * M)
-                    sums[now] = products(row, at, sums[now])
-                return sums
-
-            sums = [ir.Constant(floats, [0.0] * lanes)] * (R * M * chains)
-            k, sums = loop(b, "whole", zero, whole, step * unroll, sums, unrolled)
-            totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
-
-            def tail(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-                weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
-                pointers = [address(b, base, k, x_width) for base in column]
-                if kind.bf16_rows:
-                    values = [widen_one(b, kind, load(b, pointer, I16, 2)) for pointer in pointers]
-                else:
-                    values = [load(b, pointer, F32, 4) for pointer in pointers]
-                return [multiply_add(b, totals[i], weights[i // M], values[i % M]) for i in range(R * M)]
-
-            _, totals = loop(b, "tail", k, K, 1, totals, tail)
-            c_pointers = [
-                b.bitcast(address(b, c, b.add(b.mul(r, ldc), ir.Constant(I64, m)), 4), F32.as_pointer())
-                for r in index
-                for m in range(M)
-            ]
-            # read all before writing any: a repeated row counts once
-            before = [b.load(c_pointer) for c_pointer in c_pointers]
-            for c_pointer, old, total in zip(c_pointers, before, totals, strict=True):
-                b.store(b.fadd(old, total), c_pointer)
-            return []
-
-        loop(b, "rows", zero, rows, R, [], row_group)
-        return context.get_dummy_value()
-
-    return signature, generate
+    loop(b, "rows", zero, rows, R, [], row_group)

@@ -127,7 +127,7 @@ def _take_tasks(
     output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
-    begin, row_count = take_rows(queue, task, outputs, threads, independent)
+    begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
     while begin < outputs:
         row_count = min(row_count, outputs - begin)
         for t in range(result.shape[0]):
@@ -159,7 +159,7 @@ def _take_tasks(
                     groups.routing_weights[first[g] : first[g + 1]],
                 )
                 _add_weighted(c[0], rows, token, group_weights, result, begin)
-        begin, row_count = take_rows(queue, task, outputs, threads, independent)
+        begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
 
 
 _INTS, _FLOATS, _INT = types.intp[::1], types.float32[::1], types.intp

@@ -10,13 +10,14 @@ from fiddler.kernels.codegen.variant import (
     outer_rows,
     outer_tokens,
     panel_tokens,
+    tuned,
 )
 from fiddler.kernels.matmul.outer_tiles import outer_tile, widen_row
 
-__all__ = ["OUTER_BLOCK", "multiply_outer", "multiply_outer_floats", "outer_block"]
+__all__ = ["multiply_outer", "multiply_outer_floats", "outer_block", "outer_k_words"]
 
-# K-block [words]: a panel's block stays in a cache while the weight rows stream past
-OUTER_BLOCK = 1024
+outer_k_words = tuned("outer_k_words")
+"""K-block of an outer product [words]."""
 
 
 @njit(**OPTIONS)
@@ -61,8 +62,8 @@ def multiply_outer(
 ) -> None:
     """c += w . x in bf16 pairs, straight from the weights."""
     panel_width, words, stride = panel_tokens(variant), k // 2, ldw // 2
-    for begin in range(0, words, OUTER_BLOCK):
-        count = min(OUTER_BLOCK, words - begin)
+    for begin in range(0, words, outer_k_words(variant)):
+        count = min(outer_k_words(variant), words - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             outer_block(
@@ -84,9 +85,9 @@ def multiply_outer_floats(
     scratch: int,
 ) -> None:
     """c += w . x in float32: widens a few rows at a time into `scratch`, which stays in the first-level cache."""
-    panel_width, tile_rows = panel_tokens(variant), outer_rows(variant)
-    for begin in range(0, k, OUTER_BLOCK):
-        count = min(OUTER_BLOCK, k - begin)
+    panel_width, tile_rows, k_block = panel_tokens(variant), outer_rows(variant), outer_k_words(variant)
+    for begin in range(0, k, k_block):
+        count = min(k_block, k - begin)
         for m in range(0, padded, panel_width):
             wide = min(panel_width, padded - m)
             panel = x + 4 * (m * k + begin * wide)
@@ -96,8 +97,8 @@ def multiply_outer_floats(
                     widen_row(
                         variant,
                         w + 2 * ((r + i) * ldw + begin),
-                        scratch + 4 * i * OUTER_BLOCK,
+                        scratch + 4 * i * k_block,
                         count,
                         2 * tile_rows * ldw,
                     )
-                outer_block(variant, scratch, OUTER_BLOCK, row_count, panel, wide, count, c + 4 * (r * ldc + m), ldc)
+                outer_block(variant, scratch, k_block, row_count, panel, wide, count, c + 4 * (r * ldc + m), ldc)

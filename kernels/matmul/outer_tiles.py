@@ -26,11 +26,9 @@ from fiddler.kernels.codegen.llvm import (
 )
 from fiddler.kernels.codegen.variant import compiled
 from fiddler.kernels.formats.half import widen, widen_one
-from fiddler.kernels.matmul.dot_tiles import LINE, weights_level
+from fiddler.kernels.matmul.dot_tiles import LINE
 
 __all__ = ["outer_tile", "widen_row"]
-_PREFETCH_DISTANCE = 1024  # in each weight row [bytes]
-_UNROLL = 4
 
 
 @compiled
@@ -57,7 +55,7 @@ def outer_tile(
     R = kind.tier.outer_rows if rows.literal_value == "several" else 1
     MV = tokens.literal_value // kind.tier.lanes
     memory_bound = kind.bf16_pairs and MV <= 2  # so few tokens wait for the weights
-    unroll = LINE // 4 if memory_bound else _UNROLL
+    unroll = LINE // 4 if memory_bound else kind.tuning.outer_unroll
     chains = 2 if MV == 1 else 1  # independent sums: one vector a row is too few, and leaves registers free
     signature = types.void(variant, rows, tokens, *([types.intp] * 7))
 
@@ -84,7 +82,9 @@ def outer_tile(
                 sums[now] = step(b.add(p, ir.Constant(I64, u)), sums[now])
             if memory_bound:
                 for r in range(R):
-                    prefetch(b, address(b, row[r], b.add(p, ir.Constant(I64, _PREFETCH_DISTANCE // 4)), 4))
+                    prefetch(
+                        b, address(b, row[r], b.add(p, ir.Constant(I64, kind.tuning.outer_prefetch_bytes // 4)), 4)
+                    )
             return sums
 
         zeros = [ir.Constant(floats, [0.0] * lanes)] * (R * MV * chains)
@@ -113,7 +113,7 @@ def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, prefetch_di
         bits = ir.VectorType(I16, kind.tier.lanes)
 
         def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, prefetch_distance), k, 2), weights_level())
+            prefetch(b, address(b, b.add(w, prefetch_distance), k, 2), kind.tuning.weights_prefetch_level)
             values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []

@@ -27,21 +27,22 @@ from fiddler.kernels.codegen.variant import (
     k_blocked,
     panel_tokens,
     row_bytes,
+    tuned,
 )
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
 
 __all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "row_stride"]
 
-# experts with more tokens pack them (24 in pairs are slower packed, by a third; from 25 to 28 it is an estimate)
-_FEW_FLOATS, _FEW_PAIRS, _FEW_K_BLOCKED = 24, 28, 14
-_max_remainder = constant_of(lambda variant: 8 if variant.tier.lanes == 16 else 12, types.intp)
-"""Tokens that stay in rows beside packed ones, at most."""
-_FEW_AMX, _ALL_PACKED_AMX = (
-    2,
-    32,
-)  # with AMX: tokens in rows, alone or beside packed ones; tokens up to which all are packed
 _LINE, _SETS = 64, 64  # line size [bytes] and sets of the first-level caches of Zen and Xeon
-_SPREAD = 39  # lines from row to row, modulo the sets: 0.618 of them spreads any number of rows well
+_float_row_tokens, _pair_row_tokens = tuned("float_row_tokens"), tuned("pair_row_tokens")
+_k_blocked_row_tokens, _amx_row_tokens = tuned("k_blocked_row_tokens"), tuned("amx_row_tokens")
+_amx_packed_tokens, _row_spread_lines = tuned("amx_packed_tokens"), tuned("row_spread_lines")
+_remainder_tokens = constant_of(
+    lambda variant: (
+        variant.tuning.remainder_tokens if variant.tier.lanes == 16 else variant.tuning.remainder_tokens_8_lanes
+    ),
+    types.intp,
+)
 
 
 class Groups(NamedTuple):
@@ -103,14 +104,18 @@ def _row_tokens(variant: KernelVariant, count: int, even: bool) -> int:
     """How many of an expert's tokens stay in rows: those that packing would pad too much, or all."""
     if bf16_pairs(variant) and not even:
         return count
-    few = _FEW_K_BLOCKED if k_blocked(variant) else _FEW_PAIRS if bf16_pairs(variant) else _FEW_FLOATS
+    few = _float_row_tokens(variant)
+    if k_blocked(variant):
+        few = _k_blocked_row_tokens(variant)
+    elif bf16_pairs(variant):
+        few = _pair_row_tokens(variant)
     if count <= few and not amx(variant):
         return count
-    max_remainder = _max_remainder(variant)
+    max_remainder = _remainder_tokens(variant)
     if amx(variant):
-        if _FEW_AMX < count <= _ALL_PACKED_AMX:
+        if _amx_row_tokens(variant) < count <= _amx_packed_tokens(variant):
             return 0
-        max_remainder = _FEW_AMX
+        max_remainder = _amx_row_tokens(variant)
     return count % 16 if count % 16 <= max_remainder else 0
 
 
@@ -123,7 +128,7 @@ def row_stride(variant: KernelVariant, width: int) -> int:
     """
     size: int = row_bytes(variant)
     lines = (width * size + _LINE - 1) // _LINE
-    return (lines + (_SPREAD - lines) % _SETS) * _LINE // size
+    return (lines + (_row_spread_lines(variant) - lines) % _SETS) * _LINE // size
 
 
 @njit(**OPTIONS)

@@ -13,13 +13,14 @@ from llvmlite import ir
 from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
-from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, k_blocked
-from fiddler.kernels.matmul.dot_tiles import COMPUTE_BOUND_TOKENS
+from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, k_blocked, tuned
 
 __all__ = ["take_rows", "task_rows"]
 
-_TASKS_A_THREAD = 2  # at least, where the rows allow; more tasks read many tokens' activations from afar more often
-_MIN_ROWS = 8  # rows of the last tasks, where rows are independent
+_compute_bound_tokens, _memory_bound_rows = tuned("compute_bound_tokens"), tuned("memory_bound_task_rows")
+_task_rows, _tasks_per_thread, _min_rows = tuned("task_rows"), tuned("tasks_per_thread"), tuned("min_task_rows")
+_short_tokens, _short_tokens_whole_rows = tuned("short_task_tokens"), tuned("short_task_tokens_whole_rows")
+_amx_row_tokens = tuned("amx_row_tokens")
 
 
 @njit(**OPTIONS)
@@ -30,22 +31,23 @@ def task_rows(variant: KernelVariant, tokens: int, rows: int, threads: int) -> i
     short (`take_rows`). Many tokens: every task reads their activations again, so tasks are as long as leaves the
     threads enough of them.
     """
-    if amx(variant) and tokens > 2:
-        max_rows = 64 if tokens <= 48 else 128
-    elif tokens < COMPUTE_BOUND_TOKENS:
-        max_rows = 1024
+    if amx(variant) and tokens > _amx_row_tokens(variant):
+        max_rows = _task_rows(variant) // 2 if tokens <= _short_tokens(variant) else _task_rows(variant)
+    elif tokens < _compute_bound_tokens(variant):
+        max_rows = _memory_bound_rows(variant)
     else:
-        # two panels of bf16 pairs that shared 128 rows took 1.2 times as long on Emerald Rapids; float32 is no slower
-        # so, and Zen, which is K-blocked, was not measured
-        short = 64 if bf16_pairs(variant) and not k_blocked(variant) else 48
-        max_rows = 32 if 16 < tokens <= short else 128
-    while max_rows > 32 and rows < max_rows * _TASKS_A_THREAD * threads:
+        whole_rows = bf16_pairs(variant) and not k_blocked(variant)
+        short = _short_tokens_whole_rows(variant) if whole_rows else _short_tokens(variant)
+        max_rows = 32 if 16 < tokens <= short else _task_rows(variant)
+    while max_rows > 32 and rows < max_rows * _tasks_per_thread(variant) * threads:
         max_rows //= 2
     return max_rows
 
 
 @njit(**OPTIONS)
-def take_rows(queue: int, max_rows: int, rows: int, threads: int, independent: bool) -> tuple[int, int]:
+def take_rows(
+    variant: KernelVariant, queue: int, max_rows: int, rows: int, threads: int, independent: bool
+) -> tuple[int, int]:
     """Take the next task of a queue: its first row and number of rows; no two threads get the same rows.
 
     queue: address of an int64. independent: whether a row's sum is the same whatever rows are beside it. Then the
@@ -55,7 +57,8 @@ def take_rows(queue: int, max_rows: int, rows: int, threads: int, independent: b
     count = max_rows
     if independent:
         rows_left = rows - _fetch_add(queue, 0)
-        count = min(max_rows, max(_MIN_ROWS, rows_left // (2 * threads) // _MIN_ROWS * _MIN_ROWS))
+        least = _min_rows(variant)
+        count = min(max_rows, max(least, rows_left // (2 * threads) // least * least))
     return _fetch_add(queue, count), count
 
 

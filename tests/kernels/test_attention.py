@@ -1,4 +1,4 @@
-"""The kernel of decode attention and its conversions against float64 and numpy."""
+"""The decode attention kernel against float64, and its float16 conversions against numpy."""
 
 from __future__ import annotations
 
@@ -14,61 +14,63 @@ from oracles import naive
 KINDS = pytest.mark.parametrize("kind", [np.float16, np.float32])
 
 
-def case(seed, groups, each, size, capacity, kind):
+def case(seed, groups, heads_per_group, head_dim, capacity, kind):
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=(n, size)).astype(np.float32) for n in (groups * each, groups, groups))
-    keys, values = (rng.normal(size=(groups, capacity, size)).astype(kind) for _ in range(2))
-    frequencies = (1 / 10000 ** (np.arange(0, size, 2) / size)).astype(np.float32)
+    q, k, v = (rng.normal(size=(n, head_dim)).astype(np.float32) for n in (groups * heads_per_group, groups, groups))
+    keys, values = (rng.normal(size=(groups, capacity, head_dim)).astype(kind) for _ in range(2))
+    frequencies = (1 / 10000 ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     return q, k, v, keys, values, frequencies
 
 
 def attend(q, k, v, keys, values, position, frequencies, window=None):
-    """The kernel for one sequence, on the bits of float16 where keys are that."""
+    """Run the kernel for one sequence; float16 keys and values go in as their bits."""
     keys, values = bits(keys), bits(values)
     return kernels.attend_each(q[None], k[None], v[None], [keys], [values], [position], frequencies, window)[0]
 
 
-def bits(kept):
-    return kept.view(np.uint16) if kept.dtype == np.float16 else kept
+def bits(array):
+    return array.view(np.uint16) if array.dtype == np.float16 else array
 
 
 @KINDS
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_attention_is_the_naive_one(kind, data):
-    groups, each, pairs = (data.draw(st.integers(1, most)) for most in (3, 4, 40))
+def test_decode_attention_matches_the_float64_oracle(kind, data):
+    groups, heads_per_group, pairs = (data.draw(st.integers(1, limit)) for limit in (3, 4, 40))
     capacity = data.draw(st.integers(1, 90))
     position = data.draw(st.integers(0, capacity - 1))
     window = data.draw(st.one_of(st.none(), st.integers(1, 100)))
-    args = case(data.draw(st.integers(0, 2**32 - 1)), groups, each, 2 * pairs, capacity, kind)
+    args = case(data.draw(st.integers(0, 2**32 - 1)), groups, heads_per_group, 2 * pairs, capacity, kind)
     q, k, v, keys, values, frequencies = args
     before = keys.copy(), values.copy()
     out = attend(q, k, v, keys, values, position, frequencies, window)
     expected, rotated = naive.attend_one(q, k, v, *before, position, frequencies, window)
-    others = np.arange(capacity) != position
-    for kept, old in zip((keys, values), before, strict=True):
-        np.testing.assert_array_equal(kept[:, others], old[:, others])
+    other_positions = np.arange(capacity) != position
+    for array, old in zip((keys, values), before, strict=True):
+        np.testing.assert_array_equal(array[:, other_positions], old[:, other_positions])
     np.testing.assert_array_equal(values[:, position], v.astype(kind))
-    step = np.finfo(kind).eps if kind == np.float16 else 0  # of the rounding to half, which the oracle leaves out
+    rounding = np.finfo(kind).eps if kind == np.float16 else 0  # the cache rounds to float16, the oracle does not
     largest = np.abs(k).max() * 2**0.5
-    assert np.abs(keys[:, position] - rotated).max() <= (step + 10 * naive.EPSILON) * largest
-    # a score is that far off, a share by the same factor, and an output by as much of what it sums
-    score = (step + 10 * naive.EPSILON) * np.abs(q).max() * max(largest, np.abs(before[0]).max()) * (2 * pairs) ** 0.5
+    assert np.abs(keys[:, position] - rotated).max() <= (rounding + 10 * naive.EPSILON) * largest
+    # the error of a score; a softmax weight is off by the same factor, an output by as much of its addends
+    score = (
+        (rounding + 10 * naive.EPSILON) * np.abs(q).max() * max(largest, np.abs(before[0]).max()) * (2 * pairs) ** 0.5
+    )
     largest = max(np.abs(v).max(), np.abs(before[1]).max())
-    assert np.abs(out - expected).max() <= (2 * score + 2 * step + naive.EPSILON) * largest
+    assert np.abs(out - expected).max() <= (2 * score + 2 * rounding + naive.EPSILON) * largest
 
 
 @KINDS
-def test_what_is_no_number_stays_none(kind):
-    for spoiled in range(3):
+def test_nan_reaches_the_outputs_of_its_own_kv_head_only(kind):
+    for argument in range(3):
         args = case(2, 2, 2, 8, 20, kind)
-        args[spoiled][0, 3] = np.nan
+        args[argument][0, 3] = np.nan
         out = attend(*args[:5], 11, args[5])
         assert np.isnan(out[0]).any()
         assert np.isfinite(out[2:]).all()
 
 
-def test_old_positions_may_hold_anything_outside_the_window():
+def test_positions_outside_the_window_and_after_the_token_are_never_read():
     q, k, v, keys, values, frequencies = case(3, 2, 2, 8, 20, np.float32)
     keys[:, :8] = values[:, :8] = np.nan
     keys[:, 12:] = values[:, 12:] = np.nan
@@ -77,34 +79,34 @@ def test_old_positions_may_hold_anything_outside_the_window():
 
 @KINDS
 @pytest.mark.parametrize("window", [None, 30])
-def test_several_sequences_are_each_alone(kind, window):
-    """Bit by bit, whatever their lengths and capacities, on one thread and on several."""
-    places, capacities = [0, 299, 40, 7, 120, 1], [1, 300, 64, 8, 500, 2]
+def test_each_sequence_of_a_batch_gets_the_same_bits_as_alone(kind, window):
+    """For different lengths and capacities, on one thread and on all."""
+    positions, capacities = [0, 299, 40, 7, 120, 1], [1, 300, 64, 8, 500, 2]
     cases = [case(n, 2, 4, 64, capacity, kind) for n, capacity in enumerate(capacities)]
     frequencies = cases[0][5]
-    kept = [[bits(one[i].copy()) for one in cases] for i in (3, 4)]
-    alone = [attend(*one[:5], place, frequencies, window) for one, place in zip(cases, places, strict=True)]
-    before, most = [[half.copy() for half in halves] for halves in kept], kernels.thread_count()
+    storage = [[bits(one[i].copy()) for one in cases] for i in (3, 4)]
+    alone = [attend(*one[:5], position, frequencies, window) for one, position in zip(cases, positions, strict=True)]
+    before, default_threads = [[array.copy() for array in arrays] for arrays in storage], kernels.thread_count()
     q, k, v = (np.stack([one[i] for one in cases]) for i in range(3))
     try:
-        for threads in (1, most):
+        for threads in (1, default_threads):
             kernels.set_threads(threads)
-            keys, values = ([half.copy() for half in halves] for halves in before)
-            together = kernels.attend_each(q, k, v, keys, values, places, frequencies, window)
+            keys, values = ([array.copy() for array in arrays] for arrays in before)
+            together = kernels.attend_each(q, k, v, keys, values, positions, frequencies, window)
             np.testing.assert_array_equal(together, np.stack(alone))
             for one, key, value in zip(cases, keys, values, strict=True):
-                np.testing.assert_array_equal(key, bits(one[3]))  # where `alone` has written
+                np.testing.assert_array_equal(key, bits(one[3]))  # written by `alone`
                 np.testing.assert_array_equal(value, bits(one[4]))
     finally:
-        kernels.set_threads(most)
+        kernels.set_threads(default_threads)
 
 
-def test_no_sequence_at_all():
+def test_a_batch_of_no_sequences_gives_an_empty_output():
     none = np.empty((0, 4, 8), np.float32)
     assert kernels.attend_each(none, none[:, :2], none[:, :2], [], [], [], np.ones(4, np.float32)).shape == (0, 4, 8)
 
 
-def test_bad_arguments_stop_at_the_door():
+def test_attention_refuses_arguments_of_the_wrong_shape_type_or_range():
     q, k, v, keys, values, frequencies = case(4, 2, 2, 8, 20, np.float32)
     good = {"q": q[None], "k": k[None], "v": v[None], "keys": [keys], "values": [values], "positions": [5]}
     good["frequencies"] = frequencies
@@ -126,22 +128,22 @@ def test_bad_arguments_stop_at_the_door():
 
 
 @njit
-def halves(bits, values, back):
+def round_trip(bits, values, back):
     for i in range(bits.size):
         values[i] = arithmetic.from_half(bits[i])
         back[i] = arithmetic.to_half(values[i])
 
 
 @njit
-def rounded(values, bits):
+def round_to_half(values, bits):
     for i in range(bits.size):
         bits[i] = arithmetic.to_half(values[i])
 
 
-def test_every_half_is_read_exactly_and_written_back():
+def test_every_float16_converts_to_float32_exactly_and_back():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values, back = np.empty(bits.size, np.float32), np.empty(bits.size, np.uint16)
-    halves(bits, values, back)
+    round_trip(bits, values, back)
     np.testing.assert_array_equal(values, bits.view(np.float16).astype(np.float32))
     number = ~np.isnan(values)
     np.testing.assert_array_equal(back[number], bits[number])
@@ -150,16 +152,16 @@ def test_every_half_is_read_exactly_and_written_back():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_floats_round_to_halves_as_numpy_rounds(seed):
+def test_float32_rounds_to_float16_as_numpy_does(seed):
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 1 << 32, 4000, np.uint32).view(np.float32)
     values = values[~np.isnan(values)]
     bits = rng.integers(0, 0x7C00, 4000)
-    low, high = ((bits + more).astype(np.uint16).view(np.float16).astype(np.float64) for more in (0, 1))
+    low, high = ((bits + offset).astype(np.uint16).view(np.float16).astype(np.float64) for offset in (0, 1))
     ties = np.where(bits == 0x7BFF, 65520.0, (low + high) / 2)
     values = np.concatenate([values, low, ties, -ties, rng.normal(size=4000)]).astype(np.float32)
     bits = np.empty(values.size, np.uint16)
-    rounded(values, bits)
+    round_to_half(values, bits)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = values.astype(np.float16)
     number = ~np.isnan(expected)

@@ -1,4 +1,4 @@
-"""A step of single tokens in one call: what the calls that it stands for give one by one, bit by bit."""
+"""The compiled decode step against the separate kernel calls that it replaces, bit by bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from oracles.synthetic import write_random_mixtral
 EPSILON = 1e-5
 
 
-def weights_of(rng, variant, layers, width, hidden, experts, groups, each, size, vocabulary):
+def weights_of(rng, variant, layers, width, hidden, experts, groups, heads_per_group, head_dim, vocabulary):
     """Random weights of a small model: blocks, the final norm, output and embeddings."""
 
     def bits(*shape):
@@ -33,7 +33,7 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, each, size,
     def floats(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    queries, keys = groups * each * size, groups * size
+    queries, keys = groups * heads_per_group * head_dim, groups * head_dim
     blocks = [
         kernels.BlockWeights(
             attn_norm=floats(width),
@@ -52,19 +52,19 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, each, size,
     return blocks, floats(width), bits(vocabulary, width), bits(vocabulary, width)
 
 
-def one_by_one(blocks, output_norm, output, variant, frequencies, used, window, x, keys, values, positions):
-    """The order of operations as the paper has it, each by the kernel that `fiddler.kernels` offers for it."""
-    h, size = x, 2 * len(frequencies)
+def one_by_one(blocks, output_norm, output, variant, frequencies, experts_used, window, x, keys, values, positions):
+    """The model's operations in the paper's order, each by its own function of `fiddler.kernels`."""
+    h, head_dim = x, 2 * len(frequencies)
     for layer, block in enumerate(blocks):
         x = kernels.rms_norm(h, block.attn_norm, EPSILON)
         q, k, v = kernels.linears(x, [block.attn_q, block.attn_k, block.attn_v], variant)
-        q, k, v = (part.reshape(len(h), -1, size) for part in (q, k, v))
-        kept = [of_one[layer] for of_one in keys], [of_one[layer] for of_one in values]
-        attended = kernels.attend_each(q, k, v, *kept, positions, frequencies, window)
+        q, k, v = (part.reshape(len(h), -1, head_dim) for part in (q, k, v))
+        layer_cache = [of_sequence[layer] for of_sequence in keys], [of_sequence[layer] for of_sequence in values]
+        attended = kernels.attend_each(q, k, v, *layer_cache, positions, frequencies, window)
         h = h + kernels.linear(attended.reshape(len(h), -1), block.attn_output, variant)
         x = kernels.rms_norm(h, block.ffn_norm, EPSILON)
-        ids, shares = kernels.route(x, block.ffn_gate_inp, used)
-        h = h + kernels.expert_ffn(x, ids, shares, block.gate, block.up, block.down, variant)
+        expert_ids, routing_weights = kernels.route(x, block.ffn_gate_inp, experts_used)
+        h = h + kernels.expert_ffn(x, expert_ids, routing_weights, block.gate, block.up, block.down, variant)
     return h, kernels.linear(kernels.rms_norm(h, output_norm, EPSILON), output, variant)
 
 
@@ -76,37 +76,39 @@ def variant_for(name):
 @pytest.mark.parametrize("name", ["bf16-bf16", "bf16-f32", "f16-f32"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_a_step_is_its_parts(name, data):
+def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
     variant = variant_for(name)
-    layers, groups, each, pairs, experts = (data.draw(st.integers(1, most)) for most in (3, 3, 3, 8, 5))
-    width, hidden, tokens = (data.draw(st.integers(1, most)) for most in (70, 90, 18))
-    used, window = data.draw(st.integers(1, experts)), data.draw(st.one_of(st.none(), st.integers(1, 12)))
+    layers, groups, heads_per_group, pairs, experts = (data.draw(st.integers(1, limit)) for limit in (3, 3, 3, 8, 5))
+    width, hidden, tokens = (data.draw(st.integers(1, limit)) for limit in (70, 90, 18))
+    experts_used, window = data.draw(st.integers(1, experts)), data.draw(st.one_of(st.none(), st.integers(1, 12)))
     rng, vocabulary = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))), 9
     blocks, output_norm, output, embeddings = weights_of(
-        rng, variant, layers, width, hidden, experts, groups, each, 2 * pairs, vocabulary
+        rng, variant, layers, width, hidden, experts, groups, heads_per_group, 2 * pairs, vocabulary
     )
     frequencies = (1 / 10000 ** (np.arange(pairs) / pairs)).astype(np.float32)
     capacities = [data.draw(st.integers(1, 20)) for _ in range(tokens)]
     positions = [data.draw(st.integers(0, capacity - 1)) for capacity in capacities]
     kind = np.float16 if variant.activations == "bf16" else np.float32
 
-    def random_kept():
-        made = [rng.normal(size=(layers, groups, capacity, 2 * pairs)).astype(kind) for capacity in capacities]
-        return [half.view(np.uint16) if kind == np.float16 else half for half in made]
+    def random_cache():
+        arrays = [rng.normal(size=(layers, groups, capacity, 2 * pairs)).astype(kind) for capacity in capacities]
+        return [array.view(np.uint16) if kind == np.float16 else array for array in arrays]
 
-    keys, values = random_kept(), random_kept()
-    before = [half.copy() for half in keys], [half.copy() for half in values]
+    keys, values = random_cache(), random_cache()
+    before = [array.copy() for array in keys], [array.copy() for array in values]
     ids = rng.integers(0, vocabulary, tokens).tolist()
     table = embeddings.view(np.float16) if variant.weights == "f16" else embeddings
     x = table[ids].astype(np.float32)
     if variant.weights == "bf16":
         x = (embeddings[ids].astype(np.uint32) << 16).view(np.float32)
-    decoder = kernels.CompiledDecodeStep(
-        table, blocks, output_norm, output, variant, frequencies, EPSILON, used, window
+    compiled = kernels.CompiledDecodeStep(
+        table, blocks, output_norm, output, variant, frequencies, EPSILON, experts_used, window
     )
-    kept = [kernels.KVPointers(list(k), list(v)) for k, v in zip(*before, strict=True)]
-    h, logits, _ = decoder.step(ids, kept, positions)
-    expected = one_by_one(blocks, output_norm, output, variant, frequencies, used, window, x, keys, values, positions)
+    pointers = [kernels.KVPointers(list(k), list(v)) for k, v in zip(*before, strict=True)]
+    h, logits, _ = compiled.step(ids, pointers, positions)
+    expected = one_by_one(
+        blocks, output_norm, output, variant, frequencies, experts_used, window, x, keys, values, positions
+    )
     np.testing.assert_array_equal(h, expected[0])
     np.testing.assert_array_equal(logits, expected[1])
     for ours, theirs in zip((*before[0], *before[1]), (*keys, *values), strict=True):
@@ -123,103 +125,103 @@ def engine(path, request):
     return fiddler.load(path, device="cpu", precision=request.param)
 
 
-def steps(runner, rows):
-    """Hidden states and logits of some steps of single tokens after prompts of different lengths."""
-    sequences, made = [runner.sequence() for _ in range(rows)], []
+def steps(runner, batch_size):
+    """Hidden states and logits of four decode steps after prompts of different lengths."""
+    sequences, results = [runner.sequence() for _ in range(batch_size)], []
     for n, sequence in enumerate(sequences):
         runner.prefill(sequence, list(range(3, 5 + 7 * n)))
     for token in range(4):
         hidden = runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])
-        made += [hidden, runner.logits(hidden)]
-    assert [sequence.length for sequence in sequences] == [2 + 7 * n + 4 for n in range(rows)]
-    return made
+        results += [hidden, runner.logits(hidden)]
+    assert [sequence.length for sequence in sequences] == [2 + 7 * n + 4 for n in range(batch_size)]
+    return results
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32])
-def test_a_step_is_the_models(engine, rows, monkeypatch):
-    at_once = steps(engine.runner, rows)
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_the_compiled_step_gives_the_bits_of_the_step_in_torch(engine, batch_size, monkeypatch):
+    compiled = steps(engine.runner, batch_size)
     monkeypatch.setattr(engine.runner, "_decoder", None)
-    for ours, theirs in zip(at_once, steps(engine.runner, rows), strict=True):
+    for ours, theirs in zip(compiled, steps(engine.runner, batch_size), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_logits_are_those_of_what_is_asked_for(engine):
+def test_logits_are_those_of_the_hidden_states_passed_in(engine):
     runner = engine.runner
     one, other = runner.sequence(), runner.sequence()
     first = runner.step([(one, [5])])
     expected = runner.logits(first)
     second = runner.step([(other, [9])])
     assert not torch.equal(runner.logits(second), expected)
-    assert torch.equal(runner.logits(first), expected)  # an older step's
+    assert torch.equal(runner.logits(first), expected)  # of an older step
     third = runner.step([(other, [7])])
-    given = runner.logits(third)
-    again = given.clone()
-    given.zero_()
-    assert torch.equal(runner.logits(third), again)
+    logits = runner.logits(third)
+    copy = logits.clone()
+    logits.zero_()
+    assert torch.equal(runner.logits(third), copy)
 
 
-def test_a_sequence_stands_once_in_a_step(engine):
+def test_a_step_with_the_same_sequence_twice_is_refused(engine):
     sequence = engine.runner.sequence()
     with pytest.raises(AssertionError, match="twice"):
         engine.runner.step([(sequence, [5]), (sequence, [6])])
     assert sequence.length == 0
 
 
-def test_several_threads_have_their_own_results(engine):
-    """They queue for the kernels, and switch as often as Python lets them."""
+def test_threads_that_share_a_runner_get_their_own_results(engine):
+    """They queue for the kernels; Python switches between them every microsecond."""
     runner = engine.runner
 
-    def many(rows):
-        sequences = [runner.sequence() for _ in range(rows)]
-        made = []
+    def many(batch_size):
+        sequences = [runner.sequence() for _ in range(batch_size)]
+        results = []
         for token in range(40):
             hidden = runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])
-            made += [hidden, runner.logits(hidden)]
-        return made
+            results += [hidden, runner.logits(hidden)]
+        return results
 
-    expected, before = {rows: many(rows) for rows in (1, 9)}, sys.getswitchinterval()
+    expected, before = {batch_size: many(batch_size) for batch_size in (1, 9)}, sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            for rows, made in zip((1, 9, 1, 9), pool.map(many, (1, 9, 1, 9)), strict=True):
-                assert all(map(torch.equal, made, expected[rows]))
+            for batch_size, results in zip((1, 9, 1, 9), pool.map(many, (1, 9, 1, 9)), strict=True):
+                assert all(map(torch.equal, results, expected[batch_size]))
     finally:
         sys.setswitchinterval(before)
 
 
-def test_who_counts_experts_sees_every_token(engine):
+def test_expert_counts_include_every_compiled_step(engine):
     with counting(engine.runner.model) as counted:
         sequence = engine.runner.sequence()
         for token in range(5):
             engine.runner.step([(sequence, [token])])
-    used, layers = engine.config.expert_used_count, engine.config.block_count
-    assert [sum(of_layer) for of_layer in counted.counts] == [5 * used] * layers
+    experts_used, layers = engine.config.expert_used_count, engine.config.block_count
+    assert [sum(of_layer) for of_layer in counted.counts] == [5 * experts_used] * layers
 
 
-def test_what_is_read_is_recorded(path, monkeypatch):
-    """As where each product is called by itself; and the times lie in the step."""
-    meter = Tracer()
-    runner = fiddler.load(path, device="cpu", recorder=meter).runner
+def test_a_compiled_step_records_the_same_bytes_as_separate_calls(path, monkeypatch):
+    """Its spans lie within the step, in order."""
+    tracer = Tracer()
+    runner = fiddler.load(path, device="cpu", recorder=tracer).runner
     sequences = [runner.sequence() for _ in range(3)]
     parts = [(sequence, [n + 5]) for n, sequence in enumerate(sequences)]
     began = time.perf_counter()
     runner.step(parts)
     ended = time.perf_counter()
-    read, spans = dict(meter.nbytes), [(span.begun, span.ended) for span in meter.spans()]
+    read, spans = dict(tracer.nbytes), [(span.begun, span.ended) for span in tracer.spans()]
     assert all(a < b for a, b in spans)
     assert sorted(spans) == spans
     assert began <= spans[0][0] <= spans[-1][1] <= ended
-    assert set(meter.seconds) == {"dense", "experts"}
-    meter.clear()
+    assert set(tracer.seconds) == {"dense", "experts"}
+    tracer.clear()
     monkeypatch.setattr(runner, "_decoder", None)
     for sequence in sequences:
         sequence.truncate(0)
     runner.logits(runner.step(parts))
-    assert dict(meter.nbytes) == read
-    assert isinstance(meter, Meter)
+    assert dict(tracer.nbytes) == read
+    assert isinstance(tracer, Meter)
 
 
-def test_bad_arguments_stop_at_the_door():
+def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
     rng, variant = np.random.default_rng(0), variant_for("bf16-bf16")
     blocks, output_norm, output, table = weights_of(rng, variant, 2, 8, 6, 3, 2, 2, 4, 11)
     frequencies = np.ones(2, np.float32)
@@ -234,7 +236,7 @@ def test_bad_arguments_stop_at_the_door():
         "experts_used": 2,
         "window": None,
     }
-    decoder = kernels.CompiledDecodeStep(**good)
+    compiled = kernels.CompiledDecodeStep(**good)
     wrong = {
         "token_embd": [table[:5], table.astype(np.float64)],
         "blocks": [[]],
@@ -247,33 +249,33 @@ def test_bad_arguments_stop_at_the_door():
     for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
         array = getattr(blocks[1], name)
         spoiled = array[..., :1], array.astype(np.int32), np.asfortranarray(array) if array.ndim > 1 else array[::2]
-        wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], **{name: each})] for each in spoiled]
+        wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], **{name: bad})] for bad in spoiled]
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError):
                 kernels.CompiledDecodeStep(**good | {name: value})
 
-    def kept(layers=2, groups=2, capacity=5, size=4, kind=np.uint16):
-        half = np.zeros((layers, groups, capacity, size), kind)
-        return kernels.KVPointers(list(half), list(half.copy()))
+    def cache(layers=2, groups=2, capacity=5, head_dim=4, kind=np.uint16):
+        cached_keys = np.zeros((layers, groups, capacity, head_dim), kind)
+        return kernels.KVPointers(list(cached_keys), list(cached_keys.copy()))
 
-    decoder.step([1, 10], [kept(), kept(capacity=1)], [4, 0])
-    for tokens, all_kept, positions in (
+    compiled.step([1, 10], [cache(), cache(capacity=1)], [4, 0])
+    for tokens, caches, positions in (
         ([], [], []),
-        ([1], [kept()], [0, 1]),
-        ([1], [kept(), kept()], [0]),
-        ([1], [kept()], [5]),
-        ([1], [kept()], [-1]),
-        ([11], [kept()], [0]),
-        ([-1], [kept()], [0]),
-        ([1], [kept(layers=1)], [0]),
-        ([1], [kept(groups=1)], [0]),
-        ([1], [kept(size=6)], [0]),
-        ([1, 1], [kept(), kept(kind=np.float32)], [0, 0]),
-        ([1, 1], [kept()] * 2, [0, 1]),
+        ([1], [cache()], [0, 1]),
+        ([1], [cache(), cache()], [0]),
+        ([1], [cache()], [5]),
+        ([1], [cache()], [-1]),
+        ([11], [cache()], [0]),
+        ([-1], [cache()], [0]),
+        ([1], [cache(layers=1)], [0]),
+        ([1], [cache(groups=1)], [0]),
+        ([1], [cache(head_dim=6)], [0]),
+        ([1, 1], [cache(), cache(kind=np.float32)], [0, 0]),
+        ([1, 1], [cache()] * 2, [0, 1]),
     ):
         with pytest.raises(ValueError):
-            decoder.step(tokens, all_kept, positions)
+            compiled.step(tokens, caches, positions)
     array, fixed = np.zeros((2, 5, 4), np.uint16), np.zeros((2, 5, 4), np.uint16)
     fixed.flags.writeable = False
     for keys, values in (
@@ -290,13 +292,13 @@ def test_bad_arguments_stop_at_the_door():
             kernels.KVPointers(keys, values)
 
 
-def test_results_are_the_same_for_any_number_of_threads(engine):
-    most, numbers = kernels.thread_count(), random.Random(1)
+def test_decode_gives_the_same_bits_on_any_number_of_threads(engine):
+    default_threads, numbers = kernels.thread_count(), random.Random(1)
     tokens = [numbers.randrange(engine.config.vocab_size) for _ in range(6)]
-    made = []
-    for threads in range(1, most + 1):
+    results = []
+    for threads in range(1, default_threads + 1):
         engine.runner.threads = threads
         sequence = engine.runner.sequence()
-        made.append(torch.cat([engine.runner.step([(sequence, [token])]) for token in tokens]))
-        assert kernels.thread_count() == most
-    assert all(torch.equal(each, made[0]) for each in made)
+        results.append(torch.cat([engine.runner.step([(sequence, [token])]) for token in tokens]))
+        assert kernels.thread_count() == default_threads
+    assert all(torch.equal(result, results[0]) for result in results)

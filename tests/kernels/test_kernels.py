@@ -1,4 +1,4 @@
-"""The kernels against float64 oracles, in every tier this CPU runs; lower tiers also where the CPU has no more."""
+"""The matrix kernels against float64, in every tier this CPU runs and in processes limited to fewer CPU features."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hypothesis import given, settings, strategies as st
 from fiddler import kernels
 from fiddler.errors import RequestError
 from fiddler.kernels import KernelVariant
-from fiddler.kernels.codegen import variant as product_room
+from fiddler.kernels.codegen import variant as variant_module
 from fiddler.kernels.machine import threads
 from oracles import naive
 
 BEST = kernels.available_tiers()[0]
-# bf16 in every tier, since each has tiles of its own; the other kinds in the best one, and f16 in the plainest of all
+# bf16 in every tier, since each has its own tiles; other variants in the best tier, f16 also in the portable one
 VARIANTS = [
     *(KernelVariant(tier, "bf16", "bf16") for tier in kernels.available_tiers()),
     KernelVariant(BEST, "bf16", "f32"),
@@ -37,9 +37,9 @@ def case(seed, tokens, experts, k, width, hidden, kind):
     gate, up = (naive.to_bits(rng.normal(size=(experts, hidden, width)) / width**0.5, kind) for _ in range(2))
     down = naive.to_bits(rng.normal(size=(experts, width, hidden)) / hidden**0.5, kind)
     x = rng.normal(size=(tokens, width)).astype(np.float32)
-    ids = np.array([rng.permutation(experts)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
-    weights = rng.random((tokens, k)).astype(np.float32)
-    return x, ids, weights, gate, up, down
+    expert_ids = np.array([rng.permutation(experts)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
+    routing_weights = rng.random((tokens, k)).astype(np.float32)
+    return x, expert_ids, routing_weights, gate, up, down
 
 
 def check_expert_ffn(args, variant):
@@ -53,7 +53,7 @@ def check_expert_ffn(args, variant):
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_expert_ffn_is_the_naive_one(variant, data):
+def test_expert_ffn_matches_the_float64_oracle(variant, data):
     experts = data.draw(st.integers(1, 6))
     args = case(
         data.draw(st.integers(0, 2**32 - 1)),
@@ -70,24 +70,26 @@ def test_expert_ffn_is_the_naive_one(variant, data):
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_part_of_the_hidden_rows_is_part_of_the_sum(variant, data):
+def test_expert_ffn_of_the_first_hidden_rows_gives_their_part_of_the_sum(variant, data):
     experts, hidden = data.draw(st.integers(1, 5)), 2 * data.draw(st.integers(1, 70))
     tokens, width = data.draw(st.integers(0, 60)), data.draw(st.integers(1, 140))
     args = case(data.draw(st.integers(0, 2**32 - 1)), tokens, experts, 1, width, hidden, variant.weights)
     rows = np.array([2 * data.draw(st.integers(0, hidden // 2)) for _ in range(experts)])
     y = kernels.expert_ffn(*args, variant, rows)
-    x, ids, weights, gate, up, down = args
+    x, expert_ids, routing_weights, gate, up, down = args
     left_out = np.arange(hidden) >= rows[:, None]  # [E, F]
     gate, up = (np.where(left_out[:, :, None], np.uint16(0), bits) for bits in (gate, up))
     rounded = variant.activations == "bf16"
-    expected, tolerance = naive.expert_ffn(x, ids, weights, gate, up, down, variant.weights, rounded=rounded)
+    expected, tolerance = naive.expert_ffn(
+        x, expert_ids, routing_weights, gate, up, down, variant.weights, rounded=rounded
+    )
     assert (np.abs(y - expected) <= tolerance).all()
 
 
 @ALL
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 130), rows=st.integers(1, 150), width=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
-def test_linear_is_a_matrix_product(variant, tokens, rows, width, seed):
+def test_linear_matches_a_float64_matrix_product(variant, tokens, rows, width, seed):
     rng = np.random.default_rng(seed)
     w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
     x = rng.normal(size=(tokens, width)).astype(np.float32)
@@ -98,16 +100,16 @@ def test_linear_is_a_matrix_product(variant, tokens, rows, width, seed):
 
 
 @ALL
-def test_every_token_to_one_expert(variant):
-    x, ids, weights, *w = case(1, 70, 4, 1, 96, 66, variant.weights)
-    ids[:] = 2
-    check_expert_ffn((x, ids, weights, *w), variant)
+def test_tokens_that_all_go_to_one_expert_match_the_float64_oracle(variant):
+    x, expert_ids, routing_weights, *w = case(1, 70, 4, 1, 96, 66, variant.weights)
+    expert_ids[:] = 2
+    check_expert_ffn((x, expert_ids, routing_weights, *w), variant)
 
 
 @ALL
 @pytest.mark.parametrize("tokens", [1, 5, 21, 40])
-def test_same_bits_for_any_number_of_threads(variant, tokens, monkeypatch):
-    monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)  # else so little work stays on one
+def test_expert_ffn_gives_the_same_bits_on_one_thread_and_on_all(variant, tokens, monkeypatch):
+    monkeypatch.setattr(threads, "_PARALLEL_FROM", 0)  # else so little work stays on one thread
     args = case(2, tokens, 5, 2, 130, 98, variant.weights)
     before = kernels.thread_count()
     try:
@@ -121,7 +123,7 @@ def test_same_bits_for_any_number_of_threads(variant, tokens, monkeypatch):
 
 
 @ALL
-def test_weights_may_begin_at_any_even_address(variant):
+def test_weights_at_any_even_address_give_the_same_bits(variant):
     rng = np.random.default_rng(6)
     rows, width = 70, 96
     w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
@@ -136,8 +138,8 @@ def test_weights_may_begin_at_any_even_address(variant):
 
 
 @ALL
-def test_denormals_vanish_at_most(variant):
-    """bf16's smallest values: kept where arithmetic is float32, zero where the CPU's bf16 products flush them."""
+def test_denormal_weights_are_exact_or_flushed_to_zero(variant):
+    """float32 arithmetic is exact on bf16's smallest values; the CPU's bf16 dot product flushes them to zero."""
     w = np.array([[0x0001, 0x007F, 0x8001, 0x0080] * 64] * 40, np.uint16)  # as f16 they are subnormal, too
     for tokens in (1, 4, 20):
         x = np.ones((tokens, w.shape[1]), np.float32)
@@ -145,13 +147,13 @@ def test_denormals_vanish_at_most(variant):
         y = kernels.linear(x, w, variant)
         normal = naive.from_bits(w[:, 3::4], variant.weights).sum(axis=1) if variant.bf16_pairs else exact
         assert np.isclose(y, exact, rtol=1e-6, atol=0).all() or np.isclose(y, normal, rtol=1e-6, atol=0).all()
-    w, x = w[:, :4].copy(), x[:1, :4].copy()  # the end of a row, which fills no vector
+    w, x = w[:, :4].copy(), x[:1, :4].copy()  # a row shorter than a vector
     np.testing.assert_allclose(kernels.linear(x, w, variant)[0], naive.from_bits(w, variant.weights).sum(axis=1), 1e-6)
 
 
 @ALL
-def test_nothing_is_read_past_the_end_of_a_mapping(variant, tmp_path):
-    """Weights of odd sizes that end with the last page: one element too far would be a segmentation fault."""
+def test_kernels_read_nothing_past_the_end_of_a_mapping(variant, tmp_path):
+    """Weights of odd sizes end with the last mapped page: one element too far would be a segmentation fault."""
     rng = np.random.default_rng(3)
     rows, width = 37, 51
     w = naive.to_bits(rng.normal(size=(rows, width)), variant.weights)
@@ -168,7 +170,7 @@ def test_nothing_is_read_past_the_end_of_a_mapping(variant, tmp_path):
 
 
 @ALL
-def test_nan_and_infinity_pass_through(variant):
+def test_nan_and_infinity_pass_through_linear(variant):
     rng = np.random.default_rng(4)
     for tokens in (1, 6, 40):
         w = naive.to_bits(rng.normal(size=(32, 70)), variant.weights)
@@ -184,14 +186,14 @@ def test_nan_and_infinity_pass_through(variant):
 
 @pytest.mark.parametrize("tier", [BEST, kernels.TIERS[-1]], ids=lambda tier: tier.name)
 def test_every_f16_value_is_read_exactly(tier):
-    """All 65536 of them, subnormals, infinities and NaNs included, each times one: alone, and in vectors."""
+    """All 65536, subnormals, infinities and NaNs included, each times one: in rows of one element and of vectors."""
     for width in (1, 128):
         w, values = naive.every_f16(width)
         y = kernels.linear(np.ones((1, width), np.float32), w, KernelVariant(tier, "f16", "f32"))[0]
         np.testing.assert_array_equal(y, values)
 
 
-def test_activations_round_to_nearest_even_bf16():
+def test_activations_round_to_bf16_ties_to_even():
     values = np.array([1.0, 1.00390625, 1.01171875, -2.00390625, 3.3895e38, 65504.0, 1e-30], np.float32)
     one = naive.to_bits(np.ones((1, 1)), "bf16")
     for variant in (KernelVariant(BEST, "bf16", "bf16"), KernelVariant(kernels.TIERS[-1], "bf16", "bf16")):
@@ -199,34 +201,34 @@ def test_activations_round_to_nearest_even_bf16():
         np.testing.assert_array_equal(y, naive.round_bf16(values).astype(np.float32))
 
 
-def test_bad_arguments_stop_at_the_door():
+def test_matrix_kernels_refuse_arguments_of_the_wrong_shape_type_or_range():
     variant = VARIANTS[0]
-    x, ids, weights, gate, up, down = case(5, 3, 4, 2, 16, 24, "bf16")
+    x, expert_ids, routing_weights, gate, up, down = case(5, 3, 4, 2, 16, 24, "bf16")
     bad = [
-        (x.astype(np.float64), ids, weights, gate, up, down),
-        (x[:, :8], ids, weights, gate, up, down),
-        (x, ids[:2], weights, gate, up, down),
-        (x, ids + 3, weights, gate, up, down),
-        (x, ids - 5, weights, gate, up, down),
-        (x, ids, weights[:, :1], gate, up, down),
-        (x, ids, weights, gate[:, :8], up, down),
-        (x, ids, weights, gate, up, down[:, :, :8]),
-        (x, ids, weights, gate[:, ::-1], up, down),
-        (x, ids, weights, gate.astype(np.float32), up, down),
-        (x, ids.astype(np.float32), weights, gate, up, down),
+        (x.astype(np.float64), expert_ids, routing_weights, gate, up, down),
+        (x[:, :8], expert_ids, routing_weights, gate, up, down),
+        (x, expert_ids[:2], routing_weights, gate, up, down),
+        (x, expert_ids + 3, routing_weights, gate, up, down),
+        (x, expert_ids - 5, routing_weights, gate, up, down),
+        (x, expert_ids, routing_weights[:, :1], gate, up, down),
+        (x, expert_ids, routing_weights, gate[:, :8], up, down),
+        (x, expert_ids, routing_weights, gate, up, down[:, :, :8]),
+        (x, expert_ids, routing_weights, gate[:, ::-1], up, down),
+        (x, expert_ids, routing_weights, gate.astype(np.float32), up, down),
+        (x, expert_ids.astype(np.float32), routing_weights, gate, up, down),
     ]
     for arguments in bad:
         with pytest.raises(ValueError):
             kernels.expert_ffn(*arguments, variant)
     for rows in ([24, 24, 24], [24, 24, 24, 26], [24, 24, 24, -2], [24, 24, 24, 3], [24.0, 2.0, 2.0, 2.0]):
         with pytest.raises(ValueError, match="hidden_rows"):
-            kernels.expert_ffn(x, ids, weights, gate, up, down, variant, np.array(rows))
+            kernels.expert_ffn(x, expert_ids, routing_weights, gate, up, down, variant, np.array(rows))
     for bad_x, bad_w in ((x[0], gate[0]), (x, gate), (x, gate[0].T), (x, gate[0].astype(np.int16))):
         with pytest.raises(ValueError):
             kernels.linear(bad_x, bad_w, variant)
 
 
-def test_a_product_that_no_kernel_multiplies_is_refused():
+def test_a_variant_that_no_kernel_computes_is_refused():
     for weights, activations in (("f32", "f32"), ("bf16", "int8"), ("f16", "")):
         with pytest.raises(ValueError, match="no kernel"):
             KernelVariant(BEST, weights, activations)
@@ -235,15 +237,15 @@ def test_a_product_that_no_kernel_multiplies_is_refused():
         KernelVariant(beyond, "bf16", "bf16")
 
 
-def test_the_cache_key_holds_the_sources(monkeypatch):
-    """Numba looks at the file of the function alone; the key must change with the files it is made of."""
-    kind = product_room._typeof_variant(VARIANTS[0], None)
-    monkeypatch.setattr(product_room, "_SOURCES", "other")
-    assert product_room._typeof_variant(VARIANTS[0], None) != kind
-    assert product_room._digest() in kind.name
+def test_the_kernel_cache_key_changes_with_the_sources(monkeypatch):
+    """Numba compares only the file of the function itself; our key must cover all files that a kernel is made of."""
+    numba_type = variant_module._typeof_variant(VARIANTS[0], None)
+    monkeypatch.setattr(variant_module, "_SOURCES", "other")
+    assert variant_module._typeof_variant(VARIANTS[0], None) != numba_type
+    assert variant_module._digest() in numba_type.name
 
 
-def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
+def test_a_tier_is_chosen_by_name_or_environment_and_an_unknown_one_refused(monkeypatch):
     with pytest.raises(RequestError, match="'avx1024'"):
         kernels.choose_tier("avx1024")
     monkeypatch.setenv("FIDDLER_KERNEL", "portable")
@@ -251,9 +253,9 @@ def test_unknown_or_missing_tiers_are_refused_by_name(monkeypatch):
     assert kernels.choose_tier(BEST.name) is BEST
 
 
-def run_apart(script, cache, **environment):
-    """In a process of its own, with these variables, the oracles at hand and nothing compiled."""
-    environment["NUMBA_CACHE_DIR"] = str(cache)
+def run_apart(script, cache_folder, **environment):
+    """Run a script in a new process, with these variables, the oracles importable and an empty kernel cache."""
+    environment["NUMBA_CACHE_DIR"] = str(cache_folder)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
@@ -264,12 +266,10 @@ LOWER_TIER = """
 import numpy as np
 from oracles import naive
 from fiddler import kernels
-from fiddler.kernels.codegen import variant as kinds
-from fiddler.kernels.matmul import dot_tiles as tiles
-kinds.on_zen = tiles.on_zen = lambda: {zen}
 assert [tier.name for tier in kernels.available_tiers()][0] == {tier!r}, kernels.available_tiers()
 variant = kernels.KernelVariant(kernels.choose_tier(), {weights!r}, {activations!r})
-assert variant.k_blocked == {zen}
+assert variant.tuning.name == {tuning!r}
+assert variant.k_blocked == (variant.bf16_pairs and {tuning!r}.startswith("zen"))
 rng = np.random.default_rng(0)
 for tokens, width in ((1, 64), (4, 1300), (5, 1300), (7, 51), (8, 2600), (14, 1300), (24, 130), (33, 130), (64, 130)):
     w = naive.to_bits(rng.normal(size=(40, width)), {weights!r})
@@ -287,13 +287,13 @@ if {weights!r} == "f16":
 """
 
 
-PAIRS = """
+EMULATED_PAIRS = """
 import dataclasses, numpy as np
 from llvmlite import ir
 from oracles import naive
 from fiddler import kernels
-from fiddler.kernels.machine import isa as cpu
-from fiddler.kernels.codegen import variant as variant
+from fiddler.kernels.machine import isa
+from fiddler.kernels.codegen import variant as variants
 from fiddler.kernels.matmul import dot_tiles as tiles, outer_tiles
 
 def dot_of_pairs(b, total, left, right):
@@ -303,10 +303,9 @@ def dot_of_pairs(b, total, left, right):
     return total
 
 tiles.dot_bf16 = outer_tiles.dot_bf16 = dot_of_pairs
-variant.on_zen = tiles.on_zen = lambda: {zen}
-cpu.TIERS = variant.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in cpu.TIERS)
-kind = kernels.KernelVariant(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")
-assert kind.bf16_pairs and kind.k_blocked == {zen}
+isa.TIERS = variants.TIERS = tuple(dataclasses.replace(tier, needs=frozenset()) for tier in isa.TIERS)
+variant = kernels.KernelVariant(kernels.choose_tier("avx512_bf16"), "bf16", "bf16")
+assert variant.bf16_pairs and variant.k_blocked == {tuning!r}.startswith("zen")
 rng = np.random.default_rng(0)
 for tokens, width, hidden in ((1, 64, 32), (4, 130, 66), (5, 1300, 34), (7, 51, 40), (8, 2600, 34), (14, 1300, 34),
                               (25, 130, 96), (28, 258, 34), (33, 130, 66), (64, 258, 130), (130, 66, 40)):
@@ -315,33 +314,33 @@ for tokens, width, hidden in ((1, 64, 32), (4, 130, 66), (5, 1300, 34), (7, 51, 
     x = rng.normal(size=(tokens, width)).astype(np.float32)
     args = x, np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32), gate, up, down
     expected, tolerance = naive.expert_ffn(*args, "bf16", rounded=True)
-    assert (np.abs(kernels.expert_ffn(*args, kind) - expected) <= tolerance).all(), tokens
+    assert (np.abs(kernels.expert_ffn(*args, variant) - expected) <= tolerance).all(), tokens
 """
 
 
-@pytest.mark.skipif(BEST.dot_bf16, reason="this CPU multiplies pairs")
-@pytest.mark.parametrize("zen", [False, True])
-def test_pairs_where_the_instruction_is_missing(zen, tmp_path):
-    """All that goes around that product, with arithmetic in its place: as on Zen, and as on other CPUs."""
-    run_apart(PAIRS.format(zen=zen), tmp_path)
+@pytest.mark.skipif(BEST.dot_bf16, reason="this CPU has the bf16 dot-product instruction")
+@pytest.mark.parametrize("tuning", ["intel", "zen4"])
+def test_bf16_pair_kernels_match_the_oracle_with_the_instruction_emulated(tuning, tmp_path):
+    """All code around the bf16 dot product, which float32 arithmetic replaces: as on Zen, and as on other CPUs."""
+    run_apart(EMULATED_PAIRS.format(tuning=tuning), tmp_path, FIDDLER_TUNING=tuning)
 
 
 @pytest.mark.parametrize(
-    ("tier", "weights", "activations", "zen"),
+    ("tier", "weights", "activations", "tuning"),
     [
-        ("portable", "f16", "f32", False),
-        ("avx2", "f16", "f32", False),
-        ("avx512", "bf16", "f32", False),
-        ("avx512_bf16", "bf16", "bf16", False),
-        ("avx512_bf16", "bf16", "bf16", True),
+        ("portable", "f16", "f32", "portable"),
+        ("avx2", "f16", "f32", "zen3"),
+        ("avx512", "bf16", "f32", "intel"),
+        ("avx512_bf16", "bf16", "bf16", "intel_amx"),
+        ("avx512_bf16", "bf16", "bf16", "zen5"),
     ],
 )
-def test_a_lesser_cpu_gets_a_lower_tier(tier, weights, activations, zen, tmp_path):
-    """Compiled for a CPU with only these features, in a process of its own, since they are fixed in one."""
+def test_a_cpu_with_fewer_features_gets_a_lower_tier_and_right_results(tier, weights, activations, tuning, tmp_path):
+    """In a new process compiled for a CPU with only these features: Numba fixes them when it starts."""
     needed = next(t for t in kernels.TIERS if t.name == tier)
     if needed not in kernels.available_tiers():
         pytest.skip(f"this CPU has no {tier}")
     features = ",".join(f"+{feature}" for feature in sorted(needed.needs | ({"avx"} if needed.needs else set())))
     cpu = "x86-64" if needed.needs else "generic"
-    script = LOWER_TIER.format(tier=tier, weights=weights, activations=activations, zen=zen, features=features)
-    run_apart(script, tmp_path, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features)
+    script = LOWER_TIER.format(tier=tier, weights=weights, activations=activations, tuning=tuning, features=features)
+    run_apart(script, tmp_path, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, FIDDLER_TUNING=tuning)

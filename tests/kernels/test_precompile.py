@@ -1,4 +1,4 @@
-"""Kernels that were kept on disk: found again, and made anew where they are damaged."""
+"""Kernels cached on disk: shared by processes, and compiled anew where a file is damaged."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fiddler.kernels.matmul import grouped, blocks as matmul
 if sys.argv[1:]:
     sys.executable = sys.argv[1]
 sys.modules["fiddler.kernels.precompile"].usable_cores = lambda: 2
-told = []
+notices = []
 variant = kernels.KernelVariant(kernels.choose_tier("portable"), "bf16", "f32")
-kernels.precompile(variant, lambda: told.append(1), decode=True)
+kernels.precompile(variant, lambda: notices.append(1), decode=True)
 one = grouped.grouped_products, attention._attend, norm_router._rms_norm
 other = matmul._block_product, grouped._take_tasks, decode_step.decode
-print(len(told), *(sum(sum(kernel.stats.cache_hits.values()) for kernel in half) for half in (one, other)))
+print(len(notices), *(sum(sum(kernel.stats.cache_hits.values()) for kernel in half) for half in (one, other)))
 """
 
 
@@ -43,24 +43,24 @@ def run_with_cache(folder, code=CACHE, *arguments):
     return result.stdout.split()
 
 
-def test_another_process_compiles_half(tmp_path):
+def test_a_second_process_compiles_half_of_the_kernels(tmp_path):
     assert run_with_cache(tmp_path, HALVES) == ["1", "0", "3"]
     assert run_with_cache(tmp_path, HALVES) == ["0", "3", "3"]
 
 
 @pytest.mark.parametrize("python", ["/nowhere/python", "/bin/false", ""])
-def test_where_it_does_not_this_one_does(tmp_path, python):
+def test_kernels_are_compiled_here_where_the_second_process_fails(tmp_path, python):
     assert run_with_cache(tmp_path, HALVES, python) == ["1", "0", "0"]
     assert run_with_cache(tmp_path, HALVES, python) == ["0", "3", "3"]
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
+def test_a_damaged_kernel_cache_is_compiled_anew(tmp_path):
     assert run_with_cache(tmp_path) == ["2.0", "0"]
     assert run_with_cache(tmp_path) == ["2.0", "1"]
-    for pattern, keep in (("*.nbi", 0.5), ("*.nbc", 0.5), ("*.nbi", 0.0)):
+    for pattern, fraction in (("*.nbi", 0.5), ("*.nbc", 0.5), ("*.nbi", 0.0)):
         damaged = list(tmp_path.rglob(pattern))
         assert damaged
         for path in damaged:
-            path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-        assert run_with_cache(tmp_path) == ["2.0", "0"], (pattern, keep)
+            path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
+        assert run_with_cache(tmp_path) == ["2.0", "0"], (pattern, fraction)
     assert run_with_cache(tmp_path) == ["2.0", "1"]

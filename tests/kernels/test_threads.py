@@ -1,4 +1,4 @@
-"""How many threads the kernels run on, that results do not depend on it, and two callers at once."""
+"""The kernels' number of threads: its default, its limits, equal results for any number, two callers at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
 rng = np.random.default_rng(0)
 w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
 down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
-for tokens in (9, 100):  # in rows, and packed
+for tokens in (9, 100):  # row kernels, and packed ones
     x = rng.normal(size=(tokens, 130)).astype(np.float32)
     ids = np.stack([rng.permutation(4)[:2] for _ in range(tokens)])
     results = set()
@@ -34,8 +34,8 @@ for tokens in (9, 100):  # in rows, and packed
 """
 
 
-def test_same_bits_for_up_to_64_threads():
-    """More than there are cores, in a process of its own, since their number is fixed when it starts."""
+def test_expert_ffn_gives_the_same_bits_on_1_to_64_threads():
+    """In a new process, with more threads than cores: Numba fixes their maximum when it starts."""
     environment = os.environ | {"NUMBA_NUM_THREADS": "64"}
     result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -60,14 +60,14 @@ assert len(results) == 400 and all((y == 64).all() for y in results)
 """
 
 
-def test_two_callers_at_once_where_there_is_no_openmp():
-    """Numba's own thread pool ends the process when two threads use it; the doors let one in at a time."""
+def test_two_threads_may_call_kernels_at_once_without_openmp():
+    """Numba's own thread pool ends the process when two threads use it: our functions admit one at a time."""
     environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
     result = subprocess.run([sys.executable, "-c", TWO_CALLERS], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_default_threads_are_physical_cores(monkeypatch, tmp_path):
+def test_default_threads_are_physical_cores_within_affinity_and_cgroup_quota(monkeypatch, tmp_path):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6})
     monkeypatch.setattr(threads, "_CPUS", tmp_path)
     monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
@@ -87,35 +87,35 @@ def test_threads_out_of_range_are_refused():
             kernels.set_threads(count)
 
 
-def test_each_thread_has_its_number_and_numba_the_same():
-    seen = []
+def test_each_python_thread_has_its_own_thread_count_and_numba_follows():
+    counts = []
 
-    def other():
-        seen.append(kernels.thread_count())
-        seen.append(kernels.set_threads(1))
-        seen.append(numba.get_num_threads())
+    def in_another_thread():
+        counts.append(kernels.thread_count())
+        counts.append(kernels.set_threads(1))
+        counts.append(numba.get_num_threads())
 
     kernels.set_threads(None)
     before = kernels.thread_count()
-    beside = threading.Thread(target=other)
-    beside.start()
-    beside.join()
-    assert seen[1:] == [1, 1]
+    thread = threading.Thread(target=in_another_thread)
+    thread.start()
+    thread.join()
+    assert counts[1:] == [1, 1]
     assert kernels.thread_count() == numba.get_num_threads() == before
     with threads.threads_for(0) as count:
         assert count == numba.get_num_threads() == 1
     assert numba.get_num_threads() == before
 
 
-def test_an_interruption_leaves_no_wrong_number(monkeypatch):
-    """After Ctrl-C between Numba's taking a number and our noting it, the next step runs on as many as it should."""
+def test_ctrl_c_while_the_thread_count_changes_leaves_no_wrong_count(monkeypatch):
+    """It comes between Numba's change of the count and our record of it; the next step runs on the right number."""
     kernels.set_threads(None)
-    most, real = kernels.thread_count(), numba.set_num_threads
-    if most == 1:
+    default_threads, set_num_threads = kernels.thread_count(), numba.set_num_threads
+    if default_threads == 1:
         pytest.skip("one core: nothing is ever set")
 
     def interrupted(count):
-        real(count)
+        set_num_threads(count)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(numba, "set_num_threads", interrupted)
@@ -124,4 +124,4 @@ def test_an_interruption_leaves_no_wrong_number(monkeypatch):
     monkeypatch.undo()
     assert kernels.thread_count() == numba.get_num_threads()
     kernels.set_threads(None)
-    assert numba.get_num_threads() == most
+    assert numba.get_num_threads() == default_threads
