@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Beam", "Chat", "Completion", "Constraint", "Engine", "FiddlerError", "Sampling", "convert", "load"]
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Beam": "fiddler.generation.beam_search",
     "Chat": "fiddler.chat",
     "Completion": "fiddler.generation.completion",
@@ -40,8 +40,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'fiddler' has no attribute {name!r}")
 
 

@@ -1,13 +1,12 @@
-"""A conversation with a loaded model: what was said, prompts that fit the context, answers as they come.
+"""A conversation with a loaded model: its messages, prompts that fit the context, answers as they come.
 
-A model with a chat template gets the messages as the template writes them; one without gets plain text, everything
-said so far, a line break between one message and the next, and continues it. Knows no terminal and no files.
+A model with a chat template gets the messages as the template writes them. A model without one gets plain text, all
+messages with a line break between one and the next, and continues it. Knows no terminal and no files.
 
-What happens when the context is full: a prompt must leave a quarter of the context for the answer, or `max_tokens`
-where that is less. Where it does not, the oldest turns (a message and its answer) are left out of this and all later
-prompts, until the prompt is no more than half of the context, so that this does not happen, and the model need not
-read everything anew, at every turn. The system message and the new one always stay; a new one for which that is not
-enough is refused. `messages` keeps everything.
+A prompt must leave a quarter of the context for the answer, or `max_tokens` where that is less. Where it does not, the
+oldest turns (a message and its answer) are left out of this and all later prompts, until the prompt is no more than
+half of the context: so turns are not dropped, and the rest is not computed anew, at every turn. The system message and
+the new one always stay; a new one that does not fit even then is refused. `messages` has the whole conversation.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Chat:
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
     ) -> None:
-        """`max_tokens` of an answer; None for what the context has room for. `template`: Jinja instead of the model's.
+        """`max_tokens`: of an answer; None for all that the context leaves. `template`: Jinja, in place of the model's.
         `constraint`: of every answer.
 
         Raises FileFormatError where the template cannot be used, RequestError where it takes no system message.
@@ -50,26 +49,26 @@ class Chat:
         self._stop, self._ignore_eos, self._constraint = stop, ignore_eos, constraint
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._turns: list[Message] = []  # of the user and of the model, by turns
-        self._first = 0  # of those that prompts still hold
+        self._turns: list[Message] = []  # messages of the user and of the model, alternating
+        self._first = 0  # index of the first of them that prompts still hold
         self._check_system()
         self.on_chunk: Callable[[int], None] = lambda read: None  # see `Engine.start`
         self.context_used = 0  # positions, after the last answer
-        self.completion: Completion | None = None  # of the last answer, unless it was broken off
+        self.completion: Completion | None = None  # of the last answer, unless it was cancelled
 
     @property
     def has_template(self) -> bool:
-        """Whether messages are marked as such; else everything is one text."""
+        """Whether a template marks the messages; else the conversation is one text."""
         return self._template is not None
 
     @property
     def context(self) -> int:
-        """Positions there are."""
+        """Positions of the context."""
         return self._engine.context
 
     @property
     def messages(self) -> list[Message]:
-        """All that was said, the system message first."""
+        """All messages, the system message first."""
         return [*self._system, *self._turns]
 
     @property
@@ -78,16 +77,16 @@ class Chat:
         return self._first // 2
 
     def send(self, text: str) -> Iterator[str]:
-        """The answer to `text`, as pieces of text; it is computed as they are taken.
+        """The answer to `text`, as pieces of text, computed as the caller iterates.
 
-        An iterator that is closed before its end leaves what it gave as the answer; if that is nothing, `text` is
-        forgotten as well, and the conversation is as it was. One space at an answer's beginning, which belongs to
-        the tokenizer, is left out where there is a template. Raises RequestError at once for a message that is too
-        long, or that the template refuses.
+        If the iterator is closed before its end, the pieces so far are the answer; if there are none, `text` is
+        forgotten as well, and the conversation is as before. Where there is a template, one space at an answer's
+        beginning is left out: it belongs to the tokenizer. Raises RequestError at once for a message that is too long,
+        or that the template refuses.
         """
         first, ids = self._prompt({"role": "user", "content": text})
-        room = self._engine.context - len(ids)
-        limit = room if self._max_tokens is None else min(room, self._max_tokens)
+        available = self._engine.context - len(ids)
+        limit = available if self._max_tokens is None else min(available, self._max_tokens)
         generation = self._engine.start(
             ids,
             self._sampling,
@@ -110,8 +109,8 @@ class Chat:
         if self._template is not None:
             self._template.close()
 
-    def _answer(self, text: str, first: int, prompt: int, generation: Generation) -> Iterator[str]:
-        said: list[str] = []
+    def _answer(self, text: str, first: int, prompt_tokens: int, generation: Generation) -> Iterator[str]:
+        pieces: list[str] = []
         unprefixed = self._template is not None and self._engine.tokenizer.add_space_prefix
         self.completion = None
         try:
@@ -119,34 +118,34 @@ class Chat:
                 if unprefixed:
                     piece, unprefixed = piece.removeprefix(" "), False
                 if piece:
-                    said.append(piece)
+                    pieces.append(piece)
                     yield piece
             self.completion = generation.completion
         finally:
-            if said:
-                answer = "".join(said)
+            if pieces:
+                answer = "".join(pieces)
                 self._first = first
                 self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-                made = len(self._engine.tokenizer.encode(answer)) if self.completion is None else 0
-                self.context_used = prompt + (made if self.completion is None else len(self.completion.tokens))
+                count = len(self._engine.tokenizer.encode(answer)) if self.completion is None else 0
+                self.context_used = prompt_tokens + (count if self.completion is None else len(self.completion.tokens))
 
     def _prompt(self, new: Message) -> tuple[int, list[int]]:
-        """The first message that the prompt holds, and its ids."""
+        """The index of the first message that the prompt holds, and the prompt's ids."""
         context = self._engine.context
-        room = max(1, context // 4)
-        room = room if self._max_tokens is None else min(room, self._max_tokens)
+        reserved = max(1, context // 4)
+        reserved = reserved if self._max_tokens is None else min(reserved, self._max_tokens)
         first = self._first
         ids = self._ids([*self._system, *self._turns[first:], new])
-        if len(ids) + room <= context:
+        if len(ids) + reserved <= context:
             return first, ids
         while first < len(self._turns) and len(ids) > context // 2:
             first += 2
             ids = self._ids([*self._system, *self._turns[first:], new])
-        if len(ids) + room > context:
-            most = self._engine.config.context_length
-            remedy = f", or raise --ctx, up to {most}" if context < most else ""
+        if len(ids) + reserved > context:
+            maximum = self._engine.config.context_length
+            remedy = f", or raise --ctx, up to {maximum}" if context < maximum else ""
             raise RequestError(
-                f"the message makes a prompt of {len(ids)} tokens, which leaves less than {room} of the context of "
+                f"the message makes a prompt of {len(ids)} tokens, which leaves less than {reserved} of the context of "
                 f"{context} for an answer; shorten it{remedy}"
             )
         return first, ids
@@ -158,7 +157,7 @@ class Chat:
         return tokenizer.encode("\n".join(message["content"] for message in messages), add_bos=tokenizer.add_bos)
 
     def _check_system(self) -> None:
-        """Refuse at the beginning what every message would be refused for."""
+        """Raise at construction the errors that every message would raise."""
         if self._template is None:
             if self._system:
                 raise RequestError("the model has no chat template, so there is no place for a system message")

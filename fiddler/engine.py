@@ -1,4 +1,4 @@
-"""The one place where file, model, experts, linears and tokenizer are wired together; the Python API's centre."""
+"""`Engine`, the Python API of a loaded model: logits, generation, batches, beam search. Knows no backend."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.runner = runner
         self.device = device
-        self.where = where  # it computes, and why, in a line
+        self.where = where  # one line: where it computes, and why
         self.backend = backend  # the kernel tier
         self.load_seconds = time.perf_counter() - started
 
     @property
     def context(self) -> int:
-        """The most positions a sequence can have: what was asked for, at most what the model was trained with."""
+        """Positions that a sequence can have: as requested, at most as many as the model was trained with."""
         return self.runner.context
 
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -64,10 +64,10 @@ class Engine:
         """
         ids = checked_ids(ids, self.config, self.context)
         sequence, chunk = self.runner.sequence(), self.runner.chunk
-        made = torch.empty(len(ids), self.config.vocab_size)
+        rows = torch.empty(len(ids), self.config.vocab_size)
         for begin in range(0, len(ids), chunk):
-            made[begin : begin + chunk] = self.runner.logits(self.runner.step([(sequence, ids[begin : begin + chunk])]))
-        return made
+            rows[begin : begin + chunk] = self.runner.logits(self.runner.step([(sequence, ids[begin : begin + chunk])]))
+        return rows
 
     def start(
         self,
@@ -86,12 +86,12 @@ class Engine:
 
         prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
         max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
-        not included. `ignore_eos`: end tokens are never chosen. `constraint`: what the text must be; it ends where
-        that is complete. `reuse`: what the prompt shares with the last one is not computed again, which may change
-        roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the request should
-        give the same again. `prompt_cache`: a file that keeps the prompt's keys and values for other processes, see
-        `fiddler.prompt_cache`; it is read now, and written once the prompt was read; not in a `batch`.
-        on_chunk: is told between two parts of a long prompt how many tokens were read; what it raises is raised.
+        not included. `ignore_eos`: end tokens are never chosen. `constraint`: a language that the text must follow;
+        the text ends where that is complete. `reuse`: the common prefix with the last prompt is not computed again,
+        which may change roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the
+        request should be repeatable. `prompt_cache`: a file that stores the prompt's keys and values for other
+        processes, see `fiddler.runtime.kv_cache_file`; it is read now, and written after the prompt was read; not in a
+        `batch`. on_chunk: called between prefill chunks with the tokens read so far; may raise to cancel.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
@@ -99,13 +99,13 @@ class Engine:
         after_prompt = self._after_prompt(prompt_cache, ids)
         if reuse is None:
             reuse = prompt_cache is not None or not (sampling or Sampling()).repeatable
-        more = self.load_seconds, after_prompt, reuse, on_chunk
-        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, *more)
+        options = self.load_seconds, after_prompt, reuse, on_chunk
+        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, *options)
 
     def samplers(
         self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
     ) -> Callable[[], Sampler]:
-        """What makes a sampler for this model, one a generation. Arguments: see `start`.
+        """A function that makes a sampler for this model, one a generation. Arguments: see `start`.
 
         Raises RequestError where `sampling` is for another vocabulary or nothing can follow the constraint.
         """
@@ -166,23 +166,24 @@ class Engine:
         *,
         on_step: Callable[[int, int], None] = lambda generated, sequences: None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """Many generations, as `start` gives them, at once: (place, completion or error) of each as it finishes.
+        """Run many generations, as `start` returns them, at once: (index, completion or error) of each as it finishes.
 
-        What they say does not depend on each other, beyond rounding; an expert that several want is read once a step.
-        They are taken from the iterable when there is room for them, so it may prepare them as it goes.
-        parallel: at most so many sequences at once; None begins with as many as make every step read every expert, and
-        doubles that as long as it gives more tokens a second. Fewer where keys and values of all would exceed half of
-        the memory beside the model. on_step: is told of tokens generated so far, and the sequences of the last step.
+        Their texts do not depend on each other, beyond rounding; an expert that several chose is read once a step.
+        They are taken from the iterable when there is memory for them, so it may prepare them one by one.
+        parallel: limit of the sequences at once; None starts at the batch size where every expert is read each step,
+        and doubles it as long as that gives more tokens a second. Fewer run where the KV caches of all would exceed
+        half of the memory beside the model. on_step: called after each step with the tokens generated so far and the
+        number of sequences in the step.
         Raises RequestError when `parallel` makes no sense.
         """
         if parallel is not None and parallel < 1:
             raise RequestError(f"parallel is {parallel}; give at least 1")
-        most = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
-        first = first_batch_size(self.config.expert_count, self.config.expert_used_count) if parallel is None else most
+        limit = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
+        first = first_batch_size(self.config.expert_count, self.config.expert_used_count) if parallel is None else limit
         file = self.model_file.file
         weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
         return iter(
-            Batch(self.runner, generations, self.runner.room(weights), BatchSize(min(first, most), most), on_step)
+            Batch(self.runner, generations, self.runner.room(weights), BatchSize(min(first, limit), limit), on_step)
         )
 
     @cached_property
@@ -231,9 +232,10 @@ class Engine:
         ignore_eos: bool = False,
         reuse: bool = False,
     ) -> list[Beam]:
-        """The finished beams of a search `width` wide, best first, as transformers' `generate(num_beams=width)`.
+        """The finished beams of a search with `width` beams, best first, as transformers' `generate(num_beams=width)`.
 
-        length_penalty, early_stopping: see `fiddler.hypotheses.BeamOptions`. Other arguments, and errors: see `start`.
+        length_penalty, early_stopping: see `fiddler.generation.beam_hypotheses.BeamOptions`. Other arguments and
+        errors: see `start`.
         """
         options = BeamOptions(width, length_penalty, early_stopping)
         return self.start_beams(prompt, options, max_tokens, stop=stop, ignore_eos=ignore_eos, reuse=reuse).run()

@@ -1,6 +1,6 @@
 """The errors a user can cause: one base class and its few kinds. Standard library only; every room may import it.
 
-`cli.py` turns any of these into one line and exit code 1. A message names the offending value and the remedy.
+`cli/` turns any of these into one line and exit code 1. A message names the offending value and the remedy.
 """
 
 __all__ = ["CheckpointError", "FiddlerError", "FileFormatError", "RequestError", "ResourceError", "quoted"]
@@ -15,7 +15,7 @@ class CheckpointError(FiddlerError):
 
 
 class FileFormatError(FiddlerError):
-    """A model file that is malformed, truncated or holds what cannot be run."""
+    """A model file that is malformed, truncated or cannot be run."""
 
 
 class RequestError(FiddlerError):
@@ -23,15 +23,15 @@ class RequestError(FiddlerError):
 
 
 class ResourceError(FiddlerError):
-    """Too little memory, disk or hardware for what was asked."""
+    """Too little memory, disk or hardware for the request."""
 
 
-def quoted(value: object, most: int = 60) -> str:
-    """A value that a stranger wrote, for a message: one printable line of at most `most` characters."""
+def quoted(value: object, max_length: int = 60) -> str:
+    """An untrusted value, for a message: one printable line of at most `max_length` characters."""
     if hasattr(value, "size"):
         text = f"an array of {value.size}"
-    elif isinstance(value, (list, dict)) and len(value) > most:
+    elif isinstance(value, (list, dict)) and len(value) > max_length:
         text = f"a {type(value).__name__} of {len(value)}"
     else:
         text = ascii(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."

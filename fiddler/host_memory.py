@@ -1,4 +1,4 @@
-"""What memory this process uses and could have, as the operating system counts it."""
+"""Memory that this process uses and could have, as the operating system counts it. Knows no models."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Memory:
 
 
 def peak_memory() -> Memory:
-    """This process's memory; `anonymous` is 0 where the system does not tell (it is Linux's RssAnon)."""
+    """This process's memory; `anonymous`, Linux's RssAnon, is 0 where the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         lines = []
     kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if name in _USED}
-    if "VmHWM" in kib:  # rather than getrusage, which counts what the parent was before it started us
+    if "VmHWM" in kib:  # rather than getrusage, whose peak includes the parent process before it started us
         peak = kib["VmHWM"] * 1024
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -40,9 +40,9 @@ def peak_memory() -> Memory:
 
 
 def available_memory() -> int:
-    """Bytes that could be had without swapping; 0 where the system does not tell.
+    """Bytes available without swapping; 0 where the system does not report them.
 
-    That is Linux's MemAvailable, or what this process's control group leaves it, where that is less.
+    They are Linux's MemAvailable, or what this process's control groups leave it, where that is less.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -53,7 +53,7 @@ def available_memory() -> int:
 
 
 def _control_groups() -> list[int]:
-    """What each control group (version 2) that this process is in leaves it: its limit less what cannot be dropped."""
+    """Bytes that each control group (version 2) leaves this process: its limit less memory that cannot be dropped."""
     try:
         name = next(
             line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
@@ -76,7 +76,7 @@ def _control_groups() -> list[int]:
 
 
 def in_memory(path: Path | None) -> bool:
-    """Whether a file lives in memory (tmpfs), so that none of its pages could be dropped; None: memory of our own."""
+    """Whether a file is in memory (tmpfs), so that its pages cannot be dropped; None stands for memory of our own."""
     if path is None:
         return True
     try:
@@ -84,29 +84,29 @@ def in_memory(path: Path | None) -> bool:
         real = path.resolve()
     except OSError:
         return False
-    over = [fields for fields in mounts if real.is_relative_to(fields[1])]
-    return bool(over) and max(over, key=lambda fields: len(fields[1]))[2] in ("tmpfs", "ramfs", "hugetlbfs")
+    containing = [fields for fields in mounts if real.is_relative_to(fields[1])]
+    return bool(containing) and max(containing, key=lambda fields: len(fields[1]))[2] in ("tmpfs", "ramfs", "hugetlbfs")
 
 
 def cached_bytes(address: int, nbytes: int) -> int:
-    """How much of a mapping lies in memory already, whoever brought it there; 0 where the system does not tell.
+    """Bytes of a mapping that are in memory already, whoever read them; 0 where the system does not report them.
 
-    address: of a page.
+    address: start of a page.
     """
     pages = -(-nbytes // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * pages)()
+    resident = (ctypes.c_ubyte * pages)()
     try:
-        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), found):
+        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), resident):
             return 0
     except (OSError, AttributeError):
         return 0
-    return bytes(found).translate(_LAST_BIT).count(1) * mmap.PAGESIZE
+    return bytes(resident).translate(_LAST_BIT).count(1) * mmap.PAGESIZE
 
 
 def populate(address: int, nbytes: int) -> int:
-    """Enter a mapping's pages into this process's tables, reading those that are on disk; 0 where that was done.
+    """Enter a mapping's pages into this process's page tables, reading those that are on disk; returns 0 on success.
 
-    address: of a page. What comes after goes faster; where the system cannot, nothing is lost.
+    address: start of a page. Later accesses are faster; where the system cannot do it, nothing is lost.
     """
     try:
         madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -116,10 +116,11 @@ def populate(address: int, nbytes: int) -> int:
 
 
 def memory_for_sequences(available: int, weights: int) -> int | None:
-    """Bytes that keys and values of all sequences may take, of so many available ones; None: nothing tells.
+    """Bytes that the KV caches of all sequences may take, of `available` bytes; None where these are unknown (0).
 
-    weights: bytes of the mapped file, whose pages count as available until they are needed. Half of what is left
-    beside them. Where the file does not fit anyway, each byte is read from disk again in every step: a sixteenth.
+    weights: bytes of the mapped file, whose pages count as available until they are needed. The result is half of the
+    memory left beside them, but at least a sixteenth of `available`: where the file does not fit anyway, each byte is
+    read from disk again in every step.
     """
     if not available:
         return None

@@ -52,19 +52,19 @@ def load(
     """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
     path: a .gguf file, any part of a split one, one opened before, or None for the demo model that ships.
-    device: "cpu", "cuda", or "auto", which is the GPU where there is one that starts. gpu_memory: the most of it that
-    is used, for everything, as "24GiB"; None for nearly all that is free. It holds the dense part, keys and values,
-    and as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
-    gpu_experts: at most so many of them. missing: where experts that are not on the GPU are computed: "auto" does
-    what is fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
-    progress: is told of the bytes of experts that went to the GPU, and how many will. registration: of the file's
-    mapping with the GPU's driver, begun before; None begins it.
+    device: "cpu", "cuda", or "auto", which is the GPU where there is one that starts. gpu_memory: the limit of its
+    memory for everything, as "24GiB"; None for nearly all that is free. It holds the dense weights, the KV cache, and
+    as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
+    gpu_experts: limit of their number. missing: where experts that are not on the GPU are computed: "auto" is
+    fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
+    progress: called with the bytes of experts copied to the GPU so far, and in all. pinned: the file's mapping, whose
+    pinning by the GPU's driver began before; None begins it.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
-    keeps their keys and values as float16; "exact", and every model of f16 weights, computes in float32.
-    kernel: a tier by name; None for what the environment's FIDDLER_KERNEL says, or the best there is. notify: is
-    told, in one line, when kernels must be compiled first, which takes seconds. recorder: is told what a step spends
-    its time on.
+    stores their KV cache as float16; "exact", and every model of f16 weights, computes in float32.
+    kernel: a tier by name; None for that of the environment's FIDDLER_KERNEL, or the best available. notify: called
+    with one-line messages, as when kernels must be compiled first, which takes seconds. recorder: receives timing
+    events of each step.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     started = time.perf_counter()
@@ -90,7 +90,7 @@ def load(
         if expert_counts is not None:
             counts = read_counts(Path(expert_counts), config.block_count, config.expert_count)
         try:
-            hybrid = on_gpu(
+            loaded = on_gpu(
                 model_file,
                 experts,
                 pinned,
@@ -116,8 +116,8 @@ def load(
                 "or --gpu-experts"
             ) from error
         else:
-            notify(hybrid.summary)
-            return Engine(model_file, tokenizer, hybrid.runner, "cuda", hybrid.summary, tier.name, started)
+            notify(loaded.summary)
+            return Engine(model_file, tokenizer, loaded.runner, "cuda", loaded.summary, tier.name, started)
     elif expert_counts is not None or gpu_experts is not None or missing != "auto":
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
     runner = on_cpu(model_file, experts, kernels.set_threads(threads), capacity, exact, notify, recorder)

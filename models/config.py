@@ -1,4 +1,4 @@
-"""Hyper-parameters of a Mixtral as GGUF metadata spells them, and the tensors they imply. No torch, no files.
+"""Hyper-parameters of a Mixtral, read from GGUF metadata, and the tensor shapes they imply. No torch, no files.
 
 Letters used in all rooms: `T` tokens, `D` model width (`embedding_length`), `F` expert width
 (`feed_forward_length`), `E` experts, `K` experts a token, `H` heads, `G` KV heads, `L` layers, `V` vocabulary.
@@ -17,7 +17,7 @@ __all__ = ["ARCHITECTURE", "Config"]
 ARCHITECTURE = "llama"
 """GGUF's name for Mixtral's architecture: a `llama` whose `llama.expert_count` is set."""
 
-_LARGEST = 1 << 24  # of any one dimension; keeps every product of three far from 2**63
+_MAX_DIMENSION = 1 << 24  # keeps the product of any three dimensions far from 2**63
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Config:
     expert_used_count: int
     rms_epsilon: float
     rope_freq_base: float
-    sliding_window: int | None = None  # a query sees this many positions, itself included
+    sliding_window: int | None = None  # positions that a query attends to, its own included
 
     def __post_init__(self) -> None:
         for field in (
@@ -52,8 +52,8 @@ class Config:
             "expert_used_count",
         ):
             value = getattr(self, field)
-            if not 1 <= value <= _LARGEST:
-                raise FileFormatError(f"{field} is {value}; it must lie between 1 and {_LARGEST}")
+            if not 1 <= value <= _MAX_DIMENSION:
+                raise FileFormatError(f"{field} is {value}; it must lie between 1 and {_MAX_DIMENSION}")
         if self.expert_used_count > self.expert_count:
             raise FileFormatError(
                 f"expert_used_count is {self.expert_used_count}, but there are only {self.expert_count} experts"
@@ -75,29 +75,29 @@ class Config:
     def from_metadata(cls, metadata: Mapping[str, object]) -> Config:
         """Read the hyper-parameters from a GGUF's metadata.
 
-        Raises FileFormatError where a key is missing, of another type or out of range, where the
-        architecture is not a mixture of experts, and where RoPE is scaled.
+        Raises FileFormatError where a key is missing, of another type or out of range, where the architecture is
+        not a mixture of experts, and where attention is not plain or RoPE is scaled.
         """
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str) or architecture != ARCHITECTURE:
             raise FileFormatError(
-                f"general.architecture is {quoted(architecture)}; only Mixtral runs, which says {ARCHITECTURE!r}"
+                f"general.architecture is {quoted(architecture)}; only Mixtral runs, which has {ARCHITECTURE!r}"
             )
         keys = _Keys(metadata)
         expert_count = keys.integer("expert_count", 0)
         if expert_count == 0:
             raise FileFormatError("llama.expert_count is missing or 0: a dense Llama, not a mixture of experts")
-        _check_variant(metadata)
+        _reject_unsupported(metadata)
         width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
         if heads < 1 or width < 1:
             raise FileFormatError(
                 f"embedding_length is {width} and attention.head_count {heads}; both must be positive"
             )
         head_dim = keys.integer("attention.key_length", width // heads)
-        for same in ("attention.value_length", "rope.dimension_count"):
-            if keys.integer(same, head_dim) != head_dim:
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if keys.integer(key, head_dim) != head_dim:
                 raise FileFormatError(
-                    f"llama.{same} is {keys.integer(same)}, but a head is {head_dim} wide: not a Mixtral"
+                    f"llama.{key} is {keys.integer(key)}, but a head is {head_dim} wide: not a Mixtral"
                 )
         feed_forward = keys.integer("feed_forward_length")
         window = keys.integer("attention.sliding_window", 0)
@@ -118,7 +118,7 @@ class Config:
         )
 
     def to_metadata(self) -> dict[str, int | float]:
-        """The `llama.` keys that `from_metadata` reads: `int` values are uint32, `float` values float32."""
+        """The `llama.` keys that `from_metadata` reads; store `int` values as uint32, `float` values as float32."""
         values: dict[str, int | float] = {
             "vocab_size": self.vocab_size,
             "context_length": self.context_length,
@@ -140,7 +140,7 @@ class Config:
         return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of one block: name less `blk.N.` -> shape, slowest dimension first as in numpy."""
+        """Tensors of one block: name without `blk.N.` -> shape, slowest dimension first as in numpy."""
         D, F, E = self.embedding_length, self.feed_forward_length, self.expert_count
         queries, keys = self.head_count * self.head_dim, self.head_count_kv * self.head_dim
         return {
@@ -157,7 +157,7 @@ class Config:
         }
 
     def tensor_shapes(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model -> shape, in file order; `tied`: `token_embd` serves as the output, too."""
+        """Every tensor of the model -> shape, in file order; `tied`: `token_embd` is the output weight, too."""
         V, D = self.vocab_size, self.embedding_length
         shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, D)}
         for index in range(self.block_count):
@@ -169,7 +169,7 @@ class Config:
 
 
 class _Keys:
-    """Typed look-ups under `llama.`."""
+    """Typed look-ups of `llama.` keys in GGUF metadata."""
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
@@ -193,15 +193,15 @@ class _Keys:
         return float(value)
 
 
-def _check_variant(metadata: Mapping[str, object]) -> None:
-    """Refuse what llama.cpp's `llama` can also be told to do (`llama_model::load_hparams`) and a Mixtral does not."""
-    plain: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.scale": (0.0,)}
+def _reject_unsupported(metadata: Mapping[str, object]) -> None:
+    """Reject options of llama.cpp's `llama` (`llama_model::load_hparams`) that a Mixtral does not have."""
+    supported: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.scale": (0.0,)}
     scaling = metadata.get(f"{ARCHITECTURE}.rope.scaling.type")
     if not isinstance(scaling, str) or scaling != "none":  # no type and a factor: linear
-        plain |= {"rope.scaling.type": (), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
-    for key, harmless in plain.items():
+        supported |= {"rope.scaling.type": (), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
+    for key, allowed in supported.items():
         value = metadata.get(f"{ARCHITECTURE}.{key}")
-        if value is not None and not (isinstance(value, (int, float)) and value in harmless):
+        if value is not None and not (isinstance(value, (int, float)) and value in allowed):
             raise FileFormatError(
                 f"{ARCHITECTURE}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run"
             )

@@ -1,4 +1,4 @@
-"""What a model is handed: experts, linears, a cache, a router and a norm, as protocols."""
+"""Protocols of a model's collaborators: experts, linears, KV cache, router and norm. Knows shapes; no backend."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ __all__ = ["Cache", "Experts", "Linear", "Norm", "Router"]
 
 
 class Experts(Protocol):
-    """Computes a layer's routed experts, wherever they live."""
+    """Computes a layer's routed experts, on whatever device their weights are."""
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        """x [T, D] float32, expert_ids [T, K], routing_weights [T, K] -> the weighted sum of the experts' outputs, [T, D]."""
+        """x [T, D] float32, expert_ids [T, K], routing_weights [T, K] -> weighted sum of expert outputs [T, D]."""
         ...
 
 
 class Linear(Protocol):
-    """Multiplies by a named weight of the file."""
+    """Multiplies by a weight, named as in the file."""
 
     def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
-        """x [T, in] float32 -> x . weight transposed, [T, out] float32; plus `onto`, of that shape."""
+        """x [T, in] float32 -> x . weight transposed, [T, out] float32; plus `onto` [T, out]."""
         ...
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """The same for several weights that take the same x."""
+        """The product of x with each of several weights."""
         ...
 
 
 class Cache(Protocol):
-    """Keeps keys and values of the sequences of a step; knows the position of each of its rows."""
+    """The KV caches of a step's sequences; knows the position of each row of the step."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotate q [T, H, head_dim] and k [T, G, head_dim] to their positions, store k and v [T, G, head_dim].
+        """Rotate q [T, H, head_dim] and k [T, G, head_dim] to their positions; store k and v [T, G, head_dim].
 
-        Then causal attention of each row over its own sequence: [T, H, head_dim] float32.
+        Returns causal attention of each row over its own sequence: [T, H, head_dim] float32.
         """
         ...
 
 
 class Router(Protocol):
-    """Normalises what goes to the experts, and chooses each token's."""
+    """Normalises the experts' input and chooses each token's experts."""
 
     def __call__(
         self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """h [T, D], norm [D], weight [E, D] -> what `route` gives."""
+        """h [T, D], norm [D], weight [E, D] -> x [T, D], expert_ids and routing_weights [T, K]; see `router.route`."""
         ...
 
 
 class Norm(Protocol):
-    """RMS normalisation (Zhang and Sennrich 2019)."""
+    """RMS normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """x [T, D], weight [D] -> [T, D]."""

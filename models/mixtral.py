@@ -1,8 +1,8 @@
-"""Mixtral's forward pass (Jiang et al. 2024, https://arxiv.org/abs/2401.04088), as GGUF lays its weights out.
+"""Mixtral's forward pass (Jiang et al. 2024, https://arxiv.org/abs/2401.04088) with GGUF's weight layout.
 
-Knows shapes and the order of operations. Does not know where experts run, how a linear layer multiplies, or how
-keys and values are stored: it is handed all three. Attribute names are the tensor names in the file. Letters are
-explained in `config.py`.
+Knows shapes and the order of operations; not where experts run, how a linear layer multiplies, or how the KV cache
+stores keys and values: these come as arguments. Attribute names are the tensor names in the file; `config.py`
+explains the letters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Mixtral:
         router: Router = route,
         norm: Norm = rms_norm,
     ) -> None:
-        """`weights`: the tensors that are not multiplied by `linear`: embeddings, norms and routers."""
+        """weights: the tensors that `linear` does not multiply by: embeddings, norms and routers."""
         self.config = config
         self.token_embd = weights["token_embd.weight"]  # [V, D]
         self.blk = [Block(config, index, weights, linear, router, norm) for index in range(config.block_count)]
@@ -39,16 +39,16 @@ class Mixtral:
         self.experts = experts
 
     def __call__(self, ids: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
-        """One step: ids [T] of the rows that `cache` knows the places of -> hidden states [T, D] float32.
+        """One step: token ids [T], whose positions `cache` knows -> hidden states [T, D] float32.
 
-        wanted: the rows whose hidden states are returned, [W, D]; None: all. Behind its attention, whose keys and
-        values are kept, the last block computes no others.
+        wanted: the W rows to return hidden states of, [W, D]; None: all. The last block stores keys and values of all
+        rows, and computes only these W after its attention.
         """
         h = self.token_embd[ids].float()
         for layer, block in enumerate(self.blk):
             last = layer == len(self.blk) - 1
-            h, x, chosen, weights = block.before_experts(h, cache, wanted if last else None)
-            h = h + self.experts(layer, x, chosen, weights)
+            h, x, expert_ids, routing_weights = block.before_experts(h, cache, wanted if last else None)
+            h = h + self.experts(layer, x, expert_ids, routing_weights)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Mixtral:
 
 
 class Block:
-    """One transformer block; its experts are the caller's business."""
+    """One transformer block without its experts, which the caller computes."""
 
     def __init__(
         self,
@@ -77,19 +77,19 @@ class Block:
     def before_experts(
         self, h: Tensor, cache: Cache, wanted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The dense half: h [T, D] -> h after attention, the experts' input x [T, D], expert_ids and routing_weights [T, K].
+        """The dense half: h [T, D] -> h after attention, expert input x [T, D], expert_ids, routing_weights [T, K].
 
-        wanted: only of these rows.
+        wanted: return only these rows; None: all.
         """
         h = self._attention(h, self._norm(h, self.attn_norm, self.config.rms_epsilon), cache, wanted)
         k = self.config.expert_used_count
         return h, *self._router(h, self.ffn_norm, self.config.rms_epsilon, self.ffn_gate_inp, k)
 
     def _attention(self, h: Tensor, x: Tensor, cache: Cache, wanted: Tensor | None) -> Tensor:
-        """h and what attention to x, the normalised h, adds to it; of the rows that are wanted."""
+        """h + attention of x, the normalised h; only the rows in `wanted`."""
         prefix = f"blk.{self.index}."
-        made = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
-        q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in made)  # [T, H or G, head_dim]
+        qkv = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
+        q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in qkv)  # [T, H or G, head_dim]
         attended = cache.attend(self.index, q, k, v).flatten(1)
         if wanted is not None:
             h, attended = h[wanted], attended[wanted]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021) in plain torch."""
+"""Rotary position embedding (RoFormer, Su et al. 2021, https://arxiv.org/abs/2104.09864) in plain torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate"]
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Radians a position, of each pair of a head's elements (RoFormer): float32 [head_dim / 2]."""
+    """Frequency [radians per position] of each pair of a head's elements (RoFormer): float32 [head_dim / 2]."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     return 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
 
 
 def rotary_cos_sin(config: Config, positions: Tensor) -> Tensor:
-    """What turns each pair of a head's elements to its position: complex64 [T, 1, head_dim / 2]."""
+    """cos + i sin of each pair's angle at each of `positions` [T]: complex64 [T, 1, head_dim / 2]."""
     angles = positions[:, None].float() * rotary_frequencies(config, positions.device)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs (GGUF's order), which are complex numbers: x [T, heads, head_dim]."""
+    """Rotate neighbouring pairs (GGUF's order), as complex numbers, by `cos_sin`: x [T, heads, head_dim] -> as x."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * cos_sin).flatten(-2)

@@ -1,4 +1,4 @@
-"""What all tests need of the process they run in."""
+"""Fixtures and process settings of all tests: no GPU outside tests/gpu/, SIGINT at its default."""
 
 import gc
 import signal
@@ -6,28 +6,28 @@ import signal
 import pytest
 import torch
 
-# Where the suite is started in the background, the shell has it ignore SIGINT, and so would every child: a test that
-# interrupts one needs the default back.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that: tests that interrupt a child
+# need the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_a_gpu(request):
-    """Tests that are not in tests/gpu/ compute on the CPU wherever they run, and so do the processes they start."""
+    """Tests that are not in tests/gpu/ compute on the CPU on any machine, and so do the processes they start."""
     if request.path.parent.name == "gpu":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIDDLER_DEVICE", "cpu")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # where --device is given
-        patch.setattr(torch.version, "cuda", None)  # this process's torch may have asked for the GPUs already
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes started with --device
+        patch.setattr(torch.version, "cuda", None)  # torch may have counted the GPUs already
         yield
 
 
 @pytest.fixture
 def no_collection():
-    """What only a collection would free is not."""
+    """Switch the cyclic garbage collector off: only reference counts free objects."""
     gc.collect()
     gc.disable()
     yield

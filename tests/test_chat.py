@@ -28,26 +28,26 @@ def engine(path):
 
 @pytest.fixture(scope="module")
 def template(engine):
-    made = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata)
-    yield made
-    made.close()
+    chat_template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata)
+    yield chat_template
+    chat_template.close()
 
 
-def said(role, content):
+def message(role, content):
     return {"role": role, "content": content}
 
 
-def test_an_answer_is_what_the_model_says_to_the_template(engine, template):
+def test_an_answer_is_the_models_completion_of_the_templates_prompt(engine, template):
     chat = Chat(engine, "Tell stories.", GREEDY, 12)
     first = "".join(chat.send("Once upon a time"))
-    history = [said("system", "Tell stories."), said("user", "Once upon a time")]
+    history = [message("system", "Tell stories."), message("user", "Once upon a time")]
     expected = engine.generate(template.ids(history), GREEDY, 12)
     assert first == expected.text.removeprefix(" ")
     assert chat.completion.tokens == expected.tokens
     second = "".join(chat.send("And then?"))
-    history += [said("assistant", first), said("user", "And then?")]
+    history += [message("assistant", first), message("user", "And then?")]
     assert second == engine.generate(template.ids(history), GREEDY, 12).text.removeprefix(" ")
-    assert chat.messages == [*history, said("assistant", second)]
+    assert chat.messages == [*history, message("assistant", second)]
     assert chat.context_used == len(template.ids(history)) + 12
     chat.reset()
     assert chat.messages == history[:1]
@@ -55,49 +55,49 @@ def test_an_answer_is_what_the_model_says_to_the_template(engine, template):
     assert "".join(chat.send("Once upon a time")) == first
 
 
-def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_went(engine, template):
+def test_an_interrupted_answer_enters_the_history_as_far_as_it_came(engine, template):
     chat = Chat(engine, sampling=GREEDY, ignore_eos=True)
     whole = "".join(Chat(engine, sampling=GREEDY, ignore_eos=True).send("Hello"))
     pieces = chat.send("Hello")
-    begun = next(pieces) + next(pieces)
+    beginning = next(pieces) + next(pieces)
     pieces.close()
-    assert whole.startswith(begun)
-    assert chat.messages == [said("user", "Hello"), said("assistant", begun)]
+    assert whole.startswith(beginning)
+    assert chat.messages == [message("user", "Hello"), message("assistant", beginning)]
     assert chat.completion is None
-    assert chat.context_used >= len(template.ids([said("user", "Hello")])) + 1
+    assert chat.context_used >= len(template.ids([message("user", "Hello")])) + 1
     assert "".join(chat.send("Go on"))
     assert len(chat.messages) == 4
 
 
-def test_a_message_without_an_answer_is_forgotten(engine):
+def test_a_message_without_an_answer_leaves_no_history(engine):
     chat = Chat(engine, sampling=GREEDY)
     chat.send("never taken")
-    begun = chat.send("never taken")
-    begun.close()
+    pieces = chat.send("never taken")
+    pieces.close()
     assert "".join(Chat(engine, sampling=GREEDY, max_tokens=0).send("Hello")) == ""
     assert chat.messages == []
 
 
 def prompt_of(chat, text):
     """The next prompt, as text."""
-    return chat._engine.tokenizer.decode(chat._prompt(said("user", text))[1])
+    return chat._engine.tokenizer.decode(chat._prompt(message("user", text))[1])
 
 
-def test_the_oldest_turns_are_left_out_when_the_context_is_full(engine):
-    """A quarter of 160 must be left, and then no more than half is kept."""
+def test_a_full_context_leaves_out_the_oldest_turns(engine):
+    """20 of the 160 positions must be free; else turns are left out until the prompt fills no more than half."""
     chat = Chat(engine, "Stay.", GREEDY, ignore_eos=True, max_tokens=20)
-    lengths, left = [], []
+    lengths, left_out = [], []
     for turn in range(9):
         prompt = prompt_of(chat, f"turn {turn}")
-        kept = [other for other in range(turn) if f"turn {other}" in prompt]
+        included = [earlier for earlier in range(turn) if f"turn {earlier}" in prompt]
         "".join(chat.send(f"turn {turn}"))
         lengths.append(chat.completion.stats.prompt_tokens)
-        left.append(chat.left_out)
+        left_out.append(chat.left_out)
         assert "Stay." in prompt
         assert prompt.rstrip().endswith(f"turn {turn} [/INST]")
-        assert kept == list(range(left[-1], turn))  # the latest, without a gap
+        assert included == list(range(left_out[-1], turn))  # the latest, without a gap
     assert max(lengths) + 20 <= 160
-    steps = [after - before for before, after in zip([0, *left], left, strict=False)]
+    steps = [after - before for before, after in zip([0, *left_out], left_out, strict=False)]
     assert sum(step > 0 for step in steps) >= 2
     assert all(lengths[i] <= 80 for i, step in enumerate(steps) if step)
     assert all(step == 0 or steps[i + 1] == 0 for i, step in enumerate(steps[:-1]))  # not at every turn
@@ -126,7 +126,7 @@ def test_an_answer_ends_where_the_context_ends(engine):
     assert chat.context_used == 160
 
 
-def test_a_template_that_takes_no_system_message(engine):
+def test_a_template_that_accepts_no_system_message_refuses_it_at_once(engine):
     with pytest.raises(RequestError, match=r"leave out the system message: .*Conversation roles must alternate"):
         Chat(engine, "Be nice.", template=MIXTRAL_OLD)
     assert "".join(Chat(engine, sampling=GREEDY, max_tokens=5, template=MIXTRAL_OLD).send("Hello"))
@@ -138,7 +138,7 @@ def test_a_template_that_cannot_be_used_is_refused_at_once(engine, template):
         Chat(engine, template=template)
 
 
-def test_without_a_template_the_text_goes_on():
+def test_without_a_template_each_message_continues_the_text():
     plain = fiddler.load(context=160)
     chat = Chat(plain, sampling=GREEDY, max_tokens=10)
     assert not chat.has_template

@@ -1,4 +1,4 @@
-"""The engine on a small random model: what must agree with what, what is refused, and where a generation ends."""
+"""The engine on a small random model: results that must agree, and options that are refused."""
 
 from __future__ import annotations
 
@@ -42,97 +42,97 @@ def precision(request):
 
 
 @pytest.fixture
-def either(precision, engine, exact):
+def any_engine(precision, engine, exact):
     return {"fast": engine, "exact": exact}[precision]
 
 
-def close(one, other, precision="exact"):
+def assert_close(actual, expected, precision="exact"):
     """Each row of logits equal within the rounding of `precision`, relative to its size.
 
-    Rounded activations may tip a router that is nearly undecided: with "fast" one row in ten may be another.
+    Rounded activations may tip a nearly undecided router: with "fast" one row in ten may differ.
     """
-    assert one.shape == other.shape
-    errors = ((one - other).norm(dim=-1) / other.norm(dim=-1)).flatten().sort().values
-    spared = errors.numel() // 10 if precision == "fast" else 0
-    assert errors[-1 - spared] <= TOLERANCE[precision]
+    assert actual.shape == expected.shape
+    errors = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values
+    excluded = errors.numel() // 10 if precision == "fast" else 0
+    assert errors[-1 - excluded] <= TOLERANCE[precision]
 
 
 def step_by_step(engine, sequence, ids, size):
-    """Logits after each of `ids`, given to the model `size` at a time."""
+    """Logits after each of `ids`, computed `size` tokens a step."""
     parts = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
     return torch.cat([engine.runner.logits(engine.runner.step([(sequence, part)])) for part in parts])
 
 
-def test_cached_decode_is_a_full_rescore(either, precision):
+def test_cached_decode_gives_the_logits_of_a_full_rescore(any_engine, precision):
     ids = IDS[:24]
-    one_by_one = step_by_step(either, either.runner.sequence(), ids, 1)
-    close(one_by_one, either.logits(ids), precision)
+    one_by_one = step_by_step(any_engine, any_engine.runner.sequence(), ids, 1)
+    assert_close(one_by_one, any_engine.logits(ids), precision)
     for end in (1, 2, 9, 24):
-        close(one_by_one[end - 1], either.logits(ids[:end])[-1], precision)
+        assert_close(one_by_one[end - 1], any_engine.logits(ids[:end])[-1], precision)
 
 
 @pytest.mark.parametrize("size", [5, 16, 37])
-def test_chunked_prefill_is_the_whole(either, precision, size):
+def test_chunked_prefill_gives_the_logits_of_the_whole(any_engine, precision, size):
     ids = IDS[:75]
-    close(step_by_step(either, either.runner.sequence(), ids, size), either.logits(ids), precision)
+    assert_close(step_by_step(any_engine, any_engine.runner.sequence(), ids, size), any_engine.logits(ids), precision)
 
 
-def test_a_sequence_grows_through_its_capacities(exact):
-    """256 positions at first, doubled when full, the context at last: what was kept is still there."""
+def test_a_kv_cache_that_grows_loses_nothing(exact):
+    """256 positions at first, doubled when full, at last the context: earlier keys and values stay."""
     ids, sequence, runner = IDS[:530], exact.runner.sequence(), exact.runner
     runner.prefill(sequence, ids[:250])
     grown = step_by_step(exact, sequence, ids[250:260], 1)  # over 256
     runner.step([(sequence, ids[260:505])])
     again = step_by_step(exact, sequence, ids[505:530], 5)  # over 512
     whole = exact.logits(ids)  # 512 and then the rest
-    close(grown, whole[250:260])
-    close(again, whole[505:530])
+    assert_close(grown, whole[250:260])
+    assert_close(again, whole[505:530])
     assert sequence.length == 530
 
 
-def test_a_truncated_sequence_has_forgotten(exact):
+def test_a_truncated_sequence_forgets_its_later_tokens(exact):
     sequence, runner = exact.runner.sequence(), exact.runner
     runner.prefill(sequence, IDS[:40])
     sequence.truncate(11)
     assert sequence.length == 11
     after = step_by_step(exact, sequence, IDS[100:120], 20)
-    close(after, exact.logits(IDS[:11] + IDS[100:120])[11:])
+    assert_close(after, exact.logits(IDS[:11] + IDS[100:120])[11:])
     sequence.truncate(0)
-    close(step_by_step(exact, sequence, IDS[:9], 3), exact.logits(IDS[:9]))
+    assert_close(step_by_step(exact, sequence, IDS[:9], 3), exact.logits(IDS[:9]))
 
 
-def test_sequences_in_one_step_are_each_alone(either, precision):
-    runner = either.runner
+def test_sequences_in_one_step_give_the_logits_of_each_alone(any_engine, precision):
+    runner = any_engine.runner
     texts = [IDS[:7], IDS[200:231], IDS[400:401]]
     sequences = [runner.sequence() for _ in texts]
     together = runner.logits(runner.step(list(zip(sequences, texts, strict=True))))
     for rows, ids in zip(together.split([len(ids) for ids in texts]), texts, strict=True):
-        close(rows, either.logits(ids), precision)
-    more = [[5], IDS[50:53], [6, 7]]  # a token here, several there, at different positions, in another order
+        assert_close(rows, any_engine.logits(ids), precision)
+    next_ids = [[5], IDS[50:53], [6, 7]]  # one token or several, at different positions, in another order
     order = [2, 0, 1]
-    again = runner.logits(runner.step([(sequences[i], more[i]) for i in order]))
-    for rows, i in zip(again.split([len(more[i]) for i in order]), order, strict=True):
-        close(rows, either.logits(texts[i] + more[i])[len(texts[i]) :], precision)
+    again = runner.logits(runner.step([(sequences[i], next_ids[i]) for i in order]))
+    for rows, i in zip(again.split([len(next_ids[i]) for i in order]), order, strict=True):
+        assert_close(rows, any_engine.logits(texts[i] + next_ids[i])[len(texts[i]) :], precision)
 
 
-def test_a_sequence_does_not_see_its_neighbour(exact):
-    """The same tokens beside other neighbours: nothing leaks."""
+def test_a_sequence_does_not_depend_on_its_neighbour_in_a_step(exact):
+    """The same tokens beside two different neighbours."""
     runner = exact.runner
     first, second = (
-        runner.logits(runner.step([(runner.sequence(), other), (runner.sequence(), IDS[:6])]))[-6:]
-        for other in (IDS[300:310], IDS[310:320])
+        runner.logits(runner.step([(runner.sequence(), neighbour), (runner.sequence(), IDS[:6])]))[-6:]
+        for neighbour in (IDS[300:310], IDS[310:320])
     )
-    close(first, second)
+    assert_close(first, second)
 
 
-def test_a_later_token_changes_nothing_before_it(either, precision):
-    one, other = either.logits(IDS[:20]), either.logits([*IDS[:19], IDS[20]])
-    close(one[:19], other[:19], precision)
+def test_a_later_token_does_not_change_earlier_logits(any_engine, precision):
+    one, other = any_engine.logits(IDS[:20]), any_engine.logits([*IDS[:19], IDS[20]])
+    assert_close(one[:19], other[:19], precision)
     assert (one[19] - other[19]).norm() > 0.1 * one[19].norm()
 
 
-def test_a_position_matters(exact):
-    """The same token at two places has other logits: rotary positions are in play."""
+def test_logits_depend_on_the_position_of_a_token(exact):
+    """The same token at two positions has different logits: rotary embeddings are applied."""
     logits = exact.logits([1, 7, 9, 7, 9, 7])
     assert (logits[1] - logits[5]).norm() > 0.1 * logits[1].norm()
 
@@ -142,10 +142,10 @@ def test_fast_is_exact_within_the_rounding_of_its_activations(engine, exact):
     assert ((fast - full).norm(dim=-1) / full.norm(dim=-1)).median() <= TOLERANCE["fast"]
 
 
-def test_logits_of_nothing_and_their_type(engine):
+def test_logits_are_finite_float32_on_the_cpu_and_may_be_of_no_token(engine):
     assert engine.logits([]).shape == (0, 512)
-    logits = engine.logits(iter_as_list := [1, 2, 3])
-    assert logits.shape == (len(iter_as_list), 512)
+    logits = engine.logits(ids := [1, 2, 3])
+    assert logits.shape == (len(ids), 512)
     assert logits.dtype == torch.float32
     assert logits.device.type == "cpu"
     assert torch.isfinite(logits).all()
@@ -153,9 +153,9 @@ def test_logits_of_nothing_and_their_type(engine):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_kernels_do_not_depend_on_the_threads(threads):
-    most = kernels.thread_count()
-    if threads > most:
+def test_kernel_results_do_not_depend_on_the_number_of_threads(threads):
+    max_threads = kernels.thread_count()
+    if threads > max_threads:
         pytest.skip("one core")
     random = np.random.default_rng(9)
 
@@ -174,18 +174,18 @@ def test_kernels_do_not_depend_on_the_threads(threads):
 
     try:
         kernels.set_threads(threads)
-        some = results()
-        kernels.set_threads(most)
-        assert all(np.array_equal(one, other) for one, other in zip(some, results(), strict=True))
+        outputs = results()
+        kernels.set_threads(max_threads)
+        assert all(np.array_equal(one, other) for one, other in zip(outputs, results(), strict=True))
     finally:
-        kernels.set_threads(most)
+        kernels.set_threads(max_threads)
 
 
-def test_greedy_text_does_not_depend_on_the_threads(path, exact):
+def test_greedy_text_does_not_depend_on_the_number_of_threads(path, exact):
     expected = exact.generate("The old fiddler", GREEDY, 12, ignore_eos=True)
     try:
-        alone = fiddler.load(path, precision="exact", threads=1)
-        assert alone.generate("The old fiddler", GREEDY, 12, ignore_eos=True).tokens == expected.tokens
+        single_threaded = fiddler.load(path, precision="exact", threads=1)
+        assert single_threaded.generate("The old fiddler", GREEDY, 12, ignore_eos=True).tokens == expected.tokens
     finally:
         kernels.set_threads(None)
         torch.set_num_threads(kernels.thread_count())
@@ -204,7 +204,7 @@ def test_greedy_text_does_not_depend_on_the_threads(path, exact):
         ({"kernel": "abacus"}, RequestError, "'abacus' does not run here"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(path, arguments, kind, message):
+def test_impossible_load_options_are_refused(path, arguments, kind, message):
     with pytest.raises(kind, match=message):
         fiddler.load(path, **arguments)
 
@@ -212,44 +212,44 @@ def test_what_cannot_be_loaded_is_refused(path, arguments, kind, message):
 @pytest.mark.parametrize(
     "error", [RuntimeError("no driver\nsee www"), AssertionError("no driver"), OSError("no driver")]
 )
-def test_a_torch_for_gpus_without_one_computes_on_the_cpu_and_says_so(monkeypatch, error):
+def test_where_the_gpu_does_not_start_the_cpu_computes_with_a_warning(monkeypatch, error):
     def init():
         raise error
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
-    told = []
+    warnings = []
     reason = "the GPU does not start: no driver"
-    assert wants_gpu("auto", None, told.append) == (False, f"CPU: {reason}")
-    assert told == [f"computing on the CPU: {reason}"]
+    assert wants_gpu("auto", None, warnings.append) == (False, f"CPU: {reason}")
+    assert warnings == [f"computing on the CPU: {reason}"]
     with pytest.raises(ResourceError, match=f"^{reason}; use --device cpu"):
-        wants_gpu("cuda", None, told.append)
+        wants_gpu("cuda", None, warnings.append)
 
 
-def test_the_context_is_the_smaller_of_what_is_asked_for_and_trained(path):
+def test_the_context_is_the_smaller_of_the_requested_and_the_trained_one(path):
     assert fiddler.load(path, context=100).context == 100
     assert fiddler.load(path, context=10**6).context == CONTEXT
     with pytest.raises(RequestError, match=r"raise --ctx, up to 620"):
         fiddler.load(path, context=100).generate(IDS[:90], GREEDY, 11)
 
 
-def test_a_tied_model_uses_its_embeddings_twice(tmp_path):
+def test_a_tied_model_computes_logits_with_its_embeddings(tmp_path):
     tied = fiddler.load(write_random_mixtral(tmp_path / "tied.gguf", tied=True, layers=1), precision="exact")
     hidden = tied.runner.step([(tied.runner.sequence(), IDS[:5])])
     norm = torch.from_numpy(tied.model_file.bits("output_norm.weight")[0].copy())
     normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + tied.config.rms_epsilon) * norm
     embedding = torch.from_numpy(tied.model_file.bits("token_embd.weight")[0].copy()).view(torch.bfloat16).float()
-    close(tied.logits(IDS[:5]), normed @ embedding.T)
+    assert_close(tied.logits(IDS[:5]), normed @ embedding.T)
 
 
-def test_the_weights_are_not_copied(tmp_path):
-    """A model far larger than the engine's own needs: what grows with it is the mapping alone."""
+def test_loading_and_generating_do_not_copy_the_weights(tmp_path):
+    """A model far larger than the engine's own memory: only the mapping grows with it."""
     small, large = (
         write_random_mixtral(tmp_path / f"{experts}.gguf", layers=2, d=64, f=2048, experts=experts)
         for experts in (2, 64)
     )
     code = (
-        "import sys, fiddler; from fiddler.memory import peak_memory;"
+        "import sys, fiddler; from fiddler.host_memory import peak_memory;"
         "e = fiddler.load(sys.argv[1]); e.generate([1, 2, 3], fiddler.Sampling(0.0), 2); print(peak_memory().anonymous)"
     )
     used = [

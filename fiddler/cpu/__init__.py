@@ -1,1 +1,1 @@
-"""The CPU backend: loads weights from the mapping, runs steps through our kernels."""
+"""The CPU backend: reads weights from the mapped file, runs steps through our kernels."""

@@ -1,6 +1,6 @@
-"""Where a layer's weights meet its tokens on the CPU: the kernels behind the model's two seams.
+"""The model's experts, linears, router and norm on the CPU, through our kernels.
 
-Knows the mapped bits and the kernels; not the model's structure nor the file they come from.
+Knows the mapped weights and the kernels; not the model's structure, nor the file that the weights come from.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fiddler.kernels import KernelVariant
 from fiddler.models import router
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["FEW", "CpuExperts", "CpuLinear", "rms_norm", "route"]
+__all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route"]
 
-FEW = 32  # tokens
+MAX_KERNEL_TOKENS = 32  # tokens that our routing, norm and decode-step kernels take; torch computes larger steps
 
 
 class CpuExperts:
-    """Every expert computed by the CPU kernels, straight from the mapping."""
+    """Computes all experts with the CPU kernels, straight from the mapping."""
 
     def __init__(self, layers: list[ExpertWeights], recorder: Recorder = SILENT) -> None:
         self._layers = layers
         self._recorder = recorder
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        """The model's `Experts`."""
+        """Implements `Experts`."""
         w = self._layers[layer]
         read = len(set(expert_ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
         with self._recorder.span("experts", read):
@@ -43,34 +43,34 @@ class CpuExperts:
 
 
 class CpuLinear:
-    """Dense products by the CPU kernels, straight from the mapping; float32 weights by torch."""
+    """Dense products by the CPU kernels, straight from the mapping; torch multiplies by float32 weights."""
 
     def __init__(self, weights: Mapping[str, LinearWeight | Tensor], recorder: Recorder = SILENT) -> None:
         self._weights = weights
         self._recorder = recorder
 
     def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
-        """The model's `Linear`."""
-        (made,) = self.together(x, [name])
-        return made if onto is None else made.add_(onto)
+        """Implements `Linear`."""
+        (y,) = self.together(x, [name])
+        return y if onto is None else y.add_(onto)
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """The same for several weights that take the same x; neighbours of a kind in one call of the kernels."""
-        made: list[Tensor] = []
-        for variant, same in groupby((self._weights[name] for name in names), key=_variant_of):
-            weights = list(same)
+        """Implements `Linear.together`: one kernel call for consecutive weights of one kernel variant."""
+        outputs: list[Tensor] = []
+        for variant, group in groupby((self._weights[name] for name in names), key=_variant_of):
+            weights = list(group)
             with self._recorder.span("dense", sum(_bits(weight).nbytes for weight in weights)):
                 if variant is None:
-                    made += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
+                    outputs += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
                 else:
                     results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], variant)
-                    made += (torch.from_numpy(y) for y in results)
-        return made
+                    outputs += (torch.from_numpy(y) for y in results)
+        return outputs
 
 
 def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's `Router`: by our kernels where there are few tokens, by torch on all its threads where many."""
-    if len(h) > FEW:
+    """Implements `Router`: our kernels take up to `MAX_KERNEL_TOKENS` tokens; torch, on all its threads, takes more."""
+    if len(h) > MAX_KERNEL_TOKENS:
         return router.route(h, norm, epsilon, weight, k)
     x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
     expert_ids, routing_weights = kernels.route(x, weight.numpy(), k)
@@ -78,8 +78,8 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The model's `Norm`, likewise."""
-    if len(x) > FEW:
+    """Implements `Norm`, likewise."""
+    if len(x) > MAX_KERNEL_TOKENS:
         return router.rms_norm(x, weight, epsilon)
     return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 

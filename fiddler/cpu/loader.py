@@ -1,4 +1,4 @@
-"""A model file's weights as the CPU's kernels take them: where they lie in the mapping. Knows files and kernels."""
+"""Builds the CPU runner, whose kernels read weights in the mapped file. Knows files and kernels; not how steps run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def on_cpu(
     notify: Callable[[str], None],
     recorder: Recorder,
 ) -> Runner:
-    """The whole model on the CPU."""
+    """A runner for the whole model on the CPU. Calls `notify` with one line where kernels must be compiled first."""
     config, tier = model_file.config, experts[0].variant.tier
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -45,8 +45,8 @@ def on_cpu(
         elif name == "token_embd.weight":
             weights[name] = _tensor(values, kind)
         else:
-            made = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
-            linears[name] = made
+            weight = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
+            linears[name] = weight
     model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
     for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
@@ -56,7 +56,7 @@ def on_cpu(
 
 
 def _tensor(values: np.ndarray, kind: str) -> Tensor:
-    """A torch tensor over the same memory as a view into the mapping."""
+    """A torch tensor over the mapped memory of `values`, whose GGUF type is `kind`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch cannot mark a tensor read-only; nothing writes to weights
         tensor = torch.from_numpy(values)
@@ -69,13 +69,13 @@ def decoder_of(
     linears: Mapping[str, LinearWeight | Tensor],
     experts: Sequence[ExpertWeights],
 ) -> kernels.CompiledDecodeStep | None:
-    """What takes single tokens through this model; None where not all weights are read by the same product."""
+    """The compiled decode step of this model; None where its weights do not all have the same kernel variant."""
     config, variant, bits = model.config, experts[0].variant, {}
     for name, weight in linears.items():
         if not isinstance(weight, LinearWeight) or weight.variant != variant:
             return None
         bits[name] = weight.bits
-    if any(each.variant != variant for each in experts):
+    if any(expert.variant != variant for expert in experts):
         return None
     table = weights["token_embd.weight"]
     rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()

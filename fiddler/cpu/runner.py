@@ -1,6 +1,6 @@
-"""Runs steps on the CPU: single tokens of a few sequences in one compiled call, others through the model.
+"""Runs steps on the CPU: a compiled decode step for up to 32 sequences, the model in torch for all other steps.
 
-Knows where the weights lie; computes nothing itself.
+Knows runners and KV caches; not weights, nor how either way computes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cpu.layers import FEW
+from fiddler.cpu.layers import MAX_KERNEL_TOKENS
 from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner, out_of_memory
@@ -32,50 +32,50 @@ class CpuRunner(Runner):
         decoder: kernels.CompiledDecodeStep | None,
         recorder: Recorder,
     ) -> None:
-        """decoder: takes single tokens through all of the model; None: they go the way of all others."""
+        """decoder: the compiled decode step; None: single tokens go through the model, as all others."""
         super().__init__(model, context, cache_dtype, threads)
         self._decoder, self._recorder = decoder, recorder
         self._experts = model.experts
-        self._last = torch.empty(0), torch.empty(0)  # hidden states of a step of single tokens, and their logits
+        self._last = torch.empty(0), torch.empty(0)  # hidden states and logits of the last compiled step
 
     def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
-        """A `Runner`'s."""
+        """Implements `Runner.step`."""
         all_wanted = wanted is None or len(wanted) == len(parts)
-        counted = self.model.experts is not self._experts  # by someone who looks at what they are given
+        replaced = self.model.experts is not self._experts  # by a wrapper that reads each layer's inputs
         if (
             self._decoder is None
-            or counted
-            or not (all_wanted and 0 < len(parts) <= FEW)
+            or replaced
+            or not (all_wanted and 0 < len(parts) <= MAX_KERNEL_TOKENS)
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
             return super().step(parts, wanted)
-        sequences, before = [sequence for sequence, _ in parts], kernels.thread_count()
+        sequences, threads_before = [sequence for sequence, _ in parts], kernels.thread_count()
         assert len({id(sequence) for sequence in sequences}) == len(sequences), "a sequence stands twice in a step"
         with out_of_memory():
             for sequence in sequences:
                 sequence.reserve(sequence.length + 1)
         kernels.set_threads(self.threads)
         try:
-            *made, products = self._decoder.step(
+            *outputs, spans = self._decoder.step(
                 [tokens[0] for _, tokens in parts],
                 [sequence.pointers for sequence in sequences],
                 [sequence.length for sequence in sequences],
             )
         finally:
-            kernels.set_threads(before)
+            kernels.set_threads(threads_before)
         for sequence in sequences:
             sequence.length += 1
         if self._recorder is not SILENT:
-            for span in self._decoder.spans(products):
+            for span in self._decoder.spans(spans):
                 self._recorder.did(*span)
-        hidden, logits = (torch.from_numpy(array) for array in made)
-        self._last = hidden, logits  # at once: another thread may be here, too
+        hidden, logits = (torch.from_numpy(array) for array in outputs)
+        self._last = hidden, logits  # in one assignment: another thread may read it meanwhile
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """A `Runner`'s; those of the last step's single tokens were computed with them, and are given once."""
-        known, logits = self._last
-        if hidden is not known:
+        """Implements `Runner.logits`; returns those that the last compiled step computed, once."""
+        last_hidden, logits = self._last
+        if hidden is not last_hidden:
             return super().logits(hidden)
         self._last = torch.empty(0), torch.empty(0)
         return logits

@@ -1,8 +1,8 @@
-"""The expert kernels of this machine beside what they are held against, all in one run on one model's weights.
+"""The expert kernels of this machine beside their references, all in one run on one model's weights.
 
 For every number of tokens an expert: each tier's kernel; torch's bf16 or f16 linears, one expert after the other, as
-the original Fiddler computes on its CPU; and plain reads of the same bytes, which no kernel can beat for long. They
-take turns, each time on experts that have not been read for 4 times the last-level cache.
+the original Fiddler computes on its CPU; and plain reads of the same bytes, which no kernel can outrun for long. They
+run in turn, each time on experts that have not been read for 4 times the last-level cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from fiddler.kernels import KernelVariant, Tier
 __all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
 
 _EXPERTS = 2  # at once, as one token of Mixtral has
-_CACHES = 4  # how many times the last-level cache is read before a byte is read again
-_TOLERANCE = 5e-3  # of the result's norm, where bf16 roundings may fall the other way
-_PLAIN_READS = 2  # of which the better one counts
+_CACHES = 4  # multiples of the last-level cache to read before a byte is read again
+_TOLERANCE = 5e-3  # relative to the result's norm: bf16 roundings may fall the other way
+_PLAIN_READS = 2  # a round, of which the faster one counts
 
 Experts = tuple[np.ndarray, ...]  # gate [N, F, D], up [N, F, D], down [N, D, F]: uint16 bits of N experts
 Layer = Callable[[np.ndarray, Experts], np.ndarray]  # x [T, D], every token to every expert -> their mean [T, D]
@@ -39,7 +39,7 @@ Layer = Callable[[np.ndarray, Experts], np.ndarray]  # x [T, D], every token to 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one number of tokens an expert."""
+    """A kernel or reference at one number of tokens an expert."""
 
     backend: str  # a kernel tier, "torch", or "reads"
     weights: str  # "bf16" or "f16"
@@ -49,20 +49,20 @@ class Row:
     operations: int
     share_of_reads: float  # median over the rounds of its speed over that of plain reads in the same round
     speedup_over_torch: float  # likewise
-    error: float | None  # against float64, of the result's norm
+    error: float | None  # against float64, relative to the result's norm
 
     @property
     def gb_per_second(self) -> float:
-        """Weights read, by the median."""
+        """Weights read [GB/s], by the median."""
         return self.nbytes / median(self.seconds) / 1e9
 
     @property
     def gflops(self) -> float:
-        """Multiplications and additions, by the median."""
+        """Multiplications and additions [GFLOP/s], by the median."""
         return self.operations / median(self.seconds) / 1e9
 
     def to_json(self) -> dict[str, Any]:
-        """All there is, speeds included."""
+        """All fields, and both speeds."""
         return asdict(self) | {"gb_per_second": self.gb_per_second, "gflops": self.gflops}
 
 
@@ -76,9 +76,9 @@ def kernel_rows(
 ) -> Iterator[Row]:
     """Measure the expert feed-forward on the model's own weights; `kinds` of "bf16" and "f16".
 
-    Where the file has the other type its bits are read as if they were of this one: the speed of instructions does
-    not depend on values, as long as these are normal numbers, which trained weights are either way. Rows come by kind
-    and number of tokens, the plain reads first.
+    Where the file has the other type, its bits are read as if they were of this one: the speed of instructions does
+    not depend on values, as long as these are normal numbers, which trained weights are either way. Rows are ordered by
+    kind and number of tokens, the plain reads first.
     Raises ResourceError where the model's experts are too few to keep them out of the cache.
     """
     groups = _groups(model_file)
@@ -89,45 +89,45 @@ def kernel_rows(
             f"{model_file.file.shown_path}: between two reads of an expert lie {between / 1e6:.0f} MB of others; to "
             f"measure memory and not caches takes {least / 1e6:.0f} MB: give a larger model"
         )
-    turns = cycle(groups)
+    rotation = cycle(groups)
     kernels.set_threads(threads)
     torch.set_num_threads(kernels.thread_count())
     for experts in groups:
         _read(experts)  # every page is mapped
     width = groups[0][0].shape[2]
     for kind in kinds:
-        sides: dict[str, Layer] = {"torch": _torch_layer(kind)}
+        layers: dict[str, Layer] = {"torch": _torch_layer(kind)}
         errors: dict[str, float | None] = {"torch": None}
         for tier in tiers:
             variant = KernelVariant(tier, kind, "bf16" if kind == "bf16" else "f32")
             kernels.precompile(variant)
-            sides[tier.name] = _kernel_layer(variant)
-            errors[tier.name] = _error(sides[tier.name], variant, groups[0], tokens)
+            layers[tier.name] = _kernel_layer(variant)
+            errors[tier.name] = _error(layers[tier.name], variant, groups[0], tokens)
         for count in tokens:
             x = np.random.default_rng(count).standard_normal((count, width), dtype=np.float32)
             x *= np.float32(0.01)  # so that float16, where torch computes in it, does not overflow
-            seconds: dict[str, list[float]] = {name: [] for name in ("reads", *sides)}
+            seconds: dict[str, list[float]] = {name: [] for name in ("reads", *layers)}
             for repetition in range(-1, repetitions):  # the first one does not count
-                taken = {"reads": min(_read(next(turns)) for _ in range(_PLAIN_READS))}
-                for name, layer in sides.items():
-                    experts, started = next(turns), time.perf_counter()
+                durations = {"reads": min(_read(next(rotation)) for _ in range(_PLAIN_READS))}
+                for name, layer in layers.items():
+                    experts, started = next(rotation), time.perf_counter()
                     layer(x, experts)
-                    taken[name] = time.perf_counter() - started
+                    durations[name] = time.perf_counter() - started
                 if repetition >= 0:
                     for name in seconds:
-                        seconds[name].append(taken[name])
+                        seconds[name].append(durations[name])
             operations = count * nbytes  # two bytes a weight, a multiplication and an addition
             for name, spent in seconds.items():
-                share = median(plain / own for plain, own in zip(seconds["reads"], spent, strict=True))
-                speedup = median(theirs / own for theirs, own in zip(seconds["torch"], spent, strict=True))
+                of_reads = median(plain / own for plain, own in zip(seconds["reads"], spent, strict=True))
+                speedup = median(reference / own for reference, own in zip(seconds["torch"], spent, strict=True))
                 reads = name == "reads"
                 yield Row(
-                    name, kind, count, spent, nbytes, 0 if reads else operations, share, speedup, errors.get(name)
+                    name, kind, count, spent, nbytes, 0 if reads else operations, of_reads, speedup, errors.get(name)
                 )
 
 
 def _last_level_cache() -> int:
-    """Bytes of the largest cache of the first CPU; 32 MiB where the system does not tell."""
+    """Bytes of the largest cache of the first CPU; 32 MiB where the system reports none."""
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -137,7 +137,7 @@ def _last_level_cache() -> int:
 
 
 def _groups(model_file: ModelFile) -> list[Experts]:
-    """The experts of all layers, a few neighbours at a time, as they lie in the mapping."""
+    """The experts of all layers, a few neighbours in each group, as they lie in the mapping."""
     groups: list[Experts] = []
     for layer in range(model_file.config.block_count):
         stacks = [model_file.bits(f"blk.{layer}.ffn_{part}_exps.weight")[0] for part in ("gate", "up", "down")]
@@ -147,16 +147,16 @@ def _groups(model_file: ModelFile) -> list[Experts]:
 
 
 def _read(experts: Experts) -> float:
-    """Seconds of plain reads of all these weights."""
+    """Duration of plain reads of these weights [s]."""
     return sum(bits.nbytes / kernels.read_bandwidth(bits, 1) for bits in experts)
 
 
 def _kernel_layer(variant: KernelVariant) -> Layer:
     def layer(x: np.ndarray, experts: Experts) -> np.ndarray:
-        ids = np.tile(np.arange(len(experts[0])), (len(x), 1))
-        share = np.full(ids.shape, 1 / ids.shape[1], np.float32)
+        expert_ids = np.tile(np.arange(len(experts[0])), (len(x), 1))
+        routing_weights = np.full(expert_ids.shape, 1 / expert_ids.shape[1], np.float32)
         gate, up, down = experts
-        return kernels.expert_ffn(x, ids, share, gate, up, down, variant)
+        return kernels.expert_ffn(x, expert_ids, routing_weights, gate, up, down, variant)
 
     return layer
 
@@ -171,20 +171,20 @@ def _torch_layer(kind: str) -> Layer:
 
     def layer(x: np.ndarray, experts: Experts) -> np.ndarray:
         with torch.inference_mode():
-            given = torch.from_numpy(x).to(dtype)
+            inputs = torch.from_numpy(x).to(dtype)
             y = torch.zeros(x.shape)
             for gate, up, down in zip(*(tensor(bits) for bits in experts), strict=True):
-                y += F.linear(F.silu(F.linear(given, gate)) * F.linear(given, up), down).float() / len(experts[0])
+                y += F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down).float() / len(experts[0])
             return y.numpy()
 
     return layer
 
 
 def _error(layer: Layer, variant: KernelVariant, experts: Experts, tokens: Sequence[int]) -> float:
-    """How far results are from a slow float64 computation, of its norm: the most of all these numbers of tokens.
+    """Largest error of a layer against a slow float64 computation, relative to its norm, over all numbers of tokens.
 
     Other numbers of tokens take other paths through a kernel; every token is the same one.
-    Raises RuntimeError where it is farther than roundings explain: a kernel that computes something else.
+    Raises RuntimeError where the error is larger than roundings explain: the kernel computes something else.
     """
     first = tuple(bits[:1] for bits in experts)
     gate, up, down = (bits[0] for bits in first)
@@ -241,7 +241,7 @@ def rows_to_markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens an expert against GFLOP/s, one line a kernel or reference, with what plain reads allow drawn in.
+    """Tokens an expert against GFLOP/s, one line a kernel or reference, with the limit set by plain reads.
 
     Raises RequestError without matplotlib, which the extra `plot` installs.
     """
@@ -251,8 +251,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise RequestError("--plot needs matplotlib: pip install 'fiddler-moe[plot]'") from None
     kinds = list(dict.fromkeys(row.weights for row in rows))
     figure = Figure(figsize=(7 * len(kinds), 5), layout="constrained")
-    for place, kind in enumerate(kinds):
-        axes = figure.add_subplot(1, len(kinds), place + 1)
+    for column, kind in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), column + 1)
         of_kind = [row for row in rows if row.weights == kind]
         for backend in dict.fromkeys(row.backend for row in of_kind if row.operations):
             line = [row for row in of_kind if row.backend == backend]

@@ -1,7 +1,7 @@
 """Perplexity of a text, as llama.cpp's `llama-perplexity` measures it. Knows token ids and steps; no text, no file.
 
-The text's tokens are cut into windows that do not overlap. Each is read from nothing, its first token replaced by BOS
-where the model adds one, and the tokens behind its middle are scored, which have at least half a window before them.
+The text's tokens are cut into windows that do not overlap. Each is read without context, its first token replaced by
+BOS where the model adds one. The tokens behind its middle are scored: they have at least half a window before them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fiddler.runtime.runner import Runner
 __all__ = ["Estimate", "cut", "losses", "measure"]
 
 _LOGITS = 128  # positions whose logits are computed at once
-_MOST = 709.0  # nats, whose exponential is still a float64
+_MAX_LOSS = 709.0  # [nats]; its exponential still fits in float64
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the windows so far give: sums over the scored tokens of their losses, in nats."""
+    """The estimate from the windows so far: sums over the scored tokens of their losses [nats]."""
 
     windows: int = 0
     tokens: int = 0
@@ -33,7 +33,7 @@ class Estimate:
     squares: float = 0.0
 
     def plus(self, losses: np.ndarray) -> Estimate:
-        """With one more window, whose tokens have these losses: float64 [n]."""
+        """The estimate with one more window, whose scored tokens have these losses: float64 [n]."""
         return Estimate(
             self.windows + 1,
             self.tokens + len(losses),
@@ -45,13 +45,13 @@ class Estimate:
     def perplexity(self) -> float:
         """e to the mean loss."""
         mean = self.total / self.tokens
-        return math.exp(mean) if mean < _MOST else math.inf
+        return math.exp(mean) if mean < _MAX_LOSS else math.inf
 
     @property
     def standard_error(self) -> float:
-        """Of the perplexity, to first order: itself times the standard error of the mean loss.
+        """Of the perplexity, to first order: the perplexity times the standard error of the mean loss.
 
-        As llama-perplexity has it, which takes the tokens for independent.
+        As in llama-perplexity, the tokens count as independent.
         """
         mean = self.total / self.tokens
         variance = max(0.0, self.squares / self.tokens - mean * mean)
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def cut(ids: Sequence[int], context: int) -> list[Sequence[int]]:
-    """Windows of `context` ids each; what is left behind the last is not used.
+    """Windows of `context` ids each; the ids behind the last whole window are not used.
 
     Raises RequestError where there are fewer than two, as llama-perplexity does.
     """
@@ -72,43 +72,43 @@ def cut(ids: Sequence[int], context: int) -> list[Sequence[int]]:
 
 
 def losses(logits: Tensor, following: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihoods, in nats: logits float32 [n, V] and the ids that did follow, [n] -> float64 [n]."""
+    """Negative log-likelihoods [nats]: logits float32 [n, V] and the ids that followed, [n] -> float64 [n]."""
     wide = logits.double()
     chosen = wide.gather(1, torch.tensor(following, dtype=torch.int64)[:, None])[:, 0]
-    made: np.ndarray = (torch.logsumexp(wide, 1) - chosen).numpy()
-    return made
+    result: np.ndarray = (torch.logsumexp(wide, 1) - chosen).numpy()
+    return result
 
 
 def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -> Iterator[Estimate]:
-    """Score windows of one length, at most the runner's context; the estimate so far after each of them.
+    """Score windows of one length, at most the runner's context; yields the estimate so far after each of them.
 
     Of a window of c tokens those behind position c // 2 are scored, each by the logits at the position before it.
-    bos: what each window's first token is replaced by, or None. As many windows are read in one step as a step may
-    hold. Raises FileFormatError where the model computes something that is no number.
+    bos: replaces each window's first token; None: the token stays. A step reads as many windows as its chunk holds.
+    Raises FileFormatError where a loss is not finite.
     """
     context = len(windows[0])
-    together = max(1, min(runner.chunk, runner.context) // context)
-    home = runner.sequence()
-    sequences = home.divided(min(together, len(windows)), context)
+    windows_per_step = max(1, min(runner.chunk, runner.context) // context)
+    storage = runner.sequence()
+    sequences = storage.divided(min(windows_per_step, len(windows)), context)
     estimate = Estimate()
-    for first in range(0, len(windows), together):
-        group = windows[first : first + together]
-        given = [window if bos is None else [bos, *window[1:]] for window in group]
-        found: list[list[np.ndarray]] = [[] for _ in group]
+    for first in range(0, len(windows), windows_per_step):
+        group = windows[first : first + windows_per_step]
+        inputs = [window if bos is None else [bos, *window[1:]] for window in group]
+        window_losses: list[list[np.ndarray]] = [[] for _ in group]
         for sequence in sequences:
             sequence.truncate(0)
         for begin in range(0, context, runner.chunk):
             end = min(begin + runner.chunk, context)
-            hidden = runner.step([(sequence, ids[begin:end]) for sequence, ids in zip(sequences, given, strict=False)])
+            hidden = runner.step([(sequence, ids[begin:end]) for sequence, ids in zip(sequences, inputs, strict=False)])
             for index, window in enumerate(group):
                 row = index * (end - begin) - begin  # of the window's first position
-                asked = range(max(begin, context // 2), min(end, context - 1))
-                for part in range(asked.start, asked.stop, _LOGITS):
-                    until = min(part + _LOGITS, asked.stop)
-                    logits = runner.logits(hidden[row + part : row + until])
-                    found[index].append(losses(logits, window[part + 1 : until + 1]))
-        for some in found:
-            estimate = estimate.plus(np.concatenate(some))
+                scored = range(max(begin, context // 2), min(end, context - 1))
+                for position in range(scored.start, scored.stop, _LOGITS):
+                    until = min(position + _LOGITS, scored.stop)
+                    logits = runner.logits(hidden[row + position : row + until])
+                    window_losses[index].append(losses(logits, window[position + 1 : until + 1]))
+        for parts in window_losses:
+            estimate = estimate.plus(np.concatenate(parts))
             if not math.isfinite(estimate.total):
                 raise FileFormatError(
                     f"the model computes what is no number in window {estimate.windows}: a weight or an activation is "

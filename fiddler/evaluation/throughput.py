@@ -1,4 +1,4 @@
-"""How fast a loaded model reads prompts and generates, as llama-bench measures it, and against the memory's speed."""
+"""Prompt and generation speed of a loaded model, as llama-bench measures it, beside the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fiddler.telemetry.timeline import Tracer
 
 __all__ = ["Result", "Test", "measure", "plain_reads", "to_markdown"]
 
-_OWN = 1 << 29  # bytes of memory to read
-_ENOUGH = 1 << 29  # the least that a model's largest tensor has, to be read as well
+_OWN = 1 << 29  # size of the buffer for plain reads [bytes]
+_ENOUGH = 1 << 29  # size from which the model's largest tensor is read as well [bytes]
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Test:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table. Speeds are medians; bytes are those of the weights that were read."""
+    """One line of the table. Speeds are medians; bytes count the weights that were read."""
 
     test: Test
     samples: list[float]  # tokens a second
     gb_per_second: float
     read_bandwidth_gb_per_second: float
     shares: dict[str, float]  # of the time: experts, dense, other
-    idle: float | None  # share of the time in which nobody read weights or computed on a GPU; where there is a timeline
+    idle: float | None  # share of the time without reads of weights or work of a GPU; None without a timeline
     device: str
     threads: int
     model: str
@@ -62,7 +62,7 @@ class Result:
         return median(self.samples)
 
     def to_json(self) -> dict[str, Any]:
-        """As the contract of `bench -o json` has it."""
+        """The JSON object of `bench -o json`."""
         return {
             "test": self.test.name,
             "n_prompt": self.test.n_prompt,
@@ -85,9 +85,9 @@ class Result:
 def measure(
     engine: Engine, meter: Meter, tests: Sequence[Test], repetitions: int = 3, *, warm_up: bool = True, seed: int = 0
 ) -> Iterator[Result]:
-    """Run each test `repetitions` times, after one that does not count; token ids are random, as llama-bench's are.
+    """Run each test `repetitions` times, after one run that does not count; token ids are random, as llama-bench's are.
 
-    `meter` is the recorder that the engine was loaded with; a `Tracer`'s timeline also tells what share was idle.
+    `meter` is the recorder that the engine was loaded with; the timeline of a `Tracer` also gives the idle share.
     Raises RequestError where a test does not fit the engine's context.
     """
     for test in tests:
@@ -101,17 +101,18 @@ def measure(
     for test in tests:
         if warm_up:
             _run(engine, meter, Test(min(test.n_prompt, engine.runner.chunk), min(test.n_gen, 1)), seed)
-        samples, bandwidths, spent, nbytes, parts = [], [], 0.0, 0, {"experts": 0.0}
+        samples, bandwidths, spent, nbytes, by_kind = [], [], 0.0, 0, {"experts": 0.0}
         idle = 0.0
         for repetition in range(repetitions):
             started, seconds = _run(engine, meter, test, seed + repetition)
             idle += meter.idle(started, started + seconds) if isinstance(meter, Tracer) else 0.0
-            bandwidths.append(read())  # after it: some shared machines slow down who has read much just before
+            # after the test: some shared machines slow down a process that has just read much
+            bandwidths.append(read())
             samples.append((test.n_prompt + test.n_gen) / seconds)
             spent, nbytes = spent + seconds, nbytes + sum(meter.nbytes.values())
             for name, seconds in meter.seconds.items():
-                parts[name] = parts.get(name, 0.0) + seconds
-        shares = {name: value / spent for name, value in parts.items()}
+                by_kind[name] = by_kind.get(name, 0.0) + seconds
+        shares = {name: value / spent for name, value in by_kind.items()}
         shares["other"] = 1 - sum(shares.values())
         yield Result(
             test,
@@ -129,15 +130,15 @@ def measure(
 
 
 def plain_reads(engine: Engine) -> Callable[[], float]:
-    """What measures the bytes a second of the best of several plain reads by the engine's threads.
+    """A function that measures plain reads by the engine's threads, the best of several [bytes/s].
 
-    It reads the largest weights in the mapping and some memory of its own, and takes the faster. The speed of a
-    machine that others use, too, changes by the second: measure it beside what is held against it.
+    It reads the largest weights in the mapping and a buffer of its own, and takes the faster. The bandwidth of a shared
+    machine changes by the second: measure it beside the speed that is compared with it.
     """
     name = max(engine.model_file.file.tensors.values(), key=lambda tensor: tensor.nbytes).name
     mapped, _ = engine.model_file.bits(name)
-    own = np.ones(max(min(_OWN, available_memory() // 4), 1 << 20) // 8, np.uint64)
-    sources = [own] if mapped.nbytes < _ENOUGH else [own, mapped]
+    buffer = np.ones(max(min(_OWN, available_memory() // 4), 1 << 20) // 8, np.uint64)
+    sources = [buffer] if mapped.nbytes < _ENOUGH else [buffer, mapped]
 
     def read() -> float:
         kernels.set_threads(engine.runner.threads)
@@ -147,7 +148,7 @@ def plain_reads(engine: Engine) -> Callable[[], float]:
 
 
 def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> tuple[float, float]:
-    """When a test began, and the seconds that it took; `meter` has only its work."""
+    """Start of a test, and its duration [s]; `meter` then has only the test's work."""
     numbers, runner = random.Random(seed), engine.runner
     ids = [numbers.randrange(engine.config.vocab_size) for _ in range(test.depth + test.n_prompt + test.n_gen)]
     sequence = runner.sequence()
@@ -163,12 +164,12 @@ def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> tuple[float, fl
 
 
 def to_markdown(results: Sequence[Result], parameters: int, nbytes: int) -> str:
-    """llama-bench's table, and what it lacks: bytes read a second, their share of the memory's speed, the spread."""
+    """llama-bench's table, and bytes read a second, their share of the memory's bandwidth, and the spread."""
     heads = ["model", "size", "params", "backend", "threads", "test", "t/s", "min-max", "GB/s", "of reads"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 6]
     for result in results:
         name = result.model.rpartition("/")[2]
-        share = result.gb_per_second / result.read_bandwidth_gb_per_second
+        of_reads = result.gb_per_second / result.read_bandwidth_gb_per_second
         cells = [
             name,
             f"{nbytes / 2**30:.2f} GiB",
@@ -179,7 +180,7 @@ def to_markdown(results: Sequence[Result], parameters: int, nbytes: int) -> str:
             f"{result.tokens_per_second:.2f}",
             f"{min(result.samples):.2f}-{max(result.samples):.2f}",
             f"{result.gb_per_second:.1f}",
-            f"{share:.0%}",
+            f"{of_reads:.0%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")

@@ -1,6 +1,6 @@
-"""How many sequences a batch has at once: what memory allows, and what more of them are worth. Pure.
+"""How many sequences a batch steps at once: as many as memory allows and as raise its speed. Pure.
 
-Knows numbers of tokens, bytes and seconds; not sequences, models or machines.
+Knows numbers of tokens, sequences and seconds; no models or machines.
 """
 
 from __future__ import annotations
@@ -10,63 +10,63 @@ from statistics import median
 
 __all__ = ["BatchSize", "first_batch_size", "tokens_per_sequence"]
 
-_SAMPLES = 8  # steps, whose median is taken
-_GAIN = 1.1  # in tokens a second, that twice as many sequences must give
+_SAMPLES = 8  # steps, whose median counts
+_GAIN = 1.1  # least gain in tokens a second that justifies a doubled batch size
 
 
 def first_batch_size(experts: int, used: int) -> int:
-    """So many sequences that each expert is chosen eight times a step on average.
+    """The batch size at which each expert is chosen eight times a step on average.
 
-    Half as many read every expert anyway, but for one in fifty (e ** -4); so others among them cost little.
+    Half of it already reads every expert but one in fifty (e ** -4), so the other half costs little.
     """
     return -(-8 * experts // used)
 
 
-def tokens_per_sequence(lacking: Sequence[int], most: int) -> list[int]:
-    """How many of the tokens that each sequence lacks go into the next step, which has room for `most`.
+def tokens_per_sequence(lacking: Sequence[int], max_tokens: int) -> list[int]:
+    """How many tokens of each sequence, of the `lacking` not yet computed, go into the next step; `max_tokens` in all.
 
-    One for each that lacks only one: those go on at every step, whatever is read beside them. What is left goes to
-    the prompts, first come first; some may get nothing yet.
+    A sequence that lacks only one token gets it: it decodes at every step, whatever prompts are read beside it. The
+    rest goes to the prompts, first come first served; some may get nothing yet.
     """
-    left = most - sum(count == 1 for count in lacking)
-    given = []
+    left = max_tokens - sum(count == 1 for count in lacking)
+    counts = []
     for count in lacking:
         if count == 1:
-            given.append(1)
+            counts.append(1)
         else:
-            given.append(max(0, min(count, left)))
-            left -= given[-1]
-    return given
+            counts.append(max(0, min(count, left)))
+            left -= counts[-1]
+    return counts
 
 
 class BatchSize:
-    """How many sequences there should be: doubled as long as that gives more tokens a second, up to `most`.
+    """The number of sequences `now`: doubled as long as that gives more tokens a second, up to `maximum`.
 
-    Only steps count in which every sequence had one token: one that reads prompts is wide by itself.
+    Only steps count in which every sequence had one token: a step that reads prompts has many tokens anyway.
     """
 
-    def __init__(self, now: int, most: int) -> None:
-        assert 1 <= now <= most, f"{now} of at most {most} sequences"
-        self.now, self._most = now, most
-        self._before = 0  # the width that was measured last, and its tokens a second
+    def __init__(self, now: int, maximum: int) -> None:
+        assert 1 <= now <= maximum, f"{now} of at most {maximum} sequences"
+        self.now, self._maximum = now, maximum
+        self._before = 0  # the batch size measured last, and its tokens a second
         self._speed = 0.0
         self._seconds: list[float] = []
 
     def measured(self, sequences: int, seconds: float) -> None:
-        """A step of one token for each of so many sequences took so long."""
-        if sequences != self.now or self.now == self._most:
+        """Record that a step with one token for each of `sequences` took `seconds`."""
+        if sequences != self.now or self.now == self._maximum:
             return
         self._seconds.append(seconds)
         if len(self._seconds) < _SAMPLES:
             return
         speed, self._seconds = self.now / median(self._seconds), []
         if speed < _GAIN * self._speed:
-            self.now = self._most = self._before
+            self.now = self._maximum = self._before
         else:
             self._before, self._speed = self.now, speed
-            self.now = min(2 * self.now, self._most)
+            self.now = min(2 * self.now, self._maximum)
 
-    def limit(self, most: int) -> None:
-        """There is no room for more than this, at least one."""
-        self._most = max(1, min(self._most, most))
-        self.now = min(self.now, self._most)
+    def limit(self, maximum: int) -> None:
+        """Lower the maximum, to no less than 1: memory does not suffice for more sequences."""
+        self._maximum = max(1, min(self._maximum, maximum))
+        self.now = min(self.now, self._maximum)

@@ -1,10 +1,10 @@
 """Which beams live, which are finished, and when a beam search is over: pure, numpy only.
 
-The rules are those of transformers' `generate(num_beams=N, do_sample=False)` (`_beam_search` in its
-`generation/utils.py`, version 5), so that the results are, too: of all continuations the best few times the width
-are looked at; those of the first `num_beams` that end are finished, the first `num_beams` that do not end live on. A score is
-the sum of log-probabilities divided by (generated tokens) ** length_penalty, the end token counted. Knows no model,
-no text and no cache.
+The rules, and so the results, are those of transformers' `generate(num_beams=N, do_sample=False)` (`_beam_search` in
+its `generation/utils.py`, version 5). The best continuations, a few times `num_beams`, are candidates. Candidates among
+the first `num_beams` that end are finished; the first `num_beams` candidates that do not end live on. A score is the
+sum of log-probabilities divided by (generated tokens) ** length_penalty, the end token counted. Knows no model, no text
+and no cache.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ EarlyStopping = bool | Literal["never"]
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """How to search. Raises RequestError when a value is out of range.
+    """Options of a beam search. Raises RequestError when a value is out of range.
 
-    `length_penalty`: above 0 favours long texts, below 0 short ones. `early_stopping`: True ends as soon as `num_beams`
-    beams are finished; False when the best living one could not become better than the worst of them, were it to end
-    now; "never" when it could not at any length. As in transformers a width of 1 is greedy, whatever this says.
+    `length_penalty`: above 0 favours long texts, below 0 short ones. `early_stopping`: True ends the search as soon as
+    `num_beams` beams are finished; False when the best living beam, if it ended now, would not be better than the worst
+    finished one; "never" when it would not be at any length. As in transformers, one beam is always a greedy search.
     """
 
     num_beams: int = 4
@@ -41,16 +41,15 @@ class BeamOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.num_beams, Integral) or self.num_beams < 1:
             raise RequestError(f"{self.num_beams} beams; give a whole number of at least 1")
-        if (
-            not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50
-        ):  # beyond it nothing but the length counts
+        # beyond 50 nothing but the length counts
+        if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50:
             raise RequestError(f"length_penalty is {self.length_penalty}; give -50 to 50")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise RequestError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'")
 
 
 class Live(NamedTuple):
-    """A beam that goes on. `parent`: the place of the one it continues among those that lived before."""
+    """A living beam. `parent`: index of the beam that it continues among those that lived a step before."""
 
     tokens: tuple[int, ...]
     total: float  # of log-probabilities
@@ -67,29 +66,29 @@ class Finished(NamedTuple):
 class Hypotheses:
     """The state of one search over texts of at most `limit` tokens, at least 1.
 
-    ends: whether a token may end a beam is the caller's business: it is asked of a beam's tokens, the last one new.
-    most_ends: how many tokens there are that end every beam, so that enough continuations are looked at.
+    ends: decides for a beam's tokens, of which the last one is new, whether it has ended.
+    end_count: number of tokens that end any beam: enough candidates are then left that do not end.
     """
 
     def __init__(
-        self, options: BeamOptions, limit: int, ends: Callable[[tuple[int, ...]], bool], most_ends: int
+        self, options: BeamOptions, limit: int, ends: Callable[[tuple[int, ...]], bool], end_count: int
     ) -> None:
         assert limit >= 1
         self._options, self._limit, self._ends = options, limit, ends
-        self._looked_at = max(2, 1 + most_ends) * options.num_beams
+        self._candidates = max(2, 1 + end_count) * options.num_beams
         self.live = [Live((), 0.0, 0)]
-        self.finished: list[Finished] = []  # the best first, at most `num_beams`
+        self.finished: list[Finished] = []  # best first, at most `num_beams`
         self.over = False
 
     def advance(self, log_probs: np.ndarray) -> None:
-        """One token more for the beams in `live`: log_probs float64 [len(live), V], -inf where a token is banned."""
+        """Extend the beams in `live` by one token: log_probs float64 [len(live), V], -inf where a token is banned."""
         assert not self.over
         num_beams, before = self._options.num_beams, self.live
         length = len(before[0].tokens) + 1
         totals = log_probs + np.array([beam.total for beam in before])[:, None]
         ended: list[Finished] = []
         self.live = []
-        for rank, (parent, token) in enumerate(best(totals, self._looked_at)):
+        for rank, (parent, token) in enumerate(best(totals, self._candidates)):
             total = float(totals[parent, token])
             tokens = (*before[parent].tokens, token)
             if length < self._limit and not self._ends(tokens):
@@ -97,15 +96,14 @@ class Hypotheses:
                     self.live.append(Live(tokens, total, parent))
             elif rank < num_beams:
                 ended.append(Finished(tokens, self._score(total, length)))
-        self.finished = sorted(self.finished + ended, key=lambda beam: -beam.score)[
-            :num_beams
-        ]  # earlier first if equal
+        # the sort is stable: of equal scores the earlier one comes first
+        self.finished = sorted(self.finished + ended, key=lambda beam: -beam.score)[:num_beams]
         self.over = not self.live or (len(self.finished) == num_beams and not self._may_improve(length))
 
     def _may_improve(self, length: int) -> bool:
-        """Whether the best living beam, `length` tokens long, could push out a finished one, of which there are enough.
+        """Whether the best living beam, `length` tokens long, could replace one of `num_beams` finished ones.
 
-        "could" by the length that is best for it: for "never" and a penalty above 0 the longest, else its own.
+        Its score counts at the length that is best for it: for "never" and a penalty above 0 the limit, else its own.
         """
         early, penalty = self._options.early_stopping, self._options.length_penalty
         if early is True or self._options.num_beams == 1:
@@ -119,6 +117,6 @@ class Hypotheses:
 
 
 def best(totals: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """Places (row, column) of the `count` largest values above -inf: largest first, the lower place among equals."""
+    """(row, column) of the `count` largest values above -inf: largest first, of equal values the lower index first."""
     flat = totals.reshape(-1)
-    return [divmod(int(place), totals.shape[1]) for place in largest(flat, count) if flat[place] > -math.inf]
+    return [divmod(int(index), totals.shape[1]) for index in largest(flat, count) if flat[index] > -math.inf]

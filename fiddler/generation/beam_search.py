@@ -1,7 +1,7 @@
-"""Beam search: several beginnings of a text go on side by side, in one step of the model; the best ones are returned.
+"""Beam search: several beams continue a prompt side by side, in one step of the model; the best ones are returned.
 
-Keys and values follow the beams: one that goes on in several ways is copied into the memory of those that were
-dropped, from the first position on where they differ. What lives and what is finished, `hypotheses` decides.
+KV caches follow the beams: that of a beam with several continuations is copied into the memory of a dropped beam, from
+the first position on where the two differ. `beam_hypotheses` decides which beams live and which are finished.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Beam", "BeamSearch"]
 class Beam:
     """A finished beam. `score`: the sum of log-probabilities over (number of tokens) ** length_penalty.
 
-    `tokens` include the end token or those of the stop string, `text` does not.
+    `tokens` include the end token or the tokens of the stop string, `text` does not.
     """
 
     text: str
@@ -40,15 +40,15 @@ class Beam:
 
 
 @dataclass
-class _Place:
-    """Where a beam's keys and values lie, and the tokens after the prompt that they are of."""
+class _BeamCache:
+    """A beam's KV cache, and the tokens that it holds after the prompt."""
 
     sequence: KVCache
     tokens: tuple[int, ...] = ()
 
 
 class BeamSearch:
-    """A search that was prepared: `run` it for the beams, best first; afterwards `stats` say what it took."""
+    """A prepared search: `run` returns the beams, best first; afterwards `stats` has its times and memory."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class BeamSearch:
         after_prompt: Callable[[KVCache], None] = lambda sequence: None,
         reuse: bool = False,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else. `reuse`: as of a `Generation`."""
+        """`after_prompt`: called with the sequence when it holds just the prompt. `reuse`: see `Generation`."""
         self._reuse = reuse
         self._runner, self._tokenizer = runner, tokenizer
         self._prompt, self._options, self._limit = prompt, options, limit
@@ -74,34 +74,34 @@ class BeamSearch:
 
     @property
     def stats(self) -> Stats:
-        """What the search took; `generated_tokens` are those of one beam, which is the number of steps."""
+        """Times and memory of the search; `generated_tokens` are those of one beam: the number of steps."""
         assert self._stats is not None, "the search has not ended"
         return self._stats
 
     def run(self) -> list[Beam]:
-        """The finished beams, at most as many as the search is wide, best first.
+        """The finished beams, at most `num_beams`, best first.
 
-        They are fewer where stop strings ended so many that too few were left to go on.
+        They are fewer where stop strings ended so many beams that too few were left to go on.
         Raises FileFormatError where the model computes something that is no number.
         """
         started = time.perf_counter()
-        first = _Place(self._runner.resume(self._prompt if self._reuse else []))
+        first = _BeamCache(self._runner.resume(self._prompt if self._reuse else []))
         cached = first.sequence.length
         logits = self._runner.prefill(first.sequence, self._prompt[cached:])[None]
-        read = time.perf_counter()
-        finite(logits.numpy(), len(self._prompt))  # before anything is kept
+        prompt_read = time.perf_counter()
+        finite(logits.numpy(), len(self._prompt))  # before the prompt is cached in a file
         self._after_prompt(first.sequence)
         search = Hypotheses(self._options, max(self._limit, 1), self._is_ended, len(self._ends))
-        begun, steps, places = time.perf_counter(), 0, [first]
+        begun, steps, caches = time.perf_counter(), 0, [first]
         while steps < self._limit and not search.over:
             log_probs = log_softmax(finite(logits.numpy(), len(self._prompt) + steps))
             log_probs[:, self._banned] = -np.inf
             search.advance(log_probs)
             steps += 1
             if not search.over:
-                places = self._follow(places, search.live)
+                caches = self._follow(caches, search.live)
                 logits = self._runner.logits(
-                    self._runner.step([(place.sequence, place.tokens[-1:]) for place in places[: len(search.live)]])
+                    self._runner.step([(cache.sequence, cache.tokens[-1:]) for cache in caches[: len(search.live)]])
                 )
         ended = time.perf_counter()
         self._runner.keep(first.sequence, [*self._prompt, *first.tokens])
@@ -109,56 +109,56 @@ class BeamSearch:
         self._stats = Stats(
             load_seconds=self._load_seconds,
             prompt_tokens=len(self._prompt),
-            prompt_seconds=read - started,
+            prompt_seconds=prompt_read - started,
             generated_tokens=steps,
             generation_seconds=ended - begun,
             peak_resident=memory.peak_resident,
             anonymous=memory.anonymous,
             cached_tokens=cached,
         )
-        return [self._made(beam) for beam in search.finished or [Finished((), 0.0)]]
+        return [self._as_beam(beam) for beam in search.finished or [Finished((), 0.0)]]
 
-    def _follow(self, places: list[_Place], live: list[Live]) -> list[_Place]:
-        """A place for each living beam with its parent's keys and values, in their order; then those left over.
+    def _follow(self, caches: list[_BeamCache], live: list[Live]) -> list[_BeamCache]:
+        """A cache for each living beam with its parent's keys and values, in the beams' order; then the free caches.
 
-        `places` of the parents, in their order, then free ones. A beam takes its parent's place; only where two have
-        the same parent is one copied, into the free place that has most of it already.
+        `caches`: those of the parents, in their order, then free ones. A beam takes its parent's cache; a second beam
+        of the same parent gets a copy, in the free cache that has the longest common prefix with it.
         """
         parents = {beam.parent for beam in live}
-        free = [place for i, place in enumerate(places) if i not in parents]
-        taken: set[int] = set()
-        made = []
+        free = [cache for i, cache in enumerate(caches) if i not in parents]
+        continued: set[int] = set()
+        followers = []
         for beam in live:
-            place = places[beam.parent]
-            if beam.parent in taken:
-                place = self._copied(place, free)
-            taken.add(beam.parent)
-            made.append(place)
-        for place, beam in zip(made, live, strict=True):
-            place.tokens = beam.tokens
-        return made + free
+            cache = caches[beam.parent]
+            if beam.parent in continued:
+                cache = self._copied(cache, free)
+            continued.add(beam.parent)
+            followers.append(cache)
+        for cache, beam in zip(followers, live, strict=True):
+            cache.tokens = beam.tokens
+        return followers + free
 
-    def _copied(self, source: _Place, free: list[_Place]) -> _Place:
-        target = max(free, key=lambda place: common(place.tokens, source.tokens), default=None)
+    def _copied(self, source: _BeamCache, free: list[_BeamCache]) -> _BeamCache:
+        target = max(free, key=lambda cache: common(cache.tokens, source.tokens), default=None)
         if target is None:
-            return _Place(self._runner.copy(source.sequence))
+            return _BeamCache(self._runner.copy(source.sequence))
         free.remove(target)
         shared = len(self._prompt) + common(target.tokens, source.tokens)
         self._runner.copy(source.sequence, target.sequence, shared)
         return target
 
     def _is_ended(self, tokens: tuple[int, ...]) -> bool:
-        return tokens[-1] in self._ends or (bool(self._stop) and self._written(tokens, whole=False)[1])
+        return tokens[-1] in self._ends or (bool(self._stop) and self._decoded(tokens, whole=False)[1])
 
-    def _made(self, beam: Finished) -> Beam:
+    def _as_beam(self, beam: Finished) -> Beam:
         by_token = bool(beam.tokens) and beam.tokens[-1] in self._ends
-        text, stopped = self._written(beam.tokens[:-1] if by_token else beam.tokens, whole=True)
+        text, stopped = self._decoded(beam.tokens[:-1] if by_token else beam.tokens, whole=True)
         return Beam(text, beam.tokens, beam.score, "stop" if by_token or stopped else "length")
 
-    def _written(self, tokens: tuple[int, ...], *, whole: bool) -> tuple[str, bool]:
+    def _decoded(self, tokens: tuple[int, ...], *, whole: bool) -> tuple[str, bool]:
         """The text of a beam's tokens before the first stop string, and whether there is one. `whole`: no more come."""
-        decoder, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
-        text = "".join([stop.push(decoder.push(token)) for token in tokens])
+        stream, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
+        text = "".join([stop.push(stream.push(token)) for token in tokens])
         if whole:
-            text += stop.push(decoder.finish()) + stop.finish()
+            text += stop.push(stream.finish()) + stop.finish()
         return text, stop.found

@@ -1,4 +1,4 @@
-"""One generation, from ids to text: decoding, stop strings, the end, and what it took. Knows no files."""
+"""One generation, from ids to text: decoding, stop strings, the end, times and memory. Knows no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a generation took. Times in seconds; memory in bytes, of the whole process."""
+    """Times [s] of a generation, and memory [bytes] of the whole process."""
 
     load_seconds: float
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Stats:
     generation_seconds: float
     peak_resident: int  # includes the parts of the mapped file that were touched
     anonymous: int  # memory of the process's own, at the end
-    cached_tokens: int = 0  # of the prompt, whose keys and values were there already
+    cached_tokens: int = 0  # of the prompt, whose keys and values were cached before
 
     @property
     def prompt_speed(self) -> float:
@@ -50,8 +50,8 @@ class Stats:
 class Completion:
     """A finished generation.
 
-    `finish_reason`: "stop" (end token, stop string, or a constraint that is met) or "length". `log_probs`: where the
-    sampling's `n_probs` asks for them, one entry a token; of the model's own distribution, see `logprobs.py`.
+    `finish_reason`: "stop" (end token, stop string, or a constraint that is met) or "length". `log_probs`: one entry a
+    token where the sampling's `n_probs` is above 0; of the model's own distribution, see `logprobs.py`.
     """
 
     text: str
@@ -62,45 +62,45 @@ class Completion:
 
 
 class Reply:
-    """The text of a generation as its tokens come, until an end token, a stop string or the last token allowed."""
+    """The text of a generation as its tokens come, until an end token, a stop string or `limit` tokens."""
 
     def __init__(self, tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
         self._ends, self._limit = tokenizer.end_ids, limit
-        self._decoder, self._stop = tokenizer.stream(continuing=True), StopText(stop)
+        self._stream, self._stop = tokenizer.stream(continuing=True), StopText(stop)
         self._text: list[str] = []
 
     @property
     def text(self) -> str:
-        """What is certain so far."""
+        """The text that is certain so far."""
         return "".join(self._text)
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """The text that is certain with this token, maybe none; all that was held back where it is the last one.
+        """Append a token: the text that it makes certain, maybe none. The last token releases all that was held back.
 
-        last: nothing more can be chosen.
+        last: no other token can follow.
         """
         assert self.finish_reason is None, "the reply has ended"
         self.tokens.append(token)
         ended = token in self._ends
-        piece = "" if ended else self._stop.push(self._decoder.push(token))
+        piece = "" if ended else self._stop.push(self._stream.push(token))
         if ended or last or self._stop.found or len(self.tokens) == self._limit:
-            piece += self._stop.push(self._decoder.finish()) + self._stop.finish()
+            piece += self._stop.push(self._stream.finish()) + self._stop.finish()
             self.finish_reason = "stop" if ended or last or self._stop.found else "length"
         self._text.append(piece)
         return piece
 
     def end(self) -> None:
-        """Nothing can be chosen, not even a first token."""
+        """End an empty reply: not even a first token can be chosen."""
         assert not self.tokens
         self.finish_reason = "stop"
 
 
 class Generation:
-    """A generation that was asked for: iterate for pieces of text; afterwards `completion` says how it went.
+    """A prepared generation: iterate for pieces of text; afterwards `completion` has the result.
 
-    Or let it take part in an engine's `batch`, which takes what it needs from here.
+    Or pass it to an engine's `batch`, which runs it beside others.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class Generation:
         reuse: bool = False,
         on_chunk: Callable[[int], None] = lambda read: None,
     ) -> None:
-        """`after_prompt`: is told when a sequence holds the prompt and nothing else; not in a `batch`.
+        """`after_prompt`: called with the sequence when it holds just the prompt; not in a `batch`.
 
-        reuse: go on from the sequence computed last, with what it shares with the prompt. on_chunk: see
+        reuse: resume the sequence computed last, from its common prefix with the prompt. on_chunk: see
         `Runner.prefill`; not in a `batch`.
         """
         self.prompt, self.limit = prompt, limit
@@ -130,7 +130,7 @@ class Generation:
 
     @property
     def completion(self) -> Completion:
-        """The result, once every piece was taken."""
+        """The result, once the iteration has ended."""
         assert self._completion is not None, "the generation has not ended"
         return self._completion
 
@@ -151,7 +151,7 @@ class Generation:
                     yield piece
                 if reply.finish_reason is not None:
                     break
-        except BaseException:  # whatever holds on to the exception: the next one goes on with the sequence
+        except BaseException:  # the next generation can resume the sequence, even if a caller holds the exception
             self._runner.keep(sequence, [*self.prompt, *reply.tokens])
             raise
         if not reply.tokens:
@@ -161,7 +161,7 @@ class Generation:
         self._completion = self.completed(reply, sampler, started, first, read=read, cached=cached)
 
     def begin(self) -> tuple[Reply, Sampler]:
-        """An empty reply for this generation's tokens, and who chooses them."""
+        """An empty reply for this generation's tokens, and the sampler that chooses them."""
         reply, sampler = Reply(self._tokenizer, self.limit, self._stop), self._new_sampler()
         if sampler.finished:
             reply.end()
@@ -177,9 +177,9 @@ class Generation:
         read: float | None = None,
         cached: int = 0,
     ) -> Completion:
-        """What `reply` has become by now. Times by `time.perf_counter`: `started`, and `first`, its first token's.
+        """The result, from `reply`. Times by `time.perf_counter`: `started`, and `first`, its first token's.
 
-        read: when the prompt was, if something else came between. cached: tokens of it that were there already.
+        read: when the prompt was read, if not at `first`. cached: tokens of the prompt that were cached before.
         """
         assert reply.finish_reason is not None, "the reply has not ended"
         memory = peak_memory()

@@ -1,4 +1,4 @@
-"""The loop: a prompt's ids in, a stream of ids out. Knows no text."""
+"""The decoding loop: a prompt's ids in, a stream of ids out. Knows no text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def generate(
     limit: int,
     on_chunk: Callable[[int], None] = lambda read: None,
 ) -> Iterator[int]:
-    """Read `prompt` into `sequence`, which may hold its beginning already, but not all of it; then yield up to `limit`
-    tokens, each fed back only when the next is asked for.
+    """Read `prompt` into `sequence`, which may hold a prefix of it already, but not all of it; then yield up to `limit`
+    tokens. The model computes a token only when the caller requests the next one.
 
-    Ends by itself only at `limit`, or where the sampler is finished: the caller decides what an end token is.
-    on_chunk: see `Runner.prefill`. Raises FileFormatError where the model computes something that is no number.
+    Ends by itself only at `limit`, or where the sampler is finished: the caller knows the end tokens.
+    on_chunk: see `Runner.prefill`. Raises FileFormatError where the model computes a logit that is not finite.
     """
     history = list(prompt)
     logits = runner.prefill(sequence, history[sequence.length :], on_chunk)
@@ -41,15 +41,15 @@ def generate(
 
 
 def choose(logits: np.ndarray, history: Sequence[int], sampler: Sampler) -> int:
-    """The token that goes on from `history`, after which the model computes `logits` [V].
+    """The token that follows `history`, after which the model computes `logits` [V].
 
-    Raises FileFormatError where one of them is no number.
+    Raises FileFormatError where a logit is not finite.
     """
     return sampler(finite(logits, len(history)), history)
 
 
 def finite(logits: np.ndarray, position: int) -> np.ndarray:
-    """`logits`, if they are numbers. Raises FileFormatError where the model computed none, after so many tokens."""
+    """`logits`, if all are finite; else raises FileFormatError. `position`: number of tokens before them."""
     if not np.isfinite(logits).all():
         raise FileFormatError(
             f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight or an "

@@ -1,4 +1,4 @@
-"""What may be asked of a model: options, prompts and numbers of tokens, checked before anything is done. Pure."""
+"""Validates a generation request: options, prompts and numbers of tokens, before anything is computed. Pure."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def checked_request(
     config: Config,
     context: int,
 ) -> tuple[list[int], int]:
-    """The prompt's ids and the most tokens that may follow. Raises RequestError where that makes no sense."""
+    """The prompt's ids and the most tokens that may follow. Raises RequestError for a request that makes no sense."""
     ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos) if isinstance(prompt, str) else prompt
     ids = checked_ids(ids, config, context)
     if not ids:
         raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
     if max_tokens is not None and max_tokens < 0:
         raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
-    room = context - len(ids)
-    if max_tokens is not None and max_tokens > room:
+    available = context - len(ids)
+    if max_tokens is not None and max_tokens > available:
         raise RequestError(
             f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; "
-            f"ask for at most {room} ({_remedy(config, context)})"
+            f"ask for at most {available} ({_remedy(config, context)})"
         )
-    if room == 0 and max_tokens is None:
+    if available == 0 and max_tokens is None:
         raise RequestError(f"{len(ids)} prompt tokens fill the context of {context} ({_remedy(config, context)})")
     if any(not text for text in stop):
         raise RequestError("a stop string is empty; give at least one character")
-    return ids, room if max_tokens is None else max_tokens
+    return ids, available if max_tokens is None else max_tokens
 
 
 def check_options(device: str, precision: str, missing: str, context: int, gpu_experts: int | None) -> None:
@@ -67,5 +67,5 @@ def check_options(device: str, precision: str, missing: str, context: int, gpu_e
 
 
 def _remedy(config: Config, context: int) -> str:
-    most = config.context_length
-    return f"or raise --ctx, up to {most}" if context < most else "the model was trained with no more"
+    maximum = config.context_length
+    return f"or raise --ctx, up to {maximum}" if context < maximum else "the model was trained with no more"

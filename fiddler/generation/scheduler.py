@@ -1,7 +1,7 @@
 """Many generations at once: schedule, step, finish. Sequences join and leave at every step.
 
 All tokens of a step go through the model together, so that an expert that several sequences chose is read once. Knows
-no files and no text; which tokens a reply has and when it ends is its own business.
+no files and no text: each `Reply` decides when it has ended.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ Outcome = Completion | FiddlerError
 
 
 class _Member:
-    """A generation that takes part. What its sequence holds is the beginning of `tokens`, all there are so far."""
+    """A generation of the batch. `tokens`: all so far; its sequence holds a prefix of them."""
 
-    def __init__(self, place: int, generation: Generation) -> None:
-        self.place, self.generation = place, generation
+    def __init__(self, index: int, generation: Generation) -> None:
+        self.index, self.generation = index, generation
         self.tokens = list(generation.prompt)
         self.reply, self.sampler = generation.begin()
-        self.most = len(self.tokens) + generation.limit  # positions
+        self.max_positions = len(self.tokens) + generation.limit
         self.sequence: KVCache | None = None
         self.started = self.first = 0.0
 
     @property
-    def lacks(self) -> int:
-        """How many of the tokens its sequence does not hold yet: one, where it goes on, and many of a prompt."""
+    def lacking(self) -> int:
+        """Tokens that its sequence does not hold yet: one while it decodes, many of a prompt."""
         assert self.sequence is not None, "it has not joined"
         return len(self.tokens) - self.sequence.length
 
 
 class Batch:
-    """Iterate for each generation's place among those given, and its `Completion` or error, as they finish.
+    """Iterate for the index of each generation, and its `Completion` or error, as they finish.
 
-    Generations are taken from the iterable only when there is room for them.
+    Generations are taken from the iterable only when there is memory for them.
     """
 
     def __init__(
         self,
         runner: Runner,
         generations: Iterable[Generation],
-        room: int | None,
-        width: BatchSize,
+        max_kv_bytes: int | None,
+        batch_size: BatchSize,
         on_step: Callable[[int, int], None] = lambda generated, sequences: None,
     ) -> None:
-        """room: bytes for keys and values; None for no limit.
+        """max_kv_bytes: of the KV caches of all sequences; None for no limit.
 
-        on_step: is told after each step how many tokens were generated so far, and the sequences of that step.
+        on_step: called after each step with the tokens generated so far and the number of sequences in the step.
         """
-        self._runner, self._room, self._batch_size, self._on_step = runner, room, width, on_step
-        self._given = enumerate(generations)
-        self._waiting: deque[_Member] = deque()  # those that came and had no room, or had to give it up
+        self._runner, self._max_kv_bytes, self._batch_size, self._on_step = runner, max_kv_bytes, batch_size, on_step
+        self._generations = enumerate(generations)
+        self._waiting: deque[_Member] = deque()  # without memory: not yet, or not any more
         self._members: list[_Member] = []
         self._generated = 0
 
@@ -72,13 +72,13 @@ class Batch:
             if not self._members:
                 return
             began, sequences = time.perf_counter(), len(self._members)
-            counts = tokens_per_sequence([member.lacks for member in self._members], self._runner.chunk)
+            counts = tokens_per_sequence([member.lacking for member in self._members], self._runner.chunk)
             try:
-                whole = self._step(counts)
+                ready = self._step(counts)
             except (ResourceError, MemoryError) as error:
                 failed = _as_error(error)
             else:
-                outcomes = [outcome for member, logits in whole for outcome in self._go_on(member, logits)]
+                outcomes = [outcome for member, logits in ready for outcome in self._advance(member, logits)]
                 if counts == [1] * sequences:
                     self._batch_size.measured(sequences, time.perf_counter() - began)
                 self._on_step(self._generated, sequences)
@@ -87,23 +87,23 @@ class Batch:
             yield from self._make_room(failed)
 
     def _schedule(self) -> Iterator[tuple[int, Outcome]]:
-        """Let as many join as there is room for; at least one. Gives out those that have nothing to compute."""
+        """Let as many join as memory allows, at least one. Yields those that cannot, or have nothing to compute."""
         while len(self._members) < self._batch_size.now:
             member = self._next()
             if member is None:
                 return
             if member.reply.finish_reason is not None:
                 now = time.perf_counter()
-                yield member.place, member.generation.completed(member.reply, member.sampler, now, now)
+                yield member.index, member.generation.completed(member.reply, member.sampler, now, now)
                 continue
             if not self._fits(member):
                 self._waiting.appendleft(member)
                 return
             try:
-                member.sequence = self._runner.sequence(member.most)
+                member.sequence = self._runner.sequence(member.max_positions)
             except (ResourceError, MemoryError) as error:
                 if not self._members:
-                    yield member.place, _as_error(error)
+                    yield member.index, _as_error(error)
                     continue
                 self._waiting.appendleft(member)
                 self._batch_size.limit(len(self._members))
@@ -114,44 +114,44 @@ class Batch:
     def _next(self) -> _Member | None:
         if self._waiting:
             return self._waiting.popleft()
-        found = next(self._given, None)
-        return None if found is None else _Member(*found)
+        numbered = next(self._generations, None)
+        return None if numbered is None else _Member(*numbered)
 
     def _fits(self, member: _Member) -> bool:
-        """Whether there is room for all that it may become, beside what the others may."""
-        if self._room is None or not self._members:
+        """Whether the KV caches of this and all other members fit, each at its full length."""
+        if self._max_kv_bytes is None or not self._members:
             return True
-        return sum(self._runner.kv_bytes(one.most) for one in (*self._members, member)) <= self._room
+        return sum(self._runner.kv_bytes(each.max_positions) for each in (*self._members, member)) <= self._max_kv_bytes
 
     def _step(self, counts: list[int]) -> list[tuple[_Member, np.ndarray]]:
-        """So many tokens of each through the model: logits [V] for those that lack none then.
+        """Run `counts` tokens of the members through the model: logits [V] for members that lack none afterwards.
 
         Where that fails, nothing has changed.
         """
-        parts, rows, whole, end = [], [], [], 0
+        parts, rows, ready, end = [], [], [], 0
         for member, count in zip(self._members, counts, strict=True):
             if count:
                 assert member.sequence is not None, "it has not joined"
-                held = member.sequence.length
-                parts.append((member.sequence, member.tokens[held : held + count]))
+                cached = member.sequence.length
+                parts.append((member.sequence, member.tokens[cached : cached + count]))
             end += count
-            if count == member.lacks:
-                whole.append(member)
+            if count == member.lacking:
+                ready.append(member)
                 rows.append(end - 1)
-        before = [sequence.length for sequence, _ in parts]
+        lengths = [sequence.length for sequence, _ in parts]
         try:
-            hidden = self._runner.step(parts, wanted=rows or [end - 1])  # where no prompt ends, any one
+            hidden = self._runner.step(parts, wanted=rows or [end - 1])  # any row where no prompt ends
             if not rows:
                 return []
             logits = self._runner.logits(hidden)
         except BaseException:
-            for (sequence, _), length in zip(parts, before, strict=True):
+            for (sequence, _), length in zip(parts, lengths, strict=True):
                 sequence.truncate(length)
             raise
-        return list(zip(whole, logits.numpy(), strict=True))
+        return list(zip(ready, logits.numpy(), strict=True))
 
-    def _go_on(self, member: _Member, logits: np.ndarray) -> list[tuple[int, Outcome]]:
-        """Choose a member's next token. Where it is the last one the member leaves, and this is its outcome."""
+    def _advance(self, member: _Member, logits: np.ndarray) -> list[tuple[int, Outcome]]:
+        """Choose a member's next token. If it is the last one, the member leaves, and its outcome is returned."""
         try:
             token = choose(logits, member.tokens, member.sampler)
             last = member.sampler.finished
@@ -169,7 +169,7 @@ class Batch:
         ]
 
     def _make_room(self, error: FiddlerError) -> Iterator[tuple[int, Outcome]]:
-        """A step did not fit: who came last waits, and reads what it has so far again. One alone has failed."""
+        """After a step that did not fit, the last member waits, to compute its tokens again later; a lone one fails."""
         if len(self._members) == 1:
             yield self._leave(self._members[0], error)
             return
@@ -181,11 +181,11 @@ class Batch:
     def _leave(self, member: _Member, outcome: Outcome) -> tuple[int, Outcome]:
         self._members.remove(member)
         member.sequence = None
-        return member.place, outcome
+        return member.index, outcome
 
 
 def _as_error(error: ResourceError | MemoryError) -> FiddlerError:
-    """Without its traceback, which would keep what the step had computed."""
+    """The error without its traceback: that would keep the step's tensors alive."""
     if isinstance(error, MemoryError):
         return ResourceError("out of memory; close other programs, or give shorter prompts or fewer tokens")
     return ResourceError(str(error))

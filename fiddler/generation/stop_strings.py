@@ -1,7 +1,7 @@
-"""Stop strings over a stream of text: holds back what may become one, lets the rest through.
+"""Stop strings in a stream of text: holds back text that may become one, lets the rest through.
 
 Knows text only. The stop string that is complete first decides, however the text was cut into pieces: of several
-that end at the same place, the longest.
+that end at the same character, the longest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["StopText"]
 
 
 class StopText:
-    """Feed pieces of text; what comes out never holds a stop string nor anything after it."""
+    """Feed pieces of text; the output never holds a stop string nor anything after it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "a stop string has at least one character"
@@ -25,19 +25,19 @@ class StopText:
         if self.found:
             return ""
         self._held += text
-        places = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if places:
+        matches = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if matches:
             self.found = True
-            _, begin = min(places)
+            _, begin = min(matches)
             certain, self._held = self._held[:begin], ""
             return certain
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+        overlap = max((self._overlap(stop) for stop in self._stops), default=0)
+        certain = self._held[: len(self._held) - overlap]
+        self._held = self._held[len(self._held) - overlap :]
         return certain
 
     def finish(self) -> str:
-        """What was held back, now that no more text comes."""
+        """The text that was held back: no more comes."""
         rest, self._held = self._held, ""
         return rest
 

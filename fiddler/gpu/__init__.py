@@ -1,1 +1,1 @@
-"""The GPU backend: dense weights, KV cache and resident experts in its memory; steps as CUDA graphs."""
+"""The GPU backend: dense weights, KV cache and resident experts in its memory; decode steps as CUDA graphs."""

@@ -1,8 +1,8 @@
-"""Triton kernels for one token on the GPU, where reading weights is all the time there is; norms and norm_router.
+"""Triton kernels of a decode step, bound by reading weights: matrix-vector product, RMS norm, routing, host transfers.
 
-Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with
-and which runs where Triton cannot (it builds its launcher with the machine's C compiler). Nothing here waits for the
-host: what varies from step to step is read on the device, so that a captured graph can be replayed.
+Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with,
+and which runs where Triton cannot (it builds its launcher with the machine's C compiler). No kernel waits for the
+host: each reads its varying inputs on the device, so that a captured graph can be replayed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ __all__ = ["gather", "gemv", "hand_over", "norm", "rounded_to", "route", "works"
 
 
 def works(device: torch.device) -> str | None:
-    """None where the kernels run on `device`; else why not, in one line."""
+    """None where the kernels run on `device`; else the reason, in one line."""
     try:
         gemv(torch.ones(1, 16, device=device), torch.ones(16, 16, dtype=torch.bfloat16, device=device), rounded=True)
         torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a missing compiler, driver or architecture raises in there
+    except Exception as error:  # a missing compiler, driver or architecture raises anything
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
 
 @triton.jit
 def rounded_to(x, dtype: tl.constexpr, rounded: tl.constexpr):  # noqa: ANN201  # Triton's own values
-    """x, rounded to `dtype` where `rounded`, as float32."""
+    """x, rounded to `dtype` where `rounded`; as float32."""
     return x.to(dtype).to(tl.float32) if rounded else x
 
 
@@ -39,22 +39,22 @@ def _gemv(x, w, onto, y, rows, width, ONTO: tl.constexpr, ROUNDED: tl.constexpr,
     for begin in range(0, width, K):
         inside = begin + k < width
         a = rounded_to(tl.load(x + begin + k, mask=inside, other=0.0), w.dtype.element_ty, ROUNDED)
-        at = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
-        b = tl.load(w + at, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        offset = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
+        b = tl.load(w + offset, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += b * a[None, :]
-    made = tl.sum(total, 1)
+    dots = tl.sum(total, 1)
     if ONTO:
-        made += tl.load(onto + r, mask=r < rows, other=0.0)
-    tl.store(y + r, made, mask=r < rows)
+        dots += tl.load(onto + r, mask=r < rows, other=0.0)
+    tl.store(y + r, dots, mask=r < rows)
 
 
 def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> Tensor:
-    """x [1, K] float32, w [N, K] -> x . w transposed, plus `onto`, [1, N] float32; `rounded`: x to w's type first."""
+    """x [1, K] float32, w [N, K] -> x . w transposed, plus `onto`: [1, N] float32; rounded: rounds x to w's type."""
     rows, width = w.shape
     y = torch.empty(1, rows, device=x.device)
     r, k = (1, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
-    given = y if onto is None else onto
-    _gemv[(triton.cdiv(rows, r),)](x, w, given, y, rows, width, onto is not None, rounded, r, k, num_warps=4)
+    addend = y if onto is None else onto  # the kernel does not read y
+    _gemv[(triton.cdiv(rows, r),)](x, w, addend, y, rows, width, onto is not None, rounded, r, k, num_warps=4)
     return y
 
 
@@ -69,7 +69,7 @@ def _norm(x, weight, y, width, epsilon, K: tl.constexpr):
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The model's `Norm`."""
+    """Implements `Norm`."""
     width = x.shape[1]
     y = torch.empty_like(x)
     _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
@@ -112,24 +112,24 @@ def _route(
         total += tl.load(w + e[:, None] * width + (begin + k)[None, :], mask=mask, other=0.0) * a[None, :]
     logits = tl.where(e < experts, tl.sum(total, 1), float("-inf"))
     p = tl.exp(logits - tl.max(logits, 0))
-    kept = 0.0
+    chosen_sum = 0.0
     left = p
-    for _ in tl.static_range(TOP):  # the softmax's own sum cancels: the chosen ones are made to sum to 1
+    for _ in tl.static_range(TOP):  # the softmax's own sum cancels: the chosen experts' weights sum to 1
         top = tl.max(left, 0)
-        kept += top
+        chosen_sum += top
         left = tl.where(e == tl.min(tl.where(left == top, e, N), 0), -1.0, left)
     left = p
     for j in tl.static_range(TOP):
         top = tl.max(left, 0)
         first = tl.min(tl.where(left == top, e, N), 0)
-        # where h is no number none is the largest: any expert does, the result is no number either
+        # no expert has the largest logit where h is NaN; any valid id does, since the result is NaN, too
         tl.store(expert_ids + j, tl.minimum(first, experts - 1).to(tl.int64))
-        tl.store(routing_weights + j, top / kept)
+        tl.store(routing_weights + j, top / chosen_sum)
         left = tl.where(e == first, -1.0, left)
 
 
 def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's `Router`."""
+    """Implements `Router`."""
     experts, width = weight.shape
     x = torch.empty_like(h)
     expert_ids = torch.empty(len(h), k, dtype=torch.int64, device=h.device)
@@ -143,40 +143,40 @@ def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tu
 
 
 @triton.jit
-def _gather(h, on_gpu, on_cpu, made, width, K: tl.constexpr):
+def _gather(h, on_gpu, on_cpu, out, width, K: tl.constexpr):
     k = tl.program_id(0) * K + tl.arange(0, K)
     inside = k < width
     total = tl.load(h + k, mask=inside) + tl.load(on_gpu + k, mask=inside)
-    tl.store(made + k, total + tl.load(on_cpu + k, mask=inside), mask=inside)
+    tl.store(out + k, total + tl.load(on_cpu + k, mask=inside), mask=inside)
 
 
 def gather(h: Tensor, on_gpu: Tensor, on_cpu: Tensor) -> Tensor:
-    """The sum of three [1, D] float32, the last in pinned memory, which is read over the link."""
-    made = torch.empty_like(h)
-    _gather[(triton.cdiv(h.shape[1], 512),)](h, on_gpu, on_cpu, made, h.shape[1], 512, num_warps=4)
-    return made
+    """h + on_gpu + on_cpu, all [1, D] float32; the GPU reads on_cpu, in pinned memory, over PCIe."""
+    out = torch.empty_like(h)
+    _gather[(triton.cdiv(h.shape[1], 512),)](h, on_gpu, on_cpu, out, h.shape[1], 512, num_warps=4)
+    return out
 
 
 @triton.jit
-def _hand_over(x, expert_ids, routing_weights, kept, seen, width, TOP: tl.constexpr, K: tl.constexpr):
+def _hand_over(x, expert_ids, routing_weights, device_out, host_out, width, TOP: tl.constexpr, K: tl.constexpr):
     k = tl.program_id(0) * K + tl.arange(0, K)
     values = tl.load(x + k, mask=k < width)
-    tl.store(kept + k, values, mask=k < width)
-    tl.store(seen + k, values, mask=k < width)
+    tl.store(device_out + k, values, mask=k < width)
+    tl.store(host_out + k, values, mask=k < width)
     if tl.program_id(0) == 0:
         for j in tl.static_range(TOP):
-            tl.store(seen + width + j, tl.load(expert_ids + j).to(tl.float32))
+            tl.store(host_out + width + j, tl.load(expert_ids + j).to(tl.float32))
             routing_weight = tl.load(routing_weights + j)
-            tl.store(kept + width + j, routing_weight)
-            tl.store(seen + width + TOP + j, routing_weight)
+            tl.store(device_out + width + j, routing_weight)
+            tl.store(host_out + width + TOP + j, routing_weight)
 
 
-def hand_over(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, kept: Tensor, seen: Tensor) -> None:
-    """x [1, D] and shares [1, K], one after the other, into `kept` [D + K]; with ids [1, K] between, into `seen`.
+def hand_over(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, device_out: Tensor, host_out: Tensor) -> None:
+    """Write x [1, D] and routing_weights [1, K] to device_out [D + K]; to host_out with expert_ids [1, K] between.
 
-    All float32; `seen` [D + 2 K] is pinned memory, which is written over the link.
+    Outputs are float32. host_out [D + 2 K] is pinned memory, which the GPU writes over PCIe.
     """
     width = x.shape[1]
     _hand_over[(triton.cdiv(width, 512),)](
-        x, expert_ids, routing_weights, kept, seen, width, expert_ids.shape[1], 512, num_warps=4
+        x, expert_ids, routing_weights, device_out, host_out, width, expert_ids.shape[1], 512, num_warps=4
     )

@@ -1,4 +1,4 @@
-"""Everything of a model but its experts, in the GPU's memory. Knows the file and the copy; not the budget."""
+"""Loads dense weights into the GPU's memory. Knows the file and the weight copy; not the budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["load_dense", "warm_up"]
 def load_dense(
     model_file: ModelFile, weight_copy: WeightCopy, width: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Everything but experts, on the GPU: what the model takes by itself, and what it multiplies by."""
+    """Everything but experts, on the GPU: the tensors that `Mixtral` takes, and the weights of `GpuLinear`, by name.
+
+    width: D. The tensors of `Mixtral` are float32, except the embeddings, which keep the file's type as linears do.
+    """
     weights: dict[str, Tensor] = {}
     linears: dict[str, Tensor] = {}
     config = model_file.config
@@ -23,9 +26,9 @@ def load_dense(
 
     def load(name: str, into: Tensor | None = None) -> Tensor:
         values, kind = model_file.bits(name)
-        made = torch.empty(values.shape, dtype=kinds[kind], device=weight_copy.device) if into is None else into
-        weight_copy.copy(made.data_ptr(), values.ctypes.data, values.nbytes)
-        return made
+        target = torch.empty(values.shape, dtype=kinds[kind], device=weight_copy.device) if into is None else into
+        weight_copy.copy(target.data_ptr(), values.ctypes.data, values.nbytes)
+        return target
 
     for name in ("token_embd.weight", "output_norm.weight"):
         weights[name] = load(name)
@@ -37,10 +40,10 @@ def load_dense(
             weights[f"{prefix}{name}.weight"] = load(f"{prefix}{name}.weight")
         linears[f"{prefix}attn_output.weight"] = load(f"{prefix}attn_output.weight")
         names = [f"{prefix}attn_{part}.weight" for part in "qkv"]
-        found = [model_file.bits(name) for name in names]
-        if len({kind for _, kind in found}) == 1:  # side by side, to be one product
-            rows = [len(values) for values, _ in found]
-            joined = torch.empty(sum(rows), width, dtype=kinds[found[0][1]], device=weight_copy.device)
+        mapped = [model_file.bits(name) for name in names]
+        if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v
+            rows = [len(values) for values, _ in mapped]
+            joined = torch.empty(sum(rows), width, dtype=kinds[mapped[0][1]], device=weight_copy.device)
             for name, part in zip(names, joined.split(rows), strict=True):
                 linears[name] = load(name, part)
         else:
@@ -55,7 +58,7 @@ def load_dense(
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Have the driver load what torch's products and attention need, so that their memory is known."""
+    """Run torch's products and attention once: the driver loads their code, and the budget sees its memory."""
     for kind in (torch.bfloat16, torch.float16, torch.float32):
         for tokens in (1, 64, 512):
             F.linear(

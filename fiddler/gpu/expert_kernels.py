@@ -1,4 +1,4 @@
-"""Triton kernels for one token's experts on the GPU. Knows tensors and addresses; not the model."""
+"""Triton kernels for one token's experts. Knows tensors and addresses; not the model, nor who streams the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _up(
     x,
     h,
     width,
-    most,
+    max_rows,
     BY_ID: tl.constexpr,
     W: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -39,13 +39,13 @@ def _up(
         for begin in range(0, width, K):
             inside = begin + k < width
             a = rounded_to(tl.load(x + begin + k, mask=inside, other=0.0), W, ROUNDED)[None, :]
-            at = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
+            offset = r.to(tl.int64)[:, None] * width + (begin + k)[None, :]
             mask = (r < rows)[:, None] & inside[None, :]
-            g += tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * a
-            u += tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * a
+            g += tl.load(gate + offset, mask=mask, other=0.0).to(tl.float32) * a
+            u += tl.load(up + offset, mask=mask, other=0.0).to(tl.float32) * a
         total = tl.sum(g, 1)
-        made = total / (1 + tl.exp(-total)) * tl.sum(u, 1)
-        tl.store(h + j * most + r, rounded_to(made, W, ROUNDED), mask=r < rows)
+        activation = total / (1 + tl.exp(-total)) * tl.sum(u, 1)
+        tl.store(h + j * max_rows + r, rounded_to(activation, W, ROUNDED), mask=r < rows)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _down(
     h,
     y,
     width,
-    most,
+    max_rows,
     BY_ID: tl.constexpr,
     ADD: tl.constexpr,
     EVEN: tl.constexpr,
@@ -71,27 +71,27 @@ def _down(
     for j in range(J):
         job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
         rows = tl.load(job + 3)
-        if EVEN:  # else every row might begin anywhere, and be read element by element
+        if EVEN:  # else rows have no known alignment, and loads go element by element
             rows = tl.multiple_of(rows, 16)
         routing_weight = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
         down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(W)), 16)
         for begin in range(0, rows, K):
             inside = begin + k < rows
-            a = tl.load(h + j * most + begin + k, mask=inside, other=0.0)[None, :] * routing_weight
-            at = r.to(tl.int64)[:, None] * rows + (begin + k)[None, :]
+            a = tl.load(h + j * max_rows + begin + k, mask=inside, other=0.0)[None, :] * routing_weight
+            offset = r.to(tl.int64)[:, None] * rows + (begin + k)[None, :]
             mask = (r < width)[:, None] & inside[None, :]
-            total += tl.load(down + at, mask=mask, other=0.0).to(tl.float32) * a
-    made = tl.sum(total, 1)
+            total += tl.load(down + offset, mask=mask, other=0.0).to(tl.float32) * a
+    sums = tl.sum(total, 1)
     if ADD:
-        made += tl.load(y + r, mask=r < width, other=0.0)
-    tl.store(y + r, made, mask=r < width)
+        sums += tl.load(y + r, mask=r < width, other=0.0)
+    tl.store(y + r, sums, mask=r < width)
 
 
 def experts_of_one(
     x: Tensor,
     jobs: Tensor,
     routing_weights: Tensor,
-    most: int,
+    max_rows: int,
     dtype: torch.dtype,
     *,
     expert_ids: Tensor | None,
@@ -100,33 +100,33 @@ def experts_of_one(
     rounded: bool,
     even: bool,
 ) -> None:
-    """Feed-forwards of one token, x [1, D] float32 -> their sum, weighted by `routing_weights` [K], `into` [1, D] float32.
+    """Feed-forwards of one token x [1, D] float32; writes their sum, weighted by routing_weights [K], to `into` [1, D].
 
-    jobs: int64 [n, 5]: the addresses of gate [rows, D], up [rows, D] and down [D, rows]
-    of some hidden rows of an expert, the number of rows, at most `most`, 0 for none, and whose share it gets.
-    ids: [K]; then job ids[j] is done for share j, else all jobs with the shares that they name. `dtype`: of the
-    weights; `rounded`: activations to that type; `add`: to what `into` holds. `even`:
-    every job's number of rows is a multiple of 16. Matrices begin at multiples of 16 bytes.
+    jobs: int64 [n, 5]: the addresses of gate [rows, D], up [rows, D] and down [D, rows] for some hidden rows of an
+    expert; the number of rows, from 0 for none to `max_rows`; the index of its routing weight.
+    expert_ids: [K]: run jobs[expert_ids[j]] with routing weight j; None: run all jobs with the indices they hold.
+    into: float32. dtype: of the weights. rounded: round activations to it. add: add to `into`. even: every number of
+    rows is a multiple of 16. Matrices begin at multiples of 16 bytes.
     """
     width = x.shape[1]
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     count = len(jobs) if expert_ids is None else expert_ids.numel()
-    h = torch.empty(count, most, device=x.device)
-    by_id, given = expert_ids is not None, jobs if expert_ids is None else expert_ids
+    h = torch.empty(count, max_rows, device=x.device)
+    by_id, ids = expert_ids is not None, jobs if expert_ids is None else expert_ids
     r, k = (2, 2048) if width > 1024 else (4, max(16, min(1024, triton.next_power_of_2(width))))
-    _up[(triton.cdiv(most, r), count)](
-        jobs, given, x, h, width, most, BY_ID=by_id, W=kind, ROUNDED=rounded, R=r, K=k, num_warps=4
+    _up[(triton.cdiv(max_rows, r), count)](
+        jobs, ids, x, h, width, max_rows, BY_ID=by_id, W=kind, ROUNDED=rounded, R=r, K=k, num_warps=4
     )
-    r, k, warps = (4, 2048, 8) if most > 4096 else (4, 512, 4)
-    k = max(16, min(k, triton.next_power_of_2(most)))
+    r, k, warps = (4, 2048, 8) if max_rows > 4096 else (4, 512, 4)
+    k = max(16, min(k, triton.next_power_of_2(max_rows)))
     _down[(triton.cdiv(width, r),)](
         jobs,
-        given,
+        ids,
         routing_weights,
         h,
         into,
         width,
-        most,
+        max_rows,
         BY_ID=by_id,
         ADD=add,
         EVEN=even,

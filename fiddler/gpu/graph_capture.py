@@ -1,4 +1,4 @@
-"""Capturing CUDA graphs: the capture itself, and the KV cache that a captured step of one token attends to."""
+"""Captures CUDA graphs, and the KV cache that a captured decode step attends to. Knows streams; not the model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from fiddler.runtime.kv_cache import KVCache
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
-__all__ = ["OneToken", "captured"]
+__all__ = ["DecodeCache", "captured"]
 
 
-class OneToken:
-    """The model's `Cache` for one token of one sequence, whose position is read on the device."""
+class DecodeCache:
+    """The model's `Cache` for one token of one sequence, whose position kernels read on the device.
+
+    So one captured graph serves every position.
+    """
 
     def __init__(self, sequence: KVCache, position: Tensor, cos_sin: Tensor, window: int | None) -> None:
         self._keys, self._values = sequence.storage
         self._position, self._cos_sin, self._window = position, cos_sin, window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Implements `Cache.attend`."""
         keys, values = self._keys[layer], self._values[layer]
         q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._position, keys, values)
         return attention_kernels.attend_one(q, keys, values, self._position, self._window)
@@ -35,10 +39,10 @@ class OneToken:
 
 @contextmanager
 def captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
-    """A graph, its memory from `pool`, of what is queued meanwhile in the current stream.
+    """Capture the work queued in the current stream as a graph, with memory from `pool`.
 
-    Garbage is left alone until then: to free what another engine had of the driver, say its pinned memory, is what
-    the driver does not allow while it captures.
+    Python's garbage collector pauses meanwhile: it could free another engine's driver resources, such as pinned
+    memory, which the driver does not allow during a capture.
     """
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()
@@ -46,9 +50,9 @@ def captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             yield graph
-        except BaseException:  # of one that is not ended, torch ends the process
+        except BaseException:  # torch ends the process at a capture that never ended
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it may be empty as yet
+                warnings.simplefilter("ignore")  # the graph may be empty
                 graph.capture_end()
             raise
         graph.capture_end()

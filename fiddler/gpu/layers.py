@@ -1,7 +1,7 @@
-"""Dense products, norms and routing on the GPU. Knows the weights by name; not the model's structure.
+"""Linears, norms and routing on the GPU. Knows the weights by name; not the model's structure.
 
-Several tokens go through torch; one token, where the time is that of reading weights, through kernels of our own
-where they run.
+Several tokens go through torch, one token through our Triton kernels where they run: there, reading weights takes all
+the time. Norms and routing use our kernels for any number of tokens.
 """
 
 from __future__ import annotations
@@ -20,59 +20,60 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuLinear", "GpuNorm", "GpuRouter"]
 
-_KEEPS_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: float32 sums of 16-bit products, not rounded again
-_WIDENED = 1 << 24  # elements of a weight that are widened to float32 at once
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: mm returns its float32 sums without rounding them
+_WIDENED = 1 << 24  # elements of a weight that one product widens to float32
 
 
 class GpuLinear:
     """The model's `Linear` for weights on the GPU."""
 
     def __init__(self, weights: Mapping[str, Tensor], kernels: ModuleType | None, *, exact: bool) -> None:
-        """weights: by name; those of names that go `together` may be parts of one tensor, one after the other.
+        """weights: by name; weights that go `together` may be consecutive parts of one tensor.
 
-        kernels: `fiddler.decode_kernels`, or None where it does not run. exact: float32 activations for bf16, too.
+        kernels: `fiddler.gpu.decode_kernels`, or None where it does not run. exact: float32 activations with bf16
+        weights, too.
         """
         self._weights = weights
         self._kernels = kernels
         self._exact = exact
 
     def __call__(self, x: Tensor, name: str, onto: Tensor | None = None) -> Tensor:
-        """A `Linear`'s: x [T, in] float32 -> [T, out] float32."""
-        return self._product(x, self._weights[name], onto)
+        """Implements `Linear`: x [T, in] float32 -> [T, out] float32."""
+        return self._matmul(x, self._weights[name], onto)
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """A `Linear`'s: neighbours in memory are one product."""
+        """Implements `Linear.together`: one product for weights that are consecutive in memory."""
         weights = [self._weights[name] for name in names]
         joined = _joined(weights)
         if joined is None:
-            return [self._product(x, weight) for weight in weights]
-        return list(self._product(x, joined).split([len(weight) for weight in weights], 1))
+            return [self._matmul(x, weight) for weight in weights]
+        return list(self._matmul(x, joined).split([len(weight) for weight in weights], 1))
 
-    def _product(self, x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    def _matmul(self, x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
         rounded = weight.dtype == torch.bfloat16 and not self._exact
         if len(x) == 1 and self._kernels is not None:
             return cast(Tensor, self._kernels.gemv(x, weight, onto, rounded=rounded))
         if weight.dtype == torch.float32:
-            made = F.linear(x, weight)
-        elif rounded and _KEEPS_SUMS and x.is_cuda:
-            made = torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+            y = F.linear(x, weight)
+        elif rounded and _HAS_OUT_DTYPE and x.is_cuda:
+            y = torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
         elif rounded:
-            made = F.linear(x.to(weight.dtype), weight).float()
+            y = F.linear(x.to(weight.dtype), weight).float()
         else:
-            pieces = weight.split(max(1, _WIDENED // weight.shape[1]))
-            made = torch.cat([F.linear(x, piece.float()) for piece in pieces], 1)
-        return made if onto is None else made.add_(onto)
+            blocks = weight.split(max(1, _WIDENED // weight.shape[1]))
+            y = torch.cat([F.linear(x, block.float()) for block in blocks], 1)
+        return y if onto is None else y.add_(onto)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Weights [n, in] that lie one after the other in memory, as one; else None."""
-    first, at = weights[0], weights[0].data_ptr()
+    """Weights [n, in] that are consecutive in memory, as one tensor; else None."""
+    first, address = weights[0], weights[0].data_ptr()
     for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != first.dtype:
+        if weight.data_ptr() != address or weight.dtype != first.dtype:
             return None
-        at += weight.numel() * weight.element_size()
+        address += weight.numel() * weight.element_size()
     rows = sum(len(weight) for weight in weights)
-    if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < at:
+    if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < address:
         return None
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
@@ -86,7 +87,7 @@ class GpuRouter:
     def __call__(
         self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A `Router`'s."""
+        """Implements `Router`."""
         if self._kernels is not None:
             return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route(h, norm, epsilon, weight, k))
         return route(h, norm, epsilon, weight, k)
@@ -99,7 +100,7 @@ class GpuNorm:
         self._kernels = kernels
 
     def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """A `Norm`'s."""
+        """Implements `Norm`."""
         if self._kernels is not None:
             return cast(Tensor, self._kernels.norm(x, weight, epsilon))
         return rms_norm(x, weight, epsilon)

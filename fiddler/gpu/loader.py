@@ -1,7 +1,7 @@
-"""Puts a model together on a GPU and the CPU: what goes into the GPU's memory, and over which link the rest is read.
+"""Loads a model onto a GPU and the CPU: divides the GPU's memory, and chooses how the other weights are copied.
 
-Knows the file, the budget and the parts; not how they compute. In this order, since each takes from the budget what
-the next may have: the driver, dense weights, keys and values, slots for streamed weights, work space; then experts.
+Knows the file, the budget and the parts; not how they compute. The order matters, since each takes memory from the
+budget before the next: the driver, dense weights, KV cache, slots for streamed weights, workspace; then experts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.runtime.kv_cache import KVCache, kv_bytes
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["Hybrid", "on_gpu"]
-_WORK = 128 << 20  # bytes for an expert's temporaries
-_LIBRARIES = 192 << 20  # bytes that go, while a model is loaded, to the driver for code and to cuBLAS as work space
-_ACTIVATIONS = 60  # bytes a token and element of D: what of h, x, q, their copies and sums exists at once
+__all__ = ["GpuModel", "on_gpu"]
+_WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
+_LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
+_ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
 
 
 @dataclass(frozen=True)
-class Hybrid:
-    """A model that runs, and one line that says where."""
+class GpuModel:
+    """A model ready to run, and a one-line summary of its placement."""
 
     runner: GpuRunner
     orchestrator: Orchestrator
@@ -65,13 +65,13 @@ def on_gpu(
     notify: Callable[[str], None],
     progress: Callable[[int, int], None],
     recorder: Recorder,
-) -> Hybrid:
-    """Load `model_file` onto the GPU as far as `gpu_memory` goes; `experts` are its layers' in the mapping.
+) -> GpuModel:
+    """Load `model_file` onto the GPU within `gpu_memory`; `experts` are its layers' experts in the mapping.
 
-    registration: of that mapping.
-    counts: how often each expert was chosen, [L][E], or None. most: experts on the GPU, or None for all that fit.
-    missing: "auto", "cpu" or "stream", who computes the others. progress: is told of bytes of experts, done and in all.
-    Raises RequestError, which names the least or the most that works, for a budget that does not.
+    pinned: that mapping, for the GPU's driver. counts: how often each expert was chosen, [L][E], or None.
+    most: the maximum number of experts on the GPU; None for all that fit. missing: who computes the others: "auto",
+    "cpu" or "stream". progress: called with the bytes of experts loaded so far, and in all.
+    Raises RequestError for a budget that is too small or too large; it names the smallest or largest that works.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -83,22 +83,22 @@ def on_gpu(
     cache_dtype = torch.float16 if rounded else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, gpu_memory)
-    one_token = _one_token(device, notify)
+    triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
     weights, linears = load_dense(model_file, weight_copy, width)
-    home = KVCache(config, context, cache_dtype, device)
-    home.reserve(context)
+    kv_cache = KVCache(config, context, cache_dtype, device)
+    kv_cache.reserve(context)
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
     warm_up(device, cache_dtype)
     count = sizes.experts
-    sizes = replace(sizes, fixed=_WORK)  # the rest is there by now
+    sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
     layout = lay_out(budget.room(), sizes, count if most is None else min(most, count))
     if layout is None:
-        raise _too_little(budget, sizes, gpu_memory)
-    chunk, everything, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, slot_rows(hidden)
-    ring = Ring(weight_copy, experts, 64 if everything else rows, SLOTS, recorder)
-    if everything:
+        raise _too_small(budget, sizes, gpu_memory)
+    chunk, all_resident, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, slot_rows(hidden)
+    ring = Ring(weight_copy, experts, 64 if all_resident else rows, SLOTS, recorder)
+    if all_resident:
         costs, threads = _NO_COSTS, kernels.set_threads(threads)
     else:
         calibration = calibrated(experts, ring, threads, notify)
@@ -108,47 +108,47 @@ def on_gpu(
         elif missing == "stream":
             costs = replace(costs, cpu=Curve((1,), (1e9,)))
     residents = Residents(experts, device)
-    placed = place(len(experts), config.expert_count, layout.residents, counts)
-    total, done = sum(map(len, placed)) * expert_bytes, 0
+    placement = place(len(experts), config.expert_count, layout.residents, counts)
+    total, done = sum(map(len, placement)) * expert_bytes, 0
 
-    def loaded(nbytes: int) -> None:
+    def on_loaded(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         progress(done, total)
 
-    residents.load(placed, weight_copy, loaded)
+    residents.load(placement, weight_copy, on_loaded)
     budget.settle()
     grouped: Grouped | None = None
-    if one_token is not None:
+    if triton_kernels is not None:
         from fiddler.offload import grouped_kernels
 
         grouped = grouped_kernels.Grouped(device)
-    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORK, recorder, grouped)
-    linear = GpuLinear(linears, one_token, exact=exact)
-    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(one_token), GpuNorm(one_token))
+    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORKSPACE_BYTES, recorder, grouped)
+    linear = GpuLinear(linears, triton_kernels, exact=exact)
+    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
     runner = GpuRunner(
-        model, orchestrator.beside, orchestrator.start_over, context, cache_dtype, threads, chunk, home, budget
+        model, orchestrator.beside, orchestrator.start_over, context, cache_dtype, threads, chunk, kv_cache, budget
     )
-    if one_token is not None:
+    if triton_kernels is not None:
         from fiddler.gpu import attention_kernels
         from fiddler.gpu.decode_graphs import DecodeGraphs
 
         with torch.inference_mode():
-            decoder = DecodeGraphs(model, orchestrator, home, cos_sin, recorder)
-        runner.decode_with(decoder, cos_sin, attention_kernels)
+            graphs = DecodeGraphs(model, orchestrator, kv_cache, cos_sin, recorder)
+        runner.decode_with(graphs, cos_sin, attention_kernels)
     budget.settle()
     summary = (
         f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
         f"{shown(budget.used())} of {shown(budget.total)} used"
     )
-    return Hybrid(runner, orchestrator, summary)
+    return GpuModel(runner, orchestrator, summary)
 
 
-_NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # nothing is ever missing
+_NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
 
 
-def _one_token(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
-    """The kernels for one token, where they run."""
+def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
+    """`decode_kernels` where Triton runs; else None, after a line to `notify`."""
     try:
         from fiddler.gpu import decode_kernels
     except ImportError:
@@ -161,16 +161,16 @@ def _one_token(device: torch.device, notify: Callable[[str], None]) -> ModuleTyp
     return decode_kernels
 
 
-def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache: torch.dtype) -> Sizes:
-    """What goes to the GPU, before anything did."""
+def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
+    """Memory that the model will take on the GPU."""
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
     tensors = model_file.file.tensors
     names = config.tensor_shapes(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
-    kept = kv_bytes(config, context, cache, context) + 4 * context * config.head_dim  # and turns, in float32
+    position_bytes = kv_bytes(config, context, cache_dtype, context) + 4 * context * config.head_dim  # float32 cos_sin
     return Sizes(
-        fixed=dense + kept + _WORK,
-        token=width * _ACTIVATIONS,
+        fixed=dense + position_bytes + _WORKSPACE_BYTES,
+        token=width * _ACTIVATION_BYTES,
         slots=Ring.nbytes(width, slot_rows(hidden), SLOTS),
         expert=3 * experts[0].gate[0].nbytes,
         experts=len(experts) * config.expert_count,
@@ -178,16 +178,16 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     )
 
 
-def _check(budget: Budget, sizes: Sizes, asked: str | None) -> None:
-    """Raises RequestError where the budget is too small, before anything goes to the GPU."""
-    sizes = replace(sizes, fixed=sizes.fixed + _LIBRARIES)
+def _check(budget: Budget, sizes: Sizes, gpu_memory: str | None) -> None:
+    """Raise RequestError where the budget is too small, before anything goes to the GPU."""
+    sizes = replace(sizes, fixed=sizes.fixed + _LIBRARY_BYTES)
     if least_room(sizes) > budget.room():
-        raise _too_little(budget, sizes, asked)
+        raise _too_small(budget, sizes, gpu_memory)
 
 
-def _too_little(budget: Budget, sizes: Sizes, asked: str | None) -> RequestError:
-    least = budget.total - budget.room() + least_room(sizes)
+def _too_small(budget: Budget, sizes: Sizes, gpu_memory: str | None) -> RequestError:
+    required = budget.total - budget.room() + least_room(sizes)
     return RequestError(
-        f"--gpu-memory {asked or shown(budget.total)}: too little; without any expert this model needs "
-        f"{at_least(least)} with a context of {sizes.context}"
+        f"--gpu-memory {gpu_memory or shown(budget.total)}: too little; without any expert this model needs "
+        f"{at_least(required)} with a context of {sizes.context}"
     )

@@ -1,4 +1,4 @@
-"""What fits on the GPU, and which experts live there. Pure: knows bytes and how popular experts are, not devices."""
+"""How much of a model fits on the GPU: experts, chunk length, slots. Pure: knows bytes; not devices or expert ids."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 __all__ = ["Layout", "Sizes", "lay_out", "least_room"]
 
-_CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens of one step
-_ACTIVATIONS = 0.1  # the share of the room that a step's activations may take, where there is a choice
+_CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens per step
+_ACTIVATION_FRACTION = 0.1  # of the room, for a step's activations where a shorter chunk is possible
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that a model takes on a GPU."""
+    """Memory that a model takes on a GPU [bytes], its number of experts, and its context [tokens]."""
 
-    fixed: int  # whatever else is there: dense weights, keys and values, temporaries
-    token: int  # activations of a token of a step
-    slots: int  # for weights that pass through
-    expert: int
-    experts: int  # how many there are
+    fixed: int  # dense weights, KV cache, temporaries
+    token: int  # activations per token of a step
+    slots: int  # the staging ring of streamed weights
+    expert: int  # per expert
+    experts: int  # number of experts in all layers
     context: int  # tokens; no step is longer
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What fits: steps of `chunk` tokens, so many experts, and slots, unless all experts are there."""
+    """Steps of `chunk` tokens, `residents` experts on the GPU, and slots for the others unless all are there."""
 
     chunk: int
     residents: int
@@ -35,25 +35,25 @@ def _chunks(sizes: Sizes) -> list[int]:
     return sorted({min(chunk, sizes.context) for chunk in _CHUNKS}, reverse=True)
 
 
-def lay_out(room: int, sizes: Sizes, most: int) -> Layout | None:
-    """The layout for so many bytes, with at most `most` experts; None where there is none.
+def lay_out(room: int, sizes: Sizes, max_residents: int) -> Layout | None:
+    """The layout for `room` [bytes] with at most `max_residents` experts on the GPU; None where nothing fits.
 
-    Every expert where that is possible at all; then steps as long as a share of the room allows, shorter ones where
-    else nothing would fit.
+    All experts go first, where they fit with any chunk. Chunks are as long as `_ACTIVATION_FRACTION` of the room
+    allows, shorter where nothing else fits.
     """
-    least = _chunks(sizes)[-1]
-    chunks = [chunk for chunk in _chunks(sizes) if chunk * sizes.token <= _ACTIVATIONS * room or chunk == least]
+    shortest = _chunks(sizes)[-1]
+    chunks = [c for c in _chunks(sizes) if c * sizes.token <= _ACTIVATION_FRACTION * room or c == shortest]
     left = {chunk: room - sizes.fixed - chunk * sizes.token for chunk in chunks}
     for chunk in chunks:
-        if most >= sizes.experts and left[chunk] >= sizes.experts * sizes.expert:
+        if max_residents >= sizes.experts and left[chunk] >= sizes.experts * sizes.expert:
             return Layout(chunk, sizes.experts, slots=False)
     for chunk in chunks:
         if left[chunk] >= sizes.slots:
-            return Layout(chunk, min(most, (left[chunk] - sizes.slots) // sizes.expert), slots=True)
+            return Layout(chunk, min(max_residents, (left[chunk] - sizes.slots) // sizes.expert), slots=True)
     return None
 
 
 def least_room(sizes: Sizes) -> int:
-    """Bytes from which on there is a layout."""
-    others = min(sizes.slots, sizes.experts * sizes.expert)
-    return sizes.fixed + _chunks(sizes)[-1] * sizes.token + others
+    """The smallest room [bytes] for which there is a layout."""
+    expert_bytes = min(sizes.slots, sizes.experts * sizes.expert)
+    return sizes.fixed + _chunks(sizes)[-1] * sizes.token + expert_bytes

@@ -1,6 +1,7 @@
 """Runs steps where the dense part is on a GPU: several tokens through torch, one token as captured graphs.
 
-Knows one sequence's place on the GPU, which the next sequence takes over when nobody holds the last one any more.
+Knows the preallocated KV cache, to whose addresses the graphs are bound: one sequence at a time owns it, and a new one
+takes it over once nobody holds the last owner. Does not know where experts are computed.
 """
 
 from __future__ import annotations
@@ -28,36 +29,36 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuRunner"]
 
-_LOGITS = 256  # tokens whose logits are computed at once
+_LOGITS_CHUNK = 256  # tokens per product with the output weight
 
 
 class _GpuStep(Step):
-    """A `Step` through a kernel that rotates and stores at once."""
+    """A `Step` whose rotary embedding and KV cache writes are one kernel."""
 
     def __init__(
         self, parts: Sequence[tuple[KVCache, int]], config: Config, cos_sin: Tensor, attention: ModuleType
     ) -> None:
         super().__init__(parts, config)
-        self._of_all, self._attention = cos_sin, attention
+        self._cos_sin_table, self._attention = cos_sin, attention
         self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(cos_sin.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The model's `Cache`."""
-        made, begin = [], 0
+        """Implements `Cache.attend`."""
+        outputs, begin = [], 0
         for i, (sequence, count) in enumerate(self._parts):
             rows, end = slice(begin, begin + count), sequence.length + count
             begin += count
-            keys, values = (prefix_cache[layer] for prefix_cache in sequence.storage)
-            turned = self._attention.rotate_and_store(
-                q[rows], k[rows], v[rows], self._of_all, self._starts[i : i + 1], keys, values, keys.dtype
+            keys, values = (tensors[layer] for tensors in sequence.storage)
+            rotated = self._attention.rotate_and_store(
+                q[rows], k[rows], v[rows], self._cos_sin_table, self._starts[i : i + 1], keys, values, keys.dtype
             )
-            keys, values = (prefix_cache[:, :end].transpose(0, 1) for prefix_cache in (keys, values))
-            made.append(attend(turned, keys, values, self._config.sliding_window))
-        return made[0] if len(made) == 1 else torch.cat(made)
+            keys, values = (tensor[:, :end].transpose(0, 1) for tensor in (keys, values))
+            outputs.append(attend(rotated, keys, values, self._config.sliding_window))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class GpuRunner(Runner):
-    """A `Runner` on a GPU."""
+    """A `Runner` whose dense part is on a GPU."""
 
     def __init__(
         self,
@@ -68,29 +69,29 @@ class GpuRunner(Runner):
         cache_dtype: torch.dtype,
         threads: int,
         chunk: int,
-        home: KVCache,
+        preallocated: KVCache,
         budget: Budget,
     ) -> None:
-        """beside: runs a step of the model, and computes meanwhile what it leaves to the CPU; an `Orchestrator`'s.
-        start_over: ends what a step that was interrupted, and interrupted again while it ended, has left: the GPU may
-        stand at a gate that nobody opens, and whoever waits for the GPU then waits for good.
+        """beside: `Orchestrator.beside`, which runs a step of the model and computes the CPU's parts of it meanwhile.
+        start_over: `Orchestrator.start_over`, which ends a step that was interrupted, and interrupted again while it
+        ended: else the GPU may wait at a semaphore that nobody opens, and whoever waits for the GPU waits forever.
 
-        home: a sequence with room for the whole context, whose storage the others use after it.
+        preallocated: has room for the whole context; one sequence at a time uses its storage.
         """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
         self._beside, self._start_over = beside, start_over
-        self._threads_beside = max(1, min(threads, kernels.usable_cores() - 1))
-        self._storage = home.storage
-        self._at_home: Callable[[], KVCache | None] = lambda: None
+        self._kernel_threads = max(1, min(threads, kernels.usable_cores() - 1))
+        self._storage = preallocated.storage
+        self._owner: Callable[[], KVCache | None] = lambda: None  # the sequence that uses `_storage`
         self._decoder: DecodeGraphs | None = None
         self._attention: ModuleType | None = None
         self._cos_sin = torch.empty(0)
 
     def decode_with(self, decoder: DecodeGraphs, cos_sin: Tensor, attention: ModuleType) -> None:
-        """Take single tokens of the sequence at home through `decoder`, others through `attention`'s kernels.
+        """Run single tokens of the preallocated KV cache through `decoder`, other steps through `attention`'s kernels.
 
-        turns: of every position, see `attention_kernels.rotate_and_store`.
+        cos_sin: of every position, see `attention_kernels.rotate_and_store`.
         """
         self._decoder, self._cos_sin, self._attention = decoder, cos_sin, attention
 
@@ -100,48 +101,48 @@ class GpuRunner(Runner):
         return _GpuStep(parts, self.model.config, self._cos_sin, self._attention)
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
-        # all this while the side thread queues, a core's work: a kernel's thread on that core would be waited for
-        kernels.set_threads(self._threads_beside)
+        # the worker thread keeps one core busy meanwhile: kernels would wait for a thread on that core
+        kernels.set_threads(self._kernel_threads)
         return self._beside(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
     def sequence(self, positions: int = 0) -> KVCache:
-        """A `Runner`'s. The first one in use has its memory already, another one takes more."""
-        if self.prefix_cache.holds(self._at_home()):
+        """Implements `Runner.sequence`. One sequence at a time uses the preallocated KV cache; others allocate."""
+        if self.prefix_cache.holds(self._owner()):
             self.prefix_cache.drop()
-        home = self._at_home() is None
-        made = KVCache(
+        unowned = self._owner() is None
+        sequence = KVCache(
             self.model.config,
             self.context,
             self.cache_dtype,
             self.model.token_embd.device,
-            self._storage if home else None,
+            self._storage if unowned else None,
         )
-        if home:
-            self._at_home = weakref.ref(made)
+        if unowned:
+            self._owner = weakref.ref(sequence)
         if positions:
             with self._within_budget():
-                made.reserve(positions)
-        return made
+                sequence.reserve(positions)
+        return sequence
 
     def room(self, weights: int) -> int | None:
-        """A `Runner`'s: what is left of the budget, the sequence at home not counted."""
+        """Implements `Runner.room`: bytes left of the budget; the preallocated KV cache is part of what is used."""
         return max(0, self.budget.room())
 
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """A `Runner`'s, but only the sequence at home: another one would cost memory, and be slower."""
-        if sequence is self._at_home():
+        """Implements `Runner.keep`, but only for the preallocated KV cache: another would cost memory and be slower."""
+        if sequence is self._owner():
             super().keep(sequence, tokens)
 
     def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
-        """A `Runner`'s."""
+        """Implements `Runner.copy`."""
         with self._within_budget():
             return super().copy(source, target, shared)
 
     def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
-        """A `Runner`'s. What it returns for a single token is valid until the next step."""
-        one = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
+        """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
+        single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
-            if self._decoder is None or not one or parts[0][0] is not self._at_home():
+            if self._decoder is None or not single or parts[0][0] is not self._owner():
                 return super().step(parts, wanted)
             ((sequence, tokens),) = parts
             sequence.reserve(sequence.length + 1)
@@ -153,25 +154,25 @@ class GpuRunner(Runner):
     def prefill(
         self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
     ) -> Tensor:
-        """A `Runner`'s."""
+        """Implements `Runner.prefill`."""
         with self._within_budget():
             return super().prefill(sequence, tokens, on_chunk)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """A `Runner`'s."""
+        """Implements `Runner.logits`."""
         if self._decoder is not None and hidden is self._decoder.hidden:
             return self._decoder.logits()
-        made = torch.empty(len(hidden), self.model.config.vocab_size)
-        with self._within_budget():  # in pieces: a step may be longer than there is room for all its logits
-            for begin in range(0, len(hidden), _LOGITS):
-                made[begin : begin + _LOGITS] = Runner.logits(self, hidden[begin : begin + _LOGITS])
-        return made
+        logits = torch.empty(len(hidden), self.model.config.vocab_size)
+        with self._within_budget():  # in chunks: the GPU may lack room for the logits of a long step
+            for begin in range(0, len(hidden), _LOGITS_CHUNK):
+                logits[begin : begin + _LOGITS_CHUNK] = Runner.logits(self, hidden[begin : begin + _LOGITS_CHUNK])
+        return logits
 
     @contextmanager
     def _within_budget(self) -> Iterator[None]:
-        """Says what helps where the GPU's memory does not suffice, as with several sequences at once.
+        """Turn running out of GPU memory, as with several sequences at once, into an error that names the remedy.
 
-        Begins by ending what was broken off, since all that is done here may wait for the GPU.
+        First ends an interrupted step, since everything in this context may wait for the GPU.
         """
         self._start_over()
         try:

@@ -1,1 +1,1 @@
-"""Experts that do not fit the GPU: who computes them, where, and in which order."""
+"""Experts that do not fit the GPU: residents, copies, plans, and their computation on CPU and GPU."""

@@ -1,4 +1,4 @@
-"""Measures what an expert costs on this machine: CPU kernels, GPU and the copies, alone and together.
+"""Measures the time of an expert on this machine: CPU kernels, GPU and host-to-device copies, alone and together.
 
 Knows kernels, copies and a clock; not plans. Both sides are measured the way they will be used: the CPU's kernels
 while the copies run, and the copies while the CPU computes, since both read the same memory.
@@ -40,11 +40,11 @@ from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 __all__ = ["calibrate_alone", "calibrated", "measure"]
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _GPU_TOKENS = (1, 16, 128, 512, 2048)
-_FEW_CORES = 4  # of which one is much to leave
-_AT_LEAST = 0.04  # seconds that are timed in one piece
-_ENOUGH = 2.5  # times the CPU's time, that the link is given work for
-_MEASURED = 1 << 33  # bytes of weights that are measured on, at most: far more than any cache holds
-_SHARE = 0.25  # of the memory that could be had, that they may take: none is to be read from disk meanwhile
+_FEW_CORES = 4  # up to this many, a free core costs much
+_MIN_SECONDS = 0.04  # of one timed run
+_COPY_FACTOR = 2.5  # the queued copies take this many times the CPU's time
+_MAX_BYTES = 1 << 33  # of the weights to measure with: far more than any cache holds
+_MEMORY_FRACTION = 0.25  # of the available memory for these weights: none of them may be read from disk meanwhile
 
 
 def calibrated(
@@ -55,39 +55,39 @@ def calibrated(
     *,
     again: bool = False,
 ) -> Calibration:
-    """What was measured for this machine, these kernels and experts of this shape; measured now if it never was.
+    """The calibration for this machine, these kernels and experts of this shape: from disk, or measured now.
 
-    ring: where the GPU takes streamed weights, None where there is no GPU. threads: the number to use, or None for
-    the best of those that leave the GPU's driver a core or two.
+    ring: stages streamed weights on the GPU, None where there is no GPU. threads: the number to use, or None for the
+    fastest of those that leave the GPU's driver a core or two. again: measure even if the disk has a result.
     """
     machine = _machine(layers, ring, threads)
     path = cache_folder() / f"calibration-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
-    found = None if again else read_calibration(path)
-    if found is not None and found.machine == machine:
-        return found
-    notify("measuring this machine's CPU and link; the next start finds the result on disk")
-    made = measure(layers, ring, threads, machine)
+    cached = None if again else read_calibration(path)
+    if cached is not None and cached.machine == machine:
+        return cached
+    notify("measuring this machine's CPU and PCIe link; the next start finds the result on disk")
+    calibration = measure(layers, ring, threads, machine)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(asdict(made), indent=1))
-        part.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(calibration), indent=1))
+        temporary.replace(path)
     except OSError as error:
         notify(f"warning: {path}: the calibration cannot be kept: {error.strerror}")
-    return made
+    return calibration
 
 
 def _machine(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | None) -> str:
-    """What a result holds for, in one line."""
+    """Hardware, kernels and shape for which a calibration is valid, in one line."""
     gpu = "no GPU"
     if ring is not None:
         device = ring.weight_copy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU as a GPU"
         gpu = f"{name}, {type(ring.weight_copy).__name__}"
     variant, (_, hidden, width) = layers[0].variant, layers[0].gate.shape
-    wanted = kernels.set_threads(None) if threads is None else threads
+    thread_count = kernels.set_threads(None) if threads is None else threads
     return (
-        f"{_cpu_name()}, {'up to ' if threads is None else ''}{wanted} threads; {gpu}; "
+        f"{_cpu_name()}, {'up to ' if threads is None else ''}{thread_count} threads; {gpu}; "
         f"{variant.tier.name}, {variant.weights} weights, {variant.activations} activations, D {width}, F {hidden}"
     )
 
@@ -102,48 +102,48 @@ def _cpu_name() -> str:
 
 
 def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | None, machine: str) -> Calibration:
-    """Measure on these layers' weights; takes seconds."""
-    size = 3 * layers[0].gate[0].nbytes
-    most = kernels.set_threads(threads)
+    """Measure with these layers' weights; takes seconds. machine: stored with the result."""
+    expert_bytes = 3 * layers[0].gate[0].nbytes
+    max_threads = kernels.set_threads(threads)
     if ring is None:
-        bench = _CpuBench(layers)
-        seconds = tuple(bench.cpu(tokens) for tokens in _TOKENS)
-        return Calibration(machine, most, size, _TOKENS, seconds, seconds[0])
-    both = _Bench(layers, ring)
-    copy_alone = both.weight_copy()
+        cpu_bench = _CpuBench(layers)
+        seconds = tuple(cpu_bench.cpu(tokens) for tokens in _TOKENS)
+        return Calibration(machine, max_threads, expert_bytes, _TOKENS, seconds, seconds[0])
+    bench = _Bench(layers, ring)
+    copy_alone = bench.copy()
     speeds = {}
-    left = (1, 2) if most > _FEW_CORES else (0, 1)  # to the thread that drives the GPU
-    for count in {most} if threads is not None else {max(1, most - cores) for cores in left}:
+    free_cores = (1, 2) if max_threads > _FEW_CORES else (0, 1)  # for the thread that drives the GPU
+    for count in {max_threads} if threads is not None else {max(1, max_threads - cores) for cores in free_cores}:
         kernels.set_threads(count)
-        speeds[count] = sum(1 / seconds for seconds in both.together(1, copy_alone))
-    chosen = kernels.set_threads(max(speeds, key=lambda count: speeds[count]))
-    cpu_alone = both.cpu(1)
-    points = [both.together(tokens, copy_alone) for tokens in _TOKENS]
+        speeds[count] = sum(1 / seconds for seconds in bench.together(1, copy_alone))
+    fastest = kernels.set_threads(max(speeds, key=lambda count: speeds[count]))
+    cpu_alone = bench.cpu(1)
+    points = [bench.together(tokens, copy_alone) for tokens in _TOKENS]
     return Calibration(
         machine,
-        chosen,
-        size,
+        fastest,
+        expert_bytes,
         _TOKENS,
         tuple(cpu for cpu, _ in points),
         cpu_alone,
         _GPU_TOKENS,
-        tuple(both.gpu(tokens) for tokens in _GPU_TOKENS),
-        median(weight_copy for _, weight_copy in points[:4]),
+        tuple(bench.gpu(tokens) for tokens in _GPU_TOKENS),
+        median(copy for _, copy in points[:4]),
         copy_alone,
     )
 
 
 def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights], int]:
-    """As many layers as are measured on, and how many experts of each; they are in memory then.
+    """Reads into memory the experts to measure with; returns their layers, and the number of experts of each.
 
-    A file on disk may be larger than memory: what its disk gives is no property of kernels or links.
+    A file on disk may be larger than memory: its disk's speed is no property of kernels or copies.
     """
-    size, experts = 3 * layers[0].gate[0].nbytes, len(layers[0].gate)
-    room = int(min(_MEASURED, _SHARE * (available_memory() or inf)) // size)  # experts
-    if room < experts:
-        layers, experts = layers[:1], max(1, room)
+    expert_bytes, experts = 3 * layers[0].gate[0].nbytes, len(layers[0].gate)
+    max_experts = int(min(_MAX_BYTES, _MEMORY_FRACTION * (available_memory() or inf)) // expert_bytes)
+    if max_experts < experts:
+        layers, experts = layers[:1], max(1, max_experts)
     else:
-        layers = layers[: room // experts]
+        layers = layers[: max_experts // experts]
     for weights in layers:
         for matrices in (weights.gate, weights.up, weights.down):
             first, last = (matrices[e].ctypes.data for e in (0, experts - 1))
@@ -153,28 +153,28 @@ def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights]
 
 
 class _CpuBench:
-    """Times the CPU's kernels; layers take turns, so that nothing is read from a cache."""
+    """Times the CPU's kernels, each run on another layer: no weights are read from a cache."""
 
     def __init__(self, layers: Sequence[ExpertWeights]) -> None:
         self._layers, self._experts = _in_memory(layers)
         _, self._hidden, self._width = layers[0].gate.shape
         self._rng = np.random.default_rng(0)
-        self._turn = 0
+        self._runs = 0
 
     def _run(self, tokens: int) -> None:
-        """Every expert of a layer, each with so many tokens."""
-        self._turn += 1
-        weights = self._layers[-1 - self._turn % len(self._layers)]
+        """Compute every expert of the next layer, each with `tokens` tokens."""
+        self._runs += 1
+        weights = self._layers[-1 - self._runs % len(self._layers)]
         x = self._rng.standard_normal((tokens, self._width), np.float32)
-        ids = np.tile(np.arange(self._experts), (tokens, 1))
-        share = np.ones((tokens, self._experts), np.float32)
-        kernels.expert_ffn(x, ids, share, weights.gate, weights.up, weights.down, weights.variant)
+        expert_ids = np.tile(np.arange(self._experts), (tokens, 1))
+        routing_weights = np.ones((tokens, self._experts), np.float32)
+        kernels.expert_ffn(x, expert_ids, routing_weights, weights.gate, weights.up, weights.down, weights.variant)
 
     def cpu(self, tokens: int) -> float:
-        """Seconds an expert, nothing else going on: the median of several."""
+        """Seconds an expert while nothing else runs: the median of several runs."""
         self._run(tokens)
         samples: list[float] = []
-        while len(samples) < 3 or sum(samples) < _AT_LEAST / self._experts:
+        while len(samples) < 3 or sum(samples) < _MIN_SECONDS / self._experts:
             started = time.perf_counter()
             self._run(tokens)
             samples.append((time.perf_counter() - started) / self._experts)
@@ -189,12 +189,12 @@ class _Bench(_CpuBench):
         self._ring = ring
         self._sent = 0
         device = ring.weight_copy.device
-        cuda = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self._aside = ThreadPoolExecutor(1, "", *cuda)
+        initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._copy_thread = ThreadPoolExecutor(1, "", *initializer)
         self._parts = -(-self._hidden // ring.rows)  # of an expert
 
     def _send(self, experts: int) -> list[Event]:
-        """Queue so many whole experts on the link; a mark after each of their parts."""
+        """Queue copies of `experts` whole experts; an event after each of their parts."""
         events = []
         for _ in range(experts):
             layer = self._sent // self._experts % len(self._layers)
@@ -205,11 +205,11 @@ class _Bench(_CpuBench):
             self._sent += 1
         return events
 
-    def weight_copy(self) -> float:
-        """Seconds an expert, nothing else going on."""
+    def copy(self) -> float:
+        """Seconds to copy an expert while nothing else runs."""
         self._send(1)[-1].synchronize()
         count, seconds = 1, 0.0
-        while seconds < _AT_LEAST:
+        while seconds < _MIN_SECONDS:
             count *= 2
             started = time.perf_counter()
             self._send(count)[-1].synchronize()
@@ -217,36 +217,36 @@ class _Bench(_CpuBench):
         return seconds / count
 
     def together(self, tokens: int, copy_alone: float) -> tuple[float, float]:
-        """Seconds an expert of the CPU and of the link, both at work: the link has more than enough to do."""
+        """Seconds an expert, of the CPU and of the copies, at the same time: the copies outlast the CPU's runs."""
         alone = self.cpu(tokens) * self._experts
-        runs = max(1, round(_AT_LEAST / alone))
-        cpu, weight_copy = [], []
+        runs = max(1, round(_MIN_SECONDS / alone))
+        cpu, copies = [], []
         for _ in range(3):
             started = time.perf_counter()
-            sending = self._aside.submit(self._send, max(1, round(_ENOUGH * runs * alone / copy_alone)))
+            queueing = self._copy_thread.submit(self._send, max(1, round(_COPY_FACTOR * runs * alone / copy_alone)))
             if not self._ring.weight_copy.blocks:
-                sending.result()
+                queueing.result()
             begun = time.perf_counter()
             for _ in range(runs):
                 self._run(tokens)
             computed = ended = time.perf_counter()
-            events = sending.result()
+            events = queueing.result()
             arrived = sum(event.query() for event in events)
-            if self._ring.weight_copy.blocks:  # all of them, by now
+            if self._ring.weight_copy.blocks:  # all parts have arrived by now
                 ended = time.perf_counter()
             events[-1].synchronize()
             cpu.append((computed - begun) / runs / self._experts)
-            weight_copy.append((ended - started) * self._parts / max(1, arrived))
-        return median(cpu), median(weight_copy)
+            copies.append((ended - started) * self._parts / max(1, arrived))
+        return median(cpu), median(copies)
 
     def gpu(self, tokens: int) -> float:
-        """Seconds that the GPU computes on an expert that is there."""
+        """Seconds to compute an expert on the GPU, from weights in its memory."""
         weights, rows = self._layers[0], min(self._ring.rows, self._hidden)
-        kind, rounded = torch_type(weights), weights.variant.activations == "bf16"
+        dtype, rounded = torch_type(weights), weights.variant.activations == "bf16"
         (part,) = self._ring.send(0, 0, 0, rows)
-        matrices = part.matrices(kind)
+        matrices = part.matrices(dtype)
         x = torch.ones(
-            tokens, self._width, dtype=kind if rounded else torch.float32, device=self._ring.weight_copy.device
+            tokens, self._width, dtype=dtype if rounded else torch.float32, device=self._ring.weight_copy.device
         )
         done, samples = self._ring.weight_copy.event(), []
         part.arrived.wait()
@@ -268,31 +268,31 @@ def calibrate_alone(
     exact: bool,
     notify: Callable[[str], None],
 ) -> Calibration:
-    """Measure this machine anew, with a model's experts or with some of Mixtral-8x7B's shape, and store the result."""
+    """Measure this machine anew and store the result; without a model, with some experts of Mixtral-8x7B's shape."""
     gpu, _ = wants_gpu(device, None, notify)
     tier = kernels.choose_tier()
     if model_file is not None:
         experts = mapped_experts(model_file, tier, exact=exact)
     else:
         variant = KernelVariant(tier, "bf16", "f32" if exact else "bf16")
-        size = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
-        if available_memory() < 8 * size:
+        elements = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
+        if available_memory() < 8 * elements:
             raise ResourceError(
-                f"{shown(8 * size)} of memory are needed; give a MODEL.gguf, whose weights are measured"
+                f"{shown(8 * elements)} of memory are needed; give a MODEL.gguf, to measure with its weights"
             )
-        memory = mmap.mmap(-1, 6 * size)  # shared, as a file's mapping is: else it cannot be registered read-only
+        memory = mmap.mmap(-1, 6 * elements)  # shared, as a file's mapping is: else it cannot be pinned read-only
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
         bits[:] = 0x3C00
         experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), variant)]
     kernels.precompile(experts[0].variant, lambda: notify(COMPILING))
     ring = None
     if gpu:
-        on = torch.device("cuda", torch.cuda.current_device())
+        cuda = torch.device("cuda", torch.cuda.current_device())
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
         owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
         pinned = PinnedMapping(mappings, path, owner)
-        ring = Ring(fastest_copy(pinned, on, notify), experts, slot_rows(experts[0].gate.shape[1]), SLOTS)
+        ring = Ring(fastest_copy(pinned, cuda, notify), experts, slot_rows(experts[0].gate.shape[1]), SLOTS)
     return calibrated(experts, ring, threads, notify, again=True)
 
 
-_SHAPE = 4, 14336, 4096  # a few of Mixtral-8x7B's experts
+_SHAPE = 4, 14336, 4096  # [E, F, D], a few of Mixtral-8x7B's experts

@@ -1,4 +1,4 @@
-"""The experts that are resident on the GPU. Knows tensors and their addresses; not who chose them."""
+"""The experts that are resident on the GPU. Knows tensors and their addresses; not how they are chosen."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Residents"]
 
 
 class Residents:
-    """The experts that live on the GPU."""
+    """The experts that are resident on the GPU, by layer and expert id."""
 
     def __init__(self, layers: Sequence[ExpertWeights], device: torch.device) -> None:
         self._layers = layers
         self._device = device
         self._weights: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         experts = len(layers[0].gate)
-        # for kernels that are told an expert's number on the device: addresses of its matrices and its rows, or 0
+        # for kernels with expert ids on the device: addresses of gate, up, down, hidden rows, 0; zeros: not resident
         self.table = torch.zeros(len(layers), experts, 5, dtype=torch.int64, device=device)
 
     def __contains__(self, key: tuple[int, int]) -> bool:
@@ -35,16 +35,16 @@ class Residents:
         return len(self._weights)
 
     def addresses(self, layer: int, expert: int) -> tuple[int, int, int]:
-        """Of gate, up and down."""
+        """Addresses of gate, up and down."""
         gate, up, down = self._weights[layer, expert]
         return gate.data_ptr(), up.data_ptr(), down.data_ptr()
 
     def complete(self, layer: int) -> bool:
-        """Whether every expert of a layer is here."""
+        """Whether every expert of a layer is resident."""
         return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
 
     def load(self, placed: Sequence[Sequence[int]], weight_copy: WeightCopy, progress: Callable[[int], None]) -> None:
-        """Bring experts here, those of each layer; `progress` is told of bytes on their way."""
+        """Copy the experts of each layer to the GPU; calls `progress` with the bytes of each expert on its way."""
         table = self.table.cpu()
         for layer, experts in enumerate(placed):
             weights = self._layers[layer]
@@ -53,11 +53,11 @@ class Residents:
                 # each matrix begins at a multiple of 16 bytes
                 memory = torch.empty(3, -(-hidden * width // 8) * 8, dtype=torch_type(weights), device=self._device)
                 gate, up, down = memory[:, : hidden * width]
-                made = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
-                for target, bits in zip(made, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
+                matrices = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
+                for target, bits in zip(matrices, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
                     weight_copy.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
-                self._weights[layer, e] = made
-                table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in made), hidden, 0])
+                self._weights[layer, e] = matrices
+                table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in matrices), hidden, 0])
                 progress(memory.nbytes)
         arrived = weight_copy.event()
         weight_copy.arrive(arrived)

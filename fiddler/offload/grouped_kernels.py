@@ -1,7 +1,7 @@
 """Triton kernels for several tokens of several experts at once: two launches for all experts that are on the GPU.
 
-Knows tensors and addresses; not who has which weights. 16-bit products with float32 sums; the plain counterpart is
-`gpu_experts.feed_forward`, expert by expert.
+Knows tensors and addresses; not which weights lie where. 16-bit products with float32 sums; the plain counterpart is
+`feed_forward.feed_forward`, expert by expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fiddler.offload.feed_forward import Job
 
 __all__ = ["Grouped"]
 
-_LISTS, _LONGEST = 1024, 512  # lists of jobs that may be under way, and the numbers of one
+_LISTS, _LONGEST = 1024, 512  # job lists that the GPU may not have read yet, and the numbers of one
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _up(
     blocks,
     h,
     width,
-    most,
+    max_rows,
     base,
     W: tl.constexpr,
     EVEN: tl.constexpr,
@@ -43,13 +43,13 @@ def _up(
         gate = tl.multiple_of(tl.load(job).to(tl.pointer_type(W)), 16)
         up = tl.multiple_of(tl.load(job + 1).to(tl.pointer_type(W)), 16)
         m = tl.load(block + 1) + tl.arange(0, M)
-        mine = m < tl.load(job + 5)
-        t = tl.load(token + m, mask=mine, other=0)
+        valid = m < tl.load(job + 5)
+        t = tl.load(token + m, mask=valid, other=0)
         n = tl.program_id(1) * N + tl.arange(0, N)
         k = tl.arange(0, K)
-        here = tl.where(n < rows, n, 0)  # rows beyond are computed from another one, and not stored
+        row = tl.where(n < rows, n, 0)  # rows beyond the last are computed from row 0 and not stored
         a_at = x + t[:, None] * width + k[None, :]
-        b_at = here[None, :] * width + k[:, None]
+        b_at = row[None, :] * width + k[:, None]
         g = tl.zeros([M, N], tl.float32)
         u = tl.zeros([M, N], tl.float32)
         for begin in range(0, width, K):
@@ -62,8 +62,10 @@ def _up(
                 a = tl.load(a_at + begin, mask=inside[None, :], other=0.0)
                 g = tl.dot(a, tl.load(gate + b_at + begin, mask=inside[:, None], other=0.0), g)
                 u = tl.dot(a, tl.load(up + b_at + begin, mask=inside[:, None], other=0.0), u)
-        made = g / (1 + tl.exp(-g)) * u
-        tl.store(h + (m - base)[:, None] * most + n[None, :], made.to(W), mask=mine[:, None] & (n < rows)[None, :])
+        activated = g / (1 + tl.exp(-g)) * u
+        tl.store(
+            h + (m - base)[:, None] * max_rows + n[None, :], activated.to(W), mask=valid[:, None] & (n < rows)[None, :]
+        )
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def _down(
     blocks,
     y,
     width,
-    most,
+    max_rows,
     base,
     W: tl.constexpr,
     EVEN: tl.constexpr,
@@ -90,90 +92,110 @@ def _down(
         rows = tl.multiple_of(rows, 16)
     down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(W)), 16)
     m = tl.load(block + 1) + tl.arange(0, M)
-    mine = m < tl.load(job + 5)
+    valid = m < tl.load(job + 5)
     n = tl.program_id(1) * N + tl.arange(0, N)
     k = tl.arange(0, K)
-    here = tl.where(n < width, n, 0)
-    a_at = h + (m - base)[:, None] * most + k[None, :]
-    b_at = here[None, :] * rows + k[:, None]
+    column = tl.where(n < width, n, 0)
+    a_at = h + (m - base)[:, None] * max_rows + k[None, :]
+    b_at = column[None, :] * rows + k[:, None]
     total = tl.zeros([M, N], tl.float32)
     for begin in range(0, rows, K):
         inside = begin + k < rows
-        a = tl.load(a_at + begin, mask=mine[:, None] & inside[None, :], other=0.0)
+        a = tl.load(a_at + begin, mask=valid[:, None] & inside[None, :], other=0.0)
         total = tl.dot(a, tl.load(down + b_at + begin, mask=inside[:, None], other=0.0), total)
-    t = tl.load(token + m, mask=mine, other=0)
-    routing_weight = tl.load(routing_weights + m, mask=mine, other=0.0)
-    place = y + t[:, None] * width + n[None, :]
-    tl.atomic_add(place, total * routing_weight[:, None], mask=mine[:, None] & (n < width)[None, :], sem="relaxed")
+    t = tl.load(token + m, mask=valid, other=0)
+    routing_weight = tl.load(routing_weights + m, mask=valid, other=0.0)
+    target = y + t[:, None] * width + n[None, :]
+    tl.atomic_add(target, total * routing_weight[:, None], mask=valid[:, None] & (n < width)[None, :], sem="relaxed")
 
 
 @triton.jit
 def _fetch(source, target, count, kind: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
-    given = tl.load(source.to(tl.pointer_type(kind)) + at, mask=at < count, other=0)
+    values = tl.load(source.to(tl.pointer_type(kind)) + at, mask=at < count, other=0)
     if ADD:
-        given += tl.load(target + at, mask=at < count, other=0)
-    tl.store(target + at, given, mask=at < count)
+        values += tl.load(target + at, mask=at < count, other=0)
+    tl.store(target + at, values, mask=at < count)
 
 
 class Grouped:
-    """What the GPU does with several tokens of several experts, all of it queued without the copy engine.
+    """Computes several tokens of several experts on the GPU, without the copy engine.
 
-    A small copy to the GPU would wait for all the weights that are on their way there; pinned memory is read by
-    kernels instead.
+    A small copy to the GPU would wait for all the weights that are being copied: kernels read pinned memory instead.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._told = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, device=device)
+        self._host_lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device_lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, device=device)
         self._next = 0
 
     def experts_of_many(
-        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], most: int, into: Tensor, work: int
+        self,
+        x: Tensor,
+        token: Tensor,
+        routing_weights: Tensor,
+        jobs: Sequence[Job],
+        max_rows: int,
+        into: Tensor,
+        workspace_bytes: int,
     ) -> None:
-        """Add to `into` [T, D] float32, for every job and each of its tokens, that token's share of the feed-forward.
+        """Add to `into` [T, D] float32, for every job and each of its tokens, the weighted feed-forward.
 
-        x: [T, D] in the weights' type. token, shares: [A], the row of x and the share of each place in the order by
-        expert. most: no job has more rows. work: bytes for temporaries. The sums of a token's jobs come in any order:
-        two give the same bits each time, three or more need not.
+        x: [T, D] in the weights' type. token, routing_weights: [T * K], row of x and routing weight at each position
+        in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. The results of a token's
+        jobs are added in any order: two give the same bits each time, three or more need not.
         """
-        for part in _in_pieces(jobs, max(1, work // (2 * most))):
-            self._run(x, token, routing_weights, part, most, into)
+        for part in _in_pieces(jobs, max(1, workspace_bytes // (2 * max_rows))):
+            self._run(x, token, routing_weights, part, max_rows, into)
 
-    def add_from_host(self, into: Tensor, given: Tensor) -> None:
+    def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
         count = into.numel()
-        _fetch[(triton.cdiv(count, 4096),)](given.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
+        _fetch[(triton.cdiv(count, 4096),)](pinned.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
 
     def _run(
-        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], most: int, into: Tensor
+        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], max_rows: int, into: Tensor
     ) -> None:
         width, base = x.shape[1], jobs[0].first
         largest = max(job.end - job.first for job in jobs)
         m = 16 if largest <= 16 else 64 if largest <= 64 else 128
         blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
-        listed = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
-        told = self._tell(listed + [number for block in blocks for number in block], x.device)
-        given, at = told[: 6 * len(jobs)], told[6 * len(jobs) :]
-        kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
-        h = torch.empty(jobs[-1].end - base, most, dtype=x.dtype, device=x.device)
+        numbers = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
+        device_list = self._to_device(numbers + [number for block in blocks for number in block], x.device)
+        job_list, block_list = device_list[: 6 * len(jobs)], device_list[6 * len(jobs) :]
+        weight_type = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
+        h = torch.empty(jobs[-1].end - base, max_rows, dtype=x.dtype, device=x.device)
         n, k = 128, 64
         warps, stages = (8, 4) if m > 64 else (4, 3)
-        _up[(len(blocks), triton.cdiv(most, n))](
-            x, token, given, at, h, width, most, base, kind, width % k == 0, m, n, k, num_warps=warps, num_stages=stages
+        _up[(len(blocks), triton.cdiv(max_rows, n))](
+            x,
+            token,
+            job_list,
+            block_list,
+            h,
+            width,
+            max_rows,
+            base,
+            weight_type,
+            width % k == 0,
+            m,
+            n,
+            k,
+            num_warps=warps,
+            num_stages=stages,
         )
         even = all(job.rows % 16 == 0 for job in jobs)
         _down[(len(blocks), triton.cdiv(width, n))](
             h,
             token,
             routing_weights,
-            given,
-            at,
+            job_list,
+            block_list,
             into,
             width,
-            most,
+            max_rows,
             base,
-            kind,
+            weight_type,
             even,
             m,
             n,
@@ -182,29 +204,29 @@ class Grouped:
             num_stages=4,
         )
 
-    def _tell(self, numbers: list[int], device: torch.device) -> Tensor:
-        """Numbers on the GPU."""
+    def _to_device(self, numbers: list[int], device: torch.device) -> Tensor:
+        """Copy int64 numbers to the GPU."""
         count = len(numbers)
         if count > _LONGEST:
             return torch.tensor(numbers).to(device, non_blocking=True)
         index, self._next = self._next, (self._next + 1) % _LISTS
-        if index == 0 and device.type == "cuda":  # the lists of the last round must have been read
+        if index == 0 and device.type == "cuda":  # the GPU must have read the lists of the last round
             torch.cuda.current_stream().synchronize()
-        self._lists[index].numpy()[:count] = numbers
-        told = self._told[index, :count]
-        _fetch[(1,)](self._lists[index].data_ptr(), told, count, tl.int64, False, _LONGEST, num_warps=4)
-        return told
+        self._host_lists[index].numpy()[:count] = numbers
+        device_list = self._device_lists[index, :count]
+        _fetch[(1,)](self._host_lists[index].data_ptr(), device_list, count, tl.int64, False, _LONGEST, num_warps=4)
+        return device_list
 
 
 def _in_pieces(jobs: Sequence[Job], tokens: int) -> Iterator[list[Job]]:
-    """The jobs in turn, with at most so many tokens between the first and the last of a piece."""
+    """The jobs in order, in pieces that span at most `tokens` positions in the order by expert."""
     piece: list[Job] = []
     for job in jobs:
         for first in range(job.first, job.end, tokens):
-            taken = job._replace(first=first, end=min(first + tokens, job.end))
-            if piece and taken.end - piece[0].first > tokens:
+            part = job._replace(first=first, end=min(first + tokens, job.end))
+            if piece and part.end - piece[0].first > tokens:
                 yield piece
                 piece = []
-            piece.append(taken)
+            piece.append(part)
     if piece:
         yield piece

@@ -1,4 +1,4 @@
-"""Which experts are resident on the GPU. Pure: knows how often experts were chosen, not devices."""
+"""Selects the experts that are resident on the GPU. Pure: knows how often experts were chosen, not devices."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from collections.abc import Sequence
 __all__ = ["place"]
 
 
-def place(layers: int, experts: int, room: int, counts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
-    """The experts of each layer that become residents, `room` in all (or every expert, where that is fewer).
+def place(
+    layers: int, experts: int, max_residents: int, counts: Sequence[Sequence[int]] | None = None
+) -> list[list[int]]:
+    """The resident experts of each layer, `max_residents` in all (or every expert, where there are fewer).
 
-    counts: how often each expert of each layer was chosen, [L][E]: then those that were chosen most often, of any
-    layer. Without them no expert is better than another, and every layer gets the same number, give or take one:
-    a layer without residents would be the slowest of all. The layers that get one more are spread over the model.
+    counts: how often each expert of each layer was chosen, [L][E]. With counts: the experts that were chosen most
+    often, of any layer. Without: the same number in every layer, give or take one, since a layer without residents
+    would be the slowest of all. The layers that get one more are spread over the model.
     """
-    room = min(max(room, 0), layers * experts)
-    chosen: list[list[int]] = [[] for _ in range(layers)]
+    max_residents = min(max(max_residents, 0), layers * experts)
+    residents: list[list[int]] = [[] for _ in range(layers)]
     if counts is not None:
-        # among experts chosen equally often, those of layers that have fewer residents so far: round after round
+        # ties go to layers with fewer residents so far: the best expert of each layer, then the second best, ...
         ranked = [sorted(range(experts), key=lambda e: -row[e]) for row in counts]
         order = sorted(
             ((-counts[layer][e], rank, layer, e) for layer in range(layers) for rank, e in enumerate(ranked[layer]))
         )
-        for _, _, layer, e in order[:room]:
-            chosen[layer].append(e)
-        return [sorted(row) for row in chosen]
+        for _, _, layer, e in order[:max_residents]:
+            residents[layer].append(e)
+        return [sorted(row) for row in residents]
     for layer in range(layers):
-        share = (layer + 1) * room // layers - layer * room // layers
-        chosen[layer] = list(range(share))
-    return chosen
+        count = (layer + 1) * max_residents // layers - layer * max_residents // layers
+        residents[layer] = list(range(count))
+    return residents

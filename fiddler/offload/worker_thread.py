@@ -1,6 +1,6 @@
-"""One thread beside the caller's: work in order, a gate between the two, and a step that both do. Knows no model.
+"""A worker thread beside the caller's: tasks in order, and steps that both threads compute. Knows no model.
 
-Steps, and tens of parts of each, are handed over: this costs a few microseconds, an executor's futures cost twenty.
+A step passes tens of parts to the other thread. Each costs a few microseconds here, and twenty as an executor's future.
 """
 
 from __future__ import annotations
@@ -15,163 +15,163 @@ from fiddler.device.semaphore import HostSemaphore, Semaphore
 
 __all__ = ["CooperativeStep", "Task", "WorkerThread"]
 
-_A_WHILE = 1e-3  # seconds
+_POLL_SECONDS = 1e-3
 
 Part = TypeVar("Part")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Task:
-    """Something that was given to a `WorkerThread`."""
+    """A call for a `WorkerThread`."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call: Callable[[], None] | None = call
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._failed: BaseException | None = None
+        self._error: BaseException | None = None
         self.ended = False
 
     def run(self) -> None:
-        """Do it; what it raises is kept for the one who waits."""
-        call, self._call = self._call, None  # what it holds on to is not kept
+        """Make the call; `wait` raises its exception."""
+        call, self._call = self._call, None  # frees the objects that the call refers to
         if call is None:
             return
         try:
             call()
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            self._failed = error
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it
+            self._error = error
         self.ended = True
         self._lock.release()
 
     def join(self, seconds: float = -1) -> None:
-        """Wait until it is over, however it went, or for so long."""
-        if not self.ended:  # so that one who was interrupted here may come again
+        """Wait until the call has returned or raised, or for so many seconds."""
+        if not self.ended:  # a caller that was interrupted here may join again
             self._lock.acquire(timeout=seconds)
 
     def wait(self) -> None:
-        """Wait until it is done. Raises what it raised."""
+        """Wait until the call has returned. Raises its exception."""
         self.join()
-        failed, self._failed = self._failed, None
-        if failed is not None:
+        error, self._error = self._error, None
+        if error is not None:
             try:
-                raise failed
+                raise error
             finally:
-                del failed  # its traceback holds on to this frame
+                del error  # its traceback refers to this frame
 
     def forget(self) -> None:
-        """What it raised is for nobody: let go of it, and of what the calls it went through held on to."""
-        self._failed = None
+        """Drop the call's exception, which nobody waits for, and all objects that its traceback refers to."""
+        self._error = None
 
 
 class WorkerThread:
-    """Does what it is given, one after the other; ends with its last owner."""
+    """Runs tasks, one after the other; the thread ends with the last reference to this object."""
 
-    def __init__(self, name: str, first: Callable[[], None] = lambda: None) -> None:
-        """first: what it does before anything else."""
+    def __init__(self, name: str, setup: Callable[[], None] = lambda: None) -> None:
+        """setup: runs on the thread before all tasks."""
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        threading.Thread(target=_work, args=(self._tasks, first), name=name, daemon=True).start()
+        threading.Thread(target=_run_tasks, args=(self._tasks, setup), name=name, daemon=True).start()
         weakref.finalize(self, self._tasks.put, None)
 
     def take(self, task: Task) -> None:
-        """Have it done as soon as all that was given before is. Given twice it is done once."""
+        """Queue a task after all earlier ones. A task that is queued twice runs once."""
         if not task.ended:
             self._tasks.put(task)
 
 
-def _work(tasks: SimpleQueue[Task | None], first: Callable[[], None]) -> None:
-    first()
+def _run_tasks(tasks: SimpleQueue[Task | None], setup: Callable[[], None]) -> None:
+    setup()
     while (task := tasks.get()) is not None:
         task.run()
-        del task  # nor what it raised, while there is nothing to do
+        del task  # while idle, refer neither to the task nor to its exception
 
 
 class CooperativeStep(Generic[Part]):
-    """Work on the side thread that leaves parts of it to the caller's, and goes on behind a gate when they are done."""
+    """A step on the worker thread that leaves parts of it to the caller's thread and waits for them at a semaphore."""
 
-    def __init__(self, side: WorkerThread, semaphore: Semaphore) -> None:
-        self._side, self._semaphore, self._done = side, semaphore, HostSemaphore()
+    def __init__(self, worker: WorkerThread, semaphore: Semaphore) -> None:
+        self._worker, self._semaphore, self._done = worker, semaphore, HostSemaphore()
         self._parts: SimpleQueue[tuple[Part, int] | None] = SimpleQueue()  # None when the step is over
         self._task: Task | None = None
-        self.stopping = False  # what is done aside need not go on: nobody wants it any more
+        self.stopping = False  # the worker thread may give up: nobody waits for the step
 
     @property
     def running(self) -> bool:
-        """Whether the side thread is within a step."""
+        """Whether the worker thread is within a step."""
         return self._task is not None and not self._task.ended
 
-    def run(self, step: Callable[[], Made], do: Callable[[Part], None]) -> Made:
-        """What `step` returns, on the side thread. `do`: a part that it leaves to this one.
+    def run(self, step: Callable[[], Result], do: Callable[[Part], None]) -> Result:
+        """Return the result of `step`, run on the worker thread. do: computes a part that the step leaves to this one.
 
-        Raises what either of them raises, when both have come to an end; where both do, what the part has raised.
+        Raises an exception of either when both have ended; where both raise, that of `do`.
         """
-        made: list[Made] = []
+        results: list[Result] = []
         self.stop()
         parts = self._parts
 
         def run() -> None:
             try:
-                made.append(step())
+                results.append(step())
             finally:
                 parts.put(None)
 
-        failed: Exception | None = None
+        part_error: Exception | None = None
         try:
             task = self.begin(run)
-            while (left := parts.get()) is not None:
-                part, number = left
+            while (item := parts.get()) is not None:
+                part, number = item
                 try:
-                    if failed is None:
+                    if part_error is None:
                         do(part)
                 except Exception as error:  # noqa: BLE001 - raised below
-                    failed = error
+                    part_error = error
                 finally:
                     self.open(number)
-            if failed is not None:  # what the step raises after that may come of it
-                raise failed
+            if part_error is not None:  # first: the step's exception may be its consequence
+                raise part_error
             task.wait()
-            return made[0]
+            return results[0]
         finally:
-            del failed  # as in `Task.wait`
+            del part_error  # as in `Task.wait`
             self.stop()
 
     def begin(self, step: Callable[[], None]) -> Task:
-        """Have a step done by the side thread whose parts, if any, the caller knows of otherwise."""
+        """Start a step on the worker thread whose parts, if any, the caller learns of in another way."""
         self._task = task = Task(step)
-        self._side.take(task)
+        self._worker.take(task)
         return task
 
     def leave(self, part: Part) -> int:
-        """On the side thread: have the caller's do `part`; the number of the wait at the gate that this ends."""
+        """On the worker thread: leave `part` to the caller's; returns the number of the wait that it ends."""
         number = self.number()
         self._parts.put((part, number))
         return number
 
     def number(self) -> int:
-        """On the side thread: the number of another wait at the gate, and of another `rest`."""
+        """On the worker thread: the number of the next wait, of the semaphore and of `rest`."""
         number = self._semaphore.next()
         self._done.numbered = number
         return number
 
     def rest(self) -> None:
-        """On the side thread: sleep until all parts are done, which does not keep a core busy."""
+        """On the worker thread: sleep until all parts are done, without keeping a core busy."""
         self._done.wait(self._done.numbered)
 
     def open(self, number: int | None) -> None:
-        """End the wait with this number and those before it; None: all."""
+        """Release wait `number` and all before it; None: all waits."""
         self._semaphore.open(number)
         self._done.open(number)
 
     def stop(self) -> None:
-        """Come to an end of what was begun; if the caller was interrupted, the parts left to it are not done.
+        """End the step that was begun. Parts that an interrupted caller has not computed are skipped.
 
-        To be called again by one who was interrupted here, too.
+        A caller that is interrupted in this method calls it again.
         """
         if self._task is not None:
             self.stopping = True
-            self._side.take(self._task)  # once more, where the caller was interrupted before that
+            self._worker.take(self._task)  # again, in case the caller was interrupted before queueing it
             while not self._task.ended:
-                self.open(None)  # again and again: the side thread may ask for more numbers
-                self._task.join(_A_WHILE)
+                self.open(None)  # again and again: the worker thread may take more numbers
+                self._task.join(_POLL_SECONDS)
             self._task.forget()
-            self.open(None)  # and may have asked for one for which it did not wait
+            self.open(None)  # it may have taken a number without waiting for it
         self._task, self.stopping, self._parts = None, False, SimpleQueue()

@@ -1,7 +1,7 @@
-"""The KV cache: sequences that grow and may be copied, and the steps that append to several of them. Knows no model.
+"""KV caches, each of one sequence, and steps that append to several of them at once. Knows no model.
 
-On the CPU, one new position of each of several sequences is attended by one call of our kernel; more positions at
-once and other devices by torch.
+On the CPU, one call of our kernel computes the attention of all sequences that get one new position. Torch computes
+the attention of sequences that get more positions, and of all sequences on other devices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KVCache:
         device: torch.device,
         storage: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> None:
-        """`storage`: of a sequence that is no longer used, to be used again."""
+        """`storage`: memory to reuse, of a sequence that is no longer used."""
         self.context = context
         self.length = 0
         self._config = config
@@ -43,7 +43,7 @@ class KVCache:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
-        self._room = min(kept.shape[1] for kept in (*self._keys, *self._values))  # positions
+        self._capacity = min(tensor.shape[1] for tensor in (*self._keys, *self._values))  # positions
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
         self._pointers: kernels.KVPointers | None = None
         self.frequencies = rotary_frequencies(config, torch.device("cpu")).numpy()
@@ -56,29 +56,29 @@ class KVCache:
     def reserve(self, length: int) -> None:
         """Make room for positions up to `length`."""
         assert length <= self.context, f"{length} positions in a context of {self.context}"
-        if length <= self._room:
+        if length <= self._capacity:
             return
-        capacity = _capacity(length, self.context, min(kept.shape[1] for kept in (*self._keys, *self._values)))
-        self._room = 0  # what is not all of one length, should this be broken off, grows again
-        self._arrays = self._pointers = None  # they are of memory that goes
+        capacity = _capacity_for(length, self.context, min(tensor.shape[1] for tensor in (*self._keys, *self._values)))
+        self._capacity = 0  # if an allocation fails, layers differ in capacity and must grow again
+        self._arrays = self._pointers = None  # they point to the old memory
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
             grown = [self._empty(capacity) for _ in olds]
             for new, old in zip(grown, olds, strict=True):
                 new[:, : self.length] = old[:, : self.length]
             self._keys[layer], self._values[layer] = grown
-        self._room = capacity
+        self._capacity = capacity
 
     def divided(self, count: int, length: int) -> list[KVCache]:
-        """So many empty sequences of at most `length` positions each, in this one's memory.
+        """`count` empty sequences of at most `length` positions each, in this one's memory.
 
-        It is theirs from now on; keep this sequence until they are done with, and do not use it.
+        The memory is theirs from now on: hold this sequence until they are no longer used, and do not use it.
         """
         self.reserve(count * length)
         size = self._heads * length * self._head_dim
 
         def parts(layers: list[Tensor], index: int) -> list[Tensor]:
-            flat = (kept.view(-1)[index * size : (index + 1) * size] for kept in layers)
-            return [kept.view(self._heads, length, self._head_dim) for kept in flat]
+            flat = (tensor.view(-1)[index * size : (index + 1) * size] for tensor in layers)
+            return [tensor.view(self._heads, length, self._head_dim) for tensor in flat]
 
         return [
             KVCache(self._config, length, self._dtype, self.device, (parts(self._keys, i), parts(self._values, i)))
@@ -86,7 +86,7 @@ class KVCache:
         ]
 
     def _as_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The same memory, for the kernel; none where it is not the CPU's."""
+        """Every layer's keys and values as the kernel takes them, in the same memory; none on other devices."""
         if self.device.type != "cpu":
             return []
         return [(_array(keys), _array(values)) for keys, values in zip(self._keys, self._values, strict=True)]
@@ -99,28 +99,28 @@ class KVCache:
 
     @property
     def pointers(self) -> kernels.KVPointers:
-        """All of them, likewise."""
+        """Pointers to every layer's keys and values, on the CPU."""
         if self._pointers is None:
             arrays = self._as_arrays()
             self._pointers = kernels.KVPointers([keys for keys, _ in arrays], [values for _, values in arrays])
         return self._pointers
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [n, G, head_dim] after the present end, which does not move; everything so far, [S, G, head_dim]."""
+        """Store keys and values [n, G, head_dim] behind the end, without moving it; all so far, [S, G, head_dim]."""
         end = self.length + keys.shape[0]
         stored = self._keys[layer].transpose(0, 1), self._values[layer].transpose(0, 1)  # [capacity, G, head_dim]
-        for kept, new in zip(stored, (keys, values), strict=True):
-            kept[self.length : end] = new
+        for target, new in zip(stored, (keys, values), strict=True):
+            target[self.length : end] = new
         return stored[0][:end], stored[1][:end]
 
     def become(self, other: KVCache, shared: int = 0) -> None:
-        """Hold what `other` holds. Copied are its positions from `shared` on: those before are the same in both."""
+        """Copy `other`, from its position `shared` on: the positions before are the same in both."""
         assert shared <= min(self.length, other.length)
-        self.length = shared  # what is kept where memory grows, and where that fails
-        self.reserve(min(other.length + _FIRST_CAPACITY, self.context))  # or it would grow at the next step
-        for mine, its in ((self._keys, other._keys), (self._values, other._values)):
-            for kept, given in zip(mine, its, strict=True):
-                kept[:, shared : other.length] = given[:, shared : other.length]
+        self.length = shared  # positions that `reserve` copies, and that stay valid where it fails
+        self.reserve(min(other.length + _FIRST_CAPACITY, self.context))  # else it would grow at the next step
+        for targets, sources in ((self._keys, other._keys), (self._values, other._values)):
+            for target, source in zip(targets, sources, strict=True):
+                target[:, shared : other.length] = source[:, shared : other.length]
         self.length = other.length
 
     def truncate(self, length: int) -> None:
@@ -129,7 +129,7 @@ class KVCache:
         self.length = length
 
     def _empty(self, capacity: int) -> Tensor:
-        """[G, capacity, head_dim]: what one head reads lies together."""
+        """[G, capacity, head_dim]: the positions of one head lie together."""
         return torch.empty(self._heads, capacity, self._head_dim, dtype=self._dtype, device=self.device)
 
 
@@ -144,65 +144,65 @@ class Step:
         self._parts = parts
         self._config = config
         ends = list(accumulate(count for _, count in parts))
-        begun = [end - count for end, (_, count) in zip(ends, parts, strict=True)]
-        ones = [i for i, (sequence, count) in enumerate(parts) if count == 1 and sequence.device.type == "cpu"]
-        self._ones, self._rows = [parts[i][0] for i in ones], [begun[i] for i in ones]
-        others = sorted(set(range(len(parts))) - set(ones))
-        self._others = [(parts[i][0], slice(begun[i], ends[i])) for i in others]
+        begins = [end - count for end, (_, count) in zip(ends, parts, strict=True)]
+        by_kernel = [i for i, (sequence, count) in enumerate(parts) if count == 1 and sequence.device.type == "cpu"]
+        self._by_kernel, self._kernel_rows = [parts[i][0] for i in by_kernel], [begins[i] for i in by_kernel]
+        by_torch = sorted(set(range(len(parts))) - set(by_kernel))
+        self._by_torch = [(parts[i][0], slice(begins[i], ends[i])) for i in by_torch]
 
     @property
     def seen_by_torch(self) -> int:
-        """Pairs of positions that torch's share of the attention is about."""
+        """Pairs of a query and a key position in torch's part of the attention, masked ones included."""
         return sum(
-            (sequence.length + rows.stop - rows.start) * (rows.stop - rows.start) for sequence, rows in self._others
+            (sequence.length + rows.stop - rows.start) * (rows.stop - rows.start) for sequence, rows in self._by_torch
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The model's `Cache`: rotate, store, attend; each row sees its own sequence."""
-        if not self._others:
-            return self._attend_ones(layer, q, k, v)
+        """Implements `Cache.attend`: rotate, store, attend; each row attends to its own sequence."""
+        if not self._by_torch:
+            return self._attend_by_kernel(layer, q, k, v)
         out = torch.empty_like(q)
-        if self._ones:
-            out[self._rows] = self._attend_ones(layer, *(tensor[self._rows] for tensor in (q, k, v)))
-        for sequence, rows in self._others:
+        if self._by_kernel:
+            out[self._kernel_rows] = self._attend_by_kernel(layer, *(tensor[self._kernel_rows] for tensor in (q, k, v)))
+        for sequence, rows in self._by_torch:
             cos_sin = self._cos_sin[rows]
             keys, values = sequence.write(layer, rotate(k[rows], cos_sin), v[rows])
             out[rows] = attend(rotate(q[rows], cos_sin), keys, values, self._config.sliding_window)
         return out
 
-    def _attend_ones(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """For the sequences that get one position each."""
-        keys, values = zip(*(sequence.arrays(layer) for sequence in self._ones), strict=True)
-        lengths = [sequence.length for sequence in self._ones]
+    def _attend_by_kernel(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the sequences that get one position each."""
+        keys, values = zip(*(sequence.arrays(layer) for sequence in self._by_kernel), strict=True)
+        lengths = [sequence.length for sequence in self._by_kernel]
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
-        frequencies, window = self._ones[0].frequencies, self._config.sliding_window
-        made = kernels.attend_each(q.numpy(), k.numpy(), v.numpy(), keys, values, lengths, frequencies, window)
-        return torch.from_numpy(made)
+        frequencies, window = self._by_kernel[0].frequencies, self._config.sliding_window
+        output = kernels.attend_each(q.numpy(), k.numpy(), v.numpy(), keys, values, lengths, frequencies, window)
+        return torch.from_numpy(output)
 
     @cached_property
     def _cos_sin(self) -> Tensor:
-        """What turns the step's rows to their positions."""
-        places = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
-        return rotary_cos_sin(self._config, torch.cat(places).to(self._parts[0][0].device))
+        """Cosines and sines that rotate the step's rows to their positions."""
+        positions = [torch.arange(sequence.length, sequence.length + count) for sequence, count in self._parts]
+        return rotary_cos_sin(self._config, torch.cat(positions).to(self._parts[0][0].device))
 
     def commit(self) -> None:
-        """The step went through every layer: the sequences are longer now."""
+        """Lengthen the sequences by the step's tokens, once it went through every layer."""
         for sequence, count in self._parts:
             sequence.length += count
 
 
 def kv_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
-    """Bytes of keys and values of a new sequence that reserves `length` positions at once."""
+    """KV cache of a new sequence that reserves `length` positions at once [bytes]."""
     row = config.head_count_kv * config.head_dim * dtype.itemsize
-    return 2 * config.block_count * row * _capacity(length, context)
+    return 2 * config.block_count * row * _capacity_for(length, context)
 
 
-def _capacity(length: int, context: int, present: int = 0) -> int:
-    """Positions to make room for, where `length` are needed."""
+def _capacity_for(length: int, context: int, present: int = 0) -> int:
+    """Positions to allocate where `length` are needed and `present` are allocated."""
     return min(context, max(length, 2 * present, _FIRST_CAPACITY))
 
 
-def _array(kept: Tensor) -> np.ndarray:
+def _array(tensor: Tensor) -> np.ndarray:
     """Keys or values as the kernel takes them: float32, or the bits of float16."""
-    array = kept.numpy()
+    array = tensor.numpy()
     return array.view(np.uint16) if array.dtype == np.float16 else array

@@ -1,8 +1,8 @@
 """A prompt's keys and values in a file, so that the next process need not compute them again: `--prompt-cache`.
 
-As with llama.cpp's option of that name, the longest beginning that a prompt shares with the file is taken from it, and
-the file is written again where the prompt has more. Knows sequences and files; not what the tokens say. A file is taken
-at its word once its checksums are right: like a model, it should come from someone you trust.
+As with llama.cpp's option of that name, the longest common prefix of prompt and file is read from the file, and the
+file is written again where the prompt has more tokens. Knows sequences and files; not the text of the tokens. Nothing
+but the checksums guards the contents: like a model, a file should come from someone you trust.
 
 The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
 
@@ -41,28 +41,28 @@ _TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torc
 
 
 def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence[int]) -> Callable[[KVCache], None]:
-    """Let `runner` resume `ids` from the file, if that has more of them than the runner keeps.
+    """Let `runner` resume `ids` from the file, if it holds more of them than the runner's prefix cache.
 
-    Returns what writes the file, if it lacks some of `ids`, when it is given the sequence that holds them.
+    Returns a function of the sequence that holds `ids`, which writes the file if it lacks some of them.
     Raises FileFormatError for a file that is damaged, of another model or no prompt cache, and RequestError or
     ResourceError where one could not be written.
     """
     cache = PromptCache(path, model_file, runner.cache_dtype)
-    held = common(cache.tokens, ids)
-    if held < len(ids):
+    cached = common(cache.tokens, ids)
+    if cached < len(ids):
         if not os.access(path.parent, os.W_OK):
             raise RequestError(f"{path.parent} cannot be written in; name a file elsewhere")
         check_space(path, cache.nbytes(len(ids)))
-    count = min(held, len(ids) - 1)
+    count = min(cached, len(ids) - 1)
     if count > common(runner.prefix_cache.tokens, ids):
         sequence = runner.sequence()
         cache.read(sequence, count)
         runner.keep(sequence, ids[:count])
-    return (lambda sequence: cache.write(sequence, ids)) if held < len(ids) else lambda sequence: None
+    return (lambda sequence: cache.write(sequence, ids)) if cached < len(ids) else lambda sequence: None
 
 
 class PromptCache:
-    """What is at `path` for a model and the type of its keys and values; no `tokens` where there is no file.
+    """The file at `path`, for a model and the dtype of its KV cache; `tokens` is empty where there is no file.
 
     Raises FileFormatError, in one line that names the file, where there is one that is not this model's.
     """
@@ -71,14 +71,14 @@ class PromptCache:
         check_target(path, force=True)
         self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
         self._shape = config.block_count, config.head_count_kv, config.head_dim
-        self._most, self._model = config.context_length, model_file.fingerprint
+        self._max_positions, self._fingerprint = config.context_length, model_file.fingerprint
         self.tokens: tuple[int, ...] = ()
         with self._opened() as file:
             if self._exists(file):
                 self.tokens = self._read_tokens(file)
 
     def nbytes(self, positions: int) -> int:
-        """The size of a file with so many positions."""
+        """Size of a file with `positions` positions [bytes]."""
         layers, heads, head_dim = self._shape
         block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
         return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + 2 * layers * block
@@ -86,7 +86,7 @@ class PromptCache:
     def read(self, sequence: KVCache, count: int) -> None:
         """Fill an empty sequence with the first `count` positions of the file.
 
-        Raises FileFormatError where the file is damaged; the sequence is to be forgotten then.
+        Raises FileFormatError where the file is damaged; the sequence must not be used then.
         """
         assert sequence.length == 0
         assert count <= len(self.tokens)
@@ -95,22 +95,18 @@ class PromptCache:
         with self._opened() as file:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
-            for prefix_cache in (
-                prefix_cache for layer in zip(*sequence.storage, strict=True) for prefix_cache in layer
-            ):
+            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
                 data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
                 block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
                 if not np.isfinite(block).all():
                     raise self._damaged("holds what is no number")
-                prefix_cache[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(
-                    prefix_cache.device
-                )
+                tensor[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(tensor.device)
         sequence.length = count
 
     def write(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """Replace the file by one with these tokens, of which `sequence` has the keys and values; it appears whole.
+        """Replace the file, atomically, by one with `tokens` and their keys and values, which `sequence` holds.
 
-        Raises ResourceError where the disk is full, FileFormatError where another file came to lie there.
+        Raises ResourceError where the disk is full, FileFormatError where another kind of file has appeared there.
         """
         positions = len(tokens)
         assert sequence.length == positions
@@ -122,16 +118,14 @@ class PromptCache:
                 file.write(data)
                 file.write(_CRC.pack(zlib.crc32(data)))
 
-            put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._model))
+            put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
             put(np.array(tokens, "<i4").tobytes())
-            for prefix_cache in (
-                prefix_cache for layer in zip(*sequence.storage, strict=True) for prefix_cache in layer
-            ):
-                block = prefix_cache[:, :positions].cpu().numpy()
+            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
+                block = tensor[:, :positions].cpu().numpy()
                 put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
 
     def _opened(self) -> BinaryIO:
-        """The file; one that is empty is as good as none, as with llama.cpp."""
+        """The file, opened; an empty stream where there is none, since llama.cpp, too, takes an empty file for none."""
         try:
             return self._path.open("rb")
         except FileNotFoundError:
@@ -140,37 +134,37 @@ class PromptCache:
             raise RequestError(f"{self._path}: cannot be read: {error.strerror}; name another file") from None
 
     def _exists(self, file: BinaryIO) -> bool:
-        """Whether there is anything, which must be ours then; where it is read from stays."""
-        found = file.read(len(_MAGIC))
+        """Whether the file has contents, which must be a prompt cache's; does not move the reading position."""
+        magic = file.read(len(_MAGIC))
         file.seek(0)
-        if found and found != _MAGIC:
+        if magic and magic != _MAGIC:
             raise FileFormatError(f"{self._path}: is not a prompt cache; name another file")
-        return bool(found)
+        return bool(magic)
 
     def _read_tokens(self, file: BinaryIO) -> tuple[int, ...]:
-        """The header, held against the model and the size of the file, and the tokens."""
-        _, version, itemsize, *shape, positions, model = _HEADER.unpack(self._part(file, _HEADER.size))
+        """The tokens, after a check of the header against the model and the size of the file."""
+        _, version, itemsize, *shape, positions, fingerprint = _HEADER.unpack(self._part(file, _HEADER.size))
         if version != _VERSION:
             raise FileFormatError(
                 f"{self._path}: is a prompt cache of version {version}, this is {_VERSION}; delete it or name another"
             )
-        if model != self._model or tuple(shape) != self._shape:
+        if fingerprint != self._fingerprint or tuple(shape) != self._shape:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")
         if itemsize != self._dtype.itemsize:
             raise FileFormatError(
                 f"{self._path}: is a prompt cache of {8 * itemsize}-bit numbers, and this --precision takes "
                 f"{8 * self._dtype.itemsize}; name another file"
             )
-        if positions > self._most or self._path.stat().st_size != self.nbytes(positions):
+        if positions > self._max_positions or self._path.stat().st_size != self.nbytes(positions):
             raise self._damaged("is not as long as it says")
         return tuple(np.frombuffer(self._part(file, 4 * positions), "<i4").tolist())
 
     def _part(self, file: BinaryIO, nbytes: int) -> bytes:
-        """The next part, whose checksum is right."""
+        """The next part of the file, its checksum verified."""
         data, crc = file.read(nbytes), file.read(_CRC.size)
         if len(data) < nbytes or crc != _CRC.pack(zlib.crc32(data)):
             raise self._damaged("has a wrong checksum or no end")
         return data
 
-    def _damaged(self, what: str) -> FileFormatError:
-        return FileFormatError(f"{self._path}: is a damaged prompt cache, which {what}; delete it")
+    def _damaged(self, defect: str) -> FileFormatError:
+        return FileFormatError(f"{self._path}: is a damaged prompt cache, which {defect}; delete it")

@@ -1,7 +1,7 @@
-"""The sequence that was computed last, for the next one that begins with the same tokens. Knows no model and no text.
+"""The sequence computed last, for the next prompt that begins with the same tokens. Knows no model and no text.
 
-It is in one hand at a time: who takes it is its only user until it is put back, so two generations at once never
-write to the same keys and values; the second one finds nothing and computes anew.
+It has one user at a time: `take` removes the sequence until its user puts it back. So two generations at once never
+write to the same keys and values: the second one finds the cache empty and computes its whole prompt.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class PrefixCache:
         self.tokens: tuple[int, ...] = ()
 
     def holds(self, sequence: KVCache | None) -> bool:
-        """Whether this very sequence is kept."""
+        """Whether this very sequence is cached."""
         return sequence is not None and sequence is self._sequence
 
     def put(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """Keep `sequence`, and forget the one before. It holds the first of `tokens`, as many as its length says."""
+        """Cache `sequence` in place of the one before. It holds the first `sequence.length` of `tokens`."""
         assert sequence.length <= len(tokens)
         self._sequence, self.tokens = sequence, tuple(tokens[: sequence.length])
 
     def take(self, ids: Sequence[int]) -> KVCache | None:
-        """The kept sequence, cut to what it shares with `ids`, or None where there is none.
+        """The cached sequence, truncated to its common prefix with `ids`, or None where there is none.
 
-        Of `ids` one at least is left to compute, for the logits after it.
+        At least one of `ids` is left to compute, for the logits after it.
         """
         sequence = self._sequence
         if sequence is not None:
@@ -41,11 +41,11 @@ class PrefixCache:
         return sequence
 
     def drop(self) -> None:
-        """Forget it: its memory is free, or its next user's."""
+        """Forget the sequence: its memory is freed, or belongs to the caller of `take`."""
         self._sequence, self.tokens = None, ()
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens are the same at the beginning of both."""
-    most = min(len(one), len(other))
-    return next((i for i in range(most) if one[i] != other[i]), most)
+    """Length of the common prefix."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)

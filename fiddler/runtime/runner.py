@@ -21,7 +21,7 @@ _TORCH_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer ta
 
 
 class Runner:
-    """Runs steps on `threads` threads; `chunk`: the most tokens a sequence is given at once as a prompt is read."""
+    """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence."""
 
     def __init__(self, model: Mixtral, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512) -> None:
         self.model = model
@@ -32,46 +32,45 @@ class Runner:
         self.prefix_cache = PrefixCache()
 
     def sequence(self, positions: int = 0) -> KVCache:
-        """A new, empty sequence, with room for so many positions; it grows where it gets more."""
-        made = KVCache(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
+        """A new, empty sequence with memory for `positions`; it grows where it gets more."""
+        sequence = KVCache(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
             with out_of_memory():
-                made.reserve(positions)
-        return made
+                sequence.reserve(positions)
+        return sequence
 
     def kv_bytes(self, positions: int) -> int:
-        """Bytes of keys and values of a `sequence` with room for so many positions."""
+        """KV cache of a new sequence with memory for `positions` [bytes]."""
         return kv_bytes(self.model.config, self.context, self.cache_dtype, positions)
 
     def room(self, weights: int) -> int | None:
-        """Bytes that sequences may have in all, beside weights in so many bytes of mapped files; None: any number."""
+        """Bytes that KV caches may take in all, beside `weights` bytes of mapped files; None: no limit."""
         return memory_for_sequences(available_memory(), weights)
 
     def resume(self, ids: Sequence[int]) -> KVCache:
-        """A sequence for `ids`: the kept one with what it has of their beginning, never all of them, or a new one."""
+        """A sequence for `ids`: the cached one with their common prefix, never all of them, or a new one."""
         return self.prefix_cache.take(ids) or self.sequence()
 
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """Have `resume` go on from `sequence`, which its user is done with; it holds the first of `tokens`."""
+        """Put `sequence`, which its user no longer needs, into the prefix cache; it holds the first of `tokens`."""
         self.prefix_cache.put(sequence, tokens)
 
     def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
-        """`target`, or else a new sequence, with all that `source` holds; see `KVCache.become`."""
+        """Copy `source` into `target`, or into a new sequence; see `KVCache.become`."""
         target = self.sequence() if target is None else target
         with out_of_memory():
             target.become(source, shared)
         return target
 
     def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
-        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order given.
+        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order of `parts`.
 
-        wanted: the rows of that which are returned, in rising order: [W, D]. None: all. The last layer's experts
-        compute no others.
+        wanted: the rows to return, in rising order: [W, D]. None: all. The last layer's experts compute no other rows.
         """
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
-        some = wanted is not None and len(wanted) < len(ids)
-        rows = torch.tensor(wanted, dtype=torch.int64, device=device) if some else None
+        subset = wanted is not None and len(wanted) < len(ids)
+        rows = torch.tensor(wanted, dtype=torch.int64, device=device) if subset else None
         with out_of_memory():
             step = self._place([(sequence, len(tokens)) for sequence, tokens in parts])
             attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
@@ -81,19 +80,19 @@ class Runner:
         return hidden
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
-        """The model's step."""
+        """Run the model: hidden states [T, D], or [W, D]."""
         return self.model(ids, step, wanted)
 
     def _place(self, parts: Sequence[tuple[KVCache, int]]) -> Step:
-        """Room for so many more tokens of each sequence."""
+        """A `Step` of sequences and the numbers of their new tokens, with memory reserved for them."""
         return Step(parts, self.model.config)
 
     def prefill(
         self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
     ) -> Tensor:
-        """Append a prompt, a chunk at a time: float32 logits [V] after its last token.
+        """Append a prompt, chunk by chunk: float32 logits [V] after its last token.
 
-        on_chunk: is told between two of them how many tokens were read; what it raises ends this.
+        on_chunk: called between chunks with the tokens read so far; may raise to cancel.
         """
         assert tokens, "a prompt has at least one token"
         sequence.reserve(sequence.length + len(tokens))  # at once: growing by steps would copy, and leave holes
@@ -108,16 +107,16 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
-        # torch keeps its threads: it has nothing to do here that is worth changing them twice a token
+        # torch gets all threads: its work here is too small to change their number twice a token
         with torch.inference_mode(), self._on_threads(_TORCH_PARALLEL_FROM):
             return self.model.logits(hidden).float().cpu()
 
     @contextmanager
     def _on_threads(self, attention: int) -> Iterator[None]:
-        """Run on this runner's threads, and leave the process's settings as they were.
+        """Run on this runner's threads, and restore the process's settings afterwards.
 
-        `attention`: the multiplications of attention in a layer, torch's share of a step. Where it is little, torch
-        gets one thread: on a busy machine, waiting for the others costs more.
+        `attention`: multiplications of torch's part of the attention in a layer. Where they are few, torch gets one
+        thread: on a busy machine, waiting for other threads costs more.
         """
         before = kernels.thread_count(), torch.get_num_threads()
         threads = self.threads if attention >= _TORCH_PARALLEL_FROM else 1
@@ -134,7 +133,7 @@ class Runner:
 
 @contextmanager
 def out_of_memory() -> Iterator[None]:
-    """What torch raises as any other error where the CPU's memory does not suffice, as one that says what helps."""
+    """Turns the RuntimeError that torch raises where the CPU's memory does not suffice into a ResourceError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,9 +1,9 @@
 """Constrained output: which tokens may come next, so that the text follows a JSON schema or a grammar.
 
-The grammars are the `llguidance` library's (https://github.com/guidance-ai/llguidance), an optional extra; here it is
-given this model's tokens, and what it says becomes one mask a step. JSON schemas: its large subset, and an unknown
-keyword is an error, not ignored. Grammars: llama.cpp's GBNF, converted, or its own variety of Lark. Knows tokens and
-their bytes; no model and no files.
+The grammars are the `llguidance` library's (https://github.com/guidance-ai/llguidance), an optional extra; this file
+passes it the model's tokens and gets one mask a step from it. JSON schemas: its large subset; an unknown keyword is an
+error, not ignored. Grammars: llama.cpp's GBNF, converted, or the library's own variety of Lark. Knows tokens and their
+bytes; no model and no files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "TokenGuide", "Vocabulary"]
 
 _BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
-"""Between the parts of JSON, as in llama.cpp's own grammars: a model that likes blanks cannot write them for ever."""
+"""Between the parts of JSON, as in llama.cpp's own grammars: bounded, so that no model writes blanks for ever."""
 
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
@@ -37,13 +37,13 @@ _OPERATOR = re.compile(r"[&~]|(?<=-)-")
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must be. Make one with `json_schema` or `grammar`, which check it; any engine can use it."""
+    """A language that a text must follow. Make one with `json_schema` or `grammar`, which check it, for any engine."""
 
     source: str  # in the library's own form
 
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any]) -> Constraint:
-        """JSON that is valid by a schema, given as text or as what `json.loads` makes of it.
+        """JSON that is valid by a schema: its text, or the result of `json.loads` on it.
 
         Properties come in the schema's order. Blanks between the parts: one, or one or two line breaks with up to
         20 blanks or tabs. Raises RequestError with the library's reason where the schema is malformed, cannot be met,
@@ -53,7 +53,7 @@ class Constraint:
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
             if parsed is True:
-                parsed = {}  # which says the same, and can be given our rule for blanks
+                parsed = {}  # the same schema, in a form that can carry our rule for blanks
             source = matcher.grammar_from_json_schema(
                 json.dumps(parsed), defaults={"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
             )
@@ -65,8 +65,8 @@ class Constraint:
     def grammar(cls, text: str) -> Constraint:
         """A text of a grammar's language: GBNF where `text` has rules with `::=`, else the library's Lark.
 
-        As in lexers, a rule that is a regular expression takes all that it can: behind `[a-z]+` of its own rule, an `x`
-        cannot follow. Raises RequestError with the library's reason where it cannot be read.
+        As in lexers, a rule that is a regular expression matches as much as it can: behind `[a-z]+` as a rule of its
+        own, an `x` cannot follow. Raises RequestError with the library's reason where `text` cannot be read.
         """
         library = _library()
         try:
@@ -79,15 +79,15 @@ class Constraint:
         return cls._checked(source, "the grammar")
 
     @classmethod
-    def _checked(cls, source: str, what: str) -> Constraint:
+    def _checked(cls, source: str, kind: str) -> Constraint:
         reason = _library().LLMatcher.validate_grammar(source)
         if reason and not reason.startswith("WARNING"):
-            raise RequestError(f"{what} cannot be used: {_line(reason)}")
+            raise RequestError(f"{kind} cannot be used: {_line(reason)}")
         return cls(source)
 
 
 class Vocabulary:
-    """A tokenizer's tokens as the library takes them. To be made once a model: it takes a moment."""
+    """A tokenizer's tokens as the library takes them. Make it once a model: it takes a moment."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         library = _library()
@@ -105,14 +105,14 @@ class Vocabulary:
 
 
 class TokenGuide:
-    """How far a text has followed its constraint: one a generation."""
+    """The state of a constraint after the text so far: one a generation."""
 
     def __init__(self, matcher: LLMatcher, end_ids: frozenset[int]) -> None:
         self._matcher, self._end_ids = matcher, end_ids
         self._allowed: np.ndarray | None = None
 
     def copy(self) -> TokenGuide:
-        """One that goes on from here by itself."""
+        """A copy whose state advances independently."""
         return TokenGuide(self._matcher.deep_copy(), self._end_ids)
 
     @property
@@ -122,7 +122,7 @@ class TokenGuide:
         return int(np.count_nonzero(allowed)) == sum(bool(allowed[token]) for token in self._end_ids)
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next: bool [V]; end tokens where the text may end here.
+        """The tokens that may come next: bool [V]; among them end tokens where the text may end.
 
         Raises RequestError where the library gives up: the grammar is too large, or has no text that goes on.
         """
@@ -132,7 +132,7 @@ class TokenGuide:
         return self._allowed
 
     def advance(self, token: int) -> None:
-        """`token`, one of the allowed, was chosen. An end token changes nothing."""
+        """Advance the state by the chosen `token`, one of the allowed. An end token changes nothing."""
         if token in self._end_ids:
             return
         self._matcher.consume_token(token)
@@ -148,9 +148,9 @@ class TokenGuide:
 
 
 class _Tokens:
-    """A tokenizer by the names that the library looks for.
+    """A tokenizer with the attribute names that the library looks for.
 
-    What has no text begins with the byte 0xFF, which marks it as special: no grammar reaches it.
+    A token without text begins with the byte 0xFF, which marks it as special: no grammar reaches it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -163,15 +163,15 @@ class _Tokens:
         }
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that the grammar leaves no choice in: no space goes before it.
+        """Ids of a text that the grammar forces, as the model would write it: without a space before it.
 
-        Where SentencePiece changes a text, as it does a U+2581, byte tokens say what it is.
+        Where SentencePiece changes a text, as it does a U+2581, the ids are those of its bytes.
         """
-        wanted = text.encode() if isinstance(text, str) else text
-        ids = self._tokenizer.encode(wanted, continuing=True)
-        if b"".join([self.tokens[token] for token in ids]) == wanted:
+        data = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(data, continuing=True)
+        if b"".join([self.tokens[token] for token in ids]) == data:
             return ids
-        return [self._byte_ids[bytes([byte])] for byte in wanted]
+        return [self._byte_ids[bytes([byte])] for byte in data]
 
 
 def _library() -> ModuleType:
@@ -184,13 +184,13 @@ def _library() -> ModuleType:
     return llguidance
 
 
-def _convertible(found: re.Match[str]) -> str:
-    """A literal, class, comment or dot of GBNF, as llguidance's converter takes it to mean the same.
+def _convertible(match: re.Match[str]) -> str:
+    """A literal, class, comment or dot of GBNF, rewritten so that llguidance's converter preserves its meaning.
 
-    It hands classes to a regular expression, where `&&`, `~~` and `--` are operators and a dot is no line break, and
-    loses leading zeros of escapes.
+    The converter copies classes into a regular expression, where `&&`, `~~` and `--` are operators and a dot matches no
+    line break, and it drops leading zeros of escapes.
     """
-    part = found[0]
+    part = match[0]
     if part == ".":
         return r"[\x00-" + chr(0x10FFFF) + "]"
     if part.startswith("#"):

@@ -1,8 +1,8 @@
 """Log-probabilities of a chosen token and of the most probable ones. Knows logits only.
 
 They are those of the model itself, as llama.cpp's server and OpenAI give them: the softmax of its logits before a
-constraint, a bias, a penalty or the temperature changed anything. What one of these ruled out can stand among the most
-probable, and the chosen token need not.
+constraint, a bias, a penalty or the temperature changed anything. So a token that one of these ruled out may be among
+the most probable ones, and the chosen token need not be.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ class LogProbs:
 
 
 def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
-    """Of `token` and of the `count` most probable ones, given the logits [V] of the model."""
+    """`LogProbs` of `token` and of the `count` most probable tokens, from the model's logits [V]."""
     values = log_softmax(logits)
-    ids = largest(logits, count)  # not of `values`: logits nearly equal are one there
+    ids = largest(logits, count)  # not of `values`: nearly equal logits are equal there
     return LogProbs(token, float(values[token]), tuple(zip(ids.tolist(), values[ids].tolist(), strict=True)))
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest of `values` [N], all where there are fewer; the lower place first among equals."""
+    """Indices of the `count` largest of `values` [N], largest first, of equal values the lower index first.
+
+    All indices where `count` is N or more.
+    """
     if 0 < count < values.size:
-        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
+        indices = np.flatnonzero(values >= np.partition(values, -count)[-count])
     else:
-        places = np.arange(values.size)
-    return places[np.argsort(-values[places], kind="stable")][:count]
+        indices = np.arange(values.size)
+    return indices[np.argsort(-values[indices], kind="stable")][:count]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits [..., V], of which some are finite -> log-probabilities, float64."""
-    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = below - np.log(np.exp(below).sum(-1, keepdims=True))
+    """Logits [..., V], the largest of them finite -> log-probabilities, float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

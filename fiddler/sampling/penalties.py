@@ -1,9 +1,9 @@
-"""What makes tokens less probable, or more, before any is left out: pure functions on logits, in llama.cpp's terms.
+"""Logit biases and penalties, applied before any token is left out: pure functions on logits, in llama.cpp's terms.
 
-Biases by id; repeat, frequency and presence penalties; DRY, which penalises going on with a run of tokens that was
-there before. Defined as in `llama-sampler.cpp` of https://github.com/ggml-org/llama.cpp. None of them changes its
-argument; where they change anything the result is float64, wide enough for any finite float32. They know no model;
-of text only the bytes of each token, and only where DRY looks for its breakers.
+Biases by id; repeat, frequency and presence penalties; DRY, which penalises continuing a run of tokens as it continued
+before. Defined as in `llama-sampler.cpp` of https://github.com/ggml-org/llama.cpp. None of them changes its argument; a
+result that differs from it is float64, wide enough for any finite float32. They know no model; of text only the bytes
+of each token, and only where DRY looks for its breakers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def penalize_repeats(
     logits: np.ndarray, recent: Sequence[int], penalty: float, presence: float = 0.0, frequency: float = 0.0
 ) -> np.ndarray:
     """Divide positive logits of recent tokens by `penalty`, multiply others (Keskar et al. 2019, section 4.1), then
-    subtract `presence` once, and `frequency` as often as the token was seen.
+    subtract `presence` once, and `frequency` as often as the token occurs.
 
-    However often a token was seen, `penalty` counts once. Multiplying is llama.cpp's and everybody's correction of the
+    However often a token occurs, `penalty` counts once. Multiplying is llama.cpp's and everybody's correction of the
     paper, where a penalty made negative logits more probable.
     """
     if (penalty == 1.0 and presence == 0.0 and frequency == 0.0) or not len(recent):
@@ -59,17 +59,17 @@ def penalize_runs(
     pieces: Sequence[bytes] = (),
     breakers: Sequence[bytes] = (),
 ) -> np.ndarray:
-    """DRY ("don't repeat yourself"): subtract multiplier * base ** (n - allowed_length) from every token that would go
-    on with a run of n >= allowed_length tokens as it went on before, n the longest such run.
+    """DRY ("don't repeat yourself"): subtract multiplier * base ** (n - allowed_length) from every token that would
+    continue a run of n >= allowed_length tokens as it continued before, n the longest such run.
 
-    A run is what `recent` ends with and had before; it never reaches back over a breaker, and a token that itself
-    holds one is not penalised. `pieces`: the bytes of each token, needed where there are breakers.
+    A run is a sequence of tokens that ends `recent` and occurs in it before; it never reaches back over a breaker, and
+    a token that itself holds one is not penalised. `pieces`: the bytes of each token, needed where there are breakers.
     """
     if multiplier == 0.0 or len(recent) <= allowed_length:
         return logits
     tokens = np.asarray(recent)
     runs = dict.fromkeys(tokens[1:].tolist(), 0) if allowed_length == 0 else {}  # token -> the longest run before it
-    ends = np.arange(tokens.size - 1)  # where a run of `length` ends that is also what `recent` ends with
+    ends = np.arange(tokens.size - 1)  # where an earlier occurrence of the last `length` tokens ends
     for length in range(1, since_breaker(recent, pieces, breakers) + 1):
         ends = ends[ends >= length - 1]
         ends = ends[tokens[ends - (length - 1)] == tokens[-length]]
@@ -81,17 +81,18 @@ def penalize_runs(
     if not runs:
         return logits
     logits = logits.astype(np.float64)
-    most = _LARGEST / math.log(base) if base > 1.0 else math.inf  # no power beyond float32: it is certain long before
+    # no power beyond float32: the penalty is decisive long before
+    max_exponent = _LARGEST / math.log(base) if base > 1.0 else math.inf
     for token, length in runs.items():
-        logits[token] -= multiplier * base ** min(length - allowed_length, most)
+        logits[token] -= multiplier * base ** min(length - allowed_length, max_exponent)
     return logits
 
 
 def since_breaker(recent: Sequence[int], pieces: Sequence[bytes], breakers: Sequence[bytes]) -> int:
     """How many of the last tokens come after the last breaker in their text; all of them where there is none.
 
-    Breakers are looked for in the bytes of the tokens, however these are cut: llama.cpp, too, finds a breaker inside
-    a token or across several, but cuts what is left of it in one way only.
+    Breakers are searched in the bytes of the tokens, wherever token boundaries lie: llama.cpp, too, finds a breaker
+    inside a token or across several, but tokenizes the rest of it in one way only.
     """
     if not breakers:
         return len(recent)

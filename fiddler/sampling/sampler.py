@@ -1,7 +1,7 @@
 """Choosing the next token: pure functions on logits, with llama.cpp's names, defaults and order.
 
-Order: what a constraint allows, logit biases, penalties, DRY (`penalties.py`), then what leaves tokens out: top-k,
-typical, top-p, min-p, XTC; temperature last (`common_params_sampling` and `llama-sampler.cpp` in
+Order: the constraint's mask, logit biases, penalties, DRY (`penalties.py`), then the filters top-k, typical, top-p,
+min-p, XTC; temperature last (`common_params_sampling` and `llama-sampler.cpp` in
 https://github.com/ggml-org/llama.cpp). Knows no model and no text.
 """
 
@@ -24,15 +24,15 @@ __all__ = ["Guide", "Sampler", "Sampling", "min_p", "pick", "top_k", "top_p", "t
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. Raises RequestError when a value is not a number or out of range.
+    """Options of sampling. Raises RequestError when a value is not a number or out of range.
 
-    `temperature` 0: the most probable token after biases and penalties, the lowest id among equals; nothing else is
-    heard, nothing drawn. `top_k` 0 or less, `top_p` 1, `min_p` 0, `typical_p` 1, `repeat_penalty` 1,
+    `temperature` 0: the most probable token after biases and penalties, the lowest id among equals; nothing else
+    counts, nothing is drawn. `top_k` 0 or less, `top_p` 1, `min_p` 0, `typical_p` 1, `repeat_penalty` 1,
     `presence_penalty` 0, `frequency_penalty` 0, `dry_multiplier` 0, `xtc_probability` 0: off. `repeat_last_n`,
     `dry_penalty_last_n`: how many of the last tokens the penalties or DRY look at, the prompt's included; 0 for none,
     -1 for all. `dry_sequence_breakers`: texts that a repeated run never reaches over. `logit_bias`: by token id, added
-    before anything else; -inf bans a token. `n_probs`: log-probabilities of so many tokens are kept at every step.
-    `seed` None: a new one each time.
+    before anything else; -inf bans a token. `n_probs`: number of log-probabilities to record at
+    every step. `seed` None: a new one each time.
     """
 
     temperature: float = 0.8
@@ -109,24 +109,24 @@ class Sampling:
 
 
 class Guide(Protocol):
-    """What a constraint asks of a sampler; see `constrain.py`."""
+    """The state of a constraint, as a sampler uses it; see `constraint.py`."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but an end may follow."""
+        """Whether nothing but an end token may follow."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next: bool [V]."""
+        """The tokens that may come next: bool [V]."""
 
     def advance(self, token: int) -> None:
-        """`token` was chosen."""
+        """Advance the state by the chosen `token`."""
 
 
 class Sampler:
-    """A `Sampling` with its state: one a generation. `log_probs`: of every step, where `n_probs` asks for them."""
+    """A `Sampling` with its state: one a generation. `log_probs`: of every step, where `n_probs` is above 0."""
 
     def __init__(self, sampling: Sampling, pieces: Sequence[bytes] = (), guide: Guide | None = None) -> None:
-        """`pieces`: each token's text as bytes, by id; DRY looks for its breakers there. `guide`: what may be chosen.
+        """`pieces`: each token's text as bytes, by id; DRY looks for its breakers there. `guide`: a constraint.
 
         Raises RequestError where DRY has breakers and there are no pieces.
         """
@@ -140,21 +140,21 @@ class Sampler:
 
     @property
     def finished(self) -> bool:
-        """Whether a constraint is met and nothing but an end may follow; without one never."""
+        """Whether a constraint is met and nothing but an end token may follow; without one never."""
         return self._guide is not None and self._guide.finished
 
     def __call__(self, logits: np.ndarray, recent: Sequence[int]) -> int:
-        """Choose a token from logits [V], given the tokens so far; -inf is never chosen.
+        """Choose a token from logits [V], after the `recent` tokens; -inf is never chosen.
 
         The largest of the logits must be finite, and none of them NaN. Raises RequestError where the constraint and
         the biases leave no token.
         """
-        own = logits
+        model_logits = logits
         if self._guide is not None:
             logits = np.where(self._guide.allowed(), logits, -np.inf)
         token = self._choose(add_bias(logits, self.sampling.logit_bias), recent)
         if self.sampling.n_probs:
-            self.log_probs.append(log_probs(own, token, self.sampling.n_probs))
+            self.log_probs.append(log_probs(model_logits, token, self.sampling.n_probs))
         if self._guide is not None:
             self._guide.advance(token)
         return token
@@ -200,16 +200,16 @@ def typical(logits: np.ndarray, ids: np.ndarray, p: float) -> np.ndarray:
     total = weights.sum()
     surprise = math.log(total) - _below_first(logits[ids])
     order = np.argsort(np.abs(surprise - weights @ surprise / total), kind="stable")
-    reached = np.cumsum(weights[order])
-    return ids[np.sort(order[: int(np.searchsorted(reached, p * reached[-1], side="right")) + 1])]
+    cumulative = np.cumsum(weights[order])
+    return ids[np.sort(order[: int(np.searchsorted(cumulative, p * cumulative[-1], side="right")) + 1])]
 
 
 def top_p(logits: np.ndarray, ids: np.ndarray, p: float) -> np.ndarray:
     """The fewest of `ids` (largest logit first) whose probability among them reaches p; at least one."""
     if p >= 1.0:
         return ids
-    reached = np.cumsum(_weights(logits[ids]))
-    return ids[: min(int(np.searchsorted(reached, p * reached[-1])) + 1, ids.size)]
+    cumulative = np.cumsum(_weights(logits[ids]))
+    return ids[: min(int(np.searchsorted(cumulative, p * cumulative[-1])) + 1, ids.size)]
 
 
 def min_p(logits: np.ndarray, ids: np.ndarray, p: float) -> np.ndarray:
@@ -221,17 +221,17 @@ def min_p(logits: np.ndarray, ids: np.ndarray, p: float) -> np.ndarray:
 
 def xtc(logits: np.ndarray, ids: np.ndarray, threshold: float) -> np.ndarray:
     """Exclude top choices: of those of `ids` (largest logit first) that are at least `threshold` probable among them,
-    only the last stays. Whether it happens at all is drawn before, with `xtc_probability`.
+    only the last stays. The caller draws whether it applies, with `xtc_probability`.
     """
     weights = _weights(logits[ids])
     return ids[max(int(np.count_nonzero(weights >= threshold * weights.sum())) - 1, 0) :]
 
 
 def pick(weights: np.ndarray, uniform: float) -> int:
-    """The place in `weights`, not all 0, that `uniform`, of [0, 1), falls on; never one whose weight is 0."""
-    reached = np.cumsum(weights)
-    # `uniform` is at most 1 - 2**-53, so the product is rounded to less than the sum: a place where the sum grows
-    return int(np.searchsorted(reached, uniform * reached[-1], side="right"))
+    """The index in `weights`, not all 0, that `uniform`, of [0, 1), falls on; never one whose weight is 0."""
+    cumulative = np.cumsum(weights)
+    # `uniform` is at most 1 - 2**-53, so the product is rounded to less than the sum: an index where the sum grows
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
 
 
 def _weights(values: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What a step spends its time on, and which experts it chose."""
+"""Timing of a step, and counts of the experts that it chose."""

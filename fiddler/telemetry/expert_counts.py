@@ -1,4 +1,4 @@
-"""How often each expert is chosen: counted where a model hands its tokens to its experts. Knows no files."""
+"""Counts how often each expert is chosen, where a model calls its experts; reads a file of such counts."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ __all__ = ["CountedExperts", "counting", "read_counts"]
 
 
 class CountedExperts:
-    """A model's `Experts`, wherever they live, and how many tokens each has had."""
+    """A model's `Experts`, wherever they live, with a count of the tokens that chose each of them."""
 
     def __init__(self, experts: Experts, layers: int, count: int, device: torch.device) -> None:
-        """count: experts a layer. device: where the model chooses."""
+        """count: experts a layer. device: of the router's expert ids."""
         self._experts = experts
         self._counts = torch.zeros(layers, count, dtype=torch.int64, device=device)
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        """The model's `Experts`."""
+        """Implements `Experts`."""
         chosen = expert_ids.reshape(-1)
         self._counts[layer].index_add_(0, chosen, torch.ones_like(chosen))  # unlike bincount, waits for no GPU
         return self._experts(layer, x, expert_ids, routing_weights)
 
     @property
     def counts(self) -> list[list[int]]:
-        """[L][E], so far."""
-        found: list[list[int]] = self._counts.tolist()
-        return found
+        """Tokens so far, [L][E]."""
+        counts: list[list[int]] = self._counts.tolist()
+        return counts
 
 
 @contextmanager
 def counting(model: Mixtral) -> Iterator[CountedExperts]:
-    """Counts what `model` chooses in the block.
+    """Counts the experts that `model` chooses in the block.
 
-    Steps of one token on a GPU may run as graphs that were captured before, and are not counted there.
+    Steps of one token on a GPU are not counted where they run as graphs that were captured before.
     """
     config, plain = model.config, model.experts
     counted = CountedExperts(plain, config.block_count, config.expert_count, model.token_embd.device)

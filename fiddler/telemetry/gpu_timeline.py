@@ -1,4 +1,4 @@
-"""When a GPU did what it was given, on the clock of what threads do. Knows streams and marks in them; no models."""
+"""When a GPU did its queued work, on the clock of the CPU's threads. Knows streams and events in them; no models."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from fiddler.telemetry.timeline import Span, Tracer
 
 __all__ = ["GpuTracer"]
 
-_TRIES = 5  # at one moment's time on both clocks
+_TRIES = 5  # to read both clocks at the same moment
 
 
 class GpuTracer(Tracer):
-    """A `Tracer` that also keeps what a GPU does: marks before and after it, which cost microseconds each."""
+    """A `Tracer` that also records a GPU's work, by events before and after it, which cost microseconds each."""
 
     def __init__(self) -> None:
         super().__init__()
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int, int]] = []
-        self._same: tuple[torch.cuda.Event, float] | None = None  # a mark, and when the GPU reached it
+        self._reference: tuple[torch.cuda.Event, float] | None = None  # an event, and when the GPU reached it
 
     def clear(self) -> None:
-        """A `Meter`'s; and compare the clocks again, which drift apart."""
+        """Implements `Meter.clear`; compares the clocks again: they drift apart."""
         self._settle()
-        if self._same is not None:
-            self._same = _now()
+        if self._reference is not None:
+            self._reference = _reference_event()
         super().clear()
 
     @contextmanager
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> Iterator[None]:
-        """A `Recorder`'s."""
-        if self._same is None:
-            self._same = _now()
+        """Implements `Recorder.queued`."""
+        if self._reference is None:
+            self._reference = _reference_event()
         assert stream is None or isinstance(stream, torch.cuda.Stream)
-        on = torch.cuda.current_stream() if stream is None else stream
+        target = torch.cuda.current_stream() if stream is None else stream
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record(on)
+        begun.record(target)
         yield
-        ended.record(on)
-        self._pending.append((name, begun, ended, nbytes, on.stream_id))
+        ended.record(target)
+        self._pending.append((name, begun, ended, nbytes, target.stream_id))
 
     def spans(self) -> list[Span]:
-        """A `Tracer`'s; waits for the GPU."""
+        """Implements `Tracer.spans`; waits for the GPU."""
         self._settle()
         return super().spans()
 
     def _settle(self) -> None:
-        """Find out when what is pending was done."""
-        if self._same is None:
+        """Wait for the pending work and record its times."""
+        if self._reference is None:
             return
-        mark, moment = self._same
+        reference, reached = self._reference
         for name, begun, ended, nbytes, stream in self._pending:
             ended.synchronize()
-            begin, end = (moment + mark.elapsed_time(event) / 1e3 for event in (begun, ended))
+            begin, end = (reached + reference.elapsed_time(event) / 1e3 for event in (begun, ended))
             self._spans.append(Span(name, begin, end, nbytes, "GPU", stream))
         self._pending.clear()
 
 
-def _now() -> tuple[torch.cuda.Event, float]:
-    """A mark in a stream of its own and the moment, as time.perf_counter has it, at which the GPU reached it."""
+def _reference_event() -> tuple[torch.cuda.Event, float]:
+    """An event in a stream of its own, and the time.perf_counter at which the GPU reached it."""
     stream, best = torch.cuda.Stream(), None
     for _ in range(_TRIES):
-        mark = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)
         before = time.perf_counter()
-        mark.record(stream)
-        mark.synchronize()
+        event.record(stream)
+        event.synchronize()
         after = time.perf_counter()
         if best is None or after - before < best[0]:
-            best = after - before, mark, (before + after) / 2
+            best = after - before, event, (before + after) / 2
     assert best is not None
     return best[1], best[2]

@@ -1,4 +1,4 @@
-"""Who is told what a step spends its time on. Knows names, seconds and bytes; not what they mean."""
+"""Receives timing events of a step. Knows names, seconds and bytes; not their meaning."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["SILENT", "Meter", "Recorder"]
 
 
 class Recorder(Protocol):
-    """Is told of every piece of work, by the one who does it."""
+    """Receives an event for every piece of work, from the code that does it."""
 
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
-        """Surrounds a piece of work of this kind, which reads so many bytes of weights."""
+        """Surrounds a piece of work of the kind `name`, which reads `nbytes` of weights."""
         ...
 
     def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
-        """Such a piece of work is over: it went on between these times of time.perf_counter."""
+        """Records a finished piece of work: it went on from `begun` to `ended`, by time.perf_counter."""
         ...
 
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
-        """Surrounds the queueing of such work to a GPU, which does it later, in torch's stream (None: current)."""
+        """Surrounds the queueing of work for a GPU, which does it later, in torch's `stream` (None: current)."""
         ...
 
 
@@ -40,11 +40,11 @@ class _Silent:
 
 
 SILENT: Recorder = _Silent()
-"""Takes note of nothing."""
+"""Ignores all events."""
 
 
 class Meter:
-    """Adds up the bytes of each kind of work, and the seconds of what the thread did that made the meter."""
+    """Adds up the bytes of each kind of work, and the seconds of work of the thread that made the meter."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -58,17 +58,17 @@ class Meter:
 
     @contextmanager
     def span(self, name: str, nbytes: int) -> Iterator[None]:
-        """A `Recorder`'s."""
+        """Implements `Recorder.span`."""
         begun = time.perf_counter()
         yield
         self.did(name, begun, time.perf_counter(), nbytes)
 
     def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
-        """A `Recorder`'s."""
-        if threading.get_ident() == self._thread:  # what another one does goes on beside it
+        """Implements `Recorder.did`."""
+        if threading.get_ident() == self._thread:  # the work of other threads overlaps with it
             self.seconds[name] += ended - begun
         self.nbytes[name] += nbytes
 
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
-        """A `Recorder`'s."""
+        """Implements `Recorder.queued`."""
         return nullcontext()

@@ -1,4 +1,4 @@
-"""A recorder that keeps every span of time, for a timeline. Knows names, seconds and bytes."""
+"""A recorder of every span of time, for a timeline. Knows names, seconds and bytes; not their meaning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
 
 class Tracer(Meter):
-    """A `Meter` that also keeps every span, for a timeline."""
+    """A `Meter` that also records every span, for a timeline."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,19 +31,19 @@ class Tracer(Meter):
         self._started = time.perf_counter()
 
     def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
-        """A `Recorder`'s."""
+        """Implements `Recorder.did`."""
         super().did(name, begun, ended, nbytes)
         self._spans.append(Span(name, begun, ended, nbytes, "CPU", threading.get_ident() % 100000))
 
     def spans(self) -> list[Span]:
-        """All that is over, those of a GPU included."""
+        """All finished spans, those of a GPU included."""
         return self._spans
 
     def idle(self, begin: float, end: float) -> float:
         """Seconds between two moments in which no weights were read and the GPU, if there is one, computed nothing.
 
-        Queueing work and waiting for it are no work; but where a GPU has nothing else to do, it is taken to begin when
-        the queueing does, so that this is what was idle at least.
+        Queueing work and waiting for it are no work. Yet where a GPU has nothing else to do, its work counts from the
+        beginning of its queueing: the result is a lower bound.
         """
         total, reached = 0.0, begin
         for span in sorted(self.spans(), key=lambda span: span.begun):
@@ -54,9 +54,9 @@ class Tracer(Meter):
 
     def to_chrome(self) -> dict[str, object]:
         """The timeline as chrome://tracing and Perfetto read it ("Trace Event Format", complete events)."""
-        places = ["CPU", "GPU"]
+        devices = ["CPU", "GPU"]
         names = [
-            {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": place}} for pid, place in enumerate(places)
+            {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}} for pid, name in enumerate(devices)
         ]
         events = [
             {
@@ -64,7 +64,7 @@ class Tracer(Meter):
                 "ph": "X",
                 "ts": (span.begun - self._started) * 1e6,
                 "dur": (span.ended - span.begun) * 1e6,
-                "pid": places.index(span.place),
+                "pid": devices.index(span.place),
                 "tid": span.row,
                 "args": {"bytes": span.nbytes},
             }
@@ -73,4 +73,4 @@ class Tracer(Meter):
         return {"traceEvents": [*names, *events], "displayTimeUnit": "ms"}
 
 
-_READING = ("experts", "dense")  # what threads do that reads weights
+_READING = ("experts", "dense")  # kinds of work of threads that read weights

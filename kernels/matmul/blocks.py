@@ -70,7 +70,8 @@ call_block_product = block_product.call
 def scratch_words(variant: KernelVariant, rows: int) -> int:
     """Scratch of `block_product` for blocks of weights that it copies or widens [words of 4 bytes]."""
     if amx(variant):
-        return rows * (k_words_many(variant) + 16)
+        packed: int = k_words_many(variant) + 16
+        return rows * packed
     words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * outer_k_words(variant)
     return words
 

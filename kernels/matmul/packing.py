@@ -128,7 +128,8 @@ def row_stride(variant: KernelVariant, width: int) -> int:
     """
     size: int = row_bytes(variant)
     lines = (width * size + _LINE - 1) // _LINE
-    return (lines + (_row_spread_lines(variant) - lines) % _SETS) * _LINE // size
+    spread: int = (_row_spread_lines(variant) - lines) % _SETS
+    return (lines + spread) * _LINE // size
 
 
 @njit(**OPTIONS)

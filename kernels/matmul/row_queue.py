@@ -31,6 +31,7 @@ def task_rows(variant: KernelVariant, tokens: int, rows: int, threads: int) -> i
     short (`take_rows`). Many tokens: every task reads their activations again, so tasks are as long as leaves the
     threads enough of them.
     """
+    max_rows: int
     if amx(variant) and tokens > _amx_row_tokens(variant):
         max_rows = _task_rows(variant) // 2 if tokens <= _short_tokens(variant) else _task_rows(variant)
     elif tokens < _compute_bound_tokens(variant):

@@ -1,4 +1,4 @@
-"""The chat as a user meets it: a real process on a pseudo-terminal, with the demo model. Nothing waits by sleeping."""
+"""`fiddler run` as a chat: a real process on a pseudo-terminal, with the demo model. No test waits by sleeping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
 from oracles.command import run
 from oracles.synthetic import with_template
 
-PATIENCE = 180  # seconds until something that hangs is given up
+PATIENCE = 180  # timeout of a process that hangs [s]
 PROMPT = "\r\n> "
 ENDLESS = ("--temp", "0", "--ignore-eos")
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 
 class Session(pexpect.spawn):
-    """`fiddler run` on a terminal of its own; TERM=dumb keeps readline from colouring what it echoes."""
+    """`fiddler run` on a pseudo-terminal of its own; TERM=dumb: readline does not colour its echo."""
 
     def __init__(self, *arguments, folder=None):
         environment = os.environ | {"TERM": "dumb"}
@@ -48,18 +48,18 @@ class Session(pexpect.spawn):
         )
 
     def prompt(self):
-        """Wait for the next prompt; what was shown until then."""
+        """Wait for the next prompt; return the output before it."""
         self.expect_exact(PROMPT)
         return self.before
 
     def ask(self, line):
-        """Type a line and wait for the next prompt; what was shown, the echo left out."""
+        """Type a line and wait for the next prompt; return the output between them, without the echo."""
         self.sendline(line)
         self.expect_exact(line + "\r\n")
         return self.prompt()
 
-    def left(self):
-        """The exit code, once it has ended."""
+    def exit_code(self):
+        """Wait until the process ends; return its exit code."""
         self.expect(pexpect.EOF)
         self.close()
         assert self.signalstatus is None
@@ -69,23 +69,23 @@ class Session(pexpect.spawn):
         self.close(force=True)
 
 
-def test_stream_interrupt_save_reset_and_leave(model, tmp_path):
+def test_a_chat_streams_stops_at_ctrl_c_saves_resets_and_ends_at_ctrl_d(model, tmp_path):
     with Session(model, "--system", "Be brief.", *ENDLESS, folder=tmp_path) as chat:
         assert f"chat with {model}" in chat.prompt()
         chat.sendline("Once upon a time")
         chat.expect_exact("Once upon a time\r\n")
-        chat.expect(r"\w+ \w+ ")  # it streams: the whole would be a thousand tokens
-        begun = chat.before + chat.match[0]
+        chat.expect(r"\w+ \w+ ")  # it streams: the whole answer would be a thousand tokens
+        first = chat.before + chat.match[0]
         chat.sendintr()
         rest = chat.prompt()
-        shown, _, last = (begun + rest).replace("^C", "").replace("\r\n", "\n").rpartition("\n")
-        assert last == "(stopped)"
+        answer, _, last_line = (first + rest).replace("^C", "").replace("\r\n", "\n").rpartition("\n")
+        assert last_line == "(stopped)"
 
         assert "broken off" in chat.ask("/stats")
         assert "3 messages" in chat.ask("/save one.json")
         saved = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
         assert [message["role"] for message in saved] == ["system", "user", "assistant"]
-        assert [message["content"] for message in saved] == ["Be brief.", "Once upon a time", shown]
+        assert [message["content"] for message in saved] == ["Be brief.", "Once upon a time", answer]
         assert "exists" in chat.ask("/save one.json")
         assert "needs the name" in chat.ask("/save")
         assert "not a directory" in chat.ask("/save nowhere/x.json")
@@ -101,10 +101,10 @@ def test_stream_interrupt_save_reset_and_leave(model, tmp_path):
         assert "/save FILE" in chat.ask("/help")
         assert "there is no /nonsense" in chat.ask("/nonsense 1")
         chat.sendeof()
-        assert chat.left() == 0
+        assert chat.exit_code() == 0
 
 
-def test_what_is_typed(model, tmp_path):
+def test_input_may_be_continued_quoted_empty_cancelled_or_invalid_utf_8(model, tmp_path):
     with Session(model, "--temp", 0, "-n", 3, "--stats", folder=tmp_path) as chat:
         chat.prompt()
         chat.sendintr()
@@ -113,7 +113,7 @@ def test_what_is_typed(model, tmp_path):
         chat.expect_exact("half a line")
         chat.sendintr()
         assert "leaves" not in chat.prompt()
-        chat.sendline("")  # nothing is nothing
+        chat.sendline("")  # an empty line is ignored
         chat.prompt()
         chat.sendline("one\\")
         chat.expect_exact("\r\n. ")
@@ -132,113 +132,113 @@ def test_what_is_typed(model, tmp_path):
         assert "error: " in chat.ask("/save ~nobody-of-this-name/x")
         chat.ask("/save all.json")
         saved = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
-        *texts, odd = [one["content"] for one in saved if one["role"] == "user"]
+        *texts, invalid = [message["content"] for message in saved if message["role"] == "user"]
         assert texts == ["one\ntwo", "/three\n\n  four", "/five </s> é"]
-        assert "\ufffd" in odd  # no UTF-8; where it stands is readline's
+        assert "\ufffd" in invalid  # invalid UTF-8; its position is readline's choice
         chat.sendline("/exit")
-        assert chat.left() == 0
+        assert chat.exit_code() == 0
 
 
-def test_a_full_context_and_messages_that_are_too_long(model):
+def test_a_full_context_cuts_answers_drops_old_turns_and_refuses_long_messages(model):
     with Session(model, *ENDLESS, "--ctx", 128) as chat:
         chat.prompt()
-        shown = [chat.ask(f"message {turn}") for turn in range(3)]
-        assert all("(cut: no room for more" in one for one in shown)
-        assert "no longer sent: 1" in shown[1]
-        refused = chat.ask("word " * 110)
-        assert re.search(r"error: the message makes a prompt of \d+ tokens, .*; shorten it, or raise --ctx", refused)
+        outputs = [chat.ask(f"message {turn}") for turn in range(3)]
+        assert all("(cut: no room for more" in output for output in outputs)
+        assert "no longer sent: 1" in outputs[1]
+        refusal = chat.ask("word " * 110)
+        assert re.search(r"error: the message makes a prompt of \d+ tokens, .*; shorten it, or raise --ctx", refusal)
         assert "turns: 3, no longer sent: 2; 128 of 128" in chat.ask("/stats")
         chat.sendeof()
-        assert chat.left() == 0
+        assert chat.exit_code() == 0
 
 
-def test_without_a_template():
+def test_a_model_without_a_chat_template_continues_the_text():
     with Session(*ENDLESS, "-n", 8) as chat:
         assert "has no chat template" in chat.prompt()
         assert re.search(r"\w+ \w+", chat.ask("Once upon a time"))
         chat.ask("Then the bear")
         assert "turns: 2" in chat.ask("/stats")
         chat.sendeof()
-        assert chat.left() == 0
+        assert chat.exit_code() == 0
 
 
-def test_interrupts_while_an_answer_comes():
-    """The first sets a flag; one within a second is the same; a later one does what it did before the chat."""
-    times, before = iter([10.0, 10.5, 11.5, 99.0]), []
-    usual = signal.signal(signal.SIGINT, lambda number, frame: before.append(number))
+def test_ctrl_c_twice_within_a_second_counts_once_and_later_reaches_the_old_handler():
+    """The first SIGINT sets a flag; one within a second of it changes nothing; a later one has its old handler."""
+    times, handled = iter([10.0, 10.5, 11.5, 99.0]), []
+    previous_handler = signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     try:
         with Terminal(lambda: next(times)) as terminal:
             assert not terminal.interrupted
             for count in (0, 0, 1):
                 signal.raise_signal(signal.SIGINT)
                 assert terminal.interrupted
-                assert len(before) == count
+                assert len(handled) == count
         signal.raise_signal(signal.SIGINT)
-        assert len(before) == 2
+        assert len(handled) == 2
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def test_an_interrupt_while_a_long_message_is_read(model, monkeypatch, capsys):
-    """Between two chunks of it; then the conversation is as it was, and goes on."""
+def test_ctrl_c_during_prefill_drops_the_message_and_the_chat_goes_on(model, monkeypatch, capsys):
+    """SIGINT between two prefill chunks: the conversation is as before the message, and goes on."""
     engine = load(model)
     monkeypatch.setattr(engine.runner, "chunk", 16)
-    chat, typed, reads = Chat(engine, sampling=Sampling(temperature=0.0), max_tokens=5), ["a word " * 60, "Hello"], []
-    usual = signal.getsignal(signal.SIGINT)
+    chat, typed, checks = Chat(engine, sampling=Sampling(temperature=0.0), max_tokens=5), ["a word " * 60, "Hello"], []
+    handler = signal.getsignal(signal.SIGINT)
 
-    class Typing(Terminal):
+    class ScriptedTerminal(Terminal):
         def read(self):
             self._interrupted = None
             return Typed(typed.pop(0), one_line=True) if typed else None
 
         def check(self):
-            reads.append(len(typed))
-            if reads == [1, 1, 1]:
+            checks.append(len(typed))
+            if checks == [1, 1, 1]:
                 signal.raise_signal(signal.SIGINT)
             super().check()
 
-    monkeypatch.setattr(cli_chat, "Terminal", Typing)
+    monkeypatch.setattr(cli_chat, "Terminal", ScriptedTerminal)
     cli_chat.open_chat(chat, "demo", str, show_stats=False)
-    assert reads == [1, 1, 1]
+    assert checks == [1, 1, 1]
     assert "(stopped)" in capsys.readouterr().err
     assert [message["content"] for message in chat.messages[::2]] == ["Hello"]
     assert chat.completion is not None
-    assert signal.getsignal(signal.SIGINT) is usual
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (("-p", "x", "--system", "y"), "--system"),
         (("--prompt-file", "x", "--chat-template-file", "y"), "--chat-template-file"),
         (("--system", "y"), "--system"),  # standard input is no terminal here
     ],
 )
-def test_options_of_a_chat_without_one_are_wrong_usage(arguments, said):
+def test_chat_options_without_a_chat_are_wrong_usage(arguments, message):
     done = run("run", *arguments, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 2
-    assert said in done.stderr.decode()
+    assert message in done.stderr.decode()
 
 
 @pytest.mark.parametrize(
-    "template, system, said",
+    "template, system, message",
     [
         (MIXTRAL_OLD, "y", "leave out the system message"),
         ("{{ 'a' * 10**10 }}", None, "the chat template asks for more than 256 MiB of memory"),
         (None, "y", "no chat template"),
     ],
 )
-def test_what_cannot_be_begun_is_refused_in_one_line(tmp_path, template, system, said):
+def test_a_template_that_cannot_start_a_chat_is_refused_in_one_line(tmp_path, template, system, message):
     (tmp_path / "a.jinja").write_text(template or "")
     options = ["--chat-template-file", tmp_path / "a.jinja"] if template else []
     with Session(*options, *(["--system", system] if system else [])) as chat:
-        chat.expect(r"error: [^\r\n]*" + re.escape(said) + r"[^\r\n]*\r\n")
-        assert chat.left() == 1
+        chat.expect(r"error: [^\r\n]*" + re.escape(message) + r"[^\r\n]*\r\n")
+        assert chat.exit_code() == 1
 
 
-def test_a_model_cannot_steer_the_terminal():
-    every = "".join(map(chr, range(0x100)))
-    shown = harmless(every + "é\u2028😀")
+def test_control_characters_of_a_model_do_not_reach_the_terminal():
+    latin_1 = "".join(map(chr, range(0x100)))
+    shown = harmless(latin_1 + "é\u2028😀")
     assert all(char in "\n\t" or not (ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0) for char in shown)
     assert harmless("\x1b[2J\rx\x9b1m\x07") == r"\x1b[2J\x0dx\x9b1m\x07"
     assert harmless("a\n\tb é 😀") == "a\n\tb é 😀"

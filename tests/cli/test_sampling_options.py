@@ -1,4 +1,4 @@
-"""The options of sampling and of constrained output, from the command line to what they do."""
+"""Options of sampling and of constrained output, from the command line to the generated text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PLAIN = {"seed": -1, "logit_bias": None, "dry_sequence_breaker": None}
 
 
 def run(*arguments, before="pass"):
-    """`fiddler run` in a process of its own; `before`: code that goes first there."""
-    code = f"import sys; {before}; from fiddler.cli import main; main()"
+    """`fiddler run` in a process of its own, which executes the code `before` first."""
+    code = f"import sys; {before}; from fiddler.cli.app import main; main()"
     command = [sys.executable, "-c", code, "run", *map(str, arguments)]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
 
@@ -54,13 +54,13 @@ def engine():
         ("--logit-bias", "5+inf", "logit_bias is inf for token 5"),
     ],
 )
-def test_every_option_arrives_by_its_name(option, value, message):
+def test_every_sampling_option_reaches_the_field_of_its_name(option, value, message):
     done = CliRunner().invoke(app, ["run", "-p", "x", option, str(value)])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
-def test_the_text_is_that_of_the_same_sampling(engine, tmp_path):
+def test_sampling_options_give_the_text_and_probabilities_of_the_same_sampling_in_python(engine, tmp_path):
     sampling = Sampling(
         1.2,
         60,
@@ -107,7 +107,7 @@ def test_probabilities_go_to_stderr_after_the_text():
         assert row["top_logprobs"] == [{key: row[key] for key in ("id", "token", "bytes", "logprob")}]
 
 
-def test_a_line_is_that_of_llama_cpps_server():
+def test_a_line_of_probabilities_has_the_fields_of_llama_cpps_server():
     line = json.loads(json.dumps(probs_of([b"a", b"\xe6"], LogProbs(1, -2.0, ((0, -0.5), (1, -2.0))))))
     assert line == {
         "id": 1,
@@ -121,9 +121,9 @@ def test_a_line_is_that_of_llama_cpps_server():
     }
 
 
-def test_breakers_and_biases_are_read_as_llama_cpp_does():
-    def breakers(*given):
-        return sampling_of(**PLAIN | {"dry_sequence_breaker": list(given)}).dry_sequence_breakers
+def test_breakers_and_biases_are_read_as_llama_cpp_reads_them():
+    def breakers(*options):
+        return sampling_of(**PLAIN | {"dry_sequence_breaker": list(options)}).dry_sequence_breakers
 
     assert sampling_of(**PLAIN) == Sampling()
     assert breakers("none") == ()
@@ -135,7 +135,7 @@ def test_breakers_and_biases_are_read_as_llama_cpp_does():
             sampling_of(**PLAIN | {"logit_bias": [wrong]})
 
 
-def test_a_schema_from_a_file_or_as_it_is(engine, tmp_path):
+def test_a_schema_or_grammar_may_be_a_file_or_the_text_itself(engine, tmp_path):
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [1, 23]}},
@@ -167,20 +167,20 @@ def test_a_schema_from_a_file_or_as_it_is(engine, tmp_path):
         (["--n-probs", "1", "--probs-file", "/nowhere/x"], 1, "error: /nowhere/x: No such file"),
     ],
 )
-def test_what_is_wrong_is_said(arguments, code, message):
+def test_wrong_constraint_and_probability_options_are_refused_by_name(arguments, code, message):
     done = run("-p", "x", *arguments)
     assert (done.returncode, done.stdout) == (code, b""), done.stderr
     assert message in " ".join(done.stderr.decode().replace("│", " ").split())
     assert code == 2 or done.stderr.count(b"\n") == 1
 
 
-def test_without_the_library_one_line_says_what_to_install():
+def test_without_llguidance_one_line_says_what_to_install():
     done = run("-p", "x", "--json-schema", "{}", before="sys.modules['llguidance'] = None")
     expected = b"error: constrained output needs the llguidance package: pip install 'fiddler-moe[constrain]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", expected)
 
 
-def test_a_file_that_is_no_text(tmp_path):
-    (file := Path(tmp_path) / "grammar").write_bytes(b"\xff\xfe")
+def test_a_grammar_file_that_is_not_utf_8_is_refused(tmp_path):
+    (path := Path(tmp_path) / "grammar").write_bytes(b"\xff\xfe")
     with pytest.raises(fiddler.FiddlerError, match="is no text in UTF-8"):
-        constraint_of(None, str(file))
+        constraint_of(None, str(path))

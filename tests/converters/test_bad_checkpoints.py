@@ -1,4 +1,4 @@
-"""Hand-made bad folders: each gives one line that names the fault, from Python and from the command line."""
+"""Bad checkpoint folders: each gives one line that names the fault, from Python and from the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(**values: object) -> Damage:
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    """Change the tensors as a dictionary, in a file that safetensors itself then writes."""
+    """Change the tensors as a dictionary; safetensors itself writes the file."""
 
     def damage(folder: Path) -> None:
         tensors = load((folder / WEIGHTS).read_bytes())
@@ -47,7 +47,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
 
 
 def header(change: Callable[[dict[str, dict]], object]) -> Damage:
-    """Change the header and leave the data alone: what safetensors would never write."""
+    """Change the header only: safetensors itself would never write such a file."""
 
     def damage(folder: Path) -> None:
         raw = (folder / WEIGHTS).read_bytes()
@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "window": (config(sliding_window=0), "sliding_window is 0"),
     "tied a word": (config(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'"),
     "biases said": (config(attention_bias=True), "attention_bias is True"),
-    # Which files there are
+    # The files of the folder
     "no weights": (without(WEIGHTS), f"has neither {WEIGHTS} nor {INDEX}"),
     "only .bin": (only_bin, "PyTorch .bin files; load them in transformers"),
     "no tokenizer": (without("tokenizer.model"), "tokenizer"),
@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Damage, str]] = {
 }
 
 
-# A process each, so not all: some that each stage finds.
+# A process each: some faults of every stage, not all.
 BY_COMMAND = [
     "no config", "config nested", "quantised", "width a word", "millions of layers", "only .bin", "no tokenizer",
     "a shard is missing", "the index reaches out", "an LFS pointer", "truncated", "shape overflows", "integers",
@@ -259,16 +259,16 @@ BY_COMMAND = [
 ]  # fmt: skip
 
 
-def damaged(name: str, tmp_path: Path) -> tuple[Path, str]:
+def damaged(fault: str, tmp_path: Path) -> tuple[Path, str]:
     folder = Path(shutil.copytree(TINY, tmp_path / "hf"))
-    damage, message = BAD[name]
+    damage, message = BAD[fault]
     damage(folder)
     return folder, re.escape(message.replace("{folder}", str(folder)))
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_python_gets_one_line_that_names_the_fault(name, tmp_path):
-    folder, message = damaged(name, tmp_path)
+@pytest.mark.parametrize("fault", BAD)
+def test_convert_raises_one_line_that_names_the_fault_and_writes_nothing(fault, tmp_path):
+    folder, message = damaged(fault, tmp_path)
     with pytest.raises(CheckpointError, match=message) as caught:
         convert(folder, tmp_path / "out.gguf")
     assert len(str(caught.value).splitlines()) == 1
@@ -276,9 +276,9 @@ def test_python_gets_one_line_that_names_the_fault(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize("name", BY_COMMAND)
-def test_the_command_line_gets_it_too(name, tmp_path):
-    folder, message = damaged(name, tmp_path)
+@pytest.mark.parametrize("fault", BY_COMMAND)
+def test_the_command_line_names_the_fault_in_one_line_within_two_seconds(fault, tmp_path):
+    folder, message = damaged(fault, tmp_path)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "fiddler", "convert", folder, tmp_path / "out.gguf"],
@@ -287,14 +287,14 @@ def test_the_command_line_gets_it_too(name, tmp_path):
         check=False,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2  # seconds
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2  # of processor time [s]
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("name, message", [("nowhere", "does not exist"), ("file", "is a file")])
-def test_a_source_that_is_no_folder(tmp_path, name, message):
+def test_a_source_that_is_no_folder_is_refused(tmp_path, name, message):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=f"{name} {message}; give the folder"):
         convert(tmp_path / name, tmp_path / "out.gguf")

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a lazy source: config.json's many spellings, both layouts, ties, shards, views."""
+"""A checkpoint folder as a lazy source: the forms of config.json, both expert layouts, tied embeddings, views."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def edit_weights(folder: Path, **values: torch.Tensor | None) -> None:
         ({"attention_bias": False, "quantization_config": None}, "expert_count", 4),
     ],
 )
-def test_config_spellings(folder, values, attribute, expected):
+def test_every_form_of_config_json_is_understood(folder, values, attribute, expected):
     edit_config(folder, **values)
     assert getattr(read_hf_config(folder).config, attribute) == expected
 
@@ -89,31 +89,34 @@ HF_NAMES = {
 KEYS = [*HF_NAMES.values(), "head_dim", "rope_parameters", "rope_theta", "tie_word_embeddings", "hidden_act"]
 
 
-def agrees_with_transformers(folder: Path) -> None:
-    """All that is read from config.json is what transformers reads from it."""
-    read, expected = read_hf_config(folder), MixtralConfig.from_dict(json.loads((folder / "config.json").read_text()))
+def assert_agrees_with_transformers(folder: Path) -> None:
+    """Assert that config.json is read as transformers reads it."""
+    hf_config, expected = (
+        read_hf_config(folder),
+        MixtralConfig.from_dict(json.loads((folder / "config.json").read_text())),
+    )
     width = expected.hidden_size // expected.num_attention_heads
-    assert {name: getattr(read.config, name) for name in HF_NAMES} == {
+    assert {name: getattr(hf_config.config, name) for name in HF_NAMES} == {
         name: getattr(expected, key) for name, key in HF_NAMES.items()
     }
-    assert read.config.head_dim == (width if expected.head_dim is None else expected.head_dim)
-    assert read.config.rope_freq_base == expected.rope_parameters["rope_theta"]
-    assert read.tied == expected.tie_word_embeddings
+    assert hf_config.config.head_dim == (width if expected.head_dim is None else expected.head_dim)
+    assert hf_config.config.rope_freq_base == expected.rope_parameters["rope_theta"]
+    assert hf_config.tied == expected.tie_word_embeddings
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_an_absent_key_has_transformers_default(folder, key):
     edit_config(folder, **{"num_attention_heads": 8, key: ...})  # the default of 8 KV heads fits
-    agrees_with_transformers(folder)
+    assert_agrees_with_transformers(folder)
 
 
-def test_a_config_of_defaults_alone(folder):
+def test_a_config_of_a_model_type_alone_has_transformers_defaults(folder):
     (folder / "config.json").write_text('{"model_type": "mixtral"}')
-    agrees_with_transformers(folder)
+    assert_agrees_with_transformers(folder)
 
 
-@pytest.mark.parametrize("key", sorted(set(KEYS) - {"num_key_value_heads"}))  # transformers 4 took it: above
-def test_null_is_what_it_is_in_transformers(folder, key):
+@pytest.mark.parametrize("key", sorted(set(KEYS) - {"num_key_value_heads"}))  # transformers 4 accepts it: above
+def test_null_is_accepted_or_refused_as_in_transformers(folder, key):
     edit_config(folder, **{key: None})
     try:
         MixtralConfig.from_dict(json.loads((folder / "config.json").read_text()))
@@ -121,11 +124,11 @@ def test_null_is_what_it_is_in_transformers(folder, key):
         with pytest.raises(CheckpointError, match=f"{key} is (null|None)"):
             read_hf_config(folder)
     else:
-        agrees_with_transformers(folder)
+        assert_agrees_with_transformers(folder)
 
 
-def test_opening_reads_headers_only(folder):
-    """A sparse file with real headers: 2**40 bytes of weights cannot have been looked at."""
+def test_opening_a_file_reads_its_header_only(folder):
+    """A sparse file with a real header: 2**40 bytes of weights cannot have been read."""
     header = {"huge": {"dtype": "BF16", "shape": [1 << 20, 1 << 19], "data_offsets": [0, 1 << 40]}}
     raw = json.dumps(header).encode()
     path = folder / "huge.safetensors"
@@ -152,16 +155,16 @@ def test_rows_are_read_only_views_at_any_alignment(tmp_path, dtype, spaces):
     assert not rows.flags.owndata
 
 
-def test_experts_come_one_by_one(folder):
+def test_every_expert_of_the_published_layout_is_one_matrix(folder):
     checkpoint = Checkpoint.open(folder)
-    parts = list(checkpoint.matrices("blk.1.ffn_down_exps.weight"))
-    assert [(part.count, part.width) for part in parts] == [(64, 96)] * 4
-    assert [part.stored.name for part in parts] == [
+    matrices = list(checkpoint.matrices("blk.1.ffn_down_exps.weight"))
+    assert [(matrix.count, matrix.width) for matrix in matrices] == [(64, 96)] * 4
+    assert [matrix.stored.name for matrix in matrices] == [
         f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(4)
     ]
 
 
-def test_fused_experts_come_one_by_one_too(folder):
+def test_fused_experts_give_the_same_matrices_as_separate_ones(folder):
     weights = load((folder / "model.safetensors").read_bytes())
     expected = {name: list(Checkpoint.open(folder).matrices(name)) for name in experts()}
     for layer in range(2):
@@ -176,10 +179,10 @@ def test_fused_experts_come_one_by_one_too(folder):
     save_file(weights, folder / "fused" / "model.safetensors")
     shutil.copy(folder / "config.json", folder / "fused")
     fused = Checkpoint.open(folder / "fused")
-    for name, parts in expected.items():
-        found = list(fused.matrices(name))
-        assert len(found) == len(parts) == 4
-        for one, other in zip(found, parts, strict=True):
+    for name, separate in expected.items():
+        matrices = list(fused.matrices(name))
+        assert len(matrices) == len(separate) == 4
+        for one, other in zip(matrices, separate, strict=True):
             assert np.array_equal(one.rows(0, one.count), other.rows(0, other.count)), name
 
 
@@ -188,7 +191,7 @@ def experts() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("said", "output", "tied", "warned"),
+    ("declared", "output", "tied", "warned"),
     [
         (False, "other", False, False),
         (..., "other", False, False),
@@ -199,9 +202,9 @@ def experts() -> list[str]:
         (False, "same", False, False),
     ],
 )
-def test_ties(folder, said, output, tied, warned):
+def test_embeddings_are_tied_if_declared_unless_a_different_output_is_stored(folder, declared, output, tied, warned):
     embedding = load((folder / "model.safetensors").read_bytes())["model.embed_tokens.weight"]
-    edit_config(folder, tie_word_embeddings=said)
+    edit_config(folder, tie_word_embeddings=declared)
     lm_head = {"none": None, "same": embedding, "other": embedding.flip(0), "other type": embedding.float()}[output]
     edit_weights(folder, lm_head__weight=None if lm_head is None else lm_head.contiguous().clone())
     checkpoint = Checkpoint.open(folder)
@@ -220,7 +223,7 @@ def test_ties(folder, said, output, tied, warned):
         ({"": torch.float16, "norm": torch.float32}, "f16"),
     ],
 )
-def test_the_type_is_that_of_most_weights(folder, casts, expected):
+def test_the_dtype_is_that_of_most_weights(folder, casts, expected):
     weights = load((folder / "model.safetensors").read_bytes())
     for part, dtype in casts.items():
         weights = {name: value.to(dtype) if part in name else value for name, value in weights.items()}
@@ -229,27 +232,27 @@ def test_the_type_is_that_of_most_weights(folder, casts, expected):
 
 
 @pytest.mark.parametrize("window, warned", [(None, False), (100, True), (512, False), (4096, False)])
-def test_a_window_that_matters_is_warned_of(folder, window, warned):
-    edit_config(folder, sliding_window=window)  # of 512 positions
+def test_a_sliding_window_shorter_than_the_context_gives_a_warning(folder, window, warned):
+    edit_config(folder, sliding_window=window)  # the context is 512 positions
     assert len(Checkpoint.open(folder).warnings) == warned
 
 
-def test_derived_tables_of_old_checkpoints_are_left_out(folder):
+def test_rotary_tables_of_old_checkpoints_are_ignored(folder):
     edit_weights(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
     Checkpoint.open(folder)
 
 
-def test_a_single_file_wins_over_an_index_as_in_transformers(folder):
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
     Checkpoint.open(folder)
 
 
-def test_the_name_is_the_folders(folder, monkeypatch):
+def test_a_checkpoint_is_named_after_its_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert Checkpoint.open(Path()).name == "hf"
 
 
-def test_in_the_hubs_cache_it_is_the_models(tmp_path):
+def test_a_checkpoint_in_the_hub_cache_is_named_after_its_model(tmp_path):
     folder = (
         tmp_path / "models--mistralai--Mixtral-8x7B-v0.1" / "snapshots" / "fc7ac94680e38d7348cfa806e51218e6273104b0"
     )

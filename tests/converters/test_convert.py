@@ -1,4 +1,4 @@
-"""What is converted: every tensor of transformers' own checkpoints, bit by bit, and the metadata."""
+"""Conversion of transformers' own checkpoints: every tensor, bit by bit, and the metadata."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def expected_tensors(tensors: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
-    """What the GGUF must hold, q and k as transformers orders them; the obvious way, all at once."""
+    """The tensors that the GGUF must hold, with q and k in transformers' order: the obvious way, all at once."""
     expected = {
         "token_embd.weight": tensors["model.embed_tokens.weight"],
         "output_norm.weight": tensors["model.norm.weight"],
@@ -168,16 +168,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_tensor_is_the_checkpoints(case, tmp_path):
+def test_every_tensor_of_a_checkpoint_is_converted_bit_by_bit(case, tmp_path):
     make_checkpoint(case, tmp_path / "hf")
     assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (case.shard != "1GB")
     report = convert(tmp_path / "hf", tmp_path / "out.gguf", case.wanted)
     dtype = case.wanted or {"bf16": "bf16", "f16": "f16", "f32": "bf16"}[case.stored]
 
-    found = read_tensors(tmp_path / "out.gguf")
+    written = read_tensors(tmp_path / "out.gguf")
     expected = expected_tensors(stored_tensors(tmp_path / "hf"), case)
     for name, tensor in expected.items():
-        kind, converted = found.pop(name)
+        kind, converted = written.pop(name)
         if tensor.ndim == 1 or "ffn_gate_inp" in name:
             assert kind == gguf.GGMLQuantizationType.F32
             assert same_bits(converted, tensor.float()), name
@@ -187,7 +187,7 @@ def test_every_tensor_is_the_checkpoints(case, tmp_path):
             if heads:
                 converted = naive_half_split(converted, heads)
             assert same_bits(converted, tensor.to(TORCH[dtype])), name
-    assert not found
+    assert not written
 
     fields = metadata(tmp_path / "out.gguf")
     head_dim = case.head_dim or case.D // case.H
@@ -211,7 +211,7 @@ def test_every_tensor_is_the_checkpoints(case, tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["BF16", "F16"])
-def test_any_bits_survive(stored, tmp_path):
+def test_weights_of_any_bits_survive_conversion(stored, tmp_path):
     """NaNs of every payload, infinities, subnormals, negative zeros: random bytes for weights."""
     source = shutil.copytree(TINY, tmp_path / "hf")
     raw = (source / "model.safetensors").read_bytes()
@@ -222,9 +222,9 @@ def test_any_bits_survive(stored, tmp_path):
     report = convert(source, tmp_path / "out.gguf")
     assert report.dtype == stored.lower()
     case = Case(D=64, L=2)
-    found = read_tensors(tmp_path / "out.gguf")
+    written = read_tensors(tmp_path / "out.gguf")
     for name, tensor in expected_tensors(load((source / "model.safetensors").read_bytes()), case).items():
-        _, converted = found[name]
+        _, converted = written[name]
         if converted.dtype != torch.float32:
             heads = {"attn_q.weight": case.H, "attn_k.weight": case.G}.get(name.partition(".")[2][2:], 0)
             assert same_bits(naive_half_split(converted, heads) if heads else converted, tensor), name
@@ -233,7 +233,7 @@ def test_any_bits_survive(stored, tmp_path):
 @pytest.mark.parametrize("heads, head_dim", [(1, 2), (4, 6), (3, 16)])
 def test_interleaved_rows_rotate_as_transformers_rotates(heads, head_dim):
     """q . k under ggml's rotation of neighbours is q . k under transformers' rotation of halves."""
-    D, position, other = 10, 7, 3
+    D, position, key_position = 10, 7, 3
     generator = torch.Generator().manual_seed(1)
     wq, wk = (torch.randn(heads * head_dim, D, generator=generator, dtype=torch.float64) for _ in range(2))
     x, y = (torch.randn(D, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -247,26 +247,26 @@ def test_interleaved_rows_rotate_as_transformers_rotates(heads, head_dim):
 
     def neighbours(w, x, position):
         q = (torch.from_numpy(interleave(w.numpy(), head_dim)) @ x).view(heads, head_dim // 2, 2)
-        turn = torch.polar(torch.ones_like(frequencies), frequencies * position)
-        turned = torch.view_as_complex(q.contiguous()) * turn
-        return torch.view_as_real(turned).view(heads, head_dim)
+        rotation = torch.polar(torch.ones_like(frequencies), frequencies * position)
+        rotated = torch.view_as_complex(q.contiguous()) * rotation
+        return torch.view_as_real(rotated).view(heads, head_dim)
 
-    expected = (halves(wq, x, position) * halves(wk, y, other)).sum(-1)
-    found = (neighbours(wq, x, position) * neighbours(wk, y, other)).sum(-1)
-    assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+    expected = (halves(wq, x, position) * halves(wk, y, key_position)).sum(-1)
+    actual = (neighbours(wq, x, position) * neighbours(wk, y, key_position)).sum(-1)
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=0)
     naive = naive_half_split(torch.from_numpy(interleave(wq.numpy(), head_dim)), heads)
     assert torch.equal(naive, wq)
 
 
-def test_pieces_do_not_show(tmp_path, monkeypatch):
-    """The same bytes whether tensors go over in one piece or by the row."""
+def test_the_size_of_the_pieces_does_not_change_the_file(tmp_path, monkeypatch):
+    """Tensors converted whole or row by row give the same file."""
     convert(TINY, tmp_path / "whole.gguf", "f16")
     monkeypatch.setattr("fiddler.converters.conversion._PIECE", 100)
     convert(TINY, tmp_path / "rows.gguf", "f16")
     assert (tmp_path / "rows.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-def test_losses_are_counted_and_said(tmp_path):
+def test_weights_that_overflow_or_become_zero_are_counted_and_warned_of(tmp_path):
     source = shutil.copytree(TINY, tmp_path / "hf")
     weights = load((source / "model.safetensors").read_bytes())
     weights["model.layers.0.self_attn.q_proj.weight"][3, :5] = 1e6
@@ -283,17 +283,17 @@ def test_losses_are_counted_and_said(tmp_path):
     assert convert(source, tmp_path / "bf16.gguf").warnings == ()
 
 
-def test_progress_runs_from_something_to_everything(tmp_path):
-    seen: list[tuple[int, int]] = []
-    convert(TINY, tmp_path / "out.gguf", progress=lambda done, total: seen.append((done, total)))
-    done = [entry[0] for entry in seen]
+def test_progress_only_grows_and_ends_at_the_bytes_of_all_tensors(tmp_path):
+    calls: list[tuple[int, int]] = []
+    convert(TINY, tmp_path / "out.gguf", progress=lambda done, total: calls.append((done, total)))
+    done = [call[0] for call in calls]
     assert done == sorted(set(done))
     tensors = gguf.GGUFReader(tmp_path / "out.gguf").tensors
-    assert done[-1] == seen[0][1] == sum(tensor.n_bytes for tensor in tensors)
-    assert len({total for _, total in seen}) == 1
+    assert done[-1] == calls[0][1] == sum(tensor.n_bytes for tensor in tensors)
+    assert len({total for _, total in calls}) == 1
 
 
-def test_the_package_offers_convert_lazily():
+def test_importing_the_package_imports_neither_gguf_nor_numpy():
     assert fiddler.converters.convert is convert
     code = "import sys, fiddler.converters; sys.exit('gguf' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

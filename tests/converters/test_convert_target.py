@@ -1,4 +1,4 @@
-"""Where it is written: targets refused or replaced, small disks, and interruptions of a real process."""
+"""The target file of a conversion: refused or replaced, small disks, and interruptions of a real process."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_the_source_is_never_overwritten(tmp_path, name):
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_a_target_within_the_source_folder_is_fine(tmp_path):
+def test_a_target_within_the_source_folder_is_written_and_replaced(tmp_path):
     source = shutil.copytree(TINY, tmp_path / "hf")
     convert(source, source / "out.gguf")
     convert(source, source / "out.gguf", force=True)
 
 
-def test_an_unknown_type_is_refused(tmp_path):
+def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(RequestError, match="dtype is 'q8_0'; choose 'bf16' or 'f16'"):
         convert(TINY, tmp_path / "out.gguf", "q8_0")
 
@@ -67,7 +67,7 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-SLOWLY = """
+SLOW_CONVERSION = """
 import signal, sys, time
 from fiddler.converters import convert
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
@@ -79,14 +79,14 @@ convert(sys.argv[1], sys.argv[2], force=True, progress=progress)
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_an_interruption_leaves_no_half_file(tmp_path, number, moment):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_during_conversion_leaves_the_target_as_it_was(tmp_path, signal_number, moment):
     target = tmp_path / "out.gguf"
-    exists = moment == 0.4  # once over a file that is there
+    exists = moment == 0.4  # with an existing target
     if exists:
         target.write_bytes(b"precious")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, TINY, target],
+        [sys.executable, "-c", SLOW_CONVERSION, TINY, target],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,16 +95,16 @@ def test_an_interruption_leaves_no_half_file(tmp_path, number, moment):
     for line in process.stdout:
         done, total = map(int, line.split())
         if done >= moment * total:
-            process.send_signal(number)
+            process.send_signal(signal_number)
             break
     process.communicate(timeout=20)
-    assert process.returncode == -number
+    assert process.returncode == -signal_number
     if exists:
         assert target.read_bytes() == b"precious"
     else:
         assert not target.exists()
-    left = [path.name for path in tmp_path.iterdir() if path != target]
-    if number == signal.SIGKILL:
-        assert re.fullmatch(r"\.out\.gguf\.[0-9a-f]{12}\.tmp", left[0])
+    others = [path.name for path in tmp_path.iterdir() if path != target]
+    if signal_number == signal.SIGKILL:
+        assert re.fullmatch(r"\.out\.gguf\.[0-9a-f]{12}\.tmp", others[0])
     else:
-        assert left == []
+        assert others == []

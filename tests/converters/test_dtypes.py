@@ -1,4 +1,4 @@
-"""Rounding and counting, against torch over every 16-bit pattern and every way a float32 can round."""
+"""Conversion of dtypes agrees with torch for every 16-bit pattern and every way that a float32 can round."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fiddler.converters.dtypes import Lost, to_bits, to_float32
+from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16}
 EVERY_16_BITS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
 
 def every_upper_half() -> np.ndarray:
-    """float32 of each upper half with lower halves that are cut, tie, or just miss a tie."""
+    """float32 values of every upper half, with lower halves that are cut, tie, or just miss a tie."""
     lower = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     bits = (EVERY_16_BITS.astype(np.uint32)[:, None] << np.uint32(16)) | lower
     return bits.ravel().view(np.float32)
@@ -33,41 +33,41 @@ def as_torch(values: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_widening_is_exact(source):
+def test_widening_to_float32_is_exact(source):
     wide, expected = to_float32(SOURCES[source]), as_torch(SOURCES[source]).float().numpy()
-    number = ~np.isnan(expected)
-    assert np.array_equal(wide.view(np.uint32)[number], expected.view(np.uint32)[number])
-    assert np.isnan(wide[~number]).all()
+    not_nan = ~np.isnan(expected)
+    assert np.array_equal(wide.view(np.uint32)[not_nan], expected.view(np.uint32)[not_nan])
+    assert np.isnan(wide[~not_nan]).all()
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_narrowing_rounds_as_torch_does(source, dtype):
+def test_narrowing_rounds_and_counts_as_torch_does(source, dtype):
     values = SOURCES[source]
-    bits, lost = to_bits(values, dtype)
+    bits, loss = to_bits(values, dtype)
     expected = as_torch(values).to(TORCH[dtype])
     nan = expected.isnan().numpy()
     assert np.array_equal(bits[~nan], expected.view(torch.uint16).numpy()[~nan])
-    back = as_torch(bits if dtype == "bf16" else bits.view(np.float16)).float().numpy()
-    assert np.isnan(back[nan]).all()
+    widened = as_torch(bits if dtype == "bf16" else bits.view(np.float16)).float().numpy()
+    assert np.isnan(widened[nan]).all()
     wide = as_torch(values).float().numpy()
-    assert lost.overflowed == np.sum(np.isfinite(wide) & np.isinf(back))
-    assert lost.flushed == np.sum((wide != 0) & (back == 0))
+    assert loss.overflowed == np.sum(np.isfinite(wide) & np.isinf(widened))
+    assert loss.flushed == np.sum((wide != 0) & (widened == 0))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_the_same_type_keeps_every_bit(dtype):
-    bits, lost = to_bits(SOURCES[dtype], dtype)
+def test_conversion_to_the_same_type_changes_no_bit(dtype):
+    bits, loss = to_bits(SOURCES[dtype], dtype)
     assert np.array_equal(bits, EVERY_16_BITS)
-    assert lost == Lost(0, 0)
+    assert loss == RangeLoss(0, 0)
 
 
-def test_counts_by_hand():
+def test_values_that_overflow_or_flush_to_zero_are_counted():
     values = np.array([[65504, 65520, -1e9], [np.inf, 0, 1e-9]], np.float32)
-    bits, lost = to_bits(values, "f16")
+    bits, loss = to_bits(values, "f16")
     assert bits.tolist() == [[0x7BFF, 0x7C00, 0xFC00], [0x7C00, 0, 0]]
-    assert lost == Lost(overflowed=2, flushed=1)
-    assert lost + Lost(1, 1) == Lost(3, 2)
+    assert loss == RangeLoss(overflowed=2, flushed=1)
+    assert loss + RangeLoss(1, 1) == RangeLoss(3, 2)
 
 
 def test_a_nan_whose_payload_is_all_in_the_lower_half_stays_a_nan():

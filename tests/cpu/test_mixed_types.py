@@ -1,4 +1,4 @@
-"""Experts of one 16-bit type among dense matrices of another, as converters of others write them."""
+"""Models whose experts have one 16-bit type and whose dense matrices another, as other converters write them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IDS = [1, *range(3, 500, 11)]
 
 @pytest.mark.parametrize("experts", ["bf16", "f16"])
 @pytest.mark.parametrize("dense", ["bf16", "f16", "f32"])
-def test_logits_are_transformers(tmp_path, experts, dense):
+def test_logits_of_a_model_of_mixed_types_match_transformers(tmp_path, experts, dense):
     path = write_random_mixtral(tmp_path / "mixed.gguf", dtype=experts, dense_dtype=dense, seed=4)
     logits = fiddler.load(path, precision="exact").logits(IDS)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Sizes as people write them, and what memory the system tells of."""
+"""Memory sizes as users write them, the memory that the system reports, and errors of pinning."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from fiddler.host_memory import available_memory, cached_bytes, in_memory, popul
     [("24GiB", 24 << 30), ("24gib", 24 << 30), ("1.5 GiB", 3 << 29), ("24G", 24 * 10**9), ("8000MB", 8 * 10**9),
      ("1073741824", 1 << 30), ("512KiB", 1 << 19), ("1T", 10**12)],
 )  # fmt: skip
-def test_sizes(text, nbytes):
+def test_a_size_with_a_unit_is_read(text, nbytes):
     assert parse_size(text) == nbytes
 
 
-def test_what_a_message_says_suffices():
+def test_a_size_named_in_a_message_suffices_and_is_close():
     for nbytes in (1, 5 << 30, (5 << 30) + 1, 5_529_000_000):
         assert nbytes <= parse_size(at_least(nbytes)) < nbytes * 1.01 + (1 << 24)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0GiB", "-1GiB", "GiB", "1PiB", "1e9", "24 apples", "٣GiB", "1" * 50])
-def test_what_is_no_size(text):
+def test_text_that_is_no_size_is_refused(text):
     with pytest.raises(RequestError, match="--gpu-memory"):
         parse_size(text)
 
 
-def test_pages_that_are_in_memory_are_counted(tmp_path):
+def test_cached_bytes_are_the_pages_in_memory(tmp_path):
     path, pages = tmp_path / "file", 300
     path.write_bytes(bytes(pages * mmap.PAGESIZE))
     with path.open("rb") as file:
@@ -48,7 +48,7 @@ def test_pages_that_are_in_memory_are_counted(tmp_path):
     assert 0 < available_memory() < 1 << 50
 
 
-def test_files_that_live_in_memory():
+def test_files_of_an_in_memory_file_system_are_recognised():
     assert in_memory(None)
     assert not in_memory(Path("/proc/self/mounts"))
     if Path("/dev/shm").is_dir():
@@ -56,7 +56,7 @@ def test_files_that_live_in_memory():
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
-def test_without_a_driver_registering_says_why():
+def test_pinning_without_a_driver_raises_the_reason():
     memory = mmap.mmap(-1, 1 << 22)
     pinned = PinnedMapping([(np.frombuffer(memory, np.uint8).ctypes.data, 1 << 22)], None, memory)
     pinned.counted()
@@ -64,13 +64,13 @@ def test_without_a_driver_registering_says_why():
         pinned.wait()
 
 
-def test_more_than_the_memory_is_not_registered():
+def test_a_mapping_larger_than_memory_is_not_pinned():
     huge = [(mmap.PAGESIZE, 1 << 50)]
     with pytest.raises(ResourceError, match=r"1048576.00 GiB exceed the memory"):
         PinnedMapping(huge, Path("/proc/self/mounts"), None).wait()
 
 
-def test_whatever_the_driver_raises_is_told(monkeypatch):
+def test_any_error_of_the_driver_is_named(monkeypatch):
     def fail():
         raise AttributeError("no such symbol")
 

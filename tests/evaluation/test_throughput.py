@@ -1,4 +1,4 @@
-"""`fiddler bench`: the contract's fields, that what it counts is what was read, and its refusals."""
+"""`fiddler bench`: the contract's fields, the bytes it counts against the bytes read, and its refusals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_json_has_the_fields_of_the_contract(model):
         assert sum(row["time_shares"].values()) == pytest.approx(1)
 
 
-def test_the_table_has_a_line_a_test(model):
+def test_the_table_has_one_line_per_test(model):
     result = run(model, "-p", "8", "-n", "2", "-r", "1", "-d", "5")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -67,9 +67,9 @@ def test_the_table_has_a_line_a_test(model):
     assert "threading layer" in lines[-1]
 
 
-def test_bytes_are_those_of_the_weights_that_a_token_reads(model):
+def test_counted_bytes_are_those_of_the_weights_that_a_token_reads(model):
     meter = Meter()
-    engine = fiddler.engine.load(model, recorder=meter)
+    engine = fiddler.load(model, recorder=meter)
     sequence = engine.runner.sequence()
     engine.runner.logits(engine.runner.step([(sequence, [5])]))
     file, config = engine.model_file.file, engine.config
@@ -81,8 +81,8 @@ def test_bytes_are_those_of_the_weights_that_a_token_reads(model):
     assert meter.seconds["experts"] > 0
 
 
-def test_a_test_longer_than_the_context_is_refused(model):
-    engine = fiddler.engine.load(model, context=16, recorder=Meter())
+def test_a_benchmark_longer_than_the_context_is_refused(model):
+    engine = fiddler.load(model, context=16, recorder=Meter())
     with pytest.raises(RequestError, match="pp16\\+tg1 needs 17"):
         next(bench.measure(engine, Meter(), [bench.Test(16, 1)]))
     result = run(model, "-p", "300", "-n", "0")
@@ -91,7 +91,7 @@ def test_a_test_longer_than_the_context_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["-p", "x"], "-p x"),
         (["-p", "0", "-n", "0"], "nothing to measure"),
@@ -103,28 +103,28 @@ def test_a_test_longer_than_the_context_is_refused(model):
         (["-o", "csv"], "csv"),
     ],
 )
-def test_wrong_usage(model, arguments, said):
+def test_wrong_usage_exits_with_code_2_and_names_the_argument(model, arguments, message):
     result = run(model, *arguments)
     assert result.returncode == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
-def test_experts_that_fit_the_cache_are_refused(model):
+def test_the_kernel_benchmark_refuses_experts_that_fit_the_cpu_cache(model):
     result = run(model, "--kernels")
     assert result.returncode == 1
     assert "give a larger model" in result.stderr
 
 
-def test_kernel_rows_and_their_plot(model, tmp_path, monkeypatch):
-    """On a model too small to measure: that the parts fit together, and that results are checked."""
+def test_kernel_rows_cover_every_backend_and_token_count_and_can_be_plotted(model, tmp_path, monkeypatch):
+    """On a model too small to measure: rows, plot and table fit together, and results are checked."""
     monkeypatch.setattr(bench_kernels, "_CACHES", 0)
-    monkeypatch.setattr(kernels, "read_bandwidth", lambda bits, _repetitions: 1e9)  # too few bytes for a real one
-    opened, tier = ModelFile.open(model), kernels.choose_tier()
-    rows = list(bench_kernels.kernel_rows(opened, [tier], ["bf16"], [1, 20], 3))
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda bits, _repetitions: 1e9)  # too few bytes to measure it
+    model_file, tier = ModelFile.open(model), kernels.choose_tier()
+    rows = list(bench_kernels.kernel_rows(model_file, [tier], ["bf16"], [1, 20], 3))
     assert [(row.backend, row.tokens) for row in rows] == [
         (name, tokens) for tokens in (1, 20) for name in ("reads", "torch", tier.name)
     ]
-    experts = opened.file.tensors["blk.0.ffn_gate_exps.weight"]
+    experts = model_file.file.tensors["blk.0.ffn_gate_exps.weight"]
     for row in rows:
         assert len(row.seconds) == 3
         assert row.nbytes == 2 * 3 * experts.nbytes // 4
@@ -135,7 +135,7 @@ def test_kernel_rows_and_their_plot(model, tmp_path, monkeypatch):
     assert len(table) == 2 + len(rows)
 
 
-def test_a_wrong_kernel_does_not_get_a_row(model, monkeypatch):
+def test_a_kernel_with_wrong_results_gets_no_row(model, monkeypatch):
     monkeypatch.setattr(bench_kernels, "_CACHES", 0)
     monkeypatch.setattr(kernels, "read_bandwidth", lambda bits, _repetitions: 1e9)
     real = kernels.expert_ffn
@@ -144,7 +144,7 @@ def test_a_wrong_kernel_does_not_get_a_row(model, monkeypatch):
         list(bench_kernels.kernel_rows(ModelFile.open(model), [kernels.choose_tier()], ["bf16"], [1], 1))
 
 
-def test_a_model_without_experts_left_over_is_refused_by_name(model, monkeypatch):
+def test_a_model_smaller_than_the_cpu_cache_is_refused_by_name(model, monkeypatch):
     monkeypatch.setattr(bench_kernels, "_last_level_cache", lambda: 1 << 40)
     with pytest.raises(ResourceError, match=r"model\.gguf"):
         list(bench_kernels.kernel_rows(ModelFile.open(model), [], ["bf16"], [1], 1))

@@ -1,4 +1,4 @@
-"""A whole file or none: refusals, races, full disks. (Signals are in test_convert, on real conversions.)"""
+"""A whole file or none: refusals, races, full disks. (Signals: test_convert_target.py, on real conversions.)"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 
 
-def write(target: Path, content: bytes, *, force: bool = False, then: Callable[[], object] = int) -> None:
+def write(target: Path, content: bytes, *, force: bool = False, before_end: Callable[[], object] = int) -> None:
     with whole_file(target, force=force) as temporary:
         temporary.write_bytes(content)
-        then()
+        before_end()
 
 
-def test_the_target_appears_at_the_end_and_alone(tmp_path):
+def test_the_target_appears_at_the_end_with_no_other_file(tmp_path):
     target = tmp_path / "model.gguf"
     with whole_file(target, force=False) as temporary:
         temporary.write_bytes(b"new")
@@ -32,14 +32,14 @@ def test_the_target_appears_at_the_end_and_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_file_gets_the_permissions_any_new_file_gets(tmp_path):
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "other").touch()
     write(tmp_path / "model.gguf", b"")
     assert (tmp_path / "model.gguf").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_what_was_there(tmp_path, error):
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path, error):
     target = tmp_path / "model.gguf"
     target.write_bytes(b"old")
 
@@ -47,12 +47,12 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
         raise error
 
     with pytest.raises(error):
-        write(target, b"half", force=True, then=fail)
+        write(target, b"half", force=True, before_end=fail)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_force_replaces(tmp_path):
+def test_force_replaces_an_existing_file(tmp_path):
     target = tmp_path / "model.gguf"
     target.write_bytes(b"old")
     write(target, b"new", force=True)
@@ -65,12 +65,12 @@ def test_without_force_a_file_that_appeared_meanwhile_survives(tmp_path, monkeyp
         monkeypatch.setattr(os, "link", refuse_link)
     target = tmp_path / "model.gguf"
     with pytest.raises(RequestError, match="exists"):
-        write(target, b"mine", then=lambda: target.write_bytes(b"theirs"))
+        write(target, b"mine", before_end=lambda: target.write_bytes(b"theirs"))
     assert target.read_bytes() == b"theirs"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_hard_links_works(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse_link)
     write(tmp_path / "model.gguf", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
@@ -80,7 +80,7 @@ def refuse_link(source, target):
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
@@ -92,7 +92,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_refuses(tmp_path):
+def test_a_directory_that_cannot_be_written_in_is_an_error(tmp_path):
     with pytest.raises(RequestError, match="cannot write in /proc"):
         write(Path("/proc/model.gguf"), b"")
 
@@ -108,7 +108,7 @@ def test_a_directory_that_refuses(tmp_path):
         ("pipe", True, "not an ordinary file"),
     ],
 )
-def test_targets_refused(tmp_path, name, force, message):
+def test_targets_that_cannot_be_written_are_refused(tmp_path, name, force, message):
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
@@ -116,32 +116,32 @@ def test_targets_refused(tmp_path, name, force, message):
         check_target(tmp_path / name, force=force)
 
 
-def test_targets_accepted(tmp_path):
+def test_new_targets_and_forced_existing_ones_are_accepted(tmp_path):
     (tmp_path / "file").touch()
     check_target(tmp_path / "file", force=True)
     check_target(tmp_path / "new", force=False)
 
 
-def test_too_little_space_names_both_figures(tmp_path):
+def test_too_little_disk_space_is_an_error_with_both_figures(tmp_path):
     check_space(tmp_path / "model.gguf", 1)
     with pytest.raises(ResourceError, match=f"bytes free, and model.gguf needs {1 << 60}; free some space"):
         check_space(tmp_path / "model.gguf", 1 << 60)
 
 
-def test_signal_handlers_are_put_back_and_others_left_alone(tmp_path):
-    mine = lambda number, frame: None  # noqa: E731
-    before = signal.signal(signal.SIGHUP, mine)
+def test_default_signal_handlers_are_restored_and_others_left_alone(tmp_path):
+    own_handler = lambda number, frame: None  # noqa: E731
+    before = signal.signal(signal.SIGHUP, own_handler)
     try:
         with whole_file(tmp_path / "model.gguf", force=False):
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-            assert signal.getsignal(signal.SIGHUP) is mine
+            assert signal.getsignal(signal.SIGHUP) is own_handler
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGHUP) is mine
+        assert signal.getsignal(signal.SIGHUP) is own_handler
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_works_off_the_main_thread(tmp_path):
+def test_a_file_can_be_written_outside_the_main_thread(tmp_path):
     thread = threading.Thread(target=write, args=(tmp_path / "model.gguf", b"new"))
     thread.start()
     thread.join()

@@ -1,7 +1,7 @@
 """Files that must be refused: in one line, quickly, without much memory, and before torch is imported.
 
-Every file goes through the library, and through both commands in a process of their own a command; some go through
-the real command line, a process each.
+Every file goes through the library and, in one process per command, through both commands; some go through the real
+command line, a process each.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from oracles.bad_models import MODELS
 
 CASES = {case.name: case for case in [*CONTAINER, *PATHS, *MODELS]}
 COMMANDS = {"inspect": [], "run": ["-p", "x", "-n", "1"]}
-SECONDS = 2.0  # of processor time; of a clock on the wall ten times that, for a machine that is busy otherwise
-LONGEST = 1000  # characters of a message, far less than what a file can put into a name
+SECONDS = 2.0  # of processor time; ten times that of wall time, for a busy machine
+LONGEST = 1000  # of a message [characters]: far less than a name in a file may have
 
 
 def assert_one_line(message: str) -> None:
@@ -33,22 +33,22 @@ def assert_one_line(message: str) -> None:
 
 
 def check(path: Path) -> None:
-    """All that `run` does before it imports torch."""
+    """Do all that `run` does before it imports torch."""
     model = ModelFile.open(path)
     model.check_runnable()
     _ = model.tokenizer
 
 
-def test_the_file_that_all_of_them_are_made_from_is_accepted(tmp_path):
+def test_the_undamaged_file_is_accepted(tmp_path):
     check(written(tmp_path, mixtral().to_bytes()))
 
 
-def test_there_are_many_and_each_has_a_name():
+def test_there_are_at_least_100_cases_of_different_names():
     assert len(CASES) == len(CONTAINER) + len(PATHS) + len(MODELS) >= 100
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_refused_in_one_line_that_names_the_file_and_the_value(tmp_path, case: Case):
+def test_a_bad_file_is_refused_in_one_line_that_names_the_file_and_the_value(tmp_path, case: Case):
     path = case.make(tmp_path)
     with pytest.raises(FiddlerError) as caught:
         check(path)
@@ -60,19 +60,19 @@ def test_refused_in_one_line_that_names_the_file_and_the_value(tmp_path, case: C
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.inspectable])
-def test_what_is_well_formed_can_be_opened(tmp_path, name):
+def test_a_well_formed_file_opens_even_if_it_cannot_be_run(tmp_path, name):
     assert ModelFile.open(CASES[name].make(tmp_path)).file.tensors
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_permission_denied(tmp_path):
+def test_a_file_without_read_permission_is_refused(tmp_path):
     path = written(tmp_path, mixtral().to_bytes())
     path.chmod(0)
     with pytest.raises(FileFormatError, match=r"model\.gguf: cannot be opened: Permission denied"):
         check(path)
 
 
-def test_paths_that_no_system_call_takes():
+def test_paths_that_no_system_call_accepts_are_refused():
     for path in ("a\0b.gguf", "\ud800.gguf"):
         with pytest.raises(FileFormatError, match="cannot be opened") as caught:
             check(Path(path))
@@ -84,7 +84,7 @@ import json, os, resource, signal, sys, tempfile, time
 import fiddler.cli.app, fiddler.files.inspection, fiddler.files.model_file
 import fiddler.sampling.sampler, fiddler.text.tokenizer, gguf
 data = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (data + (384 << 20),) * 2)  # what a small machine can spare
+resource.setrlimit(resource.RLIMIT_DATA, (data + (384 << 20),) * 2)  # as much as a small machine can spare
 command, *rest = sys.argv[1:]
 report = open(os.dup(1), "w")
 for line in sys.stdin:
@@ -95,13 +95,13 @@ for line in sys.stdin:
         os.dup2(err.fileno(), 2)
         begin = time.process_time()
         try:
-            fiddler.cli.main()
+            fiddler.cli.app.main()
         except SystemExit as leaving:
             code = leaving.code
         seconds = time.process_time() - begin
         sys.stdout.flush()
-        said = [file.seek(0) or file.read() for file in (out, err)]
-    print(json.dumps([code, *said, seconds, "torch" in sys.modules]), file=report, flush=True)
+        output = [file.seek(0) or file.read() for file in (out, err)]
+    print(json.dumps([code, *output, seconds, "torch" in sys.modules]), file=report, flush=True)
 """
 
 
@@ -124,7 +124,7 @@ def refusals(tmp_path: Path, command: str) -> dict[str, list[object]]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_refuse_with_little_time_and_memory(tmp_path, command):
+def test_both_commands_refuse_every_bad_file_with_little_time_and_memory(tmp_path, command):
     for name, (code, out, err, seconds, torch_was_imported) in refusals(tmp_path, command).items():
         assert seconds < SECONDS, name
         assert not torch_was_imported, name
@@ -142,7 +142,7 @@ def test_commands_refuse_with_little_time_and_memory(tmp_path, command):
 @pytest.mark.parametrize(
     "name", ["offset_past_the_end", "pipe", "name_in_escapes", "strings_in_many_arrays", "eos_text"]
 )
-def test_the_real_command_line_refuses(tmp_path, command, name):
+def test_the_real_command_line_refuses_bad_files_in_one_line(tmp_path, command, name):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = subprocess.run(
         [sys.executable, "-m", "fiddler", command, CASES[name].make(tmp_path), *COMMANDS[command]],

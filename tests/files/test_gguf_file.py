@@ -1,4 +1,4 @@
-"""Opening GGUF files, held against the `gguf` package: every value, every tensor, and the mapping."""
+"""GGUF files open with the values, tensors and offsets that the `gguf` package reads; and the mapping is read-only."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def finish(writer: GGUFWriter) -> None:
     writer.close()
 
 
-def assert_same_as_the_reader(path: Path, file: GgufFile) -> None:
+def assert_agrees_with_the_gguf_reader(path: Path, file: GgufFile) -> None:
     reader = GGUFReader(path)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert list(fields) == list(file.metadata)
@@ -83,7 +83,7 @@ def assert_same_as_the_reader(path: Path, file: GgufFile) -> None:
             assert values.tobytes() == tensor.data.tobytes()
 
 
-def test_constants_are_those_of_the_gguf_package():
+def test_constants_equal_those_of_the_gguf_package():
     assert struct.unpack("<I", gguf_header.MAGIC) == (gguf.GGUF_MAGIC,)
     assert gguf.GGUF_VERSION in gguf_header.VERSIONS
     assert {*gguf_header.SCALARS, gguf_header.STRING, gguf_header.ARRAY} == {int(kind) for kind in GGUFValueType}
@@ -93,12 +93,12 @@ def test_constants_are_those_of_the_gguf_package():
         theirs = "B" if kind == gguf_header.BOOL else GGUFWriter._simple_value_packing[GGUFValueType(kind)]
         assert code == f"<{theirs}"
         assert struct.calcsize(code) == np.dtype(code).itemsize == width
-    for kind, (name, dtype) in gguf_header.VIEWED.items():
+    for kind, (name, dtype) in gguf_header.VIEW_TYPES.items():
         assert GGMLQuantizationType(kind).name == name
         assert GGML_QUANT_SIZES[GGMLQuantizationType(kind)] == (1, np.dtype(dtype).itemsize)
 
 
-def test_every_value_type(tmp_path):
+def test_metadata_of_every_value_type_is_read_as_by_the_gguf_package(tmp_path):
     writer = GGUFWriter(tmp_path / "model.gguf", "any")
     for name, value in VALUES.items():
         writer.add_key_value(f"one.{name}", value, GGUFValueType[name])
@@ -110,11 +110,11 @@ def test_every_value_type(tmp_path):
     assert file.metadata["one.STRING"] == VALUES["STRING"]
     assert file.metadata["many.STRING"] == LISTS["STRING"]
     assert file.metadata["one.UINT64"] == 2**64 - 1
-    assert_same_as_the_reader(tmp_path / "model.gguf", file)
+    assert_agrees_with_the_gguf_reader(tmp_path / "model.gguf", file)
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 4096])
-def test_every_type_of_tensor_that_can_be_viewed(tmp_path, alignment):
+def test_f32_f16_and_bf16_tensors_can_be_viewed_at_every_alignment(tmp_path, alignment):
     random = np.random.default_rng(0)
     writer = GGUFWriter(tmp_path / "model.gguf", "any")
     writer.add_custom_alignment(alignment)
@@ -124,23 +124,23 @@ def test_every_type_of_tensor_that_can_be_viewed(tmp_path, alignment):
         bits = random.integers(0, 256, (*shape[:-1], 2 * shape[-1]), np.uint8)
         writer.add_tensor(f"bf16.{index}", bits, raw_dtype=GGMLQuantizationType.BF16)
     finish(writer)
-    assert_same_as_the_reader(tmp_path / "model.gguf", GgufFile.open(tmp_path / "model.gguf"))
+    assert_agrees_with_the_gguf_reader(tmp_path / "model.gguf", GgufFile.open(tmp_path / "model.gguf"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GGML_QUANT_SIZES if kind not in gguf_header.VIEWED])
-def test_every_other_type_is_sized_and_not_viewed(tmp_path, kind):
+@pytest.mark.parametrize("kind", [kind for kind in GGML_QUANT_SIZES if kind not in gguf_header.VIEW_TYPES])
+def test_tensors_of_other_types_have_the_right_size_and_no_view(tmp_path, kind):
     block, block_bytes = GGML_QUANT_SIZES[kind]
     writer = GGUFWriter(tmp_path / "model.gguf", "any")
     writer.add_tensor("weight", np.zeros((3, 2 * block_bytes), np.uint8), raw_dtype=kind)
     finish(writer)
     file = GgufFile.open(tmp_path / "model.gguf")
     assert file.tensors["weight"].shape == (3, 2 * block)
-    assert_same_as_the_reader(tmp_path / "model.gguf", file)
+    assert_agrees_with_the_gguf_reader(tmp_path / "model.gguf", file)
     with pytest.raises(FileFormatError, match=f"tensor weight is {kind.name}"):
         file.array("weight")
 
 
-def test_empty_arrays_and_no_tensors(tmp_path):
+def test_a_file_with_empty_arrays_and_no_tensors_opens(tmp_path):
     draft = Draft([("a", array(8, [])), ("b", array(5, [])), ("c", array(7, []))], [])
     file = GgufFile.open(written(tmp_path, draft.to_bytes()))
     assert file.metadata["a"] == []
@@ -148,13 +148,13 @@ def test_empty_arrays_and_no_tensors(tmp_path):
     assert file.tensors == {}
 
 
-def test_an_unknown_tensor_is_an_error(tmp_path):
+def test_viewing_an_unknown_tensor_is_an_error(tmp_path):
     file = GgufFile.open(written(tmp_path, mixtral().to_bytes()))
     with pytest.raises(FileFormatError, match=r"model\.gguf: has no tensor \\x1b\[0m"):
         file.array("\x1b[0m")
 
 
-def test_version_2_is_read(tmp_path):
+def test_a_gguf_of_version_2_opens(tmp_path):
     draft = mixtral()
     draft.version = struct.pack("<I", 2)
     assert ModelFile.open(written(tmp_path, draft.to_bytes())).file.version == 2
@@ -188,7 +188,7 @@ def test_views_are_read_only_and_lie_in_a_shared_mapping(tmp_path):
     assert file.nbytes == path.stat().st_size
 
 
-def test_a_view_outlives_the_file(tmp_path):
+def test_a_view_stays_valid_when_the_file_is_deleted(tmp_path):
     path = written(tmp_path, mixtral().to_bytes())
     values = GgufFile.open(path).array("output.weight")
     expected = values.copy()
@@ -206,7 +206,7 @@ def test_every_truncation_of_the_header_is_refused():
         assert str(caught.value).isprintable()
 
 
-def test_a_hundred_thousand_tensors(tmp_path):
+def test_a_file_of_a_hundred_thousand_tensors_opens(tmp_path):
     count = 100_000
     rows = [string(f"t.{index}") + struct.pack("<IQIQ", 1, 8, 0, 32 * index) for index in range(count)]
     head = b"GGUF" + struct.pack("<IQQ", 3, count, 0) + b"".join(rows)
@@ -219,7 +219,7 @@ def test_a_hundred_thousand_tensors(tmp_path):
 @pytest.mark.parametrize(
     "value", ["plain", "a\nb", "\x1b[0m", "\x9b", "\u202e", "\ud800", "x" * 10**6, [1] * 10**6, None]
 )
-def test_printable_is_printable_and_short(value):
+def test_printable_returns_short_printable_text(value):
     shown = printable(value)
     assert shown.isprintable()
     assert len(shown) <= 60 + 3
@@ -230,10 +230,10 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_the_file_is_closed_but_for_its_mapping(tmp_path):
+def test_opening_leaves_no_descriptor_open_but_the_mappings_own(tmp_path):
     before = descriptors()
     file = GgufFile.open(written(tmp_path, mixtral().to_bytes()))
-    assert descriptors() <= before + 1  # `mmap` keeps one
+    assert descriptors() <= before + 1  # `mmap` holds one
     assert isinstance(file._maps[0], mmap.mmap)
     del file
     assert descriptors() == before

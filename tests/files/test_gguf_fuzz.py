@@ -1,4 +1,4 @@
-"""Random damage to a small model file: it is opened or refused in one line; nothing else comes of it."""
+"""Random damage to a small model file: it is opened or refused in one line; nothing else happens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERESTING = (0, 1, 2, 7, 8, 9, 0x7F, 0x80, 0xFF)
 
 
 def sparse_positions() -> list[int]:
-    """Places in the header outside the long arrays, which make up most of it and break in one way each."""
+    """Positions in the header outside the long arrays: these are most of it and break in one way each."""
     arrays = CONTENT.index(b"tokenizer.ggml.tokens") + 64, CONTENT.index(b"tokenizer.ggml.bos_token_id") - 64
     return [*range(arrays[0]), *range(arrays[1], HEADER)]
 
@@ -30,7 +30,7 @@ def path(tmp_path_factory) -> Path:
 
 
 def open_all(path: Path, content: bytes) -> None:
-    """All that `run` does before it imports torch, and all that `inspect` does."""
+    """Do all that `run` does before it imports torch, and all that `inspect` does."""
     path.write_bytes(content)
     refusal = "no refusal"
     try:
@@ -55,7 +55,7 @@ FLIPS = st.lists(
 
 @settings(max_examples=400, deadline=None)
 @given(FLIPS)
-def test_changed_bytes(path, flips):
+def test_a_header_with_changed_bytes_is_opened_or_refused(path, flips):
     content = bytearray(CONTENT)
     for position, value in flips:
         content[position] = value
@@ -64,7 +64,7 @@ def test_changed_bytes(path, flips):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, HEADER - 1), st.integers(0, 7))
-def test_changed_bits_anywhere(path, position, bit):
+def test_a_header_with_a_flipped_bit_is_opened_or_refused(path, position, bit):
     content = bytearray(CONTENT)
     content[position] ^= 1 << bit
     open_all(path, bytes(content))
@@ -72,20 +72,20 @@ def test_changed_bits_anywhere(path, position, bit):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, HEADER - 1), st.integers(0, 64), st.binary(max_size=16))
-def test_parts_cut_out_and_put_in(path, begin, length, inserted):
+def test_a_header_with_bytes_cut_out_and_inserted_is_opened_or_refused(path, begin, length, inserted):
     open_all(path, CONTENT[:begin] + inserted + CONTENT[begin + length :])
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
-def test_noise_behind_the_magic(path, noise):
+def test_random_bytes_after_the_magic_are_opened_or_refused(path, noise):
     open_all(path, b"GGUF\3\0\0\0" + noise)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_other_values_under_known_keys(path, data):
-    """Whole values of any type, where a flipped byte rarely gets past the container."""
+def test_other_values_under_known_keys_are_opened_or_refused(path, data):
+    """Whole values of any type: a flipped byte rarely gets past the container."""
     draft: Draft = mixtral()
     keys = [key for key, _ in draft.pairs]
     values = [value for _, value in draft.pairs]

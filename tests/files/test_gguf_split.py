@@ -1,4 +1,4 @@
-"""Models in several files, written by the `gguf` package: opened by any part, and what is refused."""
+"""Split models written by the `gguf` package: any part opens all; missing, swapped and foreign parts are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oracles.synthetic import write_random_mixtral
 
 
 def split(folder: Path, **options: int | bool) -> tuple[GGUFReader, list[Path]]:
-    """A model written whole and, the same once more, in parts, whose paths are returned."""
+    """Write a model whole and again in parts; returns a reader of the whole file and the paths of the parts."""
     whole = GGUFReader(write_random_mixtral(folder / "whole.gguf"))
     writer = GGUFWriter(folder / "model.gguf", "llama", **options)
     for key, field in whole.fields.items():
@@ -37,7 +37,7 @@ def split(folder: Path, **options: int | bool) -> tuple[GGUFReader, list[Path]]:
     "options",
     [{"split_max_tensors": 10}, {"split_max_size": 70_000}, {"split_max_tensors": 30, "small_first_shard": True}],
 )
-def test_any_part_of_a_split_file_opens_all(tmp_path, options):
+def test_any_part_of_a_split_model_opens_all_parts(tmp_path, options):
     whole, parts = split(tmp_path, **options)
     assert len(parts) > 1
     for path in parts:
@@ -54,8 +54,8 @@ def test_any_part_of_a_split_file_opens_all(tmp_path, options):
             assert raw == tensor.data.tobytes()
 
 
-def test_a_split_file_behind_links_opens_under_its_names(tmp_path):
-    """As in a download cache, where the names are links to files called by their hash."""
+def test_a_split_model_behind_symbolic_links_opens_by_the_names_of_the_links(tmp_path):
+    """As in a download cache: the names are links to files that are named by their hash."""
     _, parts = split(tmp_path, split_max_tensors=10)
     (tmp_path / "cache").mkdir()
     for index, path in enumerate(parts):
@@ -82,16 +82,16 @@ def test_swapped_parts_are_named(tmp_path):
             GgufFile.open(path)
 
 
-def test_a_part_of_another_model_is_noticed(tmp_path):
+def test_a_part_of_another_model_is_refused(tmp_path):
     _, parts = split(tmp_path, split_max_tensors=10)
     (tmp_path / "other").mkdir()
-    _, others = split(tmp_path / "other", split_max_tensors=9)
-    shutil.copy(others[1], parts[1])
+    _, other_parts = split(tmp_path / "other", split_max_tensors=9)
+    shutil.copy(other_parts[1], parts[1])
     with pytest.raises(FileFormatError, match=r"appears twice|its parts hold"):
         GgufFile.open(parts[0])
 
 
-def test_a_part_with_a_tensor_too_few_is_noticed(tmp_path):
+def test_parts_with_fewer_tensors_than_the_first_part_says_are_refused(tmp_path):
     for number, names in enumerate(["a", "b"]):
         draft = Draft([], [Entry(name, [8]) for name in names])
         for key, value in {"no": u16(number), "count": u16(2), "tensors.count": u32(3)}.items():

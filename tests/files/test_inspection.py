@@ -1,4 +1,4 @@
-"""What `fiddler inspect` says of a model, against the `gguf` package; and that a file cannot say it itself."""
+"""`fiddler inspect` against the `gguf` package; and that text in a file cannot steer a terminal."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def refuse(constant: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_json_agrees_with_the_reader(tmp_path, tied):
+def test_json_agrees_with_the_gguf_package(tmp_path, tied):
     path = write_random_mixtral(tmp_path / "model.gguf", layers=3, tied=tied, window=100)
-    said = json.loads(inspect(path, "--json"), parse_constant=refuse)
+    output = json.loads(inspect(path, "--json"), parse_constant=refuse)
     tensors = GGUFReader(path).tensors
-    assert said["architecture"] == {
+    assert output["architecture"] == {
         "name": "llama",
         "parameters": sum(int(tensor.n_elements) for tensor in tensors),
         "layers": 3,
@@ -49,15 +49,15 @@ def test_json_agrees_with_the_reader(tmp_path, tied):
         "rms_epsilon": pytest.approx(1e-5),
         "tied_embeddings": tied,
     }
-    sizes = said["bytes"]
+    sizes = output["bytes"]
     expert = 3 * 64 * 96 * 2
     assert sizes["file"] == path.stat().st_size
     assert sizes["weights"] == sum(int(tensor.n_bytes) for tensor in tensors) == sizes["experts"] + sizes["dense"]
     assert sizes["one_expert"] == expert
     assert sizes["experts"] == 3 * 4 * expert
     assert sizes["experts_read_per_token"] == 3 * 2 * expert
-    assert said["types"] == {"BF16": len(tensors) - 10, "F32": 10}
-    assert said["tokenizer"] == {
+    assert output["types"] == {"BF16": len(tensors) - 10, "F32": 10}
+    assert output["tokenizer"] == {
         "model": "llama",
         "vocabulary": 512,
         "bos": 1,
@@ -65,11 +65,11 @@ def test_json_agrees_with_the_reader(tmp_path, tied):
         "add_bos": True,
         "chat_template": False,
     }
-    assert [(t["name"], t["type"], t["bytes"], t["offset"]) for t in said["tensors"]] == [
+    assert [(t["name"], t["type"], t["bytes"], t["offset"]) for t in output["tensors"]] == [
         (tensor.name, tensor.tensor_type.name, tensor.n_bytes, tensor.data_offset) for tensor in tensors
     ]
-    assert said["metadata"]["tokenizer.ggml.tokens"] == "[512 strings]"
-    assert said["metadata"]["tokenizer.ggml.scores"] == "[512 x float32]"
+    assert output["metadata"]["tokenizer.ggml.tokens"] == "[512 strings]"
+    assert output["metadata"]["tokenizer.ggml.scores"] == "[512 x float32]"
 
 
 def test_text_shows_sizes_and_every_tensor(tmp_path):
@@ -81,20 +81,20 @@ def test_text_shows_sizes_and_every_tensor(tmp_path):
         assert f"  {tensor.name} " in shown
 
 
-def test_what_a_file_says_cannot_steer_a_terminal(tmp_path):
+def test_control_characters_in_a_file_cannot_steer_a_terminal(tmp_path):
     draft = mixtral()
     draft.set("general.name", text("\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n"))
     path = written(tmp_path, draft.to_bytes(), "\x1b[31m.gguf")
-    shown = inspect(path)
-    assert all(line.isprintable() for line in shown.split("\n"))
-    assert r"\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n: " in shown
-    said = inspect(path, "--json")
-    assert said.isascii()
-    assert all(line.isprintable() for line in said.split("\n"))
-    assert json.loads(said)["name"] == "\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n"
+    as_text = inspect(path)
+    assert all(line.isprintable() for line in as_text.split("\n"))
+    assert r"\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n: " in as_text
+    as_json = inspect(path, "--json")
+    assert as_json.isascii()
+    assert all(line.isprintable() for line in as_json.split("\n"))
+    assert json.loads(as_json)["name"] == "\x1b]0;title\x07\x1b[2J\r\u202eevil\x9b1m\n"
 
 
-def test_odd_values_are_shown(tmp_path):
+def test_nan_infinite_long_and_array_values_are_described_in_valid_json(tmp_path):
     draft = mixtral()
     draft.set("general.name", array(5, []))
     draft.set("general.nan", f32(math.nan))

@@ -1,4 +1,4 @@
-"""Generations on a small random model: where they end, what they say, and what is refused before any work."""
+"""Generation on a small random model: its text, its end, and the refusal of requests before any computation."""
 
 from __future__ import annotations
 
@@ -40,42 +40,42 @@ def test_greedy_is_the_argmax_of_a_rescore(path):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.5, 0, 1.0, 0.0, 1.3, seed=6)])
-def test_stream_is_generate(engine, sampling):
-    whole = engine.generate("The river", sampling, 16)
+def test_streamed_pieces_are_the_text_of_generate(engine, sampling):
+    completion = engine.generate("The river", sampling, 16)
     pieces = list(engine.stream("The river", sampling, 16))
-    assert "".join(pieces) == whole.text
+    assert "".join(pieces) == completion.text
     assert all(pieces)
-    assert engine.tokenizer.decode(whole.tokens, continuing=True) == whole.text
+    assert engine.tokenizer.decode(completion.tokens, continuing=True) == completion.text
 
 
-def test_a_prompt_of_ids_is_taken_as_it_is(engine):
+def test_a_prompt_of_ids_gets_no_bos_token(engine):
     ids = engine.tokenizer.encode("The river", add_bos=True)
     assert ids[0] == engine.tokenizer.bos_id
     assert engine.generate(ids, GREEDY, 4).tokens == engine.generate("The river", GREEDY, 4).tokens
     assert engine.generate(ids[1:], GREEDY, 1).stats.prompt_tokens == len(ids) - 1
 
 
-def test_what_a_user_writes_is_no_control_token(engine):
+def test_the_name_of_a_control_token_in_a_prompt_stays_text(engine):
     eos = engine.tokenizer.token(engine.tokenizer.eos_id)
     assert engine.tokenizer.eos_id not in engine.tokenizer.encode(f"one{eos}two")
     assert engine.generate(f"one{eos}two", GREEDY, 3).stats.prompt_tokens > 4
 
 
-def test_an_end_token_ends_unless_it_is_ignored(tmp_path, engine):
-    """The same weights with an end token that is the first of the greedy tokens not to come twice, after the third."""
+def test_an_end_token_ends_the_generation_unless_it_is_ignored(tmp_path, engine):
+    """The same weights with another end token: the first greedy token after the third that is no repetition."""
     free = engine.generate("One day", GREEDY, 12, ignore_eos=True)
-    at = next(i for i in range(3, 12) if free.tokens[i] not in free.tokens[:i])
-    ending = fiddler.load(write_random_mixtral(tmp_path / "ends.gguf", context=CONTEXT, eos=free.tokens[at]))
+    position = next(i for i in range(3, 12) if free.tokens[i] not in free.tokens[:i])
+    ending = fiddler.load(write_random_mixtral(tmp_path / "ends.gguf", context=CONTEXT, eos=free.tokens[position]))
     done = ending.generate("One day", GREEDY, 12)
     assert done.finish_reason == "stop"
-    assert done.tokens == free.tokens[: at + 1]
-    assert done.text == ending.tokenizer.decode(free.tokens[:at], continuing=True)
+    assert done.tokens == free.tokens[: position + 1]
+    assert done.text == ending.tokenizer.decode(free.tokens[:position], continuing=True)
     assert "".join(ending.stream("One day", GREEDY, 12)) == done.text
-    on = ending.generate("One day", GREEDY, 12, ignore_eos=True)
-    assert on.finish_reason == "length"
-    assert len(on.tokens) == 12
-    assert on.tokens[:at] == free.tokens[:at]
-    assert not set(on.tokens) & ending.tokenizer.end_ids
+    ignoring = ending.generate("One day", GREEDY, 12, ignore_eos=True)
+    assert ignoring.finish_reason == "length"
+    assert len(ignoring.tokens) == 12
+    assert ignoring.tokens[:position] == free.tokens[:position]
+    assert not set(ignoring.tokens) & ending.tokenizer.end_ids
 
 
 def test_a_stop_string_ends_the_text_before_it(engine):
@@ -92,7 +92,7 @@ def test_a_stop_string_ends_the_text_before_it(engine):
     assert (done.text, done.finish_reason) == (whole.text, "length")
 
 
-def test_limits_and_statistics(engine):
+def test_a_generation_ends_at_max_tokens_or_the_context_and_counts_its_tokens(engine):
     nothing = engine.generate("The snow", GREEDY, 0)
     assert (nothing.text, nothing.tokens, nothing.finish_reason) == ("", (), "length")
     done = engine.generate("The snow", GREEDY, 5, ignore_eos=True)
@@ -108,8 +108,8 @@ def test_limits_and_statistics(engine):
     assert filled.finish_reason == "length"
 
 
-class Untouchable:
-    """Stands where the runner is, and fails when it is used: a request that is refused must not compute."""
+class UnusedRunner:
+    """Replaces the runner and fails when it is used: a refused request must not compute."""
 
     context = CONTEXT
 
@@ -134,14 +134,14 @@ class Untouchable:
         (lambda e: e.generate("text", GREEDY, 10**6), "exceed the context"),
     ],
 )
-def test_refused_before_any_work(engine, request_, message):
-    idle = Engine(engine.model_file, engine.tokenizer, Untouchable(), "cpu", "CPU", engine.backend, 0.0)
+def test_impossible_requests_are_refused_before_any_computation(engine, request_, message):
+    idle = Engine(engine.model_file, engine.tokenizer, UnusedRunner(), "cpu", "CPU", engine.backend, 0.0)
     with pytest.raises(RequestError, match=message) as refused:
         request_(idle)
     assert "\n" not in str(refused.value)
 
 
-def test_an_empty_prompt_is_a_bos_or_an_error(tmp_path, engine):
+def test_an_empty_prompt_is_a_bos_token_or_an_error(tmp_path, engine):
     assert engine.generate("", GREEDY, 3).stats.prompt_tokens == 1
     without = fiddler.load(write_random_mixtral(tmp_path / "no_bos.gguf", add_bos=False))
     with pytest.raises(RequestError, match="the prompt is empty"):
@@ -149,7 +149,7 @@ def test_an_empty_prompt_is_a_bos_or_an_error(tmp_path, engine):
     assert without.generate("x", GREEDY, 0).stats.prompt_tokens == len(engine.tokenizer.encode("x"))
 
 
-def test_weights_that_are_no_numbers_end_in_one_line(tmp_path):
+def test_weights_of_nan_end_in_an_error_of_one_line(tmp_path):
     path = write_random_mixtral(tmp_path / "damaged.gguf", layers=1)
     norm = next(t for t in gguf.GGUFReader(path).tensors if t.name == "output_norm.weight")
     with path.open("r+b") as file:
@@ -159,19 +159,19 @@ def test_weights_that_are_no_numbers_end_in_one_line(tmp_path):
         fiddler.load(path).generate([1, 5], GREEDY, 3)
 
 
-def test_two_engines_take_turns(path, engine):
-    """State is in the sequences: neither a second engine nor a generation left half-way disturbs the first."""
+def test_two_engines_and_an_unfinished_generation_do_not_disturb_each_other(path, engine):
+    """State is in the sequences: neither a second engine nor an unfinished generation disturbs the first."""
     other = fiddler.load(path)
     expected = engine.generate("The road", GREEDY, 6).tokens
-    left = iter(engine.start("The snow", GREEDY, 15, ignore_eos=True))
-    next(left)
+    unfinished = iter(engine.start("The snow", GREEDY, 15, ignore_eos=True))
+    next(unfinished)
     assert other.generate("The road", GREEDY, 6).tokens == expected
     assert engine.generate("The road", GREEDY, 6).tokens == expected
-    assert "".join([*left])  # and goes on
+    assert "".join([*unfinished])  # and goes on
 
 
-def test_pieces_add_up_while_they_come(engine):
-    """Each piece is text that stays: no piece takes back what another said."""
+def test_streamed_text_only_grows(engine):
+    """Each piece only adds to the text before it."""
     generation = engine.start("The child", Sampling(1.2, seed=4), 25, ignore_eos=True)
     texts = [""]
     for piece in generation:

@@ -1,4 +1,4 @@
-"""Batches: who is in a step is a matter of numbers, and what each sequence says is what it says alone."""
+"""Batches: tables of their pure decisions; and each sequence generates the text that it generates alone."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def demo():
 @pytest.mark.parametrize(
     "available, weights, room",
     [
-        (0, 5, None),  # nothing tells
+        (0, 5, None),  # the available memory is unknown
         (100, 0, 50),
         (100, 40, 30),
-        (100, 87, 6),  # all but 13 bytes are the file's
+        (100, 87, 6),  # the file takes all but 13 bytes
         (100, 100, 6),  # 100 // 16
         (100, 1000, 6),
     ],
 )
-def test_memory_for_sequences(available, weights, room):
+def test_sequences_get_half_of_the_memory_beside_the_weights_and_at_least_a_sixteenth(available, weights, room):
     assert memory_for_sequences(available, weights) == room
 
 
-@pytest.mark.parametrize("experts, used, width", [(8, 2, 32), (4, 4, 8), (128, 8, 128), (5, 2, 20), (3, 2, 12)])
-def test_the_first_width_reads_every_expert(experts, used, width):
-    assert first_batch_size(experts, used) == width
+@pytest.mark.parametrize("experts, used, batch_size", [(8, 2, 32), (4, 4, 8), (128, 8, 128), (5, 2, 20), (3, 2, 12)])
+def test_at_the_first_batch_size_each_expert_is_chosen_eight_times_a_step(experts, used, batch_size):
+    assert first_batch_size(experts, used) == batch_size
 
 
 @pytest.mark.parametrize(
-    "lacking, most, given",
+    "missing, max_tokens, expected",
     [
         ([], 8, []),
         ([1, 1, 1], 8, [1, 1, 1]),
@@ -62,17 +62,17 @@ def test_the_first_width_reads_every_expert(experts, used, width):
         ([20], 8, [8]),
         ([1, 20, 1], 8, [1, 6, 1]),
         ([3, 4, 5], 8, [3, 4, 1]),
-        ([9, 4, 1], 8, [7, 0, 1]),  # the last goes on, the second waits
+        ([9, 4, 1], 8, [7, 0, 1]),  # the last one decodes, the second one waits
         ([1, 1, 1, 7], 3, [1, 1, 1, 0]),
         ([1, 1, 1, 7], 2, [1, 1, 1, 0]),
     ],
 )
-def test_tokens_of_a_step(lacking, most, given):
-    assert tokens_per_sequence(lacking, most) == given
+def test_decoding_sequences_get_a_token_each_and_prompts_get_the_rest_of_a_step_in_order(missing, max_tokens, expected):
+    assert tokens_per_sequence(missing, max_tokens) == expected
 
 
 @pytest.mark.parametrize(
-    "most, seconds, widths",
+    "limit, seconds, expected",
     [
         (64, {16: 1.0, 32: 1.2, 64: 1.5}, [16, 32, 64, 64]),
         (512, {16: 1.0, 32: 1.2, 64: 2.3}, [16, 32, 64, 32, 32]),  # 64 in 2.3 s are no more than 32 in 1.2 s
@@ -81,24 +81,24 @@ def test_tokens_of_a_step(lacking, most, given):
         (16, {16: 1.0}, [16, 16]),
     ],
 )
-def test_a_batch_grows_as_long_as_that_pays(most, seconds, widths):
-    width, seen = BatchSize(16, most), []
-    for _ in widths:
-        seen.append(width.now)
+def test_a_batch_doubles_as_long_as_that_gives_more_tokens_a_second(limit, seconds, expected):
+    size, sizes = BatchSize(16, limit), []
+    for _ in expected:
+        sizes.append(size.now)
         for step in range(8):
-            width.measured(width.now - 1, 1e-9)  # one that has not filled it counts for nothing
-            width.measured(width.now, seconds[width.now] * (50 if step == 3 else 1))  # nor does a hiccup
-    assert seen == widths
+            size.measured(size.now - 1, 1e-9)  # a step that does not fill it does not count
+            size.measured(size.now, seconds[size.now] * (50 if step == 3 else 1))  # nor does one slow step
+    assert sizes == expected
 
 
-def test_a_batch_keeps_to_the_room_there_is():
-    width = BatchSize(16, 64)
-    width.limit(5)
+def test_a_batch_stays_within_its_limit_of_at_least_one_sequence():
+    batch_size = BatchSize(16, 64)
+    batch_size.limit(5)
     for _ in range(20):
-        width.measured(5, 1.0)
-    assert width.now == 5
-    width.limit(0)
-    assert width.now == 1
+        batch_size.measured(5, 1.0)
+    assert batch_size.now == 5
+    batch_size.limit(0)
+    assert batch_size.now == 1
 
 
 def ragged(engine, temperature):
@@ -110,164 +110,168 @@ def ragged(engine, temperature):
 
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def alone(request, demo):
-    """A temperature, and what each says by itself at it."""
-    made = []
+    """A temperature, and the completion of each generation by itself at it."""
+    completions = []
     for generation in ragged(demo, request.param):
         for _ in generation:
             continue
-        made.append(generation.completion)
-    return request.param, made
+        completions.append(generation.completion)
+    return request.param, completions
 
 
 @pytest.mark.parametrize("parallel", [None, 3])
-def test_a_sequence_says_what_it_says_alone(demo, alone, parallel):
+def test_a_sequence_in_a_batch_generates_what_it_generates_alone(demo, alone, parallel):
     temperature, expected = alone
-    seen = []
+    steps = []
 
-    def on_step(*now):
-        seen.append(now)
+    def on_step(*progress):
+        steps.append(progress)
 
-    found = dict(demo.batch(ragged(demo, temperature), parallel, on_step=on_step))
-    assert found.keys() == set(range(len(PROMPTS)))
-    for place, one in enumerate(expected):
-        made = found[place]
-        assert (made.text, made.tokens, made.finish_reason) == (one.text, one.tokens, one.finish_reason)
-        assert made.stats.prompt_tokens == one.stats.prompt_tokens
-    assert max(width for _, width in seen) == (parallel or len(PROMPTS))
-    assert seen[-1][0] == sum(len(one.tokens) for one in expected)
+    completions = dict(demo.batch(ragged(demo, temperature), parallel, on_step=on_step))
+    assert completions.keys() == set(range(len(PROMPTS)))
+    for index, single in enumerate(expected):
+        batched = completions[index]
+        assert (batched.text, batched.tokens, batched.finish_reason) == (
+            single.text,
+            single.tokens,
+            single.finish_reason,
+        )
+        assert batched.stats.prompt_tokens == single.stats.prompt_tokens
+    assert max(sequences for _, sequences in steps) == (parallel or len(PROMPTS))
+    assert steps[-1][0] == sum(len(single.tokens) for single in expected)
 
 
-class Watched(Runner):
-    """Notes the steps, and takes no more than `most` sequences or `sequences` at all."""
+class RecordingRunner(Runner):
+    """Records the tokens of each step; a step of more than `max_sequences` sequences raises `ResourceError`."""
 
-    def __init__(self, runner, chunk=512, most=100):
+    def __init__(self, runner, chunk=512, max_sequences=100):
         super().__init__(runner.model, runner.context, runner.cache_dtype, runner.threads, chunk)
-        self.most, self.steps = most, []
+        self.max_sequences, self.steps = max_sequences, []
 
     def step(self, parts, wanted=None):
-        if len(parts) > self.most:
+        if len(parts) > self.max_sequences:
             raise ResourceError(f"no room for {len(parts)}")
         self.steps.append([len(tokens) for _, tokens in parts])
         return super().step(parts, wanted)
 
 
-def through(engine, runner, prompts, limit, room=None, width=16):
-    generations = (engine.start(prompt, Sampling(1.0, seed=5), limit, ignore_eos=True) for prompt in prompts)
-    return dict(Batch(runner, generations, room, BatchSize(width, width)))
+def run_batch(engine, runner, prompts, max_tokens, kv_bytes=None, batch_size=16):
+    generations = (engine.start(prompt, Sampling(1.0, seed=5), max_tokens, ignore_eos=True) for prompt in prompts)
+    return dict(Batch(runner, generations, kv_bytes, BatchSize(batch_size, batch_size)))
 
 
-def test_prompts_are_read_in_chunks_beside_which_the_others_go_on(demo):
-    runner = Watched(demo.runner, chunk=20)
-    made = through(demo, runner, [PROMPTS[0], PROMPTS[6]], 12)
+def test_a_long_prompt_is_read_in_chunks_while_other_sequences_decode(demo):
+    runner = RecordingRunner(demo.runner, chunk=20)
+    completions = run_batch(demo, runner, [PROMPTS[0], PROMPTS[6]], 12)
     long, short = (len(demo.tokenizer.encode(PROMPTS[n], add_bos=True)) for n in (6, 0))
     assert long > 80
     assert runner.steps[0] == [short, 20 - short]
     assert all(step[0] == 1 and sum(step) == 20 for step in runner.steps[1:4])
-    assert made[0].tokens == demo.generate(PROMPTS[0], Sampling(1.0, seed=5), 12, ignore_eos=True).tokens
-    assert made[1].tokens == demo.generate(PROMPTS[6], Sampling(1.0, seed=5), 12, ignore_eos=True).tokens
+    assert completions[0].tokens == demo.generate(PROMPTS[0], Sampling(1.0, seed=5), 12, ignore_eos=True).tokens
+    assert completions[1].tokens == demo.generate(PROMPTS[6], Sampling(1.0, seed=5), 12, ignore_eos=True).tokens
 
 
-def test_where_memory_runs_out_fewer_go_on_and_nothing_is_lost(demo):
-    """Those that have to wait have said something by then: they read it again, and go on as if nothing had been."""
+def test_where_memory_runs_out_fewer_sequences_run_and_no_token_is_lost(demo):
+    """Sequences that must wait have generated tokens by then: these are read again, and the text goes on as before."""
     prompts = [f"The {n} cats" for n in range(7)]
-    runner = Watched(demo.runner)
+    runner = RecordingRunner(demo.runner)
     expected = [demo.generate(p, Sampling(1.0, seed=5), 10, ignore_eos=True).tokens for p in prompts]
     generations = (demo.start(p, Sampling(1.0, seed=5), 10, ignore_eos=True) for p in prompts)
     steps = []
 
-    def scarce(generated, sequences):
+    def on_step(generated, sequences):
         steps.append(sequences)
         if len(steps) == 4:
-            runner.most = 3
+            runner.max_sequences = 3
 
-    found = dict(Batch(runner, generations, None, BatchSize(7, 7), scarce))
+    completions = dict(Batch(runner, generations, None, BatchSize(7, 7), on_step))
     assert steps[:4] == [7] * 4
     assert max(steps[4:]) == 3
-    assert [found[place].tokens for place in range(7)] == expected
+    assert [completions[index].tokens for index in range(7)] == expected
 
 
-def test_one_that_has_no_room_by_itself_fails_alone(demo):
-    runner = Watched(demo.runner, most=0)
-    found = through(demo, runner, PROMPTS[:3], 4)
-    assert all("no room for 1" in str(found[place]) for place in range(3))
-    runner.most = 1
-    assert all(len(one.tokens) == 4 for one in through(demo, runner, PROMPTS[:3], 4).values())
+def test_each_sequence_fails_if_not_even_one_fits_and_all_run_if_one_does(demo):
+    runner = RecordingRunner(demo.runner, max_sequences=0)
+    outcomes = run_batch(demo, runner, PROMPTS[:3], 4)
+    assert all("no room for 1" in str(outcomes[index]) for index in range(3))
+    runner.max_sequences = 1
+    assert all(len(completion.tokens) == 4 for completion in run_batch(demo, runner, PROMPTS[:3], 4).values())
 
 
-@pytest.mark.parametrize("fits", [1, 2, 4])
-def test_keys_and_values_stay_within_their_room(demo, fits):
-    runner = Watched(demo.runner)
+@pytest.mark.parametrize("sequences", [1, 2, 4])
+def test_kv_caches_stay_within_their_memory(demo, sequences):
+    runner = RecordingRunner(demo.runner)
     for positions in (5, 300):
-        taken = sum(prefix_cache.nbytes for half in runner.sequence(positions).storage for prefix_cache in half)
-        assert runner.kv_bytes(positions) == taken
-    needs = runner.kv_bytes(5)
-    assert len(through(demo, runner, [[1, 40, 50]] * 5, 2, room=fits * needs + needs // 2)) == 5
-    assert max(len(step) for step in runner.steps) == fits
-    assert len(through(demo, runner, [[1, 40, 50]] * 2, 2, room=0)) == 2  # one is always let in
+        nbytes = sum(tensor.nbytes for tensors in runner.sequence(positions).storage for tensor in tensors)
+        assert runner.kv_bytes(positions) == nbytes
+    bytes_each = runner.kv_bytes(5)
+    assert len(run_batch(demo, runner, [[1, 40, 50]] * 5, 2, kv_bytes=sequences * bytes_each + bytes_each // 2)) == 5
+    assert max(len(step) for step in runner.steps) == sequences
+    assert len(run_batch(demo, runner, [[1, 40, 50]] * 2, 2, kv_bytes=0)) == 2  # one sequence is always admitted
 
 
-def test_what_is_no_number_is_one_prompts_error(tmp_path):
+def test_logits_of_nan_are_the_error_of_one_prompt_only(tmp_path):
     path = write_random_mixtral(tmp_path / "hurt.gguf")
     reader = gguf.GGUFReader(path, "r+")
     embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight").data
     embedding.view("uint16").reshape(-1, 64)[300] = 0x7FC0  # a NaN
     embedding.flush()
     engine = fiddler.load(path, device="cpu")
-    found = dict(
+    outcomes = dict(
         engine.batch(engine.start(ids, GREEDY, 5, ignore_eos=True) for ids in ([1, 40], [1, 300, 41], [1, 50]))
     )
-    with pytest.raises(FileFormatError) as alone:
+    with pytest.raises(FileFormatError) as single:
         engine.generate([1, 300, 41], GREEDY, 5)
-    assert isinstance(found[1], FileFormatError)
-    assert str(found[1]) == str(alone.value)
-    for place, ids in ((0, [1, 40]), (2, [1, 50])):
-        assert found[place].tokens == engine.generate(ids, GREEDY, 5, ignore_eos=True).tokens
+    assert isinstance(outcomes[1], FileFormatError)
+    assert str(outcomes[1]) == str(single.value)
+    for index, ids in ((0, [1, 40]), (2, [1, 50])):
+        assert outcomes[index].tokens == engine.generate(ids, GREEDY, 5, ignore_eos=True).tokens
 
 
-def test_nothing_to_do(demo):
+def test_an_empty_batch_and_zero_tokens_are_accepted_and_parallel_0_is_refused(demo):
     assert dict(demo.batch([])) == {}
-    found = dict(demo.batch([demo.start("One", GREEDY, 0), demo.start("One", GREEDY, 2, ignore_eos=True)]))
-    assert (found[0].text, found[0].finish_reason) == ("", "length")
-    assert len(found[1].tokens) == 2
+    completions = dict(demo.batch([demo.start("One", GREEDY, 0), demo.start("One", GREEDY, 2, ignore_eos=True)]))
+    assert (completions[0].text, completions[0].finish_reason) == ("", "length")
+    assert len(completions[1].tokens) == 2
     with pytest.raises(RequestError, match="parallel is 0"):
         demo.batch([], 0)
 
 
-def test_generations_are_taken_when_there_is_room(demo):
-    taken = []
+def test_generations_are_started_only_when_a_sequence_has_ended(demo):
+    started = []
 
     def generations():
         for n in range(9):
-            taken.append(n)
+            started.append(n)
             yield demo.start("One", GREEDY, 3, ignore_eos=True)
 
     running = demo.batch(generations(), 2)
     next(running)
-    assert len(taken) <= 3
+    assert len(started) <= 3
     assert len(list(running)) == 8
 
 
 def test_a_constraint_that_fails_ends_its_own_generation_only(demo):
-    class Fails:
-        """A guide that allows all, once, and then knows no more."""
+    class FailingGuide:
+        """A guide that allows every token once and then fails."""
 
-        asked = 0
+        calls = 0
 
         @property
         def finished(self):
-            if self.asked:
+            if self.calls:
                 raise RequestError("the constraint cannot be followed")
             return False
 
         def allowed(self):
-            self.asked += 1
+            self.calls += 1
             return np.ones(demo.config.vocab_size, bool)
 
         def advance(self, token):
             pass
 
     bad, good = (demo.start(prompt, GREEDY, 5) for prompt in ("Once", "A cat"))
-    bad._new_sampler = lambda: Sampler(GREEDY, guide=Fails())
+    bad._new_sampler = lambda: Sampler(GREEDY, guide=FailingGuide())
     outcomes = dict(demo.batch([bad, good], 2))
     assert "cannot be followed" in str(outcomes[0])
     assert outcomes[1].text == demo.generate("A cat", GREEDY, 5).text

@@ -1,4 +1,4 @@
-"""Stop strings over a stream, against looking at every beginning of the whole text."""
+"""Stop strings in a stream, against an oracle that tries every prefix of the whole text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ stop_strings = st.lists(st.one_of(st.text("ab", min_size=1, max_size=5), st.text
 
 
 def naive(text, stops):
-    """What the whole text gives, and whether a stop string is in it: the beginnings of `text`, shortest first."""
+    """The text before the first stop string, and whether there is one: tries every prefix, shortest first."""
     for end in range(len(text) + 1):
         endings = [stop for stop in stops if text[:end].endswith(stop)]
         if endings:
@@ -25,8 +25,8 @@ def naive(text, stops):
 
 
 def pieces(text, cuts):
-    places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[begin:end] for begin, end in pairwise(places)]
+    bounds = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[begin:end] for begin, end in pairwise(bounds)]
 
 
 def run(parts, stops):
@@ -37,30 +37,30 @@ def run(parts, stops):
 
 @PROPERTY
 @given(st.one_of(few_letters, any_text), stop_strings, st.lists(st.integers(0, 99), max_size=12))
-def test_any_split_gives_what_the_whole_text_gives(text, stops, cuts):
+def test_any_split_of_a_text_gives_what_the_whole_text_gives(text, stops, cuts):
     assert run(pieces(text, cuts), stops) == naive(text, stops)
 
 
 @PROPERTY
 @given(few_letters, any_text, st.text(min_size=1, max_size=3), st.lists(st.integers(0, 99), max_size=12))
-def test_one_stop_string_is_str_find(before, after, stop, cuts):
+def test_one_stop_string_cuts_where_str_find_finds_it(before, after, stop, cuts):
     text = before + stop + after
     assert run(pieces(text, cuts), [stop]) == (text[: text.find(stop)], True)
 
 
 @PROPERTY
 @given(few_letters, stop_strings)
-def test_nothing_is_held_that_cannot_become_a_stop_string(text, stops):
+def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
     stop, out = StopText(stops), ""
-    for place, letter in enumerate(text, 1):
+    for end, letter in enumerate(text, 1):
         out += stop.push(letter)
         if stop.found:
             return
-        held = text[:place].removeprefix(out)
-        assert out + held == text[:place]
+        held = text[:end].removeprefix(out)
+        assert out + held == text[:end]
         assert held == "" or any(whole.startswith(held) and whole != held for whole in stops)
-        for begin in range(place - len(held)):  # and what was let through begins none
-            assert not any(whole.startswith(text[begin:place]) for whole in stops)
+        for begin in range(end - len(held)):  # and no released text begins one
+            assert not any(whole.startswith(text[begin:end]) for whole in stops)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_nothing_is_held_that_cannot_become_a_stop_string(text, stops):
         (["The end", "."], [], "The end.", False),
         (["The ", "end", "."], ["end"], "The ", True),
         (["The e", "n", "d"], ["end"], "The ", True),  # at the very end
-        (["The e", "n"], ["end"], "The en", False),  # a beginning only
+        (["The e", "n"], ["end"], "The en", False),  # only the beginning of one
         (["end"], ["end"], "", True),
         (["aab", "aaab"], ["aaab"], "aab", True),  # begins again inside itself
         (["a", "a", "a", "b"], ["aab"], "a", True),
@@ -84,11 +84,11 @@ def test_nothing_is_held_that_cannot_become_a_stop_string(text, stops):
         (["a", "", "b", ""], ["ab"], "", True),
     ],
 )
-def test_by_hand(parts, stops, expected, found):
+def test_stop_strings_by_hand(parts, stops, expected, found):
     assert run(parts, stops) == (expected, found)
 
 
-def test_after_a_stop_string_nothing_comes():
+def test_after_a_stop_string_no_text_comes():
     stop = StopText(["."])
     assert stop.push("One. Two") == "One"
     assert stop.found
@@ -96,7 +96,7 @@ def test_after_a_stop_string_nothing_comes():
     assert stop.finish() == ""
 
 
-def test_text_comes_as_early_as_it_can():
+def test_text_that_begins_no_stop_string_comes_at_once():
     stop = StopText(["\nUser:", "\n\n"])
     assert [stop.push(part) for part in ("Hello", "!\n", "U", "ser", "s", "\n", "x")] == [
         "Hello",

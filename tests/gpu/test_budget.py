@@ -1,4 +1,4 @@
-"""What needs a GPU: that its memory is kept to what was asked for, and what a budget that does not suffice says."""
+"""GPU memory stays within its budget, and a budget that is too small names one that suffices. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 
-def test_the_budget_holds():
-    """What the driver counts as used never passes what was asked for, prompts and generation included.
-
-    In a process of its own, which has nothing on the GPU before.
-    """
+def test_gpu_memory_stays_within_the_budget_for_prompts_and_generation():
+    """By the driver's count, in a new process that has nothing on the GPU before."""
     code = (
         "import fiddler\n"
         "e = fiddler.load(device='cuda', gpu_memory='1400MiB')\n"
@@ -35,8 +32,8 @@ def test_the_budget_holds():
     assert 0 < used <= total == 1400 << 20
 
 
-def test_a_budget_too_small_for_the_dense_part_says_what_suffices(tmp_path):
-    """In processes of their own: what others have left of the driver's memory counts."""
+def test_a_budget_too_small_for_the_dense_part_names_one_that_suffices(tmp_path):
+    """In new processes: GPU memory that other engines of this process hold would count."""
     path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=1024, f=512, heads=8, layers=4, context=131072)
     code = (
         "import sys, fiddler\n"
@@ -52,8 +49,8 @@ def test_a_budget_too_small_for_the_dense_part_says_what_suffices(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked,says", [("900GiB", "give at most"), ("100MiB", "give more"), ("8 apples", "give a size")]
+    "budget,message", [("900GiB", "give at most"), ("100MiB", "give more"), ("8 apples", "give a size")]
 )
-def test_a_budget_that_makes_no_sense(asked, says):
-    with pytest.raises(fiddler.FiddlerError, match=says):
-        load(device="cuda", gpu_memory=asked)
+def test_a_budget_that_is_too_large_too_small_or_no_size_is_refused(budget, message):
+    with pytest.raises(fiddler.FiddlerError, match=message):
+        load(device="cuda", gpu_memory=budget)

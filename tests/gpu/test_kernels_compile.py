@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for a GPU, where Triton is but no GPU need be."""
+"""Every Triton kernel compiles for an H100. Needs Triton, but no GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fiddler.gpu import attention_kernels  # noqa: E402
 from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
-CASES = {  # kernel: kinds of its arguments in turn, its constants
+CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
     "up": (expert_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
@@ -43,17 +43,17 @@ CASES = {  # kernel: kinds of its arguments in turn, its constants
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiles(name, tmp_path, monkeypatch):
+def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernel, kinds, constants = CASES[name]
     names = kernel.arg_names
-    given = dict(zip((a for a in names if a not in constants), (KINDS[kind] for kind in kinds), strict=True))
-    signature = dict.fromkeys(names, "constexpr") | given
-    # as it is called: addresses and sizes that are multiples of 16
-    even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in given.items() if kind != "fp32"}
+    types = dict(zip((a for a in names if a not in constants), (KINDS[kind] for kind in kinds), strict=True))
+    signature = dict.fromkeys(names, "constexpr") | types
+    # as at run time: addresses and sizes are multiples of 16
+    even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in types.items() if kind != "fp32"}
     values = {(names.index(a),): value for a, value in constants.items()}
-    made = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
-    if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time, or the memory's speed is out of reach
-        assert "ld.global.v4.b32" in made.asm["ptx"]
-        assert not re.search(r"ld\.global\.b16", made.asm["ptx"])
+    compiled = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
+    if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time: less would not saturate the memory
+        assert "ld.global.v4.b32" in compiled.asm["ptx"]
+        assert not re.search(r"ld\.global\.b16", compiled.asm["ptx"])

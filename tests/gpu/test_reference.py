@@ -1,4 +1,4 @@
-"""What needs a GPU: logits made there against transformers' own, of random Mixtrals and of the demo model."""
+"""Logits computed on the GPU against transformers', for random Mixtrals and the demo model. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ pytest.importorskip("transformers")
 from oracles.reference import Reference, Shape, from_gguf, make_checkpoint
 
 WAYS = {
-    "hybrid": {"gpu_experts": 5},
+    "GPU and CPU": {"gpu_experts": 5},
     "streamed": {"gpu_experts": 5, "missing": "stream"},
     "no residents": {"gpu_experts": 0},
     "GPU": {},
 }
 
 
-def held(path, expected, ids, precision, bound):
-    """Asserts of every way that a prompt's logits are those, and so are the same token by token."""
+def assert_logits_match(path, expected, ids, precision, bound):
+    """Assert for every way that the logits of a prompt match, read at once and token by token."""
     for name, options in WAYS.items():
         engine = load(path, device="cuda", precision=precision, **options)
         assert (engine.logits(ids) - expected).norm() <= bound * expected.norm(), name
         sequence = engine.runner.sequence()
         engine.runner.prefill(sequence, ids[:10])
-        one = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[10:]])
-        assert (one - expected[10:]).norm() <= bound * expected[10:].norm(), name
+        by_token = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[10:]])
+        assert (by_token - expected[10:]).norm() <= bound * expected[10:].norm(), name
 
 
 @pytest.mark.parametrize(
@@ -44,16 +44,16 @@ def held(path, expected, ids, precision, bound):
     ],
     ids=str,
 )
-def test_logits_are_those_of_transformers(shape, tmp_path):
+def test_gpu_logits_of_random_mixtrals_match_transformers(shape, tmp_path):
     folder = make_checkpoint(shape, tmp_path / "hf")
     fiddler.convert(folder, tmp_path / "model.gguf")
     ids = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    held(tmp_path / "model.gguf", Reference(folder)(ids)[0], ids, "exact", 1e-4)
+    assert_logits_match(tmp_path / "model.gguf", Reference(folder)(ids)[0], ids, "exact", 1e-4)
 
 
 @pytest.mark.parametrize("precision,bound", [("exact", 1e-4), ("fast", 3e-2)])
-def test_the_demo_models_logits_are_those_of_transformers(precision, bound):
+def test_gpu_logits_of_the_demo_model_match_transformers(precision, bound):
     ids = load(device="cpu").tokenizer.encode("Once upon a time, in a small village, there lived", add_bos=True)
     with torch.inference_mode():
         expected = from_gguf(DEMO_MODEL)(torch.tensor([ids])).logits[0]
-    held(DEMO_MODEL, expected, ids, precision, bound)
+    assert_logits_match(DEMO_MODEL, expected, ids, precision, bound)

@@ -1,4 +1,4 @@
-"""The model that ships, against transformers: the same greedy text, the same loss, experts that are all in use."""
+"""The demo model that ships: its greedy text and loss equal those of transformers, and all its experts are in use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def transformers_model():
     return from_gguf(DEMO_MODEL)
 
 
@@ -47,9 +47,9 @@ def exact():
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_transformers(exact, theirs, prompt):
+def test_greedy_text_of_the_demo_model_is_that_of_transformers(exact, transformers_model, prompt):
     ids = exact.tokenizer.encode(prompt, add_bos=True)
-    expected = theirs.generate(
+    expected = transformers_model.generate(
         torch.tensor([ids]), do_sample=False, max_new_tokens=100, eos_token_id=exact.tokenizer.eos_id, pad_token_id=0
     )
     ours = exact.generate(prompt, fiddler.Sampling(temperature=0.0), 100)
@@ -58,12 +58,12 @@ def test_greedy_text_is_that_of_transformers(exact, theirs, prompt):
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("exact", 1e-4), ("fast", 1.5e-2)])
-def test_logits_on_held_out_text(theirs, heldout, precision, bound):
-    """Flipped experts included: on a trained model they cost little."""
+def test_logits_and_loss_on_held_out_text_match_transformers(transformers_model, heldout, precision, bound):
+    """Where a rounding flips an expert, too: on a trained model that costs little."""
     engine = fiddler.load(precision=precision)
     window = [engine.tokenizer.bos_id, *heldout[:500]]
     with torch.inference_mode():
-        expected = theirs(torch.tensor([window])).logits[0]
+        expected = transformers_model(torch.tensor([window])).logits[0]
     actual = engine.logits(window)
     assert float((actual - expected).norm() / expected.norm()) < bound
     targets = torch.tensor(window[1:])
@@ -73,35 +73,35 @@ def test_logits_on_held_out_text(theirs, heldout, precision, bound):
 
 
 class CountingExperts:
-    """Passes on to the engine's experts and counts who was chosen."""
+    """Calls the engine's experts and counts how often each is chosen."""
 
     def __init__(self, experts, layers, count):
         self.experts, self.counts = experts, torch.zeros(layers, count, dtype=torch.int64)
 
-    def __call__(self, layer, x, ids, weights):
-        self.counts[layer] += torch.bincount(ids.flatten(), minlength=self.counts.shape[1])
-        return self.experts(layer, x, ids, weights)
+    def __call__(self, layer, x, expert_ids, routing_weights):
+        self.counts[layer] += torch.bincount(expert_ids.flatten(), minlength=self.counts.shape[1])
+        return self.experts(layer, x, expert_ids, routing_weights)
 
 
-def test_every_expert_is_in_use(heldout):
+def test_every_expert_gets_3_to_40_percent_of_the_held_out_tokens(heldout):
     engine = fiddler.load()
     model = engine.runner.model
     model.experts = counting = CountingExperts(model.experts, engine.config.block_count, engine.config.expert_count)
     for begin in range(0, 8000, 1000):
         engine.logits([engine.tokenizer.bos_id, *heldout[begin : begin + 1000]])
-    share = counting.counts / counting.counts.sum(1, keepdim=True)
-    assert float(share.min()) >= 0.03
-    assert float(share.max()) <= 0.40
+    fraction = counting.counts / counting.counts.sum(1, keepdim=True)
+    assert float(fraction.min()) >= 0.03
+    assert float(fraction.max()) <= 0.40
 
 
-def test_it_reads_as_english():
-    """Nine words of ten are in the held-out text, and there is no loop; sound sentences are for a reader to judge."""
-    words = set(WORD.findall(HELDOUT.read_text(encoding="utf-8").lower()))
+def test_generated_text_has_known_words_and_does_not_loop():
+    """Nine words of ten occur in the held-out text; whether the sentences make sense is for a reader to judge."""
+    vocabulary = set(WORD.findall(HELDOUT.read_text(encoding="utf-8").lower()))
     engine = fiddler.load()
     for seed in range(5):
         text = engine.generate("Once upon a time", fiddler.Sampling(temperature=0.7, seed=seed), 120).text
-        said = WORD.findall(text.lower())
-        assert len(said) > 40
-        assert sum(word in words for word in said) >= 0.9 * len(said)
-        fours = [tuple(said[i : i + 4]) for i in range(len(said) - 3)]
+        words = WORD.findall(text.lower())
+        assert len(words) > 40
+        assert sum(word in vocabulary for word in words) >= 0.9 * len(words)
+        fours = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
         assert len(set(fours)) >= 0.85 * len(fours)

@@ -1,4 +1,4 @@
-"""Long prompts: attention over many positions, prompts read in pieces as transformers reads them whole, and memory."""
+"""Long prompts: attention over many positions, chunked prefill against transformers, and memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from oracles.reference import from_gguf
 from oracles.synthetic import with_context, write_random_mixtral
 from tools.measure_memory import measured_prefill
 
-BLOCK = 4096  # positions of the past that are attended to at once
+BLOCK = 4096  # past positions in a block of `fiddler.models.attention`
 
 
 def naive(q, keys, values, window):
-    """`attend` in float64 with a mask of all queries by all keys, every key and value repeated."""
+    """`attend` in float64: a full mask [queries, keys]; keys and values repeated for every query head."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
-    k, v = (kept.double().repeat_interleave(heads // groups, 1) for kept in (keys, values))
+    k, v = (tensor.double().repeat_interleave(heads // groups, 1) for tensor in (keys, values))
     scores = torch.einsum("nhd,shd->hns", q.double(), k) / head_dim**0.5
-    back = torch.arange(total - n, total)[:, None] - torch.arange(total)
-    hidden = (back < 0) | (back >= (window or total))
-    return torch.einsum("hns,shd->nhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    distance = torch.arange(total - n, total)[:, None] - torch.arange(total)
+    masked = (distance < 0) | (distance >= (window or total))
+    return torch.einsum("hns,shd->nhd", scores.masked_fill(masked, -torch.inf).softmax(-1), v)
 
 
 @settings(max_examples=40, deadline=None)
@@ -43,23 +43,23 @@ def naive(q, keys, values, window):
 @example(n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, seed=0)
 @example(n=1, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, seed=0)
 @example(n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=BLOCK + 99, kind=torch.float32, seed=0)
-def test_attention_is_the_naive_one(n, past, groups, repeat, half, window, kind, seed):
+def test_attention_in_torch_matches_the_float64_oracle(n, past, groups, repeat, half, window, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     total, head_dim = past + n, 2 * half
     q = 3 * torch.randn(n, groups * repeat, head_dim, generator=generator)
-    # as the cache gives them: a head's positions lie together, with room behind
+    # laid out as in the KV cache: a head's positions are contiguous, with room after them
     keys, values = (torch.randn(groups, total + 5, head_dim, generator=generator).to(kind) for _ in range(2))
     keys[:, total:] = values[:, total:] = torch.nan
-    kept = [half[:, :total].transpose(0, 1) for half in (keys, values)]
-    made = attention.attend(q, *kept, window)
-    assert made.dtype == torch.float32
-    # a float32 score of this size is off by 1e-6 or so, and the shares by as much
-    torch.testing.assert_close(made.double(), naive(q, *kept, window), rtol=0, atol=2e-5)
+    cached = [half[:, :total].transpose(0, 1) for half in (keys, values)]
+    output = attention.attend(q, *cached, window)
+    assert output.dtype == torch.float32
+    # a float32 score of this size is off by 1e-6 or so, and so are the softmax weights
+    torch.testing.assert_close(output.double(), naive(q, *cached, window), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1000])
-def test_a_prompt_in_pieces_is_what_transformers_reads_whole(tmp_path, window):
-    """Over more positions than are attended to at once; the last token by itself, as in generation."""
+def test_chunked_prefill_of_a_long_prompt_gives_the_logits_of_transformers(tmp_path, window):
+    """Over more positions than an attention block has; the last token also by itself, as in generation."""
     count = BLOCK + 600
     path = write_random_mixtral(
         tmp_path / "long.gguf", d=32, f=32, heads=2, kv_heads=1, context=count, window=window, seed=5
@@ -69,21 +69,21 @@ def test_a_prompt_in_pieces_is_what_transformers_reads_whole(tmp_path, window):
     ids = [generator.randrange(3, engine.config.vocab_size) for _ in range(count)]
     with torch.inference_mode():
         expected = from_gguf(path)(torch.tensor([ids])).logits[0]
-    made = engine.logits(ids)
+    logits = engine.logits(ids)
     runner, sequence = engine.runner, engine.runner.sequence()
     runner.prefill(sequence, ids[:-1])
-    one = runner.logits(runner.step([(sequence, ids[-1:])]))
-    for actual, rows in ((made, expected), (one, expected[-1:])):
-        errors = (actual - rows).norm(dim=-1) / rows.norm(dim=-1)
-        assert float(errors.max()) < 1e-4  # as in test_reference; seen: 1e-5
+    last = runner.logits(runner.step([(sequence, ids[-1:])]))
+    for actual, expected_rows in ((logits, expected), (last, expected[-1:])):
+        errors = (actual - expected_rows).norm(dim=-1) / expected_rows.norm(dim=-1)
+        assert float(errors.max()) < 1e-4  # as in test_reference; measured: 1e-5
 
 
-def test_a_long_prompt_takes_little_more_than_its_keys_and_values(tmp_path):
-    """Where a mask of all by all, one byte an element, would be 38 MB, and logits of all positions 100 MB."""
+def test_prefilling_a_long_prompt_takes_little_memory_beyond_its_kv_cache(tmp_path):
+    """A full mask of one byte an element would take 38 MB, and logits of all positions 100 MB."""
     tokens = 6144
     model = with_context(DEMO_MODEL, tmp_path / "long.gguf", tokens)
     engine = fiddler.load(model, device="cpu")
-    engine.runner.prefill(engine.runner.sequence(), [1] * 16)  # compiles the kernels, where they are not
-    got = measured_prefill(model, tokens, "fast")
-    assert got["kept"] == 8 * 4 * 32 * 2 * 2 * tokens
-    assert got["grown"] - got["kept"] < 60e6
+    engine.runner.prefill(engine.runner.sequence(), [1] * 16)  # compiles the kernels, unless they are cached
+    usage = measured_prefill(model, tokens, "fast")
+    assert usage["kv_bytes"] == 8 * 4 * 32 * 2 * 2 * tokens
+    assert usage["grown"] - usage["kv_bytes"] < 60e6

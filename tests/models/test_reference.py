@@ -1,8 +1,8 @@
 """The engine's logits against transformers' on random Mixtrals, converted by `fiddler convert`.
 
-In exact precision the two are the same function. In fast precision activations are rounded to bf16, so a router
-whose decision hangs by less than that rounding may choose another expert: a jump, not an error. Positions from the
-first such jump of a sequence on are counted and left out of the comparison.
+In exact precision the two compute the same function. In fast precision activations are rounded to bf16, so a router
+whose margin is less than that rounding may choose another expert: a jump, not an error. Positions from a sequence's
+first jump on are counted and left out of the comparison.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ EXACT, FAST = 1e-4, 1.5e-2  # relative L2 error of a sequence's logits
 
 
 class WatchedExperts:
-    """Passes on to the engine's experts and notes who was chosen."""
+    """Calls the engine's experts and records which are chosen."""
 
     def __init__(self, experts):
         self.experts, self.chosen = experts, {}
 
-    def __call__(self, layer, x, ids, weights):
-        self.chosen.setdefault(layer, []).append(ids)
-        return self.experts(layer, x, ids, weights)
+    def __call__(self, layer, x, expert_ids, routing_weights):
+        self.chosen.setdefault(layer, []).append(expert_ids)
+        return self.experts(layer, x, expert_ids, routing_weights)
 
 
 def first_jump(engine, router_logits, k, chosen):
-    """The first position where an expert differs from the reference's; also, that its margin is a rounding's."""
+    """(position, layer, margin, norm) of router logits where an expert first differs from the reference's, or None."""
     jumps = []
     for layer, logits in enumerate(router_logits):
         expected = torch.topk(logits, k).indices.sort(-1).values
         differs = (torch.cat(chosen[layer]).sort(-1).values != expected).any(-1).nonzero()[:, 0].tolist()
         ordered = logits.sort(-1, descending=True).values
         margins = ordered[:, k - 1] - ordered[:, min(k, logits.shape[1] - 1)]
-        if differs:  # later jumps may follow from this one; this one must hang by a thread
+        if differs:  # later jumps may follow from it; its own margin must be a rounding's
             jumps.append((differs[0], layer, float(margins[differs[0]]), float(logits[differs[0]].norm())))
     return min(jumps, default=None)
 
@@ -60,7 +60,7 @@ def sequences(seed):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_those_of_transformers(name, tmp_path, capsys):
+def test_logits_of_random_mixtrals_match_transformers(name, tmp_path, capsys):
     shape = SHAPES[name]
     folder = make_checkpoint(shape, tmp_path / "hf")
     if "shard" in name:

@@ -1,4 +1,4 @@
-"""Costs that were measured: kept, found again, and refused where they are damaged."""
+"""Measured costs: cached on disk, read again, ignored where the file is damaged; and the staging ring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fiddler.device.weight_copy import HostCopy
-from fiddler.offload import calibration as calibrate, cost_benchmark
+from fiddler.offload import cost_benchmark
 from fiddler.offload.calibration import Calibration, cache_folder, stored
 from fiddler.offload.cost_benchmark import calibrated, measure
 from fiddler.offload.plan import make_plan
@@ -22,47 +22,47 @@ SOME = Calibration("here", 2, 1000, (1, 4), (1e-3, 2e-3), 5e-4, (1, 16), (1e-5, 
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
+def _own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_measured_once_and_found_again():
-    told = []
+def test_costs_are_measured_once_and_then_read_from_the_cache():
+    notices = []
     ring = Ring(HostCopy(), EXACT, 128, 3)
-    first = calibrated(EXACT, ring, 1, told.append)
-    assert len(told) == 1
-    assert calibrated(EXACT, ring, 1, told.append) == first
-    assert len(told) == 1
+    first = calibrated(EXACT, ring, 1, notices.append)
+    assert len(notices) == 1
+    assert calibrated(EXACT, ring, 1, notices.append) == first
+    assert len(notices) == 1
     assert stored() == [first]
     assert first.expert_bytes == 6 * D * F
     assert min(*first.cpu_seconds, *first.gpu_seconds, first.copy_seconds, first.copy_alone, first.cpu_alone) > 0
-    # seconds of different numbers of threads, and of a machine without a GPU, are other things
-    calibrated(EXACT, None, 1, told.append)
-    assert len(told) == 2
+    # another number of threads, or a machine without a GPU, needs a calibration of its own
+    calibrated(EXACT, None, 1, notices.append)
+    assert len(notices) == 2
     assert len(stored()) == 2
     for calibration in stored():
         assert "ms an expert" in calibration.to_text()
 
 
 @pytest.mark.parametrize("experts,measured", [(0, None), (1, (1, 1)), (3, (1, 3)), (2 * E + 1, (2, E))])
-def test_only_what_memory_holds_is_measured_on(monkeypatch, experts, measured):
-    """experts: as many as a quarter of the memory is worth; 0: nobody knows how much there is."""
+def test_calibration_reads_no_more_experts_than_fit_into_memory(monkeypatch, experts, measured):
+    """experts: as many as fit into a quarter of the memory; 0: the size of the memory is unknown."""
     monkeypatch.setattr(cost_benchmark, "available_memory", lambda: 4 * experts * 6 * D * F)
     layers, count = cost_benchmark._in_memory(EXACT)
     assert (len(layers), count) == (measured or (len(EXACT), E))
 
 
-def test_some_experts_of_a_layer_suffice(monkeypatch):
+def test_some_experts_of_one_layer_suffice_for_a_calibration(monkeypatch):
     monkeypatch.setattr(cost_benchmark, "available_memory", lambda: 4 * 3 * 6 * D * F)
-    made = measure(EXACT, Ring(HostCopy(), EXACT, 128, 3), 1, "here")
-    assert min(*made.cpu_seconds, *made.copy_speeds()) > 0
+    calibration = measure(EXACT, Ring(HostCopy(), EXACT, 128, 3), 1, "here")
+    assert min(*calibration.cpu_seconds, *calibration.copy_speeds()) > 0
 
 
-def test_the_costs_are_those_that_were_measured():
+def test_costs_follow_from_the_measured_seconds():
     costs = SOME.costs()
     assert [costs.cpu(1), costs.cpu(4), costs.gpu(16), costs.copy] == [1e-3, 2e-3, 2e-5, 2e-3]
     assert costs.memory == pytest.approx(1 / (1 / 1e-3 + 1 / 2e-3))
-    # one token: a third of the rows over the link, which is half as fast as the CPU
+    # one token: a third of the rows is copied, at half the speed of the CPU
     assert sum(make_plan([1], costs, 900, 1).gpu_rows) == pytest.approx(300, abs=1)
     assert replace(SOME, copy_seconds=None, copy_alone=None).costs().copy == inf
 
@@ -80,7 +80,7 @@ def test_the_costs_are_those_that_were_measured():
         lambda fields: 3,
     ],
 )
-def test_what_is_damaged_or_of_another_version_does_not_count(change):
+def test_a_calibration_that_is_damaged_or_of_another_version_is_ignored(change):
     cache_folder().mkdir(parents=True)
     path = cache_folder() / "calibration-0.json"
     path.write_text(json.dumps(asdict(SOME)))
@@ -91,29 +91,29 @@ def test_what_is_damaged_or_of_another_version_does_not_count(change):
     assert stored() == []
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_gives_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    told = []
-    made = calibrated(EXACT, None, 1, told.append)
-    assert made.threads == 1
-    assert "cannot be kept" in told[-1]
+    notices = []
+    calibration = calibrated(EXACT, None, 1, notices.append)
+    assert calibration.threads == 1
+    assert "cannot be kept" in notices[-1]
 
 
-def test_a_ring_hands_over_what_the_mapping_holds():
+def test_the_staging_ring_delivers_the_rows_of_the_mapping_in_order():
     ring = Ring(HostCopy(), EXACT, 64, 3)
     w = EXACT[1]
     for begin, end in ((0, F), (64, 250), (F - 64, F)):
-        at = begin
+        row = begin
         for part in ring.send(1, 2, begin, end):
-            assert (part.begin, part.end) == (at, min(at + 64, end))
-            at = part.end
+            assert (part.begin, part.end) == (row, min(row + 64, end))
+            row = part.end
             rows = slice(part.begin, part.end)
             expected = w.gate[2, rows], w.up[2, rows], w.down[2, :, rows]
-            for made, bits in zip(part.matrices(torch.float16), expected, strict=True):
-                np.testing.assert_array_equal(made.view(torch.uint16).numpy(), bits)
+            for matrix, bits in zip(part.matrices(torch.float16), expected, strict=True):
+                np.testing.assert_array_equal(matrix.view(torch.uint16).numpy(), bits)
             ring.done(part)
-        assert at == end
+        assert row == end
     (part,) = ring.send(0, 0, 0, 64)
     for _ in range(2):
         next(ring.send(0, 0, 0, 64))

@@ -1,4 +1,4 @@
-"""Both sides on the CPU: every mix of residents, CPU, streaming and splits gives the sum that float64 gives."""
+"""The orchestrator with both sides on the CPU: every mix of residents, streaming and splits matches float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fiddler.device.weight_copy import HostCopy
 from fiddler.offload.plan import Costs, Curve
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
-from oracles.both_sides import EXACT, LAYERS, MOST, D, E, F, orchestrator, weights_of
+from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, orchestrator, weights_of
 
 COSTS = {
     "CPU alone": Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), inf, 0.0),
@@ -26,7 +26,7 @@ COSTS = {
 
 
 class BlockingCopy(HostCopy):
-    """A link that keeps its caller busy, so that it gets a thread."""
+    """Blocks its caller while it copies, as `BounceBufferCopy` does."""
 
     blocks = True
 
@@ -36,201 +36,210 @@ KINDS = {"exact": EXACT, "f16": weights_of("f16", "f32"), "fast": weights_of("bf
 
 def step(rng, tokens, k):
     x = rng.normal(size=(tokens, D)).astype(np.float32)
-    ids = np.array([rng.permutation(E)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
-    return x, ids, rng.random((tokens, k)).astype(np.float32)
+    expert_ids = np.array([rng.permutation(E)[:k] for _ in range(tokens)], np.int64).reshape(tokens, k)
+    return x, expert_ids, rng.random((tokens, k)).astype(np.float32)
 
 
-def scale(w, x, ids, weights):
-    """The root of the sum of squares of all that is added up: what rounding errors are measured against.
+def scale(w, x, expert_ids, routing_weights):
+    """The root of the addends' sum of squares, against which rounding errors are measured.
 
-    The sum itself may be small by chance, and is then no measure of them.
+    The sum itself may be small by chance.
     """
     total = 0.0
     for t in range(len(x)):
-        for j, e in enumerate(ids[t]):
+        for j, e in enumerate(expert_ids[t]):
             gate, up, down = (naive.from_bits(bits[e], w.variant.weights) for bits in (w.gate, w.up, w.down))
             g, u = gate @ x[t], up @ x[t]
-            total += weights[t, j] ** 2 * (down**2 @ (g / (1 + np.exp(-g)) * u) ** 2).sum()
+            total += routing_weights[t, j] ** 2 * (down**2 @ (g / (1 + np.exp(-g)) * u) ** 2).sum()
     return total**0.5
 
 
-def check(made, layers, layer, x, ids, weights):
+def check(output, layers, layer, x, expert_ids, routing_weights):
     w = layers[layer]
     rounded = w.variant.activations == "bf16"
-    expected, tolerance = naive.expert_ffn(x, ids, weights, w.gate, w.up, w.down, w.variant.weights, rounded=rounded)
-    assert made.shape == x.shape
+    expected, tolerance = naive.expert_ffn(
+        x, expert_ids, routing_weights, w.gate, w.up, w.down, w.variant.weights, rounded=rounded
+    )
+    assert output.shape == x.shape
     if rounded:  # torch rounds gate's, up's and down's products to 16 bits, too: four roundings, 2**-9 at most each
-        assert np.linalg.norm(made - expected) <= 4 * 2**-9 * scale(w, x, ids, weights)
+        assert np.linalg.norm(output - expected) <= 4 * 2**-9 * scale(w, x, expert_ids, routing_weights)
     else:
-        assert (np.abs(made - expected) <= tolerance * 2).all()
+        assert (np.abs(output - expected) <= tolerance * 2).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("costs", COSTS)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_every_mix_is_the_same_sum(kind, costs, data):
+def test_every_mix_of_residents_cpu_and_streaming_matches_float64(kind, costs, data):
     layers = KINDS[kind]
     placed = [data.draw(st.lists(st.integers(0, E - 1), unique=True, max_size=E)) for _ in range(LAYERS)]
     blocking = data.draw(st.booleans())
-    both = orchestrator(
+    experts = orchestrator(
         layers, placed, COSTS[costs], BlockingCopy() if blocking else None, data.draw(st.sampled_from([64, 128]))
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     k = data.draw(st.integers(1, 3))
-    for tokens in data.draw(st.lists(st.one_of(st.just(1), st.integers(0, MOST)), min_size=1, max_size=3)):
+    for tokens in data.draw(st.lists(st.one_of(st.just(1), st.integers(0, MAX_TOKENS)), min_size=1, max_size=3)):
         for layer in range(LAYERS):
-            x, ids, weights = step(rng, tokens, k)
-            made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
-            check(made.numpy(), layers, layer, x, ids, weights)
+            x, expert_ids, routing_weights = step(rng, tokens, k)
+            output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+            check(output.numpy(), layers, layer, x, expert_ids, routing_weights)
 
 
 @pytest.mark.parametrize("costs", COSTS)
-def test_one_expert_for_all(costs):
-    both = orchestrator(EXACT, [[1], [], [0, 2]], COSTS[costs])
-    x, ids, weights = step(np.random.default_rng(3), MOST, 1)
-    ids[:] = 3
-    made = both(1, *(torch.from_numpy(array) for array in (x, ids, weights)))
-    check(made.numpy(), EXACT, 1, x, ids, weights)
+def test_tokens_that_all_go_to_one_expert_match_float64(costs):
+    experts = orchestrator(EXACT, [[1], [], [0, 2]], COSTS[costs])
+    x, expert_ids, routing_weights = step(np.random.default_rng(3), MAX_TOKENS, 1)
+    expert_ids[:] = 3
+    output = experts(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+    check(output.numpy(), EXACT, 1, x, expert_ids, routing_weights)
 
 
-def test_no_sides_work_is_left_out_or_done_twice():
-    """Bytes that the recorder is told of: every missing expert's weights once, by one side or the other."""
+def test_every_missing_expert_is_computed_once_by_the_cpu_or_the_gpu():
+    """The recorded bytes are those of every missing expert, once."""
     layers, meter = EXACT, Meter()
     for costs in COSTS.values():
-        both = orchestrator(layers, [[0], [1], []], costs)
-        both._recorder = meter
+        experts = orchestrator(layers, [[0], [1], []], costs)
+        experts._recorder = meter
         for layer in range(LAYERS):
-            x, ids, weights = step(np.random.default_rng(layer), 3, 2)
+            x, expert_ids, routing_weights = step(np.random.default_rng(layer), 3, 2)
             meter.clear()
-            both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
-            missing = {e for e in ids.reshape(-1).tolist() if (layer, e) not in both.residents}
+            experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+            missing = {e for e in expert_ids.reshape(-1).tolist() if (layer, e) not in experts.residents}
             assert meter.nbytes["experts"] + meter.nbytes["link"] == len(missing) * 3 * layers[0].gate[0].nbytes
 
 
-def test_weights_for_the_next_layer_are_sent_ahead_and_used():
-    both, expert, meter = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), EXACT[0].gate[0].nbytes * 3, Meter()
-    both._recorder = meter
+def test_experts_prefetched_for_the_next_layer_are_used_there():
+    experts, expert, meter = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), EXACT[0].gate[0].nbytes * 3, Meter()
+    experts._recorder = meter
     rng = np.random.default_rng(0)
 
-    def forward():  # as the model's step
-        x, ids, weights = step(rng, 60, 2)
-        both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
-        layer, parts = both._ahead
+    def forward():  # as the model's step does
+        x, expert_ids, routing_weights = step(rng, 60, 2)
+        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        layer, parts = experts._ahead
         assert layer == 1
         assert sum(part.end - part.begin for part in parts) == F
         assert meter.nbytes["link"] == (E + 1) * expert
-        x, ids, weights = step(rng, 60, 2)
-        made = both(1, *(torch.from_numpy(array) for array in (x, ids, weights)))
-        check(made.numpy(), EXACT, 1, x, ids, weights)
-        assert meter.nbytes["link"] == (2 * E + 1) * expert  # one of layer 1 was there, one of layer 2 is now
-        # whoever turns out to have no tokens was sent in vain
-        ahead = both._ahead[1][0].expert
-        x, ids, weights = step(rng, 30, 1)
-        ids[ids == ahead] = (ahead + 1) % E
-        made = both(2, *(torch.from_numpy(array) for array in (x, ids, weights)))
-        check(made.numpy(), EXACT, 2, x, ids, weights)
-        return made
+        x, expert_ids, routing_weights = step(rng, 60, 2)
+        output = experts(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        check(output.numpy(), EXACT, 1, x, expert_ids, routing_weights)
+        assert meter.nbytes["link"] == (2 * E + 1) * expert  # of layer 1 one was prefetched, of layer 2 one is now
+        # a prefetched expert without tokens was copied in vain
+        prefetched = experts._ahead[1][0].expert
+        x, expert_ids, routing_weights = step(rng, 30, 1)
+        expert_ids[expert_ids == prefetched] = (prefetched + 1) % E
+        output = experts(2, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        check(output.numpy(), EXACT, 2, x, expert_ids, routing_weights)
+        return output
 
-    both.beside(forward, 60)
+    experts.beside(forward, 60)
     assert meter.nbytes["link"] == 3 * E * expert
 
 
-def test_nothing_is_sent_ahead_for_a_last_layer_that_has_few_tokens():
-    both, rng = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), np.random.default_rng(0)
+def test_nothing_is_prefetched_for_a_last_layer_with_few_tokens():
+    experts, rng = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), np.random.default_rng(0)
 
     def forward():
         for layer in range(LAYERS):
-            x, ids, weights = step(rng, 60 if layer < LAYERS - 1 else 1, 2)
-            made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
-            assert (both._ahead[1] != []) == (layer == 0)
-            check(made.numpy(), EXACT, layer, x, ids, weights)
-        return made
+            x, expert_ids, routing_weights = step(rng, 60 if layer < LAYERS - 1 else 1, 2)
+            output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+            assert (experts._ahead[1] != []) == (layer == 0)
+            check(output.numpy(), EXACT, layer, x, expert_ids, routing_weights)
+        return output
 
-    both.beside(forward, 1)
+    experts.beside(forward, 1)
 
 
 @pytest.mark.parametrize("weight_copy", [HostCopy, BlockingCopy])
-def test_a_step_that_was_broken_off_leaves_nothing_behind(weight_copy):
-    both = orchestrator(EXACT, [[], [], []], COSTS["streamed"], weight_copy())
+def test_the_step_after_an_aborted_one_matches_float64(weight_copy):
+    experts = orchestrator(EXACT, [[], [], []], COSTS["streamed"], weight_copy())
     rng = np.random.default_rng(0)
-    x, ids, weights = step(rng, 60, 2)
-    both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
-    assert both._ahead[1]
-    x, ids, weights = step(rng, 60, 2)
-    check(both(0, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy(), EXACT, 0, x, ids, weights)
+    x, expert_ids, routing_weights = step(rng, 60, 2)
+    experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+    assert experts._ahead[1]
+    x, expert_ids, routing_weights = step(rng, 60, 2)
+    check(
+        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights))).numpy(),
+        EXACT,
+        0,
+        x,
+        expert_ids,
+        routing_weights,
+    )
 
 
-def test_numbers_that_are_none_pass_through():
-    both = orchestrator(EXACT, [[0, 1], [], []], COSTS["split"])
-    x, ids, weights = step(np.random.default_rng(0), 4, 2)
+def test_nan_reaches_the_output_of_its_own_token_only():
+    experts = orchestrator(EXACT, [[0, 1], [], []], COSTS["split"])
+    x, expert_ids, routing_weights = step(np.random.default_rng(0), 4, 2)
     x[2, 5] = np.nan
-    made = both(0, *(torch.from_numpy(array) for array in (x, ids, weights))).numpy()
-    assert np.isnan(made[2]).all()
-    assert np.isfinite(made[[0, 1, 3]]).all()
+    output = experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights))).numpy()
+    assert np.isnan(output[2]).all()
+    assert np.isfinite(output[[0, 1, 3]]).all()
 
 
-def test_a_step_longer_than_there_is_room_for_goes_in_parts():
-    both = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
+def test_a_step_of_more_tokens_than_the_buffers_hold_is_divided():
+    experts = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
     rng = np.random.default_rng(1)
     for layer in range(LAYERS):
-        x, ids, weights = step(rng, 2 * MOST + 5, 2)
-        made = both(layer, *(torch.from_numpy(array) for array in (x, ids, weights)))
-        check(made.numpy(), EXACT, layer, x, ids, weights)
+        x, expert_ids, routing_weights = step(rng, 2 * MAX_TOKENS + 5, 2)
+        output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        check(output.numpy(), EXACT, layer, x, expert_ids, routing_weights)
 
 
-def test_freed_by_counting_references():
-    """A GPU's memory and a registered mapping must not wait for the collector of cycles."""
+def test_an_orchestrator_is_freed_without_the_garbage_collector():
+    """GPU memory and a pinned mapping must not wait for the cyclic collector."""
     gc.disable()
     try:
-        both = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
-        x, ids, weights = step(np.random.default_rng(1), 3, 2)
-        both(0, *(torch.from_numpy(array) for array in (x, ids, weights)))
-        both.split_one(0, (1, 2))
-        gone = weakref.ref(both), weakref.ref(both.residents)
-        del both
+        experts = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
+        x, expert_ids, routing_weights = step(np.random.default_rng(1), 3, 2)
+        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        experts.split_one(0, (1, 2))
+        gone = weakref.ref(experts), weakref.ref(experts.residents)
+        del experts
         assert [reference() for reference in gone] == [None, None]
     finally:
         gc.enable()
 
 
-def test_one_token_has_its_plan_and_the_time_it_should_take():
-    both = orchestrator(EXACT, [[0], [], []], COSTS["split"])
-    split = both.split_one(0, (0, 3))
+def test_the_split_of_one_token_covers_its_missing_expert_and_predicts_the_seconds():
+    experts = orchestrator(EXACT, [[0], [], []], COSTS["split"])
+    split = experts.split_one(0, (0, 3))
     assert set(split.gpu_rows) == {3}
     assert split.cpu_rows[3] + split.gpu_rows[3] == F
-    assert split.seconds == both.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
-    # a link that blocks would only begin when the CPU is done
+    assert split.seconds == experts.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
+    # a blocking copy would only begin when the CPU is done
     blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingCopy())
     assert blocking.split_one(0, (0, 3)).cpu_rows.tolist() == [0, 0, 0, F, 0]
 
 
-class Underway(HostCopy):
-    """A link on which nothing arrives."""
+class StalledCopy(HostCopy):
+    """A copy whose events are never reached."""
 
     def event(self):
-        class Ahead:
+        class PendingEvent:
             record = wait = synchronize = staticmethod(lambda: None)
             query = staticmethod(lambda: False)
 
-        return Ahead()
+        return PendingEvent()
 
 
-def test_what_is_still_on_the_link_keeps_it_from_carrying_more():
-    """Two slots of 128 and 72 rows, about half of the first having passed; F rows take a second."""
-    both = orchestrator(EXACT, [[], [], []], COSTS["split"], Underway())
-    ahead = list(both.ring.send(0, 2, 0, 200))
-    late = both._until_arrived(ahead)
-    assert late == pytest.approx((128 / 2 + 72) / F)
+def test_copies_still_under_way_leave_more_rows_to_the_cpu():
+    """Two slots of 128 and 72 rows are under way, the first about half copied; F rows take one second."""
+    experts = orchestrator(EXACT, [[], [], []], COSTS["split"], StalledCopy())
+    ahead = list(experts.ring.send(0, 2, 0, 200))
+    delay = experts._until_arrived(ahead)
+    assert delay == pytest.approx((128 / 2 + 72) / F)
     counts = np.array([1] * E)
-    on_cpu = [both.split(0, counts, (), later).cpu_rows.sum() for later in (0.0, late, 3 * late)]
+    on_cpu = [experts.split(0, counts, (), seconds).cpu_rows.sum() for seconds in (0.0, delay, 3 * delay)]
     assert on_cpu[0] < on_cpu[1] < on_cpu[2]
-    both.ring.release()
+    experts.ring.release()
     assert orchestrator(EXACT, [[], [], []], COSTS["split"])._until_arrived(ahead[:0]) == 0.0
 
 
-def test_the_cpu_is_left_out_where_its_sums_are_too_much_to_hand_over():
-    both = orchestrator(EXACT, [[], [], []], COSTS["split"])
+def test_the_cpu_gets_no_rows_where_copying_its_sums_takes_too_long():
+    experts = orchestrator(EXACT, [[], [], []], COSTS["split"])
     counts = np.array([1] * E)
-    assert both.split(0, counts, tokens=1).cpu_rows.any()
-    assert not both.split(0, counts, tokens=F * 6 // 4 * E).cpu_rows.any()
+    assert experts.split(0, counts, tokens=1).cpu_rows.any()
+    assert not experts.split(0, counts, tokens=F * 6 // 4 * E).cpu_rows.any()

@@ -1,4 +1,4 @@
-"""Plans against brute force over every possible split, and against what cannot be undercut."""
+"""Plans against brute force over every possible split, and against results computed by hand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ HIDDEN = 6
 
 
 def cost(tokens, rows, costs, ahead):
-    """The objective as the module states it, written out once more."""
+    """The cost of a plan as its module defines it, written out independently."""
     cpu = sum(costs.cpu(t) * (HIDDEN - r) / HIDDEN for t, r in zip(tokens, rows, strict=True))
-    moved = any(r > a for r, a in zip(rows, ahead, strict=True))
-    left = any(r < HIDDEN for r in rows)
-    copy = costs.copy if left else min(costs.copy, costs.copy_alone)
+    copied = any(r > a for r, a in zip(rows, ahead, strict=True))
+    on_cpu = any(r < HIDDEN for r in rows)
+    copy = costs.copy if on_cpu else min(costs.copy, costs.copy_alone)
     gpu = sum(max(copy, costs.gpu(t)) * (r - a) / HIDDEN for t, r, a in zip(tokens, rows, ahead, strict=True) if r > a)
-    return max(cpu + costs.cpu_start if left else 0, gpu + costs.copy_start if moved else 0, costs.memory * len(tokens))
+    return max(
+        cpu + costs.cpu_start if on_cpu else 0, gpu + costs.copy_start if copied else 0, costs.memory * len(tokens)
+    )
 
 
 def brute_force(tokens, costs, step, ahead):
@@ -43,9 +45,7 @@ positive = st.floats(0.01, 10)
     step=st.sampled_from([1, 2, 3]),
     data=st.data(),
 )
-def test_plan_is_the_best_of_all_where_the_link_is_what_the_gpu_waits_for(
-    tokens, cpu, copy, alone, memory, starts, step, data
-):
+def test_plan_is_optimal_where_the_copy_limits_the_gpu(tokens, cpu, copy, alone, memory, starts, step, data):
     costs = Costs(Curve((1, 64), (cpu[0], cpu[0] + cpu[1])), Curve((1,), (0.0,)), copy, memory, *starts, alone)
     ahead = [step * data.draw(st.integers(0, HIDDEN // step)) for _ in tokens]
     plan = make_plan(tokens, costs, HIDDEN, step, ahead)
@@ -56,7 +56,7 @@ def test_plan_is_the_best_of_all_where_the_link_is_what_the_gpu_waits_for(
 
 @settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(1, 64), min_size=1, max_size=4), cpu=positive, gpu=positive, copy=positive)
-def test_plan_is_near_the_best_and_no_worse_than_one_side_alone_in_general(tokens, cpu, gpu, copy):
+def test_plan_is_within_a_row_of_the_optimum_and_no_worse_than_one_side_alone(tokens, cpu, gpu, copy):
     costs = Costs(Curve((1, 64), (cpu, 9 * cpu)), Curve((1, 64), (0.1 * gpu, 6 * gpu)), copy, 0.0)
     none = [0] * len(tokens)
     plan = make_plan(tokens, costs, HIDDEN, 1)
@@ -67,16 +67,16 @@ def test_plan_is_near_the_best_and_no_worse_than_one_side_alone_in_general(token
 
 
 @pytest.mark.parametrize("margin,rows", [(0.0, 96), (0.02, 96), (0.05, 128)])
-def test_what_saves_little_is_not_worth_the_cpus_part(margin, rows):
-    """The CPU is 31 times as slow as the link: its quarter of the rows at most, for all of one expert's, saves 3 %."""
+def test_the_cpu_gets_no_rows_where_they_save_less_than_the_margin(margin, rows):
+    """The CPU takes 31 times as long as the copy: computing a quarter of one of eight experts saves 3 %."""
     costs = Costs(Curve((1,), (31.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
     plan = make_plan([5] * 8, costs, 128, 32, margin=margin)
     assert plan.gpu_rows == (128,) * 7 + (rows,)
     assert plan.seconds == pytest.approx(8.0 if rows == 128 else 7.75)
 
 
-def test_a_link_that_is_faster_alone_may_be_left_alone():
-    """The CPU's quarter of an expert would save 3 % of a link that it slows by a tenth."""
+def test_the_cpu_gets_no_rows_where_it_slows_the_copy_by_more_than_it_saves():
+    """A quarter of an expert on the CPU would save 3 %, and slow the copy by a tenth."""
     costs = Costs(Curve((1,), (31.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
     assert make_plan([5] * 8, costs, 128, 32).gpu_rows == (128,) * 7 + (96,)
     plan = make_plan([5] * 8, replace(costs, copy_alone=0.9), 128, 32)
@@ -84,42 +84,42 @@ def test_a_link_that_is_faster_alone_may_be_left_alone():
     assert plan.seconds == pytest.approx(8 * 0.9)
 
 
-def test_without_a_link_everything_is_the_cpus():
+def test_where_nothing_can_be_copied_the_cpu_computes_everything():
     costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.1,)), inf, 0.0)
     assert make_plan([3, 1], costs, 512, 64).gpu_rows == (0, 0)
 
 
-def test_one_token_is_split_as_the_links_are_fast():
-    """100 GB/s and 50 GB/s: the GPU takes a third of each expert's rows, whichever experts they are."""
+def test_experts_of_one_token_are_split_in_proportion_to_bandwidth():
+    """The CPU reads 100 GB/s, the copy 50 GB/s: the GPU gets a third of the rows."""
     costs = Costs(Curve((1,), (1 / 100,)), Curve((1,), (0.0,)), 1 / 50, 1 / 150)
     assert sum(make_plan([1, 1], costs, 14336, 64).gpu_rows) / (2 * 14336) == pytest.approx(1 / 3, abs=0.005)
 
 
-def test_experts_with_many_tokens_are_streamed_and_those_with_few_computed_where_they_are():
+def test_experts_with_many_tokens_are_streamed_and_those_with_few_computed_on_the_cpu():
     costs = Costs(Curve((1, 100), (1.0, 50.0)), Curve((1,), (0.1,)), 3.0, 0.0)
     assert make_plan([2, 100, 1, 90], costs, 128, 64).gpu_rows == (0, 128, 0, 128)
 
 
-def test_what_is_ahead_stays_there():
+def test_rows_already_on_the_gpu_stay_there():
     costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 100.0, 0.0)
     assert make_plan([1, 1], costs, 128, 64, [64, 0]).gpu_rows == (64, 0)
 
 
-def test_curves_are_straight_between_points_and_beyond_the_last():
+def test_cost_curves_are_linear_between_points_and_beyond_the_last():
     curve = Curve((1, 3, 5), (1.0, 2.0, 6.0))
     assert [curve(t) for t in (1, 2, 3, 4, 5, 7)] == [1.0, 1.5, 2.0, 4.0, 6.0, 10.0]
     assert Curve((1,), (2.0,))(9) == 2.0
 
 
-def test_balance_finds_what_the_gpu_begins_later():
-    """Sides whose speeds the plan knows, of which one begins late by what it does not know: both end together."""
+def test_balance_finds_how_late_the_gpu_begins():
+    """The plan knows both speeds, but not that the GPU begins late: with the balance both sides end together."""
     costs, hidden = Costs(Curve((1,), (3e-3,)), Curve((1,), (0.0,)), 6e-3, 0.0), 14336
     for late in (0.0, 300e-6, -200e-6):
         balance = Balance()
         for _ in range(60):
             plan = make_plan([1, 1], replace(costs, copy_start=balance.seconds), hidden, 64)
-            share = sum(plan.gpu_rows) / hidden
-            cpu, gpu = (2 - share) * costs.cpu(1), share * costs.copy + late
+            gpu_part = sum(plan.gpu_rows) / hidden
+            cpu, gpu = (2 - gpu_part) * costs.cpu(1), gpu_part * costs.copy + late
             balance.tell(gpu_first=gpu < cpu)
         assert abs(balance.seconds - late) < 60e-6
         assert abs(cpu - gpu) < 100e-6

@@ -1,4 +1,4 @@
-"""Where residents go, and the file of counts."""
+"""Which experts are resident, the file of expert counts, and the layout of GPU memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fiddler.telemetry.expert_counts import read_counts
 
 
 @given(layers=st.integers(1, 40), experts=st.integers(1, 16), room=st.integers(-3, 700))
-def test_without_counts_every_layer_gets_its_share(layers, experts, room):
+def test_without_counts_residents_spread_evenly_over_the_layers(layers, experts, room):
     placed = place(layers, experts, room)
     sizes = [len(row) for row in placed]
     assert sum(sizes) == min(max(room, 0), layers * experts)
@@ -25,19 +25,19 @@ def test_without_counts_every_layer_gets_its_share(layers, experts, room):
 
 
 @given(data=st.data(), layers=st.integers(1, 6), experts=st.integers(1, 6))
-def test_with_counts_those_chosen_most_often(data, layers, experts):
+def test_with_counts_the_experts_chosen_most_often_are_resident(data, layers, experts):
     counts = [[data.draw(st.integers(0, 9)) for _ in range(experts)] for _ in range(layers)]
     room = data.draw(st.integers(0, layers * experts))
     placed = place(layers, experts, room, counts)
-    taken = sorted(counts[layer][e] for layer, row in enumerate(placed) for e in row)
-    assert taken == sorted(count for row in counts for count in row)[layers * experts - room :]
+    resident_counts = sorted(counts[layer][e] for layer, row in enumerate(placed) for e in row)
+    assert resident_counts == sorted(count for row in counts for count in row)[layers * experts - room :]
 
 
-def test_equal_counts_spread_over_the_layers():
+def test_with_equal_counts_residents_spread_over_the_layers():
     assert [len(row) for row in place(4, 8, 12, [[5] * 8] * 4)] == [3, 3, 3, 3]
 
 
-def test_counts_of_a_file(tmp_path):
+def test_expert_counts_are_read_from_a_file_and_bad_files_refused(tmp_path):
     path = tmp_path / "counts.json"
     path.write_text(json.dumps({"counts": [[1, 2], [3, 4], [0, 9]]}))
     assert read_counts(path, 3, 2) == [[1, 2], [3, 4], [0, 9]]
@@ -52,7 +52,7 @@ def test_counts_of_a_file(tmp_path):
 
 
 def needed(sizes, layout):
-    """Bytes of a layout, summed up once more."""
+    """Bytes of a layout, summed up independently."""
     return (
         sizes.fixed
         + layout.chunk * sizes.token
@@ -72,21 +72,21 @@ def needed(sizes, layout):
         experts=st.integers(1, 64),
         context=st.integers(1, 9000),
     ),
-    most=st.integers(0, 70),
+    max_residents=st.integers(0, 70),
 )
-def test_a_layout_fits_and_wastes_no_expert(room, sizes, most):
-    layout = lay_out(room, sizes, most)
+def test_a_memory_layout_fits_and_has_no_room_for_another_expert(room, sizes, max_residents):
+    layout = lay_out(room, sizes, max_residents)
     if layout is None:
-        # with all experts allowed this is the least that works; slots are needed where some are left out
-        assert room < least_room(sizes) or most < sizes.experts
+        # `least_room` holds where all experts are allowed; staging slots are needed where some are not
+        assert room < least_room(sizes) or max_residents < sizes.experts
         return
     assert needed(sizes, layout) <= room
     assert layout.chunk <= sizes.context
     assert layout.residents == sizes.experts or layout.slots
-    assert layout.residents <= min(most, sizes.experts)
-    if layout.residents < min(most, sizes.experts):
+    assert layout.residents <= min(max_residents, sizes.experts)
+    if layout.residents < min(max_residents, sizes.experts):
         assert needed(sizes, layout) + sizes.expert > room
-    if most >= sizes.experts and layout.slots:  # not even with the shortest steps
+    if max_residents >= sizes.experts and layout.slots:  # they do not fit even with the shortest steps
         assert sizes.fixed + min(128, sizes.context) * sizes.token + sizes.experts * sizes.expert > room
 
 
@@ -97,14 +97,14 @@ def test_a_layout_fits_and_wastes_no_expert(room, sizes, most):
     expert=st.integers(1, 10**5),
     context=st.integers(1, 9000),
 )
-def test_the_least_room_is_the_least(fixed, token, slots, expert, context):
+def test_the_least_room_has_a_layout_and_one_byte_less_has_none(fixed, token, slots, expert, context):
     sizes = Sizes(fixed, token, slots, expert, 8, context)
     assert lay_out(least_room(sizes), sizes, 8) is not None
     assert lay_out(least_room(sizes) - 1, sizes, 8) is None
 
 
-def test_mixtral_on_24_gib():
-    """The figures of Mixtral-8x7B: steps of 4096 tokens take 1 GB, some 55 of 256 experts fit."""
+def test_mixtral_8x7b_on_24_gib_has_steps_of_4096_tokens_and_50_to_60_residents():
+    """Steps of 4096 tokens take 1 GB; some 55 of the 256 experts fit."""
     sizes = Sizes(fixed=3_900 << 20, token=4096 * 60, slots=354 << 20, expert=336 << 20, experts=256, context=4096)
     layout = lay_out((24 << 30) - (900 << 20), sizes, 256)
     assert (layout.chunk, layout.slots) == (4096, True)

@@ -1,4 +1,4 @@
-"""The thread beside the caller's: order, exceptions, interruptions, its end."""
+"""The worker thread: order of tasks, exceptions, interruptions and its end."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from fiddler.device.semaphore import HostSemaphore
 from fiddler.offload.worker_thread import CooperativeStep, Task, WorkerThread
 
 
-class Held:
-    """What a task is about."""
+class Payload:
+    """An object that a task refers to."""
 
 
-def given(side, call):
+def submit(worker, call):
     task = Task(call)
-    side.take(task)
+    worker.take(task)
     return task
 
 
-def test_everything_is_done_in_order_by_one_thread():
+def test_tasks_run_in_order_on_one_thread():
     begun, done = [], []
-    side = WorkerThread("side", lambda: begun.append(threading.current_thread().name))
-    tasks = [given(side, lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
+    worker = WorkerThread("worker", lambda: begun.append(threading.current_thread().name))
+    tasks = [submit(worker, lambda i=i: done.append((i, threading.current_thread().name))) for i in range(100)]
     tasks[-1].wait()
-    assert done == [(i, "side") for i in range(100)]
-    assert begun == ["side"]
+    assert done == [(i, "worker") for i in range(100)]
+    assert begun == ["worker"]
     for task in tasks:
         task.wait()
 
 
-def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
-    side, done = WorkerThread("side"), []
-    failed, fine = given(side, lambda: 1 // 0), given(side, lambda: done.append(1))
+def test_an_exception_of_a_task_is_raised_to_its_waiter_and_the_thread_goes_on():
+    worker, done = WorkerThread("worker"), []
+    failed, fine = submit(worker, lambda: 1 // 0), submit(worker, lambda: done.append(1))
     failed.join()
     with pytest.raises(ZeroDivisionError):
         failed.wait()
@@ -46,9 +46,9 @@ def test_an_exception_is_raised_where_it_is_waited_for_and_the_thread_goes_on():
     assert done == [1]
 
 
-def test_one_who_was_interrupted_may_wait_again():
-    side, go = WorkerThread("side"), threading.Event()
-    task = given(side, lambda: go.wait(60) and None)
+def test_a_task_may_be_joined_again_once_it_is_done():
+    worker, go = WorkerThread("worker"), threading.Event()
+    task = submit(worker, lambda: go.wait(60) and None)
     waiting = threading.Thread(target=task.join)
     waiting.start()
     go.set()
@@ -57,18 +57,18 @@ def test_one_who_was_interrupted_may_wait_again():
     task.wait()
 
 
-def test_the_thread_ends_and_nothing_is_kept():
-    held, side = Held(), WorkerThread("a side of its own")
-    seen = weakref.ref(held)
-    task = given(side, lambda held=held: None)
+def test_the_thread_ends_with_its_owner_and_holds_no_task():
+    payload, worker = Payload(), WorkerThread("its own worker")
+    reference = weakref.ref(payload)
+    task = submit(worker, lambda payload=payload: None)
     task.wait()
-    del held
+    del payload
     gc.collect()
-    assert seen() is None
-    del side
+    assert reference() is None
+    del worker
     gc.collect()
     for _ in range(600):
-        if not any(thread.name == "a side of its own" for thread in threading.enumerate()):
+        if not any(thread.name == "its own worker" for thread in threading.enumerate()):
             return
         time.sleep(0.01)
     pytest.fail("the thread goes on without an owner")
@@ -79,28 +79,28 @@ def semaphore():
     return HostSemaphore()
 
 
-def test_a_step_leaves_parts_to_its_caller_and_waits_for_them(semaphore):
-    shared, done = CooperativeStep(WorkerThread("side"), semaphore), []
+def test_a_cooperative_step_leaves_parts_to_its_caller_and_waits_for_them(semaphore):
+    cooperative, done = CooperativeStep(WorkerThread("worker"), semaphore), []
 
     def step():
         total = 0
         for part in range(20):
-            semaphore.wait(shared.leave(part))
+            semaphore.wait(cooperative.leave(part))
             total += done[-1][0]
         return total, threading.current_thread().name
 
-    assert shared.run(step, lambda part: done.append((part, threading.current_thread()))) == (190, "side")
+    assert cooperative.run(step, lambda part: done.append((part, threading.current_thread()))) == (190, "worker")
     assert done == [(part, threading.current_thread()) for part in range(20)]
-    assert not shared.running
+    assert not cooperative.running
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(semaphore, error):
-    shared, passed = CooperativeStep(WorkerThread("side"), semaphore), []
+def test_a_failing_part_is_raised_to_the_caller_and_the_next_step_is_whole(semaphore, error):
+    cooperative, passed = CooperativeStep(WorkerThread("worker"), semaphore), []
 
     def step():
         for part in range(5):
-            semaphore.wait(shared.leave(part))
+            semaphore.wait(cooperative.leave(part))
             passed.append(part)
         return passed
 
@@ -109,27 +109,27 @@ def test_a_part_that_fails_ends_the_step_and_the_next_one_is_whole(semaphore, er
             raise error(f"part {part}")
 
     with pytest.raises(error, match="part 2"):
-        shared.run(step, fail)
-    assert passed == [0, 1, 2, 3, 4]  # nobody is left waiting
+        cooperative.run(step, fail)
+    assert passed == [0, 1, 2, 3, 4]  # every wait of the step has ended
     passed.clear()
-    assert shared.run(step, lambda part: None) == [0, 1, 2, 3, 4]
+    assert cooperative.run(step, lambda part: None) == [0, 1, 2, 3, 4]
 
 
-def test_a_step_that_fails_itself_raises_to_its_caller(semaphore):
-    shared, done = CooperativeStep(WorkerThread("side"), semaphore), []
+def test_a_failing_step_is_raised_to_the_caller_and_the_next_one_is_whole(semaphore):
+    cooperative, done = CooperativeStep(WorkerThread("worker"), semaphore), []
 
     def step():
-        semaphore.wait(shared.leave("one part"))
+        semaphore.wait(cooperative.leave("one part"))
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        shared.run(step, done.append)
+        cooperative.run(step, done.append)
     assert done == ["one part"]
-    assert shared.run(lambda: 7, done.append) == 7
+    assert cooperative.run(lambda: 7, done.append) == 7
 
 
 class Interrupted(WorkerThread):
-    """Ctrl-C before the first task is given."""
+    """Ctrl-C before the first task is submitted."""
 
     def take(self, task):
         if not hasattr(self, "once"):
@@ -138,42 +138,42 @@ class Interrupted(WorkerThread):
         super().take(task)
 
 
-def test_a_step_that_was_not_given_yet_can_be_interrupted(semaphore):
-    shared, done = CooperativeStep(Interrupted("side"), semaphore), []
+def test_ctrl_c_before_a_step_is_submitted_leaves_the_next_one_whole(semaphore):
+    cooperative, done = CooperativeStep(Interrupted("worker"), semaphore), []
 
     def step():
-        semaphore.wait(shared.leave(1))
+        semaphore.wait(cooperative.leave(1))
         return 5
 
     with pytest.raises(KeyboardInterrupt):
-        shared.run(step, done.append)
-    assert not shared.running
-    assert shared.run(step, done.append) == 5
+        cooperative.run(step, done.append)
+    assert not cooperative.running
+    assert cooperative.run(step, done.append) == 5
     assert done == [1]
 
 
-def test_a_number_that_nobody_waited_for_keeps_nobody_waiting(semaphore):
-    shared, asked = CooperativeStep(WorkerThread("side"), semaphore), threading.Event()
+def test_a_wait_numbered_while_stopping_does_not_block_the_next_step(semaphore):
+    cooperative, numbered = CooperativeStep(WorkerThread("worker"), semaphore), threading.Event()
 
     def stops():
-        while not shared.stopping:
+        while not cooperative.stopping:
             time.sleep(1e-4)
         time.sleep(0.01)  # all numbers so far are open by now
-        shared.number()
-        asked.set()
+        cooperative.number()
+        numbered.set()
 
-    shared.begin(stops)
-    shared.stop()
-    assert asked.is_set()
-    assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
+    cooperative.begin(stops)
+    cooperative.stop()
+    assert numbered.is_set()
+    assert cooperative.run(lambda: cooperative.rest() or "whole", lambda part: None) == "whole"
 
 
-def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(semaphore, monkeypatch):
-    shared, join = CooperativeStep(WorkerThread("side"), semaphore), Task.join
+def test_a_stop_that_ctrl_c_interrupted_may_be_repeated(semaphore, monkeypatch):
+    cooperative, join = CooperativeStep(WorkerThread("worker"), semaphore), Task.join
 
     def step():
         for part in range(5):
-            semaphore.wait(shared.leave(part))
+            semaphore.wait(cooperative.leave(part))
             time.sleep(0.01)
 
     def again(task, seconds=-1):
@@ -185,22 +185,22 @@ def test_one_who_was_interrupted_while_a_step_ended_may_end_it_again(semaphore, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shared.run(step, first)
-    assert shared.running
-    assert shared.stopping
-    shared.stop()
-    assert not shared.running
-    assert shared.run(lambda: shared.rest() or "whole", lambda part: None) == "whole"
+        cooperative.run(step, first)
+    assert cooperative.running
+    assert cooperative.stopping
+    cooperative.stop()
+    assert not cooperative.running
+    assert cooperative.run(lambda: cooperative.rest() or "whole", lambda part: None) == "whole"
 
 
-def test_ctrl_c_at_any_moment_leaves_nothing_waiting(semaphore):
-    """A hundred of them, in steps of many small parts."""
-    shared, numbers, interrupted = CooperativeStep(WorkerThread("side"), semaphore), random.Random(0), 0
+def test_ctrl_c_at_any_moment_leaves_no_thread_waiting(semaphore):
+    """A hundred interruptions of steps with many small parts."""
+    cooperative, numbers, interrupted = CooperativeStep(WorkerThread("worker"), semaphore), random.Random(0), 0
 
     def step():
         for part in range(20):
-            number = shared.leave(part)
-            shared.rest() if part % 2 else semaphore.wait(number)
+            number = cooperative.leave(part)
+            cooperative.rest() if part % 2 else semaphore.wait(number)
         return "whole"
 
     while interrupted < 100:
@@ -208,25 +208,25 @@ def test_ctrl_c_at_any_moment_leaves_nothing_waiting(semaphore):
         try:
             timer.start()
             while timer.is_alive():
-                assert shared.run(step, lambda part: None) == "whole"
+                assert cooperative.run(step, lambda part: None) == "whole"
             time.sleep(1)
         except KeyboardInterrupt:
             interrupted += 1
         timer.join()
-        assert shared.run(step, lambda part: None) == "whole"
+        assert cooperative.run(step, lambda part: None) == "whole"
 
 
-def test_what_failed_is_not_kept_either(no_collection):
-    def fail(held):
+def test_the_thread_holds_no_task_that_failed(no_collection):
+    def fail(payload):
         raise ValueError
 
-    side, held = WorkerThread("side"), Held()
-    seen = weakref.ref(held)
+    worker, payload = WorkerThread("worker"), Payload()
+    reference = weakref.ref(payload)
     with pytest.raises(ValueError):
-        given(side, lambda held=held: fail(held)).wait()
-    given(side, lambda: None).wait()
-    del held
-    assert seen() is None
+        submit(worker, lambda payload=payload: fail(payload)).wait()
+    submit(worker, lambda: None).wait()
+    del payload
+    assert reference() is None
 
 
 @pytest.mark.parametrize(
@@ -235,17 +235,17 @@ def test_what_failed_is_not_kept_either(no_collection):
         ({"step"}, RuntimeError),
         ({"part"}, ValueError),
         ({"part", "step"}, ValueError),
-        ({"caller", "step"}, KeyboardInterrupt),  # what the step raises is for nobody then
+        ({"caller", "step"}, KeyboardInterrupt),  # nobody waits for what the step raises then
         ({"part", "gate"}, KeyboardInterrupt),
     ],
 )
-def test_what_a_broken_step_was_about_is_free_at_once(semaphore, no_collection, monkeypatch, broken, raised):
-    """On a GPU that is a sequence's memory, and nothing says when garbage is collected."""
-    shared, held, opens = CooperativeStep(WorkerThread("side"), semaphore), Held(), semaphore.open
-    seen = weakref.ref(held)
+def test_objects_of_an_aborted_step_are_freed_at_once(semaphore, no_collection, monkeypatch, broken, raised):
+    """On a GPU such an object is a sequence's KV cache, and when garbage is collected is unknown."""
+    cooperative, payload, real_open = CooperativeStep(WorkerThread("worker"), semaphore), Payload(), semaphore.open
+    reference = weakref.ref(payload)
 
-    def step(held):
-        semaphore.wait(shared.leave("part"))
+    def step(payload):
+        semaphore.wait(cooperative.leave("part"))
         if "step" in broken:
             raise RuntimeError
 
@@ -258,13 +258,13 @@ def test_what_a_broken_step_was_about_is_free_at_once(semaphore, no_collection, 
     def interrupted(number=None):
         if number is not None:
             raise KeyboardInterrupt
-        opens()
+        real_open()
 
     if "gate" in broken:
         monkeypatch.setattr(semaphore, "open", interrupted)
     with pytest.raises(raised):
-        shared.run(lambda held=held: step(held), do)
+        cooperative.run(lambda payload=payload: step(payload), do)
     monkeypatch.undo()
-    assert shared.run(lambda: 7, do) == 7
-    del held
-    assert seen() is None
+    assert cooperative.run(lambda: 7, do) == 7
+    del payload
+    assert reference() is None

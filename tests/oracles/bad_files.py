@@ -1,6 +1,6 @@
-"""Files that any GGUF reader must refuse: each an honest file with one thing wrong, and what the error must name.
+"""Files that any GGUF reader must refuse: each is valid but for one fault, and comes with a part of the error's text.
 
-The list follows what has been exploited in other readers. What a Mixtral must be is in `bad_models.py`.
+The list follows exploits of other readers. `bad_models.py` has well-formed files that are no Mixtral.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ TOP = 2**64 - 1
 
 @dataclass(frozen=True)
 class Case:
-    """`make` writes into an empty folder and returns the path to open. `says`: a part of the error's text.
+    """`make` writes into an empty folder and returns the path to open; `says` is a part of the error's text.
 
-    A file with `inspectable` set is well formed and only cannot be computed with: `inspect` shows it, `run` refuses it.
+    An `inspectable` file is well formed but cannot be computed with: `inspect` shows it, `run` refuses it.
     """
 
     name: str
@@ -54,7 +54,7 @@ def written(folder: Path, content: bytes, name: str = "model.gguf") -> Path:
 
 
 def drafted(name: str, says: str, change: Callable[[Draft], object], inspectable: bool = False) -> Case:
-    """The smallest Mixtral with a change in it."""
+    """The smallest Mixtral with one change."""
 
     def make(folder: Path) -> Path:
         draft = mixtral()
@@ -65,15 +65,15 @@ def drafted(name: str, says: str, change: Callable[[Draft], object], inspectable
 
 
 def key(name: str, says: str, key: str, value: bytes) -> Case:
-    """... with another value for a metadata key."""
+    """The smallest Mixtral with another value of a metadata key."""
     return drafted(name, says, lambda draft: draft.set(key, value))
 
 
-def tensor(name: str, says: str, of: str, inspectable: bool = False, /, **changes: object) -> Case:
-    """... with other attributes of a tensor's `Entry`."""
+def tensor(name: str, says: str, target: str, inspectable: bool = False, /, **changes: object) -> Case:
+    """The smallest Mixtral with other attributes of a tensor's `Entry`."""
 
     def change(draft: Draft) -> None:
-        entry = draft.entry(of)
+        entry = draft.entry(target)
         for attribute, value in changes.items():
             assert hasattr(entry, attribute)
             setattr(entry, attribute, value)
@@ -82,7 +82,7 @@ def tensor(name: str, says: str, of: str, inspectable: bool = False, /, **change
 
 
 def cut(name: str, says: str, section: str, before: int) -> Case:
-    """... less all that lies behind `before` bytes from the end of a section of the header."""
+    """The smallest Mixtral, cut off `before` bytes ahead of the end of a section."""
 
     def make(folder: Path) -> Path:
         draft = mixtral()
@@ -93,7 +93,7 @@ def cut(name: str, says: str, section: str, before: int) -> Case:
 
 
 def header_only(draft: Draft) -> None:
-    """Leave the file nothing behind its header."""
+    """Drop the tensor data: the file ends with its header."""
     for entry in draft.entries:
         entry.nbytes = 0
 
@@ -176,7 +176,7 @@ CONTAINER = [
 
 
 def sparse(folder: Path, header: bytes) -> Path:
-    """A header in a file of 64 GiB, of which next to nothing is on the disk."""
+    """Write a header to a sparse file of 64 GiB."""
     path = written(folder, header)
     os.truncate(path, 1 << 36)
     return path
@@ -242,7 +242,7 @@ def named_in_escapes(folder: Path) -> Path:
 
 
 def split(folder: Path, *, name: str = "model-00001-of-00002.gguf", **says: bytes) -> Path:
-    """The first of two parts, the second of which is not there."""
+    """Write the first of two parts of a split file; the second is missing."""
     draft = mixtral()
     for key, value in ({"no": u16(0), "count": u16(2), "tensors.count": u16(26)} | says).items():
         draft.set(f"split.{key}", value)

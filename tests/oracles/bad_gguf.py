@@ -1,6 +1,6 @@
-"""Writes GGUF files byte by byte, so that any number in a header can be a lie. Uses nothing of fiddler or `gguf`.
+"""Writes GGUF files byte by byte, so that any number in a header can be wrong. Uses nothing of fiddler or `gguf`.
 
-`mixtral()` is the smallest honest Mixtral; a test changes one thing in it.
+`mixtral()` is the smallest valid Mixtral; a test changes one thing in it.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ def ints(values: Sequence[int]) -> bytes:
 
 @dataclass
 class Entry:
-    """One tensor; `shape` as in numpy. `offset` None: behind the one before. `dims` None: as many as there are."""
+    """One tensor; `shape` as in numpy. `offset` None: after the previous tensor. `dims` None: those of `shape`."""
 
     name: str | bytes
     shape: list[int]
     kind: int = BF16
     offset: int | None = None
     dims: int | None = None
-    nbytes: int | None = None  # in the data; None: what shape and type need
+    nbytes: int | None = None  # of data; None: as many as shape and type need
 
 
 @dataclass
 class Draft:
-    """A file to be; `counts` are the numbers of tensors and pairs that it says it has, where they are not true."""
+    """A file to write. `tensor_count`, `pair_count`: wrong counts for its header; None: the true ones."""
 
     pairs: list[tuple[str | bytes, bytes]]
     entries: list[Entry]
@@ -91,10 +91,10 @@ class Draft:
     alignment: int = 32
     tensor_count: int | None = None
     pair_count: int | None = None
-    ends: dict[str, int] = field(default_factory=dict)  # section -> byte behind it, filled by `to_bytes`
+    ends: dict[str, int] = field(default_factory=dict)  # section -> its end [bytes], filled by `to_bytes`
 
     def set(self, key: str, value: bytes) -> None:
-        """Give `key` a typed value, in its place or at the end."""
+        """Set the typed value of `key`, in its place or at the end."""
         keys = [name for name, _ in self.pairs]
         if key in keys:
             self.pairs[keys.index(key)] = key, value
@@ -109,7 +109,7 @@ class Draft:
         return next(entry for entry in self.entries if entry.name == name)
 
     def to_bytes(self) -> bytes:
-        """The file; tensor data are a byte pattern without a meaning."""
+        """The content of the file; tensor data are an arbitrary byte pattern."""
         header = self.magic + self.version
         self.ends["version"] = len(header)
         header += struct.pack("<Q", len(self.entries) if self.tensor_count is None else self.tensor_count)
@@ -146,7 +146,7 @@ def vocabulary() -> list[str]:
 
 
 def mixtral() -> Draft:
-    """One layer, four experts, two of them a token, and a vocabulary of little more than the bytes."""
+    """One layer, four experts, two of them per token, and a vocabulary of little more than the bytes."""
     head = D // HEADS
     pairs: list[tuple[str | bytes, bytes]] = [
         ("general.architecture", text("llama")),

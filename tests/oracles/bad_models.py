@@ -1,4 +1,4 @@
-"""Well-formed GGUF files that are no Mixtral, or none that can be run; see `bad_files.py`."""
+"""Well-formed GGUF files that are no Mixtral, or a Mixtral that cannot run; see `bad_files.py`."""
 
 from __future__ import annotations
 

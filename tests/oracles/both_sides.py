@@ -1,4 +1,4 @@
-"""A small orchestrator whose GPU is the CPU, with random experts: what the tests of offloading share."""
+"""A small orchestrator with random experts and the CPU on both sides, shared by the tests of offloading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Ring
 from oracles import naive
 
-D, F, E, LAYERS, MOST = 48, 320, 5, 3, 70
+D, F, E, LAYERS, MAX_TOKENS = 48, 320, 5, 3, 70
 
 
 def weights_of(kind, activations, seed=0):
@@ -34,4 +34,4 @@ def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3):
     residents = Residents(layers, weight_copy.device)
     residents.load(placed, weight_copy, lambda nbytes: None)
     ring = Ring(weight_copy, layers, rows, slots)
-    return Orchestrator(layers, residents, ring, costs, MOST, 1 << 20)
+    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20)

@@ -1,6 +1,6 @@
-"""Chat templates as published with models, in the `tokenizer_config.json` of the repository named: data, for tests.
+"""Chat templates as published in the `tokenizer_config.json` of the repository named: data for tests.
 
-Shortened where a comment says so. Beside each: the control tokens that it writes, of which the last ends a text.
+Shortened where a comment says so. `FAMILIES` adds the control tokens that each writes; the last one ends a text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """`roles`: whether it takes a system message, whether it insists on alternating roles."""
+    """`control`: the control tokens that the template writes. `system`: whether it takes a system message."""
 
     template: str
     control: tuple[str, ...]
@@ -46,7 +46,7 @@ MIXTRAL = r"""{%- if messages[0]['role'] == 'system' %}
 {%- endfor %}
 """
 
-# the same repository until then
+# the same repository until 2024-11
 MIXTRAL_OLD = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -107,7 +107,7 @@ GEMMA = (
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 
-# deepseek-ai/DeepSeek-R1-Distill-Qwen-32B (MIT), without its tools: drops what the model thought
+# deepseek-ai/DeepSeek-R1-Distill-Qwen-32B (MIT), without its tools: drops the reasoning of earlier answers
 DEEPSEEK = (
     "{%- set ns = namespace(is_tool=false, system_prompt='') -%}{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{%- set ns.system_prompt = message['content'] -%}{%- endif -%}{%- endfor -%}"

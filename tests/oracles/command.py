@@ -1,4 +1,4 @@
-"""Runs `fiddler` as a user does: real processes, given up when they hang."""
+"""Runs `fiddler` as a user does: in a process of its own, with a time limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 
 FIDDLER = [sys.executable, "-m", "fiddler"]
-PATIENCE = 120  # seconds until a process that hangs is given up
+PATIENCE = 120  # time limit of a process [seconds]
 
 
 def run(*arguments, **options):

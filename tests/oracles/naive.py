@@ -26,7 +26,7 @@ def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def every_f16(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """All 65536 values of f16, each in a row of this width that is 0 elsewhere: bits, and the values as float32."""
+    """All 65536 values of f16, each in a row of `width` that is 0 elsewhere: bits, and the values as float32."""
     values = np.arange(1 << 16, dtype=np.uint16)
     bits = np.zeros((values.size, width), np.uint16)
     bits[values, values % width] = values
@@ -42,8 +42,8 @@ def round_bf16(values: np.ndarray) -> np.ndarray:
 
 def expert_ffn(
     x: np.ndarray,
-    ids: np.ndarray,
-    weights: np.ndarray,
+    expert_ids: np.ndarray,
+    routing_weights: np.ndarray,
     gate: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
@@ -51,17 +51,22 @@ def expert_ffn(
     *,
     rounded: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One expert and one token at a time, and how far float32 sums may be from that, element by element.
+    """One token and one expert at a time: the output [T, D], and the tolerance of float32 sums [T, D].
 
-    `rounded`: x and the SwiGLU product to bf16 before they are multiplied. The tolerance is EPSILON of the sums of
-    magnitudes; where such an error can carry a hidden value over a tie of the rounding, that step comes on top.
+    `rounded`: x and the SwiGLU product are rounded to bf16 before they are multiplied. The tolerance is EPSILON times
+    the sums of magnitudes; where such an error can carry a hidden value over a tie of the rounding, that step is added.
     """
     y = np.zeros((x.shape[0], down.shape[1]))
     tolerance = np.zeros_like(y)
     for t in range(x.shape[0]):
         token = round_bf16(x[t]) if rounded else x[t].astype(np.float64)
-        for j, e in enumerate(ids[t]):
-            G, U, W, weight = from_bits(gate[e], kind), from_bits(up[e], kind), from_bits(down[e], kind), weights[t, j]
+        for j, e in enumerate(expert_ids[t]):
+            G, U, W, weight = (
+                from_bits(gate[e], kind),
+                from_bits(up[e], kind),
+                from_bits(down[e], kind),
+                routing_weights[t, j],
+            )
             g, u = G @ token, U @ token
             h = g / (1 + np.exp(-g)) * u
             error = EPSILON * (np.abs(G) @ np.abs(token)) * (np.abs(U) @ np.abs(token))
@@ -83,16 +88,16 @@ def attend_one(
     frequencies: np.ndarray,
     window: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One head at a time: the output [H, head_dim] and the rotated key [G, head_dim], where nothing is rounded.
+    """One head at a time: the output [H, head_dim] and the rotated key [G, head_dim], nothing rounded but the angles.
 
-    But angles, which are what float32 makes of them.
+    Angles are float32 products, as in the kernel.
     """
     angles = (np.float32(position) * frequencies).astype(np.float64)
-    turn = np.exp(1j * angles)
+    rotation = np.exp(1j * angles)
 
     def rotated(row: np.ndarray) -> np.ndarray:
-        turned = (row[0::2] + 1j * row[1::2].astype(np.float64)) * turn
-        return np.stack([turned.real, turned.imag], 1).reshape(-1)
+        pairs = (row[0::2] + 1j * row[1::2].astype(np.float64)) * rotation
+        return np.stack([pairs.real, pairs.imag], 1).reshape(-1)
 
     keys, values = keys.astype(np.float64), values.astype(np.float64)
     new = np.array([rotated(row) for row in k])
@@ -102,6 +107,6 @@ def attend_one(
     for h in range(len(q)):
         g = h // (len(q) // len(k))
         scores = keys[g, oldest : position + 1] @ rotated(q[h]) / q.shape[1] ** 0.5
-        shares = np.exp(scores - scores.max())
-        out[h] = shares / shares.sum() @ values[g, oldest : position + 1]
+        exponentials = np.exp(scores - scores.max())
+        out[h] = exponentials / exponentials.sum() @ values[g, oldest : position + 1]
     return out, new

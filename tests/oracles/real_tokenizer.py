@@ -1,4 +1,4 @@
-"""Mixtral's own tokenizer: its merges as transformers derives them, and ours made of its model file."""
+"""Mixtral's own tokenizer: its merges as transformers derives them, and our tokenizer of its model file."""
 
 from __future__ import annotations
 

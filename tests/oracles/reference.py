@@ -1,4 +1,4 @@
-"""Random Mixtrals made, saved and run by transformers: the oracle of the whole model.
+"""Random Mixtrals that transformers builds, saves and runs: the oracle of the whole model.
 
 `make_checkpoint` writes a Hugging Face folder, `Reference` runs it in float32 on the weights as stored.
 """
@@ -43,10 +43,10 @@ class Shape:
 
 
 def make_checkpoint(shape: Shape, folder: Path) -> Path:
-    """Save a model that transformers makes, with the tokenizer of the tiny fixture.
+    """Save a random model of transformers and the tokenizer of tests/data/tiny; return the folder.
 
     Weights are large enough that every part matters: routers decide clearly, attention prefers some positions,
-    the experts' share of the residual stream is as large as the attention's.
+    experts add as much to the residual stream as attention does.
     """
     config = MixtralConfig(
         vocab_size=512,
@@ -97,7 +97,7 @@ class Reference:
 
 
 def from_gguf(path: Path) -> MixtralForCausalLM:
-    """The model in a GGUF as transformers' own, float32: read by the `gguf` package, q and k put back in its order."""
+    """The model in a GGUF as transformers' own, float32: read by the `gguf` package, q and k back in its order."""
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
     tensors = {t.name: _values(t) for t in reader.tensors}

@@ -1,6 +1,6 @@
 """A small Mixtral GGUF with random weights and a real vocabulary, written by the `gguf` package alone.
 
-Nothing of fiddler takes part, so that what reads these files is held against another writer.
+It uses nothing of fiddler: our reader is tested against another writer.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def write_random_mixtral(
 
     Matrices have the variance 1 / columns, so that activations keep their size through the layers; queries and
     keys are larger, so that attention prefers some positions, and the output, so that some tokens are probable.
-    `eos`: another end token than the vocabulary's. `dtype`: of the experts; `dense_dtype`: of all other matrices,
-    the same unless given. Norms and routers: float32.
+    `eos`: the end token, by default the vocabulary's. `dtype`: of the experts; `dense_dtype`: of all other matrices,
+    by default the same. Norms and routers: float32.
     """
     random = np.random.default_rng(seed)
     head_dim = head_dim or d // heads
@@ -110,7 +110,7 @@ def with_template(source: Path, target: Path, template: str) -> Path:
 
 
 def with_context(source: Path, target: Path, context: int) -> Path:
-    """A copy of a GGUF that says it was trained with so many positions."""
+    """Write a copy of a GGUF to `target` with another context length, and return it."""
     shutil.copyfile(source, target)
     reader = gguf.GGUFReader(target, "r+")
     field = reader.fields["llama.context_length"]

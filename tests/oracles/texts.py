@@ -1,4 +1,4 @@
-"""Strings that are hard on a tokenizer, and folders holding one. Knows nothing of ours: the oracles are libraries."""
+"""Strings that are hard on a tokenizer, and folders holding one. Uses nothing of fiddler: its oracles are libraries."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _BLOCKS = (0x00, 0xA0, 0x370, 0x400, 0x590, 0x600, 0x900, 0xE00, 0x1100, 0x3040,
 
 @cache
 def texts(count: int = 5000) -> tuple[str, ...]:
-    """Valid Unicode: single characters of every block, runs of spaces, and random sentences; the same every time."""
+    """Valid Unicode: single characters of every block, runs of spaces, random sentences; the same in every run."""
     source = random.Random(20261101)
-    found = ["", *_PIECES, *(" " * n for n in range(1, 70)), *("\n" * n for n in range(1, 20))]
-    found += [f"{a}{b}" for a in _PIECES for b in ("<s>", " ", "x", "\0")]
+    strings = ["", *_PIECES, *(" " * n for n in range(1, 70)), *("\n" * n for n in range(1, 20))]
+    strings += [f"{a}{b}" for a in _PIECES for b in ("<s>", " ", "x", "\0")]
     for start in range(0, 0x110000, 0x200):
         code = start + source.randrange(0x200)
         if not 0xD800 <= code < 0xE000:
-            found.append(chr(code) + source.choice(("", " ", "a")))
-    while len(found) < count:
+            strings.append(chr(code) + source.choice(("", " ", "a")))
+    while len(strings) < count:
         words = [_word(source) for _ in range(source.randint(1, 12))]
-        found.append(source.choice((" ", "", "  ", "\n", "\t ")).join(words) + " " * source.randrange(3))
-    return tuple(found)
+        strings.append(source.choice((" ", "", "  ", "\n", "\t ")).join(words) + " " * source.randrange(3))
+    return tuple(strings)
 
 
 def _word(source: random.Random) -> str:
@@ -58,7 +58,7 @@ def _word(source: random.Random) -> str:
 
 
 def write_folder(folder: Path, **files: object) -> Path:
-    """`folder` with config.json and the given files, `_json` ending a name that stands for a JSON file."""
+    """Write config.json and `files` into `folder`; a keyword with the ending `_json` names a JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in ({"config_json": CONFIG} | files).items():
         if isinstance(content, bytes):

@@ -1,4 +1,4 @@
-"""Small vocabularies written out by hand: as GGUF keys, as SentencePiece models, as `tokenizers` files in a folder."""
+"""Small vocabularies written by hand: as GGUF keys, as SentencePiece models, as files of `tokenizers` in a folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small(*pieces, **more):
     return metadata([*first, *((f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)), *pieces], **more)
 
 
-LETTERS = tuple((letter, -100 - place, NORMAL) for place, letter in enumerate("▁abcx"))  # 259 to 263
+LETTERS = tuple((letter, -100 - rank, NORMAL) for rank, letter in enumerate("▁abcx"))  # 259 to 263
 SPACE, A, B, C, X = range(259, 264)
 
 
@@ -44,7 +44,7 @@ def sentencepiece_model(*pieces, **settings):
     everything = [*first, ("▁".encode(), NORMAL), (b"a", NORMAL), (b"b", NORMAL), *pieces]
     texts_, types = zip(*everything, strict=True)
     usual = {"model_type": ModelType.BPE, "byte_fallback": True, "remove_extra_whitespaces": False}
-    scores = tuple(-float(place) for place in range(len(texts_)))
+    scores = tuple(-float(rank) for rank in range(len(texts_)))
     return SentencePieceModel(texts_, scores, types, **(usual | settings)).to_bytes()
 
 
@@ -71,7 +71,7 @@ def saved(tokenizer):
 
 
 def differing(found, oracle, strings):
-    """Strings whose ids differ, special tokens being recognised as the library always does."""
+    """Strings whose ids differ from the oracle's; special tokens are recognised, as the library always does."""
     ours = Tokenizer.from_metadata(found.metadata())
     return [
         text

@@ -1,4 +1,4 @@
-"""Prompt caches: what the next process finds, and every file that is refused and left as it is."""
+"""Prompt cache files: reuse by the next process, and every file that is refused and left unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from oracles.synthetic import write_random_mixtral
 GREEDY = Sampling(temperature=0.0)
 IDS = list(range(20, 60))
 HEADER = struct.Struct("<8s6I32s")
-AT = {"version": 1, "itemsize": 2, "layers": 3, "heads": 4, "head_dim": 5, "positions": 6}
+HEADER_FIELDS = {"version": 1, "itemsize": 2, "layers": 3, "heads": 4, "head_dim": 5, "positions": 6}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def loaded(model, precision="exact"):
 
 
 def run(engine, ids, path, count=4):
-    """The greedy continuation through a prompt cache: its tokens, and how many of the prompt were there."""
+    """Greedy tokens with a prompt cache file, and how many tokens of the prompt were cached."""
     generation = engine.start(ids, GREEDY, count, prompt_cache=path)
     for _ in generation:
         continue
@@ -45,7 +45,7 @@ def run(engine, ids, path, count=4):
 
 
 @pytest.fixture
-def written(model, tmp_path):
+def cache_file(model, tmp_path):
     run(loaded(model), IDS, tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -61,8 +61,10 @@ def written(model, tmp_path):
         ([9, *IDS], 0, True),
     ],
 )
-def test_the_next_process_finds_what_is_shared(model, tmp_path, precision, prompt, cached, rewritten):
-    """The same text with it and without; in `fast`, too, where it is kept in 16 bits."""
+def test_the_common_prefix_of_another_prompt_is_read_from_the_file(
+    model, tmp_path, precision, prompt, cached, rewritten
+):
+    """The text is the same with the file and without; in `fast`, too, where the KV cache has 16 bits."""
     path = tmp_path / "cache"
     assert run(loaded(model, precision), IDS, path)[1] == 0
     before = path.read_bytes()
@@ -73,20 +75,20 @@ def test_the_next_process_finds_what_is_shared(model, tmp_path, precision, promp
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_what_is_read_is_what_was_computed(model, written):
-    """Bit by bit, the first positions of each layer."""
+def test_keys_and_values_read_from_the_file_have_the_computed_bits(model, cache_file):
+    """In the first 33 positions of each layer."""
     engine = loaded(model)
     sequence, other = engine.runner.sequence(), engine.runner.sequence()
     engine.runner.step([(sequence, IDS)])
-    PromptCache(written, engine.model_file, torch.float32).read(other, 33)
+    PromptCache(cache_file, engine.model_file, torch.float32).read(other, 33)
     assert other.length == 33
-    for half, made in zip(sequence.storage, other.storage, strict=True):
-        for prefix_cache, found in zip(half, made, strict=True):
-            assert torch.equal(prefix_cache[:, :33], found[:, :33])
+    for computed_layer, read_layer in zip(sequence.storage, other.storage, strict=True):
+        for computed, read in zip(computed_layer, read_layer, strict=True):
+            assert torch.equal(computed[:, :33], read[:, :33])
 
 
-def test_it_is_written_once_the_prompt_was_read(model, tmp_path):
-    """So that whoever stops the answer has it; also where no token is asked for, and by beams."""
+def test_the_file_is_written_as_soon_as_the_prompt_is_read(model, tmp_path):
+    """So that a stopped answer leaves it; also where no token is generated, and by beams."""
     path = tmp_path / "cache"
     running = iter(loaded(model).start(IDS, GREEDY, 9, prompt_cache=path))
     next(running)
@@ -97,21 +99,21 @@ def test_it_is_written_once_the_prompt_was_read(model, tmp_path):
     assert path.read_bytes() == (tmp_path / "beams").read_bytes()
 
 
-def test_an_empty_file_is_as_good_as_none(model, tmp_path):
+def test_an_empty_file_counts_as_none(model, tmp_path):
     (tmp_path / "cache").touch()
     assert run(loaded(model), IDS, tmp_path / "cache")[1] == 0
     assert run(loaded(model), IDS, tmp_path / "cache")[1] == 39
 
 
-def test_what_the_engine_keeps_is_preferred(model, written):
-    """The file is not read where it has no more; and what it has more is taken."""
+def test_the_file_is_used_where_it_has_more_of_the_prompt_than_the_prefix_cache(model, cache_file):
+    """Where it has no more, it is not read."""
     engine = loaded(model)
-    assert run(engine, IDS[:20], written)[1] == 19
-    assert run(engine, IDS, written)[1] == 39
-    assert run(engine, [*IDS, 5, 6], written)[1] == 40
+    assert run(engine, IDS[:20], cache_file)[1] == 19
+    assert run(engine, IDS, cache_file)[1] == 39
+    assert run(engine, [*IDS, 5, 6], cache_file)[1] == 40
 
 
-def refused(engine, path, *fragments, kind=FileFormatError):
+def assert_refused(engine, path, *fragments, kind=FileFormatError):
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(kind) as caught:
         engine.start(IDS, GREEDY, 4, prompt_cache=path)
@@ -121,41 +123,41 @@ def refused(engine, path, *fragments, kind=FileFormatError):
     assert before is None or path.read_bytes() == before
 
 
-def test_a_file_that_is_not_ours_is_left_alone(model, tmp_path):
+def test_a_file_that_is_no_prompt_cache_is_refused_and_left_alone(model, tmp_path):
     engine = loaded(model)
     for content in (b"a diary", b"f", b"fiddlrkv" * 9, b"GGUF" + bytes(99)):
         (tmp_path / "diary").write_bytes(content)
-        refused(engine, tmp_path / "diary", "is not a prompt cache; name another file")
-    refused(engine, tmp_path, "is a directory", kind=RequestError)
+        assert_refused(engine, tmp_path / "diary", "is not a prompt cache; name another file")
+    assert_refused(engine, tmp_path, "is a directory", kind=RequestError)
     with pytest.raises(RequestError, match="nowhere is not a directory; create it first"):
         engine.start(IDS, prompt_cache=tmp_path / "nowhere" / "cache")
     running = engine.start(IDS, GREEDY, 4, prompt_cache=tmp_path / "later")
-    (tmp_path / "later").write_bytes(b"a diary")  # came meanwhile
+    (tmp_path / "later").write_bytes(b"a diary")  # created in the meantime
     with pytest.raises(FileFormatError, match="is not a prompt cache"):
         list(running)
     assert (tmp_path / "later").read_bytes() == b"a diary"
 
 
-def test_another_models_and_another_precisions(model, written, tmp_path):
+def test_a_prompt_cache_of_another_model_or_precision_is_refused(model, cache_file, tmp_path):
     other = write_random_mixtral(tmp_path / "other.gguf", seed=1)
-    refused(loaded(other), written, "is another model's prompt cache; delete it or name another file")
-    refused(loaded(model, "fast"), written, "32-bit numbers, and this --precision takes 16")
+    assert_refused(loaded(other), cache_file, "is another model's prompt cache; delete it or name another file")
+    assert_refused(loaded(model, "fast"), cache_file, "32-bit numbers, and this --precision takes 16")
 
 
-def test_models_are_told_apart(model, tmp_path):
+def test_fingerprints_tell_models_apart(model, tmp_path):
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model.read_bytes())
-    here = ModelFile.open(model).fingerprint
-    assert ModelFile.open(copy).fingerprint == here
+    fingerprint = ModelFile.open(model).fingerprint
+    assert ModelFile.open(copy).fingerprint == fingerprint
     for options in ({"seed": 1}, {"eos": 7}, {"window": 50}, {"context": 512}, {"dtype": "f16"}):
-        assert ModelFile.open(write_random_mixtral(tmp_path / "other.gguf", **options)).fingerprint != here
+        assert ModelFile.open(write_random_mixtral(tmp_path / "other.gguf", **options)).fingerprint != fingerprint
 
 
 def with_header(data, **changes):
-    """The file with other numbers in its header, and the right checksum."""
+    """The file with other numbers in its header and a correct checksum."""
     fields = list(HEADER.unpack(data[: HEADER.size]))
     for name, value in changes.items():
-        fields[AT[name]] = value
+        fields[HEADER_FIELDS[name]] = value
     header = HEADER.pack(*fields)
     return header + struct.pack("<I", zlib.crc32(header)) + data[HEADER.size + 4 :]
 
@@ -173,54 +175,54 @@ def with_header(data, **changes):
         ({"positions": 2**32 - 1}, "is not as long as it says"),
     ],
 )
-def test_headers_that_lie(model, written, changes, message):
-    written.write_bytes(with_header(written.read_bytes(), **changes))
-    refused(loaded(model), written, message)
+def test_a_header_with_wrong_numbers_is_refused(model, cache_file, changes, message):
+    cache_file.write_bytes(with_header(cache_file.read_bytes(), **changes))
+    assert_refused(loaded(model), cache_file, message)
 
 
-def test_a_file_as_large_as_a_lie_needs_no_memory(model, written):
-    """Positions beyond what the model was trained with, in a sparse file of that size."""
-    cache = PromptCache(written, ModelFile.open(model), torch.float32)
-    written.write_bytes(with_header(written.read_bytes(), positions=2**24))
-    os.truncate(written, cache.nbytes(2**24))
+def test_a_sparse_file_of_the_size_in_a_wrong_header_is_refused(model, cache_file):
+    """It has more positions than the model's context, and is refused before any memory is allocated for them."""
+    cache = PromptCache(cache_file, ModelFile.open(model), torch.float32)
+    cache_file.write_bytes(with_header(cache_file.read_bytes(), positions=2**24))
+    os.truncate(cache_file, cache.nbytes(2**24))
     with pytest.raises(FileFormatError, match="is not as long as it says"):
-        loaded(model).start(IDS, prompt_cache=written)
+        loaded(model).start(IDS, prompt_cache=cache_file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_refused(model, written, value):
-    data = bytearray(written.read_bytes())
+def test_nan_and_infinity_in_the_file_are_refused(model, cache_file, value):
+    data = bytearray(cache_file.read_bytes())
     size = 2 * 40 * 16 * 4  # [G, positions, head_dim]
     data[-size - 4 : -size] = np.float32(value).tobytes()
     data[-4:] = struct.pack("<I", zlib.crc32(data[-size - 4 : -4]))
-    written.write_bytes(data)
-    refused(loaded(model), written, "holds what is no number; delete it")
+    cache_file.write_bytes(data)
+    assert_refused(loaded(model), cache_file, "holds what is no number; delete it")
 
 
-def test_damage_anywhere_is_noticed(model, written):
-    """One bit, a piece missing at the end or in the middle, a piece too many."""
-    whole, numbers, engine = written.read_bytes(), random.Random(4), loaded(model)
+def test_damage_anywhere_in_the_file_is_refused(model, cache_file):
+    """A flipped bit, bytes missing at the end or in the middle, or extra bytes."""
+    whole, numbers, engine = cache_file.read_bytes(), random.Random(4), loaded(model)
     for _ in range(60):
-        data, at = bytearray(whole), numbers.randrange(8, len(whole))
+        data, position = bytearray(whole), numbers.randrange(8, len(whole))
         kind = numbers.randrange(4)
         if kind == 0:
-            data[at] ^= 1 << numbers.randrange(8)
+            data[position] ^= 1 << numbers.randrange(8)
         elif kind == 1:
-            del data[at:]
+            del data[position:]
         elif kind == 2:
-            del data[at : at + numbers.randrange(1, 9)]
+            del data[position : position + numbers.randrange(1, 9)]
         else:
-            data[at:at] = bytes(numbers.randrange(1, 9))
-        written.write_bytes(data)
-        refused(engine, written, "delete it")
+            data[position:position] = bytes(numbers.randrange(1, 9))
+        cache_file.write_bytes(data)
+        assert_refused(engine, cache_file, "delete it")
         assert not engine.runner.prefix_cache.tokens
-    written.write_bytes(whole)
-    assert run(engine, IDS, written)[1] == 39
+    cache_file.write_bytes(whole)
+    assert run(engine, IDS, cache_file)[1] == 39
 
 
-def test_a_full_disk_leaves_the_old_file(model, written, tmp_path):
-    """A limit on the size of files stands for the disk."""
-    before = written.read_bytes()
+def test_a_full_disk_leaves_the_old_file_unchanged(model, cache_file, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    before = cache_file.read_bytes()
     code = (
         "import resource, signal, sys, fiddler; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "engine = fiddler.load(sys.argv[1], precision='exact', device='cpu')\n"
@@ -228,13 +230,13 @@ def test_a_full_disk_leaves_the_old_file(model, written, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "try: list(g)\nexcept fiddler.FiddlerError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, model, written], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, model, cache_file], capture_output=True, text=True, check=True)
     assert "is full: File too large; make room or write elsewhere" in done.stdout
-    assert written.read_bytes() == before
+    assert cache_file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_on_the_command_line(model, tmp_path):
+def test_fiddler_run_reuses_its_prompt_cache_and_refuses_another_file(model, tmp_path):
     command = [sys.executable, "-m", "fiddler", "run", model, "-p", "The old fiddler", "-n", "6", "--temp", "0"]
     command += ["--prompt-cache", tmp_path / "cache", "--stats"]
     first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))

@@ -33,23 +33,23 @@ def naive_typical(logits, ids, p):
     chance = chances(logits[ids])
     entropy = -math.fsum(own * math.log(own) for own in chance if own)
     nearness = [abs(-math.log(own) - entropy) if own else math.inf for own in chance]
-    order = sorted(range(len(ids)), key=lambda place: (nearness[place], place))
-    kept, reached = set(), 0.0
-    for place in order:
-        kept.add(ids[place])
-        reached += chance[place]
+    order = sorted(range(len(ids)), key=lambda index: (nearness[index], index))
+    chosen, reached = set(), 0.0
+    for index in order:
+        chosen.add(ids[index])
+        reached += chance[index]
         if reached > p:
             break
-    return [token for token in ids if token in kept], np.cumsum([chance[place] for place in order]), sorted(nearness)
+    return [token for token in ids if token in chosen], np.cumsum([chance[index] for index in order]), sorted(nearness)
 
 
 @PROPERTY
 @given(st.one_of(sensible, with_ties), st.floats(0.01, 0.99))
-def test_typical_against_the_oracle_and_transformers(logits, p):
+def test_typical_selects_the_tokens_of_the_oracle_and_of_transformers(logits, p):
     ids = top_k(logits, 0)
     expected, reached, nearness = naive_typical(logits, ids.tolist(), p)
-    assume(all(abs(sum_ - p) > 1e-9 for sum_ in reached))  # no rounding decides
-    assume(all(b - a > 1e-9 or logits.size == 1 for a, b in pairwise(nearness)))  # transformers keeps all equals
+    assume(all(abs(sum_ - p) > 1e-9 for sum_ in reached))  # rounding must not decide
+    assume(all(b - a > 1e-9 or logits.size == 1 for a, b in pairwise(nearness)))  # transformers takes all equals
     assert typical(logits, ids, p).tolist() == expected
     scores = torch.from_numpy(logits.astype(np.float64))[None]
     theirs = TypicalLogitsWarper(p)(torch.zeros(1, 1, dtype=torch.int64), scores)[0]
@@ -58,7 +58,7 @@ def test_typical_against_the_oracle_and_transformers(logits, p):
 
 @PROPERTY
 @given(st.one_of(sensible, with_ties), st.floats(0, 1))
-def test_xtc_leaves_the_last_of_the_probable(logits, threshold):
+def test_xtc_removes_all_probable_tokens_but_the_least_probable_of_them(logits, threshold):
     ids = top_k(logits, 0).tolist()
     chance = chances(logits[ids])
     assume(all(abs(own - threshold) > 1e-9 for own in chance))
@@ -69,20 +69,20 @@ def test_xtc_leaves_the_last_of_the_probable(logits, threshold):
 
 @PROPERTY
 @given(st.one_of(sensible, with_ties), st.integers(0, 45), st.integers(0, 39))
-@example(np.array([0, 1e-30, 5], np.float32), 3, 0)  # two that differ less than their log-probabilities are exact
-def test_log_probs_are_torchs(logits, count, token):
+@example(np.array([0, 1e-30, 5], np.float32), 3, 0)  # two logits that differ less than log-probabilities are exact
+def test_log_probs_and_their_order_are_those_of_torch(logits, count, token):
     token %= logits.size
-    found = log_probs(logits, token, count)
+    ours = log_probs(logits, token, count)
     expected = torch.log_softmax(torch.from_numpy(logits.astype(np.float64)), 0)
-    assert found.token == token
-    assert found.logprob == pytest.approx(float(expected[token]), abs=1e-9)
+    assert ours.token == token
+    assert ours.logprob == pytest.approx(float(expected[token]), abs=1e-9)
     by_size = sorted(range(logits.size), key=lambda index: (-logits[index], index))
-    assert [one for one, _ in found.top] == by_size[:count]
-    assert [value for _, value in found.top] == pytest.approx([float(expected[one]) for one, _ in found.top], abs=1e-9)
+    assert [one for one, _ in ours.top] == by_size[:count]
+    assert [value for _, value in ours.top] == pytest.approx([float(expected[one]) for one, _ in ours.top], abs=1e-9)
 
 
 class Only:
-    """A guide that allows some tokens, and notes what was chosen."""
+    """A guide that allows some tokens only and records the chosen ones."""
 
     def __init__(self, *allowed):
         self.only, self.chosen = allowed, []
@@ -98,8 +98,8 @@ class Only:
         self.chosen.append(token)
 
 
-def test_log_probs_are_the_models_own():
-    """Of the logits as they came: no mask, bias, penalty, truncation or temperature."""
+def test_log_probs_are_those_of_the_models_raw_logits():
+    """Of the raw logits: before mask, bias, penalties, truncation and temperature."""
     logits = np.array([3, 2, 1, 0], np.float32)
     guide = Only(2, 3)
     sampler = Sampler(Sampling(0.0, repeat_penalty=2.0, logit_bias={2: -9.0}, n_probs=2), guide=guide)
@@ -112,7 +112,7 @@ def test_log_probs_are_the_models_own():
     assert not Sampler(Sampling(0.0)).log_probs
 
 
-def test_a_mask_comes_first_and_holds():
+def test_a_constraints_mask_comes_first_and_outweighs_every_other_step():
     logits = np.array([9, 8, 7, -30], np.float32)
     for sampling in (Sampling(0.0), Sampling(1.0, top_k=1), Sampling(1.0, logit_bias={0: 100.0}), Sampling(5.0, **OFF)):
         for seed in range(20):
@@ -121,7 +121,7 @@ def test_a_mask_comes_first_and_holds():
     assert Sampler(Sampling(0.0), guide=Only(1, 3))(logits, []) == 1
 
 
-def test_what_leaves_no_token_is_an_error():
+def test_a_mask_that_leaves_no_token_and_dry_without_pieces_are_errors():
     with pytest.raises(RequestError, match="no token is left"):
         Sampler(Sampling(logit_bias={1: -math.inf}), guide=Only(1))(np.zeros(4, np.float32), [])
     with pytest.raises(RequestError, match="sequence breakers need"):
@@ -129,7 +129,7 @@ def test_what_leaves_no_token_is_an_error():
 
 
 STEPS = ("bias", "penalties", "dry", "top_k", "typical", "top_p", "min_p", "xtc", "temperature")
-"""llama.cpp's order; XTC here is certain."""
+"""llama.cpp's order; the oracle applies XTC whenever its probability is not 0."""
 
 
 def step(name, logits, ids, recent, s):
@@ -139,10 +139,10 @@ def step(name, logits, ids, recent, s):
     if name == "bias":
         return logits + [s.logit_bias.get(token, 0.0) for token in range(len(logits))], ids
     if name == "penalties":
-        seen = [recent.count(token) for token in range(len(logits))]
+        counts = [recent.count(token) for token in range(len(logits))]
         less = [(v / s.repeat_penalty if v > 0 else v * s.repeat_penalty) - s.presence_penalty for v in logits]
-        return np.where(seen, less, logits), ids
-    if name == "dry":  # the cases end with one token that was there once before, and followed by token 0
+        return np.where(counts, less, logits), ids
+    if name == "dry":  # every case ends with a token that occurs once before, followed by token 0
         return logits - [s.dry_multiplier * (token == 0) for token in range(len(logits))], ids
     if name == "top_k":
         return logits, ids[: s.top_k or None]
@@ -172,7 +172,7 @@ def logs(*values):
 
 DRY = {"dry_multiplier": 3.0, "dry_allowed_length": 1, "dry_sequence_breakers": ()}
 XTC = {"xtc_probability": 1.0}
-CASES = {  # two neighbours of the order, and a case in which they don't commute
+CASES = {  # two neighbours in the order, and a case in which they do not commute
     ("bias", "penalties"): ([2, 2, 1, 1], [0], {"logit_bias": {0: 2.0}, "repeat_penalty": 4.0}),
     ("penalties", "dry"): ([3, 0, 0, 0], [3, 0, 3], {**DRY, "dry_multiplier": 1.0, "repeat_penalty": 4.0}),
     ("dry", "top_k"): ([3, 2, 1, 0], [3, 0, 3], {**DRY, "top_k": 2}),
@@ -181,14 +181,14 @@ CASES = {  # two neighbours of the order, and a case in which they don't commute
     ("min_p", "xtc"): (logs(0.5, 0.25, 0.15, 0.1), [], {**XTC, "min_p": 0.45, "xtc_threshold": 0.2}),
     ("xtc", "temperature"): (logs(0.8, 0.15, 0.04, 0.01), [], {**XTC, "temperature": 3.0, "xtc_threshold": 0.2}),
 }
-DRAWS, BOUND = 4000, 0.05  # a frequency strays further with a chance of 2 exp(-2 * 4000 * 0.05^2) = 4e-9 (Hoeffding)
+DRAWS, BOUND = 4000, 0.05  # a larger deviation has a probability of 2 exp(-2 * 4000 * 0.05^2) = 4e-9 (Hoeffding)
 
 
 @pytest.mark.parametrize("neighbours", CASES, ids=" before ".join)
-def test_what_is_drawn_follows_the_order(neighbours):
+def test_drawn_frequencies_follow_the_order_of_the_steps(neighbours):
     first, second = neighbours
-    logits, recent, more = CASES[neighbours]
-    sampling = Sampling(**{"temperature": 1.0, **OFF, **more, "seed": 20261122})
+    logits, recent, options = CASES[neighbours]
+    sampling = Sampling(**{"temperature": 1.0, **OFF, **options, "seed": 20261122})
     right = distribution(logits, recent, sampling)
     swapped = [{first: second, second: first}.get(name, name) for name in STEPS]
     wrong = distribution(logits, recent, sampling, swapped)
@@ -200,14 +200,14 @@ def test_what_is_drawn_follows_the_order(neighbours):
         assert abs(drawn[token] / DRAWS - chance) < BOUND
 
 
-def test_xtc_happens_as_often_as_asked():
+def test_xtc_is_applied_with_its_probability():
     logits = np.array(logs(0.5, 0.4, 0.1), np.float32)
     sampler = Sampler(Sampling(1.0, **OFF, seed=3, xtc_probability=0.25, xtc_threshold=0.2))
     drawn = Counter(sampler(logits, []) for _ in range(DRAWS))
-    assert abs(drawn[0] / DRAWS - 0.75 * 0.5) < BOUND  # the others of the time it is not there
+    assert abs(drawn[0] / DRAWS - 0.75 * 0.5) < BOUND  # else XTC removes token 0
 
 
-def test_greedy_hears_biases_and_penalties_and_draws_nothing():
+def test_greedy_sampling_applies_biases_and_penalties_but_neither_typical_nor_xtc():
     logits = np.array([4, 3, 2, 1], np.float32)
     cases = [
         ({"logit_bias": {3: 10.0}}, [], 3),
@@ -216,11 +216,11 @@ def test_greedy_hears_biases_and_penalties_and_draws_nothing():
         ({**DRY, "dry_multiplier": 1.5}, [3, 0, 3], 1),
         ({"typical_p": 0.1, "xtc_probability": 1.0, "xtc_threshold": 0.0}, [], 0),
     ]
-    for more, recent, expected in cases:
-        assert Sampler(Sampling(0.0, **more))(logits, recent) == expected
+    for options, recent, expected in cases:
+        assert Sampler(Sampling(0.0, **options))(logits, recent) == expected
 
 
-def test_dry_is_told_the_tokenizers_pieces():
+def test_dry_finds_sequence_breakers_in_the_pieces_of_the_tokenizer():
     logits = np.array([4, 3, 2, 1], np.float32)
     sampling = Sampling(0.0, dry_multiplier=9.0, dry_allowed_length=1)
     assert Sampler(sampling, [b"a", b"b", b"c", b"d"])(logits, [3, 0, 3]) == 1
@@ -252,7 +252,7 @@ def test_values_out_of_range_are_refused(name, bad):
         assert "\n" not in str(refused.value)
 
 
-def test_a_sampling_cannot_be_changed_from_outside():
+def test_a_sampling_copies_its_mutable_arguments():
     bias, breakers = {1: 2.0}, [":"]
     sampling = Sampling(logit_bias=bias, dry_sequence_breakers=breakers)
     bias[2], breakers[0] = 1.0, "x"

@@ -1,5 +1,5 @@
-"""Constrained output: masks against what one would try token by token, JSON against `jsonschema`, grammars against
-regular expressions and Python's parser.
+"""Constrained output: masks against trying every token, JSON against `jsonschema`, grammars against regular expressions
+and Python's parser.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMAS = 200
 
 @pytest.fixture(scope="module")
 def engine():
-    return fiddler.load(threads=1)  # such a small model is no faster with more
+    return fiddler.load(threads=1)  # so small a model is no faster with more
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def mixtral(tmp_path_factory):
     return Tokenizer.from_metadata(found.metadata())
 
 
-def test_json_by_random_schemas_is_valid(engine):
-    """`hold` asserts it of every answer that is whole; the others say `length`, and are few."""
+def test_json_for_random_schemas_is_valid(engine):
+    """`hold` asserts it of every finished answer; few are cut at the token limit."""
     cut = [seed for seed in range(SCHEMAS) if hold(engine, seed).finish_reason == "length"]
     assert len(cut) <= 0.05 * SCHEMAS
 
 
-def test_blanks_between_the_parts_come_to_an_end(engine):
+def test_white_space_between_json_tokens_is_limited(engine):
     """As llama.cpp's grammars have it: at most a blank, or two line breaks and 20 blanks."""
     blanks = [token for token, piece in enumerate(engine.tokenizer.pieces()) if piece and not piece.strip(b" \t\n")]
     schema = {"type": "array", "items": {"enum": ["a b"]}, "minItems": 2, "maxItems": 2}
@@ -79,47 +79,47 @@ TEXTS = [
 ]
 
 
-def check_masks(tokenizer, tokens, texts, draw):
+def check_masks(tokenizer, tokens, texts, rng):
     """Walk through texts by random allowed tokens; at every step the mask is what trying every token gives.
 
-    Where only one text is left, the library allows one way to write it, the tokenizer's own or another.
+    Where only one text remains, the library allows one way to tokenize it, the tokenizer's own or another.
     """
-    pieces, wanted, said = tokenizer.pieces(), [text.encode() for text in texts], b""
-    written = defaultdict(set)
+    pieces, encoded, output = tokenizer.pieces(), [text.encode() for text in texts], b""
+    tokens_of = defaultdict(set)
     for token, piece in enumerate(pieces):
-        written[piece].add(token)
+        tokens_of[piece].add(token)
     alternatives = " | ".join(literal(text).removeprefix("root ::= ") for text in texts)
     guide = tokens.guide(Constraint.grammar(f"root ::= {alternatives}"))
     while True:
-        left = [text[len(said) :] for text in wanted if text.startswith(said)]
-        expected = {token for rest in left for n in range(len(rest)) for token in written[rest[: n + 1]]}
+        remaining = [text[len(output) :] for text in encoded if text.startswith(output)]
+        expected = {token for rest in remaining for n in range(len(rest)) for token in tokens_of[rest[: n + 1]]}
         allowed = set(np.flatnonzero(guide.allowed()).tolist())
-        assert guide.finished == (left == [b""])
-        assert (allowed & tokenizer.end_ids) == (tokenizer.end_ids if b"" in left else set())
+        assert guide.finished == (remaining == [b""])
+        assert (allowed & tokenizer.end_ids) == (tokenizer.end_ids if b"" in remaining else set())
         allowed -= tokenizer.end_ids
         assert allowed <= expected
-        assert allowed == expected or (len(allowed) == 1 and b"" not in left)
+        assert allowed == expected or (len(allowed) == 1 and b"" not in remaining)
         if not allowed:
-            return said
-        token = draw.choice(sorted(allowed))
+            return output
+        token = rng.choice(sorted(allowed))
         guide.advance(token)
-        said += pieces[token]
+        output += pieces[token]
 
 
 def test_masks_are_what_trying_every_token_gives(engine, mixtral):
-    draw = random.Random(5)
+    rng = random.Random(5)
     odd = small(*LETTERS, ("red", 0, USER), ("▁red", -1, NORMAL), ("<|im_end|>", 0, CONTROL), add_space_prefix=True)
     assert BYTE in odd["tokenizer.ggml.token_type"]
     for tokenizer in (engine.tokenizer, mixtral, Tokenizer.from_metadata(odd)):
         tokens = Vocabulary(tokenizer)
-        ended = {check_masks(tokenizer, tokens, TEXTS, draw) for _ in range(25)}
-        assert len(ended) > 3
+        outputs = {check_masks(tokenizer, tokens, TEXTS, rng) for _ in range(25)}
+        assert len(outputs) > 3
         for text in TEXTS:
-            assert check_masks(tokenizer, tokens, [text], draw) == text.encode()
+            assert check_masks(tokenizer, tokens, [text], rng) == text.encode()
 
 
-def test_what_is_certain_is_written_as_the_tokenizer_does(engine, mixtral):
-    """Without the space that goes before a text: byte tokens are for what it cannot write."""
+def test_the_only_possible_text_gets_the_tokenizers_own_ids(engine, mixtral):
+    """Without the space prefix of a text; byte tokens only for text that the vocabulary cannot write otherwise."""
     for tokenizer in (engine.tokenizer, mixtral):
         for text in (" the red apple", "red apple", '{"name":'):
             guide, tokens = Vocabulary(tokenizer).guide(Constraint.grammar(literal(text))), []
@@ -142,19 +142,19 @@ def test_what_is_certain_is_written_as_the_tokenizer_does(engine, mixtral):
         ('"\x7f"', {"\x7f"}),
     ],
 )
-def test_gbnf_means_what_llama_cpp_takes_it_to_mean(engine, part, expected):
-    """By the byte tokens that may come first: which characters of ASCII may."""
+def test_gbnf_characters_and_classes_mean_what_they_mean_in_llama_cpp(engine, part, expected):
+    """The mask of the first token shows which ASCII characters may come first."""
     guide = Vocabulary(engine.tokenizer).guide(Constraint.grammar(f'root ::= {part} "x"'))
     allowed = guide.allowed()
     pieces = [engine.tokenizer.pieces()[token] for token in np.flatnonzero(allowed)]
     assert {chr(piece[0]) for piece in pieces if piece and piece[0] < 128} == expected
 
 
-def test_a_mask_never_allows_what_has_no_text(mixtral):
+def test_a_mask_allows_no_token_without_text_but_end_tokens(mixtral):
     guide = Vocabulary(mixtral).guide(Constraint.grammar("root ::= .*"))
-    silent = [token for token, piece in enumerate(mixtral.pieces()) if not piece and token not in mixtral.end_ids]
-    assert {mixtral.bos_id, 0} <= {*silent}
-    assert not guide.allowed()[silent].any()
+    textless = [token for token, piece in enumerate(mixtral.pieces()) if not piece and token not in mixtral.end_ids]
+    assert {mixtral.bos_id, 0} <= {*textless}
+    assert not guide.allowed()[textless].any()
     assert guide.allowed()[sorted(mixtral.end_ids)].all()
 
 
@@ -188,23 +188,23 @@ GRAMMARS = {
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
-def test_text_is_of_the_grammar(engine, name):
+def test_finished_text_matches_its_grammar(engine, name):
     grammar, accepts = GRAMMARS[name]
-    constraint, whole = Constraint.grammar(grammar), set()
+    constraint, finished = Constraint.grammar(grammar), set()
     for seed in range(12):
         done = engine.generate("Once upon a time", Sampling(1.5, seed=seed), 60, constraint=constraint)
         if done.finish_reason == "stop":
             assert accepts(done.text), done.text
-            whole.add(done.text)
-    assert len(whole) >= 3
+            finished.add(done.text)
+    assert len(finished) >= 3
 
 
-def test_where_it_ends(engine):
+def test_a_constrained_generation_ends_where_its_grammar_ends(engine):
     fixed = Constraint.grammar('root ::= "a red boat" | "a red ball"')
     for ignore_eos in (False, True):
         done = engine.generate("Tom has", GREEDY, 30, constraint=fixed, ignore_eos=ignore_eos)
         assert (done.text, done.finish_reason) in [("a red boat", "stop"), ("a red ball", "stop")]
-        assert not {*done.tokens} & engine.tokenizer.end_ids  # nothing else could follow: no step is spent on it
+        assert not {*done.tokens} & engine.tokenizer.end_ids  # an end token is certain: no step is spent on it
         assert "".join(engine.stream("Tom has", GREEDY, 30, constraint=fixed, ignore_eos=ignore_eos)) == done.text
     cut = engine.generate("Tom has", GREEDY, len(done.tokens) - 1, constraint=fixed)
     assert (cut.tokens, cut.finish_reason) == (done.tokens[:-1], "length")
@@ -216,13 +216,13 @@ def test_where_it_ends(engine):
     assert set(endless.text) <= set("0123456789")
 
 
-def test_generations_of_one_request_begin_anew(engine):
+def test_a_constrained_generation_iterated_again_gives_the_same_text(engine):
     generation = engine.start("Tom", Sampling(1.0, seed=1), 30, constraint=Constraint.json_schema({"enum": [12, 345]}))
     assert "".join(generation) == "".join(generation) in ("12", "345")
 
 
-def test_log_probs_are_those_of_a_rescore(engine):
-    """Of the model without the constraint, and with end tokens though they are ignored."""
+def test_log_probs_under_a_constraint_are_those_of_a_rescore_without_it(engine):
+    """Those of the model without the constraint, and with end tokens although they are ignored."""
     exact = fiddler.load(precision="exact", threads=1)
     sampling = Sampling(0.9, seed=4, n_probs=3, logit_bias={300: 5.0}, presence_penalty=1.0)
     constraint = Constraint.json_schema({"type": "string", "maxLength": 20})
@@ -258,14 +258,14 @@ def test_log_probs_are_those_of_a_rescore(engine):
         (Constraint.grammar, "", "the grammar cannot be used: Empty grammar"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(make, text, message):
+def test_an_unusable_schema_or_grammar_is_refused_in_one_line(make, text, message):
     with pytest.raises(RequestError, match=message) as refused:
         make(text)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 300
 
 
-def test_requests_that_cannot_be_met(engine):
+def test_left_recursion_foreign_bias_tokens_and_banned_answers_are_errors(engine):
     with pytest.raises(RequestError, match="does a rule begin with itself"):
         engine.start("Tom", constraint=Constraint.grammar('root ::= root "a"'))
     with pytest.raises(RequestError, match="logit_bias is for token 4096, outside the vocabulary of 4096"):
@@ -277,21 +277,21 @@ def test_requests_that_cannot_be_met(engine):
         engine.generate("Tom", banned, 5, constraint=Constraint.grammar('root ::= "x"'))
 
 
-def test_dry_breakers_are_of_the_engines_tokenizer(engine):
-    """A run of tokens that was there before is left at once, unless a breaker, here across two tokens, is in it."""
+def test_dry_breakers_are_found_in_the_text_of_the_engines_tokens(engine):
+    """DRY ends a repeated run of tokens at once, unless a breaker, here across two tokens, is in it."""
     prompt = "One day, Tom saw a red ball. One day, Tom saw a red ball. One day, Tom saw a"
-    again = engine.generate(prompt, GREEDY, 1)
-    assert again.text == " red"
+    repeated = engine.generate(prompt, GREEDY, 1)
+    assert repeated.text == " red"
     dry = {"temperature": 0.0, "dry_multiplier": 50.0, "dry_penalty_last_n": -1}
-    left = engine.generate(prompt, Sampling(**dry, dry_sequence_breakers=["never"]), 1)
-    assert left.text != again.text
+    diverted = engine.generate(prompt, Sampling(**dry, dry_sequence_breakers=["never"]), 1)
+    assert diverted.text != repeated.text
     broken = engine.generate(prompt, Sampling(**dry, dry_sequence_breakers=["never", "aw a"]), 1)
-    assert broken.text == again.text
+    assert broken.text == repeated.text
 
 
-def test_without_the_library_one_line_says_what_to_install():
+def test_without_llguidance_one_line_says_what_to_install():
     code = (
-        "import sys; sys.modules['llguidance'] = None\n"  # what an import of it then finds
+        "import sys; sys.modules['llguidance'] = None\n"  # makes an import of it fail
         "import fiddler\n"
         "try: fiddler.Constraint.json_schema({})\n"
         "except fiddler.FiddlerError as error: print(error)"

@@ -1,4 +1,4 @@
-"""Biases, penalties and DRY against transformers, and against what one would write down without thinking of speed."""
+"""Biases, penalties and DRY against transformers, and against slow obvious oracles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ breakers = st.lists(st.sampled_from([b":", b"b", b"ba", b"b:a", b"zz"]), max_siz
 
 @PROPERTY
 @given(logits, st.dictionaries(st.integers(0, VOCABULARY - 1), st.floats(-10, 10), min_size=1))
-def test_bias_against_transformers(logits, bias):
+def test_biases_are_added_as_in_transformers(logits, bias):
     before = logits.copy()
     theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
     expected = theirs(torch.zeros(1, 1, dtype=torch.int64), torch.from_numpy(logits)[None])[0]
@@ -35,14 +35,14 @@ def test_bias_against_transformers(logits, bias):
     assert np.array_equal(logits, before)
 
 
-def test_a_bias_of_minus_infinity_bans():
+def test_a_bias_of_minus_infinity_bans_a_token():
     banned = add_bias(np.array([1, 2, 3], np.float32), {2: -math.inf, 0: 5.0})
     assert banned.tolist() == [6, 2, -math.inf]
 
 
 @PROPERTY
 @given(logits, tokens, st.floats(0.1, 10), st.floats(-2, 2), st.floats(-2, 2))
-def test_penalties_by_hand(logits, recent, repeat, presence, frequency):
+def test_repeat_presence_and_frequency_penalties_follow_their_formulas(logits, recent, repeat, presence, frequency):
     expected = logits.astype(np.float64)
     for token in set(recent):
         expected[token] *= repeat if expected[token] < 0 else 1 / repeat
@@ -53,36 +53,36 @@ def test_penalties_by_hand(logits, recent, repeat, presence, frequency):
 
 
 @pytest.mark.parametrize("count, expected", [(0, []), (2, [8, 9]), (3, [7, 8, 9]), (9, [7, 8, 9]), (-1, [7, 8, 9])])
-def test_lately(count, expected):
+def test_lately_returns_the_last_tokens_or_for_minus_1_all(count, expected):
     assert lately([7, 8, 9], count) == expected
 
 
 def naive_since_breaker(recent, breakers):
     text = b"".join(PIECES[token] for token in recent)
-    ends = [at + len(b) for b in breakers for at in range(len(text)) if text.startswith(b, at)]
+    ends = [position + len(b) for b in breakers for position in range(len(text)) if text.startswith(b, position)]
     starts = [len(b"".join(PIECES[token] for token in recent[:i])) for i in range(len(recent))]
     return sum(start >= max(ends, default=0) for start in starts)
 
 
 @PROPERTY
 @given(tokens.map(lambda ids: [token for token in ids if PIECES[token]]), breakers)
-def test_the_last_breaker_is_found_however_it_is_cut(recent, breakers):
+def test_the_last_breaker_is_found_however_it_is_cut_into_tokens(recent, breakers):
     assert since_breaker(recent, PIECES, breakers) == naive_since_breaker(recent, breakers)
 
 
 def naive_dry(logits, recent, multiplier, base, allowed, breakers):
-    """Every token, every place where it was, every length: quadratic and worse."""
+    """Tries every token, every earlier position of it and every length of a run: quadratic and worse."""
     expected = logits.astype(np.float64)
-    fresh = since_breaker(recent, PIECES, breakers)
+    unbroken = since_breaker(recent, PIECES, breakers)
     for token in range(VOCABULARY):
         if any(breaker in PIECES[token] for breaker in breakers):
             continue
         lengths = [
             length
-            for place in range(1, len(recent))
-            if recent[place] == token
-            for length in range(allowed, min(place, fresh) + 1)
-            if recent[place - length : place] == recent[len(recent) - length :]
+            for position in range(1, len(recent))
+            if recent[position] == token
+            for length in range(allowed, min(position, unbroken) + 1)
+            if recent[position - length : position] == recent[len(recent) - length :]
         ]
         if lengths:
             expected[token] -= multiplier * base ** (max(lengths) - allowed)
@@ -91,7 +91,7 @@ def naive_dry(logits, recent, multiplier, base, allowed, breakers):
 
 @PROPERTY
 @given(logits, runs, st.floats(0, 3), st.floats(1, 2), st.integers(0, 4), breakers)
-def test_dry_by_brute_force(logits, recent, multiplier, base, allowed, breakers):
+def test_dry_gives_the_penalties_of_trying_every_run(logits, recent, multiplier, base, allowed, breakers):
     before = logits.copy()
     actual = penalize_runs(logits, recent, multiplier, base, allowed, PIECES, breakers)
     expected = naive_dry(logits, recent, multiplier, base, allowed, breakers)
@@ -117,13 +117,13 @@ A, B, AB, COLON, IN, NONE = range(VOCABULARY)
         ([A], 0, [], [None] * 6),
     ],
 )
-def test_dry_by_hand(recent, allowed, breakers, expected):
+def test_dry_penalties_of_short_texts_by_hand(recent, allowed, breakers, expected):
     logits = np.zeros(VOCABULARY, np.float32)
     actual = penalize_runs(logits, recent, 1.0, 2.0, allowed, PIECES, breakers)
     assert actual.tolist() == [0.0 if n is None else -(2.0**n) for n in expected]
 
 
-def test_a_long_run_stays_a_number():
+def test_the_dry_penalty_of_a_long_run_stays_finite():
     logits = np.full(VOCABULARY, -LARGEST, np.float32)
     actual = penalize_runs(logits, [A] * 5000, 1e6, 1e6, 2)
     assert np.isfinite(actual).all()

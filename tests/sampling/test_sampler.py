@@ -1,4 +1,4 @@
-"""Choosing a token: against transformers, against slow obvious oracles, and by counting what is drawn."""
+"""Choosing a token: against transformers, against slow obvious oracles, and by counting drawn tokens."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def chances(values, temperature=1.0):
 
 
 def naive_top_p(logits, ids, p):
-    kept, reached = [], 0.0
+    selected, reached = [], 0.0
     for index, chance in zip(ids, chances(logits[ids]), strict=True):
-        kept.append(index)
+        selected.append(index)
         reached += chance
         if reached >= p:
             break
-    return kept
+    return selected
 
 
 def naive_min_p(logits, ids, p):
@@ -56,7 +56,7 @@ def naive_min_p(logits, ids, p):
 
 
 def not_on_an_edge(logits, ids, p):
-    """No sum of probabilities, and no ratio of two, so close to p that rounding decides."""
+    """Assume no sum of probabilities, and no ratio of two, so close to p that rounding decides."""
     chance = chances(logits[ids])
     assume(all(abs(reached - p) > 1e-9 for reached in np.cumsum(chance)))
     assume(all(abs(own / chance[0] - p) > 1e-6 for own in chance))
@@ -76,8 +76,8 @@ def test_top_k_is_the_first_k_of_a_full_sort(logits, k):
 
 @PROPERTY
 @given(tame_logits, st.integers(1, 45))
-def test_top_k_against_transformers(logits, k):
-    theirs = survivors(TopKLogitsWarper(k), logits)  # keeps all that equal the last
+def test_top_k_selects_the_tokens_of_transformers(logits, k):
+    theirs = survivors(TopKLogitsWarper(k), logits)  # takes all that equal the last
     ours = logits[top_k(logits, k)].tolist()
     assert ours == theirs[: len(ours)]
     assert len(ours) == min(k, logits.size)
@@ -85,27 +85,27 @@ def test_top_k_against_transformers(logits, k):
 
 @PROPERTY
 @given(tame_logits, st.floats(0, 1))
-def test_top_p_against_the_oracle_and_transformers(logits, p):
+def test_top_p_selects_the_tokens_of_the_oracle_and_of_transformers(logits, p):
     ids = np.array(by_size(logits))
     not_on_an_edge(logits, ids, p)
-    kept = top_p(logits, ids, p)
-    assert kept.tolist() == naive_top_p(logits, ids, p)
-    assert logits[kept].tolist() == survivors(TopPLogitsWarper(p), logits)
+    selected = top_p(logits, ids, p)
+    assert selected.tolist() == naive_top_p(logits, ids, p)
+    assert logits[selected].tolist() == survivors(TopPLogitsWarper(p), logits)
 
 
 @PROPERTY
 @given(tame_logits, st.floats(0, 1))
-def test_min_p_against_the_oracle_and_transformers(logits, p):
+def test_min_p_selects_the_tokens_of_the_oracle_and_of_transformers(logits, p):
     ids = np.array(by_size(logits))
     not_on_an_edge(logits, ids, p)
-    kept = min_p(logits, ids, p)
-    assert kept.tolist() == naive_min_p(logits, ids, p)
-    assert logits[kept].tolist() == survivors(MinPLogitsWarper(p), logits)
+    selected = min_p(logits, ids, p)
+    assert selected.tolist() == naive_min_p(logits, ids, p)
+    assert logits[selected].tolist() == survivors(MinPLogitsWarper(p), logits)
 
 
 @PROPERTY
 @given(tame_logits, st.lists(st.integers(0, 39), max_size=30), st.floats(0.1, 10))
-def test_penalty_against_transformers(logits, recent, penalty):
+def test_the_repeat_penalty_is_that_of_transformers(logits, recent, penalty):
     recent = [token for token in recent if token < logits.size]
     before = logits.copy()
     ours = penalize_repeats(logits, recent, penalty)
@@ -135,7 +135,7 @@ def test_penalty_against_transformers(logits, recent, penalty):
         ([1e-45, 0], 1, 1.0, 0.0, [0]),  # the smallest float32 is larger than none
     ],
 )
-def test_survivors_by_hand(logits, k, p, least, expected):
+def test_tokens_that_top_k_top_p_and_min_p_select_by_hand(logits, k, p, least, expected):
     logits = np.array(logits, np.float32)
     ids = min_p(logits, top_p(logits, top_k(logits, k), p), least)
     assert ids.tolist() == expected
@@ -149,20 +149,20 @@ def test_survivors_by_hand(logits, k, p, least, expected):
         ([1, 1, 2], 0.25, 1),
         ([1, 1, 2], 0.5, 2),
         ([1, 1, 2], 1 - 2**-53, 2),
-        ([0, 1, 0], 0.0, 1),  # neither before nor behind: a weight of 0 is never picked
+        ([0, 1, 0], 0.0, 1),  # a weight of 0 is never picked, neither first nor last
         ([0, 1, 0], 1 - 2**-53, 1),
         ([0.1] * 10 + [0], 1 - 2**-53, 9),  # the sum is a little less than 1
         ([1, 2**-53, 0], 1 - 2**-53, 0),  # too small to count beside the first
         ([3.0], 0.7, 0),
     ],
 )
-def test_pick(weights, uniform, expected):
+def test_pick_finds_the_token_whose_cumulative_weight_passes_the_uniform_number(weights, uniform, expected):
     assert pick(np.array(weights, np.float64), uniform) == expected
 
 
 @PROPERTY
 @given(any_logits, st.sampled_from([0.0, 5e-324, 1e-300, 0.3, 1.0, 1e300]), st.sampled_from([1e-6, 0.5, 1.0, 2.0, 1e6]))
-def test_whatever_the_logits_a_possible_token_is_chosen(logits, temperature, penalty):
+def test_for_any_logits_a_possible_token_is_chosen(logits, temperature, penalty):
     recent = list(range(0, logits.size, 2))
     for settings_ in (OFF, {}, {"top_k": 1, "top_p": 0.0, "min_p": 1.0}):
         sampler = Sampler(Sampling(temperature, **settings_, repeat_penalty=penalty, repeat_last_n=-1, seed=1))
@@ -174,13 +174,13 @@ def test_whatever_the_logits_a_possible_token_is_chosen(logits, temperature, pen
 
 @PROPERTY
 @given(any_logits)
-def test_temperature_0_and_close_to_it_choose_the_largest(logits):
+def test_temperatures_of_0_and_close_to_0_choose_a_largest_logit(logits):
     assert Sampler(Sampling(0.0))(logits, []) == by_size(logits)[0]
     largest = np.flatnonzero(logits == logits.max())
     assert Sampler(Sampling(1e-300, **OFF, seed=3))(logits, []) in largest
 
 
-def test_greedy_takes_the_lowest_id_among_equals_and_hears_the_penalty():
+def test_greedy_sampling_takes_the_lowest_id_of_equals_and_applies_the_repeat_penalty():
     logits = np.array([1, 4, 4, 3], np.float32)
     assert Sampler(Sampling(0.0))(logits, [1]) == 1
     assert Sampler(Sampling(0.0, repeat_penalty=1.1))(logits, [1]) == 2
@@ -189,7 +189,7 @@ def test_greedy_takes_the_lowest_id_among_equals_and_hears_the_penalty():
 
 
 @pytest.mark.parametrize("last, expected", [(0, 0), (1, 0), (2, 1), (3, 2), (9, 2), (-1, 2)])
-def test_the_penalty_reaches_the_last_tokens_only(last, expected):
+def test_the_repeat_penalty_applies_to_the_last_tokens_only(last, expected):
     logits = np.array([9, 8, 7, 6], np.float32)
     sampler = Sampler(Sampling(0.0, repeat_penalty=10.0, repeat_last_n=last))
     assert sampler(logits, [1, 0, 3]) == expected
@@ -220,14 +220,14 @@ def distribution(logits, recent, s, order=STEPS):
 
 
 LOG = math.log
-CASES = {  # two neighbours of the order, and a case in which they don't commute
+CASES = {  # two neighbours in the order, and a case in which they do not commute
     ("penalty", "top_k"): ([3.0, 2.9, 2.0, 1.9], [0], Sampling(1.0, 2, 1.0, 0.0, 2.0)),
     ("top_k", "top_p"): ([LOG(0.4), LOG(0.3), LOG(0.2), LOG(0.1)], [], Sampling(1.0, 2, 0.5, 0.0)),
     ("top_p", "min_p"): ([LOG(0.5), LOG(0.3), LOG(0.12), LOG(0.08)], [], Sampling(1.0, 0, 0.6, 0.3)),
     ("min_p", "temperature"): ([LOG(0.5), LOG(0.2), LOG(0.2), LOG(0.1)], [], Sampling(2.0, 0, 1.0, 0.5)),
     ("top_p", "temperature"): ([LOG(0.7), LOG(0.2), LOG(0.06), LOG(0.04)], [], Sampling(3.0, 0, 0.8, 0.0)),
 }
-DRAWS, BOUND = 10_000, 0.03  # a frequency strays further with a chance of 2 exp(-2 * 10000 * 0.03^2) = 3e-8 (Hoeffding)
+DRAWS, BOUND = 10_000, 0.03  # a larger deviation has a probability of 2 exp(-2 * 10000 * 0.03^2) = 3e-8 (Hoeffding)
 
 
 def assert_drawn_as_expected(logits, recent, sampling):
@@ -240,7 +240,7 @@ def assert_drawn_as_expected(logits, recent, sampling):
 
 
 @pytest.mark.parametrize("neighbours", CASES, ids=" before ".join)
-def test_what_is_drawn_follows_the_order(neighbours):
+def test_drawn_frequencies_follow_the_order_of_the_steps(neighbours):
     first, second = neighbours
     logits, recent, sampling = CASES[neighbours]
     right = distribution(logits, recent, sampling)
@@ -250,25 +250,25 @@ def test_what_is_drawn_follows_the_order(neighbours):
     assert_drawn_as_expected(logits, recent, sampling)
 
 
-def test_all_steps_together():
+def test_all_sampling_steps_together_draw_from_the_oracles_distribution():
     logits = [-1.0, 1.4, 0.5, -2.0, 1.0, 0.9, 0.1, -0.3]
     assert_drawn_as_expected(logits, [4, 7, 0, 1], Sampling(0.6, 6, 0.9, 0.2, 1.5, repeat_last_n=3))
 
 
-def test_a_large_vocabulary_is_drawn_as_its_softmax():
+def test_tokens_of_a_large_vocabulary_are_drawn_by_their_softmax():
     logits = np.random.default_rng(5).normal(0, 2, 500).astype(np.float32)
     sampler = Sampler(Sampling(1.0, **OFF, seed=11))
     drawn = np.bincount([sampler(logits, []) for _ in range(DRAWS)], minlength=logits.size)
     expected = np.array(chances(logits)) * DRAWS
     often = expected >= 5  # the others together are one more cell of Pearson's statistic
     observed = np.append(drawn[often], drawn[~often].sum())
-    wanted = np.append(expected[often], expected[~often].sum())
+    expected_cells = np.append(expected[often], expected[~often].sum())
     freedom = observed.size - 1
-    statistic = ((observed - wanted) ** 2 / wanted).sum()
+    statistic = ((observed - expected_cells) ** 2 / expected_cells).sum()
     assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)  # chi-squared: mean and variance, five deviations
 
 
-def test_a_seed_repeats_and_no_seed_does_not():
+def test_a_seed_repeats_its_draws_and_no_seed_does_not():
     logits = np.zeros(1000, np.float32)
     runs = [
         [sampler(logits, []) for _ in range(20)]
@@ -308,7 +308,7 @@ def test_values_out_of_range_are_refused(name, bad):
         ("seed", [None, 0, 2**64 - 1]),
     ],
 )
-def test_values_in_range_are_taken(name, good):
+def test_values_in_range_are_accepted(name, good):
     logits = np.array([0.5, 2.0, 1.0], np.float32)
     for value in good:
         assert Sampler(Sampling(**{name: value}))(logits, [0, 1, 2]) in (0, 1, 2)

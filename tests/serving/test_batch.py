@@ -1,4 +1,4 @@
-"""`fiddler batch`: each line of its prompts, what is in its results, and going on after any interruption."""
+"""`fiddler batch`: the lines of its input, its results, and its continuation after any interruption."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def job_file(tmp_path, *lines, defaults=DEFAULTS):
     return JobFile(path, defaults)
 
 
-def test_a_line_says_what_differs_from_the_defaults(tmp_path):
+def test_the_fields_of_a_line_replace_the_defaults(tmp_path):
     file = job_file(
         tmp_path,
         b'\xef\xbb\xbf{"id": 1, "prompt": "a", "top_k": null}',
@@ -54,21 +54,21 @@ def test_a_line_says_what_differs_from_the_defaults(tmp_path):
     assert [job.id for job in file.jobs({1, 2.5})] == ["1"]
 
 
-def test_every_field_of_sampling_is_one_of_a_lines(tmp_path):
-    usual = {field.name: getattr(Sampling(seed=3), field.name) for field in fields(Sampling)}
-    (job,) = job_file(tmp_path, {"id": 1, "prompt": "a"} | usual).jobs(set())
+def test_a_line_may_have_every_field_of_sampling(tmp_path):
+    values = {field.name: getattr(Sampling(seed=3), field.name) for field in fields(Sampling)}
+    (job,) = job_file(tmp_path, {"id": 1, "prompt": "a"} | values).jobs(set())
     assert job.sampling == Sampling(seed=3)
 
 
-def test_a_lines_seed_depends_on_its_id_and_nothing_else(tmp_path):
+def test_the_seed_of_a_line_depends_on_its_id_and_the_default_seed_only(tmp_path):
     def seeds(seed, *ids):
         file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in ids), defaults=Defaults(Sampling(seed=seed)))
         return {job.id: job.sampling.seed for job in file.jobs(set())}
 
-    some, others = seeds(1, 1, 2, "1", "2"), seeds(1, "2", 3, 1)
-    assert len(set(some.values())) == 4
-    assert (some[1], some["2"]) == (others[1], others["2"])
-    assert not set(seeds(2, 1, 2, "1", "2").values()) & set(some.values())
+    first, second = seeds(1, 1, 2, "1", "2"), seeds(1, "2", 3, 1)
+    assert len(set(first.values())) == 4
+    assert (first[1], first["2"]) == (second[1], second["2"])
+    assert not set(seeds(2, 1, 2, "1", "2").values()) & set(first.values())
     assert seeds(None, 1, 2) == {1: None, 2: None}
 
 
@@ -112,19 +112,19 @@ def test_a_lines_seed_depends_on_its_id_and_nothing_else(tmp_path):
         ({"id": 1, "prompt": "a", "logit_bias": [5]}, "logit_bias is"),
     ],
 )
-def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
+def test_a_bad_line_is_refused_with_its_number(tmp_path, line, message):
     with pytest.raises(RequestError, match=rf"in\.jsonl, line 2: .*{message}") as refused:
         job_file(tmp_path, {"id": 7, "prompt": "a"}, line)
     assert len(str(refused.value)) < 500 + len(str(tmp_path))
 
 
-def test_messages(tmp_path):
+def test_the_messages_of_a_line_are_its_prompt(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
     (job,) = job_file(tmp_path, {"id": 1, "messages": messages}).jobs(set())
     assert list(job.prompt) == messages
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+def test_a_file_that_cannot_be_read_or_holds_no_prompt_is_refused(tmp_path):
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "no regular file")):
         with pytest.raises(RequestError, match=message):
             JobFile(path, DEFAULTS)
@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
         job_file(tmp_path, b"", b" ")
 
 
-def test_a_file_that_changes_meanwhile(tmp_path):
+def test_a_file_that_changes_while_its_jobs_run_is_an_error(tmp_path):
     file = job_file(tmp_path, {"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b"})
     file.path.write_text('{"id": 1, "prompt": "a"}\n{"id": 3, "prompt": "c"}\n')
     with pytest.raises(RequestError, match="line 2: was changed"):
@@ -148,16 +148,16 @@ def answer(results, identity):
     results.add(identity, text="ü\u2028\n", finish_reason="stop", prompt_tokens=1, generated_tokens=2)
 
 
-def test_a_line_cut_anywhere_is_taken_off(tmp_path, out):
+def test_a_last_result_cut_anywhere_is_removed_and_written_again(tmp_path, out):
     source = tmp_path / "in.jsonl"
     with Results(out, source, [1, "b", 3]) as results:
         answer(results, 1)
         results.add("b", error="too long")
-        kept = out.read_bytes()
+        complete = out.read_bytes()
         answer(results, 3)
     whole = out.read_bytes()
     assert len(whole.split(b"\n")) == 4
-    for cut in range(len(kept), len(whole)):
+    for cut in range(len(complete), len(whole)):
         out.write_bytes(whole[:cut])
         with Results(out, source, [1, "b", 3]) as results:
             assert results.done == {1, "b"}
@@ -177,14 +177,14 @@ def test_a_line_cut_anywhere_is_taken_off(tmp_path, out):
         ("[" * 200000 + "\n", "line 1: is nested too deeply"),
     ],
 )
-def test_what_is_not_ours_is_left_as_it_is(tmp_path, out, text, message):
+def test_a_file_that_holds_no_results_of_these_prompts_is_refused_and_left_as_it_is(tmp_path, out, text, message):
     out.write_text(text)
     with pytest.raises(RequestError, match=message):
         Results(out, tmp_path / "in.jsonl", [1, 2])
     assert out.read_text() == text
 
 
-def test_where_results_cannot_go(tmp_path, out):
+def test_results_cannot_go_to_the_prompts_a_special_file_or_a_file_in_use(tmp_path, out):
     source = tmp_path / "in.jsonl"
     source.write_text("prompts")
     link = tmp_path / "link"
@@ -205,7 +205,7 @@ def test_where_results_cannot_go(tmp_path, out):
         assert not results.done
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path, out):
+def test_a_full_disk_leaves_whole_result_lines(tmp_path, out):
     source = tmp_path / "in.jsonl"
     with Results(out, source, [1, 2]) as results:
         answer(results, 1)
@@ -224,7 +224,7 @@ def batch(*arguments):
     return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, timeout=PATIENCE, check=False)
 
 
-def test_the_command_answers_each_prompt_as_run_would(tmp_path, out):
+def test_the_command_answers_each_prompt_as_generate_does_and_once_only(tmp_path, out):
     prompts = ["Once upon a time", "A cat", "word " * 200, "The ünicorn"]
     lines = [{"id": n, "prompt": text} for n, text in enumerate(prompts)] + [{"id": "own", "prompt": "One", "seed": 5}]
     file = job_file(tmp_path, *lines, defaults=Defaults(Sampling(seed=3)))
@@ -232,41 +232,41 @@ def test_the_command_answers_each_prompt_as_run_would(tmp_path, out):
     done = batch(file.path, out, *options)
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"5 results (errors: 1), 0 were there" in done.stderr
-    made = {line["id"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+    results = {line["id"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
     engine = fiddler.load(precision="exact", device="cpu", context=100)
     for job in file.jobs(set()):
         if job.id == 2:
-            assert "exceed the context of 100" in made[2]["error"]
+            assert "exceed the context of 100" in results[2]["error"]
             continue
         alone = engine.generate(job.prompt, job.sampling, 9)
-        assert made[job.id] == {
+        assert results[job.id] == {
             "id": job.id,
             "text": alone.text,
             "finish_reason": alone.finish_reason,
             "prompt_tokens": alone.stats.prompt_tokens,
             "generated_tokens": len(alone.tokens),
         }
-    assert len(made) == 5
+    assert len(results) == 5
     before = out.read_bytes()
     again = batch(file.path, out, "-m", tmp_path / "never-opened.gguf")
     assert (again.returncode, out.read_bytes()) == (0, before)
     assert b"has all 5 results" in again.stderr
 
 
-def test_bad_input_is_refused_before_any_model(tmp_path, out):
+def test_bad_input_is_refused_before_any_model_is_opened(tmp_path, out):
     file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in range(10000)))
-    with file.path.open("a") as more:
-        more.write('{"id": 1}\n')
-    never = ["-m", tmp_path / "never-opened.gguf"]
-    done = batch(file.path, out, *never)
+    with file.path.open("a") as appended:
+        appended.write('{"id": 1}\n')
+    unopened_model = ["-m", tmp_path / "never-opened.gguf"]
+    done = batch(file.path, out, *unopened_model)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
     assert b"line 10001: give either a prompt or messages" in done.stderr
     assert not out.exists()
     for options in (["--temp", "-1"], ["--stop", ""], ["-np", 0], ["--top-p", 2]):
-        assert batch(file.path, out, *never, *options).returncode == 2
+        assert batch(file.path, out, *unopened_model, *options).returncode == 2
 
 
-def test_an_interrupted_run_leaves_whole_lines(tmp_path, out):
+def test_an_interrupted_batch_leaves_whole_result_lines(tmp_path, out):
     file = job_file(tmp_path, *({"id": n, "prompt": "Once upon a time"} for n in range(3000)))
     with subprocess.Popen([*CLI, file.path, out, "-n", "9"], stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + PATIENCE
@@ -283,16 +283,16 @@ def test_an_interrupted_run_leaves_whole_lines(tmp_path, out):
     assert "Traceback" not in message
 
 
-def test_killed_and_started_again_it_loses_and_repeats_nothing(tmp_path):
-    """A few moments; `kill_batch.py` takes as many as one likes."""
-    made, whole = kill_batch.kill_often(tmp_path, moments=3, prompts_each=15, seed=1)
+def test_a_batch_that_is_killed_and_started_again_loses_and_repeats_no_result(tmp_path):
+    """Killed at three random moments; `tools/kill_batch.py` does so at any number."""
+    killed, undisturbed = kill_batch.kill_often(tmp_path, moments=3, prompts_each=15, seed=1)
     order = {"key": lambda line: line["id"]}
-    assert sorted(made, **order) == sorted(whole, **order)
-    assert [line["id"] for line in sorted(whole, **order)] == list(range(45))
+    assert sorted(killed, **order) == sorted(undisturbed, **order)
+    assert [line["id"] for line in sorted(undisturbed, **order)] == list(range(45))
 
 
-def test_messages_are_answered_by_the_models_template(tmp_path):
-    """As a chat answers them; where there is no template, or it refuses them, the line's result says so."""
+def test_messages_of_a_batch_are_answered_by_the_models_template(tmp_path):
+    """As in a chat; without a template, or where it refuses them, the line's result says so."""
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[story]"
     model = synthetic.with_template(DEMO_MODEL, tmp_path / "model.gguf", template)
     file = job_file(
@@ -300,9 +300,9 @@ def test_messages_are_answered_by_the_models_template(tmp_path):
         {"id": 1, "messages": [{"role": "user", "content": "a cat"}], "n_probs": 2},
         {"id": 2, "prompt": "[user] a cat\n[story]", "logit_bias": {"2": -1}},
     )
-    asked = ["-n", "12", "--temp", "0", "--precision", "exact"]
+    options = ["-n", "12", "--temp", "0", "--precision", "exact"]
     out = tmp_path / "out.jsonl"
-    assert batch(file.path, out, "-m", model, *asked).returncode == 0
+    assert batch(file.path, out, "-m", model, *options).returncode == 0
     results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     chat = fiddler.Chat(
         fiddler.load(model, device="cpu", precision="exact"), None, fiddler.Sampling(temperature=0.0), 12
@@ -310,7 +310,7 @@ def test_messages_are_answered_by_the_models_template(tmp_path):
     assert results[1]["text"] == "".join(chat.send("a cat"))
     assert [len(step["top_logprobs"]) for step in results[1]["log_probs"]] == [2] * results[1]["generated_tokens"]
     out.unlink()
-    assert batch(file.path, out, *asked).returncode == 0
+    assert batch(file.path, out, *options).returncode == 0
     results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert "no chat template" in results[1]["error"]
     assert results[2]["text"]

@@ -1,4 +1,4 @@
-"""The timeline: what of a stretch of time was idle."""
+"""The timeline: the idle time of an interval, and the spans of a thread."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from fiddler.telemetry.timeline import Span, Tracer
 KINDS = [("experts", "CPU"), ("dense", "CPU"), ("wait", "CPU"), ("link", "CPU"), ("link", "GPU"), ("experts", "GPU")]
 
 
-class Given(Tracer):
-    """A timeline of these spans."""
+class FixedTracer(Tracer):
+    """A tracer that has these spans."""
 
     def __init__(self, spans):
         super().__init__()
-        self.given = spans
+        self.fixed_spans = spans
 
     def spans(self):
-        return self.given
+        return self.fixed_spans
 
 
-def counted(spans, begin, end):
-    """Millisecond by millisecond."""
-    works = [span for span in spans if span.place == "GPU" or span.name in ("experts", "dense")]
-    return sum(not any(span.begun <= t < span.ended for span in works) for t in range(begin, end))
+def idle_by_counting(spans, begin, end):
+    """Idle time, counted one unit of time after another."""
+    work = [span for span in spans if span.place == "GPU" or span.name in ("experts", "dense")]
+    return sum(not any(span.begun <= t < span.ended for span in work) for t in range(begin, end))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_idle_is_what_no_work_covers(seed):
+def test_idle_time_is_the_time_that_no_work_covers(seed):
     numbers = random.Random(seed)
     spans = []
     for _ in range(numbers.randrange(12)):
         (name, place), begun = numbers.choice(KINDS), numbers.randrange(80)
         spans.append(Span(name, begun, begun + numbers.randrange(25), 0, place, 0))
     begin, end = 10, 70
-    assert Given(spans).idle(begin, end) == counted(spans, begin, end)
+    assert FixedTracer(spans).idle(begin, end) == idle_by_counting(spans, begin, end)
 
 
-def test_what_a_thread_did_is_on_the_timeline():
+def test_spans_of_a_thread_are_on_the_timeline_and_in_its_chrome_trace():
     tracer = Tracer()
     begun = time.perf_counter()
     with tracer.span("experts", 12):

@@ -1,4 +1,4 @@
-"""Prompts of conversations against transformers' `apply_chat_template`; what a user types stays text."""
+"""Chat prompts against transformers' `apply_chat_template`; a user's text never becomes a control token."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def pair(name, form="older"):
 
 
 def conversation(*contents, system=None):
-    """Messages of the user and the assistant, taking turns."""
+    """Alternating messages of the user and the assistant."""
     first = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
-    return first + [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
+    return first + [{"role": roles[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
 WRITTEN = (
@@ -87,7 +87,7 @@ SYSTEMS = (None, "You are terse.", "", "  Two lines,\nspaces around.  ")
 
 
 def conversations(family):
-    """Written ones and random ones, with and without a system message where the template takes one."""
+    """Written and random conversations, with and without a system message where the template accepts one."""
     source = random.Random(7)
     plain = [text for text in texts() if not any(name in text for name in ("<s>", "</s>", "<unk>", *CONTROLS))]
     drawn = tuple(conversation(*source.sample(plain, source.choice((1, 3, 5)))) for _ in range(20))
@@ -96,10 +96,10 @@ def conversations(family):
             yield conversation(system=system) + messages
 
 
-def differing(theirs, ours, some):
+def differing(theirs, ours, cases):
     """Conversations whose text or ids differ."""
-    found = []
-    for messages in some:
+    failures = []
+    for messages in cases:
         prompt = messages[-1]["role"] == "user"
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
@@ -107,21 +107,21 @@ def differing(theirs, ours, some):
             text,
             ids,
         ):
-            found.append(messages)
-    return found
+            failures.append(messages)
+    return failures
 
 
 @pytest.mark.parametrize(
     "name, form", [*((name, "older") for name in FAMILIES), ("mixtral", "first"), ("chatml", "first")]
 )
-def test_text_and_ids_are_those_of_transformers(name, form):
-    some = list(conversations(FAMILIES[name]))
-    assert len(some) >= 29
-    assert differing(*pair(name, form), some) == []
+def test_text_and_ids_of_conversations_are_those_of_transformers(name, form):
+    cases = list(conversations(FAMILIES[name]))
+    assert len(cases) >= 29
+    assert differing(*pair(name, form), cases) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_bos_where_the_template_writes_it_and_none_elsewhere(name):
+def test_bos_tokens_are_those_that_the_template_writes(name):
     theirs, ours = pair(name)
     ids = ours.ids(conversation("Hello", "Hi", "And?"))
     expected = FAMILIES[name].template.count("bos_token") and (2 if name == "llama 2" else 1)  # one before each [INST]
@@ -160,7 +160,7 @@ def test_a_control_token_in_a_message_stays_text(name):
         # transformers marks them, too (and cuts the text there, so that its other ids differ).
         marked = theirs.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
         assert control(ours, marked["input_ids"]) == template
-        # All of the text is there: what lies between the template's own control tokens is encoded as any other text.
+        # All of the text is there: spans between the template's own control tokens are encoded as any other text.
         rest = ours.text(messages)
         for span, name in zip(spans(ids, template), [*map(tokenizer.token, template), ""], strict=True):
             assert span == tokenizer.encode(tokenizer.decode(span))
@@ -172,20 +172,20 @@ def test_a_control_token_in_a_message_stays_text(name):
 
 def spans(ids, between):
     """`ids` cut at each of `between`."""
-    found = [[]]
+    parts = [[]]
     for index in ids:
         if index in between:
-            found.append([])
+            parts.append([])
         else:
-            found[-1].append(index)
-    return found
+            parts[-1].append(index)
+    return parts
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.sampled_from([*NAMES, "<", ">", "|", "/s", "<|im_", "end|>", " ", "x", "\n"]), max_size=8).map("".join)
 )
-def test_whatever_is_typed_the_control_tokens_are_the_templates(text):
+def test_for_any_message_all_control_tokens_are_the_templates(text):
     _, ours = pair("phi 3")
     assert control(ours, ours.ids(conversation(text, text, text))) == control(
         ours, ours.ids(conversation("x", "x", "x"))
@@ -209,14 +209,14 @@ def test_whatever_is_typed_the_control_tokens_are_the_templates(text):
         ("b |", "b# |"),
         ("b ", "b# #"),  # a name with a space in it, which may or may not be stripped
         (" |", "# #|"),
-        ("x", "x"),  # of one character
+        ("x", "x"),  # a name of one character
     ],
 )
-def test_where_bars_go(text, expected):
+def test_bars_go_where_a_text_or_its_ends_could_form_a_name(text, expected):
     assert barred(text, ["b |", "</s>", "x"], "#") == expected
 
 
-def test_half_a_name_from_a_message_and_half_from_the_template():
+def test_a_name_half_from_a_message_and_half_from_the_template_is_no_control_token():
     keys = small(*LETTERS, ("<|a|>", 0, CONTROL), ("c", 0, CONTROL), ("<b>", 0, USER))
     tokenizer = Tokenizer.from_metadata(keys)
     template = "{% for m in messages %}{{ m.content }}|a|>{% endfor %}<|a|>"
@@ -227,7 +227,7 @@ def test_half_a_name_from_a_message_and_half_from_the_template():
     assert 266 in ours.ids(conversation("<b>"))  # no control token, so a text may hold it
 
 
-def test_a_template_may_strip_cut_and_test_a_message():
+def test_a_template_may_cut_and_test_a_message_as_in_transformers():
     theirs, ours = pair("deepseek")
     text = ours.text(conversation("x", "<think>2</think>4 </s>", "y"))
     assert "think>2" not in text
@@ -240,7 +240,7 @@ def test_a_template_may_strip_cut_and_test_a_message():
 
 
 @pytest.mark.parametrize(
-    "messages, said",
+    "messages, error",
     [
         ([], "no messages"),
         ([{"role": "user"}], "message 0"),
@@ -250,8 +250,8 @@ def test_a_template_may_strip_cut_and_test_a_message():
         (conversation("x") + conversation("y"), "refuses these messages: 'After the optional system message"),
     ],
 )
-def test_messages_that_make_no_sense(messages, said):
-    with pytest.raises(RequestError, match=said) as caught:
+def test_messages_that_make_no_sense_are_refused_in_one_line(messages, error):
+    with pytest.raises(RequestError, match=error) as caught:
         pair("mixtral")[1].ids(messages)
     assert "\n" not in str(caught.value)
 
@@ -267,6 +267,6 @@ def test_special_tokens_are_those_that_the_file_names():
     }
 
 
-def test_no_template():
+def test_a_model_without_a_template_needs_one_as_an_argument():
     assert ChatTemplate.of(REAL, {}) is None
     assert ChatTemplate.of(REAL, {}, "{{ eos_token }}").ids(conversation("x")) == [2]

@@ -1,4 +1,4 @@
-"""The model file's format, against the library that owns it."""
+"""The format of SentencePiece's model file, against the `sentencepiece` package."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_the_real_model_reads_as_the_library_reads_it():
         TokenType.UNUSED: oracle.is_unused,
     }
     for kind, oracle_says in flags.items():
-        assert [found == kind for found in model.types] == [oracle_says(i) for i in ids]
+        assert [type_ == kind for type_ in model.types] == [oracle_says(i) for i in ids]
     assert (model.model_type, model.byte_fallback, model.normalizer) == (ModelType.BPE, True, b"identity")
     assert (model.add_dummy_prefix, model.remove_extra_whitespaces, model.has_charsmap) == (True, False, False)
 
 
-def test_the_real_model_survives_writing():
+def test_the_real_model_is_the_same_after_writing_and_reading():
     model = SentencePieceModel.from_bytes(RAW)
     written = model.to_bytes()
     assert SentencePieceModel.from_bytes(written) == model
@@ -55,7 +55,7 @@ def test_the_real_model_survives_writing():
     st.tuples(*[st.booleans()] * 5),
     st.binary(max_size=9),
 )
-def test_what_is_written_reads_back(pieces, model_type, flags, name):
+def test_any_written_model_reads_back_equal(pieces, model_type, flags, name):
     model = SentencePieceModel(
         *(tuple(column) for column in zip(*pieces, strict=True)),
         model_type=model_type,
@@ -75,14 +75,14 @@ def test_fields_left_out_have_the_formats_defaults():
     assert (model.model_type, model.add_dummy_prefix, model.remove_extra_whitespaces) == (ModelType.UNIGRAM, True, True)
 
 
-def test_unknown_fields_are_passed_over():
+def test_unknown_fields_are_skipped():
     # self_test_data (4, a string), an extension as varint, one as fixed64
     extra = b"\x22\x02hi" + b"\xc0\x0c\x07" + b"\xc9\x0c" + bytes(8)
     assert SentencePieceModel.from_bytes(extra + TINY.to_bytes() + extra) == TINY
 
 
 @pytest.mark.parametrize(
-    "data, says",
+    "data, message",
     [
         (b"", "no pieces"),
         (b"\x0a", "truncated"),
@@ -100,28 +100,28 @@ def test_unknown_fields_are_passed_over():
         (b"\x15abc", "truncated"),
     ],
 )
-def test_damage_is_named(data, says):
-    with pytest.raises(WireFormatError, match=says):
+def test_damaged_bytes_are_refused_with_the_reason(data, message):
+    with pytest.raises(WireFormatError, match=message):
         SentencePieceModel.from_bytes(data)
 
 
-def test_a_truncated_file_is_refused_or_shorter():
+def test_a_truncated_model_is_refused_or_has_fewer_pieces():
     whole = TINY.to_bytes()
     for length in range(len(whole)):
         try:
-            found = SentencePieceModel.from_bytes(whole[:length])
+            model = SentencePieceModel.from_bytes(whole[:length])
         except WireFormatError:
             continue
-        assert found.pieces == TINY.pieces[: len(found.pieces)]
-        assert found != TINY
+        assert model.pieces == TINY.pieces[: len(model.pieces)]
+        assert model != TINY
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_arbitrary_bytes_raise_nothing_else(data):
+def test_arbitrary_bytes_are_a_model_or_raise_wire_format_error(data):
     for candidate in (data, TINY.to_bytes()[:40] + data):
         try:
-            found = SentencePieceModel.from_bytes(candidate)
+            model = SentencePieceModel.from_bytes(candidate)
         except WireFormatError:
             continue
-        assert len(found.pieces) == len(found.scores) == len(found.types) > 0
+        assert len(model.pieces) == len(model.scores) == len(model.types) > 0

@@ -1,4 +1,4 @@
-"""Hostile templates: escapes and bombs are refused in bounded time, with one line; honest ones render as elsewhere."""
+"""Hostile templates: escapes and bombs are refused in bounded time, in one line; others render as in transformers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MESSAGES = [{"role": "user", "content": 'Hello </s> "x" <b>é\n'}]
 
 @pytest.fixture(scope="module")
 def process():
-    made = TemplateProcess(LIMITS)
-    yield made
-    made.close()
+    renderer = TemplateProcess(LIMITS)
+    yield renderer
+    renderer.close()
 
 
-def refused(process, template, *fragments):
-    """The message; within the seconds of computing and what starting another process takes, on a busy machine."""
+def assert_refused(process, template, *fragments):
+    """The message of the refusal. 60 s: on a busy machine, with the start of another process."""
     started = time.monotonic()
     with pytest.raises(FileFormatError) as caught:
         process.render(template, {"messages": MESSAGES, "bos_token": "<s>"})
@@ -170,35 +170,35 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES)
-def test_escapes_are_refused(process, template):
-    refused(process, template, "tries what is forbidden")
+def test_templates_that_try_to_escape_are_refused(process, template):
+    assert_refused(process, template, "tries what is forbidden")
 
 
-@pytest.mark.parametrize("template, fragments", [(one, how) for one, *how in BOMBS.values()], ids=BOMBS)
-def test_bombs_are_refused_in_bounded_time(process, template, fragments):
-    refused(process, template, *fragments)
+@pytest.mark.parametrize("template, fragments", [(bomb, texts) for bomb, *texts in BOMBS.values()], ids=BOMBS)
+def test_templates_that_exhaust_time_or_memory_are_refused_in_bounded_time(process, template, fragments):
+    assert_refused(process, template, *fragments)
 
 
-def test_bombs_meet_the_usual_limits_as_well():
+def test_the_default_limits_refuse_bombs_too():
     process = TemplateProcess(Limits())
-    refused(process, BOMBS["nested lists compared"][0], "2 s of computing")
-    refused(process, BOMBS["join"][0], "256 MiB")
+    assert_refused(process, BOMBS["nested lists compared"][0], "2 s of computing")
+    assert_refused(process, BOMBS["join"][0], "256 MiB")
 
 
-def test_after_a_bomb_the_next_template_renders(process):
+def test_after_a_refused_template_the_next_one_renders(process):
     for name in ("loops", "multiplied", "a recursive macro", "range in pieces"):
-        refused(process, BOMBS[name][0], "")
+        assert_refused(process, BOMBS[name][0], "")
         assert process.render("{{ a }}!", {"a": "é\udc80"}) == "é\udc80!"
 
 
-def test_what_is_outside_cannot_be_reached_even_without_the_sandbox(tmp_path):
-    """The second wall: the same limits around a program that may do as it likes."""
+def test_even_without_the_sandbox_the_process_opens_no_file_and_gets_no_more_memory(tmp_path):
+    """The second wall: the limits of the process hold for a program without a sandbox, too."""
     program = """
-import os, sys, fiddler.template_sandbox as it
-it._limit(64 << 20)
-def refused(work):
+import os, sys, fiddler.text.template_sandbox as sandbox
+sandbox._limit(64 << 20)
+def refused(action):
     try:
-        work()
+        action()
     except (OSError, MemoryError):
         return "refused"
 print([refused(w) for w in (lambda: open(sys.argv[1]), lambda: open(sys.argv[2], "w"), lambda: bytearray(1 << 27))])
@@ -235,7 +235,7 @@ def test_honest_templates_render_as_in_transformers(process, template):
 
 
 @pytest.mark.parametrize("message", ["no system\nmessages", "\x1b[2J", "'x' * 10**7"])
-def test_what_a_template_raises_is_one_short_line(process, message):
+def test_an_exception_raised_by_a_template_is_one_short_line(process, message):
     expression = message if "*" in message else f"'{message}'"
     with pytest.raises(RequestError, match="refuses these messages") as caught:
         process.render("{{ raise_exception(" + expression + ") }}", {})
@@ -257,24 +257,24 @@ def test_the_process_ends_with_its_owner():
     assert second.returncode is not None
 
 
-def test_a_python_that_cannot_be_started(monkeypatch):
+def test_a_python_that_cannot_be_started_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ResourceError, match=r"cannot start /nowhere/python"):
         TemplateProcess(LIMITS).render("x", {})
 
 
-def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch):
+def test_after_an_interrupted_request_the_next_one_gets_its_own_answer(monkeypatch):
     process = TemplateProcess(Limits())
     assert process.render("{{ a }}", {"a": "one"}) == "one"
     real = template_process._exchange
 
-    def interrupted(asked, request, deadline):
-        asked.stdin.write(request)
-        asked.stdin.flush()
+    def interrupted_exchange(child, request, deadline):
+        child.stdin.write(request)
+        child.stdin.flush()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(template_process, "_exchange", interrupted)
+        patch.setattr(template_process, "_exchange", interrupted_exchange)
         with pytest.raises(KeyboardInterrupt):
             process.render("{{ a }}", {"a": "two"})
     assert template_process._exchange is real

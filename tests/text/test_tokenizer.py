@@ -1,4 +1,4 @@
-"""Ids and text against SentencePiece itself, on Mixtral's own model; everything beyond it on small vocabularies."""
+"""Ids and text of Mixtral's own model against SentencePiece; features beyond SentencePiece on small vocabularies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORACLE = sentencepiece.SentencePieceProcessor(model_file=str(REAL_MODEL))
 
 
 def plain(text):
-    """What decoding can give back: SentencePiece writes a space as U+2581 and cannot tell the two apart."""
+    """The text that decoding can return: SentencePiece writes a space as U+2581 and cannot tell the two apart."""
     return text.replace("▁", " ")
 
 
@@ -42,13 +42,13 @@ def streamed(tokenizer, ids, continuing=False):
 # --- Mixtral's own vocabulary -------------------------------------------------------------------------------------
 
 
-def test_ids_are_sentencepieces():
+def test_ids_of_many_texts_are_those_of_sentencepiece():
     differing = [text for text in texts() if REAL.encode(text) != ORACLE.encode(text)]
     assert len(texts()) >= 5000
     assert differing == []
 
 
-def test_text_is_sentencepieces_and_round_trips():
+def test_decoded_text_is_that_of_sentencepiece_and_round_trips():
     for text in texts():
         ids = REAL.encode(text)
         assert REAL.decode(ids) == ORACLE.decode(ids) == plain(text)
@@ -56,7 +56,7 @@ def test_text_is_sentencepieces_and_round_trips():
         assert REAL.decode([1, *ids, 2]) == plain(text)
 
 
-def test_streamed_is_whole():
+def test_streamed_text_is_the_whole_text():
     for text in texts():
         ids = REAL.encode(text)
         parts, rest = streamed(REAL, ids)
@@ -64,7 +64,7 @@ def test_streamed_is_whole():
         assert rest == ""
 
 
-def test_what_goes_on_from_a_text_gets_no_space():
+def test_a_text_that_continues_another_gets_no_space_prefix():
     pieces = REAL.pieces()
     for text in texts()[::5]:
         ids = REAL.encode(text, continuing=True)
@@ -73,14 +73,14 @@ def test_what_goes_on_from_a_text_gets_no_space():
     assert (pieces[1], REAL.pieces(special=True)[1], pieces[3]) == (b"", b"<s>", b"\0")
 
 
-def test_a_continuation_joins_its_prompt():
+def test_prompt_and_continuation_decode_to_the_whole_text():
     for text in texts()[::5]:
         ids = REAL.encode(text)
         for cut in {1, len(ids) // 2, len(ids) - 1} - {0, -1}:
-            prompt, more = ids[:cut], ids[cut:]
-            assert REAL.decode_bytes(prompt) + REAL.decode_bytes(more, continuing=True) == plain(text).encode()
-            parts, rest = streamed(REAL, more, continuing=True)
-            assert "".join(parts) + rest == REAL.decode(more, continuing=True)
+            prompt, continuation = ids[:cut], ids[cut:]
+            assert REAL.decode_bytes(prompt) + REAL.decode_bytes(continuation, continuing=True) == plain(text).encode()
+            parts, rest = streamed(REAL, continuation, continuing=True)
+            assert "".join(parts) + rest == REAL.decode(continuation, continuing=True)
 
 
 @settings(deadline=None)
@@ -105,7 +105,7 @@ def test_any_ids_stream_as_they_decode(ids):
         parts, rest = streamed(REAL, ids, continuing)
         whole = REAL.decode_bytes(ids, continuing)
         assert "".join(parts) + rest == REAL.decode(ids, continuing)
-        # Nothing is held back but the beginning of one character, and nothing is given out by halves.
+        # Only the beginning of one character is held back, and no half character comes out.
         assert len(rest) <= 3
         assert all(char < "\ud800" or char > "\udfff" for part in parts for char in part)
         if "\ufffd" not in REAL.decode(ids, continuing):
@@ -156,7 +156,7 @@ def test_a_surrogate_that_is_no_byte_becomes_the_replacement_character():
 
 
 @pytest.mark.parametrize("text", ["<s>", "</s>", "<unk>", " <s> a</s>", "<s></s>", "<0x0A>", "a<s>"])
-def test_what_a_user_types_is_never_a_control_token(text):
+def test_the_name_of_a_control_token_in_a_text_stays_text(text):
     ids = REAL.encode(text)
     assert all(REAL.decode([index]) or REAL.token(index) == "▁" for index in ids)
     assert not {0, 1, 2, 13} & set(ids)
@@ -171,19 +171,19 @@ def test_special_tokens_are_recognised_on_request():
     assert REAL.decode([]) == REAL.decode([1]) == ""
 
 
-def test_properties_of_the_real_one():
+def test_mixtrals_tokenizer_has_its_known_properties():
     assert (REAL.vocab_size, REAL.bos_id, REAL.eos_id, REAL.end_ids) == (32000, 1, 2, frozenset({2}))
     assert (REAL.add_bos, REAL.add_eos, REAL.chat_template) == (True, False, None)
     assert (REAL.token(1), REAL.token(13)) == ("<s>", "<0x0A>")
 
 
-def test_loading_takes_no_noticeable_time():
-    keys, spent = real_metadata(), []
+def test_loading_mixtrals_vocabulary_takes_less_than_a_second():
+    keys, seconds = real_metadata(), []
     for _ in range(3):
         start = time.process_time()
         Tokenizer.from_metadata(keys)
-        spent.append(time.process_time() - start)
-    assert min(spent) < 1.0  # 0.09 s in quiet; a slip into quadratic time would take minutes
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1.0  # 0.09 s on an idle machine; quadratic time would take minutes
 
 
 @pytest.mark.parametrize("index", [-1, 32000, 1 << 70])
@@ -212,19 +212,19 @@ def test_ids_outside_the_vocabulary_are_refused(index):
         ("<unk>", True, [0]),
     ],
 )
-def test_special_tokens_in_text(text, special, ids):
+def test_special_tokens_in_a_text_get_their_ids_and_the_text_around_them_its_prefixes(text, special, ids):
     tokenizer = Tokenizer.from_metadata(small(*ODD))
     assert tokenizer.encode(text, parse_special=special) == ids
 
 
-def test_user_defined_tokens_decode_as_they_are():
+def test_user_defined_tokens_decode_to_their_exact_text():
     tokenizer = Tokenizer.from_metadata(small(*ODD))
     assert tokenizer.decode([268]) == "  b"
     assert tokenizer.decode([266, 265, 267]) == "<u><u><"
     assert tokenizer.decode(tokenizer.encode("a  b<u>")) == "a  b<u>"
 
 
-def test_without_a_space_prefix():
+def test_without_a_space_prefix_ids_and_text_have_no_added_space():
     tokenizer = Tokenizer.from_metadata(small(*ODD, add_space_prefix=False))
     assert tokenizer.encode("ab a<u>a") == [A, B, 264, 266, A]
     assert tokenizer.decode([264, B]) == " ab"
@@ -242,14 +242,14 @@ def test_without_a_space_prefix():
         ("first", " a", [264]),
     ],
 )
-def test_prefix_rules_of_metaspace(scheme, text, ids):
+def test_space_prefixes_follow_the_prepend_scheme_of_metaspace(scheme, text, ids):
     tokenizer = Tokenizer.from_metadata(small(*ODD) | {PREPEND_SCHEME: scheme})
     assert tokenizer.encode(text) == ids
 
 
 @settings(deadline=None)
 @given(st.text("ab <u|x>\n", max_size=20), st.booleans())
-def test_special_or_not_the_text_is_all_there(text, special):
+def test_ids_hold_the_whole_text_with_and_without_special_tokens(text, special):
     tokenizer = Tokenizer.from_metadata(small(*ODD, add_space_prefix=False))
     ids = tokenizer.encode(text, parse_special=special)
     assert "".join({265: "<|x|>"}.get(index) or tokenizer.decode([index]) for index in ids) == text

@@ -1,4 +1,4 @@
-"""Files whose tokenizer keys are missing, odd or broken: what is made of them, and what is said."""
+"""Tokenizer metadata that is missing, odd or broken: the defaults, the odd vocabularies and the errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_defaults_are_llama_cpps():
     assert tokenizer.encode("a") == [SPACE, A]
 
 
-def test_keys_override_defaults():
+def test_metadata_keys_override_the_defaults():
     keys = small(
         *LETTERS,
         ("▁a", -1, NORMAL),
@@ -34,7 +34,7 @@ def test_keys_override_defaults():
     assert tokenizer.encode("a", add_bos=True) == [265, 264]
 
 
-def test_ends_of_a_turn_by_key_and_by_name():
+def test_end_tokens_are_found_by_key_and_by_name():
     keys = small(*LETTERS, ("<|im_end|>", 0, USER), ("<|eot_id|>", 0, NORMAL), ("x", 0, CONTROL), eot_token_id=266)
     tokenizer = Tokenizer.from_metadata(keys)
     assert tokenizer.end_ids == {2, 264, 265, 266}
@@ -44,15 +44,15 @@ def test_ends_of_a_turn_by_key_and_by_name():
     assert tokenizer.encode("<|im_end|>", parse_special=True) == [264]
 
 
-def test_duplicates_empty_names_and_names_that_are_no_text():
+def test_duplicate_empty_and_non_utf_8_tokens_encode_and_decode():
     odd = (
         *LETTERS,
-        ("ab", -1, NORMAL),  # 264: the same text again at 265, which counts
+        ("ab", -1, NORMAL),  # 264: the same text again at 265, whose id is used
         ("ab", -1, NORMAL),
         ("", -1, NORMAL),
         ("\udcff", -1, NORMAL),
         ("a\0", -1, NORMAL),
-        ("<s>", -1, NORMAL),  # 269: a text that may be reached, unlike 1
+        ("<s>", -1, NORMAL),  # 269: an ordinary token, which a text may contain, unlike 1
         ("ab", -1, UNUSED),
         ("<0x41>", 0, BYTE),  # 271: once more
         ("c", -1, 0),
@@ -66,7 +66,7 @@ def test_duplicates_empty_names_and_names_that_are_no_text():
     assert tokenizer.decode_bytes(tokenizer.encode(b"\xffab\0c")) == b"\xffab\0c"
 
 
-def test_a_vocabulary_of_bytes_alone():
+def test_a_vocabulary_of_byte_tokens_alone_encodes_text():
     pieces = [(f"<0x{byte:02X}>", 0, BYTE) for byte in range(256)]
     tokenizer = Tokenizer.from_metadata(metadata(pieces, add_bos_token=True))
     assert tokenizer.encode("é") == [0xE2, 0x96, 0x81, 0xC3, 0xA9]
@@ -102,25 +102,25 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("change, says", BROKEN.values(), ids=BROKEN)
-def test_broken_metadata_is_named(change, says):
-    with pytest.raises(FileFormatError, match=says) as raised:
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
+def test_broken_metadata_is_refused_in_one_line_that_names_it(change, message):
+    with pytest.raises(FileFormatError, match=message) as raised:
         Tokenizer.from_metadata(small(*LETTERS, **change))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("key, value", [("tokenizer.chat_template", 5), (PREPEND_SCHEME, "never"), (PREPEND_SCHEME, 1)])
-def test_broken_keys_elsewhere_are_named(key, value):
+def test_a_broken_chat_template_or_prepend_scheme_is_refused_by_its_key(key, value):
     with pytest.raises(FileFormatError, match=key):
         Tokenizer.from_metadata(small(*LETTERS) | {key: value})
 
 
 @settings(deadline=None)
 @given(st.data())
-def test_any_small_vocabulary_keeps_text_whole(data):
+def test_any_small_vocabulary_round_trips_text(data):
     kinds = st.sampled_from([NORMAL, UNUSED, CONTROL, USER])
     piece = st.tuples(st.text("ab▁c\0é", max_size=4), st.floats(-9, 9, width=32), kinds)
-    pieces = data.draw(st.lists(piece.filter(lambda one: one[2] != UNUSED or one[0] != "▁"), max_size=12))
+    pieces = data.draw(st.lists(piece.filter(lambda entry: entry[2] != UNUSED or entry[0] != "▁"), max_size=12))
     tokenizer = Tokenizer.from_metadata(small(*pieces, *LETTERS, add_space_prefix=False))
     text = data.draw(st.text("abcé \0", max_size=20))
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,8 +1,8 @@
 """Beam search here and in transformers, on the model that ships: `python tests/tools/compare_beams.py`.
 
-Not a test that pytest collects: every width on every prompt takes some minutes. Both compute in float32. Beams are
-the same when all their tokens are; where the scores of two candidates are closer than a rounding, the two programs may
-choose differently: such a tie is shown with both scores, and counted apart.
+Not a test that pytest collects: every number of beams on every prompt takes some minutes. Both compute in float32.
+Beams are the same when all their tokens are; where the scores of two candidates are closer than a rounding, the two
+programs may choose differently: such a tie is shown with both scores, and counted apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from oracles.reference import from_gguf
 
 WIDTHS = [1, 2, 4, 8, 16]
-TIE = 1e-4  # of the scores of two beams: what separates them is less than float32's rounding of their sums
+TIE = 1e-4  # scores of two beams that are closer than this differ by float32's rounding of their sums
 
 BEGINNINGS = [
     "Once upon a time",
@@ -51,25 +51,25 @@ STORIES = [
 
 
 def beginning(engine: fiddler.Engine, text: str) -> list[int]:
-    """Of a story: few of its beams end soon."""
+    """Token ids of a story's beginning: few of its beams end soon."""
     return engine.tokenizer.encode(text, add_bos=True)
 
 
 def near_the_end(engine: fiddler.Engine, text: str) -> list[int]:
-    """The model's own story, but for its last tokens: most beams end within a few."""
+    """Token ids of the model's own story without its last tokens: most beams end within a few."""
     ids = beginning(engine, text)
     return [*ids, *engine.generate(ids, fiddler.Sampling(temperature=0.0), 300).tokens[:-9]]
 
 
 def their_beams(
-    model: MixtralForCausalLM, ids: Sequence[int], width: int, limit: int, eos: int, **options: object
+    model: MixtralForCausalLM, ids: Sequence[int], num_beams: int, limit: int, eos: int, **options: object
 ) -> list[tuple[list[int], float]]:
-    """What transformers finds: the tokens and the score of each beam, best first."""
-    made = model.generate(
+    """The beams of transformers, best first: tokens and score of each."""
+    output = model.generate(
         torch.tensor([list(ids)]),
-        num_beams=width,
+        num_beams=num_beams,
         do_sample=False,
-        num_return_sequences=width,
+        num_return_sequences=num_beams,
         max_new_tokens=limit,
         eos_token_id=eos,
         pad_token_id=0,
@@ -77,15 +77,15 @@ def their_beams(
         output_scores=True,
         **options,
     )
-    found = [_to_the_end(row[len(ids) :].tolist(), eos) for row in made.sequences]
-    if width > 1:
-        return list(zip(found, made.sequences_scores.tolist(), strict=True))
-    steps = model.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)[0]
-    return [(found[0], float(steps[: len(found[0])].sum()) / len(found[0]))]
+    beams = [_to_the_end(row[len(ids) :].tolist(), eos) for row in output.sequences]
+    if num_beams > 1:
+        return list(zip(beams, output.sequences_scores.tolist(), strict=True))
+    steps = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)[0]
+    return [(beams[0], float(steps[: len(beams[0])].sum()) / len(beams[0]))]
 
 
 def _to_the_end(tokens: list[int], eos: int) -> list[int]:
-    """Without what pads a beam that ended before the longest one."""
+    """Strip the padding of a beam that ended before the longest one."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
@@ -100,11 +100,11 @@ def main() -> None:
     engine, model = fiddler.load(precision="exact", device="cpu"), from_gguf(DEMO_MODEL)
     eos = engine.tokenizer.eos_id
     prompts = [beginning(engine, text) for text in BEGINNINGS] + [near_the_end(engine, text) for text in STORIES]
-    for width in arguments.widths:
+    for num_beams in arguments.widths:
         same, ended, worst, ties = 0, 0, 0.0, 0
         for ids in prompts:
-            ours = engine.beam_search(ids, width, arguments.n)
-            theirs = their_beams(model, ids, width, arguments.n, eos)
+            ours = engine.beam_search(ids, num_beams, arguments.n)
+            theirs = their_beams(model, ids, num_beams, arguments.n, eos)
             ended += sum(beam.finish_reason == "stop" for beam in ours)
             worst = max(worst, *(abs(beam.score - score) for beam, (_, score) in zip(ours, theirs, strict=True)))
             if [list(beam.tokens) for beam in ours] == [tokens for tokens, _ in theirs]:
@@ -117,12 +117,12 @@ def main() -> None:
                 ties += tie
                 texts = [engine.tokenizer.decode(part, continuing=True) for part in (beam.tokens, tokens)]
                 print(
-                    f"width {width}, ...{engine.tokenizer.decode(ids)[-40:]!r}, beam {rank}, "
+                    f"num_beams {num_beams}, ...{engine.tokenizer.decode(ids)[-40:]!r}, beam {rank}, "
                     f"{'a tie' if tie else 'DIFFERENT'}: {beam.score:.7f} {texts[0]!r}, theirs {score:.7f} {texts[1]!r}"
                 )
         print(
-            f"width {width:2}: all beams the same on {same} of {len(prompts)} prompts, {ended} of "
-            f"{width * len(prompts)} beams end by themselves, {ties} ties; scores differ by at most {worst:.1e}"
+            f"num_beams {num_beams:2}: all beams the same on {same} of {len(prompts)} prompts, {ended} of "
+            f"{num_beams * len(prompts)} beams end by themselves, {ties} ties; scores differ by at most {worst:.1e}"
         )
 
 

@@ -1,7 +1,7 @@
 """Greedy text here and in llama.cpp: `python tests/tools/compare_llama.py MODEL.gguf --llama .../llama-simple`.
 
 Not a test that pytest collects: it needs llama.cpp's `llama-simple`, built elsewhere. Ours computes in exact
-precision; llama.cpp rounds activations to the weights' 16-bit type. Where the texts part, the margin between our
+precision; llama.cpp rounds activations to the weights' 16-bit type. Where the texts differ, the margin between our
 two best tokens at that point says whether it is a rounding or a mistake.
 """
 
@@ -29,7 +29,7 @@ PROMPTS = [
 
 
 def llama_text(binary: Path, model: Path, prompt: str, count: int) -> bytes:
-    """What llama.cpp writes after the prompt; bytes, since a random model's text is not UTF-8."""
+    """llama.cpp's text after the prompt, in bytes: a random model's text is not UTF-8."""
     command = [str(binary), "-m", str(model), "-n", str(count), "-ngl", "0", prompt]
     result = subprocess.run(command, capture_output=True)
     if result.returncode:
@@ -57,13 +57,13 @@ def main() -> None:
             same += 1
             print(f"same      {len(ours.tokens):3} tokens  {prompt!r}")
             continue
-        at = next(i for i in range(len(written)) if not theirs.startswith(b"".join(written[: i + 1])))
-        logits = engine.logits([*ids, *ours.tokens[:at]])[-1]
+        position = next(i for i in range(len(written)) if not theirs.startswith(b"".join(written[: i + 1])))
+        logits = engine.logits([*ids, *ours.tokens[:position]])[-1]
         best = logits.topk(2)
         names = [tokenizer.token(int(token)) for token in best.indices]
-        rest = theirs[len(b"".join(written[:at])) :][:12]
+        rest = theirs[len(b"".join(written[:position])) :][:12]
         print(
-            f"different at token {at} of {len(written)}  {prompt!r}: theirs goes on {rest!r}; margin "
+            f"different at token {position} of {len(written)}  {prompt!r}: theirs goes on {rest!r}; margin "
             f"{best.values[0] - best.values[1]:.4f} between {names[0]!r} and {names[1]!r}, deviation {logits.std():.2f}"
         )
     print(f"{same} of {len(PROMPTS)} texts are the same")

@@ -1,8 +1,8 @@
 """Speed here and in llama.cpp: `python tests/tools/compare_llama_bench.py MODEL.gguf --llama .../llama-bench`.
 
 Not a test that pytest collects: it needs llama.cpp's `llama-bench`, built elsewhere. Both measure the same file on the
-CPU with the same number of threads, in turn, each time in a new process; the ratios are those of neighbours, since a
-machine that others use, too, changes its speed by the minute.
+CPU with the same number of threads, in turns, each time in a new process. Ratios are of neighbouring runs: a machine
+that others use, too, changes its speed by the minute.
 """
 
 from __future__ import annotations

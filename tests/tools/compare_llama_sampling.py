@@ -2,7 +2,7 @@
 
 Not a test that pytest collects: it needs llama.cpp's shared library, built elsewhere (checked with the interface of
 mid 2026). Each step gets the same random logits and tokens on both sides. llama.cpp computes in float32: cases where
-that decides who is left are counted apart, and logits may differ by its rounding.
+that decides which tokens remain are counted apart, and logits may differ by its rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bias(ctypes.Structure):
 
 
 class ModelParameters(ctypes.Structure):
-    """Passed on as llama.cpp makes them: only the size matters, and more of it does no harm."""
+    """Passed on as llama.cpp fills them: opaque, and at least as large as there."""
 
     _fields_ = (("bytes", ctypes.c_char * 256),)
 
@@ -86,32 +86,32 @@ def real(value: float) -> ctypes.c_float:
 
 
 def cases(llama: Llama, random: np.random.Generator, pieces: list[bytes]):
-    """One random case of every step: its name, our logits by token, theirs, whether float32 may have decided."""
+    """One random case of every step: its name, our logits by token, theirs, whether float32's rounding may decide."""
     logits = (random.normal(0, random.choice([0.5, 2, 6]), random.integers(2, 60))).astype(np.float32)
     ids = top_k(logits, 0)
     none = ctypes.c_size_t(0)
     k, p = int(random.integers(1, 50)), float(np.float32(random.random()))
-    chances = np.exp(logits[ids].astype(np.float64) - logits.max())
-    chances /= chances.sum()
+    probabilities = np.exp(logits[ids].astype(np.float64) - logits.max())
+    probabilities /= probabilities.sum()
 
     def close(values: np.ndarray) -> bool:
         return bool((np.abs(values - p) < 1e-5).any())
 
-    def kept(left: np.ndarray) -> dict[int, float]:
-        return {int(token): float(logits[token]) for token in left}
+    def remaining(ids_left: np.ndarray) -> dict[int, float]:
+        return {int(token): float(logits[token]) for token in ids_left}
 
-    yield "top_k", kept(top_k(logits, k)), llama.apply("top_k", logits, [], whole(k)), False
-    near = close(np.cumsum(chances))
-    yield "top_p", kept(top_p(logits, ids, p)), llama.apply("top_p", logits, [], real(p), none), near
-    near = close(chances / chances[0])
-    yield "min_p", kept(min_p(logits, ids, p)), llama.apply("min_p", logits, [], real(p), none), near
-    surprise = np.abs(-np.log(chances) + chances @ np.log(chances))
+    yield "top_k", remaining(top_k(logits, k)), llama.apply("top_k", logits, [], whole(k)), False
+    near = close(np.cumsum(probabilities))
+    yield "top_p", remaining(top_p(logits, ids, p)), llama.apply("top_p", logits, [], real(p), none), near
+    near = close(probabilities / probabilities[0])
+    yield "min_p", remaining(min_p(logits, ids, p)), llama.apply("min_p", logits, [], real(p), none), near
+    surprise = np.abs(-np.log(probabilities) + probabilities @ np.log(probabilities))
     order = np.argsort(surprise)
-    near = close(np.cumsum(chances[order])) or bool((np.diff(surprise[order]) < 1e-4).any())
-    yield "typical", kept(typical(logits, ids, p)), llama.apply("typical", logits, [], real(p), none), near
+    near = close(np.cumsum(probabilities[order])) or bool((np.diff(surprise[order]) < 1e-4).any())
+    yield "typical", remaining(typical(logits, ids, p)), llama.apply("typical", logits, [], real(p), none), near
     p /= 2
     theirs = llama.apply("xtc", logits, [], real(1.0), real(p), none, ctypes.c_uint32(7))
-    yield "xtc", kept(xtc(logits, ids, p)), theirs, close(chances)
+    yield "xtc", remaining(xtc(logits, ids, p)), theirs, close(probabilities)
 
     bias = {int(token): float(random.normal()) for token in random.integers(0, logits.size, 3)}
     array = (Bias * len(bias))(*[Bias(*item) for item in bias.items()])
@@ -119,22 +119,22 @@ def cases(llama: Llama, random: np.random.Generator, pieces: list[bytes]):
     yield "logit_bias", dict(enumerate(add_bias(logits, bias))), theirs, False
 
     recent = random.integers(0, logits.size, random.integers(0, 40)).tolist()
-    last, penalties = int(random.integers(0, 50)), (*np.exp(random.normal(0, 0.5, 1)), *random.normal(0, 1, 2))
+    last_tokens, penalties = int(random.integers(0, 50)), (*np.exp(random.normal(0, 0.5, 1)), *random.normal(0, 1, 2))
     repeat, presence, frequency = (float(np.float32(value)) for value in penalties)
-    ours = penalize_repeats(logits, lately(recent, last), repeat, presence, frequency)
+    ours = penalize_repeats(logits, lately(recent, last_tokens), repeat, presence, frequency)
     numbers = (real(value) for value in (repeat, frequency, presence))
-    theirs = llama.apply("penalties", logits, recent, whole(logits.size), whole(last), *numbers)
+    theirs = llama.apply("penalties", logits, recent, whole(logits.size), whole(last_tokens), *numbers)
     yield "penalties", dict(enumerate(ours)), theirs, False
 
     logits = random.normal(0, 3, len(pieces)).astype(np.float32)
     recent = random.choice(dry_alphabet(pieces), random.integers(0, 90)).tolist()
     recent += recent[-int(random.integers(1, 12)) :] * int(random.integers(0, 3))
-    last, allowed = int(random.integers(1, 80)), int(random.integers(0, 5))
+    last_tokens, allowed = int(random.integers(1, 80)), int(random.integers(0, 5))
     multiplier, base = float(np.float32(random.random() * 2)), float(np.float32(1 + random.random()))
     encoded = [text.encode() for text in BREAKERS]
-    ours = penalize_runs(logits, lately(recent, last), multiplier, base, allowed, pieces, encoded)
+    ours = penalize_runs(logits, lately(recent, last_tokens), multiplier, base, allowed, pieces, encoded)
     texts = (ctypes.c_char_p * len(encoded))(*encoded)
-    numbers = (real(multiplier), real(base), whole(allowed), whole(last))
+    numbers = (real(multiplier), real(base), whole(allowed), whole(last_tokens))
     theirs = llama.apply("dry", logits, recent, llama.vocabulary, *numbers, texts, ctypes.c_size_t(len(encoded)))
     yield "dry", dict(enumerate(ours)), theirs, False
 
@@ -161,8 +161,8 @@ def main() -> None:
             )
             counts[name, "same" if same else "rounding" if near else "different"] += 1
     for name in dict.fromkeys(name for name, _ in counts):
-        found = ", ".join(f"{counts[name, how]} {how}" for how in ("same", "rounding", "different"))
-        print(f"{name:<12} {found}")
+        summary = ", ".join(f"{counts[name, outcome]} {outcome}" for outcome in ("same", "rounding", "different"))
+        print(f"{name:<12} {summary}")
 
 
 if __name__ == "__main__":

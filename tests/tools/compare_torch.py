@@ -1,8 +1,8 @@
 """Is the expert kernel slower than torch's linears on the same mapped weights? `python tests/tools/compare_torch.py`.
 
 Not a test that pytest collects: it needs 7 GB of disk for one layer at the shape of Mixtral-8x7B, or a model. Both
-sides take bfloat16 weights where the file is mapped and round their activations to bfloat16, in turn and with other
-experts each time. Exits with 1 where the kernel is the slower one.
+sides read bfloat16 weights in the mapped file and round activations to bfloat16, in turns and with other experts each
+time. Exits with 1 where the kernel is the slower one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tools.measure_memory import say_row, write_checkpoint
 
 TOKENS = [1, 4, 16, 64, 128, 512]
 USED = 2  # experts a token
-AGREEMENT = 0.02  # both round to bfloat16, torch the results of its linears, too
+AGREEMENT = 0.02  # both round to bfloat16, torch also the results of its linears
 
 Layer = Callable[
     [np.ndarray, np.ndarray, np.ndarray], np.ndarray
@@ -40,10 +40,10 @@ Layer = Callable[
 
 
 @contextmanager
-def model_to_measure(given: Path | None, directory: Path | None) -> Iterator[Path]:
-    """`given`, or else a model of one layer with random weights, there as long as it is used."""
-    if given is not None:
-        yield given
+def model_to_measure(model: Path | None, directory: Path | None) -> Iterator[Path]:
+    """`model`, or else a temporary model of one layer with random weights."""
+    if model is not None:
+        yield model
         return
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         source, target = Path(scratch) / "hf", Path(scratch) / "model.gguf"
@@ -54,7 +54,7 @@ def model_to_measure(given: Path | None, directory: Path | None) -> Iterator[Pat
 
 
 def expert_weights(path: Path) -> list[np.ndarray]:
-    """Gate, up and down of the first layer, bfloat16 bits in the mapping; read once, so that every page is mapped."""
+    """Gate, up and down of the first layer, bfloat16 bits in the mapping; read once: then every page is mapped."""
     file = GgufFile.open(path)
     names = [f"blk.0.ffn_{name}_exps.weight" for name in ("gate", "up", "down")]
     arrays = [file.array(name) for name in names]
@@ -68,22 +68,28 @@ def expert_weights(path: Path) -> list[np.ndarray]:
 
 def kernel_layer(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Layer:
     variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
-    return lambda x, ids, weights: kernels.expert_ffn(x, ids, weights, gate, up, down, variant)
+    return lambda x, expert_ids, routing_weights: kernels.expert_ffn(
+        x, expert_ids, routing_weights, gate, up, down, variant
+    )
 
 
 def torch_layer(gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> Layer:
-    """The same in plain torch, an expert after the other."""
+    """The same layer in plain torch, one expert after the other."""
     gates, ups, downs = as_bfloat16(gate), as_bfloat16(up), as_bfloat16(down)
 
-    def layer(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        rows, experts, shares = torch.from_numpy(x).bfloat16(), torch.from_numpy(ids), torch.from_numpy(weights)
+    def layer(x: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray) -> np.ndarray:
+        rows, experts, weights = (
+            torch.from_numpy(x).bfloat16(),
+            torch.from_numpy(expert_ids),
+            torch.from_numpy(routing_weights),
+        )
         y = torch.zeros(x.shape)
         for expert in experts.unique().tolist():
-            tokens, places = (experts == expert).nonzero(as_tuple=True)
-            given = rows[tokens]
-            hidden = F.silu(F.linear(given, gates[expert])) * F.linear(given, ups[expert])
-            made = F.linear(hidden, downs[expert]).float()
-            y.index_add_(0, tokens, made * shares[tokens, places, None])
+            tokens, slots = (experts == expert).nonzero(as_tuple=True)
+            inputs = rows[tokens]
+            hidden = F.silu(F.linear(inputs, gates[expert])) * F.linear(inputs, ups[expert])
+            output = F.linear(hidden, downs[expert]).float()
+            y.index_add_(0, tokens, output * weights[tokens, slots, None])
         return y.numpy()
 
     return layer
@@ -100,17 +106,17 @@ def times(ours: Layer, theirs: Layer, tokens: int, shape: tuple[int, ...], repet
     experts, _, width = shape
     random = np.random.default_rng(tokens)
     x = random.standard_normal((tokens, width)).astype(np.float32)
-    first = np.stack([random.permutation(experts)[:USED] for _ in range(tokens)])
-    weights = np.full((tokens, USED), 1 / USED, np.float32)
+    first_ids = np.stack([random.permutation(experts)[:USED] for _ in range(tokens)])
+    routing_weights = np.full((tokens, USED), 1 / USED, np.float32)
     with torch.inference_mode():
-        one, other = ours(x, first, weights), theirs(x, first, weights)
-        if not np.linalg.norm(one - other) < AGREEMENT * np.linalg.norm(other):
+        our_output, their_output = ours(x, first_ids, routing_weights), theirs(x, first_ids, routing_weights)
+        if not np.linalg.norm(our_output - their_output) < AGREEMENT * np.linalg.norm(their_output):
             sys.exit(f"{tokens} tokens: the kernel and torch differ")
         seconds = np.empty((repetitions, 2))
         for turn in range(2 * repetitions):
-            ids = (first + USED * (turn + 1)) % experts  # never the experts of the turn before
+            expert_ids = (first_ids + USED * (turn + 1)) % experts  # never the experts of the turn before
             started = time.perf_counter()
-            (ours, theirs)[turn % 2](x, ids, weights)
+            (ours, theirs)[turn % 2](x, expert_ids, routing_weights)
             seconds[turn // 2, turn % 2] = time.perf_counter() - started
     return seconds
 

@@ -1,8 +1,8 @@
-"""Kills `fiddler batch` at random moments and lets it go on, on the demo model: each prompt must be there once.
+"""Kills `fiddler batch` at random moments and resumes it, on the demo model: every prompt must have one result.
 
     python tests/tools/kill_batch.py --moments 20
 
-prints what was there after each kill, and exits 1 where one is missing, there twice, or not as without kills.
+prints the number of results after each kill, and exits 1 where one is missing, twice there, or not as without kills.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 OPTIONS = ["-n", "12", "--seed", "4", "--precision", "exact", "--device", "cpu"]
-PATIENCE = 300  # seconds until a process that hangs is given up
+PATIENCE = 300  # time limit of a process [seconds]
 
 
 def command(prompts, out):
@@ -42,7 +42,7 @@ def results(path):
 
 
 def kill_once(prompts, out, rng):
-    """Kill a run at a random moment, most often while it writes; whether it was still running."""
+    """Kill a run at a random moment, most often while it writes; return whether it was still running."""
     before = out.stat().st_size if out.exists() else 0
     with subprocess.Popen(command(prompts, out), stderr=subprocess.PIPE) as process:
         if rng.random() < 0.25:
@@ -60,7 +60,7 @@ def kill_once(prompts, out, rng):
 
 
 def kill_often(folder, moments, prompts_each, seed, say=lambda text: None):
-    """Results after so many kills and a last run, and those of one run that nobody killed."""
+    """Results after `moments` kills and a last run, and those of one run without kills."""
     rng = random.Random(seed)
     prompts, out, whole = (folder / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
     write_prompts(prompts, moments * prompts_each)
@@ -80,14 +80,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made, whole = kill_often(Path(folder), arguments.moments, 25, arguments.seed, print)
-    counts = Counter(line["id"] for line in made)
+        rows, whole = kill_often(Path(folder), arguments.moments, 25, arguments.seed, print)
+    counts = Counter(line["id"] for line in rows)
     expected = {line["id"]: line for line in whole}
-    other = [line["id"] for line in made if line != expected[line["id"]]]
+    different = [line["id"] for line in rows if line != expected[line["id"]]]
     twice = [identity for identity, count in counts.items() if count > 1]
-    print(f"{len(made)} results of {len(whole)} prompts; twice: {twice}; missing: {sorted(expected - counts.keys())}; ")
-    print(f"other than without kills: {other}")
-    return 0 if counts == Counter(expected.keys()) and not other else 1
+    print(f"{len(rows)} results of {len(whole)} prompts; twice: {twice}; missing: {sorted(expected - counts.keys())}; ")
+    print(f"other than without kills: {different}")
+    return 0 if counts == Counter(expected.keys()) and not different else 1
 
 
 if __name__ == "__main__":

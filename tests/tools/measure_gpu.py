@@ -1,13 +1,13 @@
-"""What the GPU and the CPU do together, measured: one table on stdout. Random weights of Mixtral's real shape will do.
+"""Measures generation and prefill on GPU and CPU together: tables on stdout. Random weights of Mixtral's shape will do.
 
     python tests/tools/measure_gpu.py MODEL.gguf --gpu-memory 24GiB
     python tests/tools/measure_gpu.py MODEL.gguf --gpu-experts 16 --prompts 1,4,16,32,64,128,256,512,1024,2048,4096
     python tests/tools/measure_gpu.py MODEL.gguf --gpu-memory 40GiB
 
-Ways that are compared take turns in one process, on the same tokens: "auto" (what `run` does), "cpu" (missing experts
-on the CPU only), "stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as
-the original Fiddler computes them). The ceiling is the speed of memory and link together, as calibration measured it
-in this very process, over the bytes of missing experts.
+Four ways take turns in one process, on the same tokens: "auto" (as `run`), "cpu" (missing experts on the CPU only),
+"stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as the original Fiddler
+computes them). The ceiling is the bandwidth of memory and PCIe link together, as calibration measures it in this very
+process, over the bytes of missing experts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fiddler.telemetry.recorder import Meter
 
 
 def torch_on_cpu(orchestrator):
-    """The CPU's part through torch, on every core."""
+    """A replacement of `Orchestrator.on_cpu` that computes in torch, on every core."""
     tensors = {}
 
     def weights(layer):
@@ -46,19 +46,19 @@ def torch_on_cpu(orchestrator):
             tensors[layer] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in (w.gate, w.up, w.down)]
         return tensors[layer]
 
-    def on_cpu(layer, x, ids, shares, split, out):
-        missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (ids == e).any()]
+    def on_cpu(layer, x, expert_ids, routing_weights, split, out):
+        missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (expert_ids == e).any()]
         if not missing:
             return False
         torch.set_num_threads(kernels.set_threads(None))
         out[:] = 0
         gate, up, down = weights(layer)
-        given = torch.from_numpy(x).bfloat16()
+        inputs = torch.from_numpy(x).bfloat16()
         for e in missing:
-            rows, which = np.nonzero(ids == e)
-            mine = given[torch.from_numpy(rows)]
-            made = F.linear(F.silu(F.linear(mine, gate[e])) * F.linear(mine, up[e]), down[e]).float().numpy()
-            np.add.at(out, rows, made * shares[rows, which][:, None])
+            rows, slots = np.nonzero(expert_ids == e)
+            selected = inputs[torch.from_numpy(rows)]
+            output = F.linear(F.silu(F.linear(selected, gate[e])) * F.linear(selected, up[e]), down[e]).float().numpy()
+            np.add.at(out, rows, output * routing_weights[rows, slots][:, None])
         return True
 
     return on_cpu
@@ -69,13 +69,13 @@ class Bench:
 
     def __init__(self, args):
         self.meter, self.tracer = Meter(), GpuTracer()
-        self.resident_speed = 0.0  # bytes a second, as experts came to the GPU
-        bring = Residents.load
+        self.resident_speed = 0.0  # of copying the residents to the GPU [bytes/s]
+        load_residents = Residents.load
 
-        def timed(residents, placed, link, progress):
-            begun, count = time.perf_counter(), []
-            bring(residents, placed, link, lambda nbytes: (count.append(nbytes), progress(nbytes)))
-            self.resident_speed = sum(count) / (time.perf_counter() - begun)
+        def timed(residents, placed, weight_copy, progress):
+            begun, copied = time.perf_counter(), []
+            load_residents(residents, placed, weight_copy, lambda nbytes: (copied.append(nbytes), progress(nbytes)))
+            self.resident_speed = sum(copied) / (time.perf_counter() - begun)
 
         Residents.load = timed
         started = time.perf_counter()
@@ -109,18 +109,18 @@ class Bench:
         self.random = random.Random(0)
 
     def way(self, name):
-        """From now on; plans that were made stay made."""
-        chosen = self.orchestrator
+        """Compute missing experts this way from now on; each way keeps its costs, plans and balance."""
+        orchestrator = self.orchestrator
         if name not in self.plans:
             costs = self.costs
             if name in ("cpu", "torch"):
                 costs = replace(costs, copy=inf)
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
-            chosen.follow(costs)
-            self.plans[name] = chosen._costs, chosen._plan, chosen.balance
-        chosen._costs, chosen._plan, chosen.balance = self.plans[name]
-        chosen.on_cpu = self.theirs if name == "torch" else self.ours
+            orchestrator.follow(costs)
+            self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator.balance
+        orchestrator._costs, orchestrator._plan, orchestrator.balance = self.plans[name]
+        orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
 
     def record(self, recorder):
         for part in (self.orchestrator, self.orchestrator.ring, self.runner._decoder):
@@ -130,15 +130,14 @@ class Bench:
         return [self.random.randrange(3, self.model.config.vocab_size) for _ in range(count)]
 
     def generate(self, count, each=8, warm=2):
-        """Seconds of each token each way; of auto also those by kind, and a token's bytes and plans' seconds.
+        """Seconds of each token each way; of auto also seconds by kind, a token's bytes and its planned seconds.
 
-        Ways take turns, `each` tokens at a time after `warm` others: threads that another way left busy, as torch's
-        are for a while, are not auto's. The last that is returned: the share of each token with a timeline, which
-        costs a little, in which nothing was at work.
+        Ways take turns, `each` tokens at a time after `warm` others: torch's threads stay busy for a while, and auto
+        must not pay for that. The last result: idle fractions of tokens, from a timeline, which costs a little.
         """
         self.sequence.truncate(0)
         self.runner.prefill(self.sequence, self.ids(64))
-        found, spent, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
+        samples, seconds_by_kind, nbytes, planned = {name: [] for name in self.ways}, defaultdict(list), 0, 0.0
         idle = []
         for _ in range(max(1, count // each)):
             ids = self.ids(warm + each)
@@ -151,25 +150,25 @@ class Bench:
                     self.tracer.clear()
                     begun = time.perf_counter()
                     self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].numpy().argmax()
-                    taken = time.perf_counter() - begun
+                    seconds = time.perf_counter() - begun
                     if i < warm:
                         continue
                     if name == "traced":
-                        idle.append(self.tracer.idle(begun, begun + taken) / taken)
+                        idle.append(self.tracer.idle(begun, begun + seconds) / seconds)
                         continue
-                    found[name].append(taken)
+                    samples[name].append(seconds)
                     if name == "auto":
                         nbytes += sum(self.meter.nbytes.values())
                         for kind in ("experts", "wait"):
-                            spent[kind].append(self.meter.seconds[kind])
+                            seconds_by_kind[kind].append(self.meter.seconds[kind])
         self.record(self.meter)
-        count = len(found["auto"])
-        if self.calibration:  # what the plans promise for so many bytes
+        count = len(samples["auto"])
+        if self.calibration:  # by the plans, for that many bytes
             planned = nbytes / count / self.calibration.expert_bytes * self.costs.memory
-        return found, spent, nbytes / count, planned, idle
+        return samples, seconds_by_kind, nbytes / count, planned, idle
 
     def dense(self, repetitions=20):
-        """Seconds a token that the GPU takes between the layers' experts: the captured graphs by themselves."""
+        """Seconds per token of the captured graphs by themselves: the GPU's time between the layers' experts."""
         graphs, total = self.runner._decoder._graphs, 0.0
         for graph in graphs:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -183,15 +182,15 @@ class Bench:
         return total
 
     def prompt(self, length, repetitions, ways):
-        """Seconds of each way, the plan's of auto, and the CPU's part of the bytes of experts that auto read.
+        """Seconds of each way, the planned seconds of auto, and the fraction of auto's expert bytes that the CPU read.
 
-        Every other round goes backwards, so that none always comes after the same other one.
+        Every other round goes backwards, so that no way always follows the same other one.
         """
         ids = self.ids(length)
-        found = {name: [] for name in self.ways if name in ways}
-        planned = share = 0.0
-        for repetition in range(repetitions + 1):  # the first one loads what torch and the driver need
-            for name in sorted(found, reverse=repetition % 2 == 1):
+        samples = {name: [] for name in self.ways if name in ways}
+        planned = cpu_part = 0.0
+        for repetition in range(repetitions + 1):  # the first round loads code of torch and the driver
+            for name in sorted(samples, reverse=repetition % 2 == 1):
                 self.way(name)
                 self.sequence.truncate(0)
                 self.orchestrator.planned_seconds = 0.0
@@ -199,11 +198,11 @@ class Bench:
                 begun = time.perf_counter()
                 self.runner.prefill(self.sequence, ids)
                 if repetition:
-                    found[name].append(time.perf_counter() - begun)
+                    samples[name].append(time.perf_counter() - begun)
                 if name == "auto":
                     planned = self.orchestrator.planned_seconds
-                    share = self.meter.nbytes["experts"] / max(1, sum(self.meter.nbytes.values()))
-        return found, planned, share
+                    cpu_part = self.meter.nbytes["experts"] / max(1, sum(self.meter.nbytes.values()))
+        return samples, planned, cpu_part
 
 
 def spread(samples, scale=1.0):
@@ -211,7 +210,7 @@ def spread(samples, scale=1.0):
 
 
 def ratio(samples, others):
-    """Of pairs that were taken side by side, in the median."""
+    """The median ratio of pairs measured one after the other."""
     return f"{median(a / b for a, b in zip(samples, others, strict=True)):.2f}x"
 
 
@@ -236,30 +235,30 @@ def main():
         print(f"{bench.calibration.to_text()}\n  measured in {bench.measured:.1f} s")
         link = bench.calibration.expert_bytes / bench.calibration.copy_alone
         share = bench.resident_speed / link
-        print(f"residents came at {bench.resident_speed / 1e9:.1f} GB/s, {share:.0%} of the link's {link / 1e9:.1f}")
-    found, spent, nbytes, planned, idle = bench.generate(args.tokens)
+        print(f"residents came at {bench.resident_speed / 1e9:.1f} GB/s, {share:.0%} of PCIe's {link / 1e9:.1f}")
+    by_way, by_kind, nbytes, planned, idle = bench.generate(args.tokens)
     print("\n| generation | tokens/s (spread) | time over auto |\n| --- | ---: | ---: |")
-    auto = median(found["auto"])
-    for name, samples in found.items():
-        print(f"| {name} | {spread(samples)} | {ratio(samples, found['auto'])} |")
-    mean = float(np.mean(found["auto"]))
+    auto = median(by_way["auto"])
+    for name, samples in by_way.items():
+        print(f"| {name} | {spread(samples)} | {ratio(samples, by_way['auto'])} |")
+    mean = float(np.mean(by_way["auto"]))
     if bench.calibration:
         both = bench.calibration.expert_bytes / bench.costs.memory
         print(f"{nbytes / 1e9:.2f} GB of missing experts a token at {nbytes / mean / 1e9:.1f} GB/s,")
-        print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of both links: {planned * 1e3:.2f} ms")
-    dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in spent.items()}
+        print(f"{nbytes / mean / both:.0%} of the {both / 1e9:.1f} GB/s of memory and PCIe: {planned * 1e3:.2f} ms")
+    dense, kinds = bench.dense(), {kind: median(seconds) for kind, seconds in by_kind.items()}
     print(f"a token takes {auto * 1e3:.2f} ms, the GPU's kernels between experts {dense * 1e3:.2f}; waiting for those")
     print(f"and experts on the CPU take {kinds['wait'] * 1e3:.2f} and {kinds['experts'] * 1e3:.2f} ms (medians)")
     if bench.calibration:
-        rest = [total - experts - dense for total, experts in zip(found["auto"], spent["experts"], strict=True)]
-        share = median(part / total for part, total in zip(rest, found["auto"], strict=True))
+        rest = [total - experts - dense for total, experts in zip(by_way["auto"], by_kind["experts"], strict=True)]
+        share = median(part / total for part, total in zip(rest, by_way["auto"], strict=True))
         print(f"neither reading weights nor in those kernels: {median(rest) * 1e3:.2f} ms, {share:.1%} (medians)")
     shares = f"{median(idle):.1%} ({min(idle):.1%}-{max(idle):.1%})"
     print(f"neither weights being read nor the GPU at work, by a timeline: {shares} of a token")
     print("\n| prompt | tokens/s (spread) | cpu over auto | stream over auto | time over plan | read by the CPU |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for length in map(int, args.prompts.split(",")):
-        repetitions = args.r if length > 32 else max(args.r, 9)  # short ones are cheap, and the more easily disturbed
+        repetitions = args.r if length > 32 else max(args.r, 9)  # short prompts are cheap, and noisier
         samples, plan, share = bench.prompt(length, repetitions, args.prompt_ways.split(","))
         over = [ratio(samples[name], samples["auto"]) if name in samples else "" for name in ("cpu", "stream")]
         over.append(f"{median(samples['auto']) / plan:.2f}x" if plan else "")

@@ -1,9 +1,9 @@
 """Memory and speed of some layers of Mixtral-8x7B's shape: `python tests/tools/measure_memory.py convert`.
 
-Not a test that pytest collects: each layer needs 6 GB of disk while it runs. Every sub-command makes its model
-in a temporary directory and runs `fiddler` on it in a process of its own, whose memory is sampled.
-The figure is RssAnon of /proc/PID/status: memory that is the process's own, without the pages of mapped files,
-which the kernel takes back at will. Needs the `dev` extra, for the tokenizer in mistral-common.
+Not a test that pytest collects: each layer needs 6 GB of disk while it runs. Every sub-command writes its model to
+a temporary directory and runs `fiddler` on it in a process of its own, whose memory is sampled.
+The figure is RssAnon of /proc/PID/status: the process's own memory, without the pages of mapped files, which the
+kernel takes back at will. Needs the `dev` extra, for the tokenizer in mistral-common.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ CONFIG = {
     "vocab_size": V,
 }
 SAMPLING_SECONDS = 0.005
-SPREAD = 10  # MB between conversions of more and fewer layers
+SPREAD = 10  # between the peaks for different numbers of layers [MB]
 
 
 # --- models -----------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
-    """A Hugging Face folder of `layers` layers: a shard for each, and one for what is outside of them."""
+    """Write a Hugging Face folder of `layers` layers: a shard for each, and one for the other tensors."""
     folder.mkdir()
     shards = [layer_shapes(index) for index in range(layers)]
     shards.append({"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)})
@@ -88,7 +88,7 @@ def layer_shapes(index: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-    """Random bfloat16 values of a trained model's size, streamed; norms are ones."""
+    """Stream random bfloat16 values as large as a trained model's to a shard; norms are ones."""
     header, end = {}, 0
     for name, shape in shapes.items():
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + 2 * prod(shape))}
@@ -109,7 +109,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> No
 
 
 def endless_noise(seed: int) -> Iterator[np.ndarray]:
-    """Slices of one pool of bfloat16 bits, from a different place each time."""
+    """Slices of one pool of bfloat16 bits, from a random offset each time."""
     random = np.random.default_rng(seed)
     values = random.standard_normal(1 << 24, np.float32) * np.float32(0.02)
     pool = (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -118,7 +118,7 @@ def endless_noise(seed: int) -> Iterator[np.ndarray]:
 
 
 def mistral_vocabulary() -> Path:
-    """Mixtral's tokenizer.model, where the mistral-common package keeps it."""
+    """The path of Mixtral's tokenizer.model in the mistral-common package."""
     found = importlib.util.find_spec("mistral_common")
     if found is None or found.origin is None:
         sys.exit("mistral-common is missing; install the dev extra")
@@ -130,14 +130,14 @@ def mistral_vocabulary() -> Path:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one process took: wall clock seconds and its highest RssAnon in bytes."""
+    """Resources of one process: wall clock [seconds] and peak RssAnon [bytes]."""
 
     seconds: float
     peak: int
 
 
 def run_measured(command: Sequence[str | Path]) -> Usage:
-    """Run `command`, its output left alone, and sample its memory until it ends; exits where it fails."""
+    """Run `command` and sample its memory until it ends; exits where it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command)
     peak = 0
@@ -154,7 +154,7 @@ def run_measured(command: Sequence[str | Path]) -> Usage:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 where it is about to end."""
+    """RssAnon of a process [bytes]; 0 where it is about to end."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -169,7 +169,7 @@ def say_row(cells: Iterable[object]) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> bool:
-    """`fiddler convert` for each number of layers; whether its memory stayed under the limit, and did not grow."""
+    """Convert each number of layers; return whether memory stayed under the limit and did not grow with them."""
     say_row(["layers", "file GB", "seconds", "GB/s", "RssAnon MB"])
     say_row(["---:"] * 5)
     peaks = []
@@ -188,12 +188,12 @@ def convert(arguments: argparse.Namespace) -> bool:
 
 RUN = """
 import json, sys, time
-import fiddler.engine, fiddler.kernels as kernels  # the bare imports: torch, numba, sentencepiece
+import fiddler.loading, fiddler.kernels as kernels  # the bare imports: torch, numba, sentencepiece
 kernels.precompile(kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16"))
 from fiddler.host_memory import peak_memory
 imported = peak_memory().anonymous
 started = time.perf_counter()
-engine = fiddler.engine.load(sys.argv[1])
+engine = fiddler.loading.load(sys.argv[1])
 opened, loaded = time.perf_counter() - started, peak_memory().anonymous
 completion = engine.generate("Once upon a time" * int(sys.argv[2]), max_tokens=int(sys.argv[3]), ignore_eos=True)
 print(json.dumps({
@@ -205,7 +205,7 @@ print(json.dumps({
 
 
 def run(arguments: argparse.Namespace) -> bool:
-    """Open a model and generate in fast precision; whether it opened in time and its own memory stayed small."""
+    """Open a model and generate in fast precision; return whether it opened in time and its memory stayed small."""
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         source, target = Path(scratch) / "hf", Path(scratch) / "model.gguf"
         write_checkpoint(source, arguments.layers)
@@ -234,10 +234,10 @@ def run(arguments: argparse.Namespace) -> bool:
 
 PREFILL = """
 import json, random, sys, threading, time
-import fiddler.engine
+import fiddler.loading
 from fiddler.host_memory import peak_memory
 count = int(sys.argv[2])
-engine = fiddler.engine.load(sys.argv[1], device="cpu", context=count, precision=sys.argv[3])
+engine = fiddler.loading.load(sys.argv[1], device="cpu", context=count, precision=sys.argv[3])
 ids = [random.Random(0).randrange(3, engine.config.vocab_size) for _ in range(count)]
 loaded, samples, done = peak_memory().anonymous, [], threading.Event()
 def sample():
@@ -250,34 +250,34 @@ engine.runner.prefill(sequence, ids)
 seconds = time.perf_counter() - started
 done.set()
 thread.join()
-kept = sum(half.nbytes for layers in sequence.storage for half in layers)
-print(json.dumps({"seconds": seconds, "kept": kept, "grown": max(samples) - loaded}))
+kv_bytes = sum(array.nbytes for layer in sequence.storage for array in layer)
+print(json.dumps({"seconds": seconds, "kv_bytes": kv_bytes, "grown": max(samples) - loaded}))
 """
 
 
 def measured_prefill(model: Path, tokens: int, precision: str) -> dict[str, float]:
-    """A prompt read by a process of its own: seconds, bytes of keys and values, RssAnon's growth at its highest."""
+    """Prefill in a process of its own: seconds, KV cache [bytes] and the peak growth of RssAnon [bytes]."""
     command = [sys.executable, "-c", PREFILL, str(model), str(tokens), precision]
     answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return answer
 
 
 def prefill(arguments: argparse.Namespace) -> bool:
-    """Read prompts with the demo model, its context raised; whether memory beyond keys and values stayed small."""
+    """Prefill with the demo model, its context raised; return whether memory beyond the KV cache stayed small."""
     from fiddler.loading import DEMO_MODEL
 
-    say_row(["tokens", "seconds", "tokens/s", "keys, values MB", "grown MB", "beyond MB"])
+    say_row(["tokens", "seconds", "tokens/s", "KV cache MB", "grown MB", "beyond MB"])
     say_row(["---:"] * 6)
     beyond = []
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         model = with_context(arguments.model or DEMO_MODEL, Path(scratch) / "long.gguf", max(arguments.tokens))
         measured_prefill(model, 16, arguments.precision)  # compiles the kernels
         for tokens in arguments.tokens:
-            got = measured_prefill(model, tokens, arguments.precision)
-            beyond.append((got["grown"] - got["kept"]) / 1e6)
-            sizes = [f"{size / 1e6:.0f}" for size in (got["kept"], got["grown"])]
-            speed = f"{tokens / got['seconds']:.0f}"
-            say_row([tokens, f"{got['seconds']:.1f}", speed, *sizes, f"{beyond[-1]:.0f}"])
+            usage = measured_prefill(model, tokens, arguments.precision)
+            beyond.append((usage["grown"] - usage["kv_bytes"]) / 1e6)
+            sizes = [f"{size / 1e6:.0f}" for size in (usage["kv_bytes"], usage["grown"])]
+            speed = f"{tokens / usage['seconds']:.0f}"
+            say_row([tokens, f"{usage['seconds']:.1f}", speed, *sizes, f"{beyond[-1]:.0f}"])
     return max(beyond) < arguments.limit
 
 

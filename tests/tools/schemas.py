@@ -1,7 +1,7 @@
-"""Random JSON schemas whose values are short, and generations held to them.
+"""Random JSON schemas with short values, and generations constrained by them.
 
-As a command, `python tests/tools/schemas.py -n 200`, it does what a test does for any number of them, counts the
-answers that were cut, and says how long a mask takes for Mixtral's vocabulary.
+As a command, `python tests/tools/schemas.py -n 200`, it repeats a test for any number of schemas, counts the answers
+that were cut, and measures the masks over Mixtral's vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPTS = ("Once upon a time", "Tom has a red boat. As JSON:", "The answer is", 
 
 
 def random_schema(draw: random.Random, depth: int = 3) -> dict[str, Any]:
-    """A schema of which every value has at most some hundred characters."""
+    """A schema whose values have at most some hundred characters."""
     kinds = ["string", "enum", "integer", "boolean", "null", "const", "pattern"]  # a number may have endless digits
     if depth:
         kinds += ["array", "object", "object", "anyOf"]
@@ -66,24 +66,24 @@ def random_schema(draw: random.Random, depth: int = 3) -> dict[str, Any]:
 
 
 def hold(engine: fiddler.Engine, seed: int, max_tokens: int = 200) -> fiddler.Completion:
-    """Generate by the schema of a seed; where the answer is whole it must parse and be valid."""
+    """Generate by the schema of `seed`; a complete answer must parse and be valid."""
     draw = random.Random(seed)
     schema = random_schema(draw)
     sampling = fiddler.Sampling(temperature=draw.choice([0.0, 0.8, 1.5]), seed=seed)
     constraint = fiddler.Constraint.json_schema(schema)
-    done = engine.generate(draw.choice(PROMPTS), sampling, max_tokens, constraint=constraint)
-    if done.finish_reason == "stop":
-        jsonschema.validate(json.loads(done.text), schema)
+    completion = engine.generate(draw.choice(PROMPTS), sampling, max_tokens, constraint=constraint)
+    if completion.finish_reason == "stop":
+        jsonschema.validate(json.loads(completion.text), schema)
     else:
-        assert len(done.tokens) == max_tokens, f"{done.text!r} is not complete"
-    return done
+        assert len(completion.tokens) == max_tokens, f"{completion.text!r} is not complete"
+    return completion
 
 
 def mask_times(count: int) -> np.ndarray:
-    """Seconds of every mask along random texts of `count` schemas, for a vocabulary of 32000."""
+    """Seconds of each mask along random texts of `count` schemas, for a vocabulary of 32000."""
     with tempfile.TemporaryDirectory() as folder:
-        found = vocabulary(Path(folder), tokenizer_model=REAL_MODEL.read_bytes())
-    tokens, times = Vocabulary(Tokenizer.from_metadata(found.metadata())), []
+        mixtral = vocabulary(Path(folder), tokenizer_model=REAL_MODEL.read_bytes())
+    tokens, times = Vocabulary(Tokenizer.from_metadata(mixtral.metadata())), []
     for seed in range(count):
         draw = random.Random(seed)
         guide = tokens.guide(fiddler.Constraint.json_schema(random_schema(draw)))
@@ -101,13 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=200, help="schemas (200)")
     arguments = parser.parse_args()
-    engine = fiddler.load(threads=1)  # such a small model is no faster with more
+    engine = fiddler.load(threads=1)  # a model this small is no faster with more
     engine.generate("x", max_tokens=2, constraint=fiddler.Constraint.json_schema({}))
     started, tokens, cut = time.perf_counter(), 0, []
     for seed in range(arguments.n):
-        done = hold(engine, seed)
-        tokens += len(done.tokens)
-        if done.finish_reason == "length":
+        completion = hold(engine, seed)
+        tokens += len(completion.tokens)
+        if completion.finish_reason == "length":
             cut.append(seed)
     seconds = time.perf_counter() - started
     print(
@@ -115,8 +115,8 @@ def main() -> None:
         f"token limit (seeds {cut}); {tokens} tokens, {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
     )
     times = mask_times(arguments.n) * 1e6
-    middle, most = np.percentile(times, [50, 99])
-    print(f"{len(times)} masks over 32000 tokens: median {middle:.0f} us, 99 % within {most:.0f} us")
+    median, high = np.percentile(times, [50, 99])
+    print(f"{len(times)} masks over 32000 tokens: median {median:.0f} us, 99 % within {high:.0f} us")
 
 
 if __name__ == "__main__":

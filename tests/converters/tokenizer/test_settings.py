@@ -1,4 +1,4 @@
-"""Several files have a say in a tokenizer: who wins, and what is said when they contradict each other."""
+"""Tokenizer settings come from several files: their precedence, and the errors if they contradict each other."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def read(folder, size=270, **files):
 
 
 def test_a_short_vocabulary_is_padded_with_unused_tokens(tmp_path):
-    found = read(tmp_path, 265)
-    assert found.tokens[261:] == ("b", "[PAD262]", "[PAD263]", "[PAD264]")
-    assert found.types[261:] == (NORMAL, UNUSED, UNUSED, UNUSED)
-    assert len(found.scores) == 265
+    vocab = read(tmp_path, 265)
+    assert vocab.tokens[261:] == ("b", "[PAD262]", "[PAD263]", "[PAD264]")
+    assert vocab.types[261:] == (NORMAL, UNUSED, UNUSED, UNUSED)
+    assert len(vocab.scores) == 265
 
 
-def test_padding_gives_way_to_tokens_of_its_name(tmp_path):
-    found = read(tmp_path, 265, added_tokens_json={"[PAD262]": 264})
-    assert found.tokens[262:] == ("[PAD262]_", "[PAD263]", "[PAD262]")
+def test_padding_avoids_the_names_of_existing_tokens(tmp_path):
+    vocab = read(tmp_path, 265, added_tokens_json={"[PAD262]": 264})
+    assert vocab.tokens[262:] == ("[PAD262]_", "[PAD263]", "[PAD262]")
 
 
-def test_a_vocabulary_too_long_is_refused(tmp_path):
+def test_a_vocabulary_longer_than_vocab_size_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"262 tokens, but vocab_size in config.json is 261"):
         read(tmp_path, 261)
 
 
-def test_added_tokens_of_every_file(tmp_path):
-    found = read(
+def test_added_tokens_of_all_files_are_combined(tmp_path):
+    vocab = read(
         tmp_path,
         added_tokens_json={"<u>": 262, "<s2>": 263},
         special_tokens_map_json={"additional_special_tokens": ["<s2>", {"content": "<s3>"}]},
@@ -54,19 +54,19 @@ def test_added_tokens_of_every_file(tmp_path):
             }
         },
     )
-    assert found.tokens[262:268] == ("<u>", "<s2>", "<s3>", "<s5>", "<|chat|>", "[PAD267]")
-    assert found.types[262:268] == (USER, CONTROL, CONTROL, CONTROL, CONTROL, UNUSED)
-    assert (found.types[0], found.types[1], found.types[260]) == (UNKNOWN, CONTROL, USER)
+    assert vocab.tokens[262:268] == ("<u>", "<s2>", "<s3>", "<s5>", "<|chat|>", "[PAD267]")
+    assert vocab.types[262:268] == (USER, CONTROL, CONTROL, CONTROL, CONTROL, UNUSED)
+    assert (vocab.types[0], vocab.types[1], vocab.types[260]) == (UNKNOWN, CONTROL, USER)
 
 
-def test_a_control_token_may_be_renamed_but_no_ordinary_one(tmp_path):
+def test_an_added_token_may_rename_a_control_token_but_no_ordinary_one(tmp_path):
     assert read(tmp_path, added_tokens_json={"[INST]": 1}).tokens[1] == "[INST]"
     for index in (260, 13):
         with pytest.raises(CheckpointError, match="claims its id"):
             read(tmp_path, added_tokens_json={"[INST]": index})
 
 
-def test_contradictions_are_refused(tmp_path):
+def test_contradictory_and_impossible_added_tokens_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'<u>' in one of its files and '<v>' in another"):
         read(
             tmp_path,
@@ -90,10 +90,10 @@ def test_contradictions_are_refused(tmp_path):
         ({"config_json": CONFIG | {"bos_token_id": 5, "eos_token_id": 6}}, 1, 2),
     ],
 )
-def test_special_tokens_by_name(tmp_path, files, bos, eos):
-    found = read(tmp_path, **files)
-    assert (found.bos_id, found.eos_id) == (bos, eos)
-    assert (found.types[bos], found.types[eos]) == (CONTROL, CONTROL)
+def test_special_tokens_are_found_by_name_before_id(tmp_path, files, bos, eos):
+    vocab = read(tmp_path, **files)
+    assert (vocab.bos_id, vocab.eos_id) == (bos, eos)
+    assert (vocab.types[bos], vocab.types[eos]) == (CONTROL, CONTROL)
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_special_tokens_by_name(tmp_path, files, bos, eos):
         ({}, {"eos_token_id": 260}, None, 260, ()),
     ],
 )
-def test_special_tokens_by_id_where_no_file_has_a_name(tmp_path, config, generation, bos, eos, more):
+def test_special_tokens_are_found_by_id_if_no_file_names_them(tmp_path, config, generation, bos, eos, more):
     files = {"config_json": {"vocab_size": 270} | config, "generation_config_json": generation}
-    found = vocabulary(tmp_path, 270, tokenizer_json=saved(SMALL), **files)
-    assert (found.bos_id, found.eos_id, found.more_end_ids, found.add_bos) == (bos, eos, more, bos is not None)
+    vocab = vocabulary(tmp_path, 270, tokenizer_json=saved(SMALL), **files)
+    assert (vocab.bos_id, vocab.eos_id, vocab.more_end_ids, vocab.add_bos) == (bos, eos, more, bos is not None)
 
 
-def test_a_text_needs_an_end(tmp_path):
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"set eos_token in tokenizer_config.json"):
         vocabulary(tmp_path, 270, tokenizer_json=saved(SMALL), config_json={})
 
 
-def test_padding_may_be_nowhere(tmp_path):
+def test_the_padding_token_is_optional_and_keeps_its_type(tmp_path):
     assert read(tmp_path, config_json=CONFIG | {"pad_token_id": -1}).pad_id is None
     assert read(tmp_path, config_json=CONFIG | {"pad_token_id": 265}).pad_id == 265
     assert read(tmp_path, tokenizer_config_json={"pad_token": "a"}).types[260] == NORMAL
@@ -135,19 +135,21 @@ def test_padding_may_be_nowhere(tmp_path):
         ({"add_bos_token": True}, TEMPLATE | {"single": TEMPLATE["single"][1:]}, True, False),
     ],
 )
-def test_what_goes_around_a_text(tmp_path, config, template, bos, eos):
+def test_bos_and_eos_are_added_as_the_configuration_or_else_the_post_processor_says(
+    tmp_path, config, template, bos, eos
+):
     fast = {"tokenizer_json": {"post_processor": template}} if template else {}
-    found = read(tmp_path, tokenizer_config_json=config, **fast)
-    assert (found.add_bos, found.add_eos) == (bos, eos)
+    vocab = read(tmp_path, tokenizer_config_json=config, **fast)
+    assert (vocab.add_bos, vocab.add_eos) == (bos, eos)
 
 
-def test_the_space_before_a_text(tmp_path):
+def test_the_space_before_a_text_is_added_unless_a_file_switches_it_off(tmp_path):
     assert read(tmp_path, tokenizer_config_json={"add_prefix_space": None}).add_space_prefix
     assert not read(tmp_path, tokenizer_config_json={"add_prefix_space": False}).add_space_prefix
     assert not read(tmp_path, tokenizer_model=sentencepiece_model(add_dummy_prefix=False)).add_space_prefix
 
 
-def test_chat_templates(tmp_path):
+def test_chat_templates_are_read_by_the_precedence_of_their_files(tmp_path):
     assert read(tmp_path).chat_template is None
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     assert read(tmp_path, tokenizer_config_json={"chat_template": named}).chat_template == "d"
@@ -163,20 +165,20 @@ def test_chat_templates(tmp_path):
         read(tmp_path)
 
 
-def test_chat_templates_are_those_of_transformers_and_named_as_gguf_names_them(tmp_path):
+def test_chat_templates_saved_by_transformers_are_written_as_by_the_gguf_package(tmp_path):
     templates = {"default": "{{ d }}", "tool_use": "{{ t }}", "rag-1": "{{ r }}"}
     named = [{"name": name, "template": text} for name, text in templates.items()]
     (tmp_path / "fast").mkdir()
     fast = PreTrainedTokenizerFast(tokenizer_object=SMALL, eos_token="</s>", chat_template=named)
     fast.save_pretrained(tmp_path / "fast")
     assert (tmp_path / "fast" / "additional_chat_templates" / "tool_use.jinja").exists()
-    for found in (
+    for vocab in (
         vocabulary(tmp_path / "fast", 300),
         read(tmp_path / "list", tokenizer_config_json={"chat_template": named}),
     ):
         theirs, ours = (gguf.GGUFWriter(tmp_path / name, "llama") for name in ("theirs", "ours"))
         theirs.add_chat_template(named)
-        found.write_to(ours)
+        vocab.write_to(ours)
         values = [
             {key: one.value for key, one in writer.kv_data[0].items() if "chat_template" in key}
             for writer in (theirs, ours)
@@ -216,12 +218,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("files, says", WRONG.values(), ids=WRONG)
-def test_wrong_values_are_named(tmp_path, files, says):
-    if says is None:
+@pytest.mark.parametrize("files, message", WRONG.values(), ids=WRONG)
+def test_errors_name_the_wrong_value(tmp_path, files, message):
+    if message is None:
         assert read(tmp_path, **files).tokens[262] == "x"
         return
-    with pytest.raises(CheckpointError, match=says) as raised:
+    with pytest.raises(CheckpointError, match=message) as raised:
         read(tmp_path, **files)
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -231,14 +233,14 @@ def test_wrong_values_are_named(tmp_path, files, says):
     "content", [b"", b"{", b"[]", b"\xff{}", b'{"a": 1, "a": 2}', b"[" * 100000, b'{"a": ' + b"9" * 5000 + b"}"]
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_files_that_are_no_json_object(tmp_path, name, content):
+def test_files_that_are_no_json_object_are_refused(tmp_path, name, content):
     read(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         read_vocabulary(tmp_path, 270)
 
 
-def test_a_folder_without_a_tokenizer(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither tokenizer.model nor tokenizer.json"):
         vocabulary(tmp_path, 270)
 
@@ -256,7 +258,7 @@ VALUES = st.recursive(
 
 @settings(deadline=None)
 @given(st.data())
-def test_arbitrary_values_raise_nothing_else(tmp_path_factory, data):
+def test_arbitrary_values_raise_only_checkpoint_errors_of_one_line(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("any")
     keys = ["added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model"]
     fast = saved(SMALL) | data.draw(st.dictionaries(st.sampled_from(keys), VALUES, max_size=2))
@@ -278,10 +280,10 @@ def test_arbitrary_values_raise_nothing_else(tmp_path_factory, data):
         "tokenizer_json": json.loads(json.dumps(fast)),
     }
     try:
-        found = vocabulary(folder, 300, **files)
+        vocab = vocabulary(folder, 300, **files)
     except CheckpointError as error:
         message = str(error)
     else:
         message = ""
-        assert len(found.tokens) == len(set(found.tokens)) == len(found.types) == 300
+        assert len(vocab.tokens) == len(set(vocab.tokens)) == len(vocab.types) == 300
     assert "\n" not in message

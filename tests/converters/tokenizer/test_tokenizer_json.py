@@ -1,4 +1,4 @@
-"""`tokenizer.json` on small vocabularies: what is accepted has the `tokenizers` library's ids, the rest is refused."""
+"""`tokenizer.json` of small vocabularies: it gives the `tokenizers` library's ids, or it is refused."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def changed(content, path, value):
     """A copy of `content` with the value at `path` (keys joined by dots) replaced."""
     copy = json.loads(json.dumps(content))
     *inner, last = path.split(".")
-    place = copy
+    parent = copy
     for key in inner:
-        place = place[int(key) if isinstance(place, list) else key]
-    place[last] = value
+        parent = parent[int(key) if isinstance(parent, list) else key]
+    parent[last] = value
     return copy
 
 
@@ -62,7 +62,7 @@ DIFFER = {
 
 
 @pytest.mark.parametrize("tokens, merges", AGREE.values(), ids=AGREE)
-def test_merges_that_agree_keep_their_ids(tmp_path, tokens, merges):
+def test_merges_that_scores_can_express_give_the_librarys_ids(tmp_path, tokens, merges):
     oracle = bpe([*LETTERS, *tokens], [tuple(merge.split()) for merge in merges])
     assert (
         differing(vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)), oracle, [*STRINGS, "aaaaaaa", "aabca ab"])
@@ -71,12 +71,12 @@ def test_merges_that_agree_keep_their_ids(tmp_path, tokens, merges):
 
 
 @pytest.mark.parametrize("tokens, merges", DIFFER.values(), ids=DIFFER)
-def test_merges_that_differ_are_refused_and_do_differ(tmp_path, tokens, merges):
+def test_merges_that_scores_cannot_express_are_refused_and_would_give_other_ids(tmp_path, tokens, merges):
     pairs = [tuple(merge.split()) for merge in merges]
     oracle = bpe([*LETTERS, *tokens], pairs)
     with pytest.raises(CheckpointError, match=r"never join.*is a token.*tokenizer.model beside it"):
         vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
-    # SentencePiece over the same tokens, the best pair first, gives other ids to the token's own text.
+    # SentencePiece with the same tokens, the best pair first, gives other ids to the token's own text.
     order = ["".join(pair) for pair in pairs]
     tokens = sorted(tokens, key=lambda token: order.index(token) if token in order else 99)
     pieces = [(token.encode(), NORMAL) for token in ("c", *tokens)]
@@ -84,7 +84,7 @@ def test_merges_that_differ_are_refused_and_do_differ(tmp_path, tokens, merges):
     assert any(theirs.encode(token, out_type=str) != oracle.encode(token).tokens for token in tokens)
 
 
-def test_scores_are_ranks_of_the_merge_that_happens():
+def test_the_score_of_a_token_is_the_negative_rank_of_its_last_merge():
     ranks = {("b", "c"): 0, ("a", "b"): 1, ("ab", "c"): 2, ("a", "bc"): 3}
     scores = scores_from_merges(["a", "ab", "bc", "abc", "cca"], ranks, source="x")
     assert scores == {"a": -4, "ab": -1, "bc": 0, "abc": -3, "cca": -4}  # "a" and "cca" come from no merge
@@ -92,7 +92,7 @@ def test_scores_are_ranks_of_the_merge_that_happens():
 
 @settings(deadline=None)
 @given(st.data())
-def test_whatever_is_accepted_has_the_librarys_ids(tmp_path_factory, data):
+def test_random_merges_give_the_librarys_ids_if_they_are_accepted(tmp_path_factory, data):
     words = st.text("ab▁", min_size=2, max_size=4)
     tokens = data.draw(st.lists(words, unique=True, max_size=6))
     known = {"a", "b", "▁", *tokens}
@@ -102,11 +102,11 @@ def test_whatever_is_accepted_has_the_librarys_ids(tmp_path_factory, data):
     oracle = bpe(["▁", "a", "b", *tokens], merges)
     folder = tmp_path_factory.mktemp("any")
     try:
-        found = vocabulary(folder, 300, tokenizer_json=saved(oracle))
+        vocab = vocabulary(folder, 300, tokenizer_json=saved(oracle))
     except CheckpointError:
         return
     strings = data.draw(st.lists(st.text("ab ", max_size=12), min_size=5))
-    assert differing(found, oracle, [*strings, *(token.replace("▁", " ") for token in tokens)]) == []
+    assert differing(vocab, oracle, [*strings, *(token.replace("▁", " ") for token in tokens)]) == []
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -116,7 +116,7 @@ def test_merges_are_read_as_strings_and_as_pairs(tmp_path, pairs):
     assert differing(vocabulary(tmp_path, 300, tokenizer_json=content), SMALL, STRINGS) == []
 
 
-def test_ignore_merges(tmp_path):
+def test_ignore_merges_is_accepted_only_if_merges_build_every_token(tmp_path):
     whole = bpe([*LETTERS, "▁a", "ab"], [("▁", "a"), ("a", "b")], ignore_merges=True)
     assert differing(vocabulary(tmp_path, 300, tokenizer_json=saved(whole)), whole, STRINGS) == []
     dead = bpe([*LETTERS, "▁a", "▁abc"], [("▁", "a")], ignore_merges=True)
@@ -124,7 +124,7 @@ def test_ignore_merges(tmp_path):
         vocabulary(tmp_path, 300, tokenizer_json=saved(dead))
 
 
-def test_split_at_spaces(tmp_path):
+def test_splitting_at_spaces_is_accepted_only_if_tokens_have_spaces_at_their_start_alone(tmp_path):
     for tokens, accepted in ((["▁a"], True), (["▁a", "▁▁"], False), (["▁a", "a▁"], False)):
         oracle = bpe([*LETTERS, *tokens], [tuple(token) for token in tokens])
         oracle.normalizer, oracle.pre_tokenizer = None, pre_tokenizers.Metaspace(split=True)
@@ -140,7 +140,7 @@ def test_split_at_spaces(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
-def test_added_tokens_are_found_as_the_library_finds_them(tmp_path, scheme):
+def test_added_tokens_are_matched_as_in_the_library(tmp_path, scheme):
     oracle = bpe([*LETTERS, "▁a", "ab"], [("▁", "a"), ("a", "b")])
     if scheme:
         content = changed(saved(oracle), "normalizer", None)
@@ -148,23 +148,23 @@ def test_added_tokens_are_found_as_the_library_finds_them(tmp_path, scheme):
         oracle.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     oracle.add_special_tokens(["<x>"])
     oracle.add_tokens([AddedToken(text, normalized=False) for text in ("<u>", "<u>>", "[ab]", "  c")])
-    found = vocabulary(tmp_path, 280, tokenizer_json=saved(oracle))
-    assert found.tokens[265:271] == ("<x>", "<u>", "<u>>", "[ab]", "  c", "[PAD270]")
-    assert found.types[265:270] == (CONTROL, USER, USER, USER, USER)
+    vocab = vocabulary(tmp_path, 280, tokenizer_json=saved(oracle))
+    assert vocab.tokens[265:271] == ("<x>", "<u>", "<u>>", "[ab]", "  c", "[PAD270]")
+    assert vocab.types[265:270] == (CONTROL, USER, USER, USER, USER)
     marked = [
         f"{a}{token}{b}"
         for token in ("<u>", "<u>>", "[ab]", "<x>", "<s>", "  c")
         for a in STRINGS[:40]
         for b in STRINGS[:9]
     ]
-    assert differing(found, oracle, marked) == []
-    ours = Tokenizer.from_metadata(found.metadata())
+    assert differing(vocab, oracle, marked) == []
+    ours = Tokenizer.from_metadata(vocab.metadata())
     assert 266 in ours.encode("a<u>")
     assert 265 not in ours.encode("a<x>")
 
 
 @pytest.mark.parametrize("option", ["single_word", "lstrip", "rstrip", "normalized"])
-def test_added_tokens_of_another_kind_are_refused_only_where_they_matter(tmp_path, option):
+def test_options_of_an_added_token_are_refused_unless_the_token_is_special(tmp_path, option):
     oracle = FastTokenizer.from_str(SMALL.to_str())
     oracle.add_tokens([AddedToken("<u>", **({"normalized": False} | {option: True}))])
     with pytest.raises(CheckpointError, match="added token '<u>' sets"):
@@ -215,15 +215,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("path, value, says", REFUSED.values(), ids=REFUSED)
-def test_refusals_name_what_they_refuse(tmp_path, path, value, says):
-    with pytest.raises(CheckpointError, match=says) as raised:
+@pytest.mark.parametrize("path, value, message", REFUSED.values(), ids=REFUSED)
+def test_errors_name_the_refused_value(tmp_path, path, value, message):
+    with pytest.raises(CheckpointError, match=message) as raised:
         vocabulary(tmp_path, 300, tokenizer_json=changed(saved(SMALL), path, value))
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_merges_with_bytes_or_unknown_are_refused(tmp_path):
+def test_merges_with_byte_or_unknown_tokens_are_refused(tmp_path):
     for left, right in (("<0x0A", ">"), ("<0x0A>", "a"), ("<un", "k>")):
         tokens = dict.fromkeys([*LETTERS, left, right, left + right])
         oracle = bpe([token for token in tokens if token not in (*BYTES, "<unk>")], [(left, right)])
@@ -231,7 +231,7 @@ def test_merges_with_bytes_or_unknown_are_refused(tmp_path):
             vocabulary(tmp_path, 300, tokenizer_json=changed(saved(oracle), "added_tokens", []))
 
 
-def test_merges_with_added_tokens_never_happen(tmp_path):
+def test_merges_with_an_added_token_are_accepted_unless_it_sets_options(tmp_path):
     oracle = bpe([*LETTERS, "<unk>a"], [("<unk>", "a")])
     assert differing(vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)), oracle, [*STRINGS, "<unk>a"]) == []
     content = changed(saved(oracle), "added_tokens.0.single_word", True)
@@ -239,7 +239,7 @@ def test_merges_with_added_tokens_never_happen(tmp_path):
         vocabulary(tmp_path, 300, tokenizer_json=content)
 
 
-def test_missing_byte_tokens_are_refused(tmp_path):
+def test_a_vocabulary_that_lacks_a_byte_token_is_refused(tmp_path):
     content = saved(SMALL)
     del content["model"]["vocab"]["<0x41>"]
     with pytest.raises(CheckpointError, match="lacks 1 byte tokens, <0x41>"):
@@ -253,10 +253,10 @@ def test_other_pre_tokenizers_are_refused(tmp_path, metaspace):
         vocabulary(tmp_path, 300, tokenizer_json=content)
 
 
-def test_the_oldest_metaspace(tmp_path):
+def test_the_oldest_form_of_metaspace_is_read(tmp_path):
     older = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False, "split": False}
     nested = {"type": "Sequence", "pretokenizers": [older]}
-    found = vocabulary(
+    vocab = vocabulary(
         tmp_path, 300, tokenizer_json=changed(changed(saved(SMALL), "normalizer", None), "pre_tokenizer", nested)
     )
-    assert (found.add_space_prefix, found.prepend_scheme) == (False, None)
+    assert (vocab.add_space_prefix, vocab.prepend_scheme) == (False, None)
