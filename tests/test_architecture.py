@@ -62,7 +62,8 @@ ONLY_IN = {
     "llvmlite": "kernels",
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
-    "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs offload runtime"
+    "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"
+    " offload runtime"
     " sampling text.vocabulary device.semaphore device.weight_copy",
     "sentencepiece": "text.spm",
     "torch": "cpu device evaluation gpu models offload runtime engine loading telemetry.expert_counts"

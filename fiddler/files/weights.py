@@ -21,6 +21,16 @@ class ExpertWeights:
     down: np.ndarray  # [E, D, F]
     variant: KernelVariant
 
+    @property
+    def hidden_row_bytes(self) -> int:
+        """Bytes of one hidden row of an expert: a row of gate and up, and a column of down."""
+        return 3 * int(self.gate[0, 0].nbytes)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return int(self.gate.shape[1]) * self.hidden_row_bytes
+
 
 @dataclass(frozen=True)
 class LinearWeight:

@@ -28,7 +28,8 @@ from fiddler.models.mixtral import Mixtral
 from fiddler.models.rotary import rotary_cos_sin
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.orchestrator import Grouped, Orchestrator
+from fiddler.offload.gpu_side import Grouped
+from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
@@ -125,17 +126,16 @@ def on_gpu(
         grouped = grouped_kernels.Grouped(device)
     orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORKSPACE_BYTES, recorder, grouped)
     linear = GpuLinear(linears, triton_kernels, exact=exact)
-    model = Mixtral(config, weights, linear, orchestrator, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
-    runner = GpuRunner(
-        model, orchestrator.beside, orchestrator.start_over, context, cache_dtype, threads, chunk, kv_cache, budget
-    )
+    model = Mixtral(config, weights, linear, orchestrator.layer, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
+    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, chunk, kv_cache, budget)
     if triton_kernels is not None:
         from fiddler.gpu import attention_kernels
         from fiddler.gpu.decode_graphs import DecodeGraphs
+        from fiddler.gpu.graph_capture import CapturedGraphs
 
         with torch.inference_mode():
-            graphs = DecodeGraphs(model, orchestrator, kv_cache, cos_sin, recorder)
-        runner.decode_with(graphs, cos_sin, attention_kernels)
+            graphs = CapturedGraphs(model, orchestrator, kv_cache, cos_sin, recorder)
+        runner.decode_with(DecodeGraphs(graphs, orchestrator, recorder), cos_sin, attention_kernels)
     budget.settle()
     summary = (
         f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "

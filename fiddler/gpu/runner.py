@@ -21,6 +21,7 @@ from fiddler.errors import ResourceError
 from fiddler.models.attention import attend
 from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral
+from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.kv_cache import KVCache, Step
 from fiddler.runtime.runner import Runner
 
@@ -63,8 +64,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Mixtral,
-        beside: Callable[[Callable[[], Tensor], int], Tensor],
-        start_over: Callable[[], None],
+        orchestrator: Orchestrator,
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -72,15 +72,10 @@ class GpuRunner(Runner):
         preallocated: KVCache,
         budget: Budget,
     ) -> None:
-        """beside: `Orchestrator.beside`, which runs a step of the model and computes the CPU's parts of it meanwhile.
-        start_over: `Orchestrator.start_over`, which ends a step that was interrupted, and interrupted again while it
-        ended: else the GPU may wait at a semaphore that nobody opens, and whoever waits for the GPU waits forever.
-
-        preallocated: has room for the whole context; one sequence at a time uses its storage.
-        """
+        """preallocated: has room for the whole context; one sequence at a time uses its storage."""
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
-        self._beside, self._start_over = beside, start_over
+        self.orchestrator = orchestrator
         self._kernel_threads = max(1, min(threads, kernels.usable_cores() - 1))
         self._storage = preallocated.storage
         self._owner: Callable[[], KVCache | None] = lambda: None  # the sequence that uses `_storage`
@@ -103,7 +98,7 @@ class GpuRunner(Runner):
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         # the worker thread keeps one core busy meanwhile: kernels would wait for a thread on that core
         kernels.set_threads(self._kernel_threads)
-        return self._beside(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
+        return self.orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
     def sequence(self, positions: int = 0) -> KVCache:
         """Implements `Runner.sequence`. One sequence at a time uses the preallocated KV cache; others allocate."""
@@ -172,9 +167,10 @@ class GpuRunner(Runner):
     def _within_budget(self) -> Iterator[None]:
         """Turn running out of GPU memory, as with several sequences at once, into an error that names the remedy.
 
-        First ends an interrupted step, since everything in this context may wait for the GPU.
+        First ends a step that was interrupted, and interrupted again while it ended: the GPU may wait at a semaphore
+        that nobody opens, and everything in this context may wait for the GPU.
         """
-        self._start_over()
+        self.orchestrator.start_over()
         try:
             yield
         except torch.OutOfMemoryError as error:

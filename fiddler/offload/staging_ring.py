@@ -90,7 +90,7 @@ class Ring:
         weight_copy.hold(self._free[slot])
         (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
         row = 2 * width * (expert * hidden + begin)
-        with self._recorder.queued("link", 6 * width * rows, weight_copy.stream):
+        with self._recorder.queued("copy", 6 * width * rows, weight_copy.stream):
             weight_copy.copy(to_gate, gate + row, 2 * width * rows)
             weight_copy.copy(to_up, up + row, 2 * width * rows)
             weight_copy.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
@@ -114,7 +114,7 @@ class Ring:
             aligned = -(-size // 16) * 16
             addresses = address, address + aligned, address + 2 * aligned
             columns = down + 2 * (expert * width * hidden + begin)
-            with self._recorder.queued("link", 3 * size, weight_copy.stream):
+            with self._recorder.queued("copy", 3 * size, weight_copy.stream):
                 weight_copy.copy(addresses[0], gate + row, size)
                 weight_copy.copy(addresses[1], up + row, size)
                 weight_copy.copy(addresses[2], columns, 2 * (end - begin), width, 2 * hidden)

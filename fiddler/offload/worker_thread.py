@@ -135,19 +135,19 @@ class CooperativeStep(Generic[Part]):
             self.stop()
 
     def begin(self, step: Callable[[], None]) -> Task:
-        """Start a step on the worker thread whose parts, if any, the caller learns of in another way."""
+        """Start work on the worker thread that leaves no parts; a step may have several, one after the other."""
         self._task = task = Task(step)
         self._worker.take(task)
         return task
 
     def leave(self, part: Part) -> int:
-        """On the worker thread: leave `part` to the caller's; returns the number of the wait that it ends."""
+        """On the worker thread: leave `part` to the caller's; return the number of the wait that it ends."""
         number = self.number()
         self._parts.put((part, number))
         return number
 
     def number(self) -> int:
-        """On the worker thread: the number of the next wait, of the semaphore and of `rest`."""
+        """The number of the next wait, of the semaphore and of `rest`. Only the thread that plans may call it."""
         number = self._semaphore.next()
         self._done.numbered = number
         return number

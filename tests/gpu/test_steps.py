@@ -47,7 +47,7 @@ def texts(engine):
 
 
 def test_after_a_failed_step_the_next_text_is_right(cpu_engine, gpu_engine, monkeypatch):
-    orchestrator, expected = gpu_engine.runner.model.experts, texts(cpu_engine)
+    orchestrator, expected = gpu_engine.runner.orchestrator, texts(cpu_engine)
     on_cpu = orchestrator.on_cpu
     for broken in (0, 1, 5, 12):
         left = broken
@@ -111,7 +111,7 @@ def test_a_cached_prefix_is_reused_on_the_gpu(cpu_engine, gpu_engine):
 
 def test_an_aborted_step_holds_no_reference_to_the_sequence(cpu_engine, gpu_engine, no_collection, monkeypatch):
     """Otherwise a batch would begin without that sequence's KV cache, and leave its memory unused."""
-    monkeypatch.setattr(gpu_engine.runner.model.experts, "on_cpu", lambda *arguments: 1 // 0)
+    monkeypatch.setattr(gpu_engine.runner.orchestrator, "on_cpu", lambda *arguments: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         gpu_engine.generate(PROMPTS[0], GREEDY, 60)
     monkeypatch.undo()
@@ -173,12 +173,12 @@ def test_the_timeline_has_spans_of_the_gpu_and_the_cpu():
     engine.generate(PROMPTS[0], GREEDY, 8)
     ended = time.perf_counter()
     spans = tracer.spans()[done:]
-    kinds = ("dense", "link", "experts")
+    kinds = ("dense", "copy", "experts")
     on_gpu = {name: [span for span in spans if (span.place, span.name) == ("GPU", name)] for name in kinds}
     for name, spans_of_kind in on_gpu.items():
         assert len(spans_of_kind) >= 8, name
         assert all(begun - 1e-3 <= span.begun <= span.ended <= ended + 1e-3 for span in spans_of_kind), name
-    moved = sum(span.nbytes for span in on_gpu["link"])
-    assert moved == sum(span.nbytes for span in spans if (span.place, span.name) == ("CPU", "link")) > 0
+    moved = sum(span.nbytes for span in on_gpu["copy"])
+    assert moved == sum(span.nbytes for span in spans if (span.place, span.name) == ("CPU", "copy")) > 0
     busy = sum(span.ended - span.begun for span in spans if span.place == "GPU" or span.name == "experts")
     assert ended - begun - busy <= tracer.idle(begun, ended) < ended - begun

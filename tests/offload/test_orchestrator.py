@@ -15,7 +15,7 @@ from fiddler.device.weight_copy import HostCopy
 from fiddler.offload.plan import Costs, Curve
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
-from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, orchestrator, weights_of
+from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, compute_layer, orchestrator, weights_of
 
 COSTS = {
     "CPU alone": Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), inf, 0.0),
@@ -83,8 +83,8 @@ def test_every_mix_of_residents_cpu_and_streaming_matches_float64(kind, costs, d
     for tokens in data.draw(st.lists(st.one_of(st.just(1), st.integers(0, MAX_TOKENS)), min_size=1, max_size=3)):
         for layer in range(LAYERS):
             x, expert_ids, routing_weights = step(rng, tokens, k)
-            output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-            check(output.numpy(), layers, layer, x, expert_ids, routing_weights)
+            output = compute_layer(experts, layer, x, expert_ids, routing_weights)
+            check(output, layers, layer, x, expert_ids, routing_weights)
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -92,50 +92,49 @@ def test_tokens_that_all_go_to_one_expert_match_float64(costs):
     experts = orchestrator(EXACT, [[1], [], [0, 2]], COSTS[costs])
     x, expert_ids, routing_weights = step(np.random.default_rng(3), MAX_TOKENS, 1)
     expert_ids[:] = 3
-    output = experts(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-    check(output.numpy(), EXACT, 1, x, expert_ids, routing_weights)
+    output = compute_layer(experts, 1, x, expert_ids, routing_weights)
+    check(output, EXACT, 1, x, expert_ids, routing_weights)
 
 
 def test_every_missing_expert_is_computed_once_by_the_cpu_or_the_gpu():
     """The recorded bytes are those of every missing expert, once."""
     layers, meter = EXACT, Meter()
     for costs in COSTS.values():
-        experts = orchestrator(layers, [[0], [1], []], costs)
-        experts._recorder = meter
+        experts = orchestrator(layers, [[0], [1], []], costs, recorder=meter)
         for layer in range(LAYERS):
             x, expert_ids, routing_weights = step(np.random.default_rng(layer), 3, 2)
             meter.clear()
-            experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+            compute_layer(experts, layer, x, expert_ids, routing_weights)
             missing = {e for e in expert_ids.reshape(-1).tolist() if (layer, e) not in experts.residents}
-            assert meter.nbytes["experts"] + meter.nbytes["link"] == len(missing) * 3 * layers[0].gate[0].nbytes
+            assert meter.nbytes["experts"] + meter.nbytes["copy"] == len(missing) * 3 * layers[0].gate[0].nbytes
 
 
 def test_experts_prefetched_for_the_next_layer_are_used_there():
-    experts, expert, meter = orchestrator(EXACT, [[], [], []], COSTS["streamed"]), EXACT[0].gate[0].nbytes * 3, Meter()
-    experts._recorder = meter
+    expert, meter = EXACT[0].gate[0].nbytes * 3, Meter()
+    experts = orchestrator(EXACT, [[], [], []], COSTS["streamed"], recorder=meter)
     rng = np.random.default_rng(0)
 
     def forward():  # as the model's step does
         x, expert_ids, routing_weights = step(rng, 60, 2)
-        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-        layer, parts = experts._ahead
+        experts.layer(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        layer, parts = experts.prefetcher.sent
         assert layer == 1
         assert sum(part.end - part.begin for part in parts) == F
-        assert meter.nbytes["link"] == (E + 1) * expert
+        assert meter.nbytes["copy"] == (E + 1) * expert
         x, expert_ids, routing_weights = step(rng, 60, 2)
-        output = experts(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        output = experts.layer(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
         check(output.numpy(), EXACT, 1, x, expert_ids, routing_weights)
-        assert meter.nbytes["link"] == (2 * E + 1) * expert  # of layer 1 one was prefetched, of layer 2 one is now
+        assert meter.nbytes["copy"] == (2 * E + 1) * expert  # of layer 1 one was prefetched, of layer 2 one is now
         # a prefetched expert without tokens was copied in vain
-        prefetched = experts._ahead[1][0].expert
+        prefetched = experts.prefetcher.sent[1][0].expert
         x, expert_ids, routing_weights = step(rng, 30, 1)
         expert_ids[expert_ids == prefetched] = (prefetched + 1) % E
-        output = experts(2, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        output = experts.layer(2, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
         check(output.numpy(), EXACT, 2, x, expert_ids, routing_weights)
         return output
 
-    experts.beside(forward, 60)
-    assert meter.nbytes["link"] == 3 * E * expert
+    experts.step(forward, 60)
+    assert meter.nbytes["copy"] == 3 * E * expert
 
 
 def test_nothing_is_prefetched_for_a_last_layer_with_few_tokens():
@@ -144,12 +143,12 @@ def test_nothing_is_prefetched_for_a_last_layer_with_few_tokens():
     def forward():
         for layer in range(LAYERS):
             x, expert_ids, routing_weights = step(rng, 60 if layer < LAYERS - 1 else 1, 2)
-            output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-            assert (experts._ahead[1] != []) == (layer == 0)
+            output = experts.layer(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+            assert (experts.prefetcher.sent[1] != []) == (layer == 0)
             check(output.numpy(), EXACT, layer, x, expert_ids, routing_weights)
         return output
 
-    experts.beside(forward, 1)
+    experts.step(forward, 1)
 
 
 @pytest.mark.parametrize("weight_copy", [HostCopy, BlockingCopy])
@@ -157,24 +156,17 @@ def test_the_step_after_an_aborted_one_matches_float64(weight_copy):
     experts = orchestrator(EXACT, [[], [], []], COSTS["streamed"], weight_copy())
     rng = np.random.default_rng(0)
     x, expert_ids, routing_weights = step(rng, 60, 2)
-    experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-    assert experts._ahead[1]
+    compute_layer(experts, 0, x, expert_ids, routing_weights)
+    assert experts.prefetcher.sent[1]
     x, expert_ids, routing_weights = step(rng, 60, 2)
-    check(
-        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights))).numpy(),
-        EXACT,
-        0,
-        x,
-        expert_ids,
-        routing_weights,
-    )
+    check(compute_layer(experts, 0, x, expert_ids, routing_weights), EXACT, 0, x, expert_ids, routing_weights)
 
 
 def test_nan_reaches_the_output_of_its_own_token_only():
     experts = orchestrator(EXACT, [[0, 1], [], []], COSTS["split"])
     x, expert_ids, routing_weights = step(np.random.default_rng(0), 4, 2)
     x[2, 5] = np.nan
-    output = experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights))).numpy()
+    output = compute_layer(experts, 0, x, expert_ids, routing_weights)
     assert np.isnan(output[2]).all()
     assert np.isfinite(output[[0, 1, 3]]).all()
 
@@ -184,8 +176,8 @@ def test_a_step_of_more_tokens_than_the_buffers_hold_is_divided():
     rng = np.random.default_rng(1)
     for layer in range(LAYERS):
         x, expert_ids, routing_weights = step(rng, 2 * MAX_TOKENS + 5, 2)
-        output = experts(layer, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-        check(output.numpy(), EXACT, layer, x, expert_ids, routing_weights)
+        output = compute_layer(experts, layer, x, expert_ids, routing_weights)
+        check(output, EXACT, layer, x, expert_ids, routing_weights)
 
 
 def test_an_orchestrator_is_freed_without_the_garbage_collector():
@@ -194,7 +186,7 @@ def test_an_orchestrator_is_freed_without_the_garbage_collector():
     try:
         experts = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
         x, expert_ids, routing_weights = step(np.random.default_rng(1), 3, 2)
-        experts(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
+        compute_layer(experts, 0, x, expert_ids, routing_weights)
         experts.split_one(0, (1, 2))
         gone = weakref.ref(experts), weakref.ref(experts.residents)
         del experts
@@ -229,13 +221,13 @@ def test_copies_still_under_way_leave_more_rows_to_the_cpu():
     """Two slots of 128 and 72 rows are under way, the first about half copied; F rows take one second."""
     experts = orchestrator(EXACT, [[], [], []], COSTS["split"], StalledCopy())
     ahead = list(experts.ring.send(0, 2, 0, 200))
-    delay = experts._until_arrived(ahead)
+    delay = experts._copy_seconds_left(ahead)
     assert delay == pytest.approx((128 / 2 + 72) / F)
     counts = np.array([1] * E)
     on_cpu = [experts.split(0, counts, (), seconds).cpu_rows.sum() for seconds in (0.0, delay, 3 * delay)]
     assert on_cpu[0] < on_cpu[1] < on_cpu[2]
     experts.ring.release()
-    assert orchestrator(EXACT, [[], [], []], COSTS["split"])._until_arrived(ahead[:0]) == 0.0
+    assert orchestrator(EXACT, [[], [], []], COSTS["split"])._copy_seconds_left(ahead[:0]) == 0.0
 
 
 def test_the_cpu_gets_no_rows_where_copying_its_sums_takes_too_long():

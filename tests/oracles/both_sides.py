@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fiddler import kernels
 from fiddler.device.weight_copy import HostCopy
@@ -11,6 +12,7 @@ from fiddler.kernels import KernelVariant
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Ring
+from fiddler.telemetry.recorder import SILENT
 from oracles import naive
 
 D, F, E, LAYERS, MAX_TOKENS = 48, 320, 5, 3, 70
@@ -29,9 +31,15 @@ def weights_of(kind, activations, seed=0):
 EXACT = weights_of("bf16", "f32")
 
 
-def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3):
+def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, recorder=SILENT):
     weight_copy = weight_copy or HostCopy()
     residents = Residents(layers, weight_copy.device)
     residents.load(placed, weight_copy, lambda nbytes: None)
     ring = Ring(weight_copy, layers, rows, slots)
-    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20)
+    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder)
+
+
+def compute_layer(experts, layer, *inputs):
+    """A step of one layer: x [T, D], expert_ids and routing_weights [T, K] -> [T, D], numpy arrays."""
+    tensors = [torch.from_numpy(array) for array in inputs]
+    return experts.step(lambda: experts.layer(layer, *tensors), len(inputs[0])).numpy()

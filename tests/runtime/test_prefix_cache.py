@@ -10,10 +10,13 @@ import torch
 import fiddler
 from fiddler import Sampling
 from fiddler.gpu.runner import GpuRunner
+from fiddler.offload.plan import Costs, Curve
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import PrefixCache, common
+from oracles.both_sides import EXACT, orchestrator
 from oracles.synthetic import write_random_mixtral
 
+COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
 GREEDY = Sampling(temperature=0.0)
 IDS = list(range(20, 60))
 
@@ -166,9 +169,8 @@ def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use
     home = KVCache(engine.config, 100, torch.float32, torch.device("cpu"))
     home.reserve(100)
     address = home.storage[0][0].data_ptr()
-    engine.runner = runner = GpuRunner(
-        plain.model, lambda step, last: step(), lambda: None, 100, torch.float32, plain.threads, 512, home, None
-    )
+    both_sides = orchestrator(EXACT, [[], [], []], COSTS)
+    engine.runner = runner = GpuRunner(plain.model, both_sides, 100, torch.float32, plain.threads, 512, home, None)
 
     def at_home(sequence):
         return sequence.storage[0][0].data_ptr() == address

@@ -9,7 +9,7 @@ import pytest
 
 from fiddler.telemetry.timeline import Span, Tracer
 
-KINDS = [("experts", "CPU"), ("dense", "CPU"), ("wait", "CPU"), ("link", "CPU"), ("link", "GPU"), ("experts", "GPU")]
+KINDS = [("experts", "CPU"), ("dense", "CPU"), ("wait", "CPU"), ("copy", "CPU"), ("copy", "GPU"), ("experts", "GPU")]
 
 
 class FixedTracer(Tracer):

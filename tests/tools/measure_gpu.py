@@ -46,7 +46,8 @@ def torch_on_cpu(orchestrator):
             tensors[layer] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in (w.gate, w.up, w.down)]
         return tensors[layer]
 
-    def on_cpu(layer, x, expert_ids, routing_weights, split, out):
+    def on_cpu(part, out):
+        layer, x, expert_ids, routing_weights, split = part
         missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (expert_ids == e).any()]
         if not missing:
             return False
@@ -92,7 +93,7 @@ class Bench:
         )
         self.loaded = time.perf_counter() - started
         self.runner = self.engine.runner
-        self.orchestrator = self.runner.model.experts
+        self.orchestrator = self.runner.orchestrator
         self.ours, self.theirs = self.orchestrator.on_cpu, torch_on_cpu(self.orchestrator)
         self.costs = self.orchestrator._costs
         self.calibration = None
@@ -117,13 +118,15 @@ class Bench:
                 costs = replace(costs, copy=inf)
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)))
-            orchestrator.follow(costs)
+            orchestrator.plan_by(costs)
             self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator.balance
         orchestrator._costs, orchestrator._plan, orchestrator.balance = self.plans[name]
         orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
 
     def record(self, recorder):
-        for part in (self.orchestrator, self.orchestrator.ring, self.runner._decoder):
+        orchestrator, decoder = self.orchestrator, self.runner._decoder
+        sides = orchestrator._gpu_side, orchestrator.prefetcher, orchestrator.ring
+        for part in (orchestrator, *sides, decoder, decoder._graphs):
             part._recorder = recorder
 
     def ids(self, count):
@@ -169,7 +172,7 @@ class Bench:
 
     def dense(self, repetitions=20):
         """Seconds per token of the captured graphs by themselves: the GPU's time between the layers' experts."""
-        graphs, total = self.runner._decoder._graphs, 0.0
+        graphs, total = self.runner._decoder._graphs._graphs, 0.0
         for graph in graphs:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             graph.replay()

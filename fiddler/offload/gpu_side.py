@@ -1,0 +1,156 @@
+"""The GPU's part of a layer of several tokens: residents, prefetched parts and streamed rows, queued in that order.
+
+Knows tensors, the staging ring and a split; not how the split was planned. Works on any torch device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiddler.files.weights import ExpertWeights
+from fiddler.offload.expert_cache import Residents
+from fiddler.offload.feed_forward import Job, feed_forward, torch_type
+from fiddler.offload.staging_ring import Part, Ring
+from fiddler.telemetry.recorder import Recorder
+
+__all__ = ["GpuSide", "Grouped"]
+
+
+class Grouped(Protocol):
+    """Computes several tokens of several experts on the GPU: see `grouped_kernels`."""
+
+    def experts_of_many(
+        self,
+        x: Tensor,
+        token: Tensor,
+        routing_weights: Tensor,
+        jobs: Sequence[Job],
+        max_rows: int,
+        into: Tensor,
+        workspace_bytes: int,
+    ) -> None:
+        """Add several experts' results to `into`, with 16-bit products."""
+        ...
+
+    def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
+        """Add the CPU's sums, in pinned memory, to `into`."""
+        ...
+
+
+class _Layer(NamedTuple):
+    """A layer's inputs in the order by expert, and its output."""
+
+    inputs: Tensor  # [T, D], in the weights' type where activations are rounded to it
+    token: Tensor  # [T * K], the row of `inputs` at each position
+    routing_weights: Tensor  # [T * K]
+    first: np.ndarray  # int64 [E + 1], the first position of each expert
+    dtype: torch.dtype  # of the weights
+    rounded: bool  # activations are
+    y: Tensor  # [T, D] float32
+
+    def positions(self, expert: int) -> slice:
+        return slice(self.first[expert], self.first[expert + 1])
+
+
+class GpuSide:
+    """Queues the GPU's part of a layer."""
+
+    def __init__(
+        self, residents: Residents, ring: Ring, workspace_bytes: int, recorder: Recorder, grouped: Grouped | None
+    ) -> None:
+        """workspace_bytes: for temporaries, see `feed_forward`. grouped: None computes the experts one by one."""
+        self._residents, self._ring, self._recorder = residents, ring, recorder
+        self._workspace_bytes, self._grouped = workspace_bytes, grouped
+
+    def add_experts(
+        self,
+        w: ExpertWeights,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        routing_weights: Tensor,
+        first: np.ndarray,
+        gpu_rows: dict[int, int],
+        prefetched: Sequence[Part],
+        y: Tensor,
+    ) -> None:
+        """Add to y [T, D] the residents of the layer and the last `gpu_rows` hidden rows of each missing expert.
+
+        x [T, D], expert_ids and routing_weights [T, K], on the GPU; first: see `tokens_by_expert`. prefetched: parts
+        of this layer that were sent before.
+        """
+        rounded, dtype = w.variant.activations == "bf16", torch_type(w)
+        order = torch.argsort(expert_ids.reshape(-1), stable=True)
+        inputs = x.to(dtype) if rounded else x
+        sorted_weights = routing_weights.reshape(-1)[order]
+        this = _Layer(inputs, order // expert_ids.shape[1], sorted_weights, first, dtype, rounded, y)
+        self._add_residents(this, layer, w.gate.shape[1])
+        for part in prefetched:
+            if part.expert in gpu_rows:
+                self._add_part(this, part)
+            else:
+                self._ring.done(part)
+        self._add_streamed(this, w, layer, gpu_rows, prefetched)
+
+    def add_host_sums(self, y: Tensor, pinned: Tensor) -> None:
+        """Add the CPU's sums [T, D], in pinned memory, to y."""
+        if self._grouped is not None:
+            self._grouped.add_from_host(y, pinned)
+        else:
+            y += pinned.to(y.device, non_blocking=True)
+
+    def _add_residents(self, this: _Layer, layer: int, hidden: int) -> None:
+        used = (e for e in range(len(this.first) - 1) if this.first[e + 1] > this.first[e])
+        resident = [e for e in used if (layer, e) in self._residents]
+        if this.rounded and self._grouped is not None:
+            if resident:
+                jobs = [self._job(this, e, self._residents.addresses(layer, e), hidden) for e in resident]
+                self._add_grouped(this, jobs, hidden)
+            return
+        for e in resident:
+            self._add_one(this, e, self._residents[layer, e])
+
+    def _add_streamed(
+        self, this: _Layer, w: ExpertWeights, layer: int, gpu_rows: dict[int, int], prefetched: Sequence[Part]
+    ) -> None:
+        hidden = w.gate.shape[1]
+        sent = {e: sum(part.end - part.begin for part in prefetched if part.expert == e) for e in gpu_rows}
+        nbytes = sum(rows - sent[e] for e, rows in gpu_rows.items()) * w.hidden_row_bytes
+        with self._recorder.span("copy", nbytes):
+            for e, rows in gpu_rows.items():
+                for part in self._ring.send(layer, e, hidden - rows, hidden - sent[e]):
+                    self._add_part(this, part)
+
+    def _add_part(self, this: _Layer, part: Part) -> None:
+        part.arrived.wait()
+        if this.rounded and self._grouped is not None:
+            rows = part.end - part.begin
+            self._add_grouped(this, [self._job(this, part.expert, part.addresses, rows)], rows)
+        else:
+            self._add_one(this, part.expert, part.matrices(this.dtype))
+        self._ring.done(part)
+
+    @staticmethod
+    def _job(this: _Layer, expert: int, addresses: tuple[int, int, int], rows: int) -> Job:
+        return Job(addresses, rows, int(this.first[expert]), int(this.first[expert + 1]))
+
+    def _add_grouped(self, this: _Layer, jobs: Sequence[Job], max_rows: int) -> None:
+        """Add several experts at once, in 16 bits."""
+        assert self._grouped is not None
+        with self._recorder.queued("experts"):
+            self._grouped.experts_of_many(
+                this.inputs, this.token, this.routing_weights, jobs, max_rows, this.y, self._workspace_bytes
+            )
+
+    def _add_one(self, this: _Layer, expert: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Add one expert, in plain torch."""
+        positions = this.positions(expert)
+        rows = this.token[positions]
+        with self._recorder.queued("experts"):
+            output = feed_forward(this.inputs[rows], *matrices, rounded=this.rounded, work=self._workspace_bytes)
+            this.y.index_add_(0, rows, output.mul_(this.routing_weights[positions, None]))

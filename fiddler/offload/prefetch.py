@@ -1,0 +1,76 @@
+"""Prefetches an expert of the next layer before that layer's router has run.
+
+Knows how many tokens each expert has had; not the plan's costs, which it is handed as a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fiddler.files.weights import ExpertWeights
+from fiddler.offload.expert_cache import Residents
+from fiddler.offload.plan import Plan
+from fiddler.offload.staging_ring import Part, Ring
+from fiddler.telemetry.recorder import Recorder
+
+__all__ = ["Prefetcher"]
+
+_MIN_TOKENS = 8  # on average, for each expert of a layer for which one is prefetched
+
+PlanFor = Callable[[tuple[int, ...], tuple[int, ...], float, int], Plan]
+"""Plans missing experts: tokens of each, prefetched rows of each, the GPU's delay [s], tokens of the layer."""
+
+
+class Prefetcher:
+    """Sends the missing expert that had the most tokens so far, one layer ahead."""
+
+    def __init__(self, layers: Sequence[ExpertWeights], residents: Residents, ring: Ring, recorder: Recorder) -> None:
+        self._layers, self._residents, self._ring, self._recorder = layers, residents, ring, recorder
+        self._counts = np.zeros((len(layers), len(layers[0].gate)), np.int64)  # tokens of each expert so far
+        self._last_layer_tokens: int | None = None
+        self._sent: tuple[int, list[Part]] = (0, [])
+
+    @property
+    def sent(self) -> tuple[int, list[Part]]:
+        """The layer that the prefetched parts belong to, and these parts."""
+        return self._sent
+
+    def begin_step(self, last_layer_tokens: int) -> None:
+        """Forget the parts of the step before. last_layer_tokens: that the last layer will have."""
+        self._last_layer_tokens = last_layer_tokens
+        self._sent = (0, [])
+
+    def take(self, layer: int) -> list[Part]:
+        """The parts that were sent for `layer`; those for another one are dropped."""
+        (sent_for, parts), self._sent = self._sent, (0, [])
+        if sent_for == layer:
+            return parts
+        for part in parts:
+            self._ring.done(part)
+        return []
+
+    def count(self, layer: int, counts: np.ndarray) -> None:
+        """Note how many tokens each expert of a layer has, int64 [E]."""
+        self._counts[layer] += counts
+
+    def start(self, layer: int, tokens: int, k: int, plan: PlanFor) -> None:
+        """Start sending an expert of `layer`, which will have about `tokens` tokens with k experts each.
+
+        It is sent if a plan with evenly spread tokens streams a whole expert.
+        """
+        experts, layers = len(self._layers[0].gate), len(self._layers)
+        if layer == layers - 1 and self._last_layer_tokens is not None:
+            tokens = min(tokens, self._last_layer_tokens)
+        if layer >= layers or tokens * k < _MIN_TOKENS * experts or self._residents.complete(layer):
+            return
+        missing = [e for e in range(experts) if (layer, e) not in self._residents]
+        hidden = self._layers[layer].gate.shape[1]
+        evenly = (max(1, tokens * k // experts),) * len(missing)
+        if hidden not in plan(evenly, (0,) * len(missing), 0.0, tokens).gpu_rows:
+            return
+        expert = max(missing, key=lambda e: int(self._counts[layer, e]))
+        begin = max(0, hidden - self._ring.slots * self._ring.rows)
+        with self._recorder.span("copy", (hidden - begin) * self._layers[layer].hidden_row_bytes):
+            self._sent = (layer, list(self._ring.send(layer, expert, begin, hidden)))
