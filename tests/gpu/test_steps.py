@@ -124,9 +124,9 @@ def test_an_aborted_step_holds_no_reference_to_the_sequence(cpu_engine, gpu_engi
 
 def test_no_garbage_is_collected_while_graphs_are_captured(cpu_engine, monkeypatch):
     """Freeing another engine's pinned memory would make the driver abort the capture."""
-    from fiddler.gpu.decode_graphs import DecodeGraphs
+    from fiddler.gpu.graph_capture import CapturedGraphs
 
-    waste, run, captured = [load(device="cuda", precision="exact", gpu_experts=7)], DecodeGraphs._run, 0
+    waste, run, captured = [load(device="cuda", precision="exact", gpu_experts=7)], CapturedGraphs._run, 0
 
     def runs(self, *arguments):
         nonlocal captured
@@ -139,7 +139,7 @@ def test_no_garbage_is_collected_while_graphs_are_captured(cpu_engine, monkeypat
             assert len(objects) == 100_000
         return run(self, *arguments)
 
-    monkeypatch.setattr(DecodeGraphs, "_run", runs)
+    monkeypatch.setattr(CapturedGraphs, "_run", runs)
     engine = load(device="cuda", precision="exact", gpu_experts=7)
     assert captured
     assert texts(engine) == texts(cpu_engine)
@@ -147,19 +147,19 @@ def test_no_garbage_is_collected_while_graphs_are_captured(cpu_engine, monkeypat
 
 def test_a_failed_graph_capture_raises_and_the_next_one_succeeds(monkeypatch):
     """The process must not end with it."""
-    from fiddler.gpu.decode_graphs import DecodeGraphs
+    from fiddler.gpu.graph_capture import CapturedGraphs
 
-    run = DecodeGraphs._run
+    run = CapturedGraphs._run
 
     def fails(self, *arguments):
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("broken off")
         return run(self, *arguments)
 
-    monkeypatch.setattr(DecodeGraphs, "_run", fails)
+    monkeypatch.setattr(CapturedGraphs, "_run", fails)
     with pytest.raises(ValueError, match="broken off"):
         load(device="cuda", gpu_experts=7)
-    monkeypatch.setattr(DecodeGraphs, "_run", run)
+    monkeypatch.setattr(CapturedGraphs, "_run", run)
     load(device="cuda", gpu_experts=7)
 
 
