@@ -66,7 +66,9 @@ class Engine:
         sequence, chunk = self.runner.sequence(), self.runner.chunk
         rows = torch.empty(len(ids), self.config.vocab_size)
         for begin in range(0, len(ids), chunk):
-            rows[begin : begin + chunk] = self.runner.logits(self.runner.step([(sequence, ids[begin : begin + chunk])]))
+            logits = self.runner.step([(sequence, ids[begin : begin + chunk])]).logits
+            assert logits is not None
+            rows[begin : begin + chunk] = logits
         return rows
 
     def start(

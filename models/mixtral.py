@@ -42,11 +42,13 @@ class Mixtral:
         """One step: token ids [T], whose positions `cache` knows -> hidden states [T, D] float32.
 
         wanted: the W rows to return hidden states of, [W, D]; None: all. The last block stores keys and values of all
-        rows, and computes only these W after its attention.
+        rows, and computes only these W after its attention: nothing where W is 0.
         """
         h = self.token_embd[ids].float()
         for layer, block in enumerate(self.blk):
             last = layer == len(self.blk) - 1
+            if last and wanted is not None and not len(wanted):
+                return block.attention(h, cache, wanted)
             h, x, expert_ids, routing_weights = block.before_experts(h, cache, wanted if last else None)
             h = h + self.experts(layer, x, expert_ids, routing_weights)
         return h
@@ -81,16 +83,19 @@ class Block:
 
         wanted: return only these rows; None: all.
         """
-        h = self._attention(h, self._norm(h, self.attn_norm, self.config.rms_epsilon), cache, wanted)
+        h = self.attention(h, cache, wanted)
         k = self.config.expert_used_count
         return h, *self._router(h, self.ffn_norm, self.config.rms_epsilon, self.ffn_gate_inp, k)
 
-    def _attention(self, h: Tensor, x: Tensor, cache: Cache, wanted: Tensor | None) -> Tensor:
-        """h + attention of x, the normalised h; only the rows in `wanted`."""
+    def attention(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
         prefix = f"blk.{self.index}."
+        x = self._norm(h, self.attn_norm, self.config.rms_epsilon)
         qkv = self._linear.together(x, [f"{prefix}attn_{part}.weight" for part in "qkv"])
         q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in qkv)  # [T, H or G, head_dim]
         attended = cache.attend(self.index, q, k, v).flatten(1)
         if wanted is not None:
             h, attended = h[wanted], attended[wanted]
+            if not len(wanted):
+                return h
         return self._linear(attended, prefix + "attn_output.weight", h)

@@ -60,7 +60,7 @@ def assert_close(actual, expected, precision="exact"):
 def step_by_step(engine, sequence, ids, size):
     """Logits after each of `ids`, computed `size` tokens a step."""
     parts = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
-    return torch.cat([engine.runner.logits(engine.runner.step([(sequence, part)])) for part in parts])
+    return torch.cat([engine.runner.step([(sequence, part)]).logits for part in parts])
 
 
 def test_cached_decode_gives_the_logits_of_a_full_rescore(any_engine, precision):
@@ -105,12 +105,12 @@ def test_sequences_in_one_step_give_the_logits_of_each_alone(any_engine, precisi
     runner = any_engine.runner
     texts = [IDS[:7], IDS[200:231], IDS[400:401]]
     sequences = [runner.sequence() for _ in texts]
-    together = runner.logits(runner.step(list(zip(sequences, texts, strict=True))))
+    together = runner.step(list(zip(sequences, texts, strict=True))).logits
     for rows, ids in zip(together.split([len(ids) for ids in texts]), texts, strict=True):
         assert_close(rows, any_engine.logits(ids), precision)
     next_ids = [[5], IDS[50:53], [6, 7]]  # one token or several, at different positions, in another order
     order = [2, 0, 1]
-    again = runner.logits(runner.step([(sequences[i], next_ids[i]) for i in order]))
+    again = runner.step([(sequences[i], next_ids[i]) for i in order]).logits
     for rows, i in zip(again.split([len(next_ids[i]) for i in order]), order, strict=True):
         assert_close(rows, any_engine.logits(texts[i] + next_ids[i])[len(texts[i]) :], precision)
 
@@ -119,7 +119,7 @@ def test_a_sequence_does_not_depend_on_its_neighbour_in_a_step(exact):
     """The same tokens beside two different neighbours."""
     runner = exact.runner
     first, second = (
-        runner.logits(runner.step([(runner.sequence(), neighbour), (runner.sequence(), IDS[:6])]))[-6:]
+        runner.step([(runner.sequence(), neighbour), (runner.sequence(), IDS[:6])]).logits[-6:]
         for neighbour in (IDS[300:310], IDS[310:320])
     )
     assert_close(first, second)
@@ -235,7 +235,7 @@ def test_the_context_is_the_smaller_of_the_requested_and_the_trained_one(path):
 
 def test_a_tied_model_computes_logits_with_its_embeddings(tmp_path):
     tied = fiddler.load(write_random_mixtral(tmp_path / "tied.gguf", tied=True, layers=1), precision="exact")
-    hidden = tied.runner.step([(tied.runner.sequence(), IDS[:5])])
+    hidden = tied.runner.step([(tied.runner.sequence(), IDS[:5])]).hidden
     norm = torch.from_numpy(tied.model_file.bits("output_norm.weight")[0].copy())
     normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + tied.config.rms_epsilon) * norm
     embedding = torch.from_numpy(tied.model_file.bits("token_embd.weight")[0].copy()).view(torch.bfloat16).float()

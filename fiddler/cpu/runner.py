@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fiddler import kernels
 from fiddler.cpu.layers import MAX_KERNEL_TOKENS
 from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import KVCache
-from fiddler.runtime.runner import Runner, out_of_memory
+from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["CpuRunner"]
@@ -36,9 +35,14 @@ class CpuRunner(Runner):
         super().__init__(model, context, cache_dtype, threads)
         self._decoder, self._recorder = decoder, recorder
         self._experts = model.experts
-        self._last = torch.empty(0), torch.empty(0)  # hidden states and logits of the last compiled step
 
-    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
+    def step(
+        self,
+        parts: Sequence[tuple[KVCache, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+        *,
+        logits: bool = True,
+    ) -> StepOutput:
         """Implements `Runner.step`."""
         all_wanted = wanted is None or len(wanted) == len(parts)
         replaced = self.model.experts is not self._experts  # by a wrapper that reads each layer's inputs
@@ -48,7 +52,7 @@ class CpuRunner(Runner):
             or not (all_wanted and 0 < len(parts) <= MAX_KERNEL_TOKENS)
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
-            return super().step(parts, wanted)
+            return super().step(parts, wanted, logits=logits)
         sequences, threads_before = [sequence for sequence, _ in parts], kernels.thread_count()
         assert len({id(sequence) for sequence in sequences}) == len(sequences), "a sequence stands twice in a step"
         with out_of_memory():
@@ -68,14 +72,5 @@ class CpuRunner(Runner):
         if self._recorder is not SILENT:
             for span in self._decoder.spans(spans):
                 self._recorder.did(*span)
-        hidden, logits = (torch.from_numpy(array) for array in outputs)
-        self._last = hidden, logits  # in one assignment: another thread may read it meanwhile
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Implements `Runner.logits`; returns those that the last compiled step computed, once."""
-        last_hidden, logits = self._last
-        if hidden is not last_hidden:
-            return super().logits(hidden)
-        self._last = torch.empty(0), torch.empty(0)
-        return logits
+        hidden, computed = (torch.from_numpy(array) for array in outputs)
+        return StepOutput(hidden, computed if logits else None)

@@ -99,7 +99,8 @@ def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -
             sequence.truncate(0)
         for begin in range(0, context, runner.chunk):
             end = min(begin + runner.chunk, context)
-            hidden = runner.step([(sequence, ids[begin:end]) for sequence, ids in zip(sequences, inputs, strict=False)])
+            step_parts = [(sequence, ids[begin:end]) for sequence, ids in zip(sequences, inputs, strict=False)]
+            hidden = runner.step(step_parts, logits=False).hidden
             for index, window in enumerate(group):
                 row = index * (end - begin) - begin  # of the window's first position
                 scored = range(max(begin, context // 2), min(end, context - 1))

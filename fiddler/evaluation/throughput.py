@@ -159,7 +159,7 @@ def _run(engine: Engine, meter: Meter, test: Test, seed: int) -> tuple[float, fl
     if test.n_prompt:
         runner.prefill(sequence, ids[test.depth : test.depth + test.n_prompt])
     for token in ids[test.depth + test.n_prompt :]:
-        runner.logits(runner.step([(sequence, [token])]))
+        runner.step([(sequence, [token])])
     return started, time.perf_counter() - started
 
 

@@ -100,9 +100,10 @@ class BeamSearch:
             steps += 1
             if not search.over:
                 caches = self._follow(caches, search.live)
-                logits = self._runner.logits(
-                    self._runner.step([(cache.sequence, cache.tokens[-1:]) for cache in caches[: len(search.live)]])
-                )
+                parts = [(cache.sequence, cache.tokens[-1:]) for cache in caches[: len(search.live)]]
+                output = self._runner.step(parts)
+                assert output.logits is not None
+                logits = output.logits
         ended = time.perf_counter()
         self._runner.keep(first.sequence, [*self._prompt, *first.tokens])
         memory = peak_memory()

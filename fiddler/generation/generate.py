@@ -34,7 +34,9 @@ def generate(
         if sampler.finished:
             return
         if produced:
-            logits = runner.logits(runner.step([(sequence, history[-1:])]))[0]
+            output = runner.step([(sequence, history[-1:])])
+            assert output.logits is not None
+            logits = output.logits[0]
         token = choose(logits.numpy(), history, sampler)
         history.append(token)
         yield token

@@ -140,14 +140,12 @@ class Batch:
                 rows.append(end - 1)
         lengths = [sequence.length for sequence, _ in parts]
         try:
-            hidden = self._runner.step(parts, wanted=rows or [end - 1])  # any row where no prompt ends
-            if not rows:
-                return []
-            logits = self._runner.logits(hidden)
+            logits = self._runner.step(parts, wanted=rows).logits
         except BaseException:
             for (sequence, _), length in zip(parts, lengths, strict=True):
                 sequence.truncate(length)
             raise
+        assert logits is not None
         return list(zip(ready, logits.numpy(), strict=True))
 
     def _advance(self, member: _Member, logits: np.ndarray) -> list[tuple[int, Outcome]]:

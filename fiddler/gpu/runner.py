@@ -23,7 +23,7 @@ from fiddler.models.config import Config
 from fiddler.models.mixtral import Mixtral
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.kv_cache import KVCache, Step
-from fiddler.runtime.runner import Runner
+from fiddler.runtime.runner import Runner, StepOutput
 
 if TYPE_CHECKING:
     from fiddler.gpu.decode_graphs import DecodeGraphs
@@ -133,18 +133,25 @@ class GpuRunner(Runner):
         with self._within_budget():
             return super().copy(source, target, shared)
 
-    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
+    def step(
+        self,
+        parts: Sequence[tuple[KVCache, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+        *,
+        logits: bool = True,
+    ) -> StepOutput:
         """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
             if self._decoder is None or not single or parts[0][0] is not self._owner():
-                return super().step(parts, wanted)
+                return super().step(parts, wanted, logits=logits)
             ((sequence, tokens),) = parts
             sequence.reserve(sequence.length + 1)
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
                 self._decoder.step(tokens[0], sequence.length)
+            output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
         sequence.length += 1
-        return self._decoder.hidden
+        return output
 
     def prefill(
         self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
@@ -155,8 +162,6 @@ class GpuRunner(Runner):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Implements `Runner.logits`."""
-        if self._decoder is not None and hidden is self._decoder.hidden:
-            return self._decoder.logits()
         logits = torch.empty(len(hidden), self.model.config.vocab_size)
         with self._within_budget():  # in chunks: the GPU may lack room for the logits of a long step
             for begin in range(0, len(hidden), _LOGITS_CHUNK):

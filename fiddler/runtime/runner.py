@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,20 @@ from fiddler.models.mixtral import Mixtral
 from fiddler.runtime.kv_cache import KVCache, Step, kv_bytes
 from fiddler.runtime.prefix_cache import PrefixCache
 
-__all__ = ["Runner", "out_of_memory"]
+__all__ = ["Runner", "StepOutput", "out_of_memory"]
 
 _TORCH_PARALLEL_FROM = 1 << 22  # multiplications of attention a layer; fewer take less than a millisecond on one core
+
+
+class StepOutput(NamedTuple):
+    """Results of a step, one row for each wanted token.
+
+    `hidden`: hidden states [W, D], on the model's device; where graphs compute them, valid until the next step.
+    `logits`: float32 [W, V] on the CPU; None where the step was to compute none.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
 
 
 class Runner:
@@ -62,10 +74,18 @@ class Runner:
             target.become(source, shared)
         return target
 
-    def step(self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None = None) -> Tensor:
-        """Append tokens to sequences, all in one pass: hidden states of all tokens, [T, D], in the order of `parts`.
+    def step(
+        self,
+        parts: Sequence[tuple[KVCache, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+        *,
+        logits: bool = True,
+    ) -> StepOutput:
+        """Append tokens to sequences, all in one pass. Rows of the result are in the order of `parts`.
 
-        wanted: the rows to return, in rising order: [W, D]. None: all. The last layer's experts compute no other rows.
+        wanted: the rows to return, in rising order; None: all, [T]. The last layer computes its experts for these rows
+        only; for none it stores keys and values, and that is all.
+        logits: whether to compute logits of these rows. Where a step fails, no sequence has grown.
         """
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
@@ -76,8 +96,9 @@ class Runner:
             attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
             with torch.inference_mode(), self._on_threads(attention):
                 hidden = self._forward(ids, step, rows)
+            output = StepOutput(hidden, self.logits(hidden) if logits else None)
         step.commit()
-        return hidden
+        return output
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         """Run the model: hidden states [T, D], or [W, D]."""
@@ -96,17 +117,18 @@ class Runner:
         """
         assert tokens, "a prompt has at least one token"
         sequence.reserve(sequence.length + len(tokens))  # at once: growing by steps would copy, and leave holes
-        hidden = None
-        for begin in range(0, len(tokens), self.chunk):
-            if begin:
-                on_chunk(begin)
-            part = tokens[begin : begin + self.chunk]
-            hidden = self.step([(sequence, part)], wanted=[len(part) - 1])
-        assert hidden is not None
-        return self.logits(hidden)[0]
+        last = (len(tokens) - 1) // self.chunk * self.chunk
+        for begin in range(0, last, self.chunk):
+            self.step([(sequence, tokens[begin : begin + self.chunk])], wanted=())
+            on_chunk(begin + self.chunk)
+        logits = self.step([(sequence, tokens[last:])], wanted=[len(tokens) - last - 1]).logits
+        assert logits is not None
+        return logits[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], float32 on the CPU."""
+        if not len(hidden):
+            return torch.empty(0, self.model.config.vocab_size)
         # torch gets all threads: its work here is too small to change their number twice a token
         with torch.inference_mode(), self._on_threads(_TORCH_PARALLEL_FROM):
             return self.model.logits(hidden).float().cpu()

@@ -71,7 +71,7 @@ def test_counted_bytes_are_those_of_the_weights_that_a_token_reads(model):
     meter = Meter()
     engine = fiddler.load(model, recorder=meter)
     sequence = engine.runner.sequence()
-    engine.runner.logits(engine.runner.step([(sequence, [5])]))
+    engine.runner.step([(sequence, [5])])
     file, config = engine.model_file.file, engine.config
     one_expert = sum(file.tensors[f"blk.0.ffn_{part}_exps.weight"].nbytes for part in ("gate", "up", "down"))
     one_expert //= config.expert_count

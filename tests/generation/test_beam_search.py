@@ -98,9 +98,9 @@ def test_all_beams_advance_in_one_step(engine, monkeypatch):
     steps, created = [], []
     step, sequence = engine.runner.step, engine.runner.sequence
 
-    def recording_step(parts, wanted=None):
+    def recording_step(parts, wanted=None, **options):
         steps.append([len(tokens) for _, tokens in parts])
-        return step(parts, wanted)
+        return step(parts, wanted, **options)
 
     monkeypatch.setattr(engine.runner, "step", recording_step)
     monkeypatch.setattr(engine.runner, "sequence", lambda: created.append(1) or sequence())

@@ -148,11 +148,11 @@ class RecordingRunner(Runner):
         super().__init__(runner.model, runner.context, runner.cache_dtype, runner.threads, chunk)
         self.max_sequences, self.steps = max_sequences, []
 
-    def step(self, parts, wanted=None):
+    def step(self, parts, wanted=None, **options):
         if len(parts) > self.max_sequences:
             raise ResourceError(f"no room for {len(parts)}")
         self.steps.append([len(tokens) for _, tokens in parts])
-        return super().step(parts, wanted)
+        return super().step(parts, wanted, **options)
 
 
 def run_batch(engine, runner, prompts, max_tokens, kv_bytes=None, batch_size=16):

@@ -221,7 +221,7 @@ def test_logits_on_the_gpu_match_those_of_the_cpu(precision, residents, missing,
     assert (logits - expected).norm() <= bound * expected.norm()
     # token by token, through the captured graphs
     sequence = engine.runner.sequence()
-    by_token = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in tokens])
+    by_token = torch.cat([engine.runner.step([(sequence, [token])]).logits for token in tokens])
     assert (by_token - expected).norm() <= bound * expected.norm()
 
 
@@ -254,7 +254,7 @@ def test_greedy_text_in_fast_precision_differs_only_where_two_tokens_are_close(t
         sequence = engine.runner.sequence()
         rounded = engine.runner.prefill(sequence, tokens)
         for token in expected[:same]:  # as it was generated
-            rounded = engine.runner.logits(engine.runner.step([(sequence, [token])]))[0]
+            rounded = engine.runner.step([(sequence, [token])]).logits[0]
         logits = exact.logits([*tokens, *expected[:same]])[-1]
         margin, error = float(logits[expected[same]] - logits[generated[same]]), float((rounded - logits).abs().max())
         difference = f"{same} of {count} tokens the same, then two {margin:.4f} apart; logits differ by {error:.4f}"
@@ -287,7 +287,7 @@ def test_weights_go_through_bounce_buffers_where_the_mapping_cannot_be_pinned(to
         assert any("reading through buffers" in line for line in notices)
         assert (engine.logits(tokens) - expected).norm() <= 1e-4 * expected.norm()
         sequence = engine.runner.sequence()
-        by_token = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in tokens])
+        by_token = torch.cat([engine.runner.step([(sequence, [token])]).logits for token in tokens])
         assert (by_token - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -299,7 +299,7 @@ def test_two_sequences_at_once_give_the_logits_of_one_alone(tokens):
     engine.runner.step([(a, tokens[:3])])
     engine.runner.step([(b, tokens[:5])])
     for sequence, begin in ((a, 3), (b, 5)):
-        logits = engine.runner.logits(engine.runner.step([(sequence, tokens[begin : begin + 1])]))[0]
+        logits = engine.runner.step([(sequence, tokens[begin : begin + 1])]).logits[0]
         assert torch.allclose(logits, expected[begin], atol=1e-3)
 
 
@@ -323,7 +323,7 @@ def test_logits_of_random_models_match_those_of_the_cpu(model, tmp_path):
     assert (engine.logits(ids) - expected).norm() <= 1e-4 * expected.norm()
     sequence = engine.runner.sequence()
     engine.runner.prefill(sequence, ids[:30])
-    by_token = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[30:]])
+    by_token = torch.cat([engine.runner.step([(sequence, [token])]).logits for token in ids[30:]])
     assert (by_token - expected[30:]).norm() <= 1e-4 * expected.norm()
 
 

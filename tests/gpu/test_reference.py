@@ -29,7 +29,7 @@ def assert_logits_match(path, expected, ids, precision, bound):
         assert (engine.logits(ids) - expected).norm() <= bound * expected.norm(), name
         sequence = engine.runner.sequence()
         engine.runner.prefill(sequence, ids[:10])
-        by_token = torch.cat([engine.runner.logits(engine.runner.step([(sequence, [token])])) for token in ids[10:]])
+        by_token = torch.cat([engine.runner.step([(sequence, [token])]).logits for token in ids[10:]])
         assert (by_token - expected[10:]).norm() <= bound * expected[10:].norm(), name
 
 

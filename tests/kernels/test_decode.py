@@ -131,8 +131,7 @@ def steps(runner, batch_size):
     for n, sequence in enumerate(sequences):
         runner.prefill(sequence, list(range(3, 5 + 7 * n)))
     for token in range(4):
-        hidden = runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])
-        results += [hidden, runner.logits(hidden)]
+        results += runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])
     assert [sequence.length for sequence in sequences] == [2 + 7 * n + 4 for n in range(batch_size)]
     return results
 
@@ -145,19 +144,13 @@ def test_the_compiled_step_gives_the_bits_of_the_step_in_torch(engine, batch_siz
         assert torch.equal(ours, theirs)
 
 
-def test_logits_are_those_of_the_hidden_states_passed_in(engine):
-    runner = engine.runner
-    one, other = runner.sequence(), runner.sequence()
-    first = runner.step([(one, [5])])
-    expected = runner.logits(first)
-    second = runner.step([(other, [9])])
-    assert not torch.equal(runner.logits(second), expected)
-    assert torch.equal(runner.logits(first), expected)  # of an older step
-    third = runner.step([(other, [7])])
-    logits = runner.logits(third)
+def test_the_logits_of_a_compiled_step_stay_while_later_steps_run(engine):
+    runner, sequence = engine.runner, engine.runner.sequence()
+    hidden, logits = runner.step([(sequence, [5])])
     copy = logits.clone()
-    logits.zero_()
-    assert torch.equal(runner.logits(third), copy)
+    runner.step([(sequence, [7])])[1].zero_()
+    assert torch.equal(logits, copy)
+    assert torch.equal(runner.logits(hidden), copy)
 
 
 def test_a_step_with_the_same_sequence_twice_is_refused(engine):
@@ -175,8 +168,7 @@ def test_threads_that_share_a_runner_get_their_own_results(engine):
         sequences = [runner.sequence() for _ in range(batch_size)]
         results = []
         for token in range(40):
-            hidden = runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])
-            results += [hidden, runner.logits(hidden)]
+            results += runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])
         return results
 
     expected, before = {batch_size: many(batch_size) for batch_size in (1, 9)}, sys.getswitchinterval()
@@ -216,7 +208,7 @@ def test_a_compiled_step_records_the_same_bytes_as_separate_calls(path, monkeypa
     monkeypatch.setattr(runner, "_decoder", None)
     for sequence in sequences:
         sequence.truncate(0)
-    runner.logits(runner.step(parts))
+    runner.step(parts)
     assert dict(tracer.nbytes) == read
     assert isinstance(tracer, Meter)
 
@@ -299,6 +291,6 @@ def test_decode_gives_the_same_bits_on_any_number_of_threads(engine):
     for threads in range(1, default_threads + 1):
         engine.runner.threads = threads
         sequence = engine.runner.sequence()
-        results.append(torch.cat([engine.runner.step([(sequence, [token])]) for token in tokens]))
+        results.append(torch.cat([engine.runner.step([(sequence, [token])]).hidden for token in tokens]))
         assert kernels.thread_count() == default_threads
     assert all(torch.equal(result, results[0]) for result in results)

@@ -72,7 +72,7 @@ def test_chunked_prefill_of_a_long_prompt_gives_the_logits_of_transformers(tmp_p
     logits = engine.logits(ids)
     runner, sequence = engine.runner, engine.runner.sequence()
     runner.prefill(sequence, ids[:-1])
-    last = runner.logits(runner.step([(sequence, ids[-1:])]))
+    last = runner.step([(sequence, ids[-1:])]).logits
     for actual, expected_rows in ((logits, expected), (last, expected[-1:])):
         errors = (actual - expected_rows).norm(dim=-1) / expected_rows.norm(dim=-1)
         assert float(errors.max()) < 1e-4  # as in test_reference; measured: 1e-5

@@ -23,7 +23,7 @@ def test_a_sequence_in_anothers_storage_computes_as_in_its_own(engine):
     runner.step([(first, ids[::-1])])
     second = KVCache(config, 300, torch.float32, torch.device("cpu"), first.storage)
     addresses = [array.data_ptr() for array in second.storage[0]]
-    logits = torch.cat([runner.logits(runner.step([(second, part)])) for part in (ids[:3], ids[3:4], ids[4:])])
+    logits = torch.cat([runner.step([(second, part)]).logits for part in (ids[:3], ids[3:4], ids[4:])])
     assert torch.allclose(logits, engine.logits(ids), atol=1e-4)
     assert [array.data_ptr() for array in second.storage[0]] == addresses
 
@@ -38,8 +38,7 @@ def test_two_sequences_divide_the_storage_of_one(engine):
         for sequence in sequences:
             sequence.truncate(0)
         for begin, end in ((0, 3), (3, 4), (4, 5)):
-            hidden = runner.step([(s, tokens[begin:end]) for s, tokens in zip(sequences, ids, strict=True)])
-        logits = runner.logits(hidden)
+            logits = runner.step([(s, tokens[begin:end]) for s, tokens in zip(sequences, ids, strict=True)]).logits
         assert torch.allclose(logits, torch.stack([engine.logits(tokens)[-1] for tokens in ids]), atol=1e-4)
     part, whole = sequences[1].storage[0][3], home.storage[0][3]
     assert 0 <= part.data_ptr() - whole.data_ptr() <= whole.nbytes - part.nbytes
@@ -52,8 +51,8 @@ def test_a_step_returns_the_wanted_rows_and_caches_all_rows(engine, wanted):
     steps = []
     for rows in (None, wanted):
         sequences = [runner.sequence() for _ in parts]
-        first = runner.step(list(zip(sequences, parts, strict=True)), rows)
-        steps.append((first, runner.step([(sequence, [99]) for sequence in sequences])))
+        first = runner.step(list(zip(sequences, parts, strict=True)), rows).hidden
+        steps.append((first, runner.step([(sequence, [99]) for sequence in sequences]).hidden))
     (whole, after_whole), (selected, after_selected) = steps
     assert selected.shape == (len(wanted), engine.config.embedding_length)
     assert torch.allclose(selected, whole[wanted], atol=1e-4)
@@ -85,7 +84,7 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(engine, monkeypatch):
     with pytest.raises(MemoryError):
         runner.step([(sequence, ids[250:])])
     monkeypatch.undo()
-    logits = runner.logits(runner.step([(sequence, ids[250:])]))
+    logits = runner.step([(sequence, ids[250:])]).logits
     assert {array.shape[1] for layer in sequence.storage for array in layer} == {512}
     assert torch.allclose(logits, engine.logits(ids)[250:], atol=1e-3)
 
@@ -98,7 +97,7 @@ def test_a_sequence_becomes_a_copy_of_another(engine):
     second.become(first)
     runner.step([(third, ids[:40] + more)])
     third.become(first, 40)
-    logits = runner.logits(runner.step([(second, more), (first, more[::-1]), (third, more)]))
+    logits = runner.step([(second, more), (first, more[::-1]), (third, more)]).logits
     again, expected = engine.logits(ids + more[::-1])[300:], engine.logits(ids + more)[300:]
     for rows, expected_rows in zip(logits.split(3), (expected, again, expected), strict=True):
         assert torch.allclose(rows, expected_rows, atol=1e-3)
@@ -141,7 +140,7 @@ def test_ctrl_c_during_growth_leaves_one_cache_to_the_kernel_and_torch(monkeypat
         with pytest.raises(KeyboardInterrupt):
             engine.runner.step([(broken, ids[250:])])
     for token in ids[250:254]:  # by the decode kernel
-        hidden, expected = (engine.runner.step([(sequence, [token])]) for sequence in (broken, whole))
+        hidden, expected = (engine.runner.step([(sequence, [token])]).hidden for sequence in (broken, whole))
         assert torch.equal(hidden, expected)
-    hidden, expected = (engine.runner.step([(sequence, ids[254:])]) for sequence in (broken, whole))  # by torch
+    hidden, expected = (engine.runner.step([(sequence, ids[254:])]).hidden for sequence in (broken, whole))  # by torch
     assert torch.allclose(hidden, expected, atol=1e-5)

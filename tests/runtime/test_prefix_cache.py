@@ -54,7 +54,7 @@ def greedy_uncached(engine, ids, count):
     logits = engine.runner.prefill(sequence, ids)
     for _ in range(count):
         tokens.append(int(logits.argmax()))
-        logits = engine.runner.logits(engine.runner.step([(sequence, tokens[-1:])]))[0]
+        logits = engine.runner.step([(sequence, tokens[-1:])]).logits[0]
     rows(engine)
     return tokens
 

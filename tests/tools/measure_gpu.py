@@ -152,7 +152,7 @@ class Bench:
                     self.meter.clear()
                     self.tracer.clear()
                     begun = time.perf_counter()
-                    self.runner.logits(self.runner.step([(self.sequence, [token])]))[0].numpy().argmax()
+                    self.runner.step([(self.sequence, [token])]).logits[0].numpy().argmax()
                     seconds = time.perf_counter() - begun
                     if i < warm:
                         continue
@@ -272,7 +272,7 @@ def main():
     full = bench.ids(bench.engine.context - 4)
     bench.runner.prefill(bench.sequence, full)
     for token in bench.ids(4):
-        bench.runner.logits(bench.runner.step([(bench.sequence, [token])]))
+        bench.runner.step([(bench.sequence, [token])])
     budget, memory = bench.runner.budget, peak_memory()
     print(
         f"\nafter a full context: {budget.used() / 2**30:.2f} of {budget.total / 2**30:.2f} GiB by the driver's count, "

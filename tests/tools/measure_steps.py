@@ -56,7 +56,7 @@ def main() -> None:
                 inputs = [(sequence, [numbers.randrange(vocabulary)]) for sequence in sequences[:batch_size]]
                 meter.clear()
                 started = time.perf_counter()
-                runner.logits(runner.step(inputs))
+                runner.step(inputs)
                 step_seconds = time.perf_counter() - started
                 if round_number:  # the first round maps pages and compiles
                     seconds[batch_size].append(step_seconds)
