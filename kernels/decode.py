@@ -169,7 +169,8 @@ class CompiledDecodeStep:
             products.append(("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes))
             products.append(("dense", block.attn_output.nbytes))
             experts_read = len({expert for ids in token_expert_ids for expert in ids})
-            products.append(("experts", experts_read * 3 * block.gate.nbytes // len(block.gate)))
+            expert_bytes = (block.gate.nbytes + block.up.nbytes + block.down.nbytes) // len(block.gate)
+            products.append(("experts", experts_read * expert_bytes))
         products.append(("dense", self._output.nbytes))
         for (name, nbytes), (began, ended) in zip(products, step_spans.times.tolist(), strict=True):
             yield name, began, ended, nbytes

@@ -34,8 +34,7 @@ class CpuExperts:
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Implements `Experts`."""
         w = self._layers[layer]
-        read = len(set(expert_ids.reshape(-1).tolist())) * 3 * w.gate.nbytes // len(w.gate)
-        with self._recorder.span("experts", read):
+        with self._recorder.span("experts", len(set(expert_ids.reshape(-1).tolist())) * w.expert_bytes):
             y = kernels.expert_ffn(
                 x.numpy(), expert_ids.numpy(), routing_weights.numpy(), w.gate, w.up, w.down, w.variant
             )

@@ -25,6 +25,7 @@ from fiddler import kernels
 from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
 from fiddler.kernels import KernelVariant, Tier
+from fiddler.kernels.formats import FORMATS
 
 __all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
 
@@ -99,7 +100,7 @@ def kernel_rows(
         layers: dict[str, Layer] = {"torch": _torch_layer(kind)}
         errors: dict[str, float | None] = {"torch": None}
         for tier in tiers:
-            variant = KernelVariant(tier, kind, "bf16" if kind == "bf16" else "f32")
+            variant = KernelVariant(tier, kind, FORMATS[kind].partner)
             kernels.precompile(variant)
             layers[tier.name] = _kernel_layer(variant)
             errors[tier.name] = _error(layers[tier.name], variant, groups[0], tokens)
@@ -116,7 +117,8 @@ def kernel_rows(
                 if repetition >= 0:
                     for name in seconds:
                         seconds[name].append(durations[name])
-            operations = count * nbytes  # two bytes a weight, a multiplication and an addition
+            # a multiplication and an addition of each weight
+            operations = 2 * count * sum(bits.size for bits in groups[0])
             for name, spent in seconds.items():
                 of_reads = median(plain / own for plain, own in zip(seconds["reads"], spent, strict=True))
                 speedup = median(reference / own for reference, own in zip(seconds["torch"], spent, strict=True))
@@ -162,7 +164,7 @@ def _kernel_layer(variant: KernelVariant) -> Layer:
 
 
 def _torch_layer(kind: str) -> Layer:
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
 
     def tensor(bits: np.ndarray) -> Tensor:
         with warnings.catch_warnings():
@@ -258,7 +260,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             line = [row for row in of_kind if row.backend == backend]
             axes.plot([row.tokens for row in line], [row.gflops for row in line], marker="o", label=backend)
         reads = [row for row in of_kind if row.backend == "reads"]
-        ceiling = [row.gb_per_second * row.tokens for row in reads]  # two bytes and two operations a weight and token
+        weights_per_byte = FORMATS[kind].block_length / FORMATS[kind].block_bytes
+        # two operations a weight and token
+        ceiling = [2 * row.gb_per_second * weights_per_byte * row.tokens for row in reads]
         axes.plot([row.tokens for row in reads], ceiling, "k--", label="plain reads")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelFile"]
 
-_RUNNABLE = ("F16", "BF16")
 _SAMPLES, _SAMPLE_SIZE = 8, 32  # samples of a tensor in the fingerprint, elements of a sample
 
 
@@ -54,10 +53,12 @@ class ModelFile:
 
     def check_runnable(self) -> None:
         """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
+        from fiddler.kernels.formats import FORMATS  # late: inspecting a file needs no kernels
+
         for name in self.config.tensor_shapes(tied=self.tied):
             kind = self.file.tensors[name].type
             routed = name.endswith("_exps.weight")
-            if kind in _RUNNABLE or (kind == "F32" and not routed):
+            if kind.lower() in FORMATS or (kind == "F32" and not routed):
                 continue
             raise FileFormatError(
                 f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fiddler.files.model_file import ModelFile
 from fiddler.kernels import KernelVariant, Tier
+from fiddler.kernels.formats import FORMATS, format_of
+from fiddler.kernels.formats.weight_format import WeightFormat
 
 __all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "variant_for"]
 
@@ -21,15 +24,22 @@ class ExpertWeights:
     down: np.ndarray  # [E, D, F]
     variant: KernelVariant
 
-    @property
-    def hidden_row_bytes(self) -> int:
-        """Bytes of one hidden row of an expert: a row of gate and up, and a column of down."""
-        return 3 * int(self.gate[0, 0].nbytes)
+    @cached_property
+    def format(self) -> WeightFormat:
+        """How the weights are stored."""
+        return format_of(self.variant)
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of one expert."""
-        return int(self.gate.shape[1]) * self.hidden_row_bytes
+        """Size of one expert [bytes]."""
+        _, hidden, width = self.gate.shape
+        nbytes: int = 2 * hidden * self.format.row_bytes(width) + width * self.format.row_bytes(hidden)
+        return nbytes
+
+    @cached_property
+    def hidden_row_bytes(self) -> int:
+        """An expert's size for each of its F hidden rows [bytes]: rows of gate and up, a column of down."""
+        return self.expert_bytes // len(self.gate[0])
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class LinearWeight:
 
     bits: np.ndarray
     variant: KernelVariant
+
+    @property
+    def format(self) -> WeightFormat:
+        """How the weights are stored."""
+        return format_of(self.variant)
 
 
 def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
@@ -52,5 +67,5 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
     """The kernel variant for weights of a GGUF type; `exact`: float32 activations for bf16 weights, too."""
-    weights = "bf16" if kind == "BF16" else "f16"
-    return KernelVariant(tier, weights, "f32" if exact or weights == "f16" else "bf16")
+    weight_format = FORMATS[kind.lower()]
+    return KernelVariant(tier, weight_format.name, "f32" if exact else weight_format.partner)

@@ -80,8 +80,7 @@ def on_gpu(
     pinned.counted()
     budget = Budget(device, gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
-    rounded = not exact and experts[0].variant.weights == "bf16"
-    cache_dtype = torch.float16 if rounded else torch.float32
+    cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, gpu_memory)
     triton_kernels = _triton_kernels(device, notify)
@@ -171,8 +170,8 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
         token=width * _ACTIVATION_BYTES,
-        slots=Ring.nbytes(width, slot_rows(hidden), SLOTS),
-        expert=3 * experts[0].gate[0].nbytes,
+        slots=Ring.nbytes(experts, slot_rows(hidden), SLOTS),
+        expert=max(weights.expert_bytes for weights in experts),
         experts=len(experts) * config.expert_count,
         context=context,
     )

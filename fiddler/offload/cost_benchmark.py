@@ -32,6 +32,7 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, mapped_experts
 from fiddler.host_memory import available_memory, populate
 from fiddler.kernels import KernelVariant
+from fiddler.kernels.formats.half import BF16
 from fiddler.kernels.precompile import COMPILING
 from fiddler.offload.calibration import Calibration, cache_folder, read_calibration
 from fiddler.offload.feed_forward import feed_forward, torch_type
@@ -103,7 +104,7 @@ def _cpu_name() -> str:
 
 def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | None, machine: str) -> Calibration:
     """Measure with these layers' weights; takes seconds. machine: stored with the result."""
-    expert_bytes = 3 * layers[0].gate[0].nbytes
+    expert_bytes = layers[0].expert_bytes
     max_threads = kernels.set_threads(threads)
     if ring is None:
         cpu_bench = _CpuBench(layers)
@@ -138,7 +139,7 @@ def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights]
 
     A file on disk may be larger than memory: its disk's speed is no property of kernels or copies.
     """
-    expert_bytes, experts = 3 * layers[0].gate[0].nbytes, len(layers[0].gate)
+    expert_bytes, experts = layers[0].expert_bytes, len(layers[0].gate)
     max_experts = int(min(_MAX_BYTES, _MEMORY_FRACTION * (available_memory() or inf)) // expert_bytes)
     if max_experts < experts:
         layers, experts = layers[:1], max(1, max_experts)
@@ -274,13 +275,13 @@ def calibrate_alone(
     if model_file is not None:
         experts = mapped_experts(model_file, tier, exact=exact)
     else:
-        variant = KernelVariant(tier, "bf16", "f32" if exact else "bf16")
-        elements = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
-        if available_memory() < 8 * elements:
+        variant = KernelVariant(tier, BF16.name, "f32" if exact else BF16.partner)
+        matrix_bytes = BF16.row_bytes(_SHAPE[0] * _SHAPE[1] * _SHAPE[2])
+        if available_memory() < 4 * matrix_bytes:
             raise ResourceError(
-                f"{shown(8 * elements)} of memory are needed; give a MODEL.gguf, to measure with its weights"
+                f"{shown(4 * matrix_bytes)} of memory are needed; give a MODEL.gguf, to measure with its weights"
             )
-        memory = mmap.mmap(-1, 6 * elements)  # shared, as a file's mapping is: else it cannot be pinned read-only
+        memory = mmap.mmap(-1, 3 * matrix_bytes)  # shared, as a file's mapping is: else it cannot be pinned read-only
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
         bits[:] = 0x3C00
         experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), variant)]

@@ -50,9 +50,9 @@ class Residents:
             weights = self._layers[layer]
             hidden, width = weights.gate.shape[1:]
             for e in experts:
-                # each matrix begins at a multiple of 16 bytes
-                memory = torch.empty(3, -(-hidden * width // 8) * 8, dtype=torch_type(weights), device=self._device)
-                gate, up, down = memory[:, : hidden * width]
+                size = -(-weights.gate[e].nbytes // 16) * 16  # each matrix begins at a multiple of 16 bytes
+                memory = torch.empty(3, size, dtype=torch.uint8, device=self._device)
+                gate, up, down = memory.view(torch_type(weights))[:, : hidden * width]
                 matrices = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
                 for target, bits in zip(matrices, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
                     weight_copy.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)

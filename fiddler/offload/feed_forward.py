@@ -18,6 +18,8 @@ __all__ = ["Job", "feed_forward", "tokens_by_expert", "torch_type"]
 
 _BYTES = 14  # of temporaries a token and hidden row: gate and up in 16 and 32 bits, and the values computed from them
 
+_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}  # of each weight format that torch has
+
 
 class Job(NamedTuple):
     """Tokens [first, end), in the order by expert, for some hidden rows of one expert."""
@@ -30,7 +32,7 @@ class Job(NamedTuple):
 
 def torch_type(weights: ExpertWeights) -> torch.dtype:
     """The type of a layer's weights."""
-    return torch.bfloat16 if weights.variant.weights == "bf16" else torch.float16
+    return _TYPES[weights.format.name]
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounded: bool, work: int) -> Tensor:

@@ -145,7 +145,7 @@ class Grouped:
         in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. The results of a token's
         jobs are added in any order: two give the same bits each time, three or more need not.
         """
-        for part in _in_pieces(jobs, max(1, workspace_bytes // (2 * max_rows))):
+        for part in _in_pieces(jobs, max(1, workspace_bytes // (x.element_size() * max_rows))):
             self._run(x, token, routing_weights, part, max_rows, into)
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:

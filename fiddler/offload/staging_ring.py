@@ -17,7 +17,7 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["SLOTS", "Part", "Ring", "slot_rows"]
 
-_SPARE = 1024  # elements: matrices that are sent together begin at multiples of 16 bytes
+_SPARE = 2048  # bytes: matrices that are sent together begin at multiples of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Part:
     end: int
     arrived: Event
     slot: int
-    memory: Tensor  # [3, slot rows * D], 16 bits
+    memory: Tensor  # bytes [3, those of one matrix of a slot]
     addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows] in `memory`
 
     width: int  # D
@@ -58,9 +58,10 @@ class Ring:
         self.slots = slots
         _, self._hidden, self._width = layers[0].gate.shape
         self._mapped = [tuple(bits.ctypes.data for bits in (w.gate, w.up, w.down)) for w in layers]
-        size = slots * 3 * rows * self._width
-        self._allocation = torch.empty(size + _SPARE, dtype=torch.bfloat16, device=weight_copy.device)
-        self._memory = self._allocation[:size].view(slots, 3, rows * self._width)
+        self._formats = [w.format for w in layers]
+        size = self.nbytes(layers, rows, slots)
+        self._allocation = torch.empty(size + _SPARE, dtype=torch.uint8, device=weight_copy.device)
+        self._memory = self._allocation[:size].view(slots, 3, -1)
         self._addresses = [tuple(matrix.data_ptr() for matrix in slot) for slot in self._memory]
         self._arrived = [weight_copy.event() for _ in range(slots)]
         self._free = [weight_copy.event() for _ in range(slots)]
@@ -68,9 +69,9 @@ class Ring:
         self._next = 0
 
     @staticmethod
-    def nbytes(width: int, rows: int, slots: int) -> int:
+    def nbytes(layers: Sequence[ExpertWeights], rows: int, slots: int) -> int:
         """GPU memory of such a ring [bytes]."""
-        return slots * 3 * rows * width * 2
+        return slots * rows * max(weights.hidden_row_bytes for weights in layers)
 
     def send(self, layer: int, expert: int, begin: int, end: int) -> Iterator[Part]:
         """Start copying rows [begin, end) of an expert to the GPU, in parts that fit a slot.
@@ -89,11 +90,14 @@ class Ring:
         weight_copy, rows, hidden, width = self.weight_copy, end - begin, self._hidden, self._width
         weight_copy.hold(self._free[slot])
         (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
-        row = 2 * width * (expert * hidden + begin)
-        with self._recorder.queued("copy", 6 * width * rows, weight_copy.stream):
-            weight_copy.copy(to_gate, gate + row, 2 * width * rows)
-            weight_copy.copy(to_up, up + row, 2 * width * rows)
-            weight_copy.copy(to_down, down + 2 * (expert * width * hidden + begin), 2 * rows, width, 2 * hidden)
+        row_bytes = self._formats[layer].row_bytes
+        size, pitch = rows * row_bytes(width), row_bytes(hidden)
+        row = (expert * hidden + begin) * row_bytes(width)
+        columns = down + expert * width * pitch + row_bytes(begin)
+        with self._recorder.queued("copy", 3 * size, weight_copy.stream):
+            weight_copy.copy(to_gate, gate + row, size)
+            weight_copy.copy(to_up, up + row, size)
+            weight_copy.copy(to_down, columns, row_bytes(rows), width, pitch)
         weight_copy.arrive(self._arrived[slot])
         addresses = to_gate, to_up, to_down
         return Part(expert, begin, end, self._arrived[slot], slot, self._memory[slot], addresses, width)
@@ -107,17 +111,19 @@ class Ring:
         weight_copy, hidden, width = self.weight_copy, self._hidden, self._width
         for free in self._free:
             weight_copy.hold(free)
+        row_bytes = self._formats[layer].row_bytes
+        pitch = row_bytes(hidden)
         parts, address = [], self._memory.data_ptr()
         for expert, begin, end in row_ranges:
-            (gate, up, down), size = self._mapped[layer], 2 * width * (end - begin)
-            row = 2 * width * (expert * hidden + begin)
+            (gate, up, down), size = self._mapped[layer], (end - begin) * row_bytes(width)
+            row = (expert * hidden + begin) * row_bytes(width)
             aligned = -(-size // 16) * 16
             addresses = address, address + aligned, address + 2 * aligned
-            columns = down + 2 * (expert * width * hidden + begin)
+            columns = down + expert * width * pitch + row_bytes(begin)
             with self._recorder.queued("copy", 3 * size, weight_copy.stream):
                 weight_copy.copy(addresses[0], gate + row, size)
                 weight_copy.copy(addresses[1], up + row, size)
-                weight_copy.copy(addresses[2], columns, 2 * (end - begin), width, 2 * hidden)
+                weight_copy.copy(addresses[2], columns, row_bytes(end - begin), width, pitch)
             parts.append(Part(expert, begin, end, self._arrived[0], 0, self._memory, addresses, width))
             address += 3 * aligned
         assert address <= self._allocation.data_ptr() + self._allocation.nbytes

@@ -20,7 +20,9 @@ from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers
 from fiddler.kernels.machine.tuning import TUNINGS, Tuning, current_tuning
 
 __all__ = [
+    "WEIGHTS",
     "KernelVariant",
+    "activation_bytes",
     "amx",
     "bf16_pairs",
     "compiled",
@@ -29,17 +31,20 @@ __all__ = [
     "outer_rows",
     "outer_tokens",
     "panel_tokens",
-    "row_bytes",
     "tuned",
 ]
+
+WEIGHTS = ("bf16", "f16")
+"""Names of the weight formats that kernels read; `kernels.formats.FORMATS` has the formats themselves."""
 
 
 @dataclass(frozen=True)
 class KernelVariant:
     """The types and the instructions that a kernel multiplies with.
 
-    `weights`: "bf16" or "f16". `activations`: "f32", or "bf16": each is rounded to bf16 once, before the products. Sums
-    are float32 in either case. `tuning`: block sizes and thresholds; the row for this CPU unless given.
+    `weights`: the format's name, one of `WEIGHTS`. `activations`: "f32", or "bf16": each is rounded to bf16 once,
+    before the products. Sums are float32 in either case. `tuning`: block sizes and thresholds; the row for this CPU
+    unless given.
     """
 
     tier: Tier
@@ -48,7 +53,7 @@ class KernelVariant:
     tuning: Tuning = field(default_factory=current_tuning)
 
     def __post_init__(self) -> None:
-        if self.weights not in ("bf16", "f16") or self.activations not in ("bf16", "f32"):
+        if self.weights not in WEIGHTS or self.activations not in ("bf16", "f32"):
             raise ValueError(f"{self.weights} weights with {self.activations} activations: no kernel multiplies these")
         if self.tier not in available_tiers():
             raise ValueError(f"this CPU does not run the tier {self.tier.name}")
@@ -139,7 +144,7 @@ amx = constant_of(lambda variant: variant.amx, types.boolean)
 outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
 # with AMX, outer products compute only the remainders: the 32- and 48-token tiles need not be compiled
 outer_tokens = constant_of(lambda variant: 16 if variant.amx else variant.tier.outer_tokens, types.intp)
-row_bytes = constant_of(lambda variant: 2 if variant.bf16_rows else 4, types.intp)
+activation_bytes = constant_of(lambda variant: 2 if variant.bf16_rows else 4, types.intp)
 """Size of an activation in the rows layout [bytes]."""
 panel_tokens = constant_of(lambda variant: 32 if variant.amx else 48, types.intp)
 """Tokens of a panel in the packed layout: those of the widest tile."""

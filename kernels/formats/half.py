@@ -1,27 +1,34 @@
-"""bf16 and binary16 weights: decodes vectors of them to float32. Knows LLVM IR; no matrices."""
+"""The formats bf16 and f16 (IEEE 754 binary16): one weight in 16 bits. Knows LLVM IR; no matrices."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from fiddler.kernels.codegen.llvm import F16, F32, I16, I32
+from fiddler.kernels.codegen import llvm
+from fiddler.kernels.codegen.llvm import F32, I32
 from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.formats.weight_format import WeightFormat
 
-__all__ = ["halves", "widen", "widen_one"]
+__all__ = ["BF16", "F16", "halves"]
 
 
-def widen(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
-    """A vector of 16-bit weights as float32."""
+def _decode_bf16(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
+    """A vector of bf16 as float32, of which it is the upper half."""
+    count = bits.type.count
+    wide, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
+    return b.bitcast(b.shl(b.zext(bits, wide), ir.Constant(wide, [16] * count)), floats)
+
+
+def _decode_f16(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
+    """A vector of binary16 as float32: by the CPU's conversion where it has one."""
     count = bits.type.count
     wide, floats = ir.VectorType(I32, count), ir.VectorType(F32, count)
 
     def constant(value: int) -> ir.Constant:
         return ir.Constant(wide, [value] * count)
 
-    if variant.weights == "bf16":
-        return b.bitcast(b.shl(b.zext(bits, wide), constant(16)), floats)
     if variant.tier.half_convert:
-        return b.fpext(b.bitcast(bits, ir.VectorType(F16, count)), floats)
+        return b.fpext(b.bitcast(bits, ir.VectorType(llvm.F16, count)), floats)
     # sign, exponent and mantissa are shifted, then scaled by 2**112: exact, subnormals included
     shifted = b.and_(b.shl(b.sext(bits, wide), constant(13)), constant(-0x70002000))
     scaled = b.bitcast(b.fmul(b.bitcast(shifted, floats), ir.Constant(floats, [2.0**112] * count)), wide)
@@ -30,9 +37,8 @@ def widen(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
     return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
 
 
-def widen_one(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.Value:
-    """One 16-bit weight as float32."""
-    return b.extract_element(widen(b, variant, b.bitcast(bits, ir.VectorType(I16, 1))), ir.Constant(I32, 0))
+BF16 = WeightFormat("bf16", 1, 2, "bf16", _decode_bf16)
+F16 = WeightFormat("f16", 1, 2, "f32", _decode_f16)
 
 
 def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:

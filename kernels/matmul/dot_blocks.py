@@ -5,7 +5,8 @@ from __future__ import annotations
 from numba import njit
 
 from fiddler.kernels.codegen.jit import OPTIONS
-from fiddler.kernels.codegen.variant import KernelVariant, k_blocked, row_bytes, tuned
+from fiddler.kernels.codegen.variant import KernelVariant, activation_bytes, k_blocked, tuned
+from fiddler.kernels.formats import stored_bytes
 from fiddler.kernels.matmul.dot_tiles import dot_tile, dot_tokens
 
 __all__ = ["multiply_dots"]
@@ -46,27 +47,28 @@ def multiply_dots(
     K-block of each row, or, in the last one, the first K-block of the rows that are read next.
     """
     token_bytes, k_block, prefetch_distance, blocked = (
-        ldx * row_bytes(variant),
+        ldx * activation_bytes(variant),
         k,
         _prefetch_bytes(variant),
         k_blocked(variant) and tokens >= _compute_bound_tokens(variant),
     )
     if blocked:
-        fitting = _l1_activation_bytes(variant) // (tokens * row_bytes(variant)) // 256 * 256
+        fitting = _l1_activation_bytes(variant) // (tokens * activation_bytes(variant)) // 256 * 256
         max_elements = max(256, min(_k_block_elements(variant), fitting))
-        k_block, prefetch_distance = _k_block(k, max_elements), 2 * ldw
+        k_block, prefetch_distance = _k_block(k, max_elements), stored_bytes(variant, ldw)
     tiles = (tokens + dot_tokens(variant) - 1) // dot_tokens(variant)
     max_tokens = dot_tokens(variant) if blocked else (tokens + tiles - 1) // tiles
     pass_rows = rows if tiles == 1 else _pass_rows(variant)
     for begin in range(0, k, k_block):
         count = min(k_block, k - begin)
         if blocked and begin + k_block < k:
-            prefetch_distance = 2 * k_block
+            prefetch_distance = stored_bytes(variant, k_block)
         elif blocked and next_offset != 0:
-            prefetch_distance = next_offset - 2 * begin
-        xr = x + begin * row_bytes(variant)
+            prefetch_distance = next_offset - stored_bytes(variant, begin)
+        xr = x + begin * activation_bytes(variant)
         for r in range(0, rows, pass_rows):
-            wr, cr, tile_rows = w + 2 * (r * ldw + begin), c + 4 * r * ldc, min(pass_rows, rows - r)
+            wr, cr = w + stored_bytes(variant, r * ldw + begin), c + 4 * r * ldc
+            tile_rows = min(pass_rows, rows - r)
             m, tile_distance = 0, prefetch_distance
             while m < tokens:
                 xm, cm, tile_tokens = xr + m * token_bytes, cr + 4 * m, min(tokens - m, max_tokens)

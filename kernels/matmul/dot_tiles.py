@@ -28,7 +28,8 @@ from fiddler.kernels.codegen.llvm import (
     prefetch,
 )
 from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
-from fiddler.kernels.formats.half import halves, widen, widen_one
+from fiddler.kernels.formats import format_of
+from fiddler.kernels.formats.half import BF16, halves
 
 __all__ = ["LINE", "dot_tile", "dot_tokens"]
 
@@ -103,8 +104,8 @@ def dot_tile(
 ) -> Any:
     """c[r * ldc + m] += sum over k of w[r * ldw + k] * x[m * ldx + k], for r < rows and m < tokens (1 to `dot_tokens`).
 
-    `w`: 2-byte aligned weights; `x`: activations of the variant's type in the rows layout; `c`: float32; `ldw`, `ldx`
-    and `ldc` count their elements. Reads nothing past k. Prefetches the weights that are read `prefetch_distance` bytes
+    `w`: aligned weights; `x`: activations of the variant's type in the rows layout; `c`: float32; `ldw`, `ldx` and
+    `ldc` count their elements. Reads nothing past k. Prefetches the weights that are read `prefetch_distance` bytes
     later, also of the rows that follow; K-blocked, with many tokens, those at that distance from each address.
     """
     kind = variant.variant
@@ -146,20 +147,23 @@ def _generate_tile(
     R, lanes, blocked = _dot_rows(kind, M), kind.tier.lanes, _is_blocked(kind, M)
     chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # independent sums of each element
     step = lanes * (2 if kind.bf16_rows else 1)
-    unroll = max(chains, LINE // (2 * step))
+    weight_format = format_of(kind)
+    w_width = weight_format.weight_bytes
     x_width, x_from_memory = 2 if kind.bf16_rows else 4, _x_from_memory(kind, M)
+    unroll = max(chains, LINE // (w_width * step))
     level = 2 if blocked else kind.tuning.weights_prefetch_level
-    floats, words, bits = (
-        ir.VectorType(element, count) for element, count in ((F32, lanes), (I32, lanes), (I16, step))
+    stored = ir.IntType(8 * w_width)
+    floats, words, weights_vector = (
+        ir.VectorType(element, count) for element, count in ((F32, lanes), (I32, lanes), (stored, step))
     )
     column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
-    bytes_of_row, last = b.mul(ldw, ir.Constant(I64, 2)), b.sub(rows, ir.Constant(I64, 1))
+    bytes_of_row, last = b.mul(ldw, ir.Constant(I64, w_width)), b.sub(rows, ir.Constant(I64, 1))
     zero = ir.Constant(I64, 0)
     whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
     distance_in_row = b.sdiv(prefetch_distance, ir.Constant(I64, R))
-    wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, 2)))  # from here on it falls in other rows
+    wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, w_width)))  # from here on it falls in other rows
     distance_beyond_row = b.add(
-        b.sub(distance_in_row, b.mul(K, ir.Constant(I64, 2))), b.mul(bytes_of_row, ir.Constant(I64, R))
+        b.sub(distance_in_row, b.mul(K, ir.Constant(I64, w_width))), b.mul(bytes_of_row, ir.Constant(I64, R))
     )
 
     def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
@@ -167,7 +171,9 @@ def _generate_tile(
         if kind.bf16_rows:
             pairs = load(b, pointer, words, 2)
             return pairs if kind.bf16_pairs else halves(b, pairs)[half]
-        return load(b, pointer, floats, 4) if width == 4 else widen(b, kind, load(b, pointer, bits, 2))
+        if width == 4:
+            return load(b, pointer, floats, 4)
+        return weight_format.decode(b, kind, load(b, pointer, weights_vector, w_width))
 
     def products(row: list[ir.Value], k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         multiply, result = dot_bf16 if kind.bf16_pairs else multiply_add, list(sums)
@@ -176,7 +182,7 @@ def _generate_tile(
         for half in range(2 if kind.bf16_rows and not kind.bf16_pairs else 1):
             if half == 1 and kind.tier.registers <= 2 * R * M:
                 k = opaque(b, k)  # both halves of all operands would not fit the registers
-            weights = [operands(base, k, 2, half) for base in row]
+            weights = [operands(base, k, w_width, half) for base in row]
             for m in range(M):
                 value = operands(column[m], k, x_width, half)
                 for r in range(R):
@@ -201,9 +207,9 @@ def _generate_tile(
             )
             for u in range(unroll):
                 at = b.add(k, ir.Constant(I64, u * step))
-                if 2 * u * step % LINE == 0:
-                    for base in lines[2 * u * step // LINE % 2]:
-                        prefetch(b, address(b, b.add(base, distance), at, 2), level)
+                if w_width * u * step % LINE == 0:
+                    for base in lines[w_width * u * step // LINE % 2]:
+                        prefetch(b, address(b, b.add(base, distance), at, w_width), level)
                 now = slice(u % chains * R * M, (u % chains + 1) * R * M)
                 sums[now] = products(row, at, sums[now])
             return sums
@@ -213,10 +219,11 @@ def _generate_tile(
         totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
 
         def tail(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            weights = [widen_one(b, kind, load(b, address(b, base, k, 2), I16, 2)) for base in row]
+            stored_weights = [load(b, address(b, base, k, w_width), stored, w_width) for base in row]
+            weights = [weight_format.decode_one(b, kind, each) for each in stored_weights]
             pointers = [address(b, base, k, x_width) for base in column]
             if kind.bf16_rows:
-                values = [widen_one(b, kind, load(b, pointer, I16, 2)) for pointer in pointers]
+                values = [BF16.decode_one(b, kind, load(b, pointer, I16, 2)) for pointer in pointers]
             else:
                 values = [load(b, pointer, F32, 4) for pointer in pointers]
             return [multiply_add(b, totals[i], weights[i // M], values[i % M]) for i in range(R * M)]

@@ -17,6 +17,7 @@ from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import silu
 from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, panel_tokens
+from fiddler.kernels.formats import stored_bytes
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
@@ -140,8 +141,8 @@ def _take_tasks(
                 rows, k = min(rows, hidden_rows - begin), width
                 if rows <= 0:
                     continue
-            expert_bytes = 2 * outputs * width
-            offset, needed_from = groups.expert[g] * expert_bytes + 2 * begin * width, begin if gate_up else 0
+            expert_bytes, needed_from = stored_bytes(variant, outputs * width), begin if gate_up else 0
+            offset = groups.expert[g] * expert_bytes + stored_bytes(variant, begin * width)
             for i in range(pair):
                 next_offset = _next_offset(matrices, pair, i, groups, g, needed_from, expert_bytes)
                 w, x, c_at = matrices[i] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc

@@ -12,6 +12,7 @@ from fiddler.kernels.codegen.variant import (
     panel_tokens,
     tuned,
 )
+from fiddler.kernels.formats import stored_bytes
 from fiddler.kernels.matmul.outer_tiles import outer_tile, widen_row
 
 __all__ = ["multiply_outer", "multiply_outer_floats", "outer_block", "outer_k_words"]
@@ -96,9 +97,9 @@ def multiply_outer_floats(
                 for i in range(row_count):
                     widen_row(
                         variant,
-                        w + 2 * ((r + i) * ldw + begin),
+                        w + stored_bytes(variant, (r + i) * ldw + begin),
                         scratch + 4 * i * k_block,
                         count,
-                        2 * tile_rows * ldw,
+                        tile_rows * stored_bytes(variant, ldw),
                     )
                 outer_block(variant, scratch, k_block, row_count, panel, wide, count, c + 4 * (r * ldc + m), ldc)

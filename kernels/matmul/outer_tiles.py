@@ -13,7 +13,6 @@ from numba.core import types
 
 from fiddler.kernels.codegen.llvm import (
     F32,
-    I16,
     I32,
     I64,
     address,
@@ -25,7 +24,7 @@ from fiddler.kernels.codegen.llvm import (
     splat,
 )
 from fiddler.kernels.codegen.variant import compiled
-from fiddler.kernels.formats.half import widen, widen_one
+from fiddler.kernels.formats import format_of
 from fiddler.kernels.matmul.dot_tiles import LINE
 
 __all__ = ["outer_tile", "widen_row"]
@@ -107,19 +106,22 @@ def outer_tile(
 def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, prefetch_distance: Any) -> Any:
     """out[i] = w[i] as float32 for i < k; prefetches the weights `prefetch_distance` bytes further."""
     kind = variant.variant
+    weights = format_of(kind)
+    width = weights.weight_bytes
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         _, w, out, K, prefetch_distance = arguments
-        bits = ir.VectorType(I16, kind.tier.lanes)
+        stored = ir.IntType(8 * width)
+        vector = ir.VectorType(stored, kind.tier.lanes)
 
         def several(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            prefetch(b, address(b, b.add(w, prefetch_distance), k, 2), kind.tuning.weights_prefetch_level)
-            values = widen(b, kind, load(b, address(b, w, k, 2), bits, 2))
+            prefetch(b, address(b, b.add(w, prefetch_distance), k, width), kind.tuning.weights_prefetch_level)
+            values = weights.decode(b, kind, load(b, address(b, w, k, width), vector, width))
             b.store(values, b.bitcast(address(b, out, k, 4), values.type.as_pointer())).align = 4
             return []
 
         def one(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            value = widen_one(b, kind, load(b, address(b, w, k, 2), I16, 2))
+            value = weights.decode_one(b, kind, load(b, address(b, w, k, width), stored, width))
             b.store(value, b.bitcast(address(b, out, k, 4), F32.as_pointer()))
             return []
 

@@ -21,12 +21,12 @@ from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import (
     KernelVariant,
+    activation_bytes,
     amx,
     bf16_pairs,
     constant_of,
     k_blocked,
     panel_tokens,
-    row_bytes,
     tuned,
 )
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
@@ -126,7 +126,7 @@ def row_stride(variant: KernelVariant, width: int) -> int:
     Padded, so that the same block of many rows spreads over the whole first-level cache: rows a large power of two
     apart would compete for a few of its sets.
     """
-    size: int = row_bytes(variant)
+    size: int = activation_bytes(variant)
     lines = (width * size + _LINE - 1) // _LINE
     spread: int = (_row_spread_lines(variant) - lines) % _SETS
     return (lines + spread) * _LINE // size
@@ -139,7 +139,7 @@ def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int
     Every group begins at a cache line if `begin` does.
     """
     stride = row_stride(variant, width)
-    in_rows = stride * row_bytes(variant) // 4
+    in_rows = stride * activation_bytes(variant) // 4
     in_panels = in_rows if bf16_pairs(variant) else width
     offsets = np.empty(groups.expert.size + 1, np.int64)
     offsets[0] = begin
