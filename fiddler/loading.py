@@ -1,64 +1,61 @@
-"""`load`: a model file, a device and a backend wired together into an `Engine`."""
+"""`load`: a model file, a device and a backend wired together into an `Engine`.
+
+Pinning the file for a GPU and importing torch both take seconds, so the one starts before the other: this module
+itself does without torch, and imports the backends once the file is open.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-
-from fiddler import kernels
-from fiddler.cpu.loader import on_cpu
-from fiddler.device.detection import wants_gpu
-from fiddler.device.pinned_mapping import PinnedMapping
-from fiddler.engine import Engine
+from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
 from fiddler.errors import ResourceError
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import mapped_experts
-from fiddler.generation.request import check_options
-from fiddler.kernels.precompile import COMPILING
-from fiddler.telemetry.expert_counts import read_counts
+from fiddler.load_options import DEFAULT_CONTEXT, Device, LoadOptions, Missing, Precision, parse_size
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["DEMO_MODEL", "load"]
+if TYPE_CHECKING:
+    from fiddler.engine import Engine
+    from fiddler.files.weights import ExpertWeights
+    from fiddler.gpu.loader import GpuModel
+
+__all__ = ["DEMO_MODEL", "load", "load_engine"]
 
 DEMO_MODEL = Path(str(files("fiddler.models"))) / "demo" / "stories-18m.gguf"
 
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["fast", "exact"]
-Missing = Literal["auto", "cpu", "stream"]
+Notify = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
 def load(
     path: str | Path | ModelFile | None = None,
     device: Device = "auto",
-    gpu_memory: str | None = None,
+    gpu_memory: str | int | None = None,
     threads: int | None = None,
-    context: int = 4096,
+    context: int = DEFAULT_CONTEXT,
     precision: Precision = "fast",
     *,
     kernel: str | None = None,
-    notify: Callable[[str], None] = lambda text: None,
+    notify: Notify = lambda text: None,
     recorder: Recorder = SILENT,
     expert_counts: str | Path | None = None,
     gpu_experts: int | None = None,
     missing: Missing = "auto",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    pinned: PinnedMapping | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Engine:
     """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
     path: a .gguf file, any part of a split one, one opened before, or None for the demo model that ships.
     device: "cpu", "cuda", or "auto", which is the GPU where there is one that starts. gpu_memory: the limit of its
-    memory for everything, as "24GiB"; None for nearly all that is free. It holds the dense weights, the KV cache, and
-    as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity` writes.
-    gpu_experts: limit of their number. missing: where experts that are not on the GPU are computed: "auto" is
+    memory for everything, as "24GiB" or in bytes; None for nearly all that is free. It holds the dense weights, the KV
+    cache, and as many experts as fit: those chosen most often by expert_counts, a file that `fiddler perplexity`
+    writes. gpu_experts: limit of their number. missing: where experts that are not on the GPU are computed: "auto" is
     fastest by measured costs, "cpu" and "stream" leave all to the CPU, or to the GPU.
-    progress: called with the bytes of experts copied to the GPU so far, and in all. pinned: the file's mapping, whose
-    pinning by the GPU's driver began before; None begins it.
+    progress: called with the bytes of experts copied to the GPU so far, and in all.
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     stores their KV cache as float16; "exact", and every model of f16 weights, computes in float32.
@@ -67,58 +64,114 @@ def load(
     events of each step.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
-    started = time.perf_counter()
-    check_options(device, precision, missing, context, gpu_experts)
-    gpu, why_not = wants_gpu(device, gpu_memory, notify)
+    options = LoadOptions(
+        device=device,
+        gpu_memory=parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory,
+        gpu_experts=gpu_experts,
+        missing=missing,
+        expert_counts=None if expert_counts is None else Path(expert_counts),
+        threads=threads,
+        context=context,
+        precision=precision,
+    )
+    return load_engine(path, options, kernel=kernel, notify=notify, recorder=recorder, progress=progress)
+
+
+def load_engine(
+    path: str | Path | ModelFile | None,
+    options: LoadOptions,
+    *,
+    kernel: str | None = None,
+    notify: Notify = lambda text: None,
+    recorder: Recorder = SILENT,
+    progress: Progress = lambda done, total: None,
+) -> Engine:
+    """`load` with its options as one value. Arguments and errors: see there."""
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
     model_file.check_runnable()
-    if gpu and pinned is None:
-        pinned = PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
+    pinned = _pin(model_file) if options.device != "cpu" and torch_for_gpus() else None
     tokenizer = model_file.tokenizer
-    tier, exact, config = kernels.choose_tier(kernel), precision == "exact", model_file.config
-    if threads is not None:
-        kernels.set_threads(threads)
-    experts = mapped_experts(model_file, tier, exact=exact)
-    for variant in {layer.variant for layer in experts}:
-        kernels.precompile(variant, lambda: notify(COMPILING), decode=pinned is None or not gpu)
-    capacity = min(context, config.context_length)
-    if pinned is not None and gpu:
-        from fiddler.device.memory_budget import GpuStartError
-        from fiddler.gpu.loader import on_gpu
+    from fiddler import kernels
+    from fiddler.cpu.loader import on_cpu
+    from fiddler.device.detection import wants_gpu
+    from fiddler.engine import Engine
+    from fiddler.files.weights import mapped_experts
+    from fiddler.kernels.precompile import COMPILING
 
-        counts = None
-        if expert_counts is not None:
-            counts = read_counts(Path(expert_counts), config.block_count, config.expert_count)
-        try:
-            loaded = on_gpu(
-                model_file,
-                experts,
-                pinned,
-                gpu_memory=gpu_memory,
-                threads=threads,
-                context=capacity,
-                exact=exact,
-                counts=counts,
-                most=gpu_experts,
-                missing=missing,
-                notify=notify,
-                progress=progress,
-                recorder=recorder,
-            )
-        except GpuStartError as error:
-            if device == "cuda" or gpu_memory is not None:
-                raise
-            why_not = f"CPU: {error}"
-            notify(f"computing on the CPU: {error}")
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"the GPU's memory does not suffice for {gpu_memory or 'all that is free'}; give less --gpu-memory, "
-                "or --gpu-experts"
-            ) from error
-        else:
+    started = time.perf_counter()
+    gpu, why_not = wants_gpu(options.device, options.gpu_memory, notify)
+    tier = kernels.choose_tier(kernel)
+    if options.threads is not None:
+        kernels.set_threads(options.threads)
+    experts = mapped_experts(model_file, tier, exact=options.exact)
+    for variant in {layer.variant for layer in experts}:
+        kernels.precompile(variant, lambda: notify(COMPILING), decode=not gpu)
+    if gpu:
+        loaded = _on_gpu(model_file, experts, pinned or _pin(model_file), options, notify, progress, recorder)
+        if not isinstance(loaded, str):
             notify(loaded.summary)
             return Engine(model_file, tokenizer, loaded.runner, "cuda", loaded.summary, tier.name, started)
-    elif expert_counts is not None or gpu_experts is not None or missing != "auto":
+        why_not = f"CPU: {loaded}"
+        notify(f"computing on the CPU: {loaded}")
+    elif options.of_gpu_only:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
-    runner = on_cpu(model_file, experts, kernels.set_threads(threads), capacity, exact, notify, recorder)
+    threads, capacity = kernels.set_threads(options.threads), _capacity(model_file, options)
+    runner = on_cpu(model_file, experts, threads, capacity, options.exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
+
+
+def _on_gpu(
+    model_file: ModelFile,
+    experts: Sequence[ExpertWeights],
+    pinned: PinnedMapping,
+    options: LoadOptions,
+    notify: Notify,
+    progress: Progress,
+    recorder: Recorder,
+) -> GpuModel | str:
+    """The model on the GPU; or the reason why the CPU must compute, where no option requests the GPU."""
+    import torch
+
+    from fiddler.device.memory_budget import GpuStartError
+    from fiddler.gpu.loader import on_gpu
+    from fiddler.telemetry.expert_counts import read_counts
+
+    config, counts = model_file.config, None
+    if options.expert_counts is not None:
+        counts = read_counts(options.expert_counts, config.block_count, config.expert_count)
+    try:
+        return on_gpu(
+            model_file,
+            experts,
+            pinned,
+            gpu_memory=options.gpu_memory,
+            threads=options.threads,
+            context=_capacity(model_file, options),
+            exact=options.exact,
+            counts=counts,
+            most=options.gpu_experts,
+            missing=options.missing,
+            notify=notify,
+            progress=progress,
+            recorder=recorder,
+        )
+    except GpuStartError as error:
+        if options.needs_gpu:
+            raise
+        return str(error)
+    except torch.OutOfMemoryError as error:
+        limit = "all that is free" if options.gpu_memory is None else f"{options.gpu_memory / 2**30:.2f} GiB"
+        raise ResourceError(
+            f"the GPU's memory does not suffice for {limit}; give less --gpu-memory, or --gpu-experts"
+        ) from error
+
+
+def _pin(model_file: ModelFile) -> PinnedMapping:
+    """Start pinning the file in a thread."""
+    return PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
+
+
+def _capacity(model_file: ModelFile, options: LoadOptions) -> int:
+    """Positions that a sequence can have."""
+    context = DEFAULT_CONTEXT if options.context is None else options.context
+    return min(context, model_file.config.context_length)

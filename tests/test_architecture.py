@@ -26,11 +26,12 @@ MAY_IMPORT = {
     # the rooms of fiddler/, and its files that are a room each; everything may import `errors`
     "fiddler": "chat converters engine generation loading sampling",
     "__main__": "cli",
-    "cli": "fiddler serving evaluation loading chat engine generation sampling text offload files device converters"
-    " kernels telemetry models",
+    "cli": "fiddler serving evaluation loading load_options chat engine generation sampling text offload files"
+    " converters kernels telemetry models",
     "serving": "engine generation sampling text",
     "evaluation": "engine runtime files kernels telemetry host_memory",
-    "loading": "engine gpu cpu generation files device kernels telemetry",
+    "loading": "load_options engine gpu cpu files device kernels telemetry",
+    "load_options": "",
     "chat": "engine generation sampling text",
     "engine": "generation sampling text runtime files host_memory",
     "generation": "runtime sampling text models host_memory",
@@ -211,6 +212,7 @@ def test_the_dependencies_are_those_packages():
             "fiddler.text.tokenizer fiddler.sampling.sampler fiddler.generation.stop_strings fiddler.models.config",
             "torch numba gguf",
         ),
+        ("fiddler.loading fiddler.serving.batch_input", "torch numba gguf"),
         ("fiddler.converters.conversion", "torch numba"),
         ("fiddler.models.mixtral", "numba gguf"),
         ("fiddler.kernels", "torch gguf"),

@@ -108,7 +108,7 @@ def convert(
             bar.total = total
             bar.update(done - bar.n)
 
-        report = run_conversion(source, target, dtype.value if dtype else None, force=force, progress=progress)
+        report = run_conversion(source, target, dtype, force=force, progress=progress)
     for warning in report.warnings:
         say(f"warning: {warning}")
     say(

@@ -6,60 +6,31 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 
-from fiddler.cli.options import (
-    Ctx,
-    Device,
-    DeviceOption,
-    ExpertCounts,
-    GpuExperts,
-    GpuMemory,
-    Missing,
-    MissingOption,
-    Precision,
-    PrecisionOption,
-    Threads,
-    loaded,
-    say,
-)
-from fiddler.cli.sampling_options import (
-    DryAllowedLength,
-    DryBase,
-    DryMultiplier,
-    DryPenaltyLastN,
-    DrySequenceBreaker,
-    FrequencyPenalty,
-    LogitBias,
-    MinP,
-    NProbs,
-    PresencePenalty,
-    RepeatLastN,
-    RepeatPenalty,
-    Temp,
-    TopK,
-    TopP,
-    Typical,
-    XtcProbability,
-    XtcThreshold,
-    sampling_from,
-)
+from fiddler.cli.option_groups import with_options
+from fiddler.cli.options import LOADING, loaded, say
+from fiddler.cli.sampling_options import SAMPLING, SamplingOptions
 from fiddler.errors import FiddlerError, ResourceError
+from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.generation.completion import Generation
+    from fiddler.generation.scheduler import Outcome
     from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
     from fiddler.serving.json_fields import Id
 
 __all__ = ["batch"]
 
+_SAMPLING = SAMPLING.with_help(seed="With its id, gives the seed of each line without one; -1: random.")
 
+
+@with_options(LOADING, _SAMPLING)
 def batch(
-    context: typer.Context,
     prompts: Annotated[
         Path, typer.Argument(metavar="IN.jsonl", help="Prompts, one JSON object a line: id, prompt, options.")
     ],
@@ -75,140 +46,116 @@ def batch(
         int,
         typer.Option("-n", "--n-predict", min=-1, help="max_tokens of lines without it; -1: until the end or --ctx."),
     ] = -1,
-    temp: Temp = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    typical: Typical = 1.0,
-    repeat_penalty: RepeatPenalty = 1.0,
-    repeat_last_n: RepeatLastN = 64,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    dry_multiplier: DryMultiplier = 0.0,
-    dry_base: DryBase = 1.75,
-    dry_allowed_length: DryAllowedLength = 2,
-    dry_penalty_last_n: DryPenaltyLastN = 64,
-    dry_sequence_breaker: DrySequenceBreaker = None,
-    xtc_probability: XtcProbability = 0.0,
-    xtc_threshold: XtcThreshold = 0.1,
-    logit_bias: LogitBias = None,
-    n_probs: NProbs = 0,
+    *,
+    sampling: SamplingOptions,
     stop: Annotated[list[str] | None, typer.Option(help="stop of lines without it; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
-    seed: Annotated[
-        int, typer.Option(min=-1, help="With its id, gives the seed of each line without one; -1: random.")
-    ] = -1,
-    device: DeviceOption = Device.auto,
-    gpu_memory: GpuMemory = None,
-    gpu_experts: GpuExperts = None,
-    missing: MissingOption = Missing.auto,
-    expert_counts: ExpertCounts = None,
-    threads: Threads = None,
-    ctx: Ctx = None,
-    precision: PrecisionOption = Precision.fast,
+    loading: LoadOptions,
 ) -> None:
     """Continue or answer many prompts at once, with options of their own or of the command line.
 
     The same command resumes an interrupted run.
     """
+    from fiddler.generation.request import Request
     from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
-    from fiddler.serving.json_fields import Defaults
 
-    sampling = sampling_from(context)
+    values = sampling.to_sampling()
     if not all(stop or ()):
         raise typer.BadParameter("--stop is empty; give at least one character")
-    jobs = JobFile(prompts, Defaults(sampling, None if count < 0 else count, tuple(stop or ()), ignore_eos))
+    defaults = Request("", values, None if count < 0 else count, tuple(stop or ()), ignore_eos)
+    jobs = JobFile(prompts, defaults)
     with Results(out, prompts, jobs.ids) as results:
         if len(results.done) == len(jobs.ids):
             say(f"{out} has all {len(jobs.ids)} results")
             return
-        engine = loaded(
-            model,
-            ctx,
-            device=device.value,
-            gpu_memory=gpu_memory,
-            gpu_experts=gpu_experts,
-            missing=missing.value,
-            expert_counts=expert_counts,
-            threads=threads,
-            precision=precision.value,
-        )
+        engine = loaded(model, loading)
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # after all imports: Ctrl-C may report progress
         try:
-            _run(engine, jobs, results, parallel)
+            _Run(engine, jobs, results).run(parallel)
         except KeyboardInterrupt:
             say(f"interrupted: {len(results.done)} of {len(jobs.ids)} are in {out}; run the same command to resume")
             raise
 
 
-def _run(engine: Engine, jobs: JobFile, results: Results, parallel: int | None) -> None:
-    """Run all jobs that have no result yet, with a progress bar; print a summary line."""
-    from tqdm import tqdm
+class _Run:
+    """All jobs that have no result yet, run at once: their results, a progress bar, and a summary line."""
 
-    from fiddler.serving.batch_run import Prompts
-    from fiddler.serving.json_fields import probs_of
+    def __init__(self, engine: Engine, jobs: JobFile, results: Results) -> None:
+        from tqdm import tqdm
 
-    initial, start, failed, prompt_tokens, widest = len(results.done), time.perf_counter(), 0, 0, 0
-    generated = out_of_memory = 0
-    running: dict[int, Id] = {}
-    prompts, pieces = Prompts(engine), engine.tokenizer.pieces(special=True)
-    bar = tqdm(total=len(jobs.ids), initial=initial, unit="prompt", leave=False, disable=None, miniters=0)
+        from fiddler.serving.batch_run import Prompts
 
-    def add_error(identity: Id, error: FiddlerError) -> None:
-        nonlocal failed
-        results.add(identity, error=str(error))
-        failed += 1
+        self._engine, self._jobs, self._results = engine, jobs, results
+        self._prompts, self._pieces = Prompts(engine), engine.tokenizer.pieces(special=True)
+        self._running: dict[int, Id] = {}
+        self._initial, self._started = len(results.done), time.perf_counter()
+        self._failed = self._out_of_memory = self._prompt_tokens = self._generated_tokens = self._widest = 0
+        self._bar: tqdm[Never] = tqdm(
+            total=len(jobs.ids), initial=self._initial, unit="prompt", leave=False, disable=None, miniters=0
+        )
 
-    def generations() -> Iterator[Generation]:
+    def run(self, parallel: int | None) -> None:
+        """Raises ResourceError, at the end, where jobs lacked memory: they have no result."""
+        with self._bar:
+            for index, outcome in self._engine.batch(self._generations(), parallel, on_step=self._on_step):
+                self._add(self._running.pop(index), outcome)
+                self._bar.update(1)
+        say(self._summary())
+        if self._out_of_memory:
+            raise ResourceError(
+                f"{self._out_of_memory} prompts lacked memory and have no result; run the same command with more memory"
+            )
+
+    def _generations(self) -> Iterator[Generation]:
         """Start each job. A job that cannot run gets an error as its result and does not stop the rest."""
         index = 0
-        for job in jobs.jobs(results.done):
+        for job in self._jobs.jobs(self._results.done):
             try:
-                generation = prompts.start(job)
+                generation = self._prompts.start(job)
             except FiddlerError as error:
-                add_error(job.id, error)
-                bar.update(1)
+                self._add_error(job.id, error)
+                self._bar.update(1)
                 continue
-            running[index] = job.id
+            self._running[index] = job.id
             index += 1
             yield generation
 
-    def on_step(tokens: int, sequences: int) -> None:
-        nonlocal generated, widest
-        generated, widest = tokens, max(widest, sequences)
-        speed = tokens / (time.perf_counter() - start)
-        bar.set_postfix_str(f"{speed:.1f} tokens/s, {sequences} at once", refresh=False)
-        bar.update(0)
+    def _on_step(self, tokens: int, sequences: int) -> None:
+        self._generated_tokens, self._widest = tokens, max(self._widest, sequences)
+        speed = tokens / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{speed:.1f} tokens/s, {sequences} at once", refresh=False)
+        self._bar.update(0)
 
-    with bar:
-        for index, outcome in engine.batch(generations(), parallel, on_step=on_step):
-            identity = running.pop(index)
-            if isinstance(outcome, ResourceError):  # no result: the same command retries it
-                say(f"{identity}: {outcome}")
-                out_of_memory += 1
-            elif isinstance(outcome, FiddlerError):
-                add_error(identity, outcome)
-            else:
-                probs = [probs_of(pieces, step) for step in outcome.log_probs]
-                results.add(
-                    identity,
-                    text=prompts.text_of(identity, outcome.text),
-                    finish_reason=outcome.finish_reason,
-                    prompt_tokens=outcome.stats.prompt_tokens,
-                    generated_tokens=outcome.stats.generated_tokens,
-                    **({"log_probs": probs} if probs else {}),
-                )
-                prompt_tokens += outcome.stats.prompt_tokens
-            bar.update(1)
-    seconds = time.perf_counter() - start
-    say(
-        f"{len(results.done) - initial} results (errors: {failed}), {initial} were there | "
-        f"prompts {prompt_tokens} tokens, generation {generated} tokens | "
-        f"{seconds:.1f} s, {generated / max(seconds, 1e-9):.1f} generated tokens/s, up to {widest} at once"
-    )
-    if out_of_memory:
-        raise ResourceError(
-            f"{out_of_memory} prompts lacked memory and have no result; run the same command with more memory"
+    def _add(self, identity: Id, outcome: Outcome) -> None:
+        from fiddler.serving.json_fields import probs_of
+
+        if isinstance(outcome, ResourceError):  # no result: the same command retries it
+            say(f"{identity}: {outcome}")
+            self._out_of_memory += 1
+        elif isinstance(outcome, FiddlerError):
+            self._add_error(identity, outcome)
+        else:
+            probs = [probs_of(self._pieces, step) for step in outcome.log_probs]
+            self._results.add(
+                identity,
+                text=self._prompts.text_of(identity, outcome.text),
+                finish_reason=outcome.finish_reason,
+                prompt_tokens=outcome.stats.prompt_tokens,
+                generated_tokens=outcome.stats.generated_tokens,
+                **({"log_probs": probs} if probs else {}),
+            )
+            self._prompt_tokens += outcome.stats.prompt_tokens
+
+    def _add_error(self, identity: Id, error: FiddlerError) -> None:
+        self._results.add(identity, error=str(error))
+        self._failed += 1
+
+    def _summary(self) -> str:
+        seconds = time.perf_counter() - self._started
+        return (
+            f"{len(self._results.done) - self._initial} results (errors: {self._failed}), {self._initial} were there | "
+            f"prompts {self._prompt_tokens} tokens, generation {self._generated_tokens} tokens | {seconds:.1f} s, "
+            f"{self._generated_tokens / max(seconds, 1e-9):.1f} generated tokens/s, up to {self._widest} at once"
         )

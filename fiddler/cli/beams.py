@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from enum import StrEnum
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from fiddler.cli.option_groups import OptionGroup
 from fiddler.cli.options import say
 from fiddler.errors import RequestError
 
@@ -17,84 +18,77 @@ if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
     from fiddler.generation.completion import Stats
+    from fiddler.generation.request import Request
 
-__all__ = [
-    "Beams",
-    "EarlyStop",
-    "EarlyStopOption",
-    "LengthPenalty",
-    "NBest",
-    "beam_options_of",
-    "check_beam_options",
-    "print_beams",
-]
+__all__ = ["BEAMS", "BeamSearchOptions", "print_beams"]
 
-_BEAM_PARAMETERS = ("n_best", "length_penalty", "early_stopping")
+_ONLY_WITH_BEAMS = ("n_best", "length_penalty", "early_stopping")
 
 
-class EarlyStop(StrEnum):
-    """--early-stopping, as transformers' `early_stopping`."""
+@dataclass(frozen=True)
+class BeamSearchOptions:
+    """Values of the options of `run --beams N`; `beams` None: no beam search."""
 
-    false = "false"
-    true = "true"
-    never = "never"
+    beams: int | None = None
+    n_best: int = 1
+    length_penalty: float = 1.0
+    early_stopping: Literal["false", "true", "never"] = "false"  # as transformers' `early_stopping`
 
+    def check(self, command: typer.Context, sampling: Collection[str]) -> None:
+        """Raise BadParameter (usage error) for options without --beams, or for sampling options with it.
 
-Beams = Annotated[
-    int | None, typer.Option("--beams", metavar="N", min=1, help="Beam search with N beams, instead of sampling.")
-]
-NBest = Annotated[int, typer.Option("--n-best", metavar="K", min=1, help="With --beams: print the K best texts.")]
-LengthPenalty = Annotated[
-    float, typer.Option(help="With --beams: above 0 favours long texts, below 0 short ones.", show_default=True)
-]
-EarlyStopOption = Annotated[
-    EarlyStop,
-    typer.Option(
-        "--early-stopping",
-        help="With --beams: true ends once N texts are finished; false, once no unfinished beam scores better at its "
-        "current length; never, once none can at any length.",
-    ),
-]
+        `sampling`: the names of the parameters that conflict with --beams.
+        """
+        conflicting = _ONLY_WITH_BEAMS if self.beams is None else sampling
+        wrong = [name for name in conflicting if _on_command_line(command, name)]
+        if wrong:
+            names = ", ".join("--" + name.replace("_", "-") for name in wrong)
+            raise typer.BadParameter(f"{names}: {'only' if self.beams is None else 'not'} with --beams")
+        if self.beams is not None and self.n_best > self.beams:
+            raise typer.BadParameter(f"--n-best {self.n_best} of {self.beams} beams; give at most as many as --beams")
 
+    def to_search(self) -> BeamOptions | None:
+        """The options of the search, if any. Raises BadParameter (usage error) where a value is out of range."""
+        if self.beams is None:
+            return None
+        from fiddler.generation.beam_hypotheses import BeamOptions
 
-def check_beam_options(context: typer.Context, beams: int | None, n_best: int, sampling: Sequence[str]) -> None:
-    """Raise BadParameter (usage error) for beam options without --beams, or sampling options with it.
-
-    `sampling`: the names of the parameters that conflict with --beams.
-    """
-    wrong = [name for name in (_BEAM_PARAMETERS if beams is None else sampling) if _on_command_line(context, name)]
-    if wrong:
-        names = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        raise typer.BadParameter(f"{names}: only with --beams" if beams is None else f"{names}: not with --beams")
-    if beams is not None and n_best > beams:
-        raise typer.BadParameter(f"--n-best {n_best} of {beams} beams; give at most as many as --beams")
+        stopping: EarlyStopping = "never" if self.early_stopping == "never" else self.early_stopping == "true"
+        try:
+            return BeamOptions(self.beams, self.length_penalty, stopping)
+        except RequestError as error:
+            raise typer.BadParameter(str(error)) from None
 
 
-def beam_options_of(beams: int, length_penalty: float, early: EarlyStop) -> BeamOptions:
-    """The options of the search. Raises BadParameter (usage error) where a value is out of range."""
-    from fiddler.generation.beam_hypotheses import BeamOptions
-
-    stopping: EarlyStopping = "never" if early is EarlyStop.never else early is EarlyStop.true
-    try:
-        return BeamOptions(beams, length_penalty, stopping)
-    except RequestError as error:
-        raise typer.BadParameter(str(error)) from None
+BEAMS = OptionGroup(
+    BeamSearchOptions,
+    {
+        "beams": typer.Option("--beams", metavar="N", min=1, help="Beam search with N beams, instead of sampling."),
+        "n_best": typer.Option("--n-best", metavar="K", min=1, help="With --beams: print the K best texts."),
+        "length_penalty": typer.Option(
+            help="With --beams: above 0 favours long texts, below 0 short ones.", show_default=True
+        ),
+        "early_stopping": typer.Option(
+            help="With --beams: true ends once N texts are finished; false, once no unfinished beam scores better at "
+            "its current length; never, once none can at any length.",
+        ),
+    },
+)
+"""Options of beam search."""
 
 
 def print_beams(
-    engine: Engine,
-    text: str,
-    options: BeamOptions,
-    max_tokens: int | None,
-    n_best: int,
-    *,
-    stop: Sequence[str],
-    ignore_eos: bool,
-    prompt_cache: Path | None,
-    stats: bool,
+    engine: Engine, request: Request, options: BeamOptions, n_best: int, prompt_cache: Path | None, *, stats: bool
 ) -> Stats:
     """Search and print the best text, or the `n_best` best, each below a line with its rank and score."""
-    search = engine.start_beams(text, options, max_tokens, stop=stop, ignore_eos=ignore_eos, prompt_cache=prompt_cache)
+    search = engine.start_beams(
+        request.prompt,
+        options,
+        request.max_tokens,
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        prompt_cache=prompt_cache,
+    )
     best = search.run()[:n_best]
     for rank, beam in enumerate(best, 1):
         if n_best > 1:
@@ -107,6 +101,6 @@ def print_beams(
     return search.stats
 
 
-def _on_command_line(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
+def _on_command_line(command: typer.Context, name: str) -> bool:
+    source = command.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

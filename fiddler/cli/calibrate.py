@@ -7,23 +7,30 @@ from typing import Annotated
 
 import typer
 
-from fiddler.cli.options import Device, Precision, say
+from fiddler.cli.option_groups import with_options
+from fiddler.cli.options import LOADING, say
 from fiddler.errors import RequestError
+from fiddler.load_options import LoadOptions
 
 __all__ = ["calibrate"]
 
 
+_LOADING = LOADING.only("device", "threads", "precision").with_help(
+    device="cpu: leave the GPU out.",
+    threads="CPU threads; the fastest number if not given.",
+    precision="fast or exact, as for run.",
+)
+
+
+@with_options(_LOADING)
 def calibrate(
     model: Annotated[
         Path | None,
         typer.Argument(metavar="[MODEL.gguf]", help="Model for the experts' shape; Mixtral-8x7B's if not given."),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the stored calibrations; measure nothing.")] = False,
-    device: Annotated[Device, typer.Option(envvar="FIDDLER_DEVICE", help="cpu: leave the GPU out.")] = Device.auto,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; the fastest number if not given.")
-    ] = None,
-    precision: Annotated[Precision, typer.Option(help="fast or exact, as for run.")] = Precision.fast,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Measure an expert's cost on the CPU, over the PCIe link and on the GPU; `run` does so when it first needs it."""
     if show and model is not None:
@@ -45,4 +52,5 @@ def calibrate(
         model_file.check_runnable()
     from fiddler.offload.cost_benchmark import calibrate_alone
 
-    print(calibrate_alone(model_file, device.value, threads, exact=precision is Precision.exact, notify=say).to_text())
+    result = calibrate_alone(model_file, loading.device, loading.threads, exact=loading.exact, notify=say)
+    print(result.to_text())

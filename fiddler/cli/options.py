@@ -5,122 +5,57 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Never
+from typing import TYPE_CHECKING, Annotated, Literal, Never
 
 import typer
+
+from fiddler.cli.option_groups import OptionGroup
+from fiddler.load_options import LoadOptions, parse_size
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.files.model_file import ModelFile
 
-__all__ = [
-    "Ctx",
-    "DType",
-    "Device",
-    "DeviceOption",
-    "ExpertCounts",
-    "GpuExperts",
-    "GpuMemory",
-    "Missing",
-    "MissingOption",
-    "ModelOrDemo",
-    "Output",
-    "Precision",
-    "PrecisionOption",
-    "Threads",
-    "loaded",
-    "loading_bar",
-    "numbers",
-    "say",
-]
+__all__ = ["LOADING", "DType", "ModelOrDemo", "Output", "loaded", "loading_bar", "numbers", "say"]
 
 
-class DType(StrEnum):
-    """--dtype of `convert`."""
-
-    bf16 = "bf16"
-    f16 = "f16"
-
-
-class Device(StrEnum):
-    """--device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Missing(StrEnum):
-    """--missing."""
-
-    auto = "auto"
-    cpu = "cpu"
-    stream = "stream"
-
-
-class Output(StrEnum):
-    """-o of `bench`."""
-
-    md = "md"
-    json = "json"
-
-
-class Precision(StrEnum):
-    """--precision."""
-
-    fast = "fast"
-    exact = "exact"
-
+DType = Literal["bf16", "f16"]
+Output = Literal["md", "json"]
 
 ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if not given.")]
-DeviceOption = Annotated[Device, typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute.")]
-GpuMemory = Annotated[str | None, typer.Option(help="Total GPU memory to use, e.g. 24GiB.")]
-GpuExperts = Annotated[int | None, typer.Option(min=0, help="Maximum number of experts on the GPU.")]
-MissingOption = Annotated[
-    Missing,
-    typer.Option(help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest."),
-]
-ExpertCounts = Annotated[
-    Path | None, typer.Option(help="File of expert frequencies: the most frequent experts go to the GPU.")
-]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given.")]
-Ctx = Annotated[
-    int | None, typer.Option("-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less.")
-]
-PrecisionOption = Annotated[Precision, typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32.")]
+
+LOADING = OptionGroup(
+    LoadOptions,
+    {
+        "device": typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute."),
+        "gpu_memory": typer.Option(parser=parse_size, metavar="SIZE", help="Total GPU memory to use, e.g. 24GiB."),
+        "gpu_experts": typer.Option(min=0, help="Maximum number of experts on the GPU."),
+        "missing": typer.Option(
+            help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest."
+        ),
+        "expert_counts": typer.Option(help="File of expert frequencies: the most frequent experts go to the GPU."),
+        "threads": typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given."),
+        "context": typer.Option(
+            "-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less."
+        ),
+        "precision": typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32."),
+    },
+)
+"""Options of loading a model."""
 
 
-def loaded(model: Path | ModelFile | None, ctx: int | None, **options: Any) -> Engine:
-    """The engine for MODEL.gguf or the demo model; `options` are those of `fiddler.load`. Reports to stderr.
+def loaded(model: Path | ModelFile | None, options: LoadOptions) -> Engine:
+    """The engine for MODEL.gguf or the demo model. Reports to stderr.
 
     Raises FiddlerError for a bad file before it imports torch.
     """
-    model_file, pinned = model, None
-    if model_file is not None:
-        from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
-        from fiddler.files.model_file import ModelFile
-
-        if isinstance(model_file, Path):
-            model_file = ModelFile.open(model_file)
-        model_file.check_runnable()
-        if options.get("device") != "cpu" and torch_for_gpus():
-            pinned = PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
-        _ = model_file.tokenizer
-    from fiddler.loading import load
+    from fiddler.loading import load_engine
 
     with loading_bar() as progress:
-        engine = load(
-            model_file,
-            context=4096 if ctx is None else ctx,
-            notify=say,
-            progress=progress,
-            pinned=pinned,
-            **options,
-        )
-    if ctx is not None and ctx > engine.context:
-        say(f"warning: the context is {engine.context}, all that the model was trained with, not {ctx}")
+        engine = load_engine(model, options, notify=say, progress=progress)
+    if options.context is not None and options.context > engine.context:
+        say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine
 
 

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fiddler.cli.options import (
-    Device,
-    DeviceOption,
-    GpuExperts,
-    GpuMemory,
-    Missing,
-    MissingOption,
-    ModelOrDemo,
-    Precision,
-    PrecisionOption,
-    Threads,
-    loaded,
-    say,
-)
+from fiddler.cli.option_groups import with_options
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
 from fiddler.errors import FiddlerError, RequestError
+from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
 
 if TYPE_CHECKING:
+    from fiddler.engine import Engine
+    from fiddler.evaluation.perplexity import Estimate
     from fiddler.models.config import Config
 
 __all__ = ["perplexity"]
 
-_DEFAULT_CONTEXT = 4096  # `loaded`'s context [tokens]: its longest steps hold several windows
 
-
+@with_options(LOADING.without("context", "expert_counts"))
 def perplexity(
     file: Annotated[Path, typer.Option("-f", "--file", help="Text file to score.")],
     model: ModelOrDemo = None,
@@ -43,18 +36,11 @@ def perplexity(
         Path | None,
         typer.Option("--expert-counts", metavar="FILE", help="Write expert frequencies, for `run`."),
     ] = None,
-    device: DeviceOption = Device.auto,
-    gpu_memory: GpuMemory = None,
-    gpu_experts: GpuExperts = None,
-    missing: MissingOption = Missing.auto,
-    threads: Threads = None,
-    precision: PrecisionOption = Precision.fast,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Measure a model's perplexity on a text as llama-perplexity does: the second half of each window of -c tokens."""
-    try:
-        text = file.read_bytes().removesuffix(b"\n")  # as llama.cpp reads it; need not be UTF-8
-    except OSError as error:
-        raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
+    text = _text(file)
     from fiddler.files.model_file import ModelFile
 
     if model is None:
@@ -69,39 +55,19 @@ def perplexity(
     model_file.check_runnable()
     tokenizer = model_file.tokenizer
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
-    from fiddler.evaluation.perplexity import cut, measure
+    from fiddler.evaluation.perplexity import cut
 
     try:
         windows = cut(ids, ctx)
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
-    engine = loaded(
-        model_file,
-        ctx if ctx > _DEFAULT_CONTEXT else None,
-        device=device.value,
-        gpu_memory=gpu_memory,
-        gpu_experts=gpu_experts,
-        missing=missing.value,
-        threads=threads,
-        precision=precision.value,
-    )
-    from tqdm import tqdm
-
-    from fiddler.telemetry.expert_counts import counting
-
+    # with a small --ctx the context stays larger: the longest steps hold several windows
+    engine = loaded(model_file, replace(loading, context=ctx if ctx > DEFAULT_CONTEXT else None))
     started = time.perf_counter()
-    with (
-        counting(engine.runner.model) if counts is not None else nullcontext() as counter,
-        tqdm(total=len(windows) * ctx, unit="token", unit_scale=True, leave=False, disable=None) as bar,
-    ):
-        for estimate in measure(engine.runner, windows, tokenizer.bos_id if tokenizer.add_bos else None):
-            bar.set_postfix_str(f"PPL {estimate.perplexity:.4f} +/- {estimate.standard_error:.4f}", refresh=False)
-            bar.update(ctx)
+    estimate, frequencies = _measure(engine, windows, counted=counts is not None)
     seconds = time.perf_counter() - started
     speed = len(windows) * ctx / seconds
     if as_json:
-        import json
-
         result = {
             "perplexity": estimate.perplexity,
             "standard_error": estimate.standard_error,
@@ -113,7 +79,7 @@ def perplexity(
             "model": str(model),
             "file": str(file),
             "device": engine.device,
-            "precision": precision.value,
+            "precision": loading.precision,
             "backend": engine.backend,
             "threads": engine.runner.threads,
         }
@@ -124,8 +90,34 @@ def perplexity(
         f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
         f"{seconds:.1f} s, {speed:.1f} tokens/s"
     )
-    if counts is not None and counter is not None:
-        _write_counts(counts, counter.counts)
+    if counts is not None:
+        _write_counts(counts, frequencies)
+
+
+def _text(file: Path) -> bytes:
+    """The text to score, as llama.cpp reads it; it need not be UTF-8. Raises FiddlerError where it cannot be read."""
+    try:
+        return file.read_bytes().removesuffix(b"\n")
+    except OSError as error:
+        raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _measure(engine: Engine, windows: Sequence[Sequence[int]], *, counted: bool) -> tuple[Estimate, list[list[int]]]:
+    """Score the windows, with a progress bar; the estimate, and how often each expert was chosen, [L][E]."""
+    from tqdm import tqdm
+
+    from fiddler.evaluation.perplexity import measure
+    from fiddler.telemetry.expert_counts import counting
+
+    tokenizer, window = engine.tokenizer, len(windows[0])
+    with (
+        counting(engine.runner.model) if counted else nullcontext() as counter,
+        tqdm(total=len(windows) * window, unit="token", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        for estimate in measure(engine.runner, windows, tokenizer.bos_id if tokenizer.add_bos else None):
+            bar.set_postfix_str(f"PPL {estimate.perplexity:.4f} +/- {estimate.standard_error:.4f}", refresh=False)
+            bar.update(window)
+    return estimate, [] if counter is None else counter.counts
 
 
 def _check_counts(target: Path, config: Config) -> None:
@@ -146,8 +138,6 @@ def _check_counts(target: Path, config: Config) -> None:
 
 
 def _write_counts(target: Path, counts: list[list[int]]) -> None:
-    import json
-
     from fiddler.files.atomic_file import whole_file
 
     with whole_file(target, force=True) as temporary:

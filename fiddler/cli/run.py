@@ -10,96 +10,42 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fiddler.cli.beams import (
-    Beams,
-    EarlyStop,
-    EarlyStopOption,
-    LengthPenalty,
-    NBest,
-    beam_options_of,
-    check_beam_options,
-    print_beams,
-)
-from fiddler.cli.options import (
-    Ctx,
-    Device,
-    DeviceOption,
-    ExpertCounts,
-    GpuExperts,
-    GpuMemory,
-    Missing,
-    MissingOption,
-    ModelOrDemo,
-    Precision,
-    PrecisionOption,
-    Threads,
-    loaded,
-    say,
-)
+from fiddler.cli.beams import BEAMS, BeamSearchOptions, print_beams
+from fiddler.cli.chat import open_chat, read_template
+from fiddler.cli.option_groups import with_options
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
 from fiddler.cli.sampling_options import (
     SAMPLING,
-    DryAllowedLength,
-    DryBase,
-    DryMultiplier,
-    DryPenaltyLastN,
-    DrySequenceBreaker,
-    FrequencyPenalty,
     Grammar,
     JsonSchema,
-    LogitBias,
-    MinP,
-    NProbs,
-    PresencePenalty,
     ProbsFile,
-    RepeatLastN,
-    RepeatPenalty,
-    Seed,
-    Temp,
-    TopK,
-    TopP,
-    Typical,
-    XtcProbability,
-    XtcThreshold,
+    SamplingOptions,
     constraint_of,
-    sampling_from,
 )
 from fiddler.errors import FiddlerError
+from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from fiddler.engine import Engine
     from fiddler.generation.completion import Stats
+    from fiddler.generation.request import Request
 
 __all__ = ["run"]
 
-_SAMPLING_PARAMETERS = (*SAMPLING, "probs_file", "json_schema", "grammar")  # without effect on beams
+_NOT_FOR_BEAMS = (*SAMPLING.options, "probs_file", "json_schema", "grammar")
 
 
+@with_options(LOADING, SAMPLING, BEAMS)
 def run(
-    context: typer.Context,
+    command: typer.Context,
     model: ModelOrDemo = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     count: Annotated[
         int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
     ] = -1,
-    temp: Temp = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    typical: Typical = 1.0,
-    repeat_penalty: RepeatPenalty = 1.0,
-    repeat_last_n: RepeatLastN = 64,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    dry_multiplier: DryMultiplier = 0.0,
-    dry_base: DryBase = 1.75,
-    dry_allowed_length: DryAllowedLength = 2,
-    dry_penalty_last_n: DryPenaltyLastN = 64,
-    dry_sequence_breaker: DrySequenceBreaker = None,
-    xtc_probability: XtcProbability = 0.0,
-    xtc_threshold: XtcThreshold = 0.1,
-    logit_bias: LogitBias = None,
-    seed: Seed = -1,
-    n_probs: NProbs = 0,
+    *,
+    sampling: SamplingOptions,
     probs_file: ProbsFile = None,
     json_schema: JsonSchema = None,
     grammar: Grammar = None,
@@ -109,96 +55,71 @@ def run(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
-    beams: Beams = None,
-    n_best: NBest = 1,
-    length_penalty: LengthPenalty = 1.0,
-    early_stopping: EarlyStopOption = EarlyStop.false,
+    beams: BeamSearchOptions,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="File that caches the prompt's keys and values for the next run.")
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
-    device: DeviceOption = Device.auto,
-    gpu_memory: GpuMemory = None,
-    gpu_experts: GpuExperts = None,
-    missing: MissingOption = Missing.auto,
-    expert_counts: ExpertCounts = None,
-    threads: Threads = None,
-    ctx: Ctx = None,
-    precision: PrecisionOption = Precision.fast,
+    loading: LoadOptions,
 ) -> None:
     """Continue a text, or chat on a terminal. Without MODEL.gguf: the small demo model that ships with fiddler."""
-    check_beam_options(context, beams, n_best, _SAMPLING_PARAMETERS)
-    options = None if beams is None else beam_options_of(beams, length_penalty, early_stopping)
+    beams.check(command, _NOT_FOR_BEAMS)
+    search = beams.to_search()
     chatting = prompt is None and prompt_file is None and _on_terminal()
     if not chatting and (system is not None or chat_template_file is not None):
         raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
-    if chatting and (beams is not None or prompt_cache is not None or n_probs):
+    if chatting and (search is not None or prompt_cache is not None or sampling.n_probs):
         raise typer.BadParameter("--beams, --prompt-cache and --n-probs are not for a chat; give a prompt")
     text = "" if chatting else _prompt_text(prompt, prompt_file)
-    template = None
-    if chat_template_file is not None:
-        from fiddler.cli.chat import read_template
-
-        template = read_template(chat_template_file)
-    sampling = sampling_from(context)
-    if probs_file is not None and not n_probs:
-        raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
-    if probs_file is not None:
-        with probs_file.open("ab"):
-            pass  # fails before any work if it is not writable
+    template = None if chat_template_file is None else read_template(chat_template_file)
+    values = sampling.to_sampling()
+    _check_probs_file(probs_file, sampling.n_probs)
     constraint = constraint_of(json_schema, grammar)
-    engine = loaded(
-        model,
-        ctx,
-        device=device.value,
-        gpu_memory=gpu_memory,
-        gpu_experts=gpu_experts,
-        missing=missing.value,
-        expert_counts=expert_counts,
-        threads=threads,
-        precision=precision.value,
-    )
-    max_tokens = None if count < 0 else count
-    if chatting:
-        from fiddler.chat import Chat
-        from fiddler.cli.chat import open_chat
+    from fiddler.generation.request import Request
 
-        chat = Chat(
-            engine,
-            system,
-            sampling,
-            max_tokens,
-            template=template,
-            stop=stop or (),
-            ignore_eos=ignore_eos,
-            constraint=constraint,
-        )
-        open_chat(chat, str(model or "the demo model"), _stats_text, show_stats=stats)
+    request = Request(text, values, None if count < 0 else count, tuple(stop or ()), ignore_eos, constraint)
+    engine = loaded(model, loading)
+    if chatting:
+        _chat(engine, request, system, template, str(model or "the demo model"), show_stats=stats)
         return
     if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    if options is not None:
-        search_stats = print_beams(
-            engine,
-            text,
-            options,
-            max_tokens,
-            n_best,
-            stop=stop or (),
-            ignore_eos=ignore_eos,
-            prompt_cache=prompt_cache,
-            stats=stats,
-        )
-        if stats:
-            say(f"{engine.where} | {_stats_text(search_stats)}")
-        return
+    if search is not None:
+        measured = print_beams(engine, request, search, beams.n_best, prompt_cache, stats=stats)
+    else:
+        measured = _print_text(engine, request, prompt_cache, probs_file)
+    if stats:
+        say(f"{engine.where} | {_stats_text(measured)}")
+
+
+def _chat(
+    engine: Engine, request: Request, system: str | None, template: str | None, name: str, *, show_stats: bool
+) -> None:
+    """Open a chat on the terminal; the request's prompt has no meaning."""
+    from fiddler.chat import Chat
+
+    chat = Chat(
+        engine,
+        system,
+        request.sampling,
+        request.max_tokens,
+        template=template,
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        constraint=request.constraint,
+    )
+    open_chat(chat, name, _stats_text, show_stats=show_stats)
+
+
+def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, probs_file: Path | None) -> Stats:
+    """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them."""
     generation = engine.start(
-        text,
-        sampling,
-        max_tokens,
-        stop=stop or (),
-        ignore_eos=ignore_eos,
-        constraint=constraint,
+        request.prompt,
+        request.sampling,
+        request.max_tokens,
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        constraint=request.constraint,
         prompt_cache=prompt_cache,
     )
     for piece in generation:
@@ -206,7 +127,7 @@ def run(
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if n_probs:
+    if request.sampling.n_probs:
         from fiddler.serving.json_fields import probs_of
 
         pieces = engine.tokenizer.pieces(special=True)
@@ -216,8 +137,17 @@ def run(
                 say(line)
         else:
             probs_file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    if stats:
-        say(f"{engine.where} | {_stats_text(generation.completion.stats)}")
+    return generation.completion.stats
+
+
+def _check_probs_file(probs_file: Path | None, n_probs: int) -> None:
+    """Raise, before any work, OSError where the file cannot be written, BadParameter where --n-probs is missing."""
+    if probs_file is None:
+        return
+    if not n_probs:
+        raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
+    with probs_file.open("ab"):
+        pass
 
 
 def _on_terminal() -> bool:

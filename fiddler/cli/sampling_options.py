@@ -1,54 +1,29 @@
 """Sampling options of the command line, shared by the commands that generate. Knows no engine.
 
-Names and defaults are llama.cpp's. Each option is an annotated type; `sampling_of` and `constraint_of` turn the values
-into the engine's arguments.
+Names and defaults are llama.cpp's.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fiddler.cli.option_groups import OptionGroup
 from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
     from fiddler.sampling.constraint import Constraint
     from fiddler.sampling.sampler import Sampling
 
-__all__ = [
-    "SAMPLING",
-    "DryAllowedLength",
-    "DryBase",
-    "DryMultiplier",
-    "DryPenaltyLastN",
-    "DrySequenceBreaker",
-    "FrequencyPenalty",
-    "Grammar",
-    "JsonSchema",
-    "LogitBias",
-    "MinP",
-    "NProbs",
-    "PresencePenalty",
-    "ProbsFile",
-    "RepeatLastN",
-    "RepeatPenalty",
-    "Seed",
-    "Temp",
-    "TopK",
-    "TopP",
-    "Typical",
-    "XtcProbability",
-    "XtcThreshold",
-    "constraint_of",
-    "sampling_from",
-    "sampling_of",
-]
+__all__ = ["SAMPLING", "Grammar", "JsonSchema", "ProbsFile", "SamplingOptions", "constraint_of"]
 
 _PANEL = "Sampling"
+_FIELDS = {"temp": "temperature", "typical": "typical_p"}  # option -> field of `Sampling`, where they differ
 _BIAS = re.compile(r"\s*(\d+)\s*([+-])(.+)")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
@@ -58,69 +33,103 @@ def _option(*names: str, text: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=_PANEL, **more)
 
 
-Temp = Annotated[float, _option("--temp", text="Temperature; 0 is greedy.")]
-TopK = Annotated[int, _option("--top-k", text="Keep the k most probable tokens; 0 or less: all.")]
-TopP = Annotated[
-    float, _option("--top-p", text="Keep the most probable tokens until they reach this total probability; 1: all.")
-]
-MinP = Annotated[float, _option("--min-p", text="Keep tokens this probable, relative to the most probable; 0: all.")]
-Typical = Annotated[
-    float,
-    _option(
-        "--typical",
-        "--typical-p",
-        text="Keep the most typical tokens until they exceed this total probability; 1: all.",
-    ),
-]
-RepeatPenalty = Annotated[float, _option("--repeat-penalty", text="Penalty on recent tokens; 1: none.")]
-RepeatLastN = Annotated[int, _option("--repeat-last-n", min=-1, text="Number of recent tokens to penalise; -1: all.")]
-PresencePenalty = Annotated[
-    float, _option("--presence-penalty", text="Subtracted from the logits of recent tokens; 0: none.")
-]
-FrequencyPenalty = Annotated[
-    float, _option("--frequency-penalty", text="Subtracted once per recent occurrence; 0: none.")
-]
-DryMultiplier = Annotated[
-    float, _option("--dry-multiplier", text="DRY penalty on continuing a repeated sequence of tokens; 0: none.")
-]
-DryBase = Annotated[float, _option("--dry-base", text="Growth of the DRY penalty per repeated token.")]
-DryAllowedLength = Annotated[int, _option("--dry-allowed-length", text="Shorter repetitions have no DRY penalty.")]
-DryPenaltyLastN = Annotated[
-    int, _option("--dry-penalty-last-n", text="Number of recent tokens that DRY searches; -1: all.")
-]
-DrySequenceBreaker = Annotated[
-    list[str] | None,
-    _option(
-        "--dry-sequence-breaker",
-        text="DRY's repeated sequences end at this text (with escapes as \\n); may be repeated, instead of "
-        "newline, colon, quote and asterisk; 'none': no breakers.",
-    ),
-]
-XtcProbability = Annotated[
-    float, _option("--xtc-probability", text="Probability that XTC drops the most probable tokens; 0: never.")
-]
-XtcThreshold = Annotated[
-    float, _option("--xtc-threshold", text="XTC drops tokens at least this probable, except the least of them.")
-]
-LogitBias = Annotated[
-    list[str] | None,
-    _option(
-        "-l",
-        "--logit-bias",
-        metavar="ID(+/-)BIAS",
-        text="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
-    ),
-]
-Seed = Annotated[int, _option("--seed", min=-1, text="Random seed; -1: a new one each time.")]
-NProbs = Annotated[
-    int,
-    _option(
-        "--n-probs",
-        min=0,
-        text="After the text, print one line of JSON per token to stderr: its log-probability and those of the N most "
-        "probable tokens, in the model's own distribution.",
-    ),
-]
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Values of the sampling options, as they were typed."""
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breaker: list[str] | None = None
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: list[str] | None = None
+    seed: int = -1
+    n_probs: int = 0
+
+    def to_sampling(self) -> Sampling:
+        """The `Sampling` for the options. Raises BadParameter (usage error) where a value is out of range."""
+        from fiddler.sampling.sampler import Sampling
+
+        values: dict[str, Any] = {
+            _FIELDS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)
+        }
+        breakers = values.pop("dry_sequence_breaker")
+        if breakers:
+            texts = [text for text in breakers if text != "none"]
+            values["dry_sequence_breakers"] = [_ESCAPE.sub(_unescaped, text) for text in texts]
+        values["seed"] = None if self.seed < 0 else self.seed
+        values["logit_bias"] = _biases(self.logit_bias or ())
+        try:
+            return Sampling(**values)
+        except RequestError as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+SAMPLING = OptionGroup(
+    SamplingOptions,
+    {
+        "temp": _option("--temp", text="Temperature; 0 is greedy."),
+        "top_k": _option("--top-k", text="Keep the k most probable tokens; 0 or less: all."),
+        "top_p": _option(
+            "--top-p", text="Keep the most probable tokens until they reach this total probability; 1: all."
+        ),
+        "min_p": _option("--min-p", text="Keep tokens this probable, relative to the most probable; 0: all."),
+        "typical": _option(
+            "--typical",
+            "--typical-p",
+            text="Keep the most typical tokens until they exceed this total probability; 1: all.",
+        ),
+        "repeat_penalty": _option("--repeat-penalty", text="Penalty on recent tokens; 1: none."),
+        "repeat_last_n": _option("--repeat-last-n", min=-1, text="Number of recent tokens to penalise; -1: all."),
+        "presence_penalty": _option("--presence-penalty", text="Subtracted from the logits of recent tokens; 0: none."),
+        "frequency_penalty": _option("--frequency-penalty", text="Subtracted once per recent occurrence; 0: none."),
+        "dry_multiplier": _option(
+            "--dry-multiplier", text="DRY penalty on continuing a repeated sequence of tokens; 0: none."
+        ),
+        "dry_base": _option("--dry-base", text="Growth of the DRY penalty per repeated token."),
+        "dry_allowed_length": _option("--dry-allowed-length", text="Shorter repetitions have no DRY penalty."),
+        "dry_penalty_last_n": _option(
+            "--dry-penalty-last-n", text="Number of recent tokens that DRY searches; -1: all."
+        ),
+        "dry_sequence_breaker": _option(
+            "--dry-sequence-breaker",
+            text="DRY's repeated sequences end at this text (with escapes as \\n); may be repeated, instead of "
+            "newline, colon, quote and asterisk; 'none': no breakers.",
+        ),
+        "xtc_probability": _option(
+            "--xtc-probability", text="Probability that XTC drops the most probable tokens; 0: never."
+        ),
+        "xtc_threshold": _option(
+            "--xtc-threshold", text="XTC drops tokens at least this probable, except the least of them."
+        ),
+        "logit_bias": _option(
+            "-l",
+            "--logit-bias",
+            metavar="ID(+/-)BIAS",
+            text="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
+        ),
+        "seed": _option("--seed", min=-1, text="Random seed; -1: a new one each time."),
+        "n_probs": _option(
+            "--n-probs",
+            min=0,
+            text="After the text, print one line of JSON per token to stderr: its log-probability and those of the N "
+            "most probable tokens, in the model's own distribution.",
+        ),
+    },
+)
+"""Options of sampling."""
+
 ProbsFile = Annotated[Path | None, _option("--probs-file", text="Write the lines of --n-probs to this file.")]
 JsonSchema = Annotated[
     str | None,
@@ -130,45 +139,6 @@ Grammar = Annotated[
     str | None,
     _option("--grammar", "--grammar-file", metavar="FILE", text="Constrain the text to this grammar, GBNF or Lark."),
 ]
-
-
-SAMPLING = {
-    "temp": "temperature",
-    "typical": "typical_p",
-    **{
-        name: name
-        for name in (
-            *("top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty"),
-            *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breaker"),
-            *("xtc_probability", "xtc_threshold", "logit_bias", "seed", "n_probs"),
-        )
-    },
-}
-"""Parameter of a command -> argument of `sampling_of`."""
-
-
-def sampling_from(context: typer.Context) -> Sampling:
-    """The `Sampling` for a command's options. Raises as `sampling_of` does."""
-    return sampling_of(**{name: context.params[parameter] for parameter, name in SAMPLING.items()})
-
-
-def sampling_of(
-    *, seed: int, logit_bias: Sequence[str] | None, dry_sequence_breaker: Sequence[str] | None, **values: float
-) -> Sampling:
-    """The `Sampling` for the options; `values` are its fields by name.
-
-    Raises BadParameter (usage error) where a value is out of range.
-    """
-    from fiddler.sampling.sampler import Sampling
-
-    fields: dict[str, Any] = dict(values)
-    if dry_sequence_breaker:
-        breakers = [text for text in dry_sequence_breaker if text != "none"]
-        fields["dry_sequence_breakers"] = [_ESCAPE.sub(_unescaped, text) for text in breakers]
-    try:
-        return Sampling(seed=None if seed < 0 else seed, logit_bias=_biases(logit_bias or ()), **fields)
-    except RequestError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | None:

@@ -6,22 +6,18 @@ from collections.abc import Callable
 
 import torch
 
-from fiddler.errors import RequestError, ResourceError
+from fiddler.errors import ResourceError
 
 __all__ = ["wants_gpu"]
 
 
-def wants_gpu(device: str, gpu_memory: str | None, notify: Callable[[str], None]) -> tuple[bool, str]:
+def wants_gpu(device: str, gpu_memory: int | None, notify: Callable[[str], None]) -> tuple[bool, str]:
     """Whether to use a GPU; if not, the reason in one line.
 
     Calls `notify` where torch is built with CUDA and no GPU starts; a torch without CUDA is somebody's choice.
-    Raises ResourceError where the user requests a GPU and none starts; RequestError for --gpu-memory with "cpu".
+    Raises ResourceError where the user requests a GPU, or some of its memory, and none starts.
     """
     if device == "cpu":
-        if gpu_memory is not None:
-            raise RequestError(
-                f"--gpu-memory {gpu_memory} with --device cpu, or FIDDLER_DEVICE=cpu: leave out one of them"
-            )
         return False, "CPU, as asked"
     with_cuda = torch.version.cuda is not None
     reason = None if with_cuda else f"this torch {torch.__version__} is built without CUDA"

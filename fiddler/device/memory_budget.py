@@ -7,26 +7,16 @@ the GPU's used memory since before there was a context, less torch's part.
 from __future__ import annotations
 
 import math
-import re
 
 import torch
 
 from fiddler.device import cuda_driver
 from fiddler.errors import RequestError, ResourceError
 
-__all__ = ["Budget", "GpuStartError", "at_least", "parse_size", "shown"]
+__all__ = ["Budget", "GpuStartError", "at_least", "shown"]
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MARGIN = 256 << 20  # [bytes] that no plan uses: fragments of torch's allocator, code that is loaded later
 _LEFT_FREE = 512 << 20  # [bytes] of a GPU's free memory that the default budget leaves to other programs
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "24GiB", "24G", "8000MB" or "1073741824". Raises RequestError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper(), re.ASCII)
-    if match is None or len(text) > 40 or float(match[1]) <= 0:
-        raise RequestError(f"--gpu-memory {text[:40]!r}: give a size, as 24GiB or 8000MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def shown(nbytes: int) -> str:
@@ -46,13 +36,11 @@ class GpuStartError(ResourceError):
 class Budget:
     """Limits this process to `total` bytes of a GPU's memory."""
 
-    def __init__(self, device: torch.device, gpu_memory: str | None) -> None:
-        """Start using `device`, up to the size `gpu_memory`; None: nearly all that is free.
+    def __init__(self, device: torch.device, gpu_memory: int | None) -> None:
+        """Start using `device`, up to `gpu_memory` bytes; None: nearly all that is free.
 
-        Raises RequestError for a text that is no size and for a size above the GPU's free memory; GpuStartError where
-        the GPU does not start.
+        Raises RequestError for more than the GPU's free memory; GpuStartError where the GPU does not start.
         """
-        requested = None if gpu_memory is None else parse_size(gpu_memory)
         used_by_bus = cuda_driver.used_at_first()
         try:
             torch.zeros(1, device=device)
@@ -64,16 +52,19 @@ class Budget:
         used_before = self._used_on_device(used_by_bus)
         self._before = used_before or 0  # where it is unknown, other programs' memory counts as ours
         available = free + self.driver_bytes() + torch.cuda.memory_reserved(device)
-        if requested is not None and requested > available:
+        if gpu_memory is not None and gpu_memory > available:
             raise RequestError(
-                f"--gpu-memory {gpu_memory}: this GPU has {shown(available)} free; give at most {_floor(available)}"
+                f"--gpu-memory {shown(gpu_memory)}: this GPU has {shown(available)} free; "
+                f"give at most {_floor(available)}"
             )
-        self.total = available - _LEFT_FREE if requested is None else requested
+        self.total = available - _LEFT_FREE if gpu_memory is None else gpu_memory
         if self.total <= self.driver_bytes() + _MARGIN:
             needed = self.driver_bytes() + _MARGIN
             if gpu_memory is None:
                 raise GpuStartError(f"the GPU has {shown(available)} free; {at_least(needed)} go before any model")
-            raise RequestError(f"--gpu-memory {gpu_memory}: starting the GPU alone takes {at_least(needed)}; give more")
+            raise RequestError(
+                f"--gpu-memory {shown(gpu_memory)}: starting the GPU alone takes {at_least(needed)}; give more"
+            )
         cap = min(1.0, (self.total - self.driver_bytes()) / capacity)
         torch.cuda.set_per_process_memory_fraction(cap, device)
 

@@ -1,14 +1,35 @@
-"""Validates a generation request: options, prompts and numbers of tokens, before anything is computed. Pure."""
+"""`Request`, what to generate and how, and its checks against a model before anything is computed. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fiddler.errors import RequestError
 from fiddler.models.config import Config
+from fiddler.sampling.sampler import Sampling
 from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["check_options", "checked_ids", "checked_request"]
+if TYPE_CHECKING:
+    from fiddler.sampling.constraint import Constraint
+
+__all__ = ["Request", "checked_ids", "checked_request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it; the fields are arguments of `Engine.start`, which says what each means.
+
+    prompt: text, or token ids. max_tokens None: until an end token or the end of the context.
+    """
+
+    prompt: str | Sequence[int]
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    constraint: Constraint | None = None
 
 
 def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:
@@ -50,20 +71,6 @@ def checked_request(
     if any(not text for text in stop):
         raise RequestError("a stop string is empty; give at least one character")
     return ids, available if max_tokens is None else max_tokens
-
-
-def check_options(device: str, precision: str, missing: str, context: int, gpu_experts: int | None) -> None:
-    """Raises RequestError for options of `load` that make no sense."""
-    if precision not in ("fast", "exact"):
-        raise RequestError(f"precision is {precision!r}; give 'fast' or 'exact'")
-    if context < 1:
-        raise RequestError(f"context is {context}; give at least 1")
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"device is {device!r}; give 'auto', 'cpu' or 'cuda'")
-    if missing not in ("auto", "cpu", "stream"):
-        raise RequestError(f"missing is {missing!r}; give 'auto', 'cpu' or 'stream'")
-    if gpu_experts is not None and gpu_experts < 0:
-        raise RequestError(f"gpu_experts is {gpu_experts}; give 0 or more")
 
 
 def _remedy(config: Config, context: int) -> str:

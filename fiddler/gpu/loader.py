@@ -56,7 +56,7 @@ def on_gpu(
     experts: Sequence[ExpertWeights],
     pinned: PinnedMapping,
     *,
-    gpu_memory: str | None,
+    gpu_memory: int | None,
     threads: int | None,
     context: int,
     exact: bool,
@@ -67,7 +67,7 @@ def on_gpu(
     progress: Callable[[int, int], None],
     recorder: Recorder,
 ) -> GpuModel:
-    """Load `model_file` onto the GPU within `gpu_memory`; `experts` are its layers' experts in the mapping.
+    """Load `model_file` onto the GPU within `gpu_memory` bytes; `experts` are its layers' experts in the mapping.
 
     pinned: that mapping, for the GPU's driver. counts: how often each expert was chosen, [L][E], or None.
     most: the maximum number of experts on the GPU; None for all that fit. missing: who computes the others: "auto",
@@ -82,7 +82,7 @@ def on_gpu(
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
     cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
-    _check(budget, sizes, gpu_memory)
+    _check(budget, sizes)
     triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
     weights, linears = load_dense(model_file, weight_copy, width)
@@ -95,7 +95,7 @@ def on_gpu(
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
     layout = lay_out(budget.room(), sizes, count if most is None else min(most, count))
     if layout is None:
-        raise _too_small(budget, sizes, gpu_memory)
+        raise _too_small(budget, sizes)
     chunk, all_resident, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, slot_rows(hidden)
     ring = Ring(weight_copy, experts, 64 if all_resident else rows, SLOTS, recorder)
     if all_resident:
@@ -177,16 +177,16 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     )
 
 
-def _check(budget: Budget, sizes: Sizes, gpu_memory: str | None) -> None:
+def _check(budget: Budget, sizes: Sizes) -> None:
     """Raise RequestError where the budget is too small, before anything goes to the GPU."""
     sizes = replace(sizes, fixed=sizes.fixed + _LIBRARY_BYTES)
     if least_room(sizes) > budget.room():
-        raise _too_small(budget, sizes, gpu_memory)
+        raise _too_small(budget, sizes)
 
 
-def _too_small(budget: Budget, sizes: Sizes, gpu_memory: str | None) -> RequestError:
+def _too_small(budget: Budget, sizes: Sizes) -> RequestError:
     required = budget.total - budget.room() + least_room(sizes)
     return RequestError(
-        f"--gpu-memory {gpu_memory or shown(budget.total)}: too little; without any expert this model needs "
+        f"--gpu-memory {shown(budget.total)}: too little; without any expert this model needs "
         f"{at_least(required)} with a context of {sizes.context}"
     )

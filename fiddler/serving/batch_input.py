@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fiddler.errors import RequestError, quoted
-from fiddler.serving.json_fields import Defaults, Id, Job, job_of, parse_object
+from fiddler.generation.request import Request
+from fiddler.serving.json_fields import Id, Job, job_of, parse_object
 
 __all__ = ["JobFile"]
 
@@ -21,8 +22,8 @@ __all__ = ["JobFile"]
 class JobFile:
     """A checked file of prompts; `ids` are those of all lines. `jobs` reads the lines again, one at a time."""
 
-    def __init__(self, path: Path, defaults: Defaults) -> None:
-        """Check every line.
+    def __init__(self, path: Path, defaults: Request) -> None:
+        """Check every line. defaults: the fields that a line omits; its prompt has no meaning.
 
         Raises RequestError with the line number for the first invalid line, and for a file that cannot be read or
         holds no prompt.

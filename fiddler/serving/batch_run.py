@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fiddler.errors import RequestError
@@ -25,13 +26,18 @@ class Prompts:
 
     def start(self, job: Job) -> Generation:
         """A job's generation. Raises FiddlerError for a prompt too long, or messages that the chat template refuses."""
-        prompt: str | list[int]
-        if isinstance(job.prompt, str):
-            prompt = job.prompt
-        else:
-            prompt = self._chat_template().ids(job.prompt)
+        request = job.request
+        if job.messages:
+            request = replace(request, prompt=self._chat_template().ids(job.messages))
             self._chat_ids.add(job.id)
-        return self._engine.start(prompt, job.sampling, job.max_tokens, stop=job.stop, ignore_eos=job.ignore_eos)
+        return self._engine.start(
+            request.prompt,
+            request.sampling,
+            request.max_tokens,
+            stop=request.stop,
+            ignore_eos=request.ignore_eos,
+            constraint=request.constraint,
+        )
 
     def text_of(self, identity: Id, text: str) -> str:
         """A result's text. As in a chat, an answer to messages loses the space that the tokenizer puts first."""

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fiddler.errors import RequestError, quoted
+from fiddler.generation.request import Request
 from fiddler.sampling.sampler import Sampling
 
 if TYPE_CHECKING:
     from fiddler.sampling.logprobs import LogProbs
 
-__all__ = ["Defaults", "Id", "Job", "Message", "as_id", "job_of", "parse_object", "probs_of"]
+__all__ = ["Id", "Job", "Message", "as_id", "job_of", "parse_object", "probs_of"]
 
 
 Id = str | int | float
@@ -26,25 +27,12 @@ _FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", *_SAM
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Values of the fields that a line omits. `max_tokens` None: until an end token or the end of the context."""
-
-    sampling: Sampling
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-
-@dataclass(frozen=True)
 class Job:
-    """A checked line: a text to continue, or messages to answer."""
+    """A checked line: a text to continue; or messages to answer, from which a chat template makes the prompt."""
 
     id: Id
-    prompt: str | tuple[Message, ...]
-    sampling: Sampling
-    max_tokens: int | None
-    stop: tuple[str, ...]
-    ignore_eos: bool
+    request: Request
+    messages: tuple[Message, ...] = ()
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -77,8 +65,11 @@ def as_id(value: object) -> Id:
     return value
 
 
-def job_of(line: dict[str, Any], defaults: Defaults) -> Job:
-    """A line's object as a job. Raises RequestError, which names the field, for an invalid one."""
+def job_of(line: dict[str, Any], defaults: Request) -> Job:
+    """A line's object as a job; `defaults` has the fields that it omits.
+
+    Raises RequestError, which names the field, for an invalid one.
+    """
     unknown = next((name for name in line if name not in _FIELDS), None)
     if unknown is not None:
         raise RequestError(f"unknown field {quoted(unknown)}; known are {', '.join(_FIELDS)}")
@@ -92,24 +83,26 @@ def job_of(line: dict[str, Any], defaults: Defaults) -> Job:
     ignore_eos = values.get("ignore_eos", defaults.ignore_eos)
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"ignore_eos is {quoted(ignore_eos)}; give true or false")
-    return Job(
-        identity,
-        _prompt(values),
+    prompt, messages = _prompt(values)
+    request = Request(
+        prompt,
         _sampling(values, defaults.sampling, identity),
         None if max_tokens == -1 else max_tokens,
         _stop(values["stop"]) if "stop" in values else defaults.stop,
         ignore_eos,
     )
+    return Job(identity, request, messages)
 
 
-def _prompt(values: dict[str, Any]) -> str | tuple[Message, ...]:
+def _prompt(values: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:
+    """The prompt, or else the messages."""
     if ("prompt" in values) == ("messages" in values):
         raise RequestError("give either a prompt or messages")
     if "prompt" in values:
         prompt = values["prompt"]
         if not isinstance(prompt, str):
             raise RequestError(f"the prompt is {quoted(prompt)}; give a string")
-        return prompt
+        return prompt, ()
     messages = values["messages"]
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages are {quoted(messages)}; give a list of objects with role and content")
@@ -120,7 +113,7 @@ def _prompt(values: dict[str, Any]) -> str | tuple[Message, ...]:
             and all(isinstance(part, str) for part in message.values())
         ):
             raise RequestError(f"a message is {quoted(message)}; give an object with role and content, both strings")
-    return tuple(messages)
+    return "", tuple(messages)
 
 
 def _stop(value: object) -> tuple[str, ...]:

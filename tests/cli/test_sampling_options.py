@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 import fiddler
 from fiddler import Sampling
 from fiddler.cli.app import app
-from fiddler.cli.sampling_options import constraint_of, sampling_of
+from fiddler.cli.sampling_options import SamplingOptions, constraint_of
 from fiddler.sampling.logprobs import LogProbs
 from fiddler.serving.json_fields import probs_of
 
 PROMPT = "Tom saw a red ball. Tom saw a red ball. Tom"
-PLAIN = {"seed": -1, "logit_bias": None, "dry_sequence_breaker": None}
 
 
 def run(*arguments, before="pass"):
@@ -123,16 +122,16 @@ def test_a_line_of_probabilities_has_the_fields_of_llama_cpps_server():
 
 def test_breakers_and_biases_are_read_as_llama_cpp_reads_them():
     def breakers(*options):
-        return sampling_of(**PLAIN | {"dry_sequence_breaker": list(options)}).dry_sequence_breakers
+        return SamplingOptions(dry_sequence_breaker=list(options)).to_sampling().dry_sequence_breakers
 
-    assert sampling_of(**PLAIN) == Sampling()
+    assert SamplingOptions().to_sampling() == Sampling()
     assert breakers("none") == ()
     assert breakers("\\n", "\\x3a", "a\\tb", "\\q") == ("\n", ":", "a\tb", "\\q")
-    biases = sampling_of(**PLAIN | {"logit_bias": ["5+1", "5+0.5", "7-1e2", "8-inf"]}).logit_bias
+    biases = SamplingOptions(logit_bias=["5+1", "5+0.5", "7-1e2", "8-inf"]).to_sampling().logit_bias
     assert biases == {5: 1.5, 7: -100.0, 8: float("-inf")}
     for wrong in ("5", "5*1", "x+1", "+1", "5+", "5+x", "5+inf", "5+nan"):
         with pytest.raises(typer.BadParameter):
-            sampling_of(**PLAIN | {"logit_bias": [wrong]})
+            SamplingOptions(logit_bias=[wrong]).to_sampling()
 
 
 def test_a_schema_or_grammar_may_be_a_file_or_the_text_itself(engine, tmp_path):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,14 @@ import pytest
 import fiddler
 from fiddler import Sampling
 from fiddler.errors import RequestError, ResourceError
+from fiddler.generation.request import Request
 from fiddler.loading import DEMO_MODEL
 from fiddler.serving.batch_input import JobFile
 from fiddler.serving.batch_results import Results
-from fiddler.serving.json_fields import Defaults
 from oracles import synthetic
 from tools import kill_batch
 
-DEFAULTS = Defaults(Sampling(temperature=0.5, seed=1), 7, ("end",), ignore_eos=True)
+DEFAULTS = Request("", Sampling(temperature=0.5, seed=1), 7, ("end",), ignore_eos=True)
 CLI = [sys.executable, "-m", "fiddler", "batch"]
 PATIENCE = 300
 
@@ -45,25 +45,25 @@ def test_the_fields_of_a_line_replace_the_defaults(tmp_path):
         {"id": 2.5, "prompt": "\ud800", "max_tokens": -1, "stop": ["y", "z"], "top_k": 3, "seed": -1},
     )
     first, second, third = file.jobs(set())
-    assert (first.id, first.prompt, first.max_tokens, first.stop, first.ignore_eos) == (1, "a", 7, ("end",), True)
-    assert (first.sampling.temperature, first.sampling.top_k) == (0.5, 40)
-    assert (second.id, second.max_tokens, second.stop, second.ignore_eos) == ("1", 0, ("x",), False)
-    assert second.sampling == Sampling(temperature=0, seed=9)
-    assert (third.id, third.max_tokens, third.stop) == (2.5, None, ("y", "z"))
-    assert (third.sampling.top_k, third.sampling.seed) == (3, None)
+    assert [first.id, second.id, third.id] == [1, "1", 2.5]
+    assert first.request == replace(DEFAULTS, prompt="a", sampling=first.request.sampling)
+    assert (first.request.sampling.temperature, first.request.sampling.top_k) == (0.5, 40)
+    assert second.request == Request("b", Sampling(temperature=0, seed=9), 0, ("x",), ignore_eos=False)
+    assert (third.request.max_tokens, third.request.stop) == (None, ("y", "z"))
+    assert (third.request.sampling.top_k, third.request.sampling.seed) == (3, None)
     assert [job.id for job in file.jobs({1, 2.5})] == ["1"]
 
 
 def test_a_line_may_have_every_field_of_sampling(tmp_path):
     values = {field.name: getattr(Sampling(seed=3), field.name) for field in fields(Sampling)}
     (job,) = job_file(tmp_path, {"id": 1, "prompt": "a"} | values).jobs(set())
-    assert job.sampling == Sampling(seed=3)
+    assert job.request.sampling == Sampling(seed=3)
 
 
 def test_the_seed_of_a_line_depends_on_its_id_and_the_default_seed_only(tmp_path):
     def seeds(seed, *ids):
-        file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in ids), defaults=Defaults(Sampling(seed=seed)))
-        return {job.id: job.sampling.seed for job in file.jobs(set())}
+        file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in ids), defaults=Request("", Sampling(seed=seed)))
+        return {job.id: job.request.sampling.seed for job in file.jobs(set())}
 
     first, second = seeds(1, 1, 2, "1", "2"), seeds(1, "2", 3, 1)
     assert len(set(first.values())) == 4
@@ -121,7 +121,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, line, message):
 def test_the_messages_of_a_line_are_its_prompt(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
     (job,) = job_file(tmp_path, {"id": 1, "messages": messages}).jobs(set())
-    assert list(job.prompt) == messages
+    assert list(job.messages) == messages
 
 
 def test_a_file_that_cannot_be_read_or_holds_no_prompt_is_refused(tmp_path):
@@ -227,7 +227,7 @@ def batch(*arguments):
 def test_the_command_answers_each_prompt_as_generate_does_and_once_only(tmp_path, out):
     prompts = ["Once upon a time", "A cat", "word " * 200, "The ünicorn"]
     lines = [{"id": n, "prompt": text} for n, text in enumerate(prompts)] + [{"id": "own", "prompt": "One", "seed": 5}]
-    file = job_file(tmp_path, *lines, defaults=Defaults(Sampling(seed=3)))
+    file = job_file(tmp_path, *lines, defaults=Request("", Sampling(seed=3)))
     options = ["-n", 9, "--seed", 3, "-np", 2, "-c", 100, "--precision", "exact", "--device", "cpu"]
     done = batch(file.path, out, *options)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -238,7 +238,7 @@ def test_the_command_answers_each_prompt_as_generate_does_and_once_only(tmp_path
         if job.id == 2:
             assert "exceed the context of 100" in results[2]["error"]
             continue
-        alone = engine.generate(job.prompt, job.sampling, 9)
+        alone = engine.generate(job.request.prompt, job.request.sampling, 9)
         assert results[job.id] == {
             "id": job.id,
             "text": alone.text,
