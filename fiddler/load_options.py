@@ -59,6 +59,10 @@ class LoadOptions:
         """Whether activations are float32 everywhere."""
         return self.precision == "exact"
 
+    def capacity(self, context_length: int) -> int:
+        """Positions that a sequence can have, where the model was trained with `context_length`."""
+        return min(DEFAULT_CONTEXT if self.context is None else self.context, context_length)
+
     @property
     def needs_gpu(self) -> bool:
         """Whether the user requests a GPU: without one, loading must fail."""

@@ -115,7 +115,7 @@ def load_engine(
         notify(f"computing on the CPU: {loaded}")
     elif options.of_gpu_only:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
-    threads, capacity = kernels.set_threads(options.threads), _capacity(model_file, options)
+    threads, capacity = kernels.set_threads(options.threads), options.capacity(model_file.config.context_length)
     runner = on_cpu(model_file, experts, threads, capacity, options.exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
 
@@ -140,21 +140,7 @@ def _on_gpu(
     if options.expert_counts is not None:
         counts = read_counts(options.expert_counts, config.block_count, config.expert_count)
     try:
-        return on_gpu(
-            model_file,
-            experts,
-            pinned,
-            gpu_memory=options.gpu_memory,
-            threads=options.threads,
-            context=_capacity(model_file, options),
-            exact=options.exact,
-            counts=counts,
-            most=options.gpu_experts,
-            missing=options.missing,
-            notify=notify,
-            progress=progress,
-            recorder=recorder,
-        )
+        return on_gpu(model_file, experts, pinned, options, counts, notify, progress, recorder)
     except GpuStartError as error:
         if options.needs_gpu:
             raise
@@ -169,9 +155,3 @@ def _on_gpu(
 def _pin(model_file: ModelFile) -> PinnedMapping:
     """Start pinning the file in a thread."""
     return PinnedMapping(model_file.file.mappings, model_file.file.path, model_file.file)
-
-
-def _capacity(model_file: ModelFile, options: LoadOptions) -> int:
-    """Positions that a sequence can have."""
-    context = DEFAULT_CONTEXT if options.context is None else options.context
-    return min(context, model_file.config.context_length)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "chat": "engine generation sampling text",
     "engine": "generation sampling text runtime files host_memory",
     "generation": "runtime sampling text models host_memory",
-    "gpu": "offload runtime device files kernels models telemetry",
+    "gpu": "load_options offload runtime device files kernels models telemetry",
     "cpu": "runtime files kernels models telemetry",
     "offload": "device files kernels telemetry host_memory",
     "runtime": "files kernels models host_memory",

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.decode_kernels import rounded_to
+from fiddler.offload.feed_forward import torch_type
 
 __all__ = ["experts_of_one"]
 
@@ -92,24 +94,23 @@ def experts_of_one(
     jobs: Tensor,
     routing_weights: Tensor,
     max_rows: int,
-    dtype: torch.dtype,
+    weights: ExpertWeights,
     *,
     expert_ids: Tensor | None,
     into: Tensor,
     add: bool,
-    rounded: bool,
-    even: bool,
 ) -> None:
     """Feed-forwards of one token x [1, D] float32; writes their sum, weighted by routing_weights [K], to `into` [1, D].
 
     jobs: int64 [n, 5]: the addresses of gate [rows, D], up [rows, D] and down [D, rows] for some hidden rows of an
     expert; the number of rows, from 0 for none to `max_rows`; the index of its routing weight.
     expert_ids: [K]: run jobs[expert_ids[j]] with routing weight j; None: run all jobs with the indices they hold.
-    into: float32. dtype: of the weights. rounded: round activations to it. add: add to `into`. even: every number of
-    rows is a multiple of 16. Matrices begin at multiples of 16 bytes.
+    weights: of the layer whose experts these are, or of another one in the same format: how to read them, and whether
+    activations are rounded to their type. into: float32. add: add to `into`. Matrices begin at multiples of 16 bytes.
     """
     width = x.shape[1]
-    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[torch_type(weights)]
+    rounded = weights.variant.activations == weights.format.name
     count = len(jobs) if expert_ids is None else expert_ids.numel()
     h = torch.empty(count, max_rows, device=x.device)
     by_id, ids = expert_ids is not None, jobs if expert_ids is None else expert_ids
@@ -129,7 +130,7 @@ def experts_of_one(
         max_rows,
         BY_ID=by_id,
         ADD=add,
-        EVEN=even,
+        EVEN=weights.gate.shape[1] % 16 == 0,
         W=kind,
         J=count,
         R=r,

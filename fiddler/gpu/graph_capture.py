@@ -242,12 +242,10 @@ class CapturedGraphs:
             self._orchestrator.residents.table[layer],
             routing_weights,
             weights.gate.shape[1],
-            torch_type(weights),
+            weights,
             expert_ids=expert_ids,
             into=into,
             add=add,
-            rounded=weights.variant.activations == "bf16",
-            even=weights.gate.shape[1] % 16 == 0,
         )
 
     def _run_streamed(self, dtype: torch.dtype) -> None:
@@ -258,10 +256,8 @@ class CapturedGraphs:
             self._jobs,
             self._streamed_inputs[width:],
             self._orchestrator.ring.rows * self._orchestrator.ring.slots,
-            dtype,
+            weights,
             expert_ids=None,
             into=self._y,
             add=True,
-            rounded=weights.variant.activations == "bf16",
-            even=weights.gate.shape[1] % 16 == 0,
         )

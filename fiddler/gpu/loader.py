@@ -12,6 +12,7 @@ from math import inf
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from fiddler import kernels
 from fiddler.device.memory_budget import Budget, at_least, shown
@@ -24,6 +25,7 @@ from fiddler.gpu.dense_weights import load_dense, warm_up
 from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
+from fiddler.load_options import LoadOptions
 from fiddler.models.mixtral import Mixtral
 from fiddler.models.rotary import rotary_cos_sin
 from fiddler.offload.cost_benchmark import calibrated
@@ -55,31 +57,25 @@ def on_gpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
     pinned: PinnedMapping,
-    *,
-    gpu_memory: int | None,
-    threads: int | None,
-    context: int,
-    exact: bool,
+    options: LoadOptions,
     counts: Sequence[Sequence[int]] | None,
-    most: int | None,
-    missing: str,
     notify: Callable[[str], None],
     progress: Callable[[int, int], None],
     recorder: Recorder,
 ) -> GpuModel:
-    """Load `model_file` onto the GPU within `gpu_memory` bytes; `experts` are its layers' experts in the mapping.
+    """Load `model_file` onto the GPU within `options.gpu_memory`; `experts` are its layers' experts in the mapping.
 
     pinned: that mapping, for the GPU's driver. counts: how often each expert was chosen, [L][E], or None.
-    most: the maximum number of experts on the GPU; None for all that fit. missing: who computes the others: "auto",
-    "cpu" or "stream". progress: called with the bytes of experts loaded so far, and in all.
+    progress: called with the bytes of experts loaded so far, and in all.
     Raises RequestError for a budget that is too small or too large; it names the smallest or largest that works.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
-    budget = Budget(device, gpu_memory)
+    budget = Budget(device, options.gpu_memory)
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    context = options.capacity(config.context_length)
     cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes)
@@ -91,56 +87,80 @@ def on_gpu(
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
     warm_up(device, cache_dtype)
-    count = sizes.experts
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
-    layout = lay_out(budget.room(), sizes, count if most is None else min(most, count))
+    max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
+    layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
         raise _too_small(budget, sizes)
-    chunk, all_resident, expert_bytes, rows = layout.chunk, not layout.slots, sizes.expert, slot_rows(hidden)
-    ring = Ring(weight_copy, experts, 64 if all_resident else rows, SLOTS, recorder)
-    if all_resident:
-        costs, threads = _NO_COSTS, kernels.set_threads(threads)
-    else:
-        calibration = calibrated(experts, ring, threads, notify)
-        costs, threads = calibration.costs(), kernels.set_threads(calibration.threads)
-        if missing == "cpu":
-            costs = replace(costs, copy=inf)
-        elif missing == "stream":
-            costs = replace(costs, cpu=Curve((1,), (1e9,)))
-    residents = Residents(experts, device)
+    ring = Ring(weight_copy, experts, slot_rows(hidden) if layout.slots else 64, SLOTS, recorder)
+    costs, threads = _costs(experts, ring, options, notify) if layout.slots else (_NO_COSTS, options.threads)
+    threads = kernels.set_threads(threads)
     placement = place(len(experts), config.expert_count, layout.residents, counts)
-    total, done = sum(map(len, placement)) * expert_bytes, 0
+    residents = _load_residents(experts, placement, ring, progress)
+    budget.settle()
+    grouped = _grouped(device) if triton_kernels is not None else None
+    orchestrator = Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped)
+    linear = GpuLinear(linears, triton_kernels, exact=options.exact)
+    model = Mixtral(config, weights, linear, orchestrator.layer, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
+    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, kv_cache, budget)
+    if triton_kernels is not None:
+        _decode_with_graphs(runner, kv_cache, cos_sin, recorder)
+    budget.settle()
+    summary = (
+        f"{torch.cuda.get_device_name(device)}, {len(residents)} of {sizes.experts} experts on it, "
+        f"{shown(budget.used())} of {shown(budget.total)} used"
+    )
+    return GpuModel(runner, orchestrator, summary)
+
+
+def _costs(
+    experts: Sequence[ExpertWeights], ring: Ring, options: LoadOptions, notify: Callable[[str], None]
+) -> tuple[Costs, int]:
+    """The costs to plan with, which also say who computes missing experts, and the number of CPU threads."""
+    calibration = calibrated(experts, ring, options.threads, notify)
+    costs = calibration.costs()
+    if options.missing == "cpu":
+        costs = replace(costs, copy=inf)
+    elif options.missing == "stream":
+        costs = replace(costs, cpu=Curve((1,), (1e9,)))
+    return costs, calibration.threads
+
+
+def _load_residents(
+    experts: Sequence[ExpertWeights],
+    placement: Sequence[Sequence[int]],
+    ring: Ring,
+    progress: Callable[[int, int], None],
+) -> Residents:
+    """The experts of `placement`, [L] lists of expert ids, on the GPU."""
+    residents = Residents(experts, ring.weight_copy.device)
+    total, done = sum(len(ids) * w.expert_bytes for ids, w in zip(placement, experts, strict=True)), 0
 
     def on_loaded(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         progress(done, total)
 
-    residents.load(placement, weight_copy, on_loaded)
-    budget.settle()
-    grouped: Grouped | None = None
-    if triton_kernels is not None:
-        from fiddler.offload import grouped_kernels
+    residents.load(placement, ring.weight_copy, on_loaded)
+    return residents
 
-        grouped = grouped_kernels.Grouped(device)
-    orchestrator = Orchestrator(experts, residents, ring, costs, chunk, _WORKSPACE_BYTES, recorder, grouped)
-    linear = GpuLinear(linears, triton_kernels, exact=exact)
-    model = Mixtral(config, weights, linear, orchestrator.layer, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
-    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, chunk, kv_cache, budget)
-    if triton_kernels is not None:
-        from fiddler.gpu import attention_kernels
-        from fiddler.gpu.decode_graphs import DecodeGraphs
-        from fiddler.gpu.graph_capture import CapturedGraphs
 
-        with torch.inference_mode():
-            graphs = CapturedGraphs(model, orchestrator, kv_cache, cos_sin, recorder)
-        runner.decode_with(DecodeGraphs(graphs, orchestrator, recorder), cos_sin, attention_kernels)
-    budget.settle()
-    summary = (
-        f"{torch.cuda.get_device_name(device)}, {len(residents)} of {count} experts on it, "
-        f"{shown(budget.used())} of {shown(budget.total)} used"
-    )
-    return GpuModel(runner, orchestrator, summary)
+def _grouped(device: torch.device) -> Grouped:
+    """Triton's kernels for several tokens."""
+    from fiddler.offload import grouped_kernels
+
+    return grouped_kernels.Grouped(device)
+
+
+def _decode_with_graphs(runner: GpuRunner, kv_cache: KVCache, cos_sin: Tensor, recorder: Recorder) -> None:
+    """Capture the graphs of a decode step, for sequences in the storage of `kv_cache`."""
+    from fiddler.gpu import attention_kernels
+    from fiddler.gpu.decode_graphs import DecodeGraphs
+    from fiddler.gpu.graph_capture import CapturedGraphs
+
+    with torch.inference_mode():
+        graphs = CapturedGraphs(runner.model, runner.orchestrator, kv_cache, cos_sin, recorder)
+    runner.decode_with(DecodeGraphs(graphs, runner.orchestrator, recorder), cos_sin, attention_kernels)
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident

@@ -121,15 +121,13 @@ def make_plan(
             memory_seconds,
         )
 
-    best = tuple(on_gpu)
-    best_seconds = cost(best)
+    best, best_seconds = tuple(on_gpu), cost(on_gpu)
     if costs.copy == inf:
         return Plan(best, best_seconds)
-    order = sorted(range(len(tokens)), key=lambda e: cpu[e] / gpu[e], reverse=True)
     rows = list(on_gpu)
     cpu_seconds = costs.cpu_start + sum(c * (hidden - h) for c, h in zip(cpu, on_gpu, strict=True))
     copy_seconds = costs.copy_start
-    for e in order:
+    for e in sorted(range(len(tokens)), key=lambda e: cpu[e] / gpu[e], reverse=True):
         rest = hidden - on_gpu[e]
         # the rows at which both sides take the same time; a little more or less is worse
         balanced = (cpu_seconds - copy_seconds) / (cpu[e] + gpu[e]) if rest else 0.0

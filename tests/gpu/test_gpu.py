@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import fiddler
+from fiddler import kernels
 from fiddler.evaluation.perplexity import cut, measure
+from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.layers import GpuLinear
 from fiddler.loading import load
 from fiddler.models.attention import attend
@@ -64,6 +66,8 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
     gate, up = (torch.randn(experts, hidden, width, device=DEVICE).bfloat16() / width**0.5 for _ in range(2))
     down = torch.randn(experts, width, hidden, device=DEVICE).bfloat16() / hidden**0.5
     x, routing_weights = torch.randn(1, width, device=DEVICE), torch.tensor([0.7, 0.3], device=DEVICE)
+    variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16" if rounded else "f32")
+    weights = ExpertWeights(*(tensor.view(torch.int16).cpu().numpy() for tensor in (gate, up, down)), variant)
 
     def naive(e, rows=slice(None)):
         inputs = x.bfloat16() if rounded else x
@@ -82,12 +86,10 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
             table,
             routing_weights,
             hidden,
-            torch.bfloat16,
+            weights,
             expert_ids=expert_ids,
             into=into,
             add=add,
-            rounded=rounded,
-            even=hidden % 16 == 0,
         )
         return into
 
