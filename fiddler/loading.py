@@ -60,8 +60,8 @@ def load(
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     stores their KV cache as float16; "exact", and every model of f16 weights, computes in float32.
     kernel: a tier by name; None for that of the environment's FIDDLER_KERNEL, or the best available. notify: called
-    with one-line messages, as when kernels must be compiled first, which takes seconds. recorder: receives timing
-    events of each step.
+    with one-line messages, as when kernels must be compiled first, which takes seconds. recorder: receives the
+    events of each step: times, and the experts that it chose.
     Raises FiddlerError for anything that cannot be run, in one line.
     """
     options = LoadOptions(

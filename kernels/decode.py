@@ -38,9 +38,9 @@ class BlockWeights:
 
 
 class StepSpans(NamedTuple):
-    """Expert ids and times of a step's large products; `CompiledDecodeStep.spans` reads them."""
+    """Chosen experts and times of a step's large products; `CompiledDecodeStep.spans` reads them."""
 
-    expert_ids: np.ndarray  # int64 [L, T, K]
+    expert_ids: np.ndarray  # int64 [L, T, K]: each layer's choice
     times: np.ndarray  # float64 [products, 2]: begin and end of each [s]
 
 

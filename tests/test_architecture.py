@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "cpu": "runtime files kernels models telemetry",
     "offload": "device files kernels telemetry host_memory",
     "runtime": "files kernels models host_memory",
-    "telemetry": "models",
+    "telemetry": "",
     "files": "kernels models text",
     "sampling": "text",
     "text": "",
@@ -68,7 +68,7 @@ ONLY_IN = {
     " sampling text.vocabulary device.semaphore device.weight_copy",
     "sentencepiece": "text.spm",
     "torch": "cpu device evaluation gpu models offload runtime engine loading telemetry.expert_counts"
-    " telemetry.gpu_timeline",
+    " telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
     "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels offload.grouped_kernels",
     "typer": "cli",

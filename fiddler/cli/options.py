@@ -12,6 +12,7 @@ import typer
 
 from fiddler.cli.option_groups import OptionGroup
 from fiddler.load_options import LoadOptions, parse_size
+from fiddler.telemetry.recorder import SILENT, Recorder
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
@@ -45,15 +46,17 @@ LOADING = OptionGroup(
 """Options of loading a model."""
 
 
-def loaded(model: Path | ModelFile | None, options: LoadOptions) -> Engine:
+def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recorder = SILENT) -> Engine:
     """The engine for MODEL.gguf or the demo model. Reports to stderr.
+
+    recorder: receives the events of each step.
 
     Raises FiddlerError for a bad file before it imports torch.
     """
     from fiddler.loading import load_engine
 
     with loading_bar() as progress:
-        engine = load_engine(model, options, notify=say, progress=progress)
+        engine = load_engine(model, options, notify=say, progress=progress, recorder=recorder)
     if options.context is not None and options.context > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,26 +55,24 @@ def perplexity(
     tokenizer = model_file.tokenizer
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
     from fiddler.evaluation.perplexity import cut
+    from fiddler.telemetry.expert_counts import ExpertCounts
+    from fiddler.telemetry.recorder import SILENT
 
     try:
         windows = cut(ids, ctx)
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
+    config = model_file.config
+    counter = None if counts is None else ExpertCounts(config.block_count, config.expert_count)
     # with a small --ctx the context stays larger: the longest steps hold several windows
-    engine = loaded(model_file, replace(loading, context=ctx if ctx > DEFAULT_CONTEXT else None))
+    options = replace(loading, context=ctx if ctx > DEFAULT_CONTEXT else None)
+    engine = loaded(model_file, options, recorder=SILENT if counter is None else counter)
     started = time.perf_counter()
-    estimate, frequencies = _measure(engine, windows, counted=counts is not None)
+    estimate = _measure(engine, windows)
     seconds = time.perf_counter() - started
-    speed = len(windows) * ctx / seconds
     if as_json:
         result = {
-            "perplexity": estimate.perplexity,
-            "standard_error": estimate.standard_error,
-            "tokens_scored": estimate.tokens,
-            "windows": estimate.windows,
-            "context": ctx,
-            "seconds": seconds,
-            "tokens_per_second": speed,
+            **_result(estimate, ctx, seconds),
             "model": str(model),
             "file": str(file),
             "device": engine.device,
@@ -88,10 +85,23 @@ def perplexity(
         print(f"Final estimate: PPL = {estimate.perplexity:.4f} +/- {estimate.standard_error:.5f}")
     say(
         f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
-        f"{seconds:.1f} s, {speed:.1f} tokens/s"
+        f"{seconds:.1f} s, {len(windows) * ctx / seconds:.1f} tokens/s"
     )
-    if counts is not None:
-        _write_counts(counts, frequencies)
+    if counts is not None and counter is not None:
+        _write_counts(counts, counter.counts)
+
+
+def _result(estimate: Estimate, window: int, seconds: float) -> dict[str, object]:
+    """The estimate as JSON's fields."""
+    return {
+        "perplexity": estimate.perplexity,
+        "standard_error": estimate.standard_error,
+        "tokens_scored": estimate.tokens,
+        "windows": estimate.windows,
+        "context": window,
+        "seconds": seconds,
+        "tokens_per_second": estimate.windows * window / seconds,
+    }
 
 
 def _text(file: Path) -> bytes:
@@ -102,22 +112,18 @@ def _text(file: Path) -> bytes:
         raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _measure(engine: Engine, windows: Sequence[Sequence[int]], *, counted: bool) -> tuple[Estimate, list[list[int]]]:
-    """Score the windows, with a progress bar; the estimate, and how often each expert was chosen, [L][E]."""
+def _measure(engine: Engine, windows: Sequence[Sequence[int]]) -> Estimate:
+    """Score the windows, with a progress bar."""
     from tqdm import tqdm
 
     from fiddler.evaluation.perplexity import measure
-    from fiddler.telemetry.expert_counts import counting
 
     tokenizer, window = engine.tokenizer, len(windows[0])
-    with (
-        counting(engine.runner.model) if counted else nullcontext() as counter,
-        tqdm(total=len(windows) * window, unit="token", unit_scale=True, leave=False, disable=None) as bar,
-    ):
+    with tqdm(total=len(windows) * window, unit="token", unit_scale=True, leave=False, disable=None) as bar:
         for estimate in measure(engine.runner, windows, tokenizer.bos_id if tokenizer.add_bos else None):
             bar.set_postfix_str(f"PPL {estimate.perplexity:.4f} +/- {estimate.standard_error:.4f}", refresh=False)
             bar.update(window)
-    return estimate, [] if counter is None else counter.counts
+    return estimate
 
 
 def _check_counts(target: Path, config: Config) -> None:

@@ -33,6 +33,7 @@ class CpuExperts:
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Implements `Experts`."""
+        self._recorder.chosen(layer, expert_ids)
         w = self._layers[layer]
         with self._recorder.span("experts", len(set(expert_ids.reshape(-1).tolist())) * w.expert_bytes):
             y = kernels.expert_ffn(

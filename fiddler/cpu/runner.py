@@ -34,7 +34,6 @@ class CpuRunner(Runner):
         """decoder: the compiled decode step; None: single tokens go through the model, as all others."""
         super().__init__(model, context, cache_dtype, threads)
         self._decoder, self._recorder = decoder, recorder
-        self._experts = model.experts
 
     def step(
         self,
@@ -45,10 +44,8 @@ class CpuRunner(Runner):
     ) -> StepOutput:
         """Implements `Runner.step`."""
         all_wanted = wanted is None or len(wanted) == len(parts)
-        replaced = self.model.experts is not self._experts  # by a wrapper that reads each layer's inputs
         if (
             self._decoder is None
-            or replaced
             or not (all_wanted and 0 < len(parts) <= MAX_KERNEL_TOKENS)
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
@@ -67,6 +64,9 @@ class CpuRunner(Runner):
             )
         finally:
             kernels.set_threads(threads_before)
+        if self._recorder.wants_expert_ids:  # before the step is committed: the recorder may break it off
+            for layer, expert_ids in enumerate(torch.from_numpy(spans.expert_ids)):
+                self._recorder.chosen(layer, expert_ids)
         for sequence in sequences:
             sequence.length += 1
         if self._recorder is not SILENT:

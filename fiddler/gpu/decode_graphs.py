@@ -34,6 +34,11 @@ class Graphs(Protocol):
         """The step's hidden state [1, D], on the GPU."""
         ...
 
+    @property
+    def chosen(self) -> Sequence[Tensor]:
+        """The experts that the step's routers chose, of each layer int64 [1, K], on the GPU."""
+        ...
+
     x: np.ndarray  # float32 [1, D], of a layer whose graph has ended
     expert_ids: np.ndarray  # float32 [1, K]
     routing_weights: np.ndarray  # float32 [1, K]
@@ -96,6 +101,9 @@ class DecodeGraphs:
         try:
             for graph, layer in enumerate(self._graphs.breaks):
                 self._compute(graph, layer)
+            if self._recorder.wants_expert_ids:
+                for layer, expert_ids in enumerate(self._graphs.chosen):
+                    self._recorder.chosen(layer, expert_ids)
         except BaseException:
             self._orchestrator.start_over()
             raise

@@ -111,6 +111,9 @@ class CapturedGraphs:
         self._arrived = [torch.cuda.Event() for _ in self.breaks]
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
+        self.chosen: list[
+            Tensor
+        ] = []  # of each layer int64 [1, K]; kept, so that later graphs leave their memory alone
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
         self.hidden = torch.empty(0)
@@ -199,6 +202,7 @@ class CapturedGraphs:
             for dtype in dtypes:
                 self._run_streamed(dtype)
             self._router_outputs.clear()
+            self.chosen.clear()
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             for dtype in dtypes:  # in a pool of their own: they run while the other graphs' results are in use
                 with _captured(expert_pool) as self._streamed[dtype]:
@@ -223,6 +227,7 @@ class CapturedGraphs:
         last = len(self._model.blk) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, expert_ids, routing_weights = self._model.blk[layer].before_experts(h, self._cache)
+            self.chosen.append(expert_ids)
             if layer == end:
                 decode_kernels.hand_over(x, expert_ids, routing_weights, self._streamed_inputs, self._host_inputs)
                 self._router_outputs.append((x, expert_ids, routing_weights))

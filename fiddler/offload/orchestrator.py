@@ -134,6 +134,7 @@ class Orchestrator:
     def layer(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Implements `Experts` within a step: x [T, D], expert_ids and routing_weights [T, K] -> [T, D], on the GPU."""
         assert self.cooperative_step.running, "a layer is computed within a step"
+        self._recorder.chosen(layer, expert_ids)
         pieces = zip(*(tensor.split(self._max_tokens) for tensor in (x, expert_ids, routing_weights)), strict=True)
         outputs = [self._piece(layer, *piece) for piece in pieces]  # several only where sequences are long
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

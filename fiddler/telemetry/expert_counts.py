@@ -1,56 +1,46 @@
-"""Counts how often each expert is chosen, where a model calls its experts; reads a file of such counts."""
+"""Counts how often each expert is chosen; reads a file of such counts. Knows expert ids; no model, no executor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fiddler.errors import RequestError
-from fiddler.models.interfaces import Experts
-from fiddler.models.mixtral import Mixtral
+from fiddler.telemetry.recorder import SilentRecorder
 
-__all__ = ["CountedExperts", "counting", "read_counts"]
+__all__ = ["ExpertCounts", "read_counts"]
 
 
-class CountedExperts:
-    """A model's `Experts`, wherever they live, with a count of the tokens that chose each of them."""
+class ExpertCounts(SilentRecorder):
+    """A `Recorder` that counts the tokens that chose each expert, of prompts and single tokens alike."""
 
-    def __init__(self, experts: Experts, layers: int, count: int, device: torch.device) -> None:
-        """count: experts a layer. device: of the router's expert ids."""
-        self._experts = experts
-        self._counts = torch.zeros(layers, count, dtype=torch.int64, device=device)
+    wants_expert_ids = True
 
-    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        """Implements `Experts`."""
-        chosen = expert_ids.reshape(-1)
-        self._counts[layer].index_add_(0, chosen, torch.ones_like(chosen))  # unlike bincount, waits for no GPU
-        return self._experts(layer, x, expert_ids, routing_weights)
+    def __init__(self, layers: int, experts: int) -> None:
+        """layers, experts: of the model, L and E."""
+        self._shape = layers, experts
+        self._counts: dict[torch.device, Tensor] = {}  # a step's ids may come from the GPU, the next one's from the CPU
+
+    @torch.inference_mode()
+    def chosen(self, layer: int, expert_ids: Tensor) -> None:
+        """Implements `Recorder.chosen`; waits for no GPU."""
+        ids = expert_ids.reshape(-1)
+        counts = self._counts.get(ids.device)
+        if counts is None:
+            counts = self._counts[ids.device] = torch.zeros(self._shape, dtype=torch.int64, device=ids.device)
+        counts[layer].index_add_(0, ids, torch.ones_like(ids))  # bincount would wait for the GPU
 
     @property
     def counts(self) -> list[list[int]]:
-        """Tokens so far, [L][E]."""
-        counts: list[list[int]] = self._counts.tolist()
-        return counts
-
-
-@contextmanager
-def counting(model: Mixtral) -> Iterator[CountedExperts]:
-    """Counts the experts that `model` chooses in the block.
-
-    Steps of one token on a GPU are not counted where they run as graphs that were captured before.
-    """
-    config, plain = model.config, model.experts
-    counted = CountedExperts(plain, config.block_count, config.expert_count, model.token_embd.device)
-    model.experts = counted
-    try:
-        yield counted
-    finally:
-        model.experts = plain
+        """Tokens so far, [L][E]. Of a prompt, the last layer computes its last token only, and counts no other."""
+        total = torch.zeros(self._shape, dtype=torch.int64)
+        for counts in self._counts.values():
+            total += counts.cpu()
+        rows: list[list[int]] = total.tolist()
+        return rows
 
 
 def read_counts(path: Path, layers: int, experts: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Receives timing events of a step. Knows names, seconds and bytes; not their meaning."""
+"""Receives events of a step: times and bytes of its work, and the experts it chose. Not their meaning."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-__all__ = ["SILENT", "Meter", "Recorder"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SILENT", "Meter", "Recorder", "SilentRecorder"]
 
 
 class Recorder(Protocol):
     """Receives an event for every piece of work, from the code that does it."""
+
+    @property
+    def wants_expert_ids(self) -> bool:
+        """Whether `chosen` must be called. Where False, a step may save itself the calls."""
+        ...
 
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
         """Surrounds a piece of work of the kind `name`, which reads `nbytes` of weights."""
@@ -27,23 +35,40 @@ class Recorder(Protocol):
         """Surrounds the queueing of work for a GPU, which does it later, in torch's `stream` (None: current)."""
         ...
 
+    def chosen(self, layer: int, expert_ids: Tensor) -> None:
+        """Receives the experts that a layer's router chose: expert_ids int64 [T, K], valid during the call only.
 
-class _Silent:
+        Called once a layer of each step, whoever computes the experts; several times where the layer's tokens are
+        computed in parts. What it raises breaks the step off: its tokens are not appended to their sequences.
+        """
+        ...
+
+
+class SilentRecorder:
+    """Ignores all events. A recorder of some events inherits from it."""
+
+    wants_expert_ids = False
+
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
+        """Implements `Recorder.span`."""
         return nullcontext()
 
     def did(self, name: str, begun: float, ended: float, nbytes: int) -> None:
-        pass
+        """Implements `Recorder.did`."""
 
     def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
+        """Implements `Recorder.queued`."""
         return nullcontext()
 
+    def chosen(self, layer: int, expert_ids: Tensor) -> None:
+        """Implements `Recorder.chosen`."""
 
-SILENT: Recorder = _Silent()
+
+SILENT: Recorder = SilentRecorder()
 """Ignores all events."""
 
 
-class Meter:
+class Meter(SilentRecorder):
     """Adds up the bytes of each kind of work, and the seconds of work of the thread that made the meter."""
 
     def __init__(self) -> None:
@@ -68,7 +93,3 @@ class Meter:
         if threading.get_ident() == self._thread:  # the work of other threads overlaps with it
             self.seconds[name] += ended - begun
         self.nbytes[name] += nbytes
-
-    def queued(self, name: str, nbytes: int = 0, stream: object = None) -> AbstractContextManager[None]:
-        """Implements `Recorder.queued`."""
-        return nullcontext()

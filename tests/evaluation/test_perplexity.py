@@ -21,13 +21,17 @@ from fiddler import kernels
 from fiddler.device.weight_copy import HostCopy
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.evaluation.perplexity import Estimate, cut, losses, measure
+from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
+from fiddler.gpu.layers import GpuLinear
 from fiddler.loading import DEMO_MODEL
+from fiddler.models.mixtral import Mixtral
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.staging_ring import Ring
-from fiddler.telemetry.expert_counts import counting, read_counts
+from fiddler.runtime.runner import Runner
+from fiddler.telemetry.expert_counts import ExpertCounts, read_counts
 from oracles.reference import from_gguf
 from oracles.synthetic import write_random_mixtral
 
@@ -102,26 +106,36 @@ def chosen_by_transformers(path, windows, bos):
     ]
 
 
+def runner_of_both_sides(path, recorder):
+    """A runner whose experts an orchestrator computes, some as residents, with the CPU on both sides."""
+    model_file = ModelFile.open(path)
+    config, layers, copy = model_file.config, mapped_experts(model_file, kernels.choose_tier(), exact=True), HostCopy()
+    weights = {}
+    for name in (name for name in config.tensor_shapes(tied=False) if not name.endswith("_exps.weight")):
+        values, kind = model_file.bits(name)
+        weights[name] = torch.from_numpy(values.copy()).view({"F32": torch.float32, "BF16": torch.bfloat16}[kind])
+    residents = Residents(layers, copy.device)
+    residents.load([[0, 2], [1]], copy, lambda nbytes: None)
+    costs = Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0)
+    # 100: fewer tokens than a step has, so that the orchestrator computes it in pieces
+    experts = Orchestrator(layers, residents, Ring(copy, layers, 64, 3), costs, 100, 1 << 20, recorder)
+    model = Mixtral(config, weights, GpuLinear(weights, None, exact=True), experts)
+    return Runner(model, config.context_length, torch.float32, kernels.thread_count())
+
+
 @pytest.mark.parametrize("executors", ["the CPU", "both sides"])
-def test_expert_counts_are_those_of_transformers_routers(path, executors):
+def test_expert_counts_are_those_of_transformers_routers(path, engine, executors):
     """All tokens of the windows count, scored or not, wherever the experts are computed."""
-    engine = fiddler.load(path, device="cpu", precision="exact")
-    model, bos, windows = engine.runner.model, engine.tokenizer.bos_id, cut(IDS, 90)
+    recorder, bos, windows = ExpertCounts(2, 5), engine.tokenizer.bos_id, cut(IDS, 90)
     if executors == "both sides":
-        layers, copy = mapped_experts(engine.model_file, kernels.choose_tier(), exact=True), HostCopy()
-        residents = Residents(layers, copy.device)
-        residents.load([[0, 2], [1]], copy, lambda nbytes: None)
-        costs = Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0)
-        # 100: fewer tokens than a step has, so that the orchestrator computes it in pieces
-        model.experts = Orchestrator(layers, residents, Ring(copy, layers, 64, 3), costs, 100, 1 << 20)
-    experts = model.experts
-    with counting(model) as counter:
-        *_, estimate = measure(engine.runner, windows, bos)
-    assert model.experts is experts
-    assert counter.counts == chosen_by_transformers(path, windows, bos)
-    assert {sum(row) for row in counter.counts} == {90 * 7 * 3}
-    *_, cpu_estimate = measure(fiddler.load(path, device="cpu", precision="exact").runner, windows, bos)
+        runner = runner_of_both_sides(path, recorder)
+    else:
+        runner = fiddler.load(path, device="cpu", precision="exact", recorder=recorder).runner
+    *_, estimate = measure(runner, windows, bos)
+    *_, cpu_estimate = measure(engine.runner, windows, bos)
     assert estimate.perplexity == pytest.approx(cpu_estimate.perplexity, rel=1e-5)
+    assert recorder.counts == chosen_by_transformers(path, windows, bos)
+    assert {sum(row) for row in recorder.counts} == {90 * 7 * 3}
 
 
 def test_losses_of_large_logits_are_those_of_float64():
@@ -175,22 +189,23 @@ def test_the_command_prints_the_estimate_and_writes_the_expert_counts_of_python(
     assert done.returncode == 0, done.stderr
     tokenizer = engine.tokenizer
     ids = tokenizer.encode(text.read_bytes()[:-1], add_bos=True)
-    with counting(engine.runner.model) as counter:
-        *_, expected = measure(engine.runner, cut(ids, 60), tokenizer.bos_id)
+    recorder = ExpertCounts(2, 5)
+    counted = fiddler.load(path, device="cpu", precision="exact", recorder=recorder)
+    *_, expected = measure(counted.runner, cut(ids, 60), tokenizer.bos_id)
     expected_line = f"Final estimate: PPL = {expected.perplexity:.4f} +/- {expected.standard_error:.5f}\n"
     assert done.stdout.decode() == expected_line
     assert re.search(
         rf"\| {expected.tokens} tokens scored in {expected.windows} windows of 60 \|", done.stderr.decode()
     )
     assert done.stderr.count(b"\n") == 1
-    assert read_counts(counts, 2, 5) == counter.counts
+    assert read_counts(counts, 2, 5) == recorder.counts
     assert list(tmp_path.iterdir()) == [counts]
     counts.write_text('{"counts": [[1, 1, 1, 1, 1], [2, 2, 2, 2, 2]]}')  # counts of the same model are replaced
     done = run(
         path, "-f", text, "-c", 60, "--precision", "exact", "--device", "cpu", "--expert-counts", counts, "--json"
     )
     answer = json.loads(done.stdout)
-    assert read_counts(counts, 2, 5) == counter.counts
+    assert read_counts(counts, 2, 5) == recorder.counts
     assert answer["perplexity"] == pytest.approx(expected.perplexity, rel=1e-9)
     assert answer["standard_error"] == pytest.approx(expected.standard_error, rel=1e-9)
     fields = {key: answer[key] for key in ("tokens_scored", "windows", "context", "model", "file", "precision")}

@@ -11,6 +11,7 @@ import torch
 
 from fiddler.gpu.decode_graphs import DecodeGraphs
 from fiddler.offload.plan import Costs, Curve
+from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
 from oracles import naive
 from oracles.both_sides import EXACT, LAYERS, D, E, F, orchestrator
@@ -33,6 +34,10 @@ class RandomGraphs:
         self._experts, self._late, self._numbers = experts, late, np.random.default_rng(0)
         self._arrived = [threading.Event() for _ in range(LAYERS)]
         self.inputs, self.sums, self.gpu_rows, self.fails = [], [], [], False
+
+    @property
+    def chosen(self):
+        return [torch.from_numpy(expert_ids) for _, expert_ids, _ in self.inputs]
 
     def begin(self, token, position):
         for event in self._arrived:
@@ -67,10 +72,10 @@ class RandomGraphs:
         return torch.zeros(1, 1)
 
 
-def decode(late=0.0):
+def decode(late=0.0, recorder=SILENT):
     experts = orchestrator(EXACT, [[0], [], []], COSTS)
     graphs = RandomGraphs(experts, late)
-    return DecodeGraphs(graphs, experts, SILENT), graphs, experts
+    return DecodeGraphs(graphs, experts, recorder), graphs, experts
 
 
 def cpu_part(layer, x, expert_ids, routing_weights, gpu_rows, residents):
@@ -115,6 +120,17 @@ def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeyp
     monkeypatch.setattr(experts, "split_one", counted)
     decoder.step(1, 1)
     assert planned == [(layer, threading.get_ident()) for layer in range(LAYERS)]
+
+
+def test_the_experts_chosen_in_each_layer_are_counted():
+    counts = ExpertCounts(LAYERS, E)
+    decoder, graphs, _ = decode(recorder=counts)
+    expected = np.zeros((LAYERS, E), np.int64)
+    for token in range(10):
+        decoder.step(token, token)
+        for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
+            expected[layer, expert_ids[0]] += 1
+    assert counts.counts == expected.tolist()
 
 
 @pytest.mark.parametrize("side", ["CPU", "GPU"])

@@ -22,7 +22,7 @@ from fiddler.models.rotary import rotate
 from fiddler.models.router import route
 from fiddler.offload.feed_forward import Job, feed_forward
 from fiddler.runtime.prefix_cache import common
-from fiddler.telemetry.expert_counts import counting
+from fiddler.telemetry.expert_counts import ExpertCounts
 from oracles import synthetic
 
 if not torch.cuda.is_available():
@@ -333,14 +333,15 @@ def test_perplexity_and_expert_counts_match_those_of_the_cpu(tmp_path):
     """First several windows a step, all in the KV cache of one sequence; then one window a step."""
     path = synthetic.write_random_mixtral(tmp_path / "model.gguf", experts=5, used=3)
     ids = np.random.default_rng(1).integers(3, 200, 1200).tolist()
-    engines = [load(path, "cpu", precision="exact")]
-    engines += [load(path, "cuda", precision="exact", gpu_experts=residents) for residents in (0, 4, None)]
+    recorders = [ExpertCounts(2, 5) for _ in range(4)]
+    engines = [load(path, "cpu", precision="exact", recorder=recorders[0])]
+    for residents, recorder in zip((0, 4, None), recorders[1:], strict=True):
+        engines.append(load(path, "cuda", precision="exact", gpu_experts=residents, recorder=recorder))
     for size in (65, 500):
         results = []
-        for engine in engines:
-            with counting(engine.runner.model) as counted:
-                *_, result = measure(engine.runner, cut(ids, size), 1)
-            results.append((result.perplexity, counted.counts))
+        for engine, recorder in zip(engines, recorders, strict=True):
+            *_, result = measure(engine.runner, cut(ids, size), 1)
+            results.append((result.perplexity, recorder.counts))  # of both sizes so far
         for perplexity, counts in results[1:]:
             assert perplexity == pytest.approx(results[0][0], rel=1e-4)
             assert counts == results[0][1]

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import fiddler
+from fiddler.files.model_file import ModelFile
 from fiddler.loading import DEMO_MODEL
+from fiddler.telemetry.expert_counts import ExpertCounts
 from oracles.reference import from_gguf
 
 HELDOUT = Path(__file__).parents[1] / "data" / "heldout.txt"
@@ -72,24 +74,14 @@ def test_logits_and_loss_on_held_out_text_match_transformers(transformers_model,
     assert reference < 2.5, "perplexity beyond 12: not the trained model"
 
 
-class CountingExperts:
-    """Calls the engine's experts and counts how often each is chosen."""
-
-    def __init__(self, experts, layers, count):
-        self.experts, self.counts = experts, torch.zeros(layers, count, dtype=torch.int64)
-
-    def __call__(self, layer, x, expert_ids, routing_weights):
-        self.counts[layer] += torch.bincount(expert_ids.flatten(), minlength=self.counts.shape[1])
-        return self.experts(layer, x, expert_ids, routing_weights)
-
-
 def test_every_expert_gets_3_to_40_percent_of_the_held_out_tokens(heldout):
-    engine = fiddler.load()
-    model = engine.runner.model
-    model.experts = counting = CountingExperts(model.experts, engine.config.block_count, engine.config.expert_count)
+    config = ModelFile.open(DEMO_MODEL).config
+    recorder = ExpertCounts(config.block_count, config.expert_count)
+    engine = fiddler.load(recorder=recorder)
     for begin in range(0, 8000, 1000):
         engine.logits([engine.tokenizer.bos_id, *heldout[begin : begin + 1000]])
-    fraction = counting.counts / counting.counts.sum(1, keepdim=True)
+    counts = torch.tensor(recorder.counts)
+    fraction = counts / counts.sum(1, keepdim=True)
     assert float(fraction.min()) >= 0.03
     assert float(fraction.max()) <= 0.40
 

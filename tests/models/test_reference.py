@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fiddler
+from fiddler.telemetry.recorder import SilentRecorder
 from oracles.reference import Reference, Shape, make_checkpoint
 
 SHAPES = {
@@ -30,15 +31,16 @@ SHAPES = {
 EXACT, FAST = 1e-4, 1.5e-2  # relative L2 error of a sequence's logits
 
 
-class WatchedExperts:
-    """Calls the engine's experts and records which are chosen."""
+class ChosenExperts(SilentRecorder):
+    """Records which experts are chosen: layer -> [T, K] of each step."""
 
-    def __init__(self, experts):
-        self.experts, self.chosen = experts, {}
+    wants_expert_ids = True
 
-    def __call__(self, layer, x, expert_ids, routing_weights):
-        self.chosen.setdefault(layer, []).append(expert_ids)
-        return self.experts(layer, x, expert_ids, routing_weights)
+    def __init__(self):
+        self.by_layer = {}
+
+    def chosen(self, layer, expert_ids):
+        self.by_layer.setdefault(layer, []).append(expert_ids.clone())
 
 
 def first_jump(engine, router_logits, k, chosen):
@@ -69,17 +71,17 @@ def test_logits_of_random_mixtrals_match_transformers(name, tmp_path, capsys):
     reference = Reference(folder)
     report = []
     for precision, bound in (("exact", EXACT), ("fast", FAST)):
-        engine = fiddler.load(tmp_path / "model.gguf", precision=precision)
-        plain = engine.runner.model.experts
+        recorder = ChosenExperts()
+        engine = fiddler.load(tmp_path / "model.gguf", precision=precision, recorder=recorder)
         compared = total = 0
         worst = 0.0
         for ids in sequences(len(name)):
-            engine.runner.model.experts = watched = WatchedExperts(plain)
+            recorder.by_layer.clear()
             actual = engine.logits(ids)
             expected, router_logits = reference(ids)
             assert actual.shape == expected.shape
             assert actual.dtype == torch.float32
-            jump = first_jump(engine, router_logits, shape.K, watched.chosen)
+            jump = first_jump(engine, router_logits, shape.K, recorder.by_layer)
             clean = len(ids) if jump is None else jump[0]
             if jump is not None:
                 assert precision == "fast", f"expert differs in exact precision: {jump}"

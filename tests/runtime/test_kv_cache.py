@@ -7,7 +7,7 @@ import torch
 
 from fiddler.loading import load
 from fiddler.runtime.kv_cache import KVCache, Step
-from fiddler.telemetry.expert_counts import counting
+from fiddler.telemetry.expert_counts import ExpertCounts
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,12 @@ def test_a_step_returns_the_wanted_rows_and_caches_all_rows(engine, wanted):
 
 def test_prefill_computes_the_last_layers_experts_for_the_last_token_only(engine):
     """As in llama.cpp: of a prompt only the last token needs logits."""
-    with counting(engine.runner.model) as counted:
-        engine.runner.prefill(engine.runner.sequence(), list(range(3, 43)))
-    *others, last = (sum(counts) for counts in counted.counts)
-    k = engine.config.expert_used_count
+    config = engine.config
+    recorder = ExpertCounts(config.block_count, config.expert_count)
+    runner = load(device="cpu", precision="exact", recorder=recorder).runner
+    runner.prefill(runner.sequence(), list(range(3, 43)))
+    *others, last = (sum(counts) for counts in recorder.counts)
+    k = config.expert_used_count
     assert (set(others), last) == ({40 * k}, k)
 
 

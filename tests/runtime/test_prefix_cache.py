@@ -13,6 +13,7 @@ from fiddler.gpu.runner import GpuRunner
 from fiddler.offload.plan import Costs, Curve
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import PrefixCache, common
+from fiddler.telemetry.recorder import SilentRecorder
 from oracles.both_sides import EXACT, orchestrator
 from oracles.synthetic import write_random_mixtral
 
@@ -21,31 +22,34 @@ GREEDY = Sampling(temperature=0.0)
 IDS = list(range(20, 60))
 
 
-class CountedExperts:
-    """Calls the engine's experts, counts the rows of the first layer, and raises `error` once they are `at` rows."""
+class ComputedRows(SilentRecorder):
+    """Counts the rows of the first layer, and raises `error`, if there is one, once they are `at` rows."""
 
-    def __init__(self, experts, error=None, at=None):
-        self.experts, self.error, self.at, self.rows = experts, error, at, 0
+    wants_expert_ids = True
 
-    def __call__(self, layer, x, ids, weights):
-        self.rows += len(x) if layer == 0 else 0
+    def __init__(self):
+        self.error, self.at, self.rows = None, 0, 0
+
+    def chosen(self, layer, expert_ids):
+        self.rows += len(expert_ids) if layer == 0 else 0
         if self.error is not None and self.rows >= self.at:
             raise self.error
-        return self.experts(layer, x, ids, weights)
+
+    def since_last(self):
+        """Rows computed since the last call."""
+        count, self.rows = self.rows, 0
+        return count
 
 
 @pytest.fixture
-def engine(tmp_path):
-    engine = fiddler.load(write_random_mixtral(tmp_path / "tiny.gguf"), precision="exact", device="cpu")
-    engine.runner.model.experts = CountedExperts(engine.runner.model.experts)
-    return engine
+def computed():
+    return ComputedRows()
 
 
-def rows(engine):
-    """Rows computed since the last call."""
-    counted = engine.runner.model.experts
-    count, counted.rows = counted.rows, 0
-    return count
+@pytest.fixture
+def engine(tmp_path, computed):
+    path = write_random_mixtral(tmp_path / "tiny.gguf")
+    return fiddler.load(path, precision="exact", device="cpu", recorder=computed)
 
 
 def greedy_uncached(engine, ids, count):
@@ -55,7 +59,6 @@ def greedy_uncached(engine, ids, count):
     for _ in range(count):
         tokens.append(int(logits.argmax()))
         logits = engine.runner.step([(sequence, tokens[-1:])]).logits[0]
-    rows(engine)
     return tokens
 
 
@@ -88,7 +91,7 @@ def test_a_cached_sequence_is_truncated_to_the_common_prefix(engine, ids, left):
 
 
 @pytest.mark.parametrize(
-    "prompt, computed",
+    "prompt, uncached",
     [
         (IDS, 1),  # the same
         (IDS[:25], 1),  # its first tokens
@@ -97,18 +100,19 @@ def test_a_cached_sequence_is_truncated_to_the_common_prefix(engine, ids, left):
         ([9, *IDS], 41),  # another
     ],
 )
-def test_only_tokens_after_the_common_prefix_are_computed(engine, prompt, computed):
+def test_only_tokens_after_the_common_prefix_are_computed(engine, computed, prompt, uncached):
     greedy(engine, IDS, 1)
-    assert rows(engine) == len(IDS)
+    assert computed.since_last() == len(IDS)
     expected = greedy_uncached(engine, prompt, 4)
+    computed.since_last()
     completion = greedy(engine, prompt)
-    assert rows(engine) == computed + 3  # the last sampled token is not computed
+    assert computed.since_last() == uncached + 3  # the last sampled token is not computed
     assert list(completion.tokens) == expected
     assert completion.stats.prompt_tokens == len(prompt)
-    assert completion.stats.cached_tokens == len(prompt) - computed
+    assert completion.stats.cached_tokens == len(prompt) - uncached
 
 
-def test_generated_tokens_are_cached_too(engine):
+def test_generated_tokens_are_cached_too(engine, computed):
     """As in a chat: the next prompt is the last one, its answer, and more."""
     first = greedy(engine, IDS, 6)
     longer = [*IDS, *first.tokens, 7, 8, 9]
@@ -116,8 +120,9 @@ def test_generated_tokens_are_cached_too(engine):
     second = greedy(engine, longer)
     assert list(second.tokens) == expected
     assert second.stats.cached_tokens == len(IDS) + 5
+    computed.since_last()
     beams = engine.beam_search(longer, 3, 4, reuse=True)
-    assert rows(engine) < 4 + 1 + 3 * 4 + 4
+    assert computed.since_last() <= 1 + 3 * 4
     engine.runner.prefix_cache.drop()
     uncached_beams = engine.beam_search(longer, 3, 4, reuse=True)
     assert [beam.tokens for beam in beams] == [beam.tokens for beam in uncached_beams]
@@ -151,15 +156,20 @@ def test_interleaved_generations_with_a_common_prefix_give_the_same_tokens_as_al
 
 @pytest.mark.parametrize("error, cached", [(KeyboardInterrupt, 43), (RuntimeError, 43)])
 @pytest.mark.parametrize("at", [1, 44])
-def test_an_aborted_generation_leaves_its_whole_steps_cached(engine, error, cached, at):
-    """Whatever the exception was."""
-    plain = engine.runner.model.experts.experts
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_aborted_generation_leaves_its_whole_steps_cached(
+    engine, computed, error, cached, at, compiled, monkeypatch
+):
+    """Whatever the exception was, and whichever way the step went that the recorder broke off."""
+    if not compiled:
+        monkeypatch.setattr(engine.runner, "_decoder", None)
     expected = greedy_uncached(engine, IDS, 9)
-    engine.runner.model.experts = CountedExperts(plain, error("stop"), at)
+    computed.since_last()
+    computed.error, computed.at = error("stop"), at
     with pytest.raises(error):
         greedy(engine, IDS, 9)
     assert len(engine.runner.prefix_cache.tokens) == (cached if at == 44 else 0)
-    engine.runner.model.experts = CountedExperts(plain)
+    computed.error = None
     assert list(greedy(engine, IDS, 9).tokens) == expected
 
 
@@ -195,14 +205,14 @@ def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, fiddler.Sampling(seed=3)])
-def test_a_generation_that_must_be_reproducible_ignores_the_prefix_cache(engine, sampling):
+def test_a_generation_that_must_be_reproducible_ignores_the_prefix_cache(engine, computed, sampling):
     """In fewer bits, a prompt that is read in other chunks rounds differently, which could change the text."""
     first = engine.generate(IDS, sampling, 4)
-    rows(engine)
+    computed.since_last()
     assert engine.generate(IDS, sampling, 4).tokens == first.tokens
-    assert rows(engine) == len(IDS) + 3
+    assert computed.since_last() == len(IDS) + 3
     engine.generate(IDS, fiddler.Sampling(), 1)
-    assert rows(engine) == 1
+    assert computed.since_last() == 1
 
 
 def test_chunks_read_before_a_prompt_was_cancelled_stay_cached(engine, monkeypatch):
