@@ -96,6 +96,7 @@ def load_engine(
     from fiddler.device.detection import wants_gpu
     from fiddler.engine import Engine
     from fiddler.files.weights import mapped_experts
+    from fiddler.kernels.fit_tuning import fit_unknown_cpu
     from fiddler.kernels.precompile import COMPILING
 
     started = time.perf_counter()
@@ -103,6 +104,7 @@ def load_engine(
     tier = kernels.choose_tier(kernel)
     if options.threads is not None:
         kernels.set_threads(options.threads)
+    fit_unknown_cpu(notify)
     experts = mapped_experts(model_file, tier, exact=options.exact)
     for variant in {layer.variant for layer in experts}:
         kernels.precompile(variant, lambda: notify(COMPILING), decode=not gpu)

@@ -18,13 +18,24 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import compile_decode
 from fiddler.kernels.machine.isa import choose_tier
 from fiddler.kernels.machine.threads import usable_cores
+from fiddler.kernels.machine.tuning import TUNINGS
 from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
 from fiddler.kernels.norm_router import rms_norm, route
 
 __all__ = ["COMPILING", "compile_for_parent", "precompile"]
 
 _HELPER_TIMEOUT = 120  # how much longer the helper process may take than this one [s]
-_DAMAGED_CACHE = (EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, ValueError)
+_DAMAGED_CACHE = (
+    EOFError,
+    pickle.UnpicklingError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    ValueError,
+    OSError,
+)
+"""What Numba raises on a file of its cache that is damaged, or that it may not read or write."""
 
 
 class _FirstCompilation(event.Listener):
@@ -48,7 +59,7 @@ def precompile(variant: KernelVariant, on_compile: Callable[[], None] = lambda: 
 
     Takes seconds the first time, then a moment. A helper process compiles half of them, where it has a core.
     `on_compile` is called once if anything must be compiled. decode: also compile `CompiledDecodeStep.step`. A damaged
-    cache is removed and built again.
+    cache is removed and built again, or left alone where it cannot be removed.
     """
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
         try:
@@ -99,7 +110,7 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
     """Compile the second half in another process, where a core is free; it has ended when the context ends."""
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
-        arguments = variant.tier.name, variant.weights, variant.activations, decode
+        arguments = variant.tier.name, variant.weights, variant.activations, variant.tuning.name, decode
         paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path)
         with suppress(OSError):
             process = subprocess.Popen(
@@ -126,9 +137,9 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
             process.wait()
 
 
-def compile_for_parent(tier: str, weights: str, activations: str, decode: bool) -> None:
+def compile_for_parent(tier: str, weights: str, activations: str, tuning: str, decode: bool) -> None:
     """The helper process's half of `precompile`, for this variant."""
-    _compile_second_half(KernelVariant(choose_tier(tier), weights, activations), decode)
+    _compile_second_half(KernelVariant(choose_tier(tier), weights, activations, TUNINGS[tuning]), decode)
 
 
 COMPILING = "compiling kernels for this CPU; the next start finds them on disk"

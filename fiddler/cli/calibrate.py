@@ -1,4 +1,4 @@
-"""The command `calibrate`: measures this machine's PCIe link and kernels, or prints the stored calibrations."""
+"""The command `calibrate`: measures this machine's PCIe link and kernels, or prints what is stored of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, say
-from fiddler.errors import RequestError
 from fiddler.load_options import LoadOptions
 
 __all__ = ["calibrate"]
@@ -29,20 +28,22 @@ def calibrate(
         typer.Argument(metavar="[MODEL.gguf]", help="Model for the experts' shape; Mixtral-8x7B's if not given."),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the stored calibrations; measure nothing.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Choose the kernels' settings that are fastest on this CPU; nothing else.")
+    ] = False,
     *,
     loading: LoadOptions,
 ) -> None:
     """Measure an expert's cost on the CPU, over the PCIe link and on the GPU; `run` does so when it first needs it."""
-    if show and model is not None:
-        raise typer.BadParameter("--show prints everything that is stored; leave out MODEL.gguf")
-    from fiddler.offload.calibration import cache_folder, stored
-
+    if (show or kernels) and model is not None:
+        raise typer.BadParameter("--show and --kernels are about this machine; leave out MODEL.gguf")
+    if show and kernels:
+        raise typer.BadParameter("--show measures nothing; leave out --kernels")
     if show:
-        calibrations = stored()
-        if not calibrations:
-            raise RequestError(f"{cache_folder()}: no calibration is stored yet; `fiddler calibrate` makes one")
-        for calibration in calibrations:
-            print(calibration.to_text())
+        _show()
+        return
+    if kernels:
+        _fit_kernels(loading.threads)
         return
     model_file = None
     if model is not None:
@@ -54,3 +55,33 @@ def calibrate(
 
     result = calibrate_alone(model_file, loading.device, loading.threads, exact=loading.exact, notify=say)
     print(result.to_text())
+
+
+def _show() -> None:
+    from fiddler.kernels.machine.tuning import current_tuning, tuning_source
+    from fiddler.offload.calibration import cache_folder, stored
+
+    print(f"kernel settings: {current_tuning().name} ({_SOURCES[tuning_source()]})")
+    calibrations = stored()
+    if not calibrations:
+        say(f"{cache_folder()}: no calibration is stored yet; `fiddler calibrate` makes one")
+    for calibration in calibrations:
+        print(calibration.to_text())
+
+
+def _fit_kernels(threads: int | None) -> None:
+    from fiddler.kernels.fit_tuning import fit_tuning
+    from fiddler.kernels.machine.tuning import tuning_source
+
+    say("comparing kernel settings: up to a minute, most of it for compiling")
+    print(fit_tuning(threads).to_text())
+    if tuning_source() == "FIDDLER_TUNING":
+        say("warning: FIDDLER_TUNING is set and goes before the stored settings")
+
+
+_SOURCES = {
+    "FIDDLER_TUNING": "from FIDDLER_TUNING",
+    "fitted": "fitted on this CPU",
+    "table": "the table's for this CPU",
+    "default": "the default for an unknown CPU, until the first start",
+}

@@ -53,6 +53,7 @@ class Event(Protocol):
 class WeightCopy(Protocol):
     """Copies weights, in order, while the compute stream works."""
 
+    kind: str  # "pinned", "bounce" or "host": part of what a stored calibration holds for
     device: torch.device
     blocks: bool  # whether `copy` returns only when the copy is nearly done
 
@@ -108,6 +109,7 @@ def _view(address: int, row_bytes: int, rows: int, pitch: int) -> np.ndarray:
 class HostCopy:
     """Copies on the CPU, within the call."""
 
+    kind = "host"
     blocks = False
     stream = None
 
@@ -162,6 +164,7 @@ class _StreamCopy:
 class PinnedCopy(_StreamCopy):
     """The copy engine reads the pinned mapping."""
 
+    kind = "pinned"
     blocks = False
 
     def __init__(self, device: torch.device, pinned: PinnedMapping) -> None:
@@ -209,6 +212,7 @@ def within(
 class BounceBufferCopy(_StreamCopy):
     """Threads copy the mapping to pinned buffers; the copy engine reads those."""
 
+    kind = "bounce"
     blocks = True
 
     def __init__(self, device: torch.device) -> None:

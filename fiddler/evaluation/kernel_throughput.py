@@ -26,6 +26,7 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
+from fiddler.kernels.machine.cpu import last_level_cache
 
 __all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
 
@@ -84,7 +85,7 @@ def kernel_rows(
     """
     groups = _groups(model_file)
     nbytes = sum(bits.nbytes for bits in groups[0])
-    between, least = (len(groups) - 1) * nbytes, _CACHES * _last_level_cache()
+    between, least = (len(groups) - 1) * nbytes, _CACHES * last_level_cache()
     if between < least:
         raise ResourceError(
             f"{model_file.file.shown_path}: between two reads of an expert lie {between / 1e6:.0f} MB of others; to "
@@ -126,16 +127,6 @@ def kernel_rows(
                 yield Row(
                     name, kind, count, spent, nbytes, 0 if reads else operations, of_reads, speedup, errors.get(name)
                 )
-
-
-def _last_level_cache() -> int:
-    """Bytes of the largest cache of the first CPU; 32 MiB where the system reports none."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes)
 
 
 def _groups(model_file: ModelFile) -> list[Experts]:

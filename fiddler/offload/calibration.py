@@ -15,7 +15,7 @@ from fiddler.offload.plan import Costs, Curve
 
 __all__ = ["Calibration", "cache_folder", "read_calibration", "stored"]
 
-_VERSION = 4  # of the kernels and of how they are measured; results of another version are measured again
+_VERSION = 5  # of the kernels and of how they are measured; results of another version are measured again
 
 
 @dataclass(frozen=True)

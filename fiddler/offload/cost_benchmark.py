@@ -10,13 +10,11 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from math import inf
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -32,7 +30,9 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, mapped_experts
 from fiddler.host_memory import available_memory, populate
 from fiddler.kernels import KernelVariant
+from fiddler.kernels.fit_tuning import fit_unknown_cpu
 from fiddler.kernels.formats.half import BF16
+from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.kernels.precompile import COMPILING
 from fiddler.offload.calibration import Calibration, cache_folder, read_calibration
 from fiddler.offload.feed_forward import feed_forward, torch_type
@@ -84,22 +84,14 @@ def _machine(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | 
     if ring is not None:
         device = ring.weight_copy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU as a GPU"
-        gpu = f"{name}, {type(ring.weight_copy).__name__}"
+        gpu = f"{name}, {ring.weight_copy.kind}"
     variant, (_, hidden, width) = layers[0].variant, layers[0].gate.shape
     thread_count = kernels.set_threads(None) if threads is None else threads
     return (
-        f"{_cpu_name()}, {'up to ' if threads is None else ''}{thread_count} threads; {gpu}; "
-        f"{variant.tier.name}, {variant.weights} weights, {variant.activations} activations, D {width}, F {hidden}"
+        f"{cpu_model()}, {'up to ' if threads is None else ''}{thread_count} threads; {gpu}; "
+        f"{variant.tier.name}, {variant.weights} weights, {variant.activations} activations, "
+        f"tuned for {variant.tuning.name}, D {width}, F {hidden}"
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def measure(layers: Sequence[ExpertWeights], ring: Ring | None, threads: int | None, machine: str) -> Calibration:
@@ -272,6 +264,7 @@ def calibrate_alone(
     """Measure this machine anew and store the result; without a model, with some experts of Mixtral-8x7B's shape."""
     gpu, _ = wants_gpu(device, None, notify)
     tier = kernels.choose_tier()
+    fit_unknown_cpu(notify)
     if model_file is not None:
         experts = mapped_experts(model_file, tier, exact=exact)
     else:

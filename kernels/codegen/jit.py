@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core.caching import NullCache
 
 __all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "discard_cache", "kernel"]
 
@@ -45,10 +46,16 @@ def cached_on_disk() -> bool:
 
 
 def discard_cache() -> None:
-    """Remove the cached machine code of all kernels; a file that is gone already is no error."""
+    """Remove the cached machine code of all kernels; a file that is gone already is no error.
+
+    A kernel whose files cannot be removed, as in a read-only folder, is compiled without a cache from now on.
+    """
     for compiled in _kernels:
         if compiled.stats.cache_path is None:
             continue
         source = Path(compiled.py_func.__code__.co_filename).stem
-        for path in Path(compiled.stats.cache_path).glob(f"{source}.{compiled.py_func.__name__}-*.nb[ic]"):
-            path.unlink(missing_ok=True)
+        try:
+            for path in Path(compiled.stats.cache_path).glob(f"{source}.{compiled.py_func.__name__}-*.nb[ic]"):
+                path.unlink(missing_ok=True)
+        except OSError:
+            compiled._cache = NullCache()  # Numba has no public way to switch a cache off

@@ -1,23 +1,34 @@
 """Block sizes, distances and thresholds of the kernels: one row a CPU family. Knows numbers; no kernels.
 
 Nothing here changes a result beyond rounding; it changes speed. A row holds for a family because it was measured there:
-each field says where. `fit_tuning` measures which row suits a CPU that is in no family, and stores its name.
+each field says where. `kernels/fit_tuning.py` measures which row suits a CPU that is in no family, and stores its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from llvmlite.binding import get_host_cpu_name
-from numba.core import config as numba_config
-
 from fiddler.errors import RequestError
+from fiddler.kernels.machine.cpu import cpu_model, cpu_name
+from fiddler.kernels.machine.isa import choose_tier
 
-__all__ = ["NON_TEMPORAL", "TUNINGS", "Tuning", "cpu_name", "current_tuning", "family_of", "is_fitted", "store_tuning"]
+__all__ = [
+    "NON_TEMPORAL",
+    "TUNINGS",
+    "Tuning",
+    "current_tuning",
+    "damaged_store",
+    "family_of",
+    "is_fitted",
+    "store_tuning",
+    "tuning_source",
+    "tuning_store",
+]
 
 NON_TEMPORAL = 4
 """A prefetch level: as near as level 1, for data that is read once and should displace nothing else."""
@@ -130,14 +141,8 @@ _FAMILIES = {
     **dict.fromkeys(("icelake-client", "icelake-server", "tigerlake", "rocketlake", "alderlake"), "intel"),
     **dict.fromkeys(("raptorlake", "meteorlake", "arrowlake", "lunarlake", "sierraforest"), "intel"),
     **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"), "intel_amx"),
-    **dict.fromkeys(("generic", "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"), "portable"),
 }
-"""LLVM's CPU names -> rows."""
-
-
-def cpu_name() -> str:
-    """LLVM's name of the CPU that Numba compiles for: the host, unless `NUMBA_CPU_NAME` says otherwise."""
-    return str(numba_config.CPU_NAME or get_host_cpu_name())
+"""LLVM's CPU names -> rows. LLVM calls a CPU that it does not know "generic", which is no family."""
 
 
 def family_of(name: str) -> str | None:
@@ -151,37 +156,65 @@ def current_tuning() -> Tuning:
 
     Raises RequestError where FIDDLER_TUNING names no row.
     """
-    name = os.environ.get("FIDDLER_TUNING") or _stored().get(cpu_name()) or family_of(cpu_name()) or "portable"
+    name = os.environ.get("FIDDLER_TUNING") or _stored().get(_key()) or family_of(cpu_name()) or "portable"
     if name not in TUNINGS:
         raise RequestError(f"FIDDLER_TUNING is {name!r}; there are {', '.join(TUNINGS)}")
     return TUNINGS[name]
 
 
-def store_tuning(row: Tuning) -> None:
-    """Use a row for this CPU from now on, in this process and later ones. Raises OSError where it cannot be stored."""
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(_stored() | {cpu_name(): row.name}))
-    part.replace(path)
-    current_tuning.cache_clear()
+def tuning_source() -> str:
+    """Where the current row comes from: "FIDDLER_TUNING", "fitted", "table", or "default" for an unknown CPU."""
+    if os.environ.get("FIDDLER_TUNING"):
+        return "FIDDLER_TUNING"
+    if _key() in _stored():
+        return "fitted"
+    return "table" if family_of(cpu_name()) else "default"
 
 
 def is_fitted() -> bool:
     """Whether this CPU has a row: by its family, a stored fit or the environment."""
-    return bool(os.environ.get("FIDDLER_TUNING") or cpu_name() in _stored() or family_of(cpu_name()))
+    return tuning_source() != "default"
+
+
+def store_tuning(row: Tuning) -> None:
+    """Use a row for this CPU from now on, in this process and later ones. Raises OSError where it cannot be stored."""
+    path = tuning_store()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(_stored() | {_key(): row.name}, indent=1))
+    part.replace(path)
+    current_tuning.cache_clear()
+
+
+def tuning_store() -> Path:
+    """The file of stored fits: $XDG_CACHE_HOME/fiddler/tuning.json, or that under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler" / "tuning.json"
+
+
+def damaged_store() -> bool:
+    """Whether the file of stored fits is there and cannot be read as such; its content counts for nothing then."""
+    return _read() is None
+
+
+def _key() -> str:
+    """CPU, instructions and table that a stored fit holds for: rows of another table were not compared with it."""
+    table = hashlib.sha256(repr(TUNINGS).encode()).hexdigest()[:8]
+    return f"{cpu_name()}, {cpu_model()}, {choose_tier().name}, rows {table}"
 
 
 def _stored() -> dict[str, str]:
-    """CPU names -> rows that `store_tuning` stored; nothing where the file is missing or damaged."""
+    """Keys -> rows that `store_tuning` stored; nothing where the file is missing or damaged."""
+    return {key: row for key, row in (_read() or {}).items() if row in TUNINGS}
+
+
+def _read() -> dict[str, str] | None:
+    """The stored file's content; None where it is damaged."""
     try:
-        found = json.loads(_path().read_text())
+        found = json.loads(tuning_store().read_text())
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {str(cpu): row for cpu, row in found.items() if isinstance(row, str) and row in TUNINGS}
-
-
-def _path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler" / "tuning.json"
+        return None
+    if not isinstance(found, dict) or not all(isinstance(row, str) for row in found.values()):
+        return None
+    return found

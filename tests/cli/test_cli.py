@@ -282,12 +282,26 @@ def test_convert_writes_a_file_that_inspect_reads_and_replaces_it_only_with_forc
 
 def test_calibrate_stores_a_measurement_and_shows_it_again(model, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fails_in_one_line(run("calibrate", "--show"), "no calibration is stored")
+    monkeypatch.setenv("FIDDLER_TUNING", "intel")
+    shown = run("calibrate", "--show")
+    assert (shown.returncode, shown.stdout) == (0, b"kernel settings: intel (from FIDDLER_TUNING)\n")
+    assert b"no calibration is stored" in shown.stderr
     done = run("calibrate", model, "--device", "cpu", "-t", 1)
     assert done.returncode == 0
     assert b"ms an expert for tokens" in done.stdout
-    assert run("calibrate", "--show").stdout == done.stdout
-    assert run("calibrate", model, "--show").returncode == 2
+    assert b"tuned for intel" in done.stdout
+    assert run("calibrate", "--show").stdout == shown.stdout + done.stdout
+    for arguments in ((model, "--show"), (model, "--kernels"), ("--show", "--kernels")):
+        assert run("calibrate", *arguments).returncode == 2
+
+
+def test_calibrate_chooses_and_keeps_the_kernels_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run("calibrate", "--kernels")
+    assert done.returncode == 0
+    row, _, _ = done.stdout.decode().partition(" ")
+    assert f"  {row} " in done.stdout.decode()
+    assert run("calibrate", "--show").stdout.decode() == f"kernel settings: {row} (fitted on this CPU)\n"
 
 
 def test_gpu_options_that_contradict_or_are_out_of_range_are_refused(model):

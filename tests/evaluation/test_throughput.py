@@ -145,6 +145,6 @@ def test_a_kernel_with_wrong_results_gets_no_row(model, monkeypatch):
 
 
 def test_a_model_smaller_than_the_cpu_cache_is_refused_by_name(model, monkeypatch):
-    monkeypatch.setattr(bench_kernels, "_last_level_cache", lambda: 1 << 40)
+    monkeypatch.setattr(bench_kernels, "last_level_cache", lambda: 1 << 40)
     with pytest.raises(ResourceError, match=r"model\.gguf"):
         list(bench_kernels.kernel_rows(ModelFile.open(model), [], ["bf16"], [1], 1))
