@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-from fiddler.kernels import attention, norm_router
+from fiddler.kernels import attention_kernels, norm_router
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.matmul import grouped
@@ -29,7 +29,7 @@ SPANS = 3
 """Timed products of each layer: query, key and value; attention's output; experts."""
 
 _call_norm, _call_router = norm_router.normalise.call, norm_router.router.call
-_call_attention, _call_products = attention.attention.call, grouped.products.call
+_call_attention, _call_products = attention_kernels.attention.call, grouped.products.call
 
 
 def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
@@ -66,8 +66,8 @@ def addresses(variant: KernelVariant, kv_dtype: np.dtype) -> tuple[int, ...]:
     return (
         norm_router.normalise.address(),
         norm_router.router.address(),
-        attention.attention.address(from_dtype(kv_dtype)[::1]),
-        attention.addresses(kv_dtype),
+        attention_kernels.attention.address(from_dtype(kv_dtype)[::1]),
+        attention_kernels.addresses(kv_dtype),
         grouped.products.address(typeof(variant)),
         *grouped.addresses(variant),
     )

@@ -266,7 +266,8 @@ def test_a_file_opens_by_saying_what_it_is_and_is_short(path):
     assert ast.get_docstring(tree(path)), "opens without a docstring"
     lines = path.read_text(encoding="utf-8").count("\n")
     if path.parent.name != "demo":  # scripts that were run once, each for itself
-        assert lines <= 350, f"{lines} lines: what is its second noun?"
+        limit = 350 if path.is_relative_to(ROOT / "tests") else 300
+        assert lines <= limit, f"{lines} lines: what is its second noun?"
 
 
 def test_no_path_of_somebodys_machine():

@@ -32,23 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(path),
         "name": _plain(file.metadata.get("general.name")),
         "gguf_version": file.version,
-        "architecture": {
-            "name": file.metadata["general.architecture"],
-            "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
-            "layers": config.block_count,
-            "width": config.embedding_length,
-            "expert_width": config.feed_forward_length,
-            "experts": config.expert_count,
-            "experts_per_token": config.expert_used_count,
-            "heads": config.head_count,
-            "kv_heads": config.head_count_kv,
-            "head_dim": config.head_dim,
-            "context": config.context_length,
-            "sliding_window": config.sliding_window,
-            "rope_freq_base": config.rope_freq_base,
-            "rms_epsilon": config.rms_epsilon,
-            "tied_embeddings": model.tied,
-        },
+        "architecture": _architecture(model),
         "bytes": {
             "file": file.nbytes,
             "weights": weight_bytes,
@@ -58,14 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
             "experts_read_per_token": per_expert * config.expert_used_count * config.block_count,
         },
         "types": dict(Counter(t.type for t in file.tensors.values())),
-        "tokenizer": {
-            "model": file.metadata.get("tokenizer.ggml.model"),
-            "vocabulary": config.vocab_size,
-            "bos": file.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos": file.metadata.get("tokenizer.ggml.eos_token_id"),
-            "add_bos": file.metadata.get("tokenizer.ggml.add_bos_token"),
-            "chat_template": "tokenizer.chat_template" in file.metadata,
-        },
+        "tokenizer": _tokenizer(model),
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensors": [
             {
@@ -78,6 +55,39 @@ def describe(path: Path) -> dict[str, Any]:
             }
             for t in file.tensors.values()
         ],
+    }
+
+
+def _architecture(model: ModelFile) -> dict[str, Any]:
+    config, file = model.config, model.file
+    return {
+        "name": file.metadata["general.architecture"],
+        "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
+        "layers": config.block_count,
+        "width": config.embedding_length,
+        "expert_width": config.feed_forward_length,
+        "experts": config.expert_count,
+        "experts_per_token": config.expert_used_count,
+        "heads": config.head_count,
+        "kv_heads": config.head_count_kv,
+        "head_dim": config.head_dim,
+        "context": config.context_length,
+        "sliding_window": config.sliding_window,
+        "rope_freq_base": config.rope_freq_base,
+        "rms_epsilon": config.rms_epsilon,
+        "tied_embeddings": model.tied,
+    }
+
+
+def _tokenizer(model: ModelFile) -> dict[str, Any]:
+    metadata = model.file.metadata
+    return {
+        "model": metadata.get("tokenizer.ggml.model"),
+        "vocabulary": model.config.vocab_size,
+        "bos": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos": metadata.get("tokenizer.ggml.eos_token_id"),
+        "add_bos": metadata.get("tokenizer.ggml.add_bos_token"),
+        "chat_template": "tokenizer.chat_template" in metadata,
     }
 
 

@@ -1,4 +1,4 @@
-"""Grouped matrix products: all groups of tokens with their experts' rows, and the epilogues. Knows addresses.
+"""Grouped matrix products: all groups of tokens with their experts' rows. Knows addresses.
 
 The only kernel that reads weights. A product has one of two epilogues: with two matrices, gate and up, SwiGLU, stored
 as the next product's activations; with one matrix, the weighted sum over each token's groups. One kernel has both,
@@ -14,75 +14,17 @@ import numpy as np
 from numba import njit, prange, typeof, types
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
-from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
-from fiddler.kernels.codegen.scalar_math import silu
-from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, panel_tokens
+from fiddler.kernels.codegen.jit import OPTIONS, kernel
+from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.formats import stored_bytes
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
+from fiddler.kernels.matmul.epilogues import add_weighted, store_hidden, swiglu
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
-from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
 
 __all__ = ["addresses", "compile_grouped_products", "grouped_products", "products", "run", "workspace"]
-
-
-@njit(**OPTIONS, fastmath=FASTMATH)
-def _swiglu(a: np.ndarray, b: np.ndarray, rows: int, columns: int) -> None:
-    """a = silu(a) * b: only arithmetic on arrays, so that LLVM vectorises it."""
-    for r in range(rows):
-        for m in range(columns):
-            a[r, m] = silu(a[r, m]) * b[r, m]
-
-
-@njit(**OPTIONS)
-def _store_hidden(
-    variant: KernelVariant,
-    packed: bool,
-    a: np.ndarray,
-    begin: int,
-    rows: int,
-    tokens: int,
-    h: int,
-    hidden: int,
-    stride: int,
-) -> None:
-    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], to address h in its layout."""
-    if not packed:
-        for m in range(tokens):
-            for r in range(rows):
-                store_activation(variant, h, m * stride + begin + r, a[r, m])
-        return
-    panel_width = panel_tokens(variant)
-    padded = (tokens + 15) // 16 * 16
-    for panel in range(0, padded, panel_width):
-        wide = min(panel_width, padded - panel)
-        if bf16_pairs(variant):
-            for r in range(0, rows, 2):
-                word, low = panel * (hidden // 2) + (begin + r) // 2 * wide - panel, a.ctypes.data + 4 * r * a.shape[1]
-                for m in range(panel, panel + wide, 16):
-                    store_pairs(h, word + m, low + 4 * m, low + 4 * (m + a.shape[1]))
-        else:
-            for r in range(rows):
-                word = panel * hidden + (begin + r) * wide - panel
-                for m in range(panel, panel + wide):
-                    store_word(variant, h, word + m, a[r, m])
-
-
-@njit(**OPTIONS, fastmath=FASTMATH)
-def _add_weighted(
-    c: np.ndarray, rows: int, token: np.ndarray, routing_weights: np.ndarray, y: np.ndarray, begin: int
-) -> None:
-    """y[token, begin + r] += routing weight * c[r, m], in squares: both sides stay in the first-level cache."""
-    for first in range(0, token.size, 16):
-        last = min(first + 16, token.size)
-        for top in range(0, rows, 16):
-            bottom = min(top + 16, rows)
-            for m in range(first, last):
-                t, weight = token[m], routing_weights[m]
-                for r in range(top, bottom):
-                    y[t, begin + r] += weight * c[r, m]
 
 
 @njit(**OPTIONS)
@@ -151,15 +93,15 @@ def _take_tasks(
                     (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
                 )
             if gate_up:
-                _swiglu(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+                swiglu(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
                 h, next_stride = words + 4 * hidden_at[g], row_stride(variant, expert_width)
-                _store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, next_stride)
+                store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, next_stride)
             else:
                 token, group_weights = (
                     groups.token[first[g] : first[g + 1]],
                     groups.routing_weights[first[g] : first[g + 1]],
                 )
-                _add_weighted(c[0], rows, token, group_weights, result, begin)
+                add_weighted(c[0], rows, token, group_weights, result, begin)
         begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
 
 

@@ -1,0 +1,192 @@
+"""The compiled attention of one new position of each sequence to its keys and values; `attention.py` is the way in.
+
+Rotates q and k, stores k and v, attends: one parallel task for each key-value head of each sequence. Knows addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic, overload
+from numba.np.numpy_support import from_dtype
+
+from fiddler.kernels.codegen.function_pointer import FunctionPointer
+from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
+from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
+
+__all__ = ["addresses", "attend", "attention"]
+
+
+def _read(stored: np.ndarray, row: np.ndarray) -> None:
+    """row = stored: one position's keys or values, as float32."""
+    raise NotImplementedError("called from compiled code only")
+
+
+def _write(stored: np.ndarray, row: np.ndarray) -> None:
+    """stored = row: one position's keys or values, in the KV cache's type."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(_read, jit_options=OPTIONS)
+def _read_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
+    if cast(Any, stored).dtype == types.float32:
+
+        def read(stored: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                row[i] = stored[i]
+    else:
+
+        def read(stored: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                row[i] = from_half(stored[i])
+
+    return read
+
+
+@overload(_write, jit_options=OPTIONS)
+def _write_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
+    if cast(Any, stored).dtype == types.float32:
+
+        def write(stored: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                stored[i] = row[i]
+    else:
+
+        def write(stored: np.ndarray, row: np.ndarray) -> None:
+            for i in range(row.size):
+                stored[i] = to_half(row[i])
+
+    return write
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def _softmax_terms(scores: np.ndarray) -> np.float32:
+    """Replace the scores by exp(score - largest) and return their sum. A NaN stays a NaN."""
+    largest = scores[0]
+    for s in range(scores.size):
+        largest = max(largest, scores[s])
+    total = np.float32(0)
+    for s in range(scores.size):
+        shifted = scores[s] - largest
+        scores[s] = exponential(shifted) if shifted == shifted else shifted
+        total += scores[s]
+    return total
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def _rotate(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.float32, rotated: np.ndarray) -> None:
+    """rotated = the head's neighbouring pairs as complex numbers, rotated to their position, times `scale`."""
+    for i in range(frequencies.size):
+        angle = np.float32(position) * frequencies[i]
+        c, s = np.cos(angle) * scale, np.sin(angle) * scale
+        rotated[2 * i] = row[2 * i] * c - row[2 * i + 1] * s
+        rotated[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any) -> Any:
+    """An int64 address as a Numba pointer."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        return b.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@partial(kernel, parallel=False)
+def _attend_group(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    position: int,
+    oldest: int,
+    frequencies: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Attention of one key-value head, k and v [head_dim], for the query heads that share it, q [H / G, head_dim]."""
+    (heads, head_dim), length = q.shape, position + 1 - oldest
+    scale = np.float32(1 / np.sqrt(head_dim))
+    rotated, scores = np.empty((heads, head_dim), np.float32), np.empty((heads, length), np.float32)
+    row = np.empty(head_dim, np.float32)
+    _rotate(k, position, frequencies, np.float32(1), row)
+    _write(keys[position], row)
+    _write(values[position], v)
+    for r in range(heads):
+        _rotate(q[r], position, frequencies, scale, rotated[r])
+    for p in range(length):
+        _read(keys[oldest + p], row)
+        for r in range(heads):
+            total = np.float32(0)
+            for i in range(head_dim):
+                total += rotated[r, i] * row[i]
+            scores[r, p] = total
+    for r in range(heads):
+        inverse = np.float32(1) / _softmax_terms(scores[r])
+        for p in range(length):
+            scores[r, p] *= inverse
+        for i in range(head_dim):
+            out[r, i] = 0
+    for p in range(length):
+        _read(values[oldest + p], row)
+        for r in range(heads):
+            weight = scores[r, p]
+            for i in range(head_dim):
+                out[r, i] += weight * row[i]
+
+
+_VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
+_group = FunctionPointer(_attend_group, _MATRIX, _VECTOR, _VECTOR, None, None, types.intp, types.intp, _VECTOR, _MATRIX)
+_call_group = _group.call
+
+
+@lru_cache(maxsize=2)
+def addresses(kv_dtype: np.dtype) -> int:
+    """The address of `_attend_group` for keys and values of this type, which `attention` calls."""
+    array_type = from_dtype(kv_dtype)[:, ::1]
+    return _group.address(array_type, array_type)
+
+
+@kernel
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    kv_addresses: np.ndarray,
+    capacities: np.ndarray,
+    kv_type: np.ndarray,
+    positions: np.ndarray,
+    oldest: np.ndarray,
+    frequencies: np.ndarray,
+    out: np.ndarray,
+    attend_group: int,
+) -> None:
+    """kv_addresses: int64 [2, N], of keys and of values; kv_type: an empty array of their type.
+
+    attend_group: the address of `_attend_group` for that type.
+    """
+    sequences, groups, head_dim = k.shape
+    group_heads = q.shape[1] // groups
+    for task in prange(sequences * groups):
+        n, g = task // groups, task % groups
+        shape = (groups, capacities[n], head_dim)
+        keys = carray(_pointer(kv_addresses[0, n]), shape, kv_type.dtype)[g]
+        values = carray(_pointer(kv_addresses[1, n]), shape, kv_type.dtype)[g]
+        heads = slice(g * group_heads, (g + 1) * group_heads)
+        _call_group(
+            attend_group,
+            (q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads]),
+        )
+
+
+_HEADS, _INTS = types.float32[:, :, ::1], types.intp[::1]
+attention = FunctionPointer(
+    attend,
+    *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _INTS, None, _INTS, _INTS, _VECTOR, _HEADS, types.intp),
+)

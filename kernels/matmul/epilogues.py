@@ -1,0 +1,73 @@
+"""The two epilogues of a product: SwiGLU stored as the next product's activations, and the weighted sum of a token.
+
+Knows one task's sums and both activation layouts; no weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS
+from fiddler.kernels.codegen.scalar_math import silu
+from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, panel_tokens
+from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
+
+__all__ = ["add_weighted", "store_hidden", "swiglu"]
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def swiglu(a: np.ndarray, b: np.ndarray, rows: int, columns: int) -> None:
+    """a = silu(a) * b: only arithmetic on arrays, so that LLVM vectorises it."""
+    for r in range(rows):
+        for m in range(columns):
+            a[r, m] = silu(a[r, m]) * b[r, m]
+
+
+@njit(**OPTIONS)
+def store_hidden(
+    variant: KernelVariant,
+    packed: bool,
+    a: np.ndarray,
+    begin: int,
+    rows: int,
+    tokens: int,
+    h: int,
+    hidden: int,
+    stride: int,
+) -> None:
+    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], to address h in its layout."""
+    if not packed:
+        for m in range(tokens):
+            for r in range(rows):
+                store_activation(variant, h, m * stride + begin + r, a[r, m])
+        return
+    panel_width = panel_tokens(variant)
+    padded = (tokens + 15) // 16 * 16
+    for panel in range(0, padded, panel_width):
+        wide = min(panel_width, padded - panel)
+        if bf16_pairs(variant):
+            for r in range(0, rows, 2):
+                word, low = panel * (hidden // 2) + (begin + r) // 2 * wide - panel, a.ctypes.data + 4 * r * a.shape[1]
+                for m in range(panel, panel + wide, 16):
+                    store_pairs(h, word + m, low + 4 * m, low + 4 * (m + a.shape[1]))
+        else:
+            for r in range(rows):
+                word = panel * hidden + (begin + r) * wide - panel
+                for m in range(panel, panel + wide):
+                    store_word(variant, h, word + m, a[r, m])
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def add_weighted(
+    c: np.ndarray, rows: int, token: np.ndarray, routing_weights: np.ndarray, y: np.ndarray, begin: int
+) -> None:
+    """y[token, begin + r] += routing weight * c[r, m], in squares: both sides stay in the first-level cache."""
+    for first in range(0, token.size, 16):
+        last = min(first + 16, token.size)
+        for top in range(0, rows, 16):
+            bottom = min(top + 16, rows)
+            for m in range(first, last):
+                t, weight = token[m], routing_weights[m]
+                for r in range(top, bottom):
+                    y[t, begin + r] += weight * c[r, m]

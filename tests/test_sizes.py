@@ -1,0 +1,91 @@
+"""No function is longer than 60 lines or takes more than 9 parameters, but for those listed here with a reason."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = "converters", "fiddler", "kernels", "models"
+MAX_LINES, MAX_PARAMETERS = 60, 9
+
+ONE_KERNEL = "compiled as a whole: Numba compiles a callee again with every caller, so its parts stay together"
+SCALARS = "compiled code: addresses, sizes and strides go as scalars, which Numba passes in registers"
+TRITON = "a Triton kernel: pointers, sizes and strides are its only kinds of argument"
+INSTRUCTIONS = "writes the instructions of one tile; what it computes at the top is used down to the last line"
+TO_SHORTEN = "no reason but history"
+
+EXCEPTIONS = {
+    "fiddler.cli.perplexity.perplexity": TO_SHORTEN,
+    "fiddler.cli.run.run": "a command: its parameters are its options",
+    "fiddler.generation.beam_search.BeamSearch.__init__": TO_SHORTEN,
+    "fiddler.generation.completion.Generation.__init__": TO_SHORTEN,
+    "fiddler.gpu.attention_kernels._attend": TRITON,
+    "fiddler.gpu.attention_kernels._rotate_store": TRITON,
+    "fiddler.gpu.decode_kernels._gemv": TRITON,
+    "fiddler.gpu.decode_kernels._route": TRITON,
+    "fiddler.gpu.expert_kernels._down": TRITON,
+    "fiddler.gpu.expert_kernels._up": TRITON,
+    "fiddler.gpu.expert_kernels.experts_of_one": "starts two Triton kernels whose arguments these are",
+    "fiddler.gpu.loader.on_gpu": TO_SHORTEN,
+    "fiddler.loading.load": "the Python API: its parameters are its options",
+    "fiddler.offload.grouped_kernels._down": TRITON,
+    "fiddler.offload.grouped_kernels._up": TRITON,
+    "fiddler.offload.plan.make_plan": TO_SHORTEN,
+    "kernels.attention_kernels.attend": SCALARS,
+    "kernels.decode_step.decode": ONE_KERNEL,
+    "kernels.matmul.amx_blocks.multiply_tiles": ONE_KERNEL,
+    "kernels.matmul.amx_tiles.matrix_tile": INSTRUCTIONS,
+    "kernels.matmul.blocks._block_product": SCALARS,
+    "kernels.matmul.blocks._packed_product": SCALARS,
+    "kernels.matmul.blocks._packed_product_of": SCALARS,
+    "kernels.matmul.dot_blocks.multiply_dots": SCALARS,
+    "kernels.matmul.dot_tiles._generate_tile": INSTRUCTIONS,
+    "kernels.matmul.dot_tiles.dot_tile": SCALARS,
+    "kernels.matmul.grouped._take_tasks": SCALARS,
+    "kernels.matmul.grouped.grouped_products": ONE_KERNEL,
+    "kernels.matmul.grouped.run": "the way into `grouped_products`, whose arguments these are",
+    "kernels.matmul.outer_blocks.multiply_outer": SCALARS,
+    "kernels.matmul.outer_blocks.multiply_outer_floats": SCALARS,
+    "kernels.matmul.outer_tiles.outer_tile": INSTRUCTIONS,
+}
+"""Function -> why it is longer or takes more. `TO_SHORTEN` is a debt: nothing new gets it."""
+
+
+def functions(node, name):
+    """Every function in a syntax tree, with its name; a method's `self` is no parameter of it."""
+    for child in ast.iter_child_nodes(node):
+        inner = f"{name}.{child.name}" if isinstance(child, ast.ClassDef | ast.FunctionDef) else name
+        if isinstance(child, ast.FunctionDef):
+            a = child.args
+            named = [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p is not None]
+            parameters = len(named) - (named[:1] in (["self"], ["cls"]))
+            yield inner, child.end_lineno - child.lineno + 1, parameters
+        yield from functions(child, inner)
+
+
+def too_large():
+    found = {}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            if "demo" in path.parts:
+                continue  # scripts that were run once
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for name, lines, parameters in functions(ast.parse(path.read_text(encoding="utf-8")), module):
+                if lines > MAX_LINES or parameters > MAX_PARAMETERS:
+                    found[name] = f"{lines} lines, {parameters} parameters"
+    return found
+
+
+def test_functions_are_short_and_take_few_parameters():
+    new = {name: size for name, size in too_large().items() if name not in EXCEPTIONS}
+    assert not new, f"at most {MAX_LINES} lines and {MAX_PARAMETERS} parameters: {new}"
+
+
+def test_every_exception_is_still_one():
+    assert EXCEPTIONS.keys() <= too_large().keys(), "shortened, moved or renamed: take it out of EXCEPTIONS"
+
+
+def test_long_functions_and_long_lists_of_parameters_are_seen():
+    source = "class C:\n    def f(self, a, *b, c, **d):\n        def g():\n            x = 1\n            return x\n"
+    assert list(functions(ast.parse(source), "m")) == [("m.C.f", 4, 4), ("m.C.f.g", 3, 0)]
