@@ -25,6 +25,7 @@ from fiddler.kernels.machine.threads import set_threads, thread_count
 from fiddler.kernels.machine.tuning import (
     TUNINGS,
     Tuning,
+    check_store,
     damaged_store,
     family_of,
     is_fitted,
@@ -74,15 +75,14 @@ def fit_unknown_cpu(notify: Callable[[str], None]) -> None:
         notify(f"warning: {tuning_store()} is damaged and ignored; remove it, or run `fiddler calibrate --kernels`")
     if is_fitted():
         return
-    try:
-        store_tuning(TUNINGS["portable"])
-    except OSError as error:
-        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be kept: {error.strerror}")
-        return
-    notify(f"unknown CPU {cpu_model()} ({cpu_name()}): choosing kernel settings; the next start finds them on disk")
     tier = choose_tier()
     rows = _distinct(tier, "portable", _newest(tier), "zen5")[:2]
-    store_tuning(_measured(rows, _FIRST_TOKENS, tier, None).row)
+    try:
+        check_store()
+        notify(f"unknown CPU {cpu_model()} ({cpu_name()}): choosing kernel settings; the next start finds them on disk")
+        store_tuning(_measured(rows, _FIRST_TOKENS, tier, None).row)
+    except OSError as error:
+        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be kept: {error.strerror}")
 
 
 def fit_tuning(threads: int | None = None) -> Fit:
@@ -93,8 +93,9 @@ def fit_tuning(threads: int | None = None) -> Fit:
     """
     tier = choose_tier()
     rows = _distinct(tier, family_of(cpu_name()) or "portable", _newest(tier), *TUNINGS)
-    fit = _measured(rows, _TOKENS, tier, threads)
     try:
+        check_store()
+        fit = _measured(rows, _TOKENS, tier, threads)
         store_tuning(fit.row)
     except OSError as error:
         raise ResourceError(f"{tuning_store()}: the kernel settings cannot be kept: {error.strerror}") from error

@@ -21,6 +21,7 @@ __all__ = [
     "NON_TEMPORAL",
     "TUNINGS",
     "Tuning",
+    "check_store",
     "current_tuning",
     "damaged_store",
     "family_of",
@@ -178,12 +179,13 @@ def is_fitted() -> bool:
 
 def store_tuning(row: Tuning) -> None:
     """Use a row for this CPU from now on, in this process and later ones. Raises OSError where it cannot be stored."""
-    path = tuning_store()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(_stored() | {_key(): row.name}, indent=1))
-    part.replace(path)
+    _write_part(json.dumps(_stored() | {_key(): row.name}, indent=1)).replace(tuning_store())
     current_tuning.cache_clear()
+
+
+def check_store() -> None:
+    """Raise OSError where `store_tuning` could store nothing."""
+    _write_part("").unlink()
 
 
 def tuning_store() -> Path:
@@ -194,6 +196,15 @@ def tuning_store() -> Path:
 def damaged_store() -> bool:
     """Whether the file of stored fits is there and cannot be read as such; its content counts for nothing then."""
     return _read() is None
+
+
+def _write_part(text: str) -> Path:
+    """A new file beside the stored fits."""
+    path = tuning_store()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text)
+    return part
 
 
 def _key() -> str:
