@@ -20,6 +20,7 @@ from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
 if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.evaluation.perplexity import Estimate
+    from fiddler.files.model_file import ModelFile
     from fiddler.models.config import Config
 
 __all__ = ["perplexity"]
@@ -40,18 +41,11 @@ def perplexity(
 ) -> None:
     """Measure a model's perplexity on a text as llama-perplexity does: the second half of each window of -c tokens."""
     text = _text(file)
-    from fiddler.files.model_file import ModelFile
-
     if model is None:
         from fiddler.loading import DEMO_MODEL
 
         model = DEMO_MODEL
-    model_file = ModelFile.open(model)
-    if ctx > model_file.config.context_length:
-        raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
-    if counts is not None:
-        _check_counts(counts, model_file.config)
-    model_file.check_runnable()
+    model_file = _open(model, ctx, counts)
     tokenizer = model_file.tokenizer
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
     from fiddler.evaluation.perplexity import cut
@@ -110,6 +104,19 @@ def _text(file: Path) -> bytes:
         return file.read_bytes().removesuffix(b"\n")
     except OSError as error:
         raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _open(model: Path, ctx: int, counts: Path | None) -> ModelFile:
+    """The opened model. Raises FiddlerError where it cannot run, --ctx is too long or `counts` cannot be written."""
+    from fiddler.files.model_file import ModelFile
+
+    model_file = ModelFile.open(model)
+    if ctx > model_file.config.context_length:
+        raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
+    if counts is not None:
+        _check_counts(counts, model_file.config)
+    model_file.check_runnable()
+    return model_file
 
 
 def _measure(engine: Engine, windows: Sequence[Sequence[int]]) -> Estimate:

@@ -188,7 +188,7 @@ def convert(arguments: argparse.Namespace) -> bool:
 
 RUN = """
 import json, sys, time
-import fiddler.loading, fiddler.kernels as kernels  # the bare imports: torch, numba, sentencepiece
+import fiddler.loading, fiddler.engine, fiddler.cpu.loader, fiddler.kernels as kernels  # the bare imports: torch, numba
 kernels.precompile(kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16"))
 from fiddler.host_memory import peak_memory
 imported = peak_memory().anonymous
