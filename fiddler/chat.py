@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fiddler.engine import Engine
 from fiddler.errors import RequestError
-from fiddler.generation.completion import Completion, Generation
+from fiddler.generation.completion import Completion
+from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
 from fiddler.text.chat_template import ChatTemplate, Message

@@ -17,9 +17,12 @@ from fiddler.files.model_file import ModelFile
 from fiddler.generation.batch_size import BatchSize, first_batch_size
 from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
 from fiddler.generation.beam_search import Beam, BeamSearch
-from fiddler.generation.completion import Completion, Generation
+from fiddler.generation.completion import Completion
+from fiddler.generation.drivers import Outcome, run_all
 from fiddler.generation.request import checked_ids, checked_request
-from fiddler.generation.scheduler import Batch, Outcome
+from fiddler.generation.sampled_text import Generation
+from fiddler.generation.scheduler import Scheduler
+from fiddler.generation.sequence_group import PreparedRequest
 from fiddler.host_memory import in_memory
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
@@ -92,8 +95,9 @@ class Engine:
         the text ends where that is complete. `reuse`: the common prefix with the last prompt is not computed again,
         which may change roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the
         request should be repeatable. `prompt_cache`: a file that stores the prompt's keys and values for other
-        processes, see `fiddler.runtime.kv_cache_file`; it is read now, and written after the prompt was read; not in a
-        `batch`. on_chunk: called between prefill chunks with the tokens read so far; may raise to cancel.
+        processes, see `fiddler.runtime.kv_cache_file`; it is read now, and written after the prompt was read. on_chunk:
+        called between prefill chunks with the prompt's tokens read so far, while the result is iterated; may raise to
+        cancel.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
         ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
@@ -163,12 +167,14 @@ class Engine:
 
     def batch(
         self,
-        generations: Iterable[Generation],
+        generations: Iterable[PreparedRequest],
         parallel: int | None = None,
         *,
         on_step: Callable[[int, int], None] = lambda generated, sequences: None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """Run many generations, as `start` returns them, at once: (index, completion or error) of each as it finishes.
+        """Run many generations at once, as `start` returns them: (index, completion or error) of each as it finishes.
+
+        Searches of `start_beams` may be among them: each counts as so many sequences and ends with a `BeamResult`.
 
         Their texts do not depend on each other, beyond rounding; an expert that several chose is read once a step.
         They are taken from the iterable when there is memory for them, so it may prepare them one by one.
@@ -184,9 +190,8 @@ class Engine:
         first = first_batch_size(self.config.expert_count, self.config.expert_used_count) if parallel is None else limit
         file = self.model_file.file
         weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
-        return iter(
-            Batch(self.runner, generations, self.runner.room(weights), BatchSize(min(first, limit), limit), on_step)
-        )
+        scheduler = Scheduler(self.runner, BatchSize(min(first, limit), limit), self.runner.room(weights))
+        return run_all(scheduler, generations, on_step)
 
     @cached_property
     def _pieces(self) -> list[bytes]:

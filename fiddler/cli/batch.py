@@ -18,8 +18,8 @@ from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
-    from fiddler.generation.completion import Generation
-    from fiddler.generation.scheduler import Outcome
+    from fiddler.generation.drivers import Outcome
+    from fiddler.generation.sampled_text import Generation
     from fiddler.serving.batch_input import JobFile
     from fiddler.serving.batch_results import Results
     from fiddler.serving.json_fields import Id
@@ -129,6 +129,7 @@ class _Run:
         self._bar.update(0)
 
     def _add(self, identity: Id, outcome: Outcome) -> None:
+        from fiddler.generation.completion import Completion
         from fiddler.serving.json_fields import probs_of
 
         if isinstance(outcome, ResourceError):  # no result: the same command retries it
@@ -137,6 +138,7 @@ class _Run:
         elif isinstance(outcome, FiddlerError):
             self._add_error(identity, outcome)
         else:
+            assert isinstance(outcome, Completion)
             probs = [probs_of(self._pieces, step) for step in outcome.log_probs]
             self._results.add(
                 identity,

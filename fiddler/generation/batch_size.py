@@ -52,6 +52,11 @@ class BatchSize:
         self._speed = 0.0
         self._seconds: list[float] = []
 
+    @property
+    def maximum(self) -> int:
+        """The largest number of sequences that `now` may become."""
+        return self._maximum
+
     def measured(self, sequences: int, seconds: float) -> None:
         """Record that a step with one token for each of `sequences` took `seconds`."""
         if sequences != self.now or self.now == self._maximum:

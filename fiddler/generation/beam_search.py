@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fiddler.generation.beam_hypotheses import BeamOptions, Finished, Hypotheses, Live
-from fiddler.generation.completion import FinishReason, Stats
-from fiddler.generation.generate import finite
+from fiddler.generation.completion import Beam, BeamResult, Stats
+from fiddler.generation.drivers import run_alone
+from fiddler.generation.events import Finished as FinishedEvent
+from fiddler.generation.sequence_group import Advance, Fork, RunningSequence, finite
 from fiddler.generation.stop_strings import StopText
 from fiddler.host_memory import peak_memory
 from fiddler.runtime.kv_cache import KVCache
@@ -23,32 +24,14 @@ from fiddler.runtime.runner import Runner
 from fiddler.sampling.logprobs import log_softmax
 from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["Beam", "BeamSearch"]
-
-
-@dataclass(frozen=True)
-class Beam:
-    """A finished beam. `score`: the sum of log-probabilities over (number of tokens) ** length_penalty.
-
-    `tokens` include the end token or the tokens of the stop string, `text` does not.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    score: float
-    finish_reason: FinishReason
-
-
-@dataclass
-class _BeamCache:
-    """A beam's KV cache, and the tokens that it holds after the prompt."""
-
-    sequence: KVCache
-    tokens: tuple[int, ...] = ()
+__all__ = ["Beam", "BeamGroup", "BeamSearch"]
 
 
 class BeamSearch:
-    """A prepared search: `run` returns the beams, best first; afterwards `stats` has its times and memory."""
+    """A prepared search: `run` returns the beams, best first; afterwards `stats` has its times and memory.
+
+    Or add it to a scheduler, to run it beside other requests: it ends with a `BeamResult`.
+    """
 
     def __init__(
         self,
@@ -64,12 +47,11 @@ class BeamSearch:
         reuse: bool = False,
     ) -> None:
         """`after_prompt`: called with the sequence when it holds just the prompt. `reuse`: see `Generation`."""
-        self._reuse = reuse
-        self._runner, self._tokenizer = runner, tokenizer
-        self._prompt, self._options, self._limit = prompt, options, limit
-        self._stop, self._load_seconds, self._after_prompt = stop, load_seconds, after_prompt
-        self._ends = frozenset() if ignore_eos else tokenizer.end_ids
-        self._banned = sorted(tokenizer.end_ids) if ignore_eos else []
+        self.prompt, self.options, self.limit, self.reuse = prompt, options, limit, reuse
+        self.after_prompt, self.load_seconds = after_prompt, load_seconds
+        self._runner, self._tokenizer, self._stop = runner, tokenizer, stop
+        self.end_ids = frozenset[int]() if ignore_eos else tokenizer.end_ids
+        self.banned = sorted(tokenizer.end_ids) if ignore_eos else []
         self._stats: Stats | None = None
 
     @property
@@ -84,75 +66,23 @@ class BeamSearch:
         They are fewer where stop strings ended so many beams that too few were left to go on.
         Raises FileFormatError where the model computes something that is no number.
         """
-        started = time.perf_counter()
-        first = _BeamCache(self._runner.resume(self._prompt if self._reuse else []))
-        cached = first.sequence.length
-        logits = self._runner.prefill(first.sequence, self._prompt[cached:])[None]
-        prompt_read = time.perf_counter()
-        finite(logits.numpy(), len(self._prompt))  # before the prompt is cached in a file
-        self._after_prompt(first.sequence)
-        search = Hypotheses(self._options, max(self._limit, 1), self._is_ended, len(self._ends))
-        begun, steps, caches = time.perf_counter(), 0, [first]
-        while steps < self._limit and not search.over:
-            log_probs = log_softmax(finite(logits.numpy(), len(self._prompt) + steps))
-            log_probs[:, self._banned] = -np.inf
-            search.advance(log_probs)
-            steps += 1
-            if not search.over:
-                caches = self._follow(caches, search.live)
-                parts = [(cache.sequence, cache.tokens[-1:]) for cache in caches[: len(search.live)]]
-                output = self._runner.step(parts)
-                assert output.logits is not None
-                logits = output.logits
-        ended = time.perf_counter()
-        self._runner.keep(first.sequence, [*self._prompt, *first.tokens])
-        memory = peak_memory()
-        self._stats = Stats(
-            load_seconds=self._load_seconds,
-            prompt_tokens=len(self._prompt),
-            prompt_seconds=prompt_read - started,
-            generated_tokens=steps,
-            generation_seconds=ended - begun,
-            peak_resident=memory.peak_resident,
-            anonymous=memory.anonymous,
-            cached_tokens=cached,
-        )
-        return [self._as_beam(beam) for beam in search.finished or [Finished((), 0.0)]]
+        *_, last = run_alone(self._runner, self)
+        assert isinstance(last, FinishedEvent)
+        assert isinstance(last.result, BeamResult)
+        self._stats = last.result.stats
+        return list(last.result.beams)
 
-    def _follow(self, caches: list[_BeamCache], live: list[Live]) -> list[_BeamCache]:
-        """A cache for each living beam with its parent's keys and values, in the beams' order; then the free caches.
+    def begin(self) -> BeamGroup:
+        """Implements `Request.begin`."""
+        return BeamGroup(self)
 
-        `caches`: those of the parents, in their order, then free ones. A beam takes its parent's cache; a second beam
-        of the same parent gets a copy, in the free cache that has the longest common prefix with it.
-        """
-        parents = {beam.parent for beam in live}
-        free = [cache for i, cache in enumerate(caches) if i not in parents]
-        continued: set[int] = set()
-        followers = []
-        for beam in live:
-            cache = caches[beam.parent]
-            if beam.parent in continued:
-                cache = self._copied(cache, free)
-            continued.add(beam.parent)
-            followers.append(cache)
-        for cache, beam in zip(followers, live, strict=True):
-            cache.tokens = beam.tokens
-        return followers + free
+    def is_ended(self, tokens: tuple[int, ...]) -> bool:
+        """Whether a beam's tokens, of which the last one is new, end it."""
+        return tokens[-1] in self.end_ids or (bool(self._stop) and self._decoded(tokens, whole=False)[1])
 
-    def _copied(self, source: _BeamCache, free: list[_BeamCache]) -> _BeamCache:
-        target = max(free, key=lambda cache: common(cache.tokens, source.tokens), default=None)
-        if target is None:
-            return _BeamCache(self._runner.copy(source.sequence))
-        free.remove(target)
-        shared = len(self._prompt) + common(target.tokens, source.tokens)
-        self._runner.copy(source.sequence, target.sequence, shared)
-        return target
-
-    def _is_ended(self, tokens: tuple[int, ...]) -> bool:
-        return tokens[-1] in self._ends or (bool(self._stop) and self._decoded(tokens, whole=False)[1])
-
-    def _as_beam(self, beam: Finished) -> Beam:
-        by_token = bool(beam.tokens) and beam.tokens[-1] in self._ends
+    def as_beam(self, beam: Finished) -> Beam:
+        """A finished beam with its text."""
+        by_token = bool(beam.tokens) and beam.tokens[-1] in self.end_ids
         text, stopped = self._decoded(beam.tokens[:-1] if by_token else beam.tokens, whole=True)
         return Beam(text, beam.tokens, beam.score, "stop" if by_token or stopped else "length")
 
@@ -163,3 +93,93 @@ class BeamSearch:
         if whole:
             text += stop.push(stream.finish()) + stop.finish()
         return text, stop.found
+
+
+class BeamGroup:
+    """The `SequenceGroup` of a beam search: one sequence for each living beam, in the beams' order."""
+
+    def __init__(self, search: BeamSearch) -> None:
+        self.prompt, self.reuse = search.prompt, search.reuse
+        self.max_positions, self.max_sequences = len(search.prompt) + search.limit, search.options.num_beams
+        self.sequences, self.free = [RunningSequence(list(search.prompt))], list[RunningSequence]()
+        self._search = search
+        self._hypotheses = Hypotheses(search.options, max(search.limit, 1), search.is_ended, len(search.end_ids))
+        self._steps = 0
+        self._started: float | None = None  # times of `time.perf_counter`: of the first step,
+        self._read: float | None = None  # when the prompt was read,
+        self._begun = 0.0  # and of the first choice
+        self._cached = 0
+
+    def joined(self, cached: int) -> None:
+        """Implements `SequenceGroup.joined`."""
+        if self._started is None:
+            self._started, self._cached = time.perf_counter(), cached
+
+    def advance(self) -> Advance:
+        """Implements `SequenceGroup.advance`: extend each living beam by a token."""
+        rows = [sequence.logits for sequence in self.sequences if sequence.logits is not None]
+        logits = finite(np.stack(rows), len(self.prompt) + self._steps)
+        if self._read is None:
+            (sequence,) = self.sequences
+            assert sequence.cache is not None
+            self._read = time.perf_counter()
+            self._search.after_prompt(sequence.cache)
+            self._begun = time.perf_counter()
+        if self._search.limit == 0:
+            return Advance(result=self._result())
+        log_probs = log_softmax(logits)
+        log_probs[:, self._search.banned] = -np.inf
+        self._hypotheses.advance(log_probs)
+        self._steps += 1
+        if self._hypotheses.over:
+            return Advance(result=self._result())
+        return Advance(forks=self._follow(self._hypotheses.live))
+
+    def _follow(self, live: list[Live]) -> list[Fork]:
+        """Let `sequences` be those of the living beams, in their order. A beam continues its parent's sequence; a
+        second beam of the same parent gets a fork, in the free sequence that has the longest common prefix with it.
+        """
+        parents = {beam.parent for beam in live}
+        self.free[:0] = [sequence for index, sequence in enumerate(self.sequences) if index not in parents]
+        continued: set[int] = set()
+        followers, forks = [], []
+        for beam in live:
+            sequence = self.sequences[beam.parent]
+            if beam.parent in continued:
+                forks.append(self._fork(sequence))
+                sequence = forks[-1].target
+            continued.add(beam.parent)
+            followers.append(sequence)
+        for sequence, beam in zip(followers, live, strict=True):
+            sequence.tokens.append(beam.tokens[-1])
+        self.sequences = followers
+        return forks
+
+    def _fork(self, source: RunningSequence) -> Fork:
+        """A fork of `source`, whose tokens are all computed."""
+        n = len(self.prompt)
+        generated = source.tokens[n:]
+        target = max(self.free, key=lambda sequence: common(sequence.tokens[n:], generated), default=None)
+        if target is None:
+            return Fork(source, RunningSequence(list(source.tokens)), 0)
+        self.free.remove(target)
+        shared = n + common(target.tokens[n:], generated)
+        target.tokens = list(source.tokens)
+        return Fork(source, target, shared)
+
+    def _result(self) -> BeamResult:
+        ended, memory = time.perf_counter(), peak_memory()
+        assert self._started is not None
+        assert self._read is not None
+        stats = Stats(
+            load_seconds=self._search.load_seconds,
+            prompt_tokens=len(self.prompt),
+            prompt_seconds=self._read - self._started,
+            generated_tokens=self._steps,
+            generation_seconds=ended - self._begun,
+            peak_resident=memory.peak_resident,
+            anonymous=memory.anonymous,
+            cached_tokens=self._cached,
+        )
+        finished = self._hypotheses.finished or [Finished((), 0.0)]
+        return BeamResult(tuple([self._search.as_beam(beam) for beam in finished]), stats)

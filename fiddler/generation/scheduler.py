@@ -1,188 +1,247 @@
-"""Many generations at once: schedule, step, finish. Sequences join and leave at every step.
+"""The decoding loop: schedules requests, runs one step for all their sequences, reports events.
 
-All tokens of a step go through the model together, so that an expert that several sequences chose is read once. Knows
-no files and no text: each `Reply` decides when it has ended.
+All tokens of a step go through the model together, so that an expert that several sequences chose is read once. Groups
+join and leave at every step; one request by itself is a batch of one. Knows no files and no text: each group chooses
+its tokens and decides when it has ended.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-
-import numpy as np
+from collections.abc import Sequence
 
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.generation.batch_size import BatchSize, tokens_per_sequence
-from fiddler.generation.completion import Completion, Generation
-from fiddler.generation.generate import choose
-from fiddler.runtime.kv_cache import KVCache
+from fiddler.generation.events import Event, Failed, Finished, PromptRead, Token
+from fiddler.generation.sequence_group import Advance, PreparedRequest, RunningSequence, SequenceGroup
 from fiddler.runtime.runner import Runner
 
-__all__ = ["Batch", "Outcome"]
-
-Outcome = Completion | FiddlerError
+__all__ = ["Scheduler"]
 
 
-class _Member:
-    """A generation of the batch. `tokens`: all so far; its sequence holds a prefix of them."""
+class Scheduler:
+    """Runs requests side by side. `step` computes, and only `step`; its caller may `add` and `cancel` in between.
 
-    def __init__(self, index: int, generation: Generation) -> None:
-        self.index, self.generation = index, generation
-        self.tokens = list(generation.prompt)
-        self.reply, self.sampler = generation.begin()
-        self.max_positions = len(self.tokens) + generation.limit
-        self.sequence: KVCache | None = None
-        self.started = self.first = 0.0
-
-    @property
-    def lacking(self) -> int:
-        """Tokens that its sequence does not hold yet: one while it decodes, many of a prompt."""
-        assert self.sequence is not None, "it has not joined"
-        return len(self.tokens) - self.sequence.length
-
-
-class Batch:
-    """Iterate for the index of each generation, and its `Completion` or error, as they finish.
-
-    Generations are taken from the iterable only when there is memory for them.
+    `stepped`: number of sequences in the last step; 0 where none ran, or where memory did not suffice.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        generations: Iterable[Generation],
-        max_kv_bytes: int | None,
-        batch_size: BatchSize,
-        on_step: Callable[[int, int], None] = lambda generated, sequences: None,
-    ) -> None:
-        """max_kv_bytes: of the KV caches of all sequences; None for no limit.
+    def __init__(self, runner: Runner, batch_size: BatchSize, max_kv_bytes: int | None = None) -> None:
+        """max_kv_bytes: of the KV caches of all sequences, each at its full length; None for no limit.
 
-        on_step: called after each step with the tokens generated so far and the number of sequences in the step.
+        Where the batch size may exceed 1, sequences reserve their full length when they join, so that a batch does not
+        run out of memory midway; else they grow.
         """
-        self._runner, self._max_kv_bytes, self._batch_size, self._on_step = runner, max_kv_bytes, batch_size, on_step
-        self._generations = enumerate(generations)
-        self._waiting: deque[_Member] = deque()  # without memory: not yet, or not any more
-        self._members: list[_Member] = []
-        self._generated = 0
+        self._runner, self._batch_size, self._max_kv_bytes = runner, batch_size, max_kv_bytes
+        self._grows = batch_size.maximum == 1
+        self._waiting: deque[tuple[int, SequenceGroup]] = deque()  # without memory: not yet, or not any more
+        self._running: dict[int, SequenceGroup] = {}
+        self._events: list[Event] = []  # not yet returned by `step`
+        self._added = 0
+        self.stepped = 0
 
-    def __iter__(self) -> Iterator[tuple[int, Outcome]]:
-        while True:
-            yield from self._schedule()
-            if not self._members:
-                return
-            began, sequences = time.perf_counter(), len(self._members)
-            counts = tokens_per_sequence([member.lacking for member in self._members], self._runner.chunk)
-            try:
-                ready = self._step(counts)
-            except (ResourceError, MemoryError) as error:
-                failed = _as_error(error)
-            else:
-                outcomes = [outcome for member, logits in ready for outcome in self._advance(member, logits)]
-                if counts == [1] * sequences:
-                    self._batch_size.measured(sequences, time.perf_counter() - began)
-                self._on_step(self._generated, sequences)
-                yield from outcomes
-                continue
-            yield from self._make_room(failed)
+    @property
+    def idle(self) -> bool:
+        """Whether another step would do and report nothing."""
+        return not (self._running or self._waiting or self._events)
 
-    def _schedule(self) -> Iterator[tuple[int, Outcome]]:
-        """Let as many join as memory allows, at least one. Yields those that cannot, or have nothing to compute."""
-        while len(self._members) < self._batch_size.now:
-            member = self._next()
-            if member is None:
-                return
-            if member.reply.finish_reason is not None:
-                now = time.perf_counter()
-                yield member.index, member.generation.completed(member.reply, member.sampler, now, now)
-                continue
-            if not self._fits(member):
-                self._waiting.appendleft(member)
-                return
-            try:
-                member.sequence = self._runner.sequence(member.max_positions)
-            except (ResourceError, MemoryError) as error:
-                if not self._members:
-                    yield member.index, _as_error(error)
-                    continue
-                self._waiting.appendleft(member)
-                self._batch_size.limit(len(self._members))
-                return
-            member.started = member.started or time.perf_counter()
-            self._members.append(member)
+    @property
+    def has_room(self) -> bool:
+        """Whether a request that is added now may join the next step: no other waits, and the batch is not full."""
+        return not self._waiting and self._sequences() < self._batch_size.now
 
-    def _next(self) -> _Member | None:
+    def add(self, request: PreparedRequest) -> int:
+        """Let a request join the next step if memory allows it, else as soon as it does. Returns its handle."""
+        handle = self._added
+        self._added += 1
+        try:
+            self._waiting.append((handle, request.begin()))
+        except FiddlerError as error:
+            self._events.append(Failed(handle, error))
+        self._join()
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """End a request: it has no more events, and its memory is free for others. Nothing happens if it has ended."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0] != handle)
+        self._events = [event for event in self._events if event.handle != handle]
+        if handle in self._running:
+            self._leave(handle)
+
+    def close(self) -> None:
+        """Cancel all requests."""
+        self._waiting.clear()
+        self._events = []
+        for handle in list(self._running):
+            self._leave(handle)
+
+    def step(self) -> list[Event]:
+        """Run one step for all sequences that there is memory for: the events since the last one, in order.
+
+        Other errors than those of a request are raised; the sequences are then as they were before.
+        """
         if self._waiting:
-            return self._waiting.popleft()
-        numbered = next(self._generations, None)
-        return None if numbered is None else _Member(*numbered)
+            self._join()
+        self.stepped = 0
+        if self._running:
+            self._run_step()
+        events, self._events = self._events, []
+        return events
 
-    def _fits(self, member: _Member) -> bool:
-        """Whether the KV caches of this and all other members fit, each at its full length."""
-        if self._max_kv_bytes is None or not self._members:
-            return True
-        return sum(self._runner.kv_bytes(each.max_positions) for each in (*self._members, member)) <= self._max_kv_bytes
+    def _run_step(self) -> None:
+        sequences = [sequence for group in self._running.values() for sequence in group.sequences]
+        began = time.perf_counter()
+        counts = tokens_per_sequence([sequence.lacking for sequence in sequences], self._runner.chunk)
+        error = None
+        try:
+            self._compute(sequences, counts)
+        except (ResourceError, MemoryError) as raised:
+            error = _without_traceback(raised)
+        if error is not None:
+            self._make_room(error)
+            return
+        self.stepped, end = len(sequences), 0
+        for handle, group in list(self._running.items()):
+            begin, end = end, end + len(group.sequences)
+            if any(counts[begin:end]):
+                self._report_prompt(handle, group)
+            if not any(sequence.logits is None for sequence in group.sequences):
+                self._advance(handle, group)
+        if counts == [1] * len(sequences):
+            self._batch_size.measured(len(sequences), time.perf_counter() - began)
 
-    def _step(self, counts: list[int]) -> list[tuple[_Member, np.ndarray]]:
-        """Run `counts` tokens of the members through the model: logits [V] for members that lack none afterwards.
+    def _compute(self, sequences: Sequence[RunningSequence], counts: Sequence[int]) -> None:
+        """Run `counts` tokens of the sequences through the model; those that lack none afterwards get their logits.
 
         Where that fails, nothing has changed.
         """
-        parts, rows, ready, end = [], [], [], 0
-        for member, count in zip(self._members, counts, strict=True):
-            if count:
-                assert member.sequence is not None, "it has not joined"
-                cached = member.sequence.length
-                parts.append((member.sequence, member.tokens[cached : cached + count]))
+        parts, rows, complete, end = [], [], [], 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            if not count:
+                continue
+            assert sequence.cache is not None, "the sequence has not joined"
+            cached = sequence.cache.length
+            parts.append((sequence.cache, sequence.tokens[cached : cached + count]))
             end += count
-            if count == member.lacking:
-                ready.append(member)
+            if cached + count == len(sequence.tokens):
+                complete.append(sequence)
                 rows.append(end - 1)
-        lengths = [sequence.length for sequence, _ in parts]
+        if not parts:
+            return
+        lengths = [cache.length for cache, _ in parts]
         try:
-            logits = self._runner.step(parts, wanted=rows).logits
+            logits = self._runner.step(parts, rows).logits
         except BaseException:
-            for (sequence, _), length in zip(parts, lengths, strict=True):
-                sequence.truncate(length)
+            for (cache, _), length in zip(parts, lengths, strict=True):
+                cache.truncate(length)
             raise
         assert logits is not None
-        return list(zip(ready, logits.numpy(), strict=True))
+        for sequence, row in zip(complete, logits.numpy(), strict=True):
+            sequence.logits = row
 
-    def _advance(self, member: _Member, logits: np.ndarray) -> list[tuple[int, Outcome]]:
-        """Choose a member's next token. If it is the last one, the member leaves, and its outcome is returned."""
+    def _report_prompt(self, handle: int, group: SequenceGroup) -> None:
+        cache, total = group.sequences[0].cache, len(group.prompt)
+        assert cache is not None
+        if cache.length <= total:
+            self._events.append(PromptRead(handle, cache.length, total))
+
+    def _advance(self, handle: int, group: SequenceGroup) -> None:
+        """Let a group choose its next tokens; copy caches for its forks; it leaves if it has ended."""
         try:
-            token = choose(logits, member.tokens, member.sampler)
-            last = member.sampler.finished
+            advance = group.advance()
         except FiddlerError as error:
-            return [self._leave(member, error)]
-        if not member.reply.tokens:
-            member.first = time.perf_counter()
-        member.tokens.append(token)
-        member.reply.push(token, last=last)
-        self._generated += 1
-        if member.reply.finish_reason is None:
-            return []
-        return [
-            self._leave(member, member.generation.completed(member.reply, member.sampler, member.started, member.first))
-        ]
-
-    def _make_room(self, error: FiddlerError) -> Iterator[tuple[int, Outcome]]:
-        """After a step that did not fit, the last member waits, to compute its tokens again later; a lone one fails."""
-        if len(self._members) == 1:
-            yield self._leave(self._members[0], error)
+            self._leave(handle)
+            self._events.append(Failed(handle, error))
             return
-        last = self._members.pop()
-        last.sequence = None
-        self._waiting.appendleft(last)
-        self._batch_size.limit(len(self._members))
+        for sequence in group.sequences:
+            sequence.logits = None
+        if advance.token is not None:
+            self._events.append(Token(handle, advance.token, advance.text))
+        if advance.result is not None:
+            self._leave(handle)
+            self._events.append(Finished(handle, advance.result))
+        elif advance.forks:
+            self._fork(handle, advance)
 
-    def _leave(self, member: _Member, outcome: Outcome) -> tuple[int, Outcome]:
-        self._members.remove(member)
-        member.sequence = None
-        return member.index, outcome
+    def _fork(self, handle: int, advance: Advance) -> None:
+        """Copy KV caches. Where memory does not suffice, the group waits; a lone one fails."""
+        error = None
+        try:
+            for source, target, shared in advance.forks:
+                assert source.cache is not None
+                target.cache = self._runner.copy(source.cache, target.cache, shared)
+        except (ResourceError, MemoryError) as raised:
+            error = _without_traceback(raised)
+        if error is not None:
+            self._give_way(handle, error)
+
+    def _join(self) -> None:
+        """Let as many waiting groups join as memory and the batch size allow, at least one. Some may fail."""
+        while self._waiting:
+            handle, group = self._waiting[0]
+            if self._running and not self._fits(group):
+                return
+            self._waiting.popleft()
+            error = None
+            try:
+                self._allocate(group)
+            except (ResourceError, MemoryError) as raised:
+                error = _without_traceback(raised)
+            self._running[handle] = group
+            if error is not None:
+                self._give_way(handle, error)
+                if self._running:
+                    return
+
+    def _allocate(self, group: SequenceGroup) -> None:
+        """A KV cache for each sequence of a group."""
+        for index, sequence in enumerate(group.sequences):
+            positions = len(sequence.tokens) if self._grows else group.max_positions
+            if index:
+                sequence.cache = self._runner.sequence(positions)
+            else:
+                sequence.cache = self._runner.resume(sequence.tokens if group.reuse else (), positions)
+                group.joined(sequence.cache.length)
+
+    def _fits(self, group: SequenceGroup) -> bool:
+        """Whether this group fits beside the running ones, each with all its sequences at their full length."""
+        if self._sequences() + group.max_sequences > self._batch_size.now:
+            return False
+        groups = (*self._running.values(), group)
+        return self._max_kv_bytes is None or self._max_kv_bytes >= sum(
+            each.max_sequences * self._runner.kv_bytes(each.max_positions) for each in groups
+        )
+
+    def _sequences(self) -> int:
+        return sum([group.max_sequences for group in self._running.values()])
+
+    def _make_room(self, error: FiddlerError) -> None:
+        """After a step that did not fit, the group that joined last gives way."""
+        self._give_way(next(reversed(self._running)), error)
+
+    def _give_way(self, handle: int, error: FiddlerError) -> None:
+        """A group gives its memory back and waits, to compute its tokens again later; a lone one fails."""
+        if len(self._running) == 1:
+            self._leave(handle)
+            self._events.append(Failed(handle, error))
+            return
+        group = self._running.pop(handle)
+        for sequence in group.sequences:
+            sequence.cache = sequence.logits = None
+        group.free.clear()
+        self._waiting.appendleft((handle, group))
+        self._batch_size.limit(self._sequences())
+
+    def _leave(self, handle: int) -> None:
+        """Remove a group. Its caches go to the prefix cache, which holds the last one."""
+        group = self._running.pop(handle)
+        for sequence in (*group.free, *reversed(group.sequences)):
+            cache, sequence.cache, sequence.logits = sequence.cache, None, None
+            if cache is not None:
+                self._runner.keep(cache, sequence.tokens)
 
 
-def _as_error(error: ResourceError | MemoryError) -> FiddlerError:
+def _without_traceback(error: ResourceError | MemoryError) -> FiddlerError:
     """The error without its traceback: that would keep the step's tensors alive."""
     if isinstance(error, MemoryError):
         return ResourceError("out of memory; close other programs, or give shorter prompts or fewer tokens")

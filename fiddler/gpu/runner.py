@@ -115,9 +115,13 @@ class GpuRunner(Runner):
         if unowned:
             self._owner = weakref.ref(sequence)
         if positions:
-            with self._within_budget():
-                sequence.reserve(positions)
+            self.reserve(sequence, positions)
         return sequence
+
+    def reserve(self, sequence: KVCache, positions: int) -> None:
+        """Implements `Runner.reserve`."""
+        with self._within_budget():
+            super().reserve(sequence, positions)
 
     def room(self, weights: int) -> int | None:
         """Implements `Runner.room`: bytes left of the budget; the preallocated KV cache is part of what is used."""

@@ -58,7 +58,8 @@ class KVCache:
         assert length <= self.context, f"{length} positions in a context of {self.context}"
         if length <= self._capacity:
             return
-        capacity = _capacity_for(length, self.context, min(tensor.shape[1] for tensor in (*self._keys, *self._values)))
+        present = min(tensor.shape[1] for tensor in (*self._keys, *self._values)) if self.length else 0
+        capacity = _capacity_for(length, self.context, present)  # an empty one gets no more than a new one
         self._capacity = 0  # if an allocation fails, layers differ in capacity and must grow again
         self._arrays = self._pointers = None  # they point to the old memory
         for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):

@@ -47,9 +47,13 @@ class Runner:
         """A new, empty sequence with memory for `positions`; it grows where it gets more."""
         sequence = KVCache(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
         if positions:
-            with out_of_memory():
-                sequence.reserve(positions)
+            self.reserve(sequence, positions)
         return sequence
+
+    def reserve(self, sequence: KVCache, positions: int) -> None:
+        """Make room in `sequence` for `positions` in all. Raises ResourceError where memory does not suffice."""
+        with out_of_memory():
+            sequence.reserve(positions)
 
     def kv_bytes(self, positions: int) -> int:
         """KV cache of a new sequence with memory for `positions` [bytes]."""
@@ -59,9 +63,15 @@ class Runner:
         """Bytes that KV caches may take in all, beside `weights` bytes of mapped files; None: no limit."""
         return memory_for_sequences(available_memory(), weights)
 
-    def resume(self, ids: Sequence[int]) -> KVCache:
-        """A sequence for `ids`: the cached one with their common prefix, never all of them, or a new one."""
-        return self.prefix_cache.take(ids) or self.sequence()
+    def resume(self, ids: Sequence[int], positions: int = 0) -> KVCache:
+        """A sequence for `ids`: the cached one with their common prefix, never all of them, or a new one.
+
+        positions: that it gets memory for. No `ids`: an empty sequence, in the cached one's memory if there is one.
+        """
+        sequence = self.prefix_cache.take(ids) or self.sequence()
+        if positions:
+            self.reserve(sequence, positions)
+        return sequence
 
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Put `sequence`, which its user no longer needs, into the prefix cache; it holds the first of `tokens`."""

@@ -9,7 +9,7 @@ from fiddler.errors import RequestError
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
-    from fiddler.generation.completion import Generation
+    from fiddler.generation.sampled_text import Generation
     from fiddler.serving.json_fields import Id, Job
     from fiddler.text.chat_template import ChatTemplate
 

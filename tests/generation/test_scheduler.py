@@ -10,7 +10,8 @@ import fiddler
 from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError, ResourceError
 from fiddler.generation.batch_size import BatchSize, first_batch_size, tokens_per_sequence
-from fiddler.generation.scheduler import Batch
+from fiddler.generation.drivers import run_all
+from fiddler.generation.scheduler import Scheduler
 from fiddler.host_memory import memory_for_sequences
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.sampler import Sampler
@@ -157,7 +158,8 @@ class RecordingRunner(Runner):
 
 def run_batch(engine, runner, prompts, max_tokens, kv_bytes=None, batch_size=16):
     generations = (engine.start(prompt, Sampling(1.0, seed=5), max_tokens, ignore_eos=True) for prompt in prompts)
-    return dict(Batch(runner, generations, kv_bytes, BatchSize(batch_size, batch_size)))
+    scheduler = Scheduler(runner, BatchSize(batch_size, batch_size), kv_bytes)
+    return dict(run_all(scheduler, generations, lambda generated, sequences: None))
 
 
 def test_a_long_prompt_is_read_in_chunks_while_other_sequences_decode(demo):
@@ -184,7 +186,7 @@ def test_where_memory_runs_out_fewer_sequences_run_and_no_token_is_lost(demo):
         if len(steps) == 4:
             runner.max_sequences = 3
 
-    completions = dict(Batch(runner, generations, None, BatchSize(7, 7), on_step))
+    completions = dict(run_all(Scheduler(runner, BatchSize(7, 7)), generations, on_step))
     assert steps[:4] == [7] * 4
     assert max(steps[4:]) == 3
     assert [completions[index].tokens for index in range(7)] == expected

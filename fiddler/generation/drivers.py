@@ -1,0 +1,61 @@
+"""Drive a scheduler: one request by itself, step by step, or many requests until all have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+from fiddler.errors import FiddlerError
+from fiddler.generation.batch_size import BatchSize
+from fiddler.generation.events import Event, Failed, Finished, Result, Token
+from fiddler.generation.scheduler import Scheduler
+from fiddler.generation.sequence_group import PreparedRequest
+from fiddler.runtime.runner import Runner
+
+__all__ = ["Outcome", "run_all", "run_alone"]
+
+Outcome = Result | FiddlerError
+
+
+def run_alone(runner: Runner, request: PreparedRequest) -> Generator[Event]:
+    """The events of one request by itself; each step is computed when the caller asks for its events.
+
+    Raises the request's error. To close the iterator cancels the request.
+    """
+    scheduler = Scheduler(runner, BatchSize(1, 1))
+    try:
+        scheduler.add(request)
+        while not scheduler.idle:
+            for event in scheduler.step():
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+    finally:
+        scheduler.close()
+
+
+def run_all(
+    scheduler: Scheduler, requests: Iterable[PreparedRequest], on_step: Callable[[int, int], None]
+) -> Iterator[tuple[int, Outcome]]:
+    """The index of each request, and its result or error, as they finish.
+
+    Requests are taken from the iterable only when there is room for them. on_step: called after each step with the
+    tokens generated so far and the number of sequences in the step.
+    """
+    numbered, indices, generated = enumerate(requests), dict[int, int](), 0
+    try:
+        while True:
+            while scheduler.has_room and (entry := next(numbered, None)) is not None:
+                indices[scheduler.add(entry[1])] = entry[0]
+            if scheduler.idle:
+                return
+            events = scheduler.step()
+            generated += sum(isinstance(event, Token) for event in events)
+            if scheduler.stepped:
+                on_step(generated, scheduler.stepped)
+            for event in events:
+                if isinstance(event, Finished):
+                    yield indices.pop(event.handle), event.result
+                elif isinstance(event, Failed):
+                    yield indices.pop(event.handle), event.error
+    finally:
+        scheduler.close()

@@ -1,0 +1,52 @@
+"""Events of requests that a scheduler runs: what each of its steps gave. Each names its request by its handle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fiddler.errors import FiddlerError
+from fiddler.generation.completion import BeamResult, Completion
+
+__all__ = ["Event", "Failed", "Finished", "PromptRead", "Result", "Token"]
+
+Result = Completion | BeamResult
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRead:
+    """A step read tokens of a prompt: `read` of all its `total` tokens are in the KV cache now, reused ones included.
+
+    It comes again where a request gave its memory back and reads its prompt a second time.
+    """
+
+    handle: int
+    read: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A request's text has a new token. `text`: what is certain because of it, maybe empty; whole characters only."""
+
+    handle: int
+    token: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request has ended and left the scheduler. `result`: a `Completion`, or a `BeamResult` of a beam search."""
+
+    handle: int
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request cannot go on and left the scheduler; others are not affected."""
+
+    handle: int
+    error: FiddlerError
+
+
+Event = PromptRead | Token | Finished | Failed

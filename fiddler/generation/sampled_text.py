@@ -1,0 +1,135 @@
+"""One generated text: sampling, decoding, stop strings, the end, times and memory. Knows no files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+from fiddler.generation.completion import Completion, Reply, Stats
+from fiddler.generation.drivers import run_alone
+from fiddler.generation.events import Finished, PromptRead, Token
+from fiddler.generation.sequence_group import Advance, RunningSequence, finite
+from fiddler.host_memory import peak_memory
+from fiddler.runtime.kv_cache import KVCache
+from fiddler.runtime.runner import Runner
+from fiddler.sampling.sampler import Sampler
+from fiddler.text.tokenizer import Tokenizer
+
+__all__ = ["Generation", "SampledText"]
+
+
+class Generation:
+    """A prepared generation: iterate for pieces of text; afterwards `completion` has the result.
+
+    Or pass it to an engine's `batch`, or add it to a scheduler, to run it beside others.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        new_sampler: Callable[[], Sampler],
+        limit: int,
+        stop: Sequence[str],
+        load_seconds: float,
+        after_prompt: Callable[[KVCache], None] = lambda sequence: None,
+        reuse: bool = False,
+        on_chunk: Callable[[int], None] = lambda read: None,
+    ) -> None:
+        """`after_prompt`: called with the sequence when it holds just the prompt.
+
+        reuse: resume the sequence computed last, from its common prefix with the prompt. on_chunk: called between
+        prefill chunks with the prompt's tokens read so far, while this is iterated; may raise to cancel. A scheduler's
+        events tell the same.
+        """
+        self.prompt, self.limit, self.reuse = prompt, limit, reuse
+        self.after_prompt, self.load_seconds = after_prompt, load_seconds
+        self._runner, self._tokenizer = runner, tokenizer
+        self._new_sampler, self._stop = new_sampler, stop
+        self._on_chunk = on_chunk
+        self._completion: Completion | None = None
+
+    @property
+    def completion(self) -> Completion:
+        """The result, once the iteration has ended."""
+        assert self._completion is not None, "the generation has not ended"
+        return self._completion
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text, none of them empty; whole characters only. Raises the errors of `SampledText.advance`."""
+        with closing(run_alone(self._runner, self)) as events:
+            for event in events:
+                if isinstance(event, Token):
+                    if event.text:
+                        yield event.text
+                elif isinstance(event, PromptRead):
+                    if event.read < event.total:
+                        self._on_chunk(event.read)
+                elif isinstance(event, Finished):
+                    assert isinstance(event.result, Completion)
+                    self._completion = event.result
+
+    def begin(self) -> SampledText:
+        """Implements `Request.begin`."""
+        return SampledText(self, Reply(self._tokenizer, self.limit, self._stop), self._new_sampler())
+
+
+class SampledText:
+    """The `SequenceGroup` of a text whose tokens a sampler chooses."""
+
+    def __init__(self, generation: Generation, reply: Reply, sampler: Sampler) -> None:
+        self.prompt, self.reuse = generation.prompt, generation.reuse
+        self.max_positions, self.max_sequences = len(generation.prompt) + generation.limit, 1
+        self.sequences, self.free = [RunningSequence(list(generation.prompt))], list[RunningSequence]()
+        self._generation, self._reply, self._sampler = generation, reply, sampler
+        self._started: float | None = None  # times of `time.perf_counter`: of the first step,
+        self._read: float | None = None  # when the prompt was read,
+        self._first = 0.0  # and of the first token
+        self._cached = 0
+        if sampler.finished:
+            reply.end()
+
+    def joined(self, cached: int) -> None:
+        """Implements `SequenceGroup.joined`."""
+        if self._started is None:
+            self._started, self._cached = time.perf_counter(), cached
+
+    def advance(self) -> Advance:
+        """Implements `SequenceGroup.advance`. A prompt that no token may follow is read all the same."""
+        (sequence,) = self.sequences
+        assert sequence.logits is not None
+        logits = finite(sequence.logits, len(sequence.tokens))
+        token = None
+        if self._reply.finish_reason is None:
+            token = self._sampler(logits, sequence.tokens)
+        last = token is not None and self._sampler.finished
+        if self._read is None:
+            assert sequence.cache is not None
+            self._read = time.perf_counter()
+            self._generation.after_prompt(sequence.cache)
+            self._first = time.perf_counter()
+        if token is None:
+            return Advance(result=self._completion())
+        sequence.tokens.append(token)
+        text = self._reply.push(token, last=last)
+        return Advance(token, text, (), None if self._reply.finish_reason is None else self._completion())
+
+    def _completion(self) -> Completion:
+        reply, memory = self._reply, peak_memory()
+        assert reply.finish_reason is not None, "the reply has not ended"
+        assert self._started is not None
+        assert self._read is not None
+        stats = Stats(
+            load_seconds=self._generation.load_seconds,
+            prompt_tokens=len(self.prompt),
+            prompt_seconds=self._read - self._started,
+            generated_tokens=len(reply.tokens),
+            generation_seconds=time.perf_counter() - self._first,
+            peak_resident=memory.peak_resident,
+            anonymous=memory.anonymous,
+            cached_tokens=self._cached,
+        )
+        log_probs = tuple(self._sampler.log_probs)
+        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs)
