@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fiddler.errors import FiddlerError
 from fiddler.generation.completion import BeamResult, Completion
+from fiddler.sampling.logprobs import LogProbs
 
 __all__ = ["Event", "Failed", "Finished", "PromptRead", "Result", "Token"]
 
@@ -26,11 +27,15 @@ class PromptRead:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A request's text has a new token. `text`: what is certain because of it, maybe empty; whole characters only."""
+    """A request's text has a new token. `text`: what is certain because of it, maybe empty; whole characters only.
+
+    `log_probs`: where the sampling's `n_probs` is above 0.
+    """
 
     handle: int
     token: int
     text: str
+    log_probs: LogProbs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ class SampledText:
             return Advance(result=self._completion())
         sequence.tokens.append(token)
         text = self._reply.push(token, last=last)
-        return Advance(token, text, (), None if self._reply.finish_reason is None else self._completion())
+        log_probs = self._sampler.log_probs[-1] if self._sampler.log_probs else None
+        result = None if self._reply.finish_reason is None else self._completion()
+        return Advance(token, text, log_probs, result=result)
 
     def _completion(self) -> Completion:
         reply, memory = self._reply, peak_memory()

@@ -156,7 +156,7 @@ class Scheduler:
         for sequence in group.sequences:
             sequence.logits = None
         if advance.token is not None:
-            self._events.append(Token(handle, advance.token, advance.text))
+            self._events.append(Token(handle, advance.token, advance.text, advance.log_probs))
         if advance.result is not None:
             self._leave(handle)
             self._events.append(Finished(handle, advance.result))

@@ -13,6 +13,7 @@ import numpy as np
 from fiddler.errors import FileFormatError
 from fiddler.generation.events import Result
 from fiddler.runtime.kv_cache import KVCache
+from fiddler.sampling.logprobs import LogProbs
 
 __all__ = ["Advance", "Fork", "PreparedRequest", "RunningSequence", "SequenceGroup", "finite"]
 
@@ -46,10 +47,14 @@ class Fork(NamedTuple):
 
 
 class Advance(NamedTuple):
-    """How a group goes on. `token` and its `text`, where it is one text; `result`: None until the group has ended."""
+    """How a group goes on. `token`, `text`, `log_probs`: see `Token`, where it is one text.
+
+    `result`: None until the group has ended.
+    """
 
     token: int | None = None
     text: str = ""
+    log_probs: LogProbs | None = None
     forks: Sequence[Fork] = ()
     result: Result | None = None
 

@@ -157,12 +157,10 @@ class GpuRunner(Runner):
         sequence.length += 1
         return output
 
-    def prefill(
-        self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
-    ) -> Tensor:
+    def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:
         """Implements `Runner.prefill`."""
         with self._within_budget():
-            return super().prefill(sequence, tokens, on_chunk)
+            return super().prefill(sequence, tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Implements `Runner.logits`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -118,19 +118,13 @@ class Runner:
         """A `Step` of sequences and the numbers of their new tokens, with memory reserved for them."""
         return Step(parts, self.model.config)
 
-    def prefill(
-        self, sequence: KVCache, tokens: Sequence[int], on_chunk: Callable[[int], None] = lambda read: None
-    ) -> Tensor:
-        """Append a prompt, chunk by chunk: float32 logits [V] after its last token.
-
-        on_chunk: called between chunks with the tokens read so far; may raise to cancel.
-        """
+    def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:
+        """Append a prompt, chunk by chunk: float32 logits [V] after its last token."""
         assert tokens, "a prompt has at least one token"
         sequence.reserve(sequence.length + len(tokens))  # at once: growing by steps would copy, and leave holes
         last = (len(tokens) - 1) // self.chunk * self.chunk
         for begin in range(0, last, self.chunk):
             self.step([(sequence, tokens[begin : begin + self.chunk])], wanted=())
-            on_chunk(begin + self.chunk)
         logits = self.step([(sequence, tokens[last:])], wanted=[len(tokens) - last - 1]).logits
         assert logits is not None
         return logits[0]
