@@ -23,6 +23,7 @@ from fiddler.converters.json_object import read_object
 from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
 from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from fiddler.errors import CheckpointError, quoted
+from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 
 __all__ = ["Checkpoint", "Dtype", "Matrix"]
@@ -86,9 +87,11 @@ class Checkpoint:
         hf_config = read_hf_config(folder)
         lookup = _TensorLookup(folder, _open_files(folder))
         matrices = lookup.matrices(hf_config.config)
-        tied, warnings = _resolve_tie(hf_config.tied, lookup, matrices)
+        name = hf_config.config.architecture.tensor_name
+        output = matrices.get(name(Role.OUTPUT))
+        tied, warnings = _resolve_tie(hf_config.tied, output, matrices[name(Role.TOKEN_EMBEDDING)])
         if tied:
-            matrices.pop("output.weight", None)
+            matrices.pop(name(Role.OUTPUT), None)
         window = hf_config.config.sliding_window
         if window is not None and window < hf_config.config.context_length:
             warnings.append(
@@ -130,7 +133,7 @@ class _TensorLookup:
         return name in self._files
 
     def matrices(self, config: Config) -> dict[str, Sequence[Matrix]]:
-        """The matrices of exactly the tensors that `config` implies; `output.weight` only if it is stored.
+        """The matrices of exactly the tensors that `config` implies; the output only if it is stored.
 
         Raises CheckpointError for a tensor that is missing, of another shape or unknown.
         """
@@ -141,37 +144,37 @@ class _TensorLookup:
                 f"but there are only {len(self._files)} tensors; download the whole checkpoint"
             )
         matrices: dict[str, Sequence[Matrix]] = {}
-        tied = OTHER_NAMES["output.weight"] not in self
-        for name, shape in config.tensor_shapes(tied=tied).items():
-            layer, _, suffix = name.removeprefix("blk.").partition(".")
-            if name in OTHER_NAMES:
-                matrices[name] = [self._matrix(OTHER_NAMES[name], shape)]
-            elif suffix in BLOCK_NAMES:
-                matrices[name] = [self._matrix(f"model.layers.{layer}.{BLOCK_NAMES[suffix]}", shape)]
+        tied = OTHER_NAMES[Role.OUTPUT] not in self
+        for name, tensor in config.tensors(tied=tied).items():
+            role, shape, layer = tensor.role, config.shape(tensor), name.removeprefix("blk.").partition(".")[0]
+            if role in OTHER_NAMES:
+                matrices[name] = [self._matrix(OTHER_NAMES[role], shape)]
+            elif role in BLOCK_NAMES:
+                matrices[name] = [self._matrix(f"model.layers.{layer}.{BLOCK_NAMES[role]}", shape)]
             else:
-                matrices[name] = self._moe_matrices(f"model.layers.{layer}", suffix, shape)
+                matrices[name] = self._moe_matrices(f"model.layers.{layer}", role, shape)
         for name in self._files:
             if name not in self._used and not DERIVED.fullmatch(name):
                 raise CheckpointError(
-                    f"{self._files[name].path}: tensor {quoted(name)} is not part of a Mixtral with "
+                    f"{self._files[name].path}: tensor {quoted(name)} is not part of a {config.architecture.name} with "
                     f"{config.block_count} layers and {config.expert_count} experts"
                 )
         return matrices
 
-    def _moe_matrices(self, prefix: str, suffix: str, shape: tuple[int, ...]) -> list[Matrix]:
+    def _moe_matrices(self, prefix: str, role: Role, shape: tuple[int, ...]) -> list[Matrix]:
         """The router or one of the three expert stacks [E, rows, width] of a layer, in either layout."""
         fused = f"{prefix}.mlp.gate.weight" in self
-        if suffix == "ffn_gate_inp.weight":
+        if role is Role.ROUTER:
             return [self._matrix(f"{prefix}.{'mlp' if fused else 'block_sparse_moe'}.gate.weight", shape)]
         E, rows, width = shape
         if not fused:
-            experts, letter = f"{prefix}.block_sparse_moe.experts", EXPERT_LETTERS[suffix]
+            experts, letter = f"{prefix}.block_sparse_moe.experts", EXPERT_LETTERS[role]
             return [self._matrix(f"{experts}.{expert}.{letter}.weight", (rows, width)) for expert in range(E)]
-        if suffix == "ffn_down_exps.weight":
+        if role is Role.DOWN:
             file, stored = self._find(f"{prefix}.mlp.experts.down_proj", shape)
             return [Matrix(file, stored, expert * rows, rows) for expert in range(E)]
         file, stored = self._find(f"{prefix}.mlp.experts.gate_up_proj", (E, 2 * rows, width))
-        first = rows if suffix == "ffn_up_exps.weight" else 0
+        first = rows if role is Role.UP else 0
         return [Matrix(file, stored, expert * 2 * rows + first, rows) for expert in range(E)]
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> Matrix:
@@ -239,10 +242,9 @@ def _shard_name(name: object, index: Path) -> str:
 
 
 def _resolve_tie(
-    declared: bool, lookup: _TensorLookup, matrices: Mapping[str, Sequence[Matrix]]
+    declared: bool, output: Sequence[Matrix] | None, embedding: Sequence[Matrix]
 ) -> tuple[bool, list[str]]:
     """Whether the output is tied, decided as in transformers, and warnings; `declared`: config.json says it is."""
-    output = matrices.get("output.weight")
     if not declared:
         if output is None:
             raise CheckpointError(
@@ -250,7 +252,7 @@ def _resolve_tie(
                 "download the whole checkpoint"
             )
         return False, []
-    if output is None or _same_bits(output[0], matrices["token_embd.weight"][0]):
+    if output is None or _same_bits(output[0], embedding[0]):
         return True, []
     return False, [
         "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "

@@ -22,7 +22,7 @@ from fiddler.converters.safetensors_file import Array
 from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from fiddler.errors import RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
-from fiddler.models.config import ARCHITECTURE
+from fiddler.models.architecture import FLOATS, Role, Rotary
 
 __all__ = ["ConversionReport", "convert", "interleave"]
 
@@ -138,20 +138,20 @@ def _refuse_source_file(source: Path, out: Path) -> None:
 
 def _plan(checkpoint: Checkpoint, dtype: Dtype) -> list[_Tensor]:
     config = checkpoint.config
-    heads = {"attn_q.weight": config.head_count, "attn_k.weight": config.head_count_kv}
-    tensors = []
-    for name, shape in config.tensor_shapes(tied=checkpoint.tied).items():
-        narrow = len(shape) > 1 and not name.endswith("ffn_gate_inp.weight")
-        suffix = name.removeprefix("blk.").partition(".")[2]
-        tensors.append(_Tensor(name, shape, dtype if narrow else None, heads.get(suffix, 0)))
-    return tensors
+    heads = {}
+    if config.architecture.rotary is Rotary.NEIGHBOURS:
+        heads = {Role.QUERY: config.head_count, Role.KEY: config.head_count_kv}
+    return [
+        _Tensor(name, config.shape(tensor), None if tensor.role in FLOATS else dtype, heads.get(tensor.role, 0))
+        for name, tensor in config.tensors(tied=checkpoint.tied).items()
+    ]
 
 
 def _write_header(
     path: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: Dtype, tensors: list[_Tensor]
 ) -> None:
     """Write everything before the tensor data into the existing file `path`."""
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer = gguf.GGUFWriter(path, checkpoint.config.architecture.gguf_name)
     try:
         writer.add_name(checkpoint.name)
         writer.add_file_type(_TYPES[dtype][1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from fiddler.converters.json_object import read_object
 from fiddler.errors import CheckpointError, FileFormatError, quoted
 from fiddler.models.config import Config
+from fiddler.models.mixtral import MIXTRAL
 
 __all__ = ["HfConfig", "read_hf_config"]
 
@@ -52,6 +53,7 @@ def read_hf_config(folder: Path) -> HfConfig:
         raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not an integer; set head_dim")
     try:
         config = Config(
+            MIXTRAL,
             vocab_size=keys.integer("vocab_size"),
             context_length=keys.integer("max_position_embeddings"),
             embedding_length=width,

@@ -47,7 +47,7 @@ def load(
     missing: Missing = "auto",
     progress: Progress = lambda done, total: None,
 ) -> Engine:
-    """Map a Mixtral GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
+    """Map a GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
 
     path: a .gguf file, any part of a split one, one opened before, or None for the demo model that ships.
     device: "cpu", "cuda", or "auto", which is the GPU where there is one that starts. gpu_memory: the limit of its

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a Mixtral, read from GGUF metadata, and the tensor shapes they imply. No torch, no files.
+"""Hyper-parameters of a model, read from GGUF metadata, and the tensor shapes they imply. No torch, no files.
 
 Letters used in all rooms: `T` tokens, `D` model width (`embedding_length`), `F` expert width
 (`feed_forward_length`), `E` experts, `K` experts a token, `H` heads, `G` KV heads, `L` layers, `V` vocabulary.
@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fiddler.errors import FileFormatError, quoted
+from fiddler.models import ARCHITECTURES
+from fiddler.models.architecture import Architecture, ModelTensor
 
-__all__ = ["ARCHITECTURE", "Config"]
-
-ARCHITECTURE = "llama"
-"""GGUF's name for Mixtral's architecture: a `llama` whose `llama.expert_count` is set."""
+__all__ = ["Config"]
 
 _MAX_DIMENSION = 1 << 24  # keeps the product of any three dimensions far from 2**63
 
 
 @dataclass(frozen=True)
 class Config:
-    """One Mixtral's hyper-parameters; attribute names are GGUF's, less the `llama.` prefix."""
+    """One model's architecture and hyper-parameters; attribute names are GGUF's, less the architecture's prefix."""
 
+    architecture: Architecture
     vocab_size: int
     context_length: int
     embedding_length: int
@@ -78,16 +78,16 @@ class Config:
         Raises FileFormatError where a key is missing, of another type or out of range, where the architecture is
         not a mixture of experts, and where attention is not plain or RoPE is scaled.
         """
-        architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or architecture != ARCHITECTURE:
-            raise FileFormatError(
-                f"general.architecture is {quoted(architecture)}; only Mixtral runs, which has {ARCHITECTURE!r}"
-            )
-        keys = _Keys(metadata)
+        gguf_name = metadata.get("general.architecture")
+        if not isinstance(gguf_name, str) or gguf_name not in ARCHITECTURES:
+            known = " or ".join(f"{each.name} ({each.gguf_name!r})" for each in ARCHITECTURES.values())
+            raise FileFormatError(f"general.architecture is {quoted(gguf_name)}; only {known} runs")
+        architecture = ARCHITECTURES[gguf_name]
+        keys = _Keys(metadata, gguf_name)
         expert_count = keys.integer("expert_count", 0)
         if expert_count == 0:
-            raise FileFormatError("llama.expert_count is missing or 0: a dense Llama, not a mixture of experts")
-        _reject_unsupported(metadata)
+            raise FileFormatError(f"{gguf_name}.expert_count is missing or 0: a dense model, not a mixture of experts")
+        _reject_unsupported(metadata, gguf_name)
         width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
         if heads < 1 or width < 1:
             raise FileFormatError(
@@ -97,11 +97,13 @@ class Config:
         for key in ("attention.value_length", "rope.dimension_count"):
             if keys.integer(key, head_dim) != head_dim:
                 raise FileFormatError(
-                    f"llama.{key} is {keys.integer(key)}, but a head is {head_dim} wide: not a Mixtral"
+                    f"{gguf_name}.{key} is {keys.integer(key)}, but a head is {head_dim} wide: "
+                    f"not a {architecture.name}"
                 )
         feed_forward = keys.integer("feed_forward_length")
         window = keys.integer("attention.sliding_window", 0)
         return cls(
+            architecture,
             vocab_size=keys.integer("vocab_size", _token_count(metadata)),
             context_length=keys.integer("context_length"),
             embedding_length=width,
@@ -118,7 +120,7 @@ class Config:
         )
 
     def to_metadata(self) -> dict[str, int | float]:
-        """The `llama.` keys that `from_metadata` reads; store `int` values as uint32, `float` values as float32."""
+        """The keys that `from_metadata` reads; store `int` values as uint32, `float` values as float32."""
         values: dict[str, int | float] = {
             "vocab_size": self.vocab_size,
             "context_length": self.context_length,
@@ -137,74 +139,61 @@ class Config:
         }
         if self.sliding_window is not None:
             values["attention.sliding_window"] = self.sliding_window
-        return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
+        return {f"{self.architecture.gguf_name}.{key}": value for key, value in values.items()}
 
-    def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of one block: name without `blk.N.` -> shape, slowest dimension first as in numpy."""
-        D, F, E = self.embedding_length, self.feed_forward_length, self.expert_count
-        queries, keys = self.head_count * self.head_dim, self.head_count_kv * self.head_dim
-        return {
-            "attn_norm.weight": (D,),
-            "attn_q.weight": (queries, D),
-            "attn_k.weight": (keys, D),
-            "attn_v.weight": (keys, D),
-            "attn_output.weight": (D, queries),
-            "ffn_norm.weight": (D,),
-            "ffn_gate_inp.weight": (E, D),
-            "ffn_gate_exps.weight": (E, F, D),
-            "ffn_up_exps.weight": (E, F, D),
-            "ffn_down_exps.weight": (E, D, F),
+    def shape(self, tensor: ModelTensor) -> tuple[int, ...]:
+        """The shape of a tensor of this model, slowest dimension first as in numpy."""
+        sizes = {
+            "V": self.vocab_size,
+            "D": self.embedding_length,
+            "F": self.feed_forward_length,
+            "E": self.expert_count,
+            "H": self.head_count,
+            "G": self.head_count_kv,
+            "head_dim": self.head_dim,
         }
+        return tuple(math.prod(sizes[letter] for letter in dimension.split(" * ")) for dimension in tensor.shape)
 
-    def tensor_shapes(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model -> shape, in file order; `tied`: `token_embd` is the output weight, too."""
-        V, D = self.vocab_size, self.embedding_length
-        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, D)}
-        for index in range(self.block_count):
-            shapes.update({f"blk.{index}.{name}": shape for name, shape in self.block_shapes().items()})
-        shapes["output_norm.weight"] = (D,)
-        if not tied:
-            shapes["output.weight"] = (V, D)
-        return shapes
+    def tensors(self, *, tied: bool) -> dict[str, ModelTensor]:
+        """Every tensor of the model by its name, in file order; `tied`: `token_embd` is the output weight, too."""
+        return self.architecture.tensors(self.block_count, tied=tied)
 
 
 class _Keys:
-    """Typed look-ups of `llama.` keys in GGUF metadata."""
+    """Typed look-ups of an architecture's keys in GGUF metadata."""
 
-    def __init__(self, metadata: Mapping[str, object]) -> None:
-        self._metadata = metadata
+    def __init__(self, metadata: Mapping[str, object], prefix: str) -> None:
+        self._metadata, self._prefix = metadata, prefix
 
     def _value(self, key: str, default: object) -> object:
-        value = self._metadata.get(f"{ARCHITECTURE}.{key}", default)
+        value = self._metadata.get(f"{self._prefix}.{key}", default)
         if value is None:
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is missing from the metadata; convert the model again")
+            raise FileFormatError(f"{self._prefix}.{key} is missing from the metadata; convert the model again")
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {quoted(value)}; it must be one integer")
+            raise FileFormatError(f"{self._prefix}.{key} is {quoted(value)}; it must be one integer")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileFormatError(f"{ARCHITECTURE}.{key} is {quoted(value)}; it must be one number")
+            raise FileFormatError(f"{self._prefix}.{key} is {quoted(value)}; it must be one number")
         return float(value)
 
 
-def _reject_unsupported(metadata: Mapping[str, object]) -> None:
-    """Reject options of llama.cpp's `llama` (`llama_model::load_hparams`) that a Mixtral does not have."""
+def _reject_unsupported(metadata: Mapping[str, object], prefix: str) -> None:
+    """Reject options of llama.cpp's `llama` (`llama_model::load_hparams`) that no architecture here has."""
     supported: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.scale": (0.0,)}
-    scaling = metadata.get(f"{ARCHITECTURE}.rope.scaling.type")
+    scaling = metadata.get(f"{prefix}.rope.scaling.type")
     if not isinstance(scaling, str) or scaling != "none":  # no type and a factor: linear
         supported |= {"rope.scaling.type": (), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
     for key, allowed in supported.items():
-        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        value = metadata.get(f"{prefix}.{key}")
         if value is not None and not (isinstance(value, (int, float)) and value in allowed):
-            raise FileFormatError(
-                f"{ARCHITECTURE}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run"
-            )
+            raise FileFormatError(f"{prefix}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run")
 
 
 def _token_count(metadata: Mapping[str, object]) -> int | None:

@@ -214,7 +214,7 @@ def test_the_dependencies_are_those_packages():
         ),
         ("fiddler.loading fiddler.serving.batch_input", "torch numba gguf"),
         ("fiddler.converters.conversion", "torch numba"),
-        ("fiddler.models.mixtral", "numba gguf"),
+        ("fiddler.models.transformer", "numba gguf"),
         ("fiddler.kernels", "torch gguf"),
     ],
 )

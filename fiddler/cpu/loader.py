@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,13 +14,27 @@ from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route
 from fiddler.cpu.runner import CpuRunner
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
+from fiddler.kernels.formats import FORMATS
+from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.precompile import COMPILING
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.architecture import EXPERTS, FLOATS, Architecture, Role, first_unknown
+from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_frequencies
+from fiddler.models.transformer import Transformer
 from fiddler.runtime.runner import Runner
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["decoder_of", "on_cpu"]
+__all__ = ["can_decode", "decoder_of", "on_cpu"]
+
+_DECODES = (MIXTRAL,)  # architectures whose parts the compiled decode step knows
+# `BlockWeights`' names of a block's small tensors and of attention's matrices
+_SMALL = {"attn_norm": Role.ATTENTION_NORM, "ffn_norm": Role.FFN_NORM, "ffn_gate_inp": Role.ROUTER}
+_ATTENTION = {
+    "attn_q": Role.QUERY,
+    "attn_k": Role.KEY,
+    "attn_v": Role.VALUE,
+    "attn_output": Role.ATTENTION_OUTPUT,
+}
 
 
 def on_cpu(
@@ -36,18 +50,19 @@ def on_cpu(
     config, tier = model_file.config, experts[0].variant.tier
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
-    for name in config.tensor_shapes(tied=False):
-        if name.endswith("_exps.weight"):
+    for name, tensor in config.tensors(tied=False).items():
+        if tensor.role in EXPERTS:
             continue
         values, kind = model_file.bits(name)
-        if name.endswith(("norm.weight", "ffn_gate_inp.weight")):
+        if tensor.role in FLOATS:
             weights[name] = _tensor(values, kind).float()
-        elif name == "token_embd.weight":
+        elif tensor.role is Role.TOKEN_EMBEDDING:
             weights[name] = _tensor(values, kind)
         else:
             weight = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
             linears[name] = weight
-    model = Mixtral(config, weights, CpuLinear(linears, recorder), CpuExperts(list(experts), recorder), route, rms_norm)
+    linear, cpu_experts = CpuLinear(linears, recorder), CpuExperts(list(experts), recorder)
+    model = Transformer(config, weights, linear, cpu_experts, route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
     for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
         kernels.precompile(variant, lambda: notify(COMPILING), decode=decoder is not None)
@@ -63,34 +78,36 @@ def _tensor(values: np.ndarray, kind: str) -> Tensor:
     return tensor.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
 
 
+def can_decode(architecture: Architecture, formats: Collection[WeightFormat]) -> bool:
+    """Whether the compiled decode step runs an architecture whose matrices have these formats: one, for all of them."""
+    known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
+    return known and first_unknown(architecture, _DECODES) is None
+
+
 def decoder_of(
-    model: Mixtral,
+    model: Transformer,
     weights: Mapping[str, Tensor],
     linears: Mapping[str, LinearWeight | Tensor],
     experts: Sequence[ExpertWeights],
 ) -> kernels.CompiledDecodeStep | None:
-    """The compiled decode step of this model; None where its weights do not all have the same kernel variant."""
-    config, variant, bits = model.config, experts[0].variant, {}
-    for name, weight in linears.items():
-        if not isinstance(weight, LinearWeight) or weight.variant != variant:
-            return None
-        bits[name] = weight.bits
-    if any(expert.variant != variant for expert in experts):
+    """The compiled decode step of this model; None where `can_decode` says no, or a matrix is float32."""
+    config, variant, name = model.config, experts[0].variant, model.config.architecture.tensor_name
+    mapped = {key: weight for key, weight in linears.items() if isinstance(weight, LinearWeight)}
+    formats = {weight.format for weight in mapped.values()} | {expert.format for expert in experts}
+    if len(mapped) < len(linears) or not can_decode(config.architecture, formats):
         return None
-    table = weights["token_embd.weight"]
+    table = weights[name(Role.TOKEN_EMBEDDING)]
     rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
     blocks = []
     for layer, expert in enumerate(experts):
-        small = {
-            part: weights[f"blk.{layer}.{part}.weight"].numpy() for part in ("attn_norm", "ffn_norm", "ffn_gate_inp")
-        }
-        dense = {f"attn_{part}": bits[f"blk.{layer}.attn_{part}.weight"] for part in ("q", "k", "v", "output")}
-        blocks.append(kernels.BlockWeights(**small, **dense, gate=expert.gate, up=expert.up, down=expert.down))
+        small = {field: weights[name(role, layer)].numpy() for field, role in _SMALL.items()}
+        attention = {field: mapped[name(role, layer)].bits for field, role in _ATTENTION.items()}
+        blocks.append(kernels.BlockWeights(**small, **attention, gate=expert.gate, up=expert.up, down=expert.down))
     return kernels.CompiledDecodeStep(
         rows,
         blocks,
-        weights["output_norm.weight"].numpy(),
-        bits["output.weight"],
+        weights[name(Role.OUTPUT_NORM)].numpy(),
+        mapped[name(Role.OUTPUT)].bits,
         variant,
         rotary_frequencies(config, torch.device("cpu")).numpy(),
         config.rms_epsilon,

@@ -11,7 +11,7 @@ import torch
 
 from fiddler import kernels
 from fiddler.cpu.layers import MAX_KERNEL_TOKENS
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.transformer import Transformer
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
@@ -24,7 +24,7 @@ class CpuRunner(Runner):
 
     def __init__(
         self,
-        model: Mixtral,
+        model: Transformer,
         context: int,
         cache_dtype: torch.dtype,
         threads: int,

@@ -24,6 +24,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
+from fiddler.files.weights import expert_stacks
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.machine.cpu import last_level_cache
@@ -133,7 +134,7 @@ def _groups(model_file: ModelFile) -> list[Experts]:
     """The experts of all layers, a few neighbours in each group, as they lie in the mapping."""
     groups: list[Experts] = []
     for layer in range(model_file.config.block_count):
-        stacks = [model_file.bits(f"blk.{layer}.ffn_{part}_exps.weight")[0] for part in ("gate", "up", "down")]
+        stacks, _ = expert_stacks(model_file, layer)
         for begin in range(0, len(stacks[0]) - _EXPERTS + 1, _EXPERTS):
             groups.append(tuple(stack[begin : begin + _EXPERTS] for stack in stacks))
     return groups

@@ -11,6 +11,7 @@ import numpy as np
 
 from fiddler.files.gguf_header import printable
 from fiddler.files.model_file import ModelFile
+from fiddler.models.architecture import EXPERTS
 
 __all__ = ["describe", "to_text"]
 
@@ -21,11 +22,12 @@ def describe(path: Path) -> dict[str, Any]:
     """A model's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
 
     Metadata is shortened: long strings are cut, arrays become their size and type. Infinities and NaN become strings.
-    Raises FileFormatError, one line, if the file is not a Mixtral GGUF.
+    Raises FileFormatError, one line, if the file is no GGUF of a known architecture.
     """
     model = ModelFile.open(path)
     file, config = model.file, model.config
-    expert_bytes = sum(t.nbytes for t in file.tensors.values() if t.name.endswith("_exps.weight"))
+    roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
+    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
     weight_bytes = sum(t.nbytes for t in file.tensors.values())
     per_expert = expert_bytes // (config.block_count * config.expert_count)
     return {

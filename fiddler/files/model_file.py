@@ -1,6 +1,6 @@
-"""A validated Mixtral GGUF: its hyper-parameters, tensors and vocabulary agree. Opening needs no torch or tensor data.
+"""A validated GGUF model: its hyper-parameters, tensors and vocabulary agree. Opening needs no torch or tensor data.
 
-Knows which tensors and which vocabulary a Mixtral has; not how to compute with them or to tokenize text.
+Knows which tensors its architecture declares, and its vocabulary; not how to compute with them or to tokenize text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile
+from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
 from fiddler.text.vocabulary import TokenTable
 
@@ -44,7 +45,7 @@ class ModelFile:
         file = GgufFile.open(path)
         try:
             config = Config.from_metadata(file.metadata)
-            tied = "output.weight" not in file.tensors
+            tied = config.architecture.tensor_name(Role.OUTPUT) not in file.tensors
             _check_shapes(file, config, tied)
             _check_vocabulary(file, config)
         except FileFormatError as error:
@@ -55,17 +56,17 @@ class ModelFile:
         """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
         from fiddler.kernels.formats import FORMATS  # late: inspecting a file needs no kernels
 
-        for name in self.config.tensor_shapes(tied=self.tied):
+        for name, tensor in self.config.tensors(tied=self.tied).items():
             kind = self.file.tensors[name].type
-            routed = name.endswith("_exps.weight")
-            if kind.lower() in FORMATS or (kind == "F32" and not routed):
+            if kind.lower() in FORMATS or (kind == "F32" and tensor.role not in EXPERTS):
                 continue
             raise FileFormatError(
                 f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; "
                 "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
             )
         for layer in range(self.config.block_count):
-            kinds = {self.file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].type for part in ("gate", "up", "down")}
+            names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
+            kinds = {self.file.tensors[name].type for name in names}
             if len(kinds) > 1:
                 raise FileFormatError(
                     f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
@@ -105,36 +106,39 @@ class ModelFile:
         return sha256.digest()
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor's view (see `GgufFile.array`) and its type; a tied model's "output.weight" is its `token_embd`."""
-        if name == "output.weight" and self.tied:
-            name = "token_embd.weight"
+        """A tensor's view (see `GgufFile.array`) and its type; a tied model's output matrix is its embedding."""
+        architecture = self.config.architecture
+        if self.tied and name == architecture.tensor_name(Role.OUTPUT):
+            name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
         return self.file.array(name), self.file.tensors[name].type
 
 
 def _check_shapes(file: GgufFile, config: Config, tied: bool) -> None:
     if config.block_count > len(file.tensors):
         raise FileFormatError(f"block_count is {config.block_count}, but there are only {len(file.tensors)} tensors")
-    expected = config.tensor_shapes(tied=tied)
+    expected = config.tensors(tied=tied)
     old = next((name for name in file.tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
     if old is not None:
         raise FileFormatError(
             f"tensor {old} is one expert by itself, a layout from before 2024; convert the original checkpoint again"
         )
-    for name, shape in expected.items():
-        info = file.tensors.get(name)
+    for name, tensor in expected.items():
+        info, shape = file.tensors.get(name), config.shape(tensor)
         if info is None:
             raise FileFormatError(f"tensor {name} is missing; convert the model again")
         if info.shape != shape:
             raise FileFormatError(f"tensor {name} has shape {info.shape}, the metadata imply {shape}")
     for name in file.tensors:
         if name not in expected:
-            raise FileFormatError(f"tensor {name} is not part of a Mixtral; this variant does not run")
+            raise FileFormatError(
+                f"tensor {name} is not part of a {config.architecture.name}; this variant does not run"
+            )
 
 
 def _check_vocabulary(file: GgufFile, config: Config) -> None:
     count = len(TokenTable.from_metadata(file.metadata).texts)
     if count != config.vocab_size:
+        key = f"{config.architecture.gguf_name}.vocab_size"
         raise FileFormatError(
-            f"tokenizer.ggml.tokens holds {count} tokens, llama.vocab_size says {config.vocab_size}; "
-            "convert the model again"
+            f"tokenizer.ggml.tokens holds {count} tokens, {key} says {config.vocab_size}; convert the model again"
         )

@@ -11,8 +11,9 @@ from fiddler.files.model_file import ModelFile
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.models.architecture import EXPERTS
 
-__all__ = ["ExpertWeights", "LinearWeight", "mapped_experts", "variant_for"]
+__all__ = ["ExpertWeights", "LinearWeight", "expert_stacks", "mapped_experts", "variant_for"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,16 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
     """The experts of every layer; `exact`: float32 activations for bf16 weights, too."""
     experts = []
     for layer in range(model_file.config.block_count):
-        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
-        (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
+        (gate, up, down), kind = expert_stacks(model_file, layer)
         experts.append(ExpertWeights(gate, up, down, variant_for(tier, kind, exact)))
     return experts
+
+
+def expert_stacks(model_file: ModelFile, layer: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], str]:
+    """gate, up [E, F, D] and down [E, D, F] of a layer, and their GGUF type."""
+    names = [model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS]
+    (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
+    return (gate, up, down), kind
 
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.model_file import ModelFile
+from fiddler.models.architecture import FLOATS, Role
 
 __all__ = ["load_dense", "warm_up"]
 
@@ -15,13 +16,13 @@ __all__ = ["load_dense", "warm_up"]
 def load_dense(
     model_file: ModelFile, weight_copy: WeightCopy, width: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Everything but experts, on the GPU: the tensors that `Mixtral` takes, and the weights of `GpuLinear`, by name.
+    """Everything but experts, on the GPU: the tensors of `Transformer`, and the weights of `GpuLinear`, by name.
 
-    width: D. The tensors of `Mixtral` are float32, except the embeddings, which keep the file's type as linears do.
+    width: D. The tensors of `Transformer` are float32, except the embeddings, which keep the file's type as linears do.
     """
     weights: dict[str, Tensor] = {}
     linears: dict[str, Tensor] = {}
-    config = model_file.config
+    config, name_of = model_file.config, model_file.config.architecture.tensor_name
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
     def load(name: str, into: Tensor | None = None) -> Tensor:
@@ -30,16 +31,16 @@ def load_dense(
         weight_copy.copy(target.data_ptr(), values.ctypes.data, values.nbytes)
         return target
 
-    for name in ("token_embd.weight", "output_norm.weight"):
-        weights[name] = load(name)
-    tied = model_file.tied
-    linears["output.weight"] = weights["token_embd.weight"] if tied else load("output.weight")
+    embedding, output = name_of(Role.TOKEN_EMBEDDING), name_of(Role.OUTPUT)
+    weights[embedding] = load(embedding)
+    for name, tensor in config.tensors(tied=model_file.tied).items():
+        if tensor.role in FLOATS:
+            weights[name] = load(name)
+    linears[output] = weights[embedding] if model_file.tied else load(output)
     for layer in range(config.block_count):
-        prefix = f"blk.{layer}."
-        for name in ("attn_norm", "ffn_norm", "ffn_gate_inp"):
-            weights[f"{prefix}{name}.weight"] = load(f"{prefix}{name}.weight")
-        linears[f"{prefix}attn_output.weight"] = load(f"{prefix}attn_output.weight")
-        names = [f"{prefix}attn_{part}.weight" for part in "qkv"]
+        attn_output = name_of(Role.ATTENTION_OUTPUT, layer)
+        linears[attn_output] = load(attn_output)
+        names = [name_of(role, layer) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
         mapped = [model_file.bits(name) for name in names]
         if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v
             rows = [len(values) for values, _ in mapped]
@@ -51,9 +52,9 @@ def load_dense(
     arrived = weight_copy.event()
     weight_copy.arrive(arrived)
     arrived.synchronize()
-    for name, tensor in weights.items():
-        if name != "token_embd.weight":
-            weights[name] = tensor.float()
+    for name, values in weights.items():
+        if name != embedding:
+            weights[name] = values.float()
     return weights, linears
 
 

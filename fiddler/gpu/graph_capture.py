@@ -20,7 +20,7 @@ from torch import Tensor
 from fiddler.device import cuda_driver
 from fiddler.gpu import attention_kernels, decode_kernels
 from fiddler.gpu.expert_kernels import experts_of_one
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.transformer import Transformer
 from fiddler.offload.feed_forward import torch_type
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.kv_cache import KVCache
@@ -81,7 +81,7 @@ class CapturedGraphs:
     """
 
     def __init__(
-        self, model: Mixtral, orchestrator: Orchestrator, sequence: KVCache, cos_sin: Tensor, recorder: Recorder
+        self, model: Transformer, orchestrator: Orchestrator, sequence: KVCache, cos_sin: Tensor, recorder: Recorder
     ) -> None:
         """cos_sin: of every position, see `rotate_and_store`.
 

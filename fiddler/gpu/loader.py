@@ -6,8 +6,9 @@ budget before the next: the driver, dense weights, KV cache, slots for streamed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from types import ModuleType
 
@@ -25,9 +26,13 @@ from fiddler.gpu.dense_weights import load_dense, warm_up
 from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
+from fiddler.kernels.formats.half import BF16, F16
+from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.architecture import EXPERTS, Architecture, first_unknown
+from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_cos_sin
+from fiddler.models.transformer import Transformer
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.gpu_side import Grouped
@@ -38,7 +43,7 @@ from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.runtime.kv_cache import KVCache, kv_bytes
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["GpuModel", "on_gpu"]
+__all__ = ["GpuModel", "can_decode", "on_gpu"]
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
@@ -101,9 +106,10 @@ def on_gpu(
     grouped = _grouped(device) if triton_kernels is not None else None
     orchestrator = Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped)
     linear = GpuLinear(linears, triton_kernels, exact=options.exact)
-    model = Mixtral(config, weights, linear, orchestrator.layer, GpuRouter(triton_kernels), GpuNorm(triton_kernels))
+    router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
+    model = Transformer(config, weights, linear, orchestrator.layer, router, norm, dense_span)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, kv_cache, budget)
-    if triton_kernels is not None:
+    if triton_kernels is not None and can_decode(config.architecture, {w.format for w in experts}):
         _decode_with_graphs(runner, kv_cache, cos_sin, recorder)
     budget.settle()
     summary = (
@@ -163,6 +169,14 @@ def _decode_with_graphs(runner: GpuRunner, kv_cache: KVCache, cos_sin: Tensor, r
     runner.decode_with(DecodeGraphs(graphs, runner.orchestrator, recorder), cos_sin, attention_kernels)
 
 
+_DECODES = (MIXTRAL,)  # architectures whose parts the captured graphs know
+
+
+def can_decode(architecture: Architecture, formats: Collection[WeightFormat]) -> bool:
+    """Whether `DecodeGraphs` runs an architecture whose experts have these formats."""
+    return set(formats) <= {BF16, F16} and first_unknown(architecture, _DECODES) is None
+
+
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
 
 
@@ -184,8 +198,8 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     """Memory that the model will take on the GPU."""
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
     tensors = model_file.file.tensors
-    names = config.tensor_shapes(tied=model_file.tied)
-    dense = sum(tensors[name].nbytes for name in names if not name.endswith("_exps.weight"))
+    declared = config.tensors(tied=model_file.tied)
+    dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
     position_bytes = kv_bytes(config, context, cache_dtype, context) + 4 * context * config.head_dim  # float32 cos_sin
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,

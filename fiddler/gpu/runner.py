@@ -20,7 +20,7 @@ from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
 from fiddler.models.attention import attend
 from fiddler.models.config import Config
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.transformer import Transformer
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.kv_cache import KVCache, Step
 from fiddler.runtime.runner import Runner, StepOutput
@@ -63,7 +63,7 @@ class GpuRunner(Runner):
 
     def __init__(
         self,
-        model: Mixtral,
+        model: Transformer,
         orchestrator: Orchestrator,
         context: int,
         cache_dtype: torch.dtype,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.errors import ResourceError
 from fiddler.host_memory import available_memory, memory_for_sequences
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.transformer import Transformer
 from fiddler.runtime.kv_cache import KVCache, Step, kv_bytes
 from fiddler.runtime.prefix_cache import PrefixCache
 
@@ -35,7 +35,9 @@ class StepOutput(NamedTuple):
 class Runner:
     """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence."""
 
-    def __init__(self, model: Mixtral, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512) -> None:
+    def __init__(
+        self, model: Transformer, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512
+    ) -> None:
         self.model = model
         self.threads = threads
         self.context = context

@@ -25,7 +25,7 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
 from fiddler.gpu.layers import GpuLinear
 from fiddler.loading import DEMO_MODEL
-from fiddler.models.mixtral import Mixtral
+from fiddler.models.transformer import Transformer
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
@@ -106,6 +106,17 @@ def chosen_by_transformers(path, windows, bos):
     ]
 
 
+class BothSidesRunner(Runner):
+    """A `Runner` whose steps are an orchestrator's."""
+
+    def __init__(self, orchestrator, *arguments):
+        super().__init__(*arguments)
+        self._orchestrator = orchestrator
+
+    def _forward(self, ids, step, wanted):
+        return self._orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
+
+
 def runner_of_both_sides(path, recorder):
     """A runner whose experts an orchestrator computes, some as residents, with the CPU on both sides."""
     model_file = ModelFile.open(path)
@@ -119,8 +130,8 @@ def runner_of_both_sides(path, recorder):
     costs = Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0)
     # 100: fewer tokens than a step has, so that the orchestrator computes it in pieces
     experts = Orchestrator(layers, residents, Ring(copy, layers, 64, 3), costs, 100, 1 << 20, recorder)
-    model = Mixtral(config, weights, GpuLinear(weights, None, exact=True), experts)
-    return Runner(model, config.context_length, torch.float32, kernels.thread_count())
+    model = Transformer(config, weights, GpuLinear(weights, None, exact=True), experts.layer)
+    return BothSidesRunner(experts, model, config.context_length, torch.float32, kernels.thread_count())
 
 
 @pytest.mark.parametrize("executors", ["the CPU", "both sides"])

@@ -1,0 +1,142 @@
+"""Architectures as values: tensors against the `gguf` package and converted files; paths that know some parts only."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import gguf
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fiddler
+from fiddler.converters.conversion import convert
+from fiddler.cpu.loader import can_decode
+from fiddler.errors import FileFormatError
+from fiddler.files.model_file import ModelFile
+from fiddler.gpu import loader as gpu_loader
+from fiddler.kernels.formats.half import BF16, F16
+from fiddler.loading import DEMO_MODEL
+from fiddler.models import ARCHITECTURES, MIXTRAL
+from fiddler.models.architecture import Architecture, QkNorm, Role, Rotary, RouterRule, first_unknown
+from fiddler.models.config import Config
+from fiddler.models.transformer import Transformer
+from oracles.reference import TINY
+
+GGUF_ROLES = {
+    Role.TOKEN_EMBEDDING: gguf.MODEL_TENSOR.TOKEN_EMBD,
+    Role.ATTENTION_NORM: gguf.MODEL_TENSOR.ATTN_NORM,
+    Role.QUERY: gguf.MODEL_TENSOR.ATTN_Q,
+    Role.KEY: gguf.MODEL_TENSOR.ATTN_K,
+    Role.VALUE: gguf.MODEL_TENSOR.ATTN_V,
+    Role.ATTENTION_OUTPUT: gguf.MODEL_TENSOR.ATTN_OUT,
+    Role.FFN_NORM: gguf.MODEL_TENSOR.FFN_NORM,
+    Role.ROUTER: gguf.MODEL_TENSOR.FFN_GATE_INP,
+    Role.GATE: gguf.MODEL_TENSOR.FFN_GATE_EXP,
+    Role.UP: gguf.MODEL_TENSOR.FFN_UP_EXP,
+    Role.DOWN: gguf.MODEL_TENSOR.FFN_DOWN_EXP,
+    Role.OUTPUT_NORM: gguf.MODEL_TENSOR.OUTPUT_NORM,
+    Role.OUTPUT: gguf.MODEL_TENSOR.OUTPUT,
+}
+OTHERS = [
+    dataclasses.replace(MIXTRAL, qk_norm=QkNorm.HEAD),
+    dataclasses.replace(MIXTRAL, qk_norm=QkNorm.VECTOR),
+    dataclasses.replace(MIXTRAL, rotary=Rotary.HALVES),
+    dataclasses.replace(MIXTRAL, router=RouterRule.SOFTMAX),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_names_of_tensors_are_ggufs_own(architecture):
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf_name)
+    for tensor in architecture.inputs + architecture.block + architecture.outputs:
+        role = GGUF_ROLES[tensor.role]
+        assert role in gguf.MODEL_TENSORS[kind]
+        layer = 7 if tensor in architecture.block else None
+        assert architecture.tensor_name(tensor.role, layer) == gguf.TENSOR_NAMES[role].format(bid=7) + ".weight"
+
+
+def test_a_role_without_a_tensor_there_is_refused():
+    with pytest.raises(KeyError, match="Mixtral has no tensor in the role QUERY"):
+        MIXTRAL.tensor_name(Role.QUERY)
+
+
+def test_the_demo_and_a_converted_checkpoint_hold_exactly_the_declared_tensors(tmp_path):
+    convert(TINY, tmp_path / "tiny.gguf")
+    for path in (DEMO_MODEL, tmp_path / "tiny.gguf"):
+        model_file = ModelFile.open(path)
+        declared = model_file.config.tensors(tied=model_file.tied)
+        shapes = {name: model_file.config.shape(tensor) for name, tensor in declared.items()}
+        written = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in gguf.GGUFReader(path).tensors}
+        assert shapes == written
+        assert list(shapes) == list(written)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: first_unknown(other, [MIXTRAL]))
+def test_a_part_that_a_path_does_not_know_is_never_run(other):
+    config = ModelFile.open(DEMO_MODEL).config
+    assert first_unknown(MIXTRAL, [MIXTRAL]) is None
+    assert first_unknown(other, [MIXTRAL, other]) is None
+    part = first_unknown(other, [MIXTRAL])
+    assert part in {f"{field.name}: {getattr(other, field.name)}" for field in dataclasses.fields(Architecture)}
+    with pytest.raises(FileFormatError, match=f"Mixtral has {part}, which does not run"):
+        Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
+    assert can_decode(MIXTRAL, {BF16})
+    assert not can_decode(other, {BF16})
+    assert gpu_loader.can_decode(MIXTRAL, {BF16, F16})
+    assert not gpu_loader.can_decode(other, {BF16})
+
+
+def test_the_compiled_step_takes_one_format_that_its_kernels_read():
+    assert can_decode(MIXTRAL, {F16})
+    assert not can_decode(MIXTRAL, {BF16, F16})
+    assert not can_decode(MIXTRAL, {dataclasses.replace(BF16, name="q8_0", block_length=32, block_bytes=34)})
+
+
+def test_a_model_of_unknown_parts_runs_without_the_compiled_step(monkeypatch):
+    ids = [1, 5, 9]
+    compiled = fiddler.load(DEMO_MODEL, precision="exact", device="cpu")
+    monkeypatch.setattr("fiddler.cpu.loader._DECODES", OTHERS[:1])
+    engine = fiddler.load(DEMO_MODEL, precision="exact", device="cpu")
+    assert compiled.runner._decoder is not None
+    assert engine.runner._decoder is None
+    torch.testing.assert_close(engine.logits(ids), compiled.logits(ids))
+
+
+def test_the_dense_span_surrounds_all_of_a_block_but_its_experts():
+    config = Config(MIXTRAL, 16, 32, 8, 3, 12, 2, 1, 4, 4, 2, 1e-5, 1e4)
+    torch.manual_seed(0)
+    weights = {name: torch.randn(config.shape(tensor)) for name, tensor in config.tensors(tied=False).items()}
+    events = []
+
+    class Linears:
+        def __call__(self, x, name, onto=None):
+            events.append(name)
+            y = F.linear(x, weights[name])
+            return y if onto is None else y + onto
+
+        def together(self, x, names):
+            return [self(x, name) for name in names]
+
+    class OwnValues:
+        """A cache in which each position attends to itself only."""
+
+        def attend(self, layer, q, k, v):
+            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+    @contextmanager
+    def dense_span():
+        events.append("dense")
+        yield
+        events.append("end")
+
+    def experts(layer, x, expert_ids, routing_weights):
+        events.append("experts")
+        return x
+
+    model = Transformer(config, weights, Linears(), experts, dense_span=dense_span)
+    model(torch.tensor([3, 1]), OwnValues())
+    names = [[MIXTRAL.tensor_name(role, layer) for role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT)]
+             for layer in range(3)]  # fmt: skip
+    assert events == [event for block in names for event in ("dense", *block, "end", "experts")]
