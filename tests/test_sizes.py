@@ -16,7 +16,6 @@ INSTRUCTIONS = "writes the instructions of one tile; what it computes at the top
 TO_SHORTEN = "no reason but history"
 
 EXCEPTIONS = {
-    "fiddler.cli.perplexity.perplexity": TO_SHORTEN,
     "fiddler.cli.run.run": "a command: its parameters are its options",
     "fiddler.generation.beam_search.BeamSearch.__init__": TO_SHORTEN,
     "fiddler.generation.completion.Generation.__init__": TO_SHORTEN,
@@ -26,12 +25,9 @@ EXCEPTIONS = {
     "fiddler.gpu.decode_kernels._route": TRITON,
     "fiddler.gpu.expert_kernels._down": TRITON,
     "fiddler.gpu.expert_kernels._up": TRITON,
-    "fiddler.gpu.expert_kernels.experts_of_one": "starts two Triton kernels whose arguments these are",
-    "fiddler.gpu.loader.on_gpu": TO_SHORTEN,
     "fiddler.loading.load": "the Python API: its parameters are its options",
     "fiddler.offload.grouped_kernels._down": TRITON,
     "fiddler.offload.grouped_kernels._up": TRITON,
-    "fiddler.offload.plan.make_plan": TO_SHORTEN,
     "kernels.attention_kernels.attend": SCALARS,
     "kernels.decode_step.decode": ONE_KERNEL,
     "kernels.matmul.amx_blocks.multiply_tiles": ONE_KERNEL,
