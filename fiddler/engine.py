@@ -19,7 +19,7 @@ from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
 from fiddler.generation.beam_search import Beam, BeamSearch
 from fiddler.generation.completion import Completion
 from fiddler.generation.drivers import Outcome, run_all
-from fiddler.generation.request import checked_ids, checked_request
+from fiddler.generation.request import CheckedPrompt, checked_ids, checked_request
 from fiddler.generation.sampled_text import Generation
 from fiddler.generation.scheduler import Scheduler
 from fiddler.generation.sequence_group import PreparedRequest
@@ -102,11 +102,10 @@ class Engine:
         """
         ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
         new_sampler = self.samplers(sampling, constraint, ignore_eos)
-        after_prompt = self._after_prompt(prompt_cache, ids)
         if reuse is None:
             reuse = prompt_cache is not None or not (sampling or Sampling()).repeatable
-        options = self.load_seconds, after_prompt, reuse, on_chunk
-        return Generation(self.runner, self.tokenizer, ids, new_sampler, limit, stop, *options)
+        checked = CheckedPrompt(ids, limit, stop, reuse, self._after_prompt(prompt_cache, ids))
+        return Generation(self.runner, self.tokenizer, checked, new_sampler, self.load_seconds, on_chunk)
 
     def samplers(
         self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
@@ -214,18 +213,9 @@ class Engine:
     ) -> BeamSearch:
         """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
         ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
-        return BeamSearch(
-            self.runner,
-            self.tokenizer,
-            ids,
-            options,
-            limit,
-            stop,
-            ignore_eos,
-            self.load_seconds,
-            self._after_prompt(prompt_cache, ids),
-            reuse=reuse or prompt_cache is not None,
-        )
+        reuse = reuse or prompt_cache is not None
+        checked = CheckedPrompt(ids, limit, stop, reuse, self._after_prompt(prompt_cache, ids))
+        return BeamSearch(self.runner, self.tokenizer, checked, options, ignore_eos, self.load_seconds)
 
     def beam_search(
         self,

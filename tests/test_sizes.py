@@ -13,12 +13,9 @@ ONE_KERNEL = "compiled as a whole: Numba compiles a callee again with every call
 SCALARS = "compiled code: addresses, sizes and strides go as scalars, which Numba passes in registers"
 TRITON = "a Triton kernel: pointers, sizes and strides are its only kinds of argument"
 INSTRUCTIONS = "writes the instructions of one tile; what it computes at the top is used down to the last line"
-TO_SHORTEN = "no reason but history"
 
 EXCEPTIONS = {
     "fiddler.cli.run.run": "a command: its parameters are its options",
-    "fiddler.generation.beam_search.BeamSearch.__init__": TO_SHORTEN,
-    "fiddler.generation.completion.Generation.__init__": TO_SHORTEN,
     "fiddler.gpu.attention_kernels._attend": TRITON,
     "fiddler.gpu.attention_kernels._rotate_store": TRITON,
     "fiddler.gpu.decode_kernels._gemv": TRITON,
@@ -45,7 +42,7 @@ EXCEPTIONS = {
     "kernels.matmul.outer_blocks.multiply_outer_floats": SCALARS,
     "kernels.matmul.outer_tiles.outer_tile": INSTRUCTIONS,
 }
-"""Function -> why it is longer or takes more. `TO_SHORTEN` is a debt: nothing new gets it."""
+"""Function -> why it is longer or takes more."""
 
 
 def functions(node, name):

@@ -7,7 +7,6 @@ the first position on where the two differ. `beam_hypotheses` decides which beam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,10 +14,10 @@ from fiddler.generation.beam_hypotheses import BeamOptions, Finished, Hypotheses
 from fiddler.generation.completion import Beam, BeamResult, Stats
 from fiddler.generation.drivers import run_alone
 from fiddler.generation.events import Finished as FinishedEvent
+from fiddler.generation.request import CheckedPrompt
 from fiddler.generation.sequence_group import Advance, Fork, RunningSequence, finite
 from fiddler.generation.stop_strings import StopText
 from fiddler.host_memory import peak_memory
-from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.logprobs import log_softmax
@@ -37,19 +36,14 @@ class BeamSearch:
         self,
         runner: Runner,
         tokenizer: Tokenizer,
-        prompt: Sequence[int],
+        prompt: CheckedPrompt,
         options: BeamOptions,
-        limit: int,
-        stop: Sequence[str],
         ignore_eos: bool,
         load_seconds: float,
-        after_prompt: Callable[[KVCache], None] = lambda sequence: None,
-        reuse: bool = False,
     ) -> None:
-        """`after_prompt`: called with the sequence when it holds just the prompt. `reuse`: see `Generation`."""
-        self.prompt, self.options, self.limit, self.reuse = prompt, options, limit, reuse
-        self.after_prompt, self.load_seconds = after_prompt, load_seconds
-        self._runner, self._tokenizer, self._stop = runner, tokenizer, stop
+        self.prompt, self.options, self.limit, self.reuse = prompt.ids, options, prompt.limit, prompt.reuse
+        self.after_prompt, self.load_seconds = prompt.after_prompt, load_seconds
+        self._runner, self._tokenizer, self._stop = runner, tokenizer, prompt.stop
         self.end_ids = frozenset[int]() if ignore_eos else tokenizer.end_ids
         self.banned = sorted(tokenizer.end_ids) if ignore_eos else []
         self._stats: Stats | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,25 @@ from fiddler.sampling.sampler import Sampling
 from fiddler.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fiddler.runtime.kv_cache import KVCache
     from fiddler.sampling.constraint import Constraint
 
-__all__ = ["Request", "checked_ids", "checked_request"]
+__all__ = ["CheckedPrompt", "Request", "checked_ids", "checked_request"]
+
+
+@dataclass(frozen=True)
+class CheckedPrompt:
+    """A prompt that fits the context, and what follows from it.
+
+    after_prompt: called with the sequence when it holds just the prompt. reuse: resume the sequence computed last, from
+    its common prefix with the prompt.
+    """
+
+    ids: Sequence[int]
+    limit: int  # of tokens to generate
+    stop: Sequence[str] = ()  # strings that end the text
+    reuse: bool = False
+    after_prompt: Callable[[KVCache], None] = lambda sequence: None
 
 
 @dataclass(frozen=True)

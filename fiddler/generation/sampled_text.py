@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from fiddler.generation.completion import Completion, Reply, Stats
 from fiddler.generation.drivers import run_alone
 from fiddler.generation.events import Finished, PromptRead, Token
+from fiddler.generation.request import CheckedPrompt
 from fiddler.generation.sequence_group import Advance, RunningSequence, finite
 from fiddler.host_memory import peak_memory
-from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
 from fiddler.sampling.sampler import Sampler
 from fiddler.text.tokenizer import Tokenizer
@@ -29,25 +29,19 @@ class Generation:
         self,
         runner: Runner,
         tokenizer: Tokenizer,
-        prompt: Sequence[int],
+        prompt: CheckedPrompt,
         new_sampler: Callable[[], Sampler],
-        limit: int,
-        stop: Sequence[str],
         load_seconds: float,
-        after_prompt: Callable[[KVCache], None] = lambda sequence: None,
-        reuse: bool = False,
         on_chunk: Callable[[int], None] = lambda read: None,
     ) -> None:
-        """`after_prompt`: called with the sequence when it holds just the prompt.
+        """on_chunk: called between prefill chunks with the prompt's tokens read so far, while this is iterated.
 
-        reuse: resume the sequence computed last, from its common prefix with the prompt. on_chunk: called between
-        prefill chunks with the prompt's tokens read so far, while this is iterated; may raise to cancel. A scheduler's
-        events tell the same.
+        It may raise to cancel. A scheduler's events tell the same.
         """
-        self.prompt, self.limit, self.reuse = prompt, limit, reuse
-        self.after_prompt, self.load_seconds = after_prompt, load_seconds
+        self.prompt, self.limit, self.reuse = prompt.ids, prompt.limit, prompt.reuse
+        self.after_prompt, self.load_seconds = prompt.after_prompt, load_seconds
         self._runner, self._tokenizer = runner, tokenizer
-        self._new_sampler, self._stop = new_sampler, stop
+        self._new_sampler, self._stop = new_sampler, prompt.stop
         self._on_chunk = on_chunk
         self._completion: Completion | None = None
 

@@ -25,6 +25,7 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
 from fiddler.gpu.layers import GpuLinear
 from fiddler.loading import DEMO_MODEL
+from fiddler.models.architecture import EXPERTS
 from fiddler.models.transformer import Transformer
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
@@ -122,7 +123,8 @@ def runner_of_both_sides(path, recorder):
     model_file = ModelFile.open(path)
     config, layers, copy = model_file.config, mapped_experts(model_file, kernels.choose_tier(), exact=True), HostCopy()
     weights = {}
-    for name in (name for name in config.tensor_shapes(tied=False) if not name.endswith("_exps.weight")):
+    tensors = config.architecture.tensors(config.block_count, tied=False)
+    for name in (name for name, tensor in tensors.items() if tensor.role not in EXPERTS):
         values, kind = model_file.bits(name)
         weights[name] = torch.from_numpy(values.copy()).view({"F32": torch.float32, "BF16": torch.bfloat16}[kind])
     residents = Residents(layers, copy.device)
