@@ -28,7 +28,7 @@ def tokens_per_sequence(lacking: Sequence[int], max_tokens: int) -> list[int]:
     A sequence that lacks only one token gets it: it decodes at every step, whatever prompts are read beside it. The
     rest goes to the prompts, first come first served; some may get nothing yet.
     """
-    left = max_tokens - sum(count == 1 for count in lacking)
+    left = max_tokens - lacking.count(1)
     counts = []
     for count in lacking:
         if count == 1:

@@ -110,7 +110,7 @@ class SampledText:
         text = self._reply.push(token, last=last)
         log_probs = self._sampler.log_probs[-1] if self._sampler.log_probs else None
         result = None if self._reply.finish_reason is None else self._completion()
-        return Advance(token, text, log_probs, result=result)
+        return Advance(token, text, log_probs, (), result)
 
     def _completion(self) -> Completion:
         reply, memory = self._reply, peak_memory()

@@ -103,9 +103,8 @@ class Scheduler:
         self.stepped, end = len(sequences), 0
         for handle, group in list(self._running.items()):
             begin, end = end, end + len(group.sequences)
-            if any(counts[begin:end]):
-                self._report_prompt(handle, group)
-            if not any(sequence.logits is None for sequence in group.sequences):
+            self._report_prompt(handle, group, counts[begin:end])
+            if not [sequence for sequence in group.sequences if sequence.logits is None]:
                 self._advance(handle, group)
         if counts == [1] * len(sequences):
             self._batch_size.measured(len(sequences), time.perf_counter() - began)
@@ -139,10 +138,10 @@ class Scheduler:
         for sequence, row in zip(complete, logits.numpy(), strict=True):
             sequence.logits = row
 
-    def _report_prompt(self, handle: int, group: SequenceGroup) -> None:
+    def _report_prompt(self, handle: int, group: SequenceGroup, counts: Sequence[int]) -> None:
         cache, total = group.sequences[0].cache, len(group.prompt)
         assert cache is not None
-        if cache.length <= total:
+        if cache.length <= total and any(counts):
             self._events.append(PromptRead(handle, cache.length, total))
 
     def _advance(self, handle: int, group: SequenceGroup) -> None:
