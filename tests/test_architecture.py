@@ -99,6 +99,17 @@ def room_modules():
 MODULES = room_modules()
 
 
+def test_the_table_of_imports_in_the_documentation_is_this_one():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("## Imports") : text.index("inside `kernels`")]
+    rows = dict.fromkeys(MAY_IMPORT, None)
+    for line in re.findall(r"^\| (`.*) \|$", table, re.M):
+        names, imports = line.split(" | ")
+        rows |= dict.fromkeys(re.findall(r"`(\w+)`", names), set() if imports == "nothing" else set(imports.split()))
+    unlisted = {"fiddler", "__main__", "errors"}  # the package itself, its entry, and what everything may import
+    assert rows == {room: None if room in unlisted else set(MAY_IMPORT[room].split()) for room in MAY_IMPORT}
+
+
 def room(name):
     """The room of a module: `cli` of `cli.run`."""
     return name.partition(".")[0]
