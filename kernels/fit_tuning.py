@@ -69,7 +69,7 @@ class Fit:
 def fit_unknown_cpu(notify: Callable[[str], None]) -> None:
     """Where this CPU has no tuning row yet, compare two and store the faster: seconds, once, after one line.
 
-    Stores nothing and measures nothing where the result cannot be kept: the next start would measure again.
+    Stores nothing and measures nothing where the result cannot be stored: the next start would measure again.
     """
     if damaged_store():
         notify(f"warning: {tuning_store()} is damaged and ignored; remove it, or run `fiddler calibrate --kernels`")
@@ -82,7 +82,7 @@ def fit_unknown_cpu(notify: Callable[[str], None]) -> None:
         notify(f"unknown CPU {cpu_model()} ({cpu_name()}): choosing kernel settings; the next start finds them on disk")
         store_tuning(_measured(rows, _FIRST_TOKENS, tier, None).row)
     except OSError as error:
-        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be kept: {error.strerror}")
+        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be stored: {error.strerror}")
 
 
 def fit_tuning(threads: int | None = None) -> Fit:
@@ -98,7 +98,7 @@ def fit_tuning(threads: int | None = None) -> Fit:
         fit = _measured(rows, _TOKENS, tier, threads)
         store_tuning(fit.row)
     except OSError as error:
-        raise ResourceError(f"{tuning_store()}: the kernel settings cannot be kept: {error.strerror}") from error
+        raise ResourceError(f"{tuning_store()}: the kernel settings cannot be stored: {error.strerror}") from error
     return fit
 
 

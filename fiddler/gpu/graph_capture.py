@@ -111,9 +111,8 @@ class CapturedGraphs:
         self._arrived = [torch.cuda.Event() for _ in self.breaks]
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
-        self.chosen: list[
-            Tensor
-        ] = []  # of each layer int64 [1, K]; kept, so that later graphs leave their memory alone
+        # of each layer int64 [1, K]; this reference stops later graphs from using their memory
+        self.chosen: list[Tensor] = []
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
         self.hidden = torch.empty(0)

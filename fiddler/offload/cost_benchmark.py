@@ -74,7 +74,7 @@ def calibrated(
         temporary.write_text(json.dumps(asdict(calibration), indent=1))
         temporary.replace(path)
     except OSError as error:
-        notify(f"warning: {path}: the calibration cannot be kept: {error.strerror}")
+        notify(f"warning: {path}: the calibration cannot be stored: {error.strerror}")
     return calibration
 
 

@@ -104,7 +104,7 @@ def test_a_cache_folder_that_cannot_be_written_gives_a_warning(tmp_path, monkeyp
     notices = []
     calibration = calibrated(EXACT, None, 1, notices.append)
     assert calibration.threads == 1
-    assert "cannot be kept" in notices[-1]
+    assert "cannot be stored" in notices[-1]
 
 
 def test_the_staging_ring_delivers_the_rows_of_the_mapping_in_order():
