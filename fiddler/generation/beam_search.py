@@ -67,7 +67,7 @@ class BeamSearch:
         return list(last.result.beams)
 
     def begin(self) -> BeamGroup:
-        """Implements `Request.begin`."""
+        """Implements `PreparedRequest.begin`."""
         return BeamGroup(self)
 
     def is_ended(self, tokens: tuple[int, ...]) -> bool:

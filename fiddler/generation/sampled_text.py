@@ -66,7 +66,7 @@ class Generation:
                     self._completion = event.result
 
     def begin(self) -> SampledText:
-        """Implements `Request.begin`."""
+        """Implements `PreparedRequest.begin`."""
         return SampledText(self, Reply(self._tokenizer, self.limit, self._stop), self._new_sampler())
 
 
