@@ -20,11 +20,23 @@ if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.generation.beam_search import Beam
     from fiddler.generation.completion import Completion
+    from fiddler.generation.request import Request
     from fiddler.loading import load
     from fiddler.sampling.constraint import Constraint
     from fiddler.sampling.sampler import Sampling
 
-__all__ = ["Beam", "Chat", "Completion", "Constraint", "Engine", "FiddlerError", "Sampling", "convert", "load"]
+__all__ = [
+    "Beam",
+    "Chat",
+    "Completion",
+    "Constraint",
+    "Engine",
+    "FiddlerError",
+    "Request",
+    "Sampling",
+    "convert",
+    "load",
+]
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -33,6 +45,7 @@ _MODULES = {
     "Completion": "fiddler.generation.completion",
     "Constraint": "fiddler.sampling.constraint",
     "Engine": "fiddler.engine",
+    "Request": "fiddler.generation.request",
     "Sampling": "fiddler.sampling.sampler",
     "convert": "fiddler.converters",
     "load": "fiddler.loading",

@@ -12,10 +12,12 @@ the new one always stay; a new one that does not fit even then is refused. `mess
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from fiddler.engine import Engine
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 from fiddler.generation.completion import Completion
+from fiddler.generation.request import Request
 from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
@@ -37,7 +39,7 @@ class Chat:
         max_tokens: int | None = None,
         *,
         template: str | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
     ) -> None:
@@ -46,8 +48,11 @@ class Chat:
 
         Raises FileFormatError where the template cannot be used, RequestError where it takes no system message.
         """
-        self._engine, self._sampling, self._max_tokens = engine, sampling, max_tokens
-        self._stop, self._ignore_eos, self._constraint = stop, ignore_eos, constraint
+        for name, value in (("the system message", system), ("the template", template)):
+            if not isinstance(value, str | None):
+                raise RequestError(f"{name} is {quoted(value)}; give a text")
+        self._engine, self._max_tokens = engine, max_tokens
+        self._request = Request("", sampling or Sampling(), max_tokens, stop, ignore_eos, constraint)  # of every answer
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # messages of the user and of the model, alternating
@@ -85,19 +90,13 @@ class Chat:
         beginning is left out: it belongs to the tokenizer. Raises RequestError at once for a message that is too long,
         or that the template refuses.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"the message is {quoted(text)}; give a text")
         first, ids = self._prompt({"role": "user", "content": text})
         available = self._engine.context - len(ids)
         limit = available if self._max_tokens is None else min(available, self._max_tokens)
-        generation = self._engine.start(
-            ids,
-            self._sampling,
-            limit,
-            stop=self._stop,
-            ignore_eos=self._ignore_eos,
-            constraint=self._constraint,
-            reuse=True,
-            on_chunk=self.on_chunk,
-        )
+        request = replace(self._request, prompt=ids, max_tokens=limit)
+        generation = self._engine.start(request, reuse=True, on_chunk=self.on_chunk)
         return self._answer(text, first, len(ids), generation)
 
     def reset(self) -> None:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 from fiddler.files.model_file import ModelFile
-from fiddler.generation.batch_size import BatchSize, first_batch_size
+from fiddler.generation.batch_size import batch_size
 from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
 from fiddler.generation.beam_search import Beam, BeamSearch
 from fiddler.generation.completion import Completion
 from fiddler.generation.drivers import Outcome, run_all
-from fiddler.generation.request import CheckedPrompt, checked_ids, checked_request
+from fiddler.generation.request import (
+    CheckedPrompt,
+    Request,
+    checked_ids,
+    checked_request,
+    checked_sampling,
+    token_ids,
+    whole_number,
+)
 from fiddler.generation.sampled_text import Generation
 from fiddler.generation.scheduler import Scheduler
-from fiddler.generation.sequence_group import PreparedRequest
 from fiddler.host_memory import in_memory
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.runner import Runner
@@ -46,14 +53,49 @@ class Engine:
         backend: str,
         started: float,
     ) -> None:
-        self.model_file = model_file
+        self._loaded: tuple[ModelFile, Runner] | None = (model_file, runner)
         self.config = model_file.config
         self.tokenizer = tokenizer
-        self.runner = runner
         self.device = device
         self.where = where  # one line: where it computes, and why
         self.backend = backend  # the kernel tier
         self.load_seconds = time.perf_counter() - started
+
+    def __repr__(self) -> str:
+        if self._loaded is None:
+            return "Engine(closed)"
+        name = self.model_file.file.path.name
+        return f"Engine({name!r}, device={self.device!r}, context={self.context}, backend={self.backend!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory, that of a GPU too, and its mapping. Any use but this one raises RequestError then.
+
+        Texts that are still being generated hold the memory until they end.
+        """
+        self._loaded = None
+        self.__dict__.pop("_vocabulary", None)
+
+    @property
+    def model_file(self) -> ModelFile:
+        """The open file. Raises RequestError when the engine is closed."""
+        return self._opened[0]
+
+    @property
+    def runner(self) -> Runner:
+        """Computes the steps. Raises RequestError when the engine is closed."""
+        return self._opened[1]
+
+    @property
+    def _opened(self) -> tuple[ModelFile, Runner]:
+        if self._loaded is None:
+            raise RequestError("the engine is closed; load the model again")
+        return self._loaded
 
     @property
     def context(self) -> int:
@@ -63,9 +105,9 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every one of `ids`: float32 [T, V] on the CPU.
 
-        Raises RequestError when an id is outside the vocabulary or there are more ids than `context`.
+        Raises RequestError when `ids` are no token ids of the vocabulary or more than `context`.
         """
-        ids = checked_ids(ids, self.config, self.context)
+        ids = checked_ids(token_ids("ids", ids), self.config, self.context)
         sequence, chunk = self.runner.sequence(), self.runner.chunk
         rows = torch.empty(len(ids), self.config.vocab_size)
         for begin in range(0, len(ids), chunk):
@@ -76,54 +118,38 @@ class Engine:
 
     def start(
         self,
-        prompt: str | Sequence[int],
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
+        request: Request,
         *,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        constraint: Constraint | None = None,
         prompt_cache: str | Path | None = None,
         reuse: bool | None = None,
         on_chunk: Callable[[int], None] = lambda read: None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
-        prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are.
-        max_tokens: None goes on until an end token or the end of the context. `stop`: strings that end the text,
-        not included. `ignore_eos`: end tokens are never chosen. `constraint`: a language that the text must follow;
-        the text ends where that is complete. `reuse`: the common prefix with the last prompt is not computed again,
-        which may change roundings; None does so unless the temperature is 0 or there is a seed, that is, unless the
-        request should be repeatable. `prompt_cache`: a file that stores the prompt's keys and values for other
-        processes, see `fiddler.runtime.kv_cache_file`; it is read now, and written after the prompt was read. on_chunk:
-        called between prefill chunks with the prompt's tokens read so far, while the result is iterated; may raise to
-        cancel.
+        reuse: the common prefix with the last prompt is not computed again, which may change roundings; None does so
+        unless the temperature is 0 or there is a seed, that is, unless the request should be repeatable. prompt_cache:
+        a file that stores the prompt's keys and values for other processes, see `fiddler.runtime.kv_cache_file`; it is
+        read now, and written after the prompt was read. on_chunk: called between prefill chunks with the prompt's
+        tokens read so far, while the result is iterated; may raise to cancel.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
-        new_sampler = self.samplers(sampling, constraint, ignore_eos)
+        if not isinstance(request, Request):
+            raise RequestError(f"the request is {quoted(request)}; give a fiddler.Request")
+        ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
+        new_sampler = self._samplers(request)
         if reuse is None:
-            reuse = prompt_cache is not None or not (sampling or Sampling()).repeatable
-        checked = CheckedPrompt(ids, limit, stop, reuse, self._after_prompt(prompt_cache, ids))
+            reuse = prompt_cache is not None or not request.sampling.repeatable
+        checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
         return Generation(self.runner, self.tokenizer, checked, new_sampler, self.load_seconds, on_chunk)
 
-    def samplers(
-        self, sampling: Sampling | None = None, constraint: Constraint | None = None, ignore_eos: bool = False
-    ) -> Callable[[], Sampler]:
-        """A function that makes a sampler for this model, one a generation. Arguments: see `start`.
-
-        Raises RequestError where `sampling` is for another vocabulary or nothing can follow the constraint.
-        """
-        sampling = sampling or Sampling()
-        bad = next((token for token in sampling.logit_bias if token >= self.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"logit_bias is for token {bad}, outside the vocabulary of {self.config.vocab_size}")
-        if ignore_eos:
-            banned = dict.fromkeys(self.tokenizer.end_ids, -math.inf)
-            sampling = replace(sampling, logit_bias={**sampling.logit_bias, **banned})
+    def _samplers(self, request: Request) -> Callable[[], Sampler]:
+        """Makes samplers, one a generation. Raises RequestError where one cannot be made for this model."""
+        sampling, constraint = checked_sampling(request, self.tokenizer, self.config), request.constraint
         pieces = self._pieces if sampling.dry_multiplier else ()
         if constraint is None:
             return lambda: Sampler(sampling, pieces)
+        if not isinstance(constraint, Constraint):
+            raise RequestError(f"the constraint is {quoted(constraint)}; make one with fiddler.Constraint")
         guide = self._vocabulary.guide(constraint)
         return lambda: Sampler(sampling, pieces, guide.copy())
 
@@ -133,17 +159,15 @@ class Engine:
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        special: bool = False,
         reuse: bool | None = None,
     ) -> Iterator[str]:
-        """The continuation of `prompt` as pieces of text, as they come. Arguments and errors: see `start`."""
-        return iter(
-            self.start(
-                prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint, reuse=reuse
-            )
-        )
+        """The continuation of `prompt` as pieces of text, as they come. See `Request` and `start`."""
+        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special)
+        return iter(self.start(request, reuse=reuse))
 
     def generate(
         self,
@@ -151,29 +175,32 @@ class Engine:
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        special: bool = False,
         reuse: bool | None = None,
     ) -> Completion:
-        """The whole continuation of `prompt`. Arguments and errors: see `start`."""
-        generation = self.start(
-            prompt, sampling, max_tokens, stop=stop, ignore_eos=ignore_eos, constraint=constraint, reuse=reuse
-        )
-        for _ in generation:
-            continue
-        return generation.completion
+        """The whole continuation of `prompt`. Arguments and errors: see `Request` and `start`."""
+        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special)
+        return self.start(request, reuse=reuse).run()
 
     def batch(
         self,
-        generations: Iterable[PreparedRequest],
-        parallel: int | None = None,
+        requests: Iterable[str | Sequence[int] | Request | Generation | BeamSearch],
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
         *,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        parallel: int | None = None,
         on_step: Callable[[int, int], None] = lambda generated, sequences: None,
     ) -> Iterator[tuple[int, Outcome]]:
-        """Run many generations at once, as `start` returns them: (index, completion or error) of each as it finishes.
+        """Run many requests at once: (index, completion or error) of each as it finishes.
 
-        Searches of `start_beams` may be among them: each counts as so many sequences and ends with a `BeamResult`.
+        requests: prompts, which are continued with the other arguments; requests of their own; or what `start` and
+        `start_beams` return. A beam search counts as so many sequences and ends with a `BeamResult`. A prompt that
+        cannot run gives its RequestError; the others run.
 
         Their texts do not depend on each other, beyond rounding; an expert that several chose is read once a step.
         They are taken from the iterable when there is memory for them, so it may prepare them one by one.
@@ -181,16 +208,32 @@ class Engine:
         and doubles it as long as that gives more tokens a second. Fewer run where the KV caches of all would exceed
         half of the memory beside the model. on_step: called after each step with the tokens generated so far and the
         number of sequences in the step.
-        Raises RequestError when `parallel` makes no sense.
+        Raises RequestError when `parallel`, `sampling`, `max_tokens` or `stop` make no sense.
         """
-        if parallel is not None and parallel < 1:
+        if isinstance(requests, str | bytes | Request) or not isinstance(requests, Iterable):
+            raise RequestError(f"requests are {quoted(requests)}; give a list of prompts or requests")
+        if parallel is not None and whole_number("parallel", parallel) < 1:
             raise RequestError(f"parallel is {parallel}; give at least 1")
-        limit = self.runner.chunk if parallel is None else min(parallel, self.runner.chunk)
-        first = first_batch_size(self.config.expert_count, self.config.expert_used_count) if parallel is None else limit
+        defaults = Request("", _or_default(sampling), max_tokens, stop, ignore_eos)
+        size = batch_size(parallel, self.runner.chunk, self.config.expert_count, self.config.expert_used_count)
+        scheduler = Scheduler(self.runner, size, self.runner.room(self._mapped_bytes))
+        return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
+
+    def _prepared(
+        self, request: str | Sequence[int] | Request | Generation | BeamSearch, defaults: Request
+    ) -> Generation | BeamSearch | RequestError:
+        if isinstance(request, Generation | BeamSearch):
+            return request
+        try:
+            return self.start(request if isinstance(request, Request) else replace(defaults, prompt=request))
+        except RequestError as error:
+            return error
+
+    @property
+    def _mapped_bytes(self) -> int:
+        """Bytes of the file that memory must hold beside the KV caches; those of a file in memory are taken already."""
         file = self.model_file.file
-        weights = 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
-        scheduler = Scheduler(self.runner, BatchSize(min(first, limit), limit), self.runner.room(weights))
-        return run_all(scheduler, generations, on_step)
+        return 0 if in_memory(file.path) else sum(nbytes for _, nbytes in file.mappings)
 
     @cached_property
     def _pieces(self) -> list[bytes]:
@@ -202,20 +245,22 @@ class Engine:
 
     def start_beams(
         self,
-        prompt: str | Sequence[int],
+        request: Request,
         options: BeamOptions,
-        max_tokens: int | None = None,
         *,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
         prompt_cache: str | Path | None = None,
         reuse: bool = False,
     ) -> BeamSearch:
-        """Check a beam search and prepare it; nothing is computed until it runs. Arguments and errors: see `start`."""
-        ids, limit = checked_request(prompt, max_tokens, stop, self.tokenizer, self.config, self.context)
+        """Check a beam search and prepare it; nothing is computed until it runs. Other arguments: see `start`.
+
+        Raises RequestError as `start` does, and for a request with a constraint; its `sampling` has no meaning.
+        """
+        if request.constraint is not None:
+            raise RequestError("a beam search has no constraint; leave it out, or sample")
+        ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         reuse = reuse or prompt_cache is not None
-        checked = CheckedPrompt(ids, limit, stop, reuse, self._after_prompt(prompt_cache, ids))
-        return BeamSearch(self.runner, self.tokenizer, checked, options, ignore_eos, self.load_seconds)
+        checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
+        return BeamSearch(self.runner, self.tokenizer, checked, options, request.ignore_eos, self.load_seconds)
 
     def beam_search(
         self,
@@ -225,17 +270,19 @@ class Engine:
         *,
         length_penalty: float = 1.0,
         early_stopping: EarlyStopping = False,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        special: bool = False,
         reuse: bool = False,
     ) -> list[Beam]:
         """The finished beams of a search with `width` beams, best first, as transformers' `generate(num_beams=width)`.
 
         length_penalty, early_stopping: see `fiddler.generation.beam_hypotheses.BeamOptions`. Other arguments and
-        errors: see `start`.
+        errors: see `Request` and `start`.
         """
         options = BeamOptions(width, length_penalty, early_stopping)
-        return self.start_beams(prompt, options, max_tokens, stop=stop, ignore_eos=ignore_eos, reuse=reuse).run()
+        request = Request(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, special=special)
+        return self.start_beams(request, options, reuse=reuse).run()
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[KVCache], None]:
         if prompt_cache is None:
@@ -243,3 +290,7 @@ class Engine:
         from fiddler.runtime.kv_cache_file import resume_from
 
         return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
+
+
+def _or_default(sampling: Sampling | None) -> Sampling:
+    return Sampling() if sampling is None else sampling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,9 +45,13 @@ class LoadOptions:
             if value not in choices:
                 *others, last = map(repr, choices)
                 raise RequestError(f"{name} is {value!r}; give {', '.join(others)} or {last}")
-        for name, least in (("context", 1), ("gpu_experts", 0), ("gpu_memory", 1)):
+        for name, least in (("context", 1), ("gpu_experts", 0), ("gpu_memory", 1), ("threads", None)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise RequestError(f"{name} is {value!r}; it must be a whole number")
+            if least is not None and value < least:
                 raise RequestError(f"{name} is {value}; give {least} or more")
         if self.device == "cpu" and self.gpu_memory is not None:
             raise RequestError(

@@ -99,7 +99,7 @@ class _Run:
     def run(self, parallel: int | None) -> None:
         """Raises ResourceError, at the end, where jobs lacked memory: they have no result."""
         with self._bar:
-            for index, outcome in self._engine.batch(self._generations(), parallel, on_step=self._on_step):
+            for index, outcome in self._engine.batch(self._generations(), parallel=parallel, on_step=self._on_step):
                 self._add(self._running.pop(index), outcome)
                 self._bar.update(1)
         say(self._summary())

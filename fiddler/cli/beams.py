@@ -81,14 +81,7 @@ def print_beams(
     engine: Engine, request: Request, options: BeamOptions, n_best: int, prompt_cache: Path | None, *, stats: bool
 ) -> Stats:
     """Search and print the best text, or the `n_best` best, each below a line with its rank and score."""
-    search = engine.start_beams(
-        request.prompt,
-        options,
-        request.max_tokens,
-        stop=request.stop,
-        ignore_eos=request.ignore_eos,
-        prompt_cache=prompt_cache,
-    )
+    search = engine.start_beams(request, options, prompt_cache=prompt_cache)
     best = search.run()[:n_best]
     for rank, beam in enumerate(best, 1):
         if n_best > 1:

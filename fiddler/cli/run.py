@@ -113,15 +113,7 @@ def _chat(
 
 def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, probs_file: Path | None) -> Stats:
     """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them."""
-    generation = engine.start(
-        request.prompt,
-        request.sampling,
-        request.max_tokens,
-        stop=request.stop,
-        ignore_eos=request.ignore_eos,
-        constraint=request.constraint,
-        prompt_cache=prompt_cache,
-    )
+    generation = engine.start(request, prompt_cache=prompt_cache)
     for piece in generation:
         sys.stdout.write(piece)
         sys.stdout.flush()

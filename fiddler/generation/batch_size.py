@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-__all__ = ["BatchSize", "first_batch_size", "tokens_per_sequence"]
+__all__ = ["BatchSize", "batch_size", "first_batch_size", "tokens_per_sequence"]
 
 _SAMPLES = 8  # steps, whose median counts
 _GAIN = 1.1  # least gain in tokens a second that justifies a doubled batch size
@@ -75,3 +75,10 @@ class BatchSize:
         """Lower the maximum, to no less than 1: memory does not suffice for more sequences."""
         self._maximum = max(1, min(self._maximum, maximum))
         self.now = min(self.now, self._maximum)
+
+
+def batch_size(parallel: int | None, chunk: int, experts: int, used: int) -> BatchSize:
+    """The batch size to begin with: `parallel` for good, or the first one, which grows. At most `chunk` sequences."""
+    limit = chunk if parallel is None else min(parallel, chunk)
+    first = first_batch_size(experts, used) if parallel is None else limit
+    return BatchSize(min(first, limit), limit)

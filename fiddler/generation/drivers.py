@@ -34,18 +34,23 @@ def run_alone(runner: Runner, request: PreparedRequest) -> Generator[Event]:
 
 
 def run_all(
-    scheduler: Scheduler, requests: Iterable[PreparedRequest], on_step: Callable[[int, int], None]
+    scheduler: Scheduler, requests: Iterable[PreparedRequest | FiddlerError], on_step: Callable[[int, int], None]
 ) -> Iterator[tuple[int, Outcome]]:
     """The index of each request, and its result or error, as they finish.
 
-    Requests are taken from the iterable only when there is room for them. on_step: called after each step with the
+    Requests are taken from the iterable only when there is room for them; an error stands for one that could not be
+    prepared. on_step: called after each step with the
     tokens generated so far and the number of sequences in the step.
     """
     numbered, indices, generated = enumerate(requests), dict[int, int](), 0
     try:
         while True:
             while scheduler.has_room and (entry := next(numbered, None)) is not None:
-                indices[scheduler.add(entry[1])] = entry[0]
+                number, request = entry
+                if isinstance(request, FiddlerError):
+                    yield number, request
+                else:
+                    indices[scheduler.add(request)] = number
             if scheduler.idle:
                 return
             events = scheduler.step()

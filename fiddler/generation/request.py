@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from operator import index
 from typing import TYPE_CHECKING
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 from fiddler.models.config import Config
 from fiddler.sampling.sampler import Sampling
 from fiddler.text.tokenizer import Tokenizer
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
     from fiddler.runtime.kv_cache import KVCache
     from fiddler.sampling.constraint import Constraint
 
-__all__ = ["CheckedPrompt", "Request", "checked_ids", "checked_request"]
+__all__ = [
+    "CheckedPrompt",
+    "Request",
+    "checked_ids",
+    "checked_request",
+    "checked_sampling",
+    "token_ids",
+    "whole_number",
+]
 
 
 @dataclass(frozen=True)
@@ -35,22 +45,79 @@ class CheckedPrompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it; the fields are arguments of `Engine.start`, which says what each means.
+    """A prompt and how to continue it.
 
-    prompt: text, or token ids. max_tokens None: until an end token or the end of the context.
+    prompt: text, which gets a BOS where the model's metadata say so, or token ids, taken as they are. max_tokens: None
+    goes on until an end token or the end of the context. stop: a string that ends the text, not included, or several.
+    ignore_eos: end tokens are never chosen. constraint: a language that the text must follow; the text ends where that
+    is complete. special: names of control tokens in a text prompt, as `<s>`, are read as these tokens; only for text
+    that no stranger wrote.
+    Raises RequestError for a value of another type, or an empty stop string.
     """
 
     prompt: str | Sequence[int]
-    sampling: Sampling
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
     constraint: Constraint | None = None
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", token_ids("the prompt", self.prompt))
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(f"sampling is {quoted(self.sampling)}; give a fiddler.Sampling")
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", whole_number("max_tokens", self.max_tokens))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        for name in ("ignore_eos", "special"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {quoted(getattr(self, name))}; give True or False")
+
+
+def whole_number(name: str, value: object) -> int:
+    """`value` as an int. Raises RequestError for anything that is not a whole number by its type, as 1.0 or "1"."""
+    try:
+        if not isinstance(value, bool):
+            return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise RequestError(f"{name} is {quoted(value)}; it must be a whole number")
+
+
+def token_ids(name: str, value: object) -> tuple[int, ...]:
+    """`value` as token ids. Raises RequestError for anything but whole numbers in a row, as a list or a tensor [T]."""
+    remedy = "give a text or token ids" if name == "the prompt" else "give token ids, as tokenizer.encode returns them"
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        raise RequestError(f"{name} is {type(value).__name__} {quoted(value)}; {remedy}")
+    ids = value.tolist() if hasattr(value, "tolist") else value  # of tensors and arrays
+    if not isinstance(ids, Sequence):
+        raise RequestError(f"{name} is {quoted(value)}; {remedy}")
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            several = "; several texts are for `batch`" if isinstance(token, str) else ""
+            messages = "; messages are for fiddler.Chat" if isinstance(token, dict) else ""
+            raise RequestError(f"{name} has {quoted(token)} for a token id; {remedy}{several}{messages}")
+    return tuple(index(token) for token in ids)
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise RequestError(f"stop is {quoted(stop)}; give a text or several")
+    texts = tuple(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"stop has {quoted(text)}; give a text or several")
+        if not text:
+            raise RequestError("a stop string is empty; give at least one character")
+    return texts
 
 
 def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:
-    """`ids` as ints. Raises RequestError when one is outside the vocabulary or there are more than `context`."""
-    ids = [int(token) for token in ids]
+    """`ids` as a list. Raises RequestError when one is outside the vocabulary or there are more than `context`."""
+    ids = list(ids)
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
         raise RequestError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
@@ -61,16 +128,11 @@ def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:
     return ids
 
 
-def checked_request(
-    prompt: str | Sequence[int],
-    max_tokens: int | None,
-    stop: Sequence[str],
-    tokenizer: Tokenizer,
-    config: Config,
-    context: int,
-) -> tuple[list[int], int]:
+def checked_request(request: Request, tokenizer: Tokenizer, config: Config, context: int) -> tuple[list[int], int]:
     """The prompt's ids and the most tokens that may follow. Raises RequestError for a request that makes no sense."""
-    ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos) if isinstance(prompt, str) else prompt
+    ids, max_tokens = request.prompt, request.max_tokens
+    if isinstance(ids, str):
+        ids = tokenizer.encode(ids, add_bos=tokenizer.add_bos, parse_special=request.special)
     ids = checked_ids(ids, config, context)
     if not ids:
         raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
@@ -84,9 +146,18 @@ def checked_request(
         )
     if available == 0 and max_tokens is None:
         raise RequestError(f"{len(ids)} prompt tokens fill the context of {context} ({_remedy(config, context)})")
-    if any(not text for text in stop):
-        raise RequestError("a stop string is empty; give at least one character")
     return ids, available if max_tokens is None else max_tokens
+
+
+def checked_sampling(request: Request, tokenizer: Tokenizer, config: Config) -> Sampling:
+    """The request's sampling, end tokens banned where it ignores them. Raises RequestError for an unknown token."""
+    sampling = request.sampling
+    bad = next((token for token in sampling.logit_bias if token >= config.vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"logit_bias is for token {bad}, outside the vocabulary of {config.vocab_size}")
+    if not request.ignore_eos:
+        return sampling
+    return replace(sampling, logit_bias={**sampling.logit_bias, **dict.fromkeys(tokenizer.end_ids, -inf)})
 
 
 def _remedy(config: Config, context: int) -> str:

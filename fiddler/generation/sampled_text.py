@@ -65,6 +65,12 @@ class Generation:
                     assert isinstance(event.result, Completion)
                     self._completion = event.result
 
+    def run(self) -> Completion:
+        """Generate the whole text. Raises the errors of iterating."""
+        for _ in self:
+            continue
+        return self.completion
+
     def begin(self) -> SampledText:
         """Implements `PreparedRequest.begin`."""
         return SampledText(self, Reply(self._tokenizer, self.limit, self._stop), self._new_sampler())

@@ -30,14 +30,7 @@ class Prompts:
         if job.messages:
             request = replace(request, prompt=self._chat_template().ids(job.messages))
             self._chat_ids.add(job.id)
-        return self._engine.start(
-            request.prompt,
-            request.sampling,
-            request.max_tokens,
-            stop=request.stop,
-            ignore_eos=request.ignore_eos,
-            constraint=request.constraint,
-        )
+        return self._engine.start(request)
 
     def text_of(self, identity: Id, text: str) -> str:
         """A result's text. As in a chat, an answer to messages loses the space that the tokenizer puts first."""

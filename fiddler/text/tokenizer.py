@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.spm import canonical, decoded_tokens, processor_of, raw_bytes
 from fiddler.text.vocabulary import SPACE, TokenTable
@@ -123,6 +123,8 @@ class Tokenizer:
         `bar`: a character across which no special token is recognised, and which is dropped. With a bar, control tokens
         of a single character are not recognised at all: a bar cannot split them.
         """
+        if not isinstance(text, str | bytes):
+            raise RequestError(f"the text is {quoted(text)}; give a str, or bytes")
         ids = [self.bos_id] if add_bos else []
         prefix = self._table.add_space_prefix and not continuing
         special = self._all_special if parse_special else self._user_defined
@@ -162,6 +164,8 @@ class Tokenizer:
         return TextStream(self, continuing)
 
     def _checked(self, index: int) -> int:
+        if not hasattr(index, "__index__"):
+            raise RequestError(f"a token id is {quoted(index)}; it must be a whole number")
         if not 0 <= index < len(self._bytes):
             raise RequestError(f"token id {index} is outside the vocabulary of {len(self._bytes)} tokens")
         return index

@@ -13,6 +13,7 @@ import fiddler
 from fiddler import Sampling
 from fiddler.engine import Engine
 from fiddler.errors import FileFormatError, RequestError
+from fiddler.generation.request import Request
 from oracles.synthetic import write_random_mixtral
 
 GREEDY = Sampling(temperature=0.0)
@@ -120,14 +121,17 @@ class UnusedRunner:
 @pytest.mark.parametrize(
     "request_, message",
     [
-        (lambda e: e.start([1] * 600, GREEDY, 21), "600 prompt tokens and 21 new ones exceed the context of 620"),
-        (lambda e: e.start([1] * 621), "621 tokens exceed the context of 620"),
-        (lambda e: e.start([1] * 620), "620 prompt tokens fill the context"),
-        (lambda e: e.start([1], GREEDY, -1), "max_tokens is -1"),
-        (lambda e: e.start([]), "the prompt is empty"),
-        (lambda e: e.start([1, 512]), "token id 512 is outside the vocabulary of 512"),
-        (lambda e: e.start([-1]), "token id -1 is outside"),
-        (lambda e: e.start("text", stop=["a", ""]), "a stop string is empty"),
+        (
+            lambda e: e.start(Request([1] * 600, GREEDY, 21)),
+            "600 prompt tokens and 21 new ones exceed the context of 620",
+        ),
+        (lambda e: e.start(Request([1] * 621)), "621 tokens exceed the context of 620"),
+        (lambda e: e.start(Request([1] * 620)), "620 prompt tokens fill the context"),
+        (lambda e: e.start(Request([1], GREEDY, -1)), "max_tokens is -1"),
+        (lambda e: e.start(Request([])), "the prompt is empty"),
+        (lambda e: e.start(Request([1, 512])), "token id 512 is outside the vocabulary of 512"),
+        (lambda e: e.start(Request([-1])), "token id -1 is outside"),
+        (lambda e: e.start(Request("text", stop=["a", ""])), "a stop string is empty"),
         (lambda e: e.logits([0, 10**9]), "token id 1000000000 is outside"),
         (lambda e: e.logits([0] * 621), "621 tokens exceed the context"),
         (lambda e: e.stream("text", GREEDY, 10**6), "exceed the context"),
@@ -163,7 +167,7 @@ def test_two_engines_and_an_unfinished_generation_do_not_disturb_each_other(path
     """State is in the sequences: neither a second engine nor an unfinished generation disturbs the first."""
     other = fiddler.load(path)
     expected = engine.generate("The road", GREEDY, 6).tokens
-    unfinished = iter(engine.start("The snow", GREEDY, 15, ignore_eos=True))
+    unfinished = iter(engine.start(Request("The snow", GREEDY, 15, ignore_eos=True)))
     next(unfinished)
     assert other.generate("The road", GREEDY, 6).tokens == expected
     assert engine.generate("The road", GREEDY, 6).tokens == expected
@@ -172,7 +176,7 @@ def test_two_engines_and_an_unfinished_generation_do_not_disturb_each_other(path
 
 def test_streamed_text_only_grows(engine):
     """Each piece only adds to the text before it."""
-    generation = engine.start("The child", Sampling(1.2, seed=4), 25, ignore_eos=True)
+    generation = engine.start(Request("The child", Sampling(1.2, seed=4), 25, ignore_eos=True))
     texts = [""]
     for piece in generation:
         texts.append(texts[-1] + piece)

@@ -13,6 +13,7 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.generation.batch_size import BatchSize
 from fiddler.generation.beam_hypotheses import BeamOptions
 from fiddler.generation.events import Failed, Finished, PromptRead, Token
+from fiddler.generation.request import Request
 from fiddler.generation.scheduler import Scheduler
 
 GREEDY = Sampling(temperature=0.0)
@@ -48,7 +49,7 @@ def together(engine, requests, **options):
 
 
 def free_running(engine, prompt, count=8, **options):
-    return engine.start(prompt, Sampling(1.0, seed=5), count, ignore_eos=True, **options)
+    return engine.start(Request(prompt, Sampling(1.0, seed=5), count, ignore_eos=True), **options)
 
 
 def alone(generation):
@@ -66,7 +67,9 @@ def test_events_name_their_request_and_hold_all_of_its_text(engine, monkeypatch)
     sampling = Sampling(1.0, seed=5, n_probs=2)
     monkeypatch.setattr(engine.runner, "chunk", 16)
     scheduler = scheduler_of(engine)
-    handles = [scheduler.add(engine.start(prompt, sampling, 8, ignore_eos=True)) for prompt in (STORY, PARK, IDS)]
+    handles = [
+        scheduler.add(engine.start(Request(prompt, sampling, 8, ignore_eos=True))) for prompt in (STORY, PARK, IDS)
+    ]
     assert len(set(handles)) == 3
     events = finish(scheduler)
     assert events.keys() == set(handles)
@@ -124,7 +127,7 @@ def test_a_closed_scheduler_holds_no_memory(engine, no_collection, monkeypatch):
     scheduler = scheduler_of(engine)
     for request in (
         free_running(engine, STORY),
-        engine.start_beams(CAT, BeamOptions(3), 9),
+        engine.start_beams(Request(CAT, max_tokens=9), BeamOptions(3)),
         free_running(engine, PARK),
     ):
         scheduler.add(request)
@@ -142,7 +145,7 @@ def test_a_closed_scheduler_holds_no_memory(engine, no_collection, monkeypatch):
 def test_a_beam_search_and_sampled_texts_in_one_scheduler_give_what_each_gives_alone(engine, num_beams):
     texts = [STORY, CAT]
     expected = [parts(alone(free_running(engine, text, 14))) for text in texts]
-    search = engine.start_beams(PARK, BeamOptions(num_beams), 14)
+    search = engine.start_beams(Request(PARK, max_tokens=14), BeamOptions(num_beams))
     beams = search.run()
     first, found, second = together(
         engine, [free_running(engine, STORY, 14), search, free_running(engine, CAT, 14)], batch_size=num_beams + 2
@@ -155,7 +158,9 @@ def test_a_beam_search_and_sampled_texts_in_one_scheduler_give_what_each_gives_a
 
 def test_two_beam_searches_share_the_steps(engine, monkeypatch):
     sizes, step = [], engine.runner.step
-    searches = [engine.start_beams(prompt, BeamOptions(3), 10, ignore_eos=True) for prompt in (STORY, PARK)]
+    searches = [
+        engine.start_beams(Request(prompt, max_tokens=10, ignore_eos=True), BeamOptions(3)) for prompt in (STORY, PARK)
+    ]
     expected = [search.run() for search in searches]
     monkeypatch.setattr(engine.runner, "step", lambda inputs, *rest: sizes.append(len(inputs)) or step(inputs, *rest))
     found = together(engine, searches)
@@ -165,7 +170,7 @@ def test_two_beam_searches_share_the_steps(engine, monkeypatch):
 
 def test_a_beam_search_without_memory_for_a_fork_waits_and_goes_on(engine, monkeypatch):
     """Its sequences compute their tokens again, each with a KV cache of its own."""
-    search, failures = engine.start_beams(PARK, BeamOptions(3), 10, ignore_eos=True), iter(range(3))
+    search, failures = engine.start_beams(Request(PARK, max_tokens=10, ignore_eos=True), BeamOptions(3)), iter(range(3))
     beams, expected = search.run(), parts(alone(free_running(engine, STORY)))
     copy = engine.runner.copy
 
@@ -189,11 +194,11 @@ def test_log_probs_a_constraint_and_stop_strings_in_a_batch_give_what_they_give_
     schema = Constraint.json_schema({"type": "string", "maxLength": 20})
 
     def requests():
-        yield engine.start("Lily said", sampling, 40, constraint=schema)
-        yield engine.start(STORY, sampling, 30, stop=["little", "there", "was"], ignore_eos=True)
-        yield engine.start(CAT, sampling, 12)
-        yield engine.start("Tom has", GREEDY, 30, constraint=Constraint.grammar('root ::= "a red boat"'))
-        yield engine.start("Tom", GREEDY, 5, constraint=Constraint.grammar('root ::= ""'))
+        yield engine.start(Request("Lily said", sampling, 40, constraint=schema))
+        yield engine.start(Request(STORY, sampling, 30, stop=["little", "there", "was"], ignore_eos=True))
+        yield engine.start(Request(CAT, sampling, 12))
+        yield engine.start(Request("Tom has", GREEDY, 30, constraint=Constraint.grammar('root ::= "a red boat"')))
+        yield engine.start(Request("Tom", GREEDY, 5, constraint=Constraint.grammar('root ::= ""')))
 
     expected = [alone(generation) for generation in requests()]
     batched = together(engine, requests())
@@ -212,10 +217,14 @@ def test_prompts_of_a_batch_are_resumed_from_their_common_prefix(engine):
     prompts = [[*IDS, 7, 8], [*IDS[:30], 9], [*IDS[:30], 9, 5]]
     expected = [parts(engine.generate(prompt, GREEDY, 4, ignore_eos=True)) for prompt in prompts]
     engine.generate(IDS, GREEDY, 2, ignore_eos=True)
-    completions = dict(engine.batch((engine.start(p, GREEDY, 4, ignore_eos=True, reuse=True) for p in prompts), 1))
+    completions = dict(
+        engine.batch((engine.start(Request(p, GREEDY, 4, ignore_eos=True), reuse=True) for p in prompts), parallel=1)
+    )
     assert [parts(completions[index]) for index in range(3)] == expected
     assert [completions[index].stats.cached_tokens for index in range(3)] == [40, 30, 31]
-    side_by_side = dict(engine.batch([engine.start(p, GREEDY, 4, ignore_eos=True, reuse=True) for p in prompts]))
+    side_by_side = dict(
+        engine.batch([engine.start(Request(p, GREEDY, 4, ignore_eos=True), reuse=True) for p in prompts])
+    )
     assert [parts(side_by_side[index]) for index in range(3)] == expected
     assert [side_by_side[index].stats.cached_tokens for index in range(3)] == [30, 0, 0]  # only one can take it
 
@@ -225,13 +234,13 @@ def test_a_prompt_cache_file_is_written_and_read_in_a_batch(engine, tmp_path):
 
     def requests(count):
         for path, prompt in zip(files, (IDS, IDS[::-1]), strict=True):
-            yield engine.start(prompt, GREEDY, count, ignore_eos=True, prompt_cache=path)
+            yield engine.start(Request(prompt, GREEDY, count, ignore_eos=True), prompt_cache=path)
 
     engine.runner.prefix_cache.drop()
     first = dict(engine.batch(requests(5)))
     assert all(path.stat().st_size for path in files)
     fresh = fiddler.load(device="cpu", precision="exact")
-    generation = fresh.start(IDS, GREEDY, 5, ignore_eos=True, prompt_cache=files[0])
+    generation = fresh.start(Request(IDS, GREEDY, 5, ignore_eos=True), prompt_cache=files[0])
     ((_, again),) = fresh.batch([generation])
     assert again.tokens == first[0].tokens
     assert (first[0].stats.cached_tokens, again.stats.cached_tokens) == (0, len(IDS) - 1)
@@ -244,7 +253,7 @@ def test_an_error_of_one_request_does_not_end_the_others(engine):
     good, bad, search = (
         free_running(engine, STORY),
         free_running(engine, CAT),
-        engine.start_beams(PARK, BeamOptions(2), 6),
+        engine.start_beams(Request(PARK, max_tokens=6), BeamOptions(2)),
     )
     bad.after_prompt = fail
     expected = parts(alone(free_running(engine, STORY)))

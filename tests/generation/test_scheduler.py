@@ -11,6 +11,7 @@ from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError, ResourceError
 from fiddler.generation.batch_size import BatchSize, first_batch_size, tokens_per_sequence
 from fiddler.generation.drivers import run_all
+from fiddler.generation.request import Request
 from fiddler.generation.scheduler import Scheduler
 from fiddler.host_memory import memory_for_sequences
 from fiddler.runtime.runner import Runner
@@ -106,7 +107,9 @@ def ragged(engine, temperature):
     """Prompts and ends of all lengths, so that sequences join and leave at many steps."""
     for n, prompt in enumerate(PROMPTS):
         stop = ["and", "!"] if n == 3 else []
-        yield engine.start(prompt, Sampling(temperature, seed=n), (7 * n) % 23 + 1, stop=stop, ignore_eos=n % 2 == 0)
+        yield engine.start(
+            Request(prompt, Sampling(temperature, seed=n), (7 * n) % 23 + 1, stop=stop, ignore_eos=n % 2 == 0)
+        )
 
 
 @pytest.fixture(scope="module", params=[0.0, 1.0])
@@ -128,7 +131,7 @@ def test_a_sequence_in_a_batch_generates_what_it_generates_alone(demo, alone, pa
     def on_step(*progress):
         steps.append(progress)
 
-    completions = dict(demo.batch(ragged(demo, temperature), parallel, on_step=on_step))
+    completions = dict(demo.batch(ragged(demo, temperature), parallel=parallel, on_step=on_step))
     assert completions.keys() == set(range(len(PROMPTS)))
     for index, single in enumerate(expected):
         batched = completions[index]
@@ -157,7 +160,9 @@ class RecordingRunner(Runner):
 
 
 def run_batch(engine, runner, prompts, max_tokens, kv_bytes=None, batch_size=16):
-    generations = (engine.start(prompt, Sampling(1.0, seed=5), max_tokens, ignore_eos=True) for prompt in prompts)
+    generations = (
+        engine.start(Request(prompt, Sampling(1.0, seed=5), max_tokens, ignore_eos=True)) for prompt in prompts
+    )
     scheduler = Scheduler(runner, BatchSize(batch_size, batch_size), kv_bytes)
     return dict(run_all(scheduler, generations, lambda generated, sequences: None))
 
@@ -178,7 +183,7 @@ def test_where_memory_runs_out_fewer_sequences_run_and_no_token_is_lost(demo):
     prompts = [f"The {n} cats" for n in range(7)]
     runner = RecordingRunner(demo.runner)
     expected = [demo.generate(p, Sampling(1.0, seed=5), 10, ignore_eos=True).tokens for p in prompts]
-    generations = (demo.start(p, Sampling(1.0, seed=5), 10, ignore_eos=True) for p in prompts)
+    generations = (demo.start(Request(p, Sampling(1.0, seed=5), 10, ignore_eos=True)) for p in prompts)
     steps = []
 
     def on_step(generated, sequences):
@@ -220,7 +225,7 @@ def test_logits_of_nan_are_the_error_of_one_prompt_only(tmp_path):
     embedding.flush()
     engine = fiddler.load(path, device="cpu")
     outcomes = dict(
-        engine.batch(engine.start(ids, GREEDY, 5, ignore_eos=True) for ids in ([1, 40], [1, 300, 41], [1, 50]))
+        engine.batch(engine.start(Request(ids, GREEDY, 5, ignore_eos=True)) for ids in ([1, 40], [1, 300, 41], [1, 50]))
     )
     with pytest.raises(FileFormatError) as single:
         engine.generate([1, 300, 41], GREEDY, 5)
@@ -232,11 +237,13 @@ def test_logits_of_nan_are_the_error_of_one_prompt_only(tmp_path):
 
 def test_an_empty_batch_and_zero_tokens_are_accepted_and_parallel_0_is_refused(demo):
     assert dict(demo.batch([])) == {}
-    completions = dict(demo.batch([demo.start("One", GREEDY, 0), demo.start("One", GREEDY, 2, ignore_eos=True)]))
+    completions = dict(
+        demo.batch([demo.start(Request("One", GREEDY, 0)), demo.start(Request("One", GREEDY, 2, ignore_eos=True))])
+    )
     assert (completions[0].text, completions[0].finish_reason) == ("", "length")
     assert len(completions[1].tokens) == 2
     with pytest.raises(RequestError, match="parallel is 0"):
-        demo.batch([], 0)
+        demo.batch([], parallel=0)
 
 
 def test_generations_are_started_only_when_a_sequence_has_ended(demo):
@@ -245,9 +252,9 @@ def test_generations_are_started_only_when_a_sequence_has_ended(demo):
     def generations():
         for n in range(9):
             started.append(n)
-            yield demo.start("One", GREEDY, 3, ignore_eos=True)
+            yield demo.start(Request("One", GREEDY, 3, ignore_eos=True))
 
-    running = demo.batch(generations(), 2)
+    running = demo.batch(generations(), parallel=2)
     next(running)
     assert len(started) <= 3
     assert len(list(running)) == 8
@@ -272,8 +279,8 @@ def test_a_constraint_that_fails_ends_its_own_generation_only(demo):
         def advance(self, token):
             pass
 
-    bad, good = (demo.start(prompt, GREEDY, 5) for prompt in ("Once", "A cat"))
+    bad, good = (demo.start(Request(prompt, GREEDY, 5)) for prompt in ("Once", "A cat"))
     bad._new_sampler = lambda: Sampler(GREEDY, guide=FailingGuide())
-    outcomes = dict(demo.batch([bad, good], 2))
+    outcomes = dict(demo.batch([bad, good], parallel=2))
     assert "cannot be followed" in str(outcomes[0])
     assert outcomes[1].text == demo.generate("A cat", GREEDY, 5).text

@@ -22,7 +22,7 @@ def test_gpu_memory_stays_within_the_budget_for_prompts_and_generation():
     code = (
         "import fiddler\n"
         "e = fiddler.load(device='cuda', gpu_memory='1400MiB')\n"
-        "g = e.start([5] * (e.context - 40), fiddler.Sampling(temperature=0.0), 30, ignore_eos=True)\n"
+        "g = e.start(fiddler.Request([5] * (e.context - 40), fiddler.Sampling(temperature=0.0), 30, ignore_eos=True))\n"
         "[None for _ in g]\n"
         "e.logits([5] * e.context)\n"
         "print(e.runner.budget.used(), e.runner.budget.total)\n"

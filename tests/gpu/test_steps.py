@@ -12,6 +12,7 @@ import torch
 
 import fiddler
 from fiddler.device import cuda_driver
+from fiddler.generation.request import Request
 from fiddler.loading import load
 from fiddler.telemetry.gpu_timeline import GpuTracer
 
@@ -86,7 +87,9 @@ def test_after_ctrl_c_in_a_step_the_next_text_is_right(cpu_engine, gpu_engine):
 def test_each_prompt_of_a_batch_gets_the_same_text_as_alone(cpu_engine, gpu_engine, batch_size):
     expected = texts(cpu_engine)
     assert texts(gpu_engine) == expected
-    completions = dict(gpu_engine.batch([gpu_engine.start(prompt, GREEDY, 24) for prompt in PROMPTS], batch_size))
+    completions = dict(
+        gpu_engine.batch([gpu_engine.start(Request(prompt, GREEDY, 24)) for prompt in PROMPTS], parallel=batch_size)
+    )
     assert [completions[i].text for i in range(len(PROMPTS))] == expected
 
 
@@ -115,7 +118,9 @@ def test_an_aborted_step_holds_no_reference_to_the_sequence(cpu_engine, gpu_engi
     with pytest.raises(ZeroDivisionError):
         gpu_engine.generate(PROMPTS[0], GREEDY, 60)
     monkeypatch.undo()
-    assert len(dict(gpu_engine.batch([gpu_engine.start(prompt, GREEDY, 24) for prompt in PROMPTS], 2))) == len(PROMPTS)
+    assert len(
+        dict(gpu_engine.batch([gpu_engine.start(Request(prompt, GREEDY, 24)) for prompt in PROMPTS], parallel=2))
+    ) == len(PROMPTS)
     gpu_engine.generate(PROMPTS[2], GREEDY, 24)
     again = gpu_engine.generate(PROMPTS[2], GREEDY, 24, reuse=True)
     assert again.stats.cached_tokens == again.stats.prompt_tokens - 1

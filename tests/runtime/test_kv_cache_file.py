@@ -18,6 +18,7 @@ from fiddler import Sampling
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.generation.beam_hypotheses import BeamOptions
+from fiddler.generation.request import Request
 from fiddler.runtime.kv_cache_file import PromptCache
 from oracles.synthetic import write_random_mixtral
 
@@ -38,7 +39,7 @@ def loaded(model, precision="exact"):
 
 def run(engine, ids, path, count=4):
     """Greedy tokens with a prompt cache file, and how many tokens of the prompt were cached."""
-    generation = engine.start(ids, GREEDY, count, prompt_cache=path)
+    generation = engine.start(Request(ids, GREEDY, count), prompt_cache=path)
     for _ in generation:
         continue
     return list(generation.completion.tokens), generation.completion.stats.cached_tokens
@@ -90,12 +91,12 @@ def test_keys_and_values_read_from_the_file_have_the_computed_bits(model, cache_
 def test_the_file_is_written_as_soon_as_the_prompt_is_read(model, tmp_path):
     """So that a stopped answer leaves it; also where no token is generated, and by beams."""
     path = tmp_path / "cache"
-    running = iter(loaded(model).start(IDS, GREEDY, 9, prompt_cache=path))
+    running = iter(loaded(model).start(Request(IDS, GREEDY, 9), prompt_cache=path))
     next(running)
     assert run(loaded(model), IDS, path)[1] == 39
     assert run(loaded(model), IDS, tmp_path / "other", count=0) == ([], 0)
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
-    loaded(model).start_beams(IDS, BeamOptions(2), 3, prompt_cache=tmp_path / "beams").run()
+    loaded(model).start_beams(Request(IDS, max_tokens=3), BeamOptions(2), prompt_cache=tmp_path / "beams").run()
     assert path.read_bytes() == (tmp_path / "beams").read_bytes()
 
 
@@ -116,7 +117,7 @@ def test_the_file_is_used_where_it_has_more_of_the_prompt_than_the_prefix_cache(
 def assert_refused(engine, path, *fragments, kind=FileFormatError):
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(kind) as caught:
-        engine.start(IDS, GREEDY, 4, prompt_cache=path)
+        engine.start(Request(IDS, GREEDY, 4), prompt_cache=path)
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in (str(path), *fragments)), message
@@ -130,8 +131,8 @@ def test_a_file_that_is_no_prompt_cache_is_refused_and_left_alone(model, tmp_pat
         assert_refused(engine, tmp_path / "diary", "is not a prompt cache; name another file")
     assert_refused(engine, tmp_path, "is a directory", kind=RequestError)
     with pytest.raises(RequestError, match="nowhere is not a directory; create it first"):
-        engine.start(IDS, prompt_cache=tmp_path / "nowhere" / "cache")
-    running = engine.start(IDS, GREEDY, 4, prompt_cache=tmp_path / "later")
+        engine.start(Request(IDS), prompt_cache=tmp_path / "nowhere" / "cache")
+    running = engine.start(Request(IDS, GREEDY, 4), prompt_cache=tmp_path / "later")
     (tmp_path / "later").write_bytes(b"a diary")  # created in the meantime
     with pytest.raises(FileFormatError, match="is not a prompt cache"):
         list(running)
@@ -186,7 +187,7 @@ def test_a_sparse_file_of_the_size_in_a_wrong_header_is_refused(model, cache_fil
     cache_file.write_bytes(with_header(cache_file.read_bytes(), positions=2**24))
     os.truncate(cache_file, cache.nbytes(2**24))
     with pytest.raises(FileFormatError, match="is not as long as it says"):
-        loaded(model).start(IDS, prompt_cache=cache_file)
+        loaded(model).start(Request(IDS), prompt_cache=cache_file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -226,7 +227,7 @@ def test_a_full_disk_leaves_the_old_file_unchanged(model, cache_file, tmp_path):
     code = (
         "import resource, signal, sys, fiddler; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "engine = fiddler.load(sys.argv[1], precision='exact', device='cpu')\n"
-        f"g = engine.start({[9, *IDS]}, prompt_cache=sys.argv[2])\n"
+        f"g = engine.start(fiddler.Request({[9, *IDS]}), prompt_cache=sys.argv[2])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "try: list(g)\nexcept fiddler.FiddlerError as error: print(error)"
     )

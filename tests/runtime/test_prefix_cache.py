@@ -9,6 +9,8 @@ import torch
 
 import fiddler
 from fiddler import Sampling
+from fiddler.engine import Engine
+from fiddler.generation.request import Request
 from fiddler.gpu.runner import GpuRunner
 from fiddler.offload.plan import Costs, Curve
 from fiddler.runtime.kv_cache import KVCache
@@ -146,7 +148,7 @@ def test_interleaved_generations_with_a_common_prefix_give_the_same_tokens_as_al
     greedy(engine, IDS, 1)
     prompts = [IDS, [*IDS[:30], 7], [*IDS, 4]]
     expected = [greedy_uncached(engine, prompt, 8) for prompt in prompts]
-    generations = [engine.start(prompt, GREEDY, 8, reuse=True) for prompt in prompts]
+    generations = [engine.start(Request(prompt, GREEDY, 8), reuse=True) for prompt in prompts]
     for _ in zip_longest(*generations):
         continue
     assert [list(generation.completion.tokens) for generation in generations] == expected
@@ -180,7 +182,8 @@ def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use
     home.reserve(100)
     address = home.storage[0][0].data_ptr()
     both_sides = orchestrator(EXACT, [[], [], []], COSTS)
-    engine.runner = runner = GpuRunner(plain.model, both_sides, 100, torch.float32, plain.threads, 512, home, None)
+    runner = GpuRunner(plain.model, both_sides, 100, torch.float32, plain.threads, 512, home, None)
+    engine = Engine(engine.model_file, engine.tokenizer, runner, "cpu", "", engine.backend, 0.0)
 
     def at_home(sequence):
         return sequence.storage[0][0].data_ptr() == address
@@ -225,6 +228,6 @@ def test_chunks_read_before_a_prompt_was_cancelled_stay_cached(engine, monkeypat
             raise ValueError("cancelled")
 
     with pytest.raises(ValueError, match="cancelled"):
-        list(engine.start(ids, GREEDY, 4, reuse=True, on_chunk=cancel))
+        list(engine.start(Request(ids, GREEDY, 4), reuse=True, on_chunk=cancel))
     assert read == [8, 16]
     assert greedy(engine, ids).stats.cached_tokens == 16

@@ -20,6 +20,7 @@ import torch
 import fiddler
 from fiddler import Constraint, Sampling
 from fiddler.errors import RequestError
+from fiddler.generation.request import Request
 from fiddler.sampling.constraint import Vocabulary
 from fiddler.text.tokenizer import Tokenizer
 from oracles.texts import REAL_MODEL
@@ -217,7 +218,9 @@ def test_a_constrained_generation_ends_where_its_grammar_ends(engine):
 
 
 def test_a_constrained_generation_iterated_again_gives_the_same_text(engine):
-    generation = engine.start("Tom", Sampling(1.0, seed=1), 30, constraint=Constraint.json_schema({"enum": [12, 345]}))
+    generation = engine.start(
+        Request("Tom", Sampling(1.0, seed=1), 30, constraint=Constraint.json_schema({"enum": [12, 345]}))
+    )
     assert "".join(generation) == "".join(generation) in ("12", "345")
 
 
@@ -267,9 +270,9 @@ def test_an_unusable_schema_or_grammar_is_refused_in_one_line(make, text, messag
 
 def test_left_recursion_foreign_bias_tokens_and_banned_answers_are_errors(engine):
     with pytest.raises(RequestError, match="does a rule begin with itself"):
-        engine.start("Tom", constraint=Constraint.grammar('root ::= root "a"'))
+        engine.start(Request("Tom", constraint=Constraint.grammar('root ::= root "a"')))
     with pytest.raises(RequestError, match="logit_bias is for token 4096, outside the vocabulary of 4096"):
-        engine.start("Tom", Sampling(logit_bias={4096: 1.0}))
+        engine.start(Request("Tom", Sampling(logit_bias={4096: 1.0})))
     token = engine.tokenizer.pieces().index(b"a")
     byte = engine.tokenizer.pieces().index(b"b")
     banned = Sampling(logit_bias=dict.fromkeys(range(4096), -math.inf) | {token: 0.0, byte: 0.0})
