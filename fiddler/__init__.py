@@ -9,6 +9,7 @@ Names are imported when first used: `import fiddler` itself is quick.
 
 from __future__ import annotations
 
+import os.path
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ __all__ = [
     "load",
 ]
 __version__ = "0.1.0"
+
+_here = os.path.dirname(__file__)  # noqa: PTH120  # pathlib takes longer to import
+if not os.path.isdir(os.path.join(_here, "kernels")):  # noqa: PTH112, PTH118
+    __path__.append(os.path.dirname(_here))  # noqa: PTH120  # a clone: three rooms stand beside this one, not inside it
 
 _MODULES = {
     "Beam": "fiddler.generation.beam_search",

@@ -11,7 +11,6 @@ import torch
 
 import fiddler
 from fiddler import Sampling, kernels
-from fiddler.device.detection import wants_gpu
 from fiddler.errors import RequestError, ResourceError
 from oracles.synthetic import write_random_mixtral
 
@@ -207,23 +206,6 @@ def test_greedy_text_does_not_depend_on_the_number_of_threads(path, exact):
 def test_impossible_load_options_are_refused(path, arguments, kind, message):
     with pytest.raises(kind, match=message):
         fiddler.load(path, **arguments)
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no driver\nsee www"), AssertionError("no driver"), OSError("no driver")]
-)
-def test_where_the_gpu_does_not_start_the_cpu_computes_with_a_warning(monkeypatch, error):
-    def init():
-        raise error
-
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", init)
-    warnings = []
-    reason = "the GPU does not start: no driver"
-    assert wants_gpu("auto", None, warnings.append) == (False, f"CPU: {reason}")
-    assert warnings == [f"computing on the CPU: {reason}"]
-    with pytest.raises(ResourceError, match=f"^{reason}; use --device cpu"):
-        wants_gpu("cuda", None, warnings.append)
 
 
 def test_the_context_is_the_smaller_of_the_requested_and_the_trained_one(path):
