@@ -21,7 +21,8 @@ from fiddler.generation.request import Request
 from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
-from fiddler.text.chat_template import ChatTemplate, Message
+from fiddler.text.chat_template import ChatTemplate
+from fiddler.text.messages import Message
 
 __all__ = ["Chat"]
 
@@ -66,6 +67,11 @@ class Chat:
     def has_template(self) -> bool:
         """Whether a template marks the messages; else the conversation is one text."""
         return self._template is not None
+
+    @property
+    def merges_system(self) -> bool:
+        """Whether the template refuses a system message, which therefore stands in the first user message."""
+        return self._template is not None and self._template.merges_system
 
     @property
     def context(self) -> int:
@@ -163,7 +169,4 @@ class Chat:
                 raise RequestError("the model has no chat template, so there is no place for a system message")
             return
         self._template.ids([_PROBE])
-        try:
-            self._template.ids([*self._system, _PROBE])
-        except RequestError as error:
-            raise RequestError(f"leave out the system message: {error}") from None
+        self._template.ids([*self._system, _PROBE])

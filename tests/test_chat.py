@@ -126,10 +126,15 @@ def test_an_answer_ends_where_the_context_ends(engine):
     assert chat.context_used == 160
 
 
-def test_a_template_that_accepts_no_system_message_refuses_it_at_once(engine):
-    with pytest.raises(RequestError, match=r"leave out the system message: .*Conversation roles must alternate"):
-        Chat(engine, "Be nice.", template=MIXTRAL_OLD)
-    assert "".join(Chat(engine, sampling=GREEDY, max_tokens=5, template=MIXTRAL_OLD).send("Hello"))
+def test_a_system_message_that_the_template_refuses_goes_into_the_first_user_message(engine):
+    chat = Chat(engine, "Be nice.", GREEDY, 5, template=MIXTRAL_OLD)
+    plain = Chat(engine, None, GREEDY, 5, template=MIXTRAL_OLD)
+    assert (chat.merges_system, plain.merges_system) == (True, False)
+    answer = "".join(chat.send("Hello"))
+    assert answer == "".join(plain.send("Be nice.\n\nHello"))
+    assert chat.messages[:2] == [message("system", "Be nice."), message("user", "Hello")]
+    assert "".join(chat.send("And?")) == "".join(plain.send("And?"))  # the later prompts hold it as well
+    assert not Chat(engine, "Be nice.").merges_system
 
 
 @pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", "{% for %}", "{{ ''.__class__ }}"])

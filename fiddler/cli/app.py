@@ -19,6 +19,7 @@ import typer
 from fiddler.cli.batch import batch
 from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
+from fiddler.cli.command import Command, Group
 from fiddler.cli.options import DType, say
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
@@ -27,19 +28,17 @@ from fiddler.errors import FiddlerError
 __all__ = ["app", "convert", "inspect", "main"]
 
 app = typer.Typer(
-    add_completion=False,
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # square brackets in help texts are no markup
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Mixture-of-Experts language models larger than the GPU, unquantised.",
 )
 
 
-app.command()(run)
-app.command()(batch)
-app.command()(bench)
-app.command()(calibrate)
-app.command()(perplexity)
+for _command in (run, batch, bench, calibrate, perplexity):
+    app.command(cls=Command)(_command)
 
 
 def main() -> NoReturn:
@@ -86,7 +85,7 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
@@ -117,7 +116,7 @@ def convert(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to inspect.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

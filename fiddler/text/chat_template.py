@@ -14,16 +14,17 @@ A template that writes no BOS gets none, as in transformers, whatever `add_bos` 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from fiddler.errors import FileFormatError, RequestError, quoted
+from fiddler.text.messages import Message, checked_messages, system_in_user
 from fiddler.text.template_process import Limits, TemplateProcess
 from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Message", "barred", "special_tokens"]
+__all__ = ["ChatTemplate", "barred", "special_tokens"]
 
-Message = Mapping[str, str]
-"""`role` ("system", "user" or "assistant") and `content`."""
+T = TypeVar("T")
 
 _SPECIAL = ("bos", "eos", "unknown", "padding")  # as in `tokenizer.ggml.bos_token_id`
 _TEMPLATE_NAMES = {"unknown": "unk_token", "padding": "pad_token"}
@@ -40,6 +41,8 @@ class ChatTemplate:
         self._source, self._tokenizer, self._special = source, tokenizer, dict(special)
         self._names = tokenizer.control_names
         self._process = TemplateProcess(limits or Limits())
+        self.merges_system = False
+        """Whether it refused a system message, which stands before the first user message's text since then."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, metadata: Mapping[str, object], source: str | None = None) -> ChatTemplate | None:
@@ -49,15 +52,37 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text that the template renders for `messages`. Raises as `ids` does."""
-        return self._rendered(_checked(messages), add_generation_prompt)
+        return self._merging(messages, lambda merged: self._rendered(merged, add_generation_prompt))
 
     def ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """The prompt's ids, BOS included where the template writes it; `add_generation_prompt`: begin an answer.
 
+        A system message that the template refuses goes into the first user message: see `merges_system`.
         Raises RequestError where `messages` are malformed or the template refuses them, and FileFormatError where
         the template is malformed, fails or exceeds the limits, in one line.
         """
-        texts = [text for message in _checked(messages) for pair in message.items() for text in pair]
+        return self._merging(messages, lambda merged: self._ids(merged, add_generation_prompt))
+
+    def _merging(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], T]) -> T:
+        """`render` of the messages; of those that `system_in_user` gives, if the template refuses the others."""
+        checked = checked_messages(messages)
+        merged = system_in_user(checked)
+        if merged is None:
+            return render(checked)
+        if not self.merges_system:
+            try:
+                return render(checked)
+            except RequestError as error:
+                refusal = error
+        try:
+            rendered = render(merged)
+        except RequestError as error:
+            raise error if self.merges_system else refusal from None
+        self.merges_system = True
+        return rendered
+
+    def _ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        texts = [text for message in messages for pair in message.items() for text in pair]
         bar = _unused_character((self._source, *self._special.values(), *texts))
         marked = [
             {barred(key, self._names, bar): barred(value, self._names, bar) for key, value in message.items()}
@@ -72,18 +97,6 @@ class ChatTemplate:
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         variables = {"messages": messages, "tools": None, "documents": None} | self._special
         return self._process.render(self._source, variables | {"add_generation_prompt": add_generation_prompt})
-
-
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    if not messages:
-        raise RequestError("there are no messages; give at least one")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise RequestError(f"message {index} is {quoted(message)}; it must have a role and a content")
-        for key, value in message.items():
-            if not isinstance(value, str):
-                raise RequestError(f"message {index}: {quoted(key)} is {quoted(value)}; it must be a string")
-    return messages
 
 
 def special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from fiddler.chat import Chat
 from fiddler.cli import chat as cli_chat
 from fiddler.cli.terminal import Terminal, Typed, harmless
 from fiddler.loading import DEMO_MODEL, load
-from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
+from oracles.chat_templates import MIXTRAL
 from oracles.command import run
 from oracles.synthetic import with_template
 
@@ -223,7 +223,6 @@ def test_chat_options_without_a_chat_are_wrong_usage(arguments, message):
 @pytest.mark.parametrize(
     "template, system, message",
     [
-        (MIXTRAL_OLD, "y", "leave out the system message"),
         ("{{ 'a' * 10**10 }}", None, "the chat template asks for more than 256 MiB of memory"),
         (None, "y", "no chat template"),
     ],

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fiddler.converters.tokenizer.vocabulary import read_vocabulary
 from fiddler.errors import RequestError
 from fiddler.text.chat_template import ChatTemplate, barred, special_tokens
+from fiddler.text.messages import checked_messages
 from fiddler.text.tokenizer import Tokenizer
 from fiddler.text.vocabulary import PREPEND_SCHEME
 from oracles.chat_templates import FAMILIES, MIXTRAL
@@ -242,7 +243,7 @@ def test_a_template_may_cut_and_test_a_message_as_in_transformers():
 @pytest.mark.parametrize(
     "messages, error",
     [
-        ([], "no messages"),
+        ([], "give a list of at least one"),
         ([{"role": "user"}], "message 0"),
         (["hello"], "message 0"),
         ([{"role": "user", "content": None}], "'content' is None"),
@@ -270,3 +271,33 @@ def test_special_tokens_are_those_that_the_file_names():
 def test_a_model_without_a_template_needs_one_as_an_argument():
     assert ChatTemplate.of(REAL, {}) is None
     assert ChatTemplate.of(REAL, {}, "{{ eos_token }}").ids(conversation("x")) == [2]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "a\nb"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "a"),
+        ([{"role": "user", "content": []}], ""),
+    ],
+)
+def test_text_parts_of_a_message_are_one_text(messages, text):
+    assert checked_messages(messages) == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "message 0 has the part .*image_url",
+        ),
+        ([{"role": "user", "content": ["a"]}], "only parts of type text"),
+        ([{"role": "user", "content": 7}], "'content' is 7"),
+        ("ab", "messages are 'ab'"),
+        (None, "messages are None"),
+    ],
+)
+def test_other_contents_are_refused_by_name(messages, error):
+    with pytest.raises(RequestError, match=error):
+        checked_messages(messages)

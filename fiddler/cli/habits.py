@@ -1,0 +1,117 @@
+"""Options and commands of llama.cpp and Hugging Face that users type from habit: another name, nothing, or our option.
+
+`ALIASES` are other names of our options. `IGNORED` ask for what fiddler does anyway. `REFUSED` mean something that
+fiddler does in another way, or not: the line says which option does it here. Pure tables; docs/usage.md has them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["ALIASES", "COMMANDS", "IGNORED", "REFUSED", "hub_name"]
+
+ALIASES: Mapping[str, str] = {
+    "--temperature": "--temp",
+    "--max-tokens": "--n-predict",
+    "--max-new-tokens": "--n-predict",
+    "--predict": "--n-predict",
+    "--ctx-size": "--ctx",
+    "-s": "--seed",
+    "-f": "--prompt-file",
+    "--file": "--prompt-file",
+    "-r": "--stop",
+    "--reverse-prompt": "--stop",
+    "-sys": "--system",
+    "--system-prompt": "--system",
+    "-j": "--json-schema",
+    "-jf": "--json-schema",
+    "--repetition-penalty": "--repeat-penalty",
+    "--num-beams": "--beams",
+    "--outtype": "--dtype",
+    "--perf": "--stats",
+    "-sp": "--special",
+    "-st": "--chat",
+    "--single-turn": "--chat",
+    "-cnv": "--chat",
+    "--conversation": "--chat",
+}
+"""Other names. They hold for commands that have the option on the right and none of the name on the left."""
+
+IGNORED = frozenset({"--jinja", "--no-display-prompt", "--log-disable", "--color"})
+"""Flags for what is so anyway: Jinja templates, no echo of the prompt, no log, no colours."""
+
+_PLACES = "--gpu-memory 24GiB limits what the GPU holds, --gpu-experts N the experts there; --device cpu uses no GPU"
+_SAMPLERS = "the samplers and their order are fixed: penalties, DRY, top-k, typical, top-p, min-p, XTC, temperature"
+_DOWNLOAD = "fiddler downloads nothing: `hf download ORG/NAME --local-dir DIR`, then `fiddler convert DIR OUT.gguf`"
+_MAPPED = "the file is always memory-mapped; the system caches it, and for a GPU it is pinned"
+_STEPS = "fiddler chooses how many tokens of a prompt go into a step"
+_ONE_GPU = "one GPU is used; the environment's CUDA_VISIBLE_DEVICES chooses it"
+_ROPE = "RoPE is as the file says; for another one change the checkpoint's config.json and convert it again"
+_ONLY_PERPLEXITY = "only the perplexity of a text is measured"
+
+REFUSED: Mapping[str, str] = {
+    name: reason
+    for names, reason in {
+        ("-ngl", "--gpu-layers", "--n-gpu-layers"): f"experts are placed, not layers: {_PLACES}",
+        ("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"): f"experts are placed one by one: {_PLACES}",
+        ("-ot", "--override-tensor", "--device-map"): f"tensors have no places of their own: {_PLACES}",
+        ("-no-cnv", "--no-conversation"): "with -p a text is continued without a chat; leave it out (--chat answers)",
+        ("-i", "--interactive", "-if", "--interactive-first"): "without -p, on a terminal, `run` is a chat",
+        ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "--precision fast has a float16 KV cache, exact float32",
+        ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"): _DOWNLOAD,
+        ("--mlock", "--no-mmap", "--mmap"): _MAPPED,
+        ("--numa",): "run fiddler under `numactl`",
+        ("-tb", "--threads-batch"): "-t is for prompts as well",
+        ("-b", "--batch-size", "-ub", "--ubatch-size"): _STEPS,
+        ("-fa", "--flash-attn"): "attention never stores all scores; leave it out",
+        ("--lora", "--lora-scaled"): "merge the adapter (peft: merge_and_unload), then `fiddler convert` the result",
+        ("-md", "--model-draft", "--draft", "--assistant-model"): "there is no speculative decoding",
+        ("--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx"): _ROPE,
+        ("-dev",): "--device is auto, cpu or cuda",
+        ("-sm", "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu"): _ONE_GPU,
+        ("--mirostat", "--mirostat-lr", "--mirostat-ent", "--dynatemp-range", "--dynatemp-exp"): _SAMPLERS,
+        ("--samplers", "--sampler-seq", "--sampling-seq", "--top-nsigma"): _SAMPLERS,
+        ("-e", "--escape"): "the shell writes escapes: -p $'two\\nlines'",
+        (
+            "-v",
+            "--verbose",
+            "-lv",
+            "--log-verbosity",
+        ): "--stats prints times; FIDDLER_TRACEBACK=1 shows an error's source",
+        ("--chat-template",): "--chat-template-file FILE reads a template of Jinja",
+        ("--in-prefix", "--in-suffix"): "a chat template says what stands around messages: --chat-template-file FILE",
+        ("--keep", "--context-shift", "--no-context-shift"): "a chat leaves out its oldest turns when --ctx is full",
+        ("--load-in-8bit", "--load-in-4bit", "--torch-dtype"): "weights run in the file's own type: `fiddler convert`",
+        ("--hellaswag", "--winogrande", "--multiple-choice", "--kl-divergence"): _ONLY_PERPLEXITY,
+    }.items()
+    for name in names
+}
+"""Why an option is not taken, and what to give instead. They hold for commands that have none of the name."""
+
+_RUN = "`fiddler run MODEL.gguf`"
+COMMANDS: Mapping[str, str] = {
+    "chat": f"{_RUN} without -p, on a terminal, is a chat",
+    "cli": f"{_RUN} generates",
+    "completion": f"{_RUN} -p TEXT generates",
+    "generate": f"{_RUN} -p TEXT generates",
+    "server": "there is no server",
+    "serve": "there is no server",
+    "quantize": "there is no quantisation; `fiddler convert` writes bf16 or f16",
+    "pull": _DOWNLOAD,
+    "download": _DOWNLOAD,
+    "list": "models are files: give the path of a .gguf file",
+    "ls": "models are files: give the path of a .gguf file",
+    "ps": "nothing runs in the background",
+    "show": "`fiddler inspect MODEL.gguf` shows a model",
+    "help": "`fiddler --help` lists the commands, `fiddler COMMAND --help` its options",
+    "version": "`fiddler --version` prints the version",
+}
+"""What to type instead of commands that fiddler does not have."""
+
+
+def hub_name(text: str) -> str | None:
+    """What to do with a model's name on the Hugging Face hub, as `mistralai/Mixtral-8x7B-v0.1`; None for others."""
+    organisation, slash, name = text.partition("/")
+    parts = (organisation, name)
+    named = all(part and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts)
+    return _DOWNLOAD.replace("ORG/NAME", text) if slash and named and not text.endswith(".gguf") else None
