@@ -10,6 +10,7 @@ checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transf
 from __future__ import annotations
 
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fiddler.converters.json_object import read_object
 from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
 from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import present
 from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 
@@ -81,8 +83,13 @@ class Checkpoint:
         to compare them. Raises CheckpointError, one line, for a folder that is incomplete, inconsistent, quantised
         or not a Mixtral.
         """
-        if not folder.is_dir():
-            problem = "is a file" if folder.exists() else "does not exist"
+        try:
+            problem = None if stat.S_ISDIR(folder.stat().st_mode) else "is a file"
+        except FileNotFoundError:
+            problem = "does not exist"
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem is not None:
             raise CheckpointError(f"{folder} {problem}; give the folder of a Hugging Face checkpoint")
         hf_config = read_hf_config(folder)
         lookup = _TensorLookup(folder, _open_files(folder))
@@ -213,9 +220,9 @@ def _model_name(folder: Path) -> str:
 def _open_files(folder: Path) -> list[SafetensorsFile]:
     """The folder's weight files, by transformers' precedence: model.safetensors, else the shards of the index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if present(single):
         return [SafetensorsFile(single)]
-    if not index.exists():
+    if not present(index):
         if any(folder.glob("*.bin")):
             raise CheckpointError(
                 f"{folder} holds its weights as PyTorch .bin files; "

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import read_regular
 
 __all__ = ["parse_object", "read_object"]
 
@@ -34,16 +35,13 @@ def parse_object(raw: bytes, where: str) -> dict[str, object]:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, object]:
-    """Read the JSON object in the file `path`; if the file is missing, the error ends with `remedy`."""
+    """Read the JSON object in the regular file `path`; if the file is missing, the error ends with `remedy`."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_LARGEST_FILE + 1)
+        raw = read_regular(path, _LARGEST_FILE)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {remedy}") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(raw) > _LARGEST_FILE:
-        raise CheckpointError(f"{path} is larger than {_LARGEST_FILE} bytes; it cannot be a model's JSON")
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download it again") from None
     return parse_object(raw, str(path))
 
 

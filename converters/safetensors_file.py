@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fiddler.converters.json_object import parse_object
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import open_regular
 
 __all__ = ["DTYPES", "Array", "SafetensorsFile", "StoredTensor"]
 
@@ -60,18 +61,18 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 start, header = _read_header(file.read(8), file.read, size, path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; download the whole checkpoint") from None
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download it again") from None
         self.tensors: dict[str, StoredTensor] = _check_header(header, path, start, size - start)
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # Read once, front to back, and maybe larger than memory: let the kernel read ahead and drop pages behind.
         mapping.madvise(mmap.MADV_SEQUENTIAL)

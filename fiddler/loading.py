@@ -100,8 +100,11 @@ def load_engine(
     from fiddler.files.weights import mapped_experts
     from fiddler.kernels.fit_tuning import fit_unknown_cpu
     from fiddler.kernels.precompile import COMPILING
+    from fiddler.telemetry.expert_counts import read_counts
 
-    started = time.perf_counter()
+    started, config, counts = time.perf_counter(), model_file.config, None
+    if options.expert_counts is not None:  # without a GPU they have no effect, but must be what they should
+        counts = read_counts(options.expert_counts, config.block_count, config.expert_count)
     gpu, why_not = wants_gpu(options.device, options.gpu_memory, notify)
     tier = kernels.choose_tier(kernel)
     if options.threads is not None:
@@ -111,7 +114,7 @@ def load_engine(
     for variant in {layer.variant for layer in experts}:
         kernels.precompile(variant, lambda: notify(COMPILING), decode=not gpu)
     if gpu:
-        loaded = _on_gpu(model_file, experts, pinned or _pin(model_file), options, notify, progress, recorder)
+        loaded = _on_gpu(model_file, experts, pinned or _pin(model_file), options, counts, notify, progress, recorder)
         if not isinstance(loaded, str):
             notify(loaded.summary)
             return Engine(model_file, tokenizer, loaded.runner, "cuda", loaded.summary, tier.name, started)
@@ -119,7 +122,7 @@ def load_engine(
         notify(f"computing on the CPU: {loaded}")
     elif options.of_gpu_only:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
-    threads, capacity = kernels.set_threads(options.threads), options.capacity(model_file.config.context_length)
+    threads, capacity = kernels.set_threads(options.threads), options.capacity(config.context_length)
     runner = on_cpu(model_file, experts, threads, capacity, options.exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
 
@@ -129,6 +132,7 @@ def _on_gpu(
     experts: Sequence[ExpertWeights],
     pinned: PinnedMapping,
     options: LoadOptions,
+    counts: list[list[int]] | None,
     notify: Notify,
     progress: Progress,
     recorder: Recorder,
@@ -138,11 +142,7 @@ def _on_gpu(
 
     from fiddler.device.memory_budget import GpuStartError
     from fiddler.gpu.loader import on_gpu
-    from fiddler.telemetry.expert_counts import read_counts
 
-    config, counts = model_file.config, None
-    if options.expert_counts is not None:
-        counts = read_counts(options.expert_counts, config.block_count, config.expert_count)
     try:
         return on_gpu(model_file, experts, pinned, options, counts, notify, progress, recorder)
     except GpuStartError as error:

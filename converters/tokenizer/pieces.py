@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import read_regular
 from fiddler.text.sentencepiece_model import ModelType, SentencePieceModel, TokenType, WireFormatError
 from fiddler.text.vocabulary import LARGEST_VOCABULARY
 
@@ -48,12 +49,9 @@ def read_tokenizer_model(path: Path) -> Pieces:
     a normaliser, another treatment of white space.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
+        data = read_regular(path, _LARGEST_FILE)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _LARGEST_FILE:
-        raise CheckpointError(f"{path} is larger than {_LARGEST_FILE} bytes; it cannot be a tokenizer")
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download it again") from None
     try:
         model = SentencePieceModel.from_bytes(data)
     except WireFormatError as error:

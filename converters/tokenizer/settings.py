@@ -12,8 +12,11 @@ from pathlib import Path
 from fiddler.converters.json_object import read_object
 from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import present, read_regular
 
 __all__ = ["TokenizerSettings"]
+
+_LARGEST_TEMPLATE = 4 << 20  # [bytes]; the longest in use take some kilobytes
 
 
 class TokenizerSettings:
@@ -31,7 +34,7 @@ class TokenizerSettings:
         )
         paths = {name: folder / f"{name}.json" for name in names}
         self._files = {
-            name: read_object(path, "download it again") if path.is_file() else {} for name, path in paths.items()
+            name: read_object(path, "download it again") if present(path) else {} for name, path in paths.items()
         }
 
     def _error(self, file: str, key: str, value: object, expected: str) -> CheckpointError:
@@ -119,7 +122,7 @@ class TokenizerSettings:
         """Chat templates by name, the usual one as "default"; `.jinja` files take precedence over configurations."""
         default = self._folder / "chat_template.jinja"
         more = sorted((self._folder / "additional_chat_templates").glob("*.jinja"))
-        texts = {path.stem: _read(path) for path in more} | ({"default": _read(default)} if default.is_file() else {})
+        texts = {path.stem: _read(path) for path in more} | ({"default": _read(default)} if present(default) else {})
         for file in ("chat_template", "tokenizer_config"):
             value = self._files[file].get("chat_template")
             if texts or value is None:
@@ -139,9 +142,10 @@ class TokenizerSettings:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, _LARGEST_TEMPLATE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {quoted(str(error))}; download it again") from None
+        reason = error.strerror if isinstance(error, OSError) else quoted(str(error))
+        raise CheckpointError(f"{path}: cannot be read: {reason}; download it again") from None
 
 
 def _text(value: object) -> str | None:

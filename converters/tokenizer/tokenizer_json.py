@@ -15,6 +15,7 @@ from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
 from fiddler.converters.tokenizer.merges import scores_from_merges
 from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.vocabulary import LARGEST_VOCABULARY
 
@@ -29,7 +30,7 @@ class TokenizerJson:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError if the file is no JSON object or its added tokens are malformed."""
         self.source = str(path)
-        self._root = read_object(path, _REMEDY) if path.is_file() else {}
+        self._root = read_object(path, _REMEDY) if present(path) else {}
         self.added = added_tokens(self._root.get("added_tokens"), f"{path}: added_tokens")
 
     def adds(self) -> dict[str, bool] | None:

@@ -22,6 +22,7 @@ from fiddler.converters.tokenizer.pieces import SPACE, Piece, Pieces, read_token
 from fiddler.converters.tokenizer.settings import TokenizerSettings
 from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
 from fiddler.errors import CheckpointError, quoted
+from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.vocabulary import PREPEND_SCHEME
 
@@ -111,11 +112,11 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     give the same ids.
     """
     settings, tokenizer_json = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
+    if present(folder / "tokenizer.model"):
         pieces = read_tokenizer_model(folder / "tokenizer.model")
         if not settings.flag("add_prefix_space", True):
             pieces = replace(pieces, add_space_prefix=False)
-    elif (folder / "tokenizer.json").is_file():
+    elif present(folder / "tokenizer.json"):
         pieces = tokenizer_json.pieces()
     else:
         raise CheckpointError(f"{folder} holds neither tokenizer.model nor tokenizer.json; download one of them again")

@@ -87,8 +87,10 @@ def _options(
 
 @app.command(cls=Command)
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of a Hugging Face checkpoint.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", readable=False, help="Folder of a Hugging Face checkpoint.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", readable=False, help="File to write.")],
     dtype: Annotated[
         DType | None, typer.Option(help="16-bit type of the weights; the checkpoint's if not given.")
     ] = None,
@@ -118,7 +120,7 @@ def convert(
 
 @app.command(cls=Command)
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to inspect.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", readable=False, help="Model to inspect.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""

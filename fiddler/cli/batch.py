@@ -32,10 +32,17 @@ _SAMPLING = SAMPLING.with_help(seed="With its id, gives the seed of each line wi
 @with_options(LOADING, _SAMPLING)
 def batch(
     prompts: Annotated[
-        Path, typer.Argument(metavar="IN.jsonl", help="Prompts, one JSON object a line: id, prompt, options.")
+        Path,
+        typer.Argument(
+            metavar="IN.jsonl", readable=False, help="Prompts, one JSON object a line: id, prompt, options."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Results; ids that have one are skipped.")],
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model; the demo model if not given.")] = None,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", readable=False, help="Results; ids that have one are skipped.")
+    ],
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", readable=False, help="Model; the demo model if not given.")
+    ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(

@@ -103,20 +103,20 @@ _KERNEL_TESTS = OptionGroup(
         "tokens": typer.Option(help="With --kernels: tokens per expert, as 1,2,8-12."),
         "tiers": typer.Option("--tiers", help="With --kernels: tiers, as avx512,avx2; all if not given."),
         "types": typer.Option("--types", help="With --kernels: weight types: bf16, f16 or bf16,f16."),
-        "png": typer.Option("--plot", metavar="FILE.png", help="With --kernels: plot the results."),
+        "png": typer.Option("--plot", metavar="FILE.png", readable=False, help="With --kernels: plot the results."),
     },
 )
 
 
 @with_options(_MODEL_TESTS, LOADING.without("threads", "context"), _KERNEL_TESTS)
 def bench(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model to measure.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", readable=False, help="Model to measure.")],
     *,
     tests: ModelTests,
     loading: LoadOptions,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Write a timeline for Perfetto, of the last -t."),
+        typer.Option(metavar="FILE.json", readable=False, help="Write a timeline for Perfetto, of the last -t."),
     ] = None,
     kernel_tests: KernelTests,
 ) -> None:

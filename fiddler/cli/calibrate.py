@@ -25,7 +25,9 @@ _LOADING = LOADING.only("device", "threads", "precision").with_help(
 def calibrate(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL.gguf]", help="Model for the experts' shape; Mixtral-8x7B's if not given."),
+        typer.Argument(
+            metavar="[MODEL.gguf]", readable=False, help="Model for the experts' shape; Mixtral-8x7B's if not given."
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the stored calibrations; measure nothing.")] = False,
     kernels: Annotated[

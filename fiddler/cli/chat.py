@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fiddler.chat import Chat
     from fiddler.generation.completion import Stats
 
-__all__ = ["open_chat", "read_template"]
+__all__ = ["open_chat"]
 
 _HELP = """\
 /help        show this
@@ -49,16 +49,6 @@ def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_st
                 _converse(chat, terminal, typed)
                 if show_stats:
                     _stats(chat, to_text)
-
-
-def read_template(path: Path) -> str:
-    """The Jinja text in a file. Raises FiddlerError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FiddlerError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FiddlerError(f"{path} is not UTF-8; a chat template is a text of Jinja") from None
 
 
 def _converse(chat: Chat, terminal: Terminal, typed: Typed) -> None:

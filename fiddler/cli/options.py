@@ -24,7 +24,10 @@ __all__ = ["LOADING", "DType", "ModelOrDemo", "Output", "loaded", "loading_bar",
 DType = Literal["bf16", "f16"]
 Output = Literal["md", "json"]
 
-ModelOrDemo = Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Model; the demo model if not given.")]
+# `readable=False`, here and at every path: typer would refuse it in a box of several lines; we do in one.
+ModelOrDemo = Annotated[
+    Path | None, typer.Argument(metavar="MODEL.gguf", readable=False, help="Model; the demo model if not given.")
+]
 
 LOADING = OptionGroup(
     LoadOptions,
@@ -35,7 +38,9 @@ LOADING = OptionGroup(
         "missing": typer.Option(
             help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest."
         ),
-        "expert_counts": typer.Option(help="File of expert frequencies: the most frequent experts go to the GPU."),
+        "expert_counts": typer.Option(
+            readable=False, help="File of expert frequencies: the most frequent experts go to the GPU."
+        ),
         "threads": typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given."),
         "context": typer.Option(
             "-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less."

@@ -14,7 +14,9 @@ import typer
 
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.cli.text_input import read_scored
+from fiddler.errors import RequestError
+from fiddler.input_file import present
 from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
 
 if TYPE_CHECKING:
@@ -28,19 +30,19 @@ __all__ = ["perplexity"]
 
 @with_options(LOADING.without("context", "expert_counts"))
 def perplexity(
-    file: Annotated[Path, typer.Option("-f", "--file", help="Text file to score.")],
+    file: Annotated[Path, typer.Option("-f", "--file", readable=False, help="Text file to score.")],
     model: ModelOrDemo = None,
     ctx: Annotated[int, typer.Option("-c", "--ctx", min=3, help="Window length in tokens.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     counts: Annotated[
         Path | None,
-        typer.Option("--expert-counts", metavar="FILE", help="Write expert frequencies, for `run`."),
+        typer.Option("--expert-counts", metavar="FILE", readable=False, help="Write expert frequencies, for `run`."),
     ] = None,
     *,
     loading: LoadOptions,
 ) -> None:
     """Measure a model's perplexity on a text as llama-perplexity does: the second half of each window of -c tokens."""
-    text = _text(file)
+    text = read_scored(file)
     if model is None:
         from fiddler.loading import DEMO_MODEL
 
@@ -98,14 +100,6 @@ def _result(estimate: Estimate, window: int, seconds: float) -> dict[str, object
     }
 
 
-def _text(file: Path) -> bytes:
-    """The text to score, as llama.cpp reads it; it need not be UTF-8. Raises FiddlerError where it cannot be read."""
-    try:
-        return file.read_bytes().removesuffix(b"\n")
-    except OSError as error:
-        raise FiddlerError(f"{file}: cannot be read: {error.strerror}") from None
-
-
 def _open(model: Path, ctx: int, counts: Path | None) -> ModelFile:
     """The opened model. Raises FiddlerError where it cannot run, --ctx is too long or `counts` cannot be written."""
     from fiddler.files.model_file import ModelFile
@@ -141,7 +135,7 @@ def _check_counts(target: Path, config: Config) -> None:
     check_target(target, force=True)
     if not os.access(target.parent, os.W_OK):
         raise RequestError(f"{target.parent} cannot be written in; name a file elsewhere")
-    if target.exists():
+    if present(target):
         try:
             read_counts(target, config.block_count, config.expert_count)
         except RequestError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.beams import BEAMS, BeamSearchOptions, print_beams
-from fiddler.cli.chat import open_chat, read_template
+from fiddler.cli.chat import open_chat
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
 from fiddler.cli.sampling_options import (
@@ -22,7 +22,7 @@ from fiddler.cli.sampling_options import (
     SamplingOptions,
     constraint_of,
 )
-from fiddler.errors import FiddlerError
+from fiddler.cli.text_input import check_prompt, read_prompt, read_utf8
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(
     command: typer.Context,
     model: ModelOrDemo = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(readable=False, help="File with the text to continue.")] = None,
     count: Annotated[
         int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until the end or --ctx.")
     ] = -1,
@@ -51,13 +51,14 @@ def run(
     grammar: Grammar = None,
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
     chat_template_file: Annotated[
-        Path | None, typer.Option(help="Jinja chat template for a chat, instead of the model's.")
+        Path | None, typer.Option(readable=False, help="Jinja chat template for a chat, instead of the model's.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
     beams: BeamSearchOptions,
     prompt_cache: Annotated[
-        Path | None, typer.Option(help="File that caches the prompt's keys and values for the next run.")
+        Path | None,
+        typer.Option(readable=False, help="File that caches the prompt's keys and values for the next run."),
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print times and memory to stderr.")] = False,
     loading: LoadOptions,
@@ -70,15 +71,22 @@ def run(
         raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
     if chatting and (search is not None or prompt_cache is not None or sampling.n_probs):
         raise typer.BadParameter("--beams, --prompt-cache and --n-probs are not for a chat; give a prompt")
-    text = "" if chatting else _prompt_text(prompt, prompt_file)
-    template = None if chat_template_file is None else read_template(chat_template_file)
+    if not chatting:
+        check_prompt(prompt, prompt_file)
+    template = None if chat_template_file is None else read_utf8(chat_template_file, "a chat template in Jinja")
     values = sampling.to_sampling()
     _check_probs_file(probs_file, sampling.n_probs)
     constraint = constraint_of(json_schema, grammar)
+    from fiddler.files.model_file import ModelFile
     from fiddler.generation.request import Request
+    from fiddler.loading import DEMO_MODEL
 
+    model_file = ModelFile.open(DEMO_MODEL if model is None else model)
+    text = "" if chatting else prompt
+    if text is None:
+        text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
     request = Request(text, values, None if count < 0 else count, tuple(stop or ()), ignore_eos, constraint)
-    engine = loaded(model, loading)
+    engine = loaded(model_file, loading)
     if chatting:
         _chat(engine, request, system, template, str(model or "the demo model"), show_stats=stats)
         return
@@ -144,28 +152,6 @@ def _check_probs_file(probs_file: Path | None, n_probs: int) -> None:
 
 def _on_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-
-
-def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from -p, a file or standard input. Raises BadParameter (usage error) for none or more than one.
-
-    As in llama.cpp, one newline at the end of a file is dropped: `echo` and editors add it. Bytes that are not UTF-8
-    reach the tokenizer unchanged.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise typer.BadParameter("give -p or --prompt-file, not both")
-    if prompt is not None:
-        return prompt
-    if prompt_file is not None:
-        try:
-            data = prompt_file.read_bytes()
-        except OSError as error:
-            raise FiddlerError(f"{prompt_file}: cannot be read: {error.strerror}") from None
-    elif sys.stdin is None or sys.stdin.isatty():
-        raise typer.BadParameter("no prompt: give -p TEXT, --prompt-file FILE, or text on standard input")
-    else:
-        data = sys.stdin.buffer.read()
-    return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
 def _stats_text(stats: Stats) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fiddler.cli.option_groups import OptionGroup
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.cli.text_input import read_utf8
+from fiddler.errors import RequestError
 
 if TYPE_CHECKING:
     from fiddler.sampling.constraint import Constraint
@@ -130,7 +131,9 @@ SAMPLING = OptionGroup(
 )
 """Options of sampling."""
 
-ProbsFile = Annotated[Path | None, _option("--probs-file", text="Write the lines of --n-probs to this file.")]
+ProbsFile = Annotated[
+    Path | None, _option("--probs-file", text="Write the lines of --n-probs to this file.", readable=False)
+]
 JsonSchema = Annotated[
     str | None,
     _option("--json-schema", "--json-schema-file", metavar="FILE", text="Constrain the text to JSON of this schema."),
@@ -152,9 +155,9 @@ def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | 
 
     if json_schema is not None:
         inline = json_schema.lstrip().startswith("{")
-        return Constraint.json_schema(json_schema if inline else _read(json_schema))
+        return Constraint.json_schema(json_schema if inline else read_utf8(Path(json_schema), "a JSON schema"))
     if grammar is not None:
-        return Constraint.grammar(grammar if "::=" in grammar else _read(grammar))
+        return Constraint.grammar(grammar if "::=" in grammar else read_utf8(Path(grammar), "a grammar, GBNF or Lark"))
     return None
 
 
@@ -172,12 +175,3 @@ def _biases(options: Sequence[str]) -> dict[int, float]:
 
 def _unescaped(match: re.Match[str]) -> str:
     return chr(int(match[1], 16)) if match[1] else _ESCAPED.get(match[2], match[2])
-
-
-def _read(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise FiddlerError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FiddlerError(f"{name}: is no text in UTF-8") from None

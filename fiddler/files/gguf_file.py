@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_header import VIEW_TYPES, Header, TensorInfo, printable
+from fiddler.input_file import open_regular
 
 __all__ = ["GgufFile", "TensorInfo"]
 
@@ -129,7 +129,9 @@ class _Part:
             raise FileFormatError(f"{_shown(path)}: {error}") from None
         except (OSError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or printable(error)
-            raise FileFormatError(f"{_shown(path)}: cannot be opened: {reason}") from None
+            raise FileFormatError(
+                f"{_shown(path)}: cannot be opened: {reason}; give the path of a .gguf file"
+            ) from None
         return part
 
     def count(self) -> int:
@@ -151,21 +153,16 @@ class _Part:
 
 
 def _map_file(path: Path) -> mmap.mmap:
-    # O_NONBLOCK: opening a pipe without a writer would block for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise FileFormatError(
-                f"is a folder; convert a Hugging Face folder with `fiddler convert {_shown(path)} OUT.gguf`"
-            )
-        if not stat.S_ISREG(status.st_mode):
-            raise FileFormatError("is not a regular file; give the path of a .gguf file")
-        if status.st_size == 0:
+        file = open_regular(path)
+    except IsADirectoryError:
+        raise FileFormatError(
+            f"is a folder; convert a Hugging Face folder with `fiddler convert {_shown(path)} OUT.gguf`"
+        ) from None
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
             raise FileFormatError("is empty; download or convert it again")
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
-    finally:
-        os.close(descriptor)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
 
 
 def _part_paths(path: Path, count: int) -> list[Path]:

@@ -23,6 +23,7 @@ __all__ = [
     "checked_ids",
     "checked_request",
     "checked_sampling",
+    "longest_text",
     "token_ids",
     "whole_number",
 ]
@@ -132,6 +133,10 @@ def checked_request(request: Request, tokenizer: Tokenizer, config: Config, cont
     """The prompt's ids and the most tokens that may follow. Raises RequestError for a request that makes no sense."""
     ids, max_tokens = request.prompt, request.max_tokens
     if isinstance(ids, str):
+        if len(ids) > context:  # shorter ones need no look at the vocabulary
+            limit, remedy = longest_text(tokenizer, config, context)
+            if len(ids) > limit:  # refused before it is encoded: that takes some hundred times its memory
+                raise RequestError(f"the prompt has {len(ids)} characters, more than {limit}; {remedy}")
         ids = tokenizer.encode(ids, add_bos=tokenizer.add_bos, parse_special=request.special)
     ids = checked_ids(ids, config, context)
     if not ids:
@@ -158,6 +163,12 @@ def checked_sampling(request: Request, tokenizer: Tokenizer, config: Config) -> 
     if not request.ignore_eos:
         return sampling
     return replace(sampling, logit_bias={**sampling.logit_bias, **dict.fromkeys(tokenizer.end_ids, -inf)})
+
+
+def longest_text(tokenizer: Tokenizer, config: Config, context: int) -> tuple[int, str]:
+    """Bytes of the longest text that `context` tokens can hold, and the remedy for a longer one."""
+    remedy = f"the context of {context} tokens holds no more; shorten the text ({_remedy(config, context)})"
+    return context * tokenizer.longest_token, remedy
 
 
 def _remedy(config: Config, context: int) -> str:

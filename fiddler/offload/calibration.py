@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+from fiddler.input_file import read_regular
 from fiddler.offload.plan import Costs, Curve
 
 __all__ = ["Calibration", "cache_folder", "read_calibration", "stored"]
 
+_LARGEST_FILE = 1 << 20  # [bytes]; a calibration takes 1 KB
+_LARGEST_COUNT = 1 << 62  # of tokens, threads or bytes
 _VERSION = 5  # of the kernels and of how they are measured; results of another version are measured again
 
 
@@ -87,20 +90,34 @@ def stored() -> list[Calibration]:
 def read_calibration(path: Path) -> Calibration | None:
     """The calibration in a file; None where there is none, or one that is damaged or of another version."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_regular(path, _LARGEST_FILE))
         lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         calibration = Calibration(**{**fields, **lists})
-        valid = calibration.version == _VERSION and all(
-            isinstance(seconds, float) and seconds > 0
-            for seconds in (
-                *calibration.cpu_seconds,
-                *calibration.gpu_seconds,
-                calibration.cpu_alone,
-                *calibration.copy_speeds(),
-            )
+        seconds = (
+            *calibration.cpu_seconds,
+            *calibration.gpu_seconds,
+            *calibration.copy_speeds(),
+            calibration.cpu_alone,
+        )
+        counts = (*calibration.cpu_tokens, *calibration.gpu_tokens, calibration.threads, calibration.expert_bytes)
+        valid = (
+            calibration.version == _VERSION
+            and isinstance(calibration.machine, str)
+            and all(isinstance(value, float) and 0 < value < inf for value in seconds)
+            and all(type(value) is int and 0 < value < _LARGEST_COUNT for value in counts)
         )
         if valid:
             calibration.costs()
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError, LookupError):
+            calibration.to_text()
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+    ):
         return None
     return calibration if valid else None

@@ -28,6 +28,7 @@ import torch
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.model_file import ModelFile
+from fiddler.input_file import open_regular
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
@@ -127,7 +128,7 @@ class PromptCache:
     def _opened(self) -> BinaryIO:
         """The file, opened; an empty stream where there is none, since llama.cpp, too, takes an empty file for none."""
         try:
-            return self._path.open("rb")
+            return open_regular(self._path)
         except FileNotFoundError:
             return BytesIO()
         except OSError as error:
@@ -155,7 +156,7 @@ class PromptCache:
                 f"{self._path}: is a prompt cache of {8 * itemsize}-bit numbers, and this --precision takes "
                 f"{8 * self._dtype.itemsize}; name another file"
             )
-        if positions > self._max_positions or self._path.stat().st_size != self.nbytes(positions):
+        if positions > self._max_positions or os.fstat(file.fileno()).st_size != self.nbytes(positions):
             raise self._damaged("is not as long as it says")
         return tuple(np.frombuffer(self._part(file, 4 * positions), "<i4").tolist())
 

@@ -7,16 +7,19 @@ by name. A field that is null counts as absent.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from fiddler.errors import RequestError, quoted
 from fiddler.generation.request import Request
+from fiddler.input_file import open_regular
 from fiddler.serving.json_fields import Id, Job, job_of, parse_object
 
 __all__ = ["JobFile"]
+
+
+_LONGEST_LINE = 16 << 20  # [bytes]; a context of a million tokens takes some megabytes of text
 
 
 class JobFile:
@@ -48,12 +51,10 @@ class JobFile:
 
     def _lines(self) -> Iterator[tuple[int, Job]]:
         try:
-            if not stat.S_ISREG(self.path.stat().st_mode):
-                raise RequestError(
-                    f"{self.path}: is no regular file and cannot be read twice; give a file of JSON lines"
-                )
-            with self.path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
+            with open_regular(self.path) as lines:
+                for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE + 1), b""), 1):
+                    if len(line) > _LONGEST_LINE:
+                        self._refuse(number, f"is longer than {_LONGEST_LINE >> 20} MiB; give shorter lines of JSON")
                     text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                     if text.strip():
                         try:

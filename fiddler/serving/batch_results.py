@@ -8,6 +8,7 @@ guards against a crash of the machine. Knows no model and no prompts.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import stat
@@ -22,7 +23,9 @@ from fiddler.serving.json_fields import Id, as_id, parse_object
 
 __all__ = ["Results"]
 
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _LINE_START = b'{"id": '
+_LONGEST_LINE = 256 << 20  # [bytes]; 32,768 tokens with 80 log-probabilities each
 _SYNC_INTERVAL = 1.0  # [s]
 _ANSWER_KEYS = {"id", "text", "finish_reason", "prompt_tokens", "generated_tokens"}
 _ERROR_KEYS = {"id", "error"}
@@ -42,7 +45,7 @@ class Results:
         if path.exists() and source.exists() and path.samefile(source):
             raise RequestError(f"{path}: is the file of prompts; give another file for the results")
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(path, _FLAGS, 0o666)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror}; give another file") from None
         try:
@@ -97,7 +100,14 @@ class Results:
         """Collect the ids in the file, and remove a partial line at the end."""
         complete_bytes = 0
         with os.fdopen(os.dup(self._file), "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number in itertools.count(1):
+                if lines.peek(1)[:1] not in (b"", b"{"):  # read no more of what is another file
+                    self._refuse(number, "is not the beginning of a result")
+                line = lines.readline(_LONGEST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > _LONGEST_LINE:
+                    self._refuse(number, f"is longer than {_LONGEST_LINE >> 20} MiB")
                 if not line.endswith(b"\n"):
                     if not (line.startswith(_LINE_START) or _LINE_START.startswith(line)):
                         self._refuse(number, "is not the beginning of a result")

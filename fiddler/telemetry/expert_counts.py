@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from fiddler.errors import RequestError
+from fiddler.input_file import read_input
 from fiddler.telemetry.recorder import SilentRecorder
 
 __all__ = ["ExpertCounts", "read_counts"]
+
+
+_LARGEST_FILE = 16 << 20  # [bytes]; 64 layers of 512 experts with 20 digits each take 0.7 MB
 
 
 class ExpertCounts(SilentRecorder):
@@ -48,10 +52,9 @@ def read_counts(path: Path, layers: int, experts: int) -> list[list[int]]:
 
     Raises RequestError, in one line that names the file, where it is no such file or is of another model's shape.
     """
+    text = read_input(path, _LARGEST_FILE, "name a file that `fiddler perplexity --expert-counts` wrote")
     try:
-        counts: list[list[int]] = json.loads(path.read_text())["counts"]
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+        counts: list[list[int]] = json.loads(text)["counts"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise RequestError(
             f'{path}: is no file of expert counts; it is JSON, {{"counts": [layers][experts]}}'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from fiddler.errors import RequestError, quoted
 from fiddler.text.sentencepiece_model import TokenType
@@ -89,6 +90,11 @@ class Tokenizer:
         """Names that only `parse_special` recognises and a user's text must not produce; the longest first."""
         types = self._table.types
         return [name for name, index in self._all_special if types[index] != TokenType.USER_DEFINED]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Length of the longest token's name [bytes]: `n` ids hold at most `n` times as many bytes of text."""
+        return max(len(raw_bytes(text)) for text in self._table.texts)
 
     def token(self, index: int) -> str:
         """The token's name in the vocabulary: `▁the`, `<0x0A>`, `</s>`."""

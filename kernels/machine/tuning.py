@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from fiddler.errors import RequestError
+from fiddler.input_file import read_regular
 from fiddler.kernels.machine.cpu import cpu_model, cpu_name
 from fiddler.kernels.machine.isa import choose_tier
 
@@ -30,6 +31,8 @@ __all__ = [
     "tuning_source",
     "tuning_store",
 ]
+
+_LARGEST_STORE = 1 << 20  # [bytes]; a fit takes 100 bytes
 
 NON_TEMPORAL = 4
 """A prefetch level: as near as level 1, for data that is read once and should displace nothing else."""
@@ -221,10 +224,10 @@ def _stored() -> dict[str, str]:
 def _read() -> dict[str, str] | None:
     """The stored file's content; None where it is damaged."""
     try:
-        found = json.loads(tuning_store().read_text())
+        found = json.loads(read_regular(tuning_store(), _LARGEST_STORE))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not all(isinstance(row, str) for row in found.values()):
         return None

@@ -181,5 +181,5 @@ def test_without_llguidance_one_line_says_what_to_install():
 
 def test_a_grammar_file_that_is_not_utf_8_is_refused(tmp_path):
     (path := Path(tmp_path) / "grammar").write_bytes(b"\xff\xfe")
-    with pytest.raises(fiddler.FiddlerError, match="is no text in UTF-8"):
+    with pytest.raises(fiddler.FiddlerError, match="is not UTF-8; give a grammar"):
         constraint_of(None, str(path))

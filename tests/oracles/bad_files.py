@@ -272,7 +272,7 @@ PATHS = [
     Case("folder", "is a folder", folder_of_a_model),
     Case("file_as_a_folder", "Not a directory", lambda folder: written(folder, b"GGUF") / "model.gguf"),
     Case("pipe", "not a regular file", pipe),
-    Case("null_device", "not a regular file", lambda _: Path("/dev/null")),
+    Case("null_device", "is empty", lambda _: Path("/dev/null")),
     Case("zero_device", "not a regular file", lambda _: Path("/dev/zero")),
     Case("link_to_itself", "symbolic link", loop),
     Case("link_to_nothing", "no such file", link_to_nothing),

@@ -125,7 +125,7 @@ def test_the_messages_of_a_line_are_its_prompt(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_or_holds_no_prompt_is_refused(tmp_path):
-    for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "no regular file")):
+    for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "it is a folder")):
         with pytest.raises(RequestError, match=message):
             JobFile(path, DEFAULTS)
     with pytest.raises(RequestError, match="holds no prompt"):
@@ -169,12 +169,13 @@ def test_a_last_result_cut_anywhere_is_removed_and_written_again(tmp_path, out):
     "text, message",
     [
         ("my notes", "line 1: is not the beginning of a result"),
-        ("my notes\n", "line 1: is not JSON"),
-        ("\n", "line 1: is not JSON"),
+        ("my notes\n", "line 1: is not the beginning of a result"),
+        ("\n", "line 1: is not the beginning of a result"),
+        ("{my notes}\n", "line 1: is not JSON"),
         ('{"id": 1, "prompt": "a"}\n', "line 1: is no result"),
         ('{"id": 1, "error": "x"}\n{"id": 1, "error": "x"}\n', "line 2: answers 1 again"),
         ('{"id": 8, "error": "x"}\n', "line 1: answers 8, which is not among"),
-        ("[" * 200000 + "\n", "line 1: is nested too deeply"),
+        ('{"a":' * 200000 + "\n", "line 1: is nested too deeply"),
     ],
 )
 def test_a_file_that_holds_no_results_of_these_prompts_is_refused_and_left_as_it_is(tmp_path, out, text, message):
