@@ -6,6 +6,7 @@ know the source's layout (`checkpoint`), the vocabulary's origin (`vocabulary`) 
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import get_args
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
@@ -90,32 +92,31 @@ def convert(
     source, target = Path(source), Path(target)
     if dtype is not None and dtype not in get_args(Dtype):
         raise RequestError(f"dtype is {dtype!r}; choose 'bf16' or 'f16'")
-    out = target.resolve()  # writing through a symbolic link writes its target
-    check_target(out, force=force)
+    out = check_target(target, force=force)
     checkpoint = Checkpoint.open(source)
-    _refuse_source_file(source, out)
+    _refuse_source_file(source, out.path)
     vocabulary = read_vocabulary(source, checkpoint.config.vocab_size)
     dtype = dtype or checkpoint.dtype
     tensors = _plan(checkpoint, dtype)
     total = sum(tensor.nbytes for tensor in tensors)
-    check_space(out, total)
+    header = _header(checkpoint, vocabulary, dtype, tensors)
+    check_space(target, len(header) + sum(_padded(tensor.nbytes) for tensor in tensors))
 
     loss, done = RangeLoss(), 0
-    with whole_file(out, force=force) as temporary:
-        _write_header(temporary, checkpoint, vocabulary, dtype, tensors)
-        with temporary.open("ab") as file:
-            for tensor in tensors:
-                file.write(bytes(-file.tell() % _ALIGNMENT))
-                begin = done
-                for matrix in checkpoint.matrices(tensor.name):
-                    for piece, piece_loss in _pieces(matrix, tensor):
-                        file.write(piece.data)
-                        loss, done = loss + piece_loss, done + piece.nbytes
-                        if progress is not None:
-                            progress(done, total)
-                assert done - begin == tensor.nbytes
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            size = file.tell()
+    with whole_file(target, force=force) as file:
+        file.write(header)
+        size = len(header)
+        for tensor in tensors:
+            begin = done
+            for matrix in checkpoint.matrices(tensor.name):
+                for piece, piece_loss in _pieces(matrix, tensor):
+                    file.write(piece.data)
+                    loss, done = loss + piece_loss, done + piece.nbytes
+                    if progress is not None:
+                        progress(done, total)
+            assert done - begin == tensor.nbytes
+            file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+            size += _padded(tensor.nbytes)
     return ConversionReport(
         path=target,
         nbytes=size,
@@ -147,30 +148,35 @@ def _plan(checkpoint: Checkpoint, dtype: Dtype) -> list[_Tensor]:
     ]
 
 
-def _write_header(
-    path: Path, checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: Dtype, tensors: list[_Tensor]
-) -> None:
-    """Write everything before the tensor data into the existing file `path`."""
-    writer = gguf.GGUFWriter(path, checkpoint.config.architecture.gguf_name)
-    try:
-        writer.add_name(checkpoint.name)
-        writer.add_file_type(_TYPES[dtype][1])
-        writer.add_custom_alignment(_ALIGNMENT)
-        for key, value in checkpoint.config.to_metadata().items():
-            if isinstance(value, int):
-                writer.add_uint32(key, value)
-            else:
-                writer.add_float32(key, value)
-        vocabulary.write_to(writer)
-        for tensor in tensors:
-            kind = gguf.GGMLQuantizationType.F32 if tensor.dtype is None else _TYPES[tensor.dtype][0]
-            unused = np.dtype(np.uint16)  # next to a raw_dtype, only uint8 has a meaning
-            writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.nbytes, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+def _header(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: Dtype, tensors: list[_Tensor]) -> bytes:
+    """Everything before the tensor data, padded to the alignment."""
+    writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
+    writer.add_name(checkpoint.name)
+    writer.add_file_type(_TYPES[dtype][1])
+    writer.add_custom_alignment(_ALIGNMENT)
+    for key, value in checkpoint.config.to_metadata().items():
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
+    vocabulary.write_to(writer)
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType.F32 if tensor.dtype is None else _TYPES[tensor.dtype][0]
+        unused = np.dtype(np.uint16)  # next to a raw_dtype, only uint8 has a meaning
+        writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.nbytes, raw_dtype=kind)
+    # A pipe has no position, and a file without a name has no path: the writer gets an open file instead of a path.
+    header = io.BytesIO()
+    writer.fout, writer.state = [io.BufferedWriter(header)], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    data = header.getvalue()
+    return data.ljust(_padded(len(data)), b"\0")
+
+
+def _padded(nbytes: int) -> int:
+    """Bytes up to where the next tensor begins."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _pieces(matrix: Matrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:

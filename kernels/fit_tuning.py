@@ -44,6 +44,8 @@ _MIN_SECONDS = 0.4  # of the rounds of one number of tokens
 _SHAPE = 7168, 2048  # [F, D]: half of Mixtral-8x7B's in both, 88 MB an expert
 _MAX_BYTES = 1 << 30  # of all experts
 
+_REMEDY = "make room, or name another folder in XDG_CACHE_HOME"
+
 Seconds = Callable[[Tuning, int], float]
 
 
@@ -82,7 +84,7 @@ def fit_unknown_cpu(notify: Callable[[str], None]) -> None:
         notify(f"unknown CPU {cpu_model()} ({cpu_name()}): choosing kernel settings; the next start finds them on disk")
         store_tuning(_measured(rows, _FIRST_TOKENS, tier, None).row)
     except OSError as error:
-        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be stored: {error.strerror}")
+        notify(f"warning: {tuning_store()}: no kernel settings for this CPU can be stored: {error.strerror}; {_REMEDY}")
 
 
 def fit_tuning(threads: int | None = None) -> Fit:
@@ -98,7 +100,9 @@ def fit_tuning(threads: int | None = None) -> Fit:
         fit = _measured(rows, _TOKENS, tier, threads)
         store_tuning(fit.row)
     except OSError as error:
-        raise ResourceError(f"{tuning_store()}: the kernel settings cannot be stored: {error.strerror}") from error
+        raise ResourceError(
+            f"{tuning_store()}: the kernel settings cannot be stored: {error.strerror}; {_REMEDY}"
+        ) from error
     return fit
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "fiddler serving evaluation loading load_options chat engine generation sampling text offload files"
     " converters kernels telemetry models input_file",
-    "serving": "engine generation sampling text input_file",
+    "serving": "engine generation sampling text files input_file",
     "evaluation": "engine runtime files kernels telemetry host_memory",
     "loading": "load_options engine gpu cpu files device kernels telemetry",
     "load_options": "",

@@ -6,6 +6,7 @@ Results go to stdout; progress, statistics and warnings to stderr. Exit codes: 0
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -40,6 +41,8 @@ app = typer.Typer(
 for _command in (run, batch, bench, calibrate, perplexity):
     app.command(cls=Command)(_command)
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main() -> NoReturn:
     """Run the command line and exit."""
@@ -58,8 +61,10 @@ def main() -> NoReturn:
     except BrokenPipeError:  # stdout's reader has closed the pipe: nobody is left to print for
         _silence_stdout()
         _leave(1)
-    except OSError as error:  # unexpected, such as a full disk under stdout: expected ones are FiddlerErrors
+    except OSError as error:  # expected ones are FiddlerErrors, but for those of stdout, which no file name comes with
         _silence_stdout()
+        if error.errno in _NO_SPACE and not error.filename:
+            _fail(error, f"standard output: cannot be written: {error.strerror}; make room, or send it elsewhere")
         _fail(error, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except MemoryError as error:
         _fail(error, "out of memory; close other programs or lower --ctx")

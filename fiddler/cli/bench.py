@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import OptionGroup, with_options
-from fiddler.cli.options import LOADING, Output, loading_bar, numbers, say
+from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_output, say
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from fiddler.evaluation.throughput import Result
+    from fiddler.files.atomic_file import OutputFile
     from fiddler.files.model_file import ModelFile
 
 __all__ = ["KernelTests", "ModelTests", "bench"]
@@ -123,9 +125,11 @@ def bench(
     """Measure prompt and generation speed as llama-bench does, and compare it with the memory's read bandwidth."""
     _check_meaningful(tests, loading, trace, kernel_tests)
     if kernel_tests.kernels:
-        _bench_kernels(model, tests, kernel_tests)
+        with open_output(kernel_tests.png) as plot_file:
+            _bench_kernels(model, tests, kernel_tests, plot_file)
     else:
-        _bench_model(model, tests, loading, trace)
+        with open_output(trace) as trace_file:
+            _bench_model(model, tests, loading, trace_file)
 
 
 def _check_meaningful(tests: ModelTests, loading: LoadOptions, trace: Path | None, kernel_tests: KernelTests) -> None:
@@ -153,7 +157,7 @@ def _check_meaningful(tests: ModelTests, loading: LoadOptions, trace: Path | Non
             raise typer.BadParameter(f"{name} means nothing {with_or_without} --kernels")
 
 
-def _bench_model(model: Path, chosen: ModelTests, loading: LoadOptions, trace: Path | None) -> None:
+def _bench_model(model: Path, chosen: ModelTests, loading: LoadOptions, trace: OutputFile | None) -> None:
     thread_counts, lengths = chosen.thread_counts(), chosen.lengths()
     from fiddler.files.model_file import ModelFile
 
@@ -183,7 +187,7 @@ def _bench_model(model: Path, chosen: ModelTests, loading: LoadOptions, trace: P
         del engine  # frees its GPU memory for the next engine
     _print_results(results, model_file, chosen.output)
     if trace is not None and isinstance(timeline, Tracer):
-        trace.write_text(json.dumps(timeline.to_chrome()))
+        trace.write(json.dumps(timeline.to_chrome()).encode())
 
 
 def _print_results(results: Sequence[Result], model_file: ModelFile, output: Output) -> None:
@@ -195,9 +199,10 @@ def _print_results(results: Sequence[Result], model_file: ModelFile, output: Out
         tensors = list(model_file.file.tensors.values())
         parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         print(to_markdown(results, parameters, sum(tensor.nbytes for tensor in tensors)))
+    sys.stdout.flush()  # before a trace, which may go there, too
 
 
-def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests) -> None:
+def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests, plot_file: OutputFile | None) -> None:
     thread_counts = options.thread_counts()
     if len(thread_counts) > 1:
         raise typer.BadParameter(f"-t {options.threads}: give one number with --kernels")
@@ -210,7 +215,10 @@ def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests) 
     model_file.check_runnable()
     from tqdm import tqdm
 
-    from fiddler.evaluation.kernel_throughput import kernel_rows, plot, rows_to_markdown
+    from fiddler.evaluation.kernel_throughput import check_plot, kernel_rows, plot, rows_to_markdown
+
+    if plot_file is not None:
+        check_plot()
 
     total = len(weight_types) * len(token_counts) * (len(tiers) + 2)
     repetitions = options.repetitions or 7
@@ -220,5 +228,6 @@ def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests) 
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
         print(rows_to_markdown(rows))
-    if kernel_tests.png is not None:
-        plot(rows, kernel_tests.png)
+    sys.stdout.flush()  # before a plot, which may go there, too
+    if plot_file is not None:
+        plot_file.write(plot(rows))

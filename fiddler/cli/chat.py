@@ -107,14 +107,13 @@ def _save(chat: Chat, name: str) -> None:
     """Write the messages as JSON to a new file, all or nothing."""
     if not name:
         raise FiddlerError("/save needs the name of a file")
-    from fiddler.files.atomic_file import check_target, whole_file
+    from fiddler.files.atomic_file import whole_file
 
     target = Path(name).expanduser()
-    if target.exists():
+    if target.is_file():
         raise FiddlerError(f"{target} exists; name another file")
-    check_target(target, force=False)
-    with whole_file(target, force=False) as temporary:
-        temporary.write_text(json.dumps(chat.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    with whole_file(target, force=False) as file:
+        file.write((json.dumps(chat.messages, ensure_ascii=False, indent=2) + "\n").encode())
     say(f"({len(chat.messages)} messages in {target})")
 
 

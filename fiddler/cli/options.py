@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Never
 
@@ -16,9 +16,10 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
+    from fiddler.files.atomic_file import OutputFile
     from fiddler.files.model_file import ModelFile
 
-__all__ = ["LOADING", "DType", "ModelOrDemo", "Output", "loaded", "loading_bar", "numbers", "say"]
+__all__ = ["LOADING", "DType", "ModelOrDemo", "Output", "loaded", "loading_bar", "numbers", "open_output", "say"]
 
 
 DType = Literal["bf16", "f16"]
@@ -76,6 +77,15 @@ def numbers(option: str, text: str) -> list[int]:
             raise typer.BadParameter(f"{option} {text}: give numbers, as 128 or 128,512")
         values += range(int(first), int(last) + 1) if dash else [int(first)]
     return values
+
+
+def open_output(path: Path | None) -> AbstractContextManager[OutputFile | None]:
+    """The file that a command writes at its end, opened before its work; None if `path` is. See `whole_file`."""
+    if path is None:
+        return nullcontext()
+    from fiddler.files.atomic_file import whole_file
+
+    return whole_file(path, force=True)
 
 
 def say(text: str) -> None:

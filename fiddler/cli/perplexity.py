@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, say
 from fiddler.cli.text_input import read_scored
 from fiddler.errors import RequestError
-from fiddler.input_file import present
 from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
 
 if TYPE_CHECKING:
@@ -62,29 +61,31 @@ def perplexity(
     counter = None if counts is None else ExpertCounts(config.block_count, config.expert_count)
     # with a small --ctx the context stays larger: the longest steps hold several windows
     options = replace(loading, context=ctx if ctx > DEFAULT_CONTEXT else None)
-    engine = loaded(model_file, options, recorder=SILENT if counter is None else counter)
-    started = time.perf_counter()
-    estimate = _measure(engine, windows)
-    seconds = time.perf_counter() - started
-    if as_json:
-        result = {
-            **_result(estimate, ctx, seconds),
-            "model": str(model),
-            "file": str(file),
-            "device": engine.device,
-            "precision": loading.precision,
-            "backend": engine.backend,
-            "threads": engine.runner.threads,
-        }
-        print(json.dumps(result, indent=2))
-    else:
-        print(f"Final estimate: PPL = {estimate.perplexity:.4f} +/- {estimate.standard_error:.5f}")
-    say(
-        f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
-        f"{seconds:.1f} s, {len(windows) * ctx / seconds:.1f} tokens/s"
-    )
-    if counts is not None and counter is not None:
-        _write_counts(counts, counter.counts)
+    with open_output(counts) as counts_file:
+        engine = loaded(model_file, options, recorder=SILENT if counter is None else counter)
+        started = time.perf_counter()
+        estimate = _measure(engine, windows)
+        seconds = time.perf_counter() - started
+        if as_json:
+            result = {
+                **_result(estimate, ctx, seconds),
+                "model": str(model),
+                "file": str(file),
+                "device": engine.device,
+                "precision": loading.precision,
+                "backend": engine.backend,
+                "threads": engine.runner.threads,
+            }
+            print(json.dumps(result, indent=2))
+        else:
+            print(f"Final estimate: PPL = {estimate.perplexity:.4f} +/- {estimate.standard_error:.5f}")
+        sys.stdout.flush()  # before the counts, which may go there, too
+        say(
+            f"{engine.where} | {estimate.tokens} tokens scored in {estimate.windows} windows of {ctx} | "
+            f"{seconds:.1f} s, {len(windows) * ctx / seconds:.1f} tokens/s"
+        )
+        if counts_file is not None and counter is not None:
+            counts_file.write((json.dumps({"counts": counter.counts}) + "\n").encode())
 
 
 def _result(estimate: Estimate, window: int, seconds: float) -> dict[str, object]:
@@ -132,20 +133,11 @@ def _check_counts(target: Path, config: Config) -> None:
     from fiddler.files.atomic_file import check_target
     from fiddler.telemetry.expert_counts import read_counts
 
-    check_target(target, force=True)
-    if not os.access(target.parent, os.W_OK):
-        raise RequestError(f"{target.parent} cannot be written in; name a file elsewhere")
-    if present(target):
+    to = check_target(target, force=True)
+    if to.mode is not None and not to.is_stream:
         try:
             read_counts(target, config.block_count, config.expert_count)
         except RequestError:
             raise RequestError(
                 f"{target} exists and is no file of this model's expert counts; remove it or name another"
             ) from None
-
-
-def _write_counts(target: Path, counts: list[list[int]]) -> None:
-    from fiddler.files.atomic_file import whole_file
-
-    with whole_file(target, force=True) as temporary:
-        temporary.write_text(json.dumps({"counts": counts}) + "\n")

@@ -13,7 +13,7 @@ import typer
 from fiddler.cli.beams import BEAMS, BeamSearchOptions, print_beams
 from fiddler.cli.chat import open_chat
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, say
 from fiddler.cli.sampling_options import (
     SAMPLING,
     Grammar,
@@ -27,6 +27,7 @@ from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
+    from fiddler.files.atomic_file import OutputFile
     from fiddler.generation.completion import Stats
     from fiddler.generation.request import Request
 
@@ -75,7 +76,8 @@ def run(
         check_prompt(prompt, prompt_file)
     template = None if chat_template_file is None else read_utf8(chat_template_file, "a chat template in Jinja")
     values = sampling.to_sampling()
-    _check_probs_file(probs_file, sampling.n_probs)
+    if probs_file is not None and not sampling.n_probs:
+        raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
     constraint = constraint_of(json_schema, grammar)
     from fiddler.files.model_file import ModelFile
     from fiddler.generation.request import Request
@@ -86,16 +88,17 @@ def run(
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
     request = Request(text, values, None if count < 0 else count, tuple(stop or ()), ignore_eos, constraint)
-    engine = loaded(model_file, loading)
-    if chatting:
-        _chat(engine, request, system, template, str(model or "the demo model"), show_stats=stats)
-        return
-    if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    if search is not None:
-        measured = print_beams(engine, request, search, beams.n_best, prompt_cache, stats=stats)
-    else:
-        measured = _print_text(engine, request, prompt_cache, probs_file)
+    with open_output(probs_file) as probs:
+        engine = loaded(model_file, loading)
+        if chatting:
+            _chat(engine, request, system, template, str(model or "the demo model"), show_stats=stats)
+            return
+        if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
+        if search is not None:
+            measured = print_beams(engine, request, search, beams.n_best, prompt_cache, stats=stats)
+        else:
+            measured = _print_text(engine, request, prompt_cache, probs)
     if stats:
         say(f"{engine.where} | {_stats_text(measured)}")
 
@@ -119,7 +122,7 @@ def _chat(
     open_chat(chat, name, _stats_text, show_stats=show_stats)
 
 
-def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, probs_file: Path | None) -> Stats:
+def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, probs_file: OutputFile | None) -> Stats:
     """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them."""
     generation = engine.start(request, prompt_cache=prompt_cache)
     for piece in generation:
@@ -136,18 +139,8 @@ def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, pro
             for line in lines:
                 say(line)
         else:
-            probs_file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            probs_file.write("".join(line + "\n" for line in lines).encode())
     return generation.completion.stats
-
-
-def _check_probs_file(probs_file: Path | None, n_probs: int) -> None:
-    """Raise, before any work, OSError where the file cannot be written, BadParameter where --n-probs is missing."""
-    if probs_file is None:
-        return
-    if not n_probs:
-        raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
-    with probs_file.open("ab"):
-        pass
 
 
 def _on_terminal() -> bool:

@@ -7,12 +7,12 @@ run in turn, each time on experts that have not been read for 4 times the last-l
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,7 +29,7 @@ from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.machine.cpu import last_level_cache
 
-__all__ = ["Row", "kernel_rows", "plot", "rows_to_markdown"]
+__all__ = ["Row", "check_plot", "kernel_rows", "plot", "rows_to_markdown"]
 
 _EXPERTS = 2  # at once, as one token of Mixtral has
 _CACHES = 4  # multiples of the last-level cache to read before a byte is read again
@@ -234,15 +234,21 @@ def rows_to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Tokens an expert against GFLOP/s, one line a kernel or reference, with the limit set by plain reads.
-
-    Raises RequestError without matplotlib, which the extra `plot` installs.
-    """
+def check_plot() -> None:
+    """Raise RequestError without matplotlib, which the extra `plot` installs."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise RequestError("--plot needs matplotlib: pip install 'fiddler-moe[plot]'") from None
+
+
+def plot(rows: Sequence[Row]) -> bytes:
+    """A PNG of tokens an expert against GFLOP/s, one line a kernel or reference, with the limit set by plain reads.
+
+    Needs matplotlib: see `check_plot`.
+    """
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(row.weights for row in rows))
     figure = Figure(figsize=(7 * len(kinds), 5), layout="constrained")
     for column, kind in enumerate(kinds):
@@ -263,4 +269,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set(title=f"{kind} weights", xlabel="tokens an expert", ylabel="GFLOP/s")
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

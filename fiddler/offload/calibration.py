@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
+from fiddler.errors import FiddlerError, ResourceError
+from fiddler.files.atomic_file import check_target, whole_file
 from fiddler.input_file import read_regular
 from fiddler.offload.plan import Costs, Curve
 
-__all__ = ["Calibration", "cache_folder", "read_calibration", "stored"]
+__all__ = ["Calibration", "cache_folder", "check_store", "read_calibration", "store", "stored"]
 
 _LARGEST_FILE = 1 << 20  # [bytes]; a calibration takes 1 KB
 _LARGEST_COUNT = 1 << 62  # of tokens, threads or bytes
@@ -79,6 +83,31 @@ class Calibration:
 def cache_folder() -> Path:
     """The folder of cached calibrations: $XDG_CACHE_HOME/fiddler, or ~/.cache/fiddler."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+
+
+def check_store(path: Path) -> None:
+    """Raise ResourceError, which names the file, where `store` could not write it."""
+    with _errors_name(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_target(path, force=True)
+
+
+def store(calibration: Calibration, path: Path) -> None:
+    """Write a calibration to the cache, all or nothing. Raises ResourceError, which names the file."""
+    check_store(path)
+    with _errors_name(path), whole_file(path, force=True) as file:
+        file.write(json.dumps(asdict(calibration), indent=1).encode())
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, FiddlerError) as error:
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        raise ResourceError(
+            f"the calibration cannot be stored: {reason}; XDG_CACHE_HOME names another folder for it"
+        ) from error
 
 
 def stored() -> list[Calibration]:

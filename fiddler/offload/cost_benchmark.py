@@ -7,13 +7,10 @@ while the copies run, and the copies while the CPU computes, since both read the
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from math import inf
 from statistics import median
 
@@ -34,7 +31,7 @@ from fiddler.kernels.fit_tuning import fit_unknown_cpu
 from fiddler.kernels.formats.half import BF16
 from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.kernels.precompile import COMPILING
-from fiddler.offload.calibration import Calibration, cache_folder, read_calibration
+from fiddler.offload.calibration import Calibration, cache_folder, check_store, read_calibration, store
 from fiddler.offload.feed_forward import feed_forward, torch_type
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 
@@ -59,22 +56,24 @@ def calibrated(
     """The calibration for this machine, these kernels and experts of this shape: from disk, or measured now.
 
     ring: stages streamed weights on the GPU, None where there is no GPU. threads: the number to use, or None for the
-    fastest of those that leave the GPU's driver a core or two. again: measure even if the disk has a result.
+    fastest of those that leave the GPU's driver a core or two. again: measure even if the disk has a result, and raise
+    ResourceError where the new one cannot be stored, which is a warning else.
     """
     machine = _machine(layers, ring, threads)
     path = cache_folder() / f"calibration-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
     cached = None if again else read_calibration(path)
     if cached is not None and cached.machine == machine:
         return cached
+    if again:
+        check_store(path)
     notify("measuring this machine's CPU and PCIe link; the next start finds the result on disk")
     calibration = measure(layers, ring, threads, machine)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(calibration), indent=1))
-        temporary.replace(path)
-    except OSError as error:
-        notify(f"warning: {path}: the calibration cannot be stored: {error.strerror}")
+        store(calibration, path)
+    except ResourceError as error:
+        if again:
+            raise
+        notify(f"warning: {error}")
     return calibration
 
 

@@ -15,6 +15,7 @@ The format, little-endian throughout; every part is followed by its CRC-32 (uint
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ import torch
 
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
+from fiddler.files.destination import find_destination
 from fiddler.files.model_file import ModelFile
 from fiddler.input_file import open_regular
 from fiddler.runtime.kv_cache import KVCache
@@ -51,8 +53,7 @@ def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence
     cache = PromptCache(path, model_file, runner.cache_dtype)
     cached = common(cache.tokens, ids)
     if cached < len(ids):
-        if not os.access(path.parent, os.W_OK):
-            raise RequestError(f"{path.parent} cannot be written in; name a file elsewhere")
+        check_target(path, force=True)
         check_space(path, cache.nbytes(len(ids)))
     count = min(cached, len(ids) - 1)
     if count > common(runner.prefix_cache.tokens, ids):
@@ -69,7 +70,11 @@ class PromptCache:
     """
 
     def __init__(self, path: Path, model_file: ModelFile, dtype: torch.dtype) -> None:
-        check_target(path, force=True)
+        to = find_destination(path)
+        regular_or_null = to.mode is None or stat.S_ISREG(to.mode) or (stat.S_ISCHR(to.mode) and to.descriptor is None)
+        if not regular_or_null:
+            kind = "a directory" if stat.S_ISDIR(to.mode or 0) else "no file"
+            raise RequestError(f"{path} is {kind}; a prompt cache is read again: name a file")
         self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
         self._shape = config.block_count, config.head_count_kv, config.head_dim
         self._max_positions, self._fingerprint = config.context_length, model_file.fingerprint
@@ -113,11 +118,11 @@ class PromptCache:
         assert sequence.length == positions
         with self._opened() as file:
             self._exists(file)
-        with whole_file(self._path, force=True) as temporary, temporary.open("wb") as file:
+        with whole_file(self._path, force=True) as output:
 
             def put(data: bytes | memoryview) -> None:
-                file.write(data)
-                file.write(_CRC.pack(zlib.crc32(data)))
+                output.write(data)
+                output.write(_CRC.pack(zlib.crc32(data)))
 
             put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
             put(np.array(tokens, "<i4").tobytes())

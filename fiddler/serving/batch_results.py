@@ -7,6 +7,7 @@ guards against a crash of the machine. Knows no model and no prompts.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -19,6 +20,8 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from fiddler.errors import RequestError, ResourceError
+from fiddler.files.atomic_file import OutputFile
+from fiddler.files.destination import find_destination
 from fiddler.serving.json_fields import Id, as_id, parse_object
 
 __all__ = ["Results"]
@@ -32,16 +35,23 @@ _ERROR_KEYS = {"id", "error"}
 
 
 class Results:
-    """An open file of results, locked by this process; `done` are the ids that have one."""
+    """An open file of results, locked by this process if it is a regular one; `done` are the ids that have one."""
 
     def __init__(self, path: Path, source: Path, ids: Collection[Id]) -> None:
         """Open or create `path`, for results of `ids`, which come from the file `source`.
 
-        Removes a partial line at the end. Raises RequestError where the file holds anything but results of `ids`, is
+        Removes a partial line at the end. A pipe or a device, as /dev/null, is written straight through: it has no
+        results to resume from. Raises RequestError where the file holds anything but results of `ids`, is
         `source`, is being written by another process or cannot be written.
         """
         self.path = path
         self.done: set[Id] = set()
+        self._stream: OutputFile | None = None
+        to = find_destination(path)
+        if to.is_stream and not stat.S_ISREG(to.mode or 0):
+            self._file = to.open_stream()
+            self._stream = OutputFile(path, self._file)
+            return
         if path.exists() and source.exists() and path.samefile(source):
             raise RequestError(f"{path}: is the file of prompts; give another file for the results")
         try:
@@ -61,13 +71,20 @@ class Results:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            os.fsync(self._file)
+            self._sync()
         finally:
             os.close(self._file)
 
     def add(self, identity: Id, **answer: Any) -> None:
         """Append a result as one line. Raises ResourceError where the disk is full, and leaves the file unchanged."""
         line = (json.dumps({"id": identity, **answer}, ensure_ascii=False) + "\n").encode()
+        if self._stream is not None:
+            self._stream.write(line)
+        else:
+            self._append(line)
+        self.done.add(identity)
+
+    def _append(self, line: bytes) -> None:
         end = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
@@ -77,16 +94,26 @@ class Results:
         except OSError as error:
             failure = error.strerror
         if failure is not None:
-            os.ftruncate(self._file, end)
+            with contextlib.suppress(OSError):  # else the next run removes the partial line
+                os.ftruncate(self._file, end)
             raise ResourceError(f"{self.path}: cannot be written: {failure}; make room, then run the command again")
-        self.done.add(identity)
         if time.monotonic() >= self._synced + _SYNC_INTERVAL:
+            self._sync()
+
+    def _sync(self) -> None:
+        if self._stream is not None:
+            return
+        try:
             os.fsync(self._file)
-            self._synced = time.monotonic()
+        except OSError as error:  # a disk that took the bytes and has no room for them, as over a network
+            raise ResourceError(
+                f"{self.path}: cannot be written: {error.strerror}; make room, then run the command again"
+            ) from error
+        self._synced = time.monotonic()
 
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
-            raise RequestError(f"{self.path}: is no regular file, so a run could not resume from it; give another")
+            raise RequestError(f"{self.path}: is no regular file, and no pipe or device; give another")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -181,14 +181,17 @@ def is_fitted() -> bool:
 
 
 def store_tuning(row: Tuning) -> None:
-    """Use a row for this CPU from now on, in this process and later ones. Raises OSError where it cannot be stored."""
-    _write_part(json.dumps(_stored() | {_key(): row.name}, indent=1)).replace(tuning_store())
+    """Use a row for this CPU from now on, in this process and later ones. Raises OSError where it cannot be stored.
+
+    The file is replaced as a whole: where that fails, the earlier one stays.
+    """
+    _write(json.dumps(_stored() | {_key(): row.name}, indent=1), tuning_store())
     current_tuning.cache_clear()
 
 
 def check_store() -> None:
     """Raise OSError where `store_tuning` could store nothing."""
-    _write_part("").unlink()
+    _write(" " * 4096, None)
 
 
 def tuning_store() -> Path:
@@ -201,13 +204,23 @@ def damaged_store() -> bool:
     return _read() is None
 
 
-def _write_part(text: str) -> Path:
-    """A new file beside the stored fits."""
+def _write(text: str, target: Path | None) -> None:
+    """Write a new file beside the stored fits, which becomes `target`; for None, and where that fails, it is removed.
+
+    A file of its own small way: this room imports none that writes files.
+    """
     path = tuning_store()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(text)
-    return part
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if target is not None:
+            part.replace(target.resolve())  # a link stays
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _key() -> str:

@@ -163,7 +163,11 @@ def test_a_schema_or_grammar_may_be_a_file_or_the_text_itself(engine, tmp_path):
         (["--grammar", "no such file"], 1, "error: no such file: cannot be read: No such file"),
         (["--json-schema", "{}", "--grammar", 'root ::= "x"'], 2, "not both"),
         (["--probs-file", "x"], 2, "needs --n-probs"),
-        (["--n-probs", "1", "--probs-file", "/nowhere/x"], 1, "error: /nowhere/x: No such file"),
+        (
+            ["--n-probs", "1", "--probs-file", "/nowhere/x"],
+            1,
+            "error: /nowhere/x: cannot be written: /nowhere is not",
+        ),
     ],
 )
 def test_wrong_constraint_and_probability_options_are_refused_by_name(arguments, code, message):

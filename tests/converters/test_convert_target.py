@@ -62,15 +62,22 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=470_000))
-    with pytest.raises(ResourceError, match=r"has 470000 bytes free, and out.gguf needs 47\d{4}; free some"):
+    with pytest.raises(ResourceError, match=r"has 470000 bytes free, and out.gguf needs 49\d{4}; free some"):
         convert(TINY, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 SLOW_CONVERSION = """
-import signal, sys, time
+import errno, os, signal, sys, time
 from fiddler.converters import convert
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
+if sys.argv[3] == "named":  # as on a file system where all files have names
+    real_open = os.open
+    def refuse_nameless(path, flags, *mode):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real_open(path, flags, *mode)
+    os.open = refuse_nameless
 def progress(done, total):
     print(done, total, flush=True)
     time.sleep(0.03)
@@ -79,14 +86,25 @@ convert(sys.argv[1], sys.argv[2], force=True, progress=progress)
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_signal_during_conversion_leaves_the_target_as_it_was(tmp_path, signal_number, moment):
+@pytest.mark.parametrize(
+    ("signal_number", "files"),
+    [
+        (signal.SIGINT, "nameless"),
+        (signal.SIGINT, "named"),
+        (signal.SIGTERM, "nameless"),
+        (signal.SIGTERM, "named"),
+        (signal.SIGHUP, "named"),
+        (signal.SIGKILL, "nameless"),
+        (signal.SIGKILL, "named"),
+    ],
+)
+def test_a_signal_during_conversion_leaves_the_target_as_it_was(tmp_path, signal_number, files, moment):
     target = tmp_path / "out.gguf"
     exists = moment == 0.4  # with an existing target
     if exists:
         target.write_bytes(b"precious")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, TINY, target],
+        [sys.executable, "-c", SLOW_CONVERSION, TINY, target, files],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,7 +122,18 @@ def test_a_signal_during_conversion_leaves_the_target_as_it_was(tmp_path, signal
     else:
         assert not target.exists()
     others = [path.name for path in tmp_path.iterdir() if path != target]
-    if signal_number == signal.SIGKILL:
+    if (signal_number, files) == (signal.SIGKILL, "named"):
         assert re.fullmatch(r"\.out\.gguf\.[0-9a-f]{12}\.tmp", others[0])
+        convert(TINY, target, force=True)  # removes it
+        assert list(tmp_path.iterdir()) == [target]
     else:
         assert others == []
+
+
+def test_the_null_device_and_a_pipe_get_the_same_bytes_as_a_file(tmp_path):
+    whole = convert(TINY, tmp_path / "out.gguf")
+    assert convert(TINY, "/dev/null").nbytes == whole.nbytes
+    command = [sys.executable, "-m", "fiddler", "convert", TINY, "/dev/stdout"]
+    piped = subprocess.run(command, capture_output=True, check=True).stdout
+    assert piped == (tmp_path / "out.gguf").read_bytes()
+    assert len(piped) == whole.nbytes

@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_old_file_unchanged(model, cache_file, tmp_path):
         "try: list(g)\nexcept fiddler.FiddlerError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code, model, cache_file], capture_output=True, text=True, check=True)
-    assert "is full: File too large; make room or write elsewhere" in done.stdout
+    assert "cache: cannot be written: File too large; make room" in done.stdout
     assert cache_file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
