@@ -84,8 +84,7 @@ def check_space(target: Path, needed: int) -> None:
         raise cannot_be_written(target, error) from error
     if free < needed:
         raise ResourceError(
-            f"{target.parent} has {free} bytes free, and {target.name} needs {needed}; "
-            "free some space or write to another disk"
+            f"{target}: needs {needed} bytes, and its disk has {free} free; free some space or write to another disk"
         )
 
 

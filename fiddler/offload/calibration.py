@@ -104,9 +104,9 @@ def _errors_name(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, FiddlerError) as error:
-        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
+        reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error).rpartition(";")[0]
         raise ResourceError(
-            f"the calibration cannot be stored: {reason}; XDG_CACHE_HOME names another folder for it"
+            f"the calibration cannot be stored: {reason}; make room, or name another folder in XDG_CACHE_HOME"
         ) from error
 
 

@@ -62,7 +62,7 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=470_000))
-    with pytest.raises(ResourceError, match=r"has 470000 bytes free, and out.gguf needs 49\d{4}; free some"):
+    with pytest.raises(ResourceError, match=r"out\.gguf: needs 49\d{4} bytes, and its disk has 470000 free; free some"):
         convert(TINY, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,84 @@
+"""Every command that writes, on a full disk: what was there stays byte for byte, one line names the file, exit code 1.
+
+The disk is a tmpfs of 64 KiB in a mount namespace, which needs the right to make one: see `tools/full_disk.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from oracles.synthetic import write_random_mixtral
+from tools import full_disk
+
+FULL = "cannot be written: No space left on device; make room"
+OUTPUTS = {
+    "run --probs-file": f"disk/out: {FULL}",
+    "run --probs-file, new": f"disk/out: {FULL}",
+    "bench --trace": f"disk/out: {FULL}",
+    "bench --plot": f"disk/out: {FULL}",
+    "perplexity --expert-counts": f"disk/out: {FULL}",
+    "run --prompt-cache": "disk/out: needs ",
+    "run --prompt-cache, full meanwhile": f"disk/out: {FULL}",
+    "batch": f"disk/out: {FULL}",
+    "convert": "disk/out: needs ",
+    "convert --force": "disk/out: needs ",
+    "convert --force, full meanwhile": f"disk/out: {FULL}",
+    "calibrate": f".json: {FULL}",
+    "calibrate --kernels": "tuning.json: the kernel settings cannot be stored: No space left on device; make room",
+}
+PRINTED = [
+    "--help",
+    "--version",
+    "run",
+    "run --beams",
+    "bench",
+    "perplexity",
+    "inspect",
+    "inspect --json",
+    "calibrate",
+    "calibrate --show",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full-disk")
+    refused = full_disk.may_mount(folder)
+    if refused:
+        pytest.skip(f"no disk of its own can be mounted here: {refused}")
+    return full_disk.in_a_namespace(folder, write_random_mixtral(folder / "tiny.gguf"))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_on_a_full_disk_is_one_line_and_leaves_all_files_as_they_were(results, name):
+    result = results[name]
+    errors = [line for line in result["errors"].splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert OUTPUTS[name] in errors[0]
+    assert result["errors"].splitlines()[-1] == errors[0]
+    assert (result["code"], result["changed"], result["new"]) == (1, [], [])
+
+
+def test_a_chat_that_cannot_be_saved_goes_on(results):
+    result = results["chat /save"]
+    assert result["code"] is True
+    assert f"disk/saved: {FULL}" in result["errors"]
+    assert (result["changed"], result["new"]) == ([], [])
+
+
+def test_kernel_settings_that_cannot_be_stored_leave_the_earlier_ones(results):
+    result = results["kernel settings"]
+    assert (result["code"], result["changed"], result["new"]) == ("No space left on device", [], [])
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_standard_output_on_a_full_disk_is_one_line(results, name):
+    result = results[f"{name} > full"]
+    assert result["code"] == 1
+    *_, last = result["errors"].splitlines()
+    assert last == f"error: standard output: {FULL}, or send it elsewhere"
+
+
+def test_every_case_is_looked_at(results):
+    others = {"chat /save", "kernel settings"}
+    assert results.keys() == OUTPUTS.keys() | others | {f"{name} > full" for name in PRINTED}
