@@ -215,6 +215,16 @@ def test_the_context_is_the_smaller_of_the_requested_and_the_trained_one(path):
         fiddler.load(path, context=100).generate(IDS[:90], GREEDY, 11)
 
 
+def test_a_text_that_no_context_could_hold_is_refused_before_it_is_encoded(path, monkeypatch):
+    engine = fiddler.load(path, context=100)
+    limit = 100 * engine.tokenizer.longest_token
+    with pytest.raises(RequestError, match="tokens exceed the context of 100"):
+        engine.generate("x" * limit, GREEDY)
+    monkeypatch.setattr(engine.tokenizer, "encode", None)
+    with pytest.raises(RequestError, match=f"{limit + 1} characters, more than {limit}; .* raise --ctx, up to 620"):
+        engine.generate("x" * (limit + 1), GREEDY)
+
+
 def test_a_tied_model_computes_logits_with_its_embeddings(tmp_path):
     tied = fiddler.load(write_random_mixtral(tmp_path / "tied.gguf", tied=True, layers=1), precision="exact")
     hidden = tied.runner.step([(tied.runner.sequence(), IDS[:5])]).hidden

@@ -99,12 +99,16 @@ def test_a_row_that_does_not_exist_is_refused(monkeypatch):
         current_tuning()
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"here": 3}'])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"here": 3}', b"[" * 100_000, b" " * (2 << 20), None])
 def test_a_damaged_store_is_ignored_with_a_line_and_replaced(content):
     row, source = current_tuning(), tuning_source()
     store_tuning(TUNINGS["zen3"])
     assert not damaged_store()
-    tuning_store().write_bytes(content)
+    if content is None:
+        tuning_store().unlink()
+        os.mkfifo(tuning_store())
+    else:
+        tuning_store().write_bytes(content)
     current_tuning.cache_clear()
     assert (current_tuning(), tuning_source()) == (row, source)
     if is_fitted():  # else the next line measures

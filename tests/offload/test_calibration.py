@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from math import inf
 
@@ -99,7 +100,11 @@ def test_a_calibration_that_is_damaged_or_of_another_version_is_ignored(change):
     assert stored() == [SOME]
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert stored() == []
-    path.write_bytes(b"\xff{")
+    for damage in (b"\xff{", b"[" * 100_000, b" " * (2 << 20)):
+        path.write_bytes(damage)
+        assert stored() == []
+    path.unlink()
+    os.mkfifo(path)
     assert stored() == []
 
 

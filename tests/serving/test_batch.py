@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -182,6 +183,20 @@ def test_a_file_that_holds_no_results_of_these_prompts_is_refused_and_left_as_it
     with pytest.raises(RequestError, match=message):
         Results(out, tmp_path / "in.jsonl", [1, 2])
     assert out.read_text() == text
+
+
+def test_a_line_longer_than_the_limit_is_refused_with_its_number(tmp_path, out):
+    longest = {"id": 1, "prompt": ""}
+    longest["prompt"] = "a" * (2**24 - 1 - len(json.dumps(longest)))
+    assert list(job_file(tmp_path, longest).ids) == [1]
+    longest["prompt"] += "a"
+    with pytest.raises(RequestError, match=r"in\.jsonl, line 2: is longer than 16 MiB"):
+        job_file(tmp_path, {"id": 0, "prompt": "a"}, longest)
+    out.write_text('{"id": 1, "error": "x"}\n{"id": 2, "error": "')
+    os.truncate(out, 64 << 30)
+    with pytest.raises(RequestError, match="line 2: is longer than 256 MiB"):
+        Results(out, tmp_path / "none", [1, 2])
+    assert out.stat().st_size == 64 << 30
 
 
 def test_results_cannot_go_to_the_prompts_a_special_file_or_a_file_in_use(tmp_path, out):

@@ -56,6 +56,16 @@ def test_decoded_text_is_that_of_sentencepiece_and_round_trips():
         assert REAL.decode([1, *ids, 2]) == plain(text)
 
 
+def test_no_id_stands_for_more_bytes_than_the_longest_token():
+    """Runs of spaces and of their symbol are the densest texts: 16 of them, of 3 bytes each, are one token."""
+    odd = Tokenizer.from_metadata(small(*ODD))
+    for text in (*texts(), "▁" * 4800, " " * 4800):
+        for tokenizer in (REAL, odd):
+            assert len(text.encode()) <= tokenizer.longest_token * len(tokenizer.encode(text))
+    assert REAL.longest_token == 48
+    assert len(REAL.encode("▁" * 4800, continuing=True)) == 300
+
+
 def test_streamed_text_is_the_whole_text():
     for text in texts():
         ids = REAL.encode(text)
