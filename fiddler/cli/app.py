@@ -21,7 +21,7 @@ from fiddler.cli.batch import batch
 from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
-from fiddler.cli.options import DType, say
+from fiddler.cli.options import DType, check_local, say
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
 from fiddler.errors import FiddlerError
@@ -104,6 +104,7 @@ def convert(
     """Convert a Hugging Face Mixtral folder to GGUF."""
     from tqdm import tqdm
 
+    check_local(source)
     from fiddler.converters import convert as run_conversion
 
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
@@ -129,6 +130,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""
+    check_local(model)
     from fiddler.files.inspection import describe, to_text
 
     description = describe(model)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BEAMS", "BeamSearchOptions", "print_beams"]
 
+_PANEL = "Beam search"
 _ONLY_WITH_BEAMS = ("n_best", "length_penalty", "early_stopping")
 
 
@@ -60,15 +61,19 @@ class BeamSearchOptions:
             raise typer.BadParameter(str(error)) from None
 
 
+def _option(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=_PANEL, **more)
+
+
 BEAMS = OptionGroup(
     BeamSearchOptions,
     {
-        "beams": typer.Option("--beams", metavar="N", min=1, help="Beam search with N beams, instead of sampling."),
-        "n_best": typer.Option("--n-best", metavar="K", min=1, help="With --beams: print the K best texts."),
-        "length_penalty": typer.Option(
+        "beams": _option("--beams", metavar="N", min=1, help="Beam search with N beams, instead of sampling."),
+        "n_best": _option("--n-best", metavar="K", min=1, help="With --beams: print the K best texts."),
+        "length_penalty": _option(
             help="With --beams: above 0 favours long texts, below 0 short ones.", show_default=True
         ),
-        "early_stopping": typer.Option(
+        "early_stopping": _option(
             help="With --beams: true ends once N texts are finished; false, once no unfinished beam scores better at "
             "its current length; never, once none can at any length.",
         ),

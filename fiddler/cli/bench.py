@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import OptionGroup, with_options
-from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_output, say
+from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_model, open_output, say
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -159,9 +159,7 @@ def _check_meaningful(tests: ModelTests, loading: LoadOptions, trace: Path | Non
 
 def _bench_model(model: Path, chosen: ModelTests, loading: LoadOptions, trace: OutputFile | None) -> None:
     thread_counts, lengths = chosen.thread_counts(), chosen.lengths()
-    from fiddler.files.model_file import ModelFile
-
-    model_file = ModelFile.open(model)
+    model_file = open_model(model)
     model_file.check_runnable()
     from fiddler.evaluation.throughput import Test, measure
     from fiddler.loading import load_engine
@@ -207,11 +205,10 @@ def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests, 
     if len(thread_counts) > 1:
         raise typer.BadParameter(f"-t {options.threads}: give one number with --kernels")
     weight_types, token_counts = kernel_tests.weight_types(), kernel_tests.token_counts()
-    from fiddler.files.model_file import ModelFile
     from fiddler.kernels import available_tiers, choose_tier
 
     tiers = [choose_tier(name) for name in kernel_tests.tiers.split(",")] if kernel_tests.tiers else available_tiers()
-    model_file = ModelFile.open(model)
+    model_file = open_model(model)
     model_file.check_runnable()
     from tqdm import tqdm
 

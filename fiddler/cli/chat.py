@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from fiddler.cli.options import say
 from fiddler.cli.terminal import StoppedError, Terminal, Typed, harmless
-from fiddler.errors import FiddlerError
+from fiddler.errors import FiddlerError, RequestError
 
 if TYPE_CHECKING:
     from fiddler.chat import Chat
+    from fiddler.files.model_file import ModelFile
     from fiddler.generation.completion import Stats
 
 __all__ = ["open_chat"]
@@ -33,12 +34,36 @@ _NO_TEMPLATE = (
     "its own lines included"
 )
 
+_MERGED = "the chat template takes no system message: it stands before the first user message instead"
+
+
+def templated(model_file: ModelFile, text: str, system: str | None, template: str | None) -> list[int]:
+    """A prompt's ids that ask for an answer to `text`; `template`: Jinja, in place of the model's.
+
+    Raises RequestError where there is no template, or it refuses the messages.
+    """
+    from fiddler.text.chat_template import ChatTemplate
+
+    chat_template = ChatTemplate.of(model_file.tokenizer, model_file.file.metadata, template)
+    if chat_template is None:
+        raise RequestError("this model has no chat template; give --chat-template-file, or continue a plain text")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        ids = chat_template.ids([*messages, {"role": "user", "content": text}])
+    finally:
+        chat_template.close()
+    if chat_template.merges_system:
+        say(_MERGED)
+    return ids
+
 
 def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_stats: bool) -> None:
     """Converse until Ctrl-D or /exit. `to_text`: formats an answer's statistics in one line."""
     say(f"chat with {name}; /help lists the commands, Ctrl-D leaves")
     if not chat.has_template:
         say(_NO_TEMPLATE)
+    if chat.merges_system:
+        say(_MERGED)
     with Terminal() as terminal:
         chat.on_chunk = lambda read: terminal.check()
         while (typed := terminal.read()) is not None:
@@ -84,7 +109,7 @@ def _show(pieces: Iterator[str], terminal: Terminal) -> None:
 def _obey(chat: Chat, line: str, to_text: Callable[[Stats], str]) -> bool:
     """Execute a command. Returns whether the chat continues."""
     command, _, argument = line.strip().partition(" ")
-    if command == "/exit":
+    if command in ("/exit", "/bye", "/quit"):
         return False
     if command == "/help":
         say(_HELP)

@@ -110,7 +110,13 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+class _UsageError(typer.BadParameter):
+    """Wrong usage that is no option's value."""
+
+    def format_message(self) -> str:
+        """The message by itself (click's hook)."""
+        return self.message
+
+
 def _fail(ctx: Any, message: str) -> NoReturn:
-    error = typer.BadParameter(message)
-    error.ctx = ctx
-    raise error
+    raise _UsageError(message, ctx)

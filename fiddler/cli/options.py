@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Never
 
 import typer
 
+from fiddler.cli.habits import hub_name
 from fiddler.cli.option_groups import OptionGroup
+from fiddler.errors import RequestError
 from fiddler.load_options import LoadOptions, parse_size
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -19,7 +21,19 @@ if TYPE_CHECKING:
     from fiddler.files.atomic_file import OutputFile
     from fiddler.files.model_file import ModelFile
 
-__all__ = ["LOADING", "DType", "ModelOrDemo", "Output", "loaded", "loading_bar", "numbers", "open_output", "say"]
+__all__ = [
+    "LOADING",
+    "DType",
+    "ModelOrDemo",
+    "Output",
+    "check_local",
+    "loaded",
+    "loading_bar",
+    "numbers",
+    "open_model",
+    "open_output",
+    "say",
+]
 
 
 DType = Literal["bf16", "f16"]
@@ -35,12 +49,17 @@ LOADING = OptionGroup(
     {
         "device": typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute."),
         "gpu_memory": typer.Option(parser=parse_size, metavar="SIZE", help="Total GPU memory to use, e.g. 24GiB."),
-        "gpu_experts": typer.Option(min=0, help="Maximum number of experts on the GPU."),
+        "gpu_experts": typer.Option(
+            rich_help_panel="More placement", min=0, help="Maximum number of experts on the GPU."
+        ),
         "missing": typer.Option(
-            help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest."
+            rich_help_panel="More placement",
+            help="Experts that are not on the GPU: compute on the cpu, stream to the GPU, or auto: the fastest.",
         ),
         "expert_counts": typer.Option(
-            readable=False, help="File of expert frequencies: the most frequent experts go to the GPU."
+            rich_help_panel="More placement",
+            readable=False,
+            help="File of expert frequencies: the most frequent experts go to the GPU.",
         ),
         "threads": typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given."),
         "context": typer.Option(
@@ -50,6 +69,23 @@ LOADING = OptionGroup(
     },
 )
 """Options of loading a model."""
+
+
+def check_local(path: Path) -> None:
+    """Raise RequestError for a name on the Hugging Face hub that is no path here: it says how to download it."""
+    remedy = hub_name(str(path))
+    if remedy is not None and not path.exists():
+        raise RequestError(f"{path} does not exist; {remedy}")
+
+
+def open_model(model: Path | None) -> ModelFile:
+    """The opened MODEL.gguf, or demo model. Raises FiddlerError for a bad file before torch is imported."""
+    from fiddler.files.model_file import ModelFile
+    from fiddler.loading import DEMO_MODEL
+
+    if model is not None:
+        check_local(model)
+    return ModelFile.open(DEMO_MODEL if model is None else model)
 
 
 def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recorder = SILENT) -> Engine:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_model, open_output, say
 from fiddler.cli.text_input import read_scored
 from fiddler.errors import RequestError
 from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
@@ -42,10 +42,6 @@ def perplexity(
 ) -> None:
     """Measure a model's perplexity on a text as llama-perplexity does: the second half of each window of -c tokens."""
     text = read_scored(file)
-    if model is None:
-        from fiddler.loading import DEMO_MODEL
-
-        model = DEMO_MODEL
     model_file = _open(model, ctx, counts)
     tokenizer = model_file.tokenizer
     ids = tokenizer.encode(text, add_bos=tokenizer.add_bos)
@@ -69,7 +65,7 @@ def perplexity(
         if as_json:
             result = {
                 **_result(estimate, ctx, seconds),
-                "model": str(model),
+                "model": str(model_file.file.path),
                 "file": str(file),
                 "device": engine.device,
                 "precision": loading.precision,
@@ -101,11 +97,9 @@ def _result(estimate: Estimate, window: int, seconds: float) -> dict[str, object
     }
 
 
-def _open(model: Path, ctx: int, counts: Path | None) -> ModelFile:
+def _open(model: Path | None, ctx: int, counts: Path | None) -> ModelFile:
     """The opened model. Raises FiddlerError where it cannot run, --ctx is too long or `counts` cannot be written."""
-    from fiddler.files.model_file import ModelFile
-
-    model_file = ModelFile.open(model)
+    model_file = open_model(model)
     if ctx > model_file.config.context_length:
         raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
     if counts is not None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.beams import BEAMS, BeamSearchOptions, print_beams
-from fiddler.cli.chat import open_chat
+from fiddler.cli.chat import open_chat, templated
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_model, open_output, say
 from fiddler.cli.sampling_options import (
     SAMPLING,
     Grammar,
@@ -50,10 +50,16 @@ def run(
     probs_file: ProbsFile = None,
     json_schema: JsonSchema = None,
     grammar: Grammar = None,
-    system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompt as a user's message, through the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of a chat, or of --chat.")] = None,
     chat_template_file: Annotated[
-        Path | None, typer.Option(readable=False, help="Jinja chat template for a chat, instead of the model's.")
+        Path | None, typer.Option(readable=False, help="Jinja chat template, instead of the model's.")
     ] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Names of control tokens in the prompt, as </s>, are these tokens.")
+    ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never sample an end token.")] = False,
     beams: BeamSearchOptions,
@@ -68,8 +74,11 @@ def run(
     beams.check(command, _NOT_FOR_BEAMS)
     search = beams.to_search()
     chatting = prompt is None and prompt_file is None and _on_terminal()
-    if not chatting and (system is not None or chat_template_file is not None):
-        raise typer.BadParameter("--system and --chat-template-file are for a chat, on a terminal and without a prompt")
+    answering = not chatting and (chat or system is not None or chat_template_file is not None)
+    if special and (chatting or answering):
+        raise typer.BadParameter(
+            "--special is for a prompt that is continued; messages of a chat have no control tokens"
+        )
     if chatting and (search is not None or prompt_cache is not None or sampling.n_probs):
         raise typer.BadParameter("--beams, --prompt-cache and --n-probs are not for a chat; give a prompt")
     if not chatting:
@@ -79,15 +88,15 @@ def run(
     if probs_file is not None and not sampling.n_probs:
         raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
     constraint = constraint_of(json_schema, grammar)
-    from fiddler.files.model_file import ModelFile
     from fiddler.generation.request import Request
-    from fiddler.loading import DEMO_MODEL
 
-    model_file = ModelFile.open(DEMO_MODEL if model is None else model)
+    model_file = open_model(model)
     text = "" if chatting else prompt
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
-    request = Request(text, values, None if count < 0 else count, tuple(stop or ()), ignore_eos, constraint)
+    limit = None if count < 0 else count
+    asked = templated(model_file, text, system, template) if answering else text
+    request = Request(asked, values, limit, tuple(stop or ()), ignore_eos, constraint, special)
     with open_output(probs_file) as probs:
         engine = loaded(model_file, loading)
         if chatting:
@@ -98,7 +107,7 @@ def run(
         if search is not None:
             measured = print_beams(engine, request, search, beams.n_best, prompt_cache, stats=stats)
         else:
-            measured = _print_text(engine, request, prompt_cache, probs)
+            measured = _print_text(engine, request, prompt_cache, probs, answer=answering)
     if stats:
         say(f"{engine.where} | {_stats_text(measured)}")
 
@@ -122,11 +131,18 @@ def _chat(
     open_chat(chat, name, _stats_text, show_stats=show_stats)
 
 
-def _print_text(engine: Engine, request: Request, prompt_cache: Path | None, probs_file: OutputFile | None) -> Stats:
-    """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them."""
+def _print_text(
+    engine: Engine, request: Request, prompt_cache: Path | None, probs_file: OutputFile | None, *, answer: bool
+) -> Stats:
+    """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them.
+
+    answer: to a message; its first space belongs to the tokenizer.
+    """
     generation = engine.start(request, prompt_cache=prompt_cache)
+    prefixed = answer and engine.tokenizer.add_space_prefix
     for piece in generation:
-        sys.stdout.write(piece)
+        sys.stdout.write(piece.removeprefix(" ") if prefixed else piece)
+        prefixed = False
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = ["SAMPLING", "Grammar", "JsonSchema", "ProbsFile", "SamplingOptions", "constraint_of"]
 
-_PANEL = "Sampling"
+_PANEL, _RARE = "Sampling", "More sampling"
 _FIELDS = {"temp": "temperature", "typical": "typical_p"}  # option -> field of `Sampling`, where they differ
 _BIAS = re.compile(r"\s*(\d+)\s*([+-])(.+)")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
-def _option(*names: str, text: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=_PANEL, **more)
+def _option(*names: str, text: str, panel: str = _PANEL, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def _rare(*names: str, text: str, **more: Any) -> Any:
+    return _option(*names, text=text, panel=_RARE, **more)
 
 
 @dataclass(frozen=True)
@@ -86,42 +90,40 @@ SAMPLING = OptionGroup(
             "--top-p", text="Keep the most probable tokens until they reach this total probability; 1: all."
         ),
         "min_p": _option("--min-p", text="Keep tokens this probable, relative to the most probable; 0: all."),
-        "typical": _option(
+        "typical": _rare(
             "--typical",
             "--typical-p",
             text="Keep the most typical tokens until they exceed this total probability; 1: all.",
         ),
         "repeat_penalty": _option("--repeat-penalty", text="Penalty on recent tokens; 1: none."),
-        "repeat_last_n": _option("--repeat-last-n", min=-1, text="Number of recent tokens to penalise; -1: all."),
-        "presence_penalty": _option("--presence-penalty", text="Subtracted from the logits of recent tokens; 0: none."),
-        "frequency_penalty": _option("--frequency-penalty", text="Subtracted once per recent occurrence; 0: none."),
-        "dry_multiplier": _option(
+        "repeat_last_n": _rare("--repeat-last-n", min=-1, text="Number of recent tokens to penalise; -1: all."),
+        "presence_penalty": _rare("--presence-penalty", text="Subtracted from the logits of recent tokens; 0: none."),
+        "frequency_penalty": _rare("--frequency-penalty", text="Subtracted once per recent occurrence; 0: none."),
+        "dry_multiplier": _rare(
             "--dry-multiplier", text="DRY penalty on continuing a repeated sequence of tokens; 0: none."
         ),
-        "dry_base": _option("--dry-base", text="Growth of the DRY penalty per repeated token."),
-        "dry_allowed_length": _option("--dry-allowed-length", text="Shorter repetitions have no DRY penalty."),
-        "dry_penalty_last_n": _option(
-            "--dry-penalty-last-n", text="Number of recent tokens that DRY searches; -1: all."
-        ),
-        "dry_sequence_breaker": _option(
+        "dry_base": _rare("--dry-base", text="Growth of the DRY penalty per repeated token."),
+        "dry_allowed_length": _rare("--dry-allowed-length", text="Shorter repetitions have no DRY penalty."),
+        "dry_penalty_last_n": _rare("--dry-penalty-last-n", text="Number of recent tokens that DRY searches; -1: all."),
+        "dry_sequence_breaker": _rare(
             "--dry-sequence-breaker",
             text="DRY's repeated sequences end at this text (with escapes as \\n); may be repeated, instead of "
             "newline, colon, quote and asterisk; 'none': no breakers.",
         ),
-        "xtc_probability": _option(
+        "xtc_probability": _rare(
             "--xtc-probability", text="Probability that XTC drops the most probable tokens; 0: never."
         ),
-        "xtc_threshold": _option(
+        "xtc_threshold": _rare(
             "--xtc-threshold", text="XTC drops tokens at least this probable, except the least of them."
         ),
-        "logit_bias": _option(
+        "logit_bias": _rare(
             "-l",
             "--logit-bias",
             metavar="ID(+/-)BIAS",
             text="Add to a token's logit, as 15043+1 or 15043-inf; may be repeated.",
         ),
         "seed": _option("--seed", min=-1, text="Random seed; -1: a new one each time."),
-        "n_probs": _option(
+        "n_probs": _rare(
             "--n-probs",
             min=0,
             text="After the text, print one line of JSON per token to stderr: its log-probability and those of the N "
@@ -132,7 +134,7 @@ SAMPLING = OptionGroup(
 """Options of sampling."""
 
 ProbsFile = Annotated[
-    Path | None, _option("--probs-file", text="Write the lines of --n-probs to this file.", readable=False)
+    Path | None, _rare("--probs-file", text="Write the lines of --n-probs to this file.", readable=False)
 ]
 JsonSchema = Annotated[
     str | None,

@@ -16,7 +16,7 @@ from fiddler.chat import Chat
 from fiddler.cli import chat as cli_chat
 from fiddler.cli.terminal import Terminal, Typed, harmless
 from fiddler.loading import DEMO_MODEL, load
-from oracles.chat_templates import MIXTRAL
+from oracles.chat_templates import MIXTRAL, MIXTRAL_OLD
 from oracles.command import run
 from oracles.synthetic import with_template
 
@@ -206,17 +206,36 @@ def test_ctrl_c_during_prefill_drops_the_message_and_the_chat_goes_on(model, mon
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_one_prompt_from_a_script_is_answered_through_the_template(model, tmp_path, system):
+    """By -p, by a file and by a pipe; a system message alone asks for an answer, too."""
+    (tmp_path / "t.txt").write_text("Hello\n")
+    options = (*(["--system", system] if system else ["--chat"]), "-n", "8", "--temp", "0")
+    with load(model, device="cpu") as engine:
+        expected = "".join(Chat(engine, system, Sampling(temperature=0.0), 8).send("Hello")) + "\n"
+    for prompt, data in ((("-p", "Hello"), b""), (("--prompt-file", tmp_path / "t.txt"), b""), ((), b"Hello\n")):
+        done = run("run", model, *prompt, *options, input=data)
+        assert (done.returncode, done.stdout.decode()) == (0, expected)
+
+
+def test_a_system_message_that_the_template_refuses_is_told_of(tmp_path):
+    (tmp_path / "a.jinja").write_text(MIXTRAL_OLD)
+    done = run("run", "-p", "Hi", "--system", "Be nice.", "--chat-template-file", tmp_path / "a.jinja", "-n", "2")
+    assert done.returncode == 0
+    assert "it stands before the first user message instead" in done.stderr.decode()
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "code", "message"),
     [
-        (("-p", "x", "--system", "y"), "--system"),
-        (("--prompt-file", "x", "--chat-template-file", "y"), "--chat-template-file"),
-        (("--system", "y"), "--system"),  # standard input is no terminal here
+        (("-p", "x", "--chat"), 1, "no chat template"),
+        (("-p", "x", "--chat", "--special"), 2, "--special is for a prompt that is continued"),
+        (("--system", "y"), 1, "no chat template"),  # standard input is empty here
     ],
 )
-def test_chat_options_without_a_chat_are_wrong_usage(arguments, message):
+def test_an_answer_that_cannot_be_given_is_refused_before_torch_is_imported(arguments, code, message):
     done = run("run", *arguments, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == 2
+    assert done.returncode == code
     assert message in done.stderr.decode()
 
 
