@@ -83,6 +83,8 @@ class Results:
         else:
             self._append(line)
         self.done.add(identity)
+        if self._stream is None and time.monotonic() >= self._synced + _SYNC_INTERVAL:
+            self._sync()
 
     def _append(self, line: bytes) -> None:
         end = os.fstat(self._file).st_size
@@ -97,8 +99,6 @@ class Results:
             with contextlib.suppress(OSError):  # else the next run removes the partial line
                 os.ftruncate(self._file, end)
             raise ResourceError(f"{self.path}: cannot be written: {failure}; make room, then run the command again")
-        if time.monotonic() >= self._synced + _SYNC_INTERVAL:
-            self._sync()
 
     def _sync(self) -> None:
         if self._stream is not None:

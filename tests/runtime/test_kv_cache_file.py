@@ -130,6 +130,8 @@ def test_a_file_that_is_no_prompt_cache_is_refused_and_left_alone(model, tmp_pat
         (tmp_path / "diary").write_bytes(content)
         assert_refused(engine, tmp_path / "diary", "is not a prompt cache; name another file")
     assert_refused(engine, tmp_path, "is a directory", kind=RequestError)
+    os.mkfifo(tmp_path / "fifo")
+    assert_refused(engine, tmp_path / "fifo", "a prompt cache is read again: name a file", kind=RequestError)
     with pytest.raises(RequestError, match="nowhere is not a directory; create it first"):
         engine.start(Request(IDS), prompt_cache=tmp_path / "nowhere" / "cache")
     running = engine.start(Request(IDS, GREEDY, 4), prompt_cache=tmp_path / "later")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -217,6 +218,26 @@ def test_results_cannot_go_to_the_prompts_a_special_file_or_a_file_in_use(tmp_pa
         Results(out, source, [1])
     with Results(out, source, [1]) as results:
         assert not results.done
+
+
+def test_results_are_written_straight_through_a_pipe_and_to_the_null_device(tmp_path):
+    source = tmp_path / "in.jsonl"
+    for _ in range(2):  # nothing to resume from
+        with Results(Path("/dev/null"), source, [1]) as results:
+            answer(results, 1)
+            assert results.done == {1}
+    reading, writing = os.pipe()
+    with Results(Path(f"/dev/fd/{writing}"), source, [1, 2]) as results:
+        answer(results, 1)
+        answer(results, 2)
+    os.close(writing)
+    with open(reading, "rb") as lines:  # noqa: PTH123  # a descriptor
+        assert [json.loads(line)["id"] for line in lines] == [1, 2]
+    with Results(Path("/dev/full"), source, [1]) as results, pytest.raises(ResourceError, match="/dev/full: cannot be"):
+        answer(results, 1)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(RequestError, match="fifo: is a pipe that nobody reads"):
+        Results(tmp_path / "fifo", source, [1])
 
 
 def test_a_full_disk_leaves_whole_result_lines(tmp_path, out):
