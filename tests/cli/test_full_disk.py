@@ -1,9 +1,11 @@
 """Every command that writes, on a full disk: what was there stays byte for byte, one line names the file, exit code 1.
 
-The disk is a tmpfs of 64 KiB in a mount namespace, which needs the right to make one: see `tools/full_disk.py`.
+Outputs that are no regular files, too, since they share a process with these. The disk is a tmpfs of 64 KiB in a mount namespace, which needs the right: see `tools/full_disk.py`.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,31 @@ def test_standard_output_on_a_full_disk_is_one_line(results, name):
     assert last == f"error: standard output: {FULL}, or send it elsewhere"
 
 
+SPECIAL = [name for name in OUTPUTS if not name.startswith("calibrate") and "," not in name and "--force" not in name]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_pipe_that_nobody_reads_is_refused_in_one_line_before_any_work(results, name):
+    result = results[f"{name} > pipe"]
+    reason = (
+        "a prompt cache is read again" if "cache" in name else "is a pipe that nobody reads; start its reader first"
+    )
+    assert result["code"] == 1
+    (line,) = result["errors"].splitlines()
+    assert line.startswith("error: ")
+    assert f"/pipe{'' if 'cache' in name else ':'} " in line
+    assert reason in line
+
+
+@pytest.mark.parametrize("name", [name for name in SPECIAL if name != "bench --plot"])
+def test_the_null_device_is_an_output_as_any_other(results, name):
+    result = results[f"{name} > null"]
+    assert result["code"] == 0
+    assert "error" not in result["errors"].replace("(errors: 0)", "")
+    assert Path("/dev/null").is_char_device()
+
+
 def test_every_case_is_looked_at(results):
-    others = {"chat /save", "kernel settings"}
+    others = {"chat /save", "kernel settings"} | {f"{name} > pipe" for name in SPECIAL}
+    others |= {f"{name} > null" for name in SPECIAL if name != "bench --plot"}
     assert results.keys() == OUTPUTS.keys() | others | {f"{name} > full" for name in PRINTED}

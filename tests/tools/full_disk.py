@@ -1,4 +1,4 @@
-"""Runs every command that writes, with its output on a full disk: `python tests/tools/full_disk.py FOLDER`.
+"""Runs every command that writes, its output on a full disk or no regular file: `full_disk.py FOLDER MODEL`.
 
 FOLDER/disk becomes a tmpfs of 64 KiB in a mount namespace of this process, FOLDER/results.json says of every case the
 exit code, what was printed, which files changed and which are new. Needs `unshare -rm` (user namespaces) or root, which
@@ -167,6 +167,26 @@ def write_commands(disk, model):
     disk.case("convert --force, full meanwhile", lambda: full_meanwhile(*convert, "--force"), earlier=old)
 
 
+def special_outputs(disk, model):
+    """Outputs that are no regular files: the null device, and a pipe that nobody reads."""
+    pipe = disk.folder / "pipe"
+    os.mkfifo(pipe)
+    prompt = ["run", model, "-p", "The", "-n", "1"]
+    commands = {
+        "run --probs-file": [*prompt, "--n-probs", "1", "--probs-file"],
+        "run --prompt-cache": [*prompt, "--prompt-cache"],
+        "bench --trace": ["bench", model, "-p", "4", "-n", "0", "-r", "1", "--trace"],
+        "bench --plot": ["bench", model, "--kernels", "--tokens", "1", "-r", "1", "--plot"],
+        "perplexity --expert-counts": ["perplexity", model, "-f", disk.folder / "text", "-c", "16", "--expert-counts"],
+        "batch": ["batch", "-m", model, disk.folder / "in.jsonl"],
+        "convert": ["convert", DATA / "tiny"],
+    }
+    for name, arguments in commands.items():
+        disk.case(f"{name} > pipe", lambda arguments=arguments: fiddler(*arguments, pipe))
+        if name != "bench --plot":  # which measures for long
+            disk.case(f"{name} > null", lambda arguments=arguments: fiddler(*arguments, "/dev/null"))
+
+
 def full_meanwhile(*arguments):
     """The disk has room when it is asked, and none later."""
     real, shutil.disk_usage = shutil.disk_usage, lambda path: Usage(1 << 40, 0, 1 << 40)
@@ -233,6 +253,7 @@ def main(folder, model):
     disk = Disk(folder)
     with redirected(os.devnull, os.devnull):
         write_commands(disk, model)
+        special_outputs(disk, model)
         save_a_chat(disk, model)
         write_caches(disk, model)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
