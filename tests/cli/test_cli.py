@@ -222,7 +222,8 @@ def test_a_full_disk_behind_stdout_is_one_line(model):
     with Path("/dev/full").open("wb") as full:
         done = run("inspect", model, stdout=full, env=buffered)
     assert done.returncode == 1
-    assert re.fullmatch(rb"error: No space left on device\n", done.stderr)
+    reason = rb"No space left on device; make room[^\n]+"
+    assert re.fullmatch(rb"error: standard output: cannot be written: " + reason + rb"\n", done.stderr)
 
 
 def test_a_closed_stdout_is_one_line():

@@ -1,6 +1,7 @@
 """Every command that writes, on a full disk: what was there stays byte for byte, one line names the file, exit code 1.
 
-Outputs that are no regular files, too, since they share a process with these. The disk is a tmpfs of 64 KiB in a mount namespace, which needs the right: see `tools/full_disk.py`.
+Outputs that are no regular files, too, since they share a process with these. The disk is a tmpfs of 64 KiB in a mount
+namespace, which needs the right to make one: see `tools/full_disk.py`.
 """
 
 from __future__ import annotations
