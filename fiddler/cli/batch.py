@@ -13,7 +13,7 @@ import typer
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, loaded, say
 from fiddler.cli.sampling_options import SAMPLING, SamplingOptions
-from fiddler.errors import FiddlerError, ResourceError
+from fiddler.errors import FiddlerError, RequestError, ResourceError
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -116,16 +116,18 @@ class _Run:
             )
 
     def _generations(self) -> Iterator[Generation]:
-        """Start each job. A job that cannot run gets an error as its result and does not stop the rest."""
+        """Start each job. A line that cannot run gets an error as its result and does not stop the rest."""
         index = 0
-        for job in self._jobs.jobs(self._results.done):
+        for identity, job in self._jobs.jobs(self._results.done):
             try:
+                if isinstance(job, RequestError):
+                    raise job
                 generation = self._prompts.start(job)
             except FiddlerError as error:
-                self._add_error(job.id, error)
+                self._add_error(identity, error)
                 self._bar.update(1)
                 continue
-            self._running[index] = job.id
+            self._running[index] = identity
             index += 1
             yield generation
 

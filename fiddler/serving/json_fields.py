@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fiddler.errors import RequestError, quoted
 from fiddler.generation.request import Request
+from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
+from fiddler.serving.openai_batch import from_openai, is_openai, schema_of
+from fiddler.text.messages import Message, checked_messages
 
 if TYPE_CHECKING:
     from fiddler.sampling.logprobs import LogProbs
 
-__all__ = ["Id", "Job", "Message", "as_id", "job_of", "parse_object", "probs_of"]
+__all__ = ["Id", "Job", "as_id", "job_of", "parse_object", "probs_of"]
 
 
 Id = str | int | float
-Message = dict[str, str]
 
 _SAMPLING = [field.name for field in fields(Sampling)]
-_FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", *_SAMPLING]
+_FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", "response_format", *_SAMPLING]
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,12 @@ def as_id(value: object) -> Id:
 
 
 def job_of(line: dict[str, Any], defaults: Request) -> Job:
-    """A line's object as a job; `defaults` has the fields that it omits.
+    """A line's object, in our form or OpenAI's, as a job; `defaults` has the fields that it omits.
 
     Raises RequestError, which names the field, for an invalid one.
     """
+    if is_openai(line):
+        line = from_openai(line)
     unknown = next((name for name in line if name not in _FIELDS), None)
     if unknown is not None:
         raise RequestError(f"unknown field {quoted(unknown)}; known are {', '.join(_FIELDS)}")
@@ -84,12 +88,14 @@ def job_of(line: dict[str, Any], defaults: Request) -> Job:
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"ignore_eos is {quoted(ignore_eos)}; give true or false")
     prompt, messages = _prompt(values)
+    schema = schema_of(values["response_format"]) if "response_format" in values else None
     request = Request(
         prompt,
         _sampling(values, defaults.sampling, identity),
         None if max_tokens == -1 else max_tokens,
         _stop(values["stop"]) if "stop" in values else defaults.stop,
         ignore_eos,
+        defaults.constraint if schema is None else Constraint.json_schema(schema),
     )
     return Job(identity, request, messages)
 
@@ -103,17 +109,7 @@ def _prompt(values: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:
         if not isinstance(prompt, str):
             raise RequestError(f"the prompt is {quoted(prompt)}; give a string")
         return prompt, ()
-    messages = values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages are {quoted(messages)}; give a list of objects with role and content")
-    for message in messages:
-        if not (
-            isinstance(message, dict)
-            and message.keys() == {"role", "content"}
-            and all(isinstance(part, str) for part in message.values())
-        ):
-            raise RequestError(f"a message is {quoted(message)}; give an object with role and content, both strings")
-    return "", tuple(messages)
+    return "", tuple(checked_messages(values["messages"]))
 
 
 def _stop(value: object) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from fiddler import Sampling
 from fiddler.errors import RequestError, ResourceError
 from fiddler.generation.request import Request
 from fiddler.loading import DEMO_MODEL
+from fiddler.sampling.constraint import Constraint
 from fiddler.serving.batch_input import JobFile
 from fiddler.serving.batch_results import Results
 from oracles import synthetic
@@ -45,26 +47,26 @@ def test_the_fields_of_a_line_replace_the_defaults(tmp_path):
         {"id": "1", "prompt": "b", "max_tokens": 0, "stop": "x", "ignore_eos": False, "temperature": 0, "seed": 9},
         {"id": 2.5, "prompt": "\ud800", "max_tokens": -1, "stop": ["y", "z"], "top_k": 3, "seed": -1},
     )
-    first, second, third = file.jobs(set())
+    first, second, third = (job for _, job in file.jobs(set()))
     assert [first.id, second.id, third.id] == [1, "1", 2.5]
     assert first.request == replace(DEFAULTS, prompt="a", sampling=first.request.sampling)
     assert (first.request.sampling.temperature, first.request.sampling.top_k) == (0.5, 40)
     assert second.request == Request("b", Sampling(temperature=0, seed=9), 0, ("x",), ignore_eos=False)
     assert (third.request.max_tokens, third.request.stop) == (None, ("y", "z"))
     assert (third.request.sampling.top_k, third.request.sampling.seed) == (3, None)
-    assert [job.id for job in file.jobs({1, 2.5})] == ["1"]
+    assert [identity for identity, _ in file.jobs({1, 2.5})] == ["1"]
 
 
 def test_a_line_may_have_every_field_of_sampling(tmp_path):
     values = {field.name: getattr(Sampling(seed=3), field.name) for field in fields(Sampling)}
-    (job,) = job_file(tmp_path, {"id": 1, "prompt": "a"} | values).jobs(set())
+    ((_, job),) = job_file(tmp_path, {"id": 1, "prompt": "a"} | values).jobs(set())
     assert job.request.sampling == Sampling(seed=3)
 
 
 def test_the_seed_of_a_line_depends_on_its_id_and_the_default_seed_only(tmp_path):
     def seeds(seed, *ids):
         file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in ids), defaults=Request("", Sampling(seed=seed)))
-        return {job.id: job.request.sampling.seed for job in file.jobs(set())}
+        return {identity: job.request.sampling.seed for identity, job in file.jobs(set())}
 
     first, second = seeds(1, 1, 2, "1", "2"), seeds(1, "2", 3, 1)
     assert len(set(first.values())) == 4
@@ -106,22 +108,62 @@ def test_the_seed_of_a_line_depends_on_its_id_and_the_default_seed_only(tmp_path
         ({"id": 1, "prompt": "a", "temperature": 10**400}, "too large"),
         ({"id": 1, "prompt": "a", "top_k": True}, "top_k is true"),
         ({"id": 1, "prompt": "a", "seed": -2}, "seed is -2"),
-        ({"id": 1, "messages": [{"role": "user"}]}, "role and content"),
+        ({"id": 1, "messages": [{"role": "user"}]}, "a role and a content"),
         ({"id": 1, "messages": "hello"}, "messages are 'hello'"),
-        ({"id": 1, "messages": [{"role": "user", "content": 1}]}, "both strings"),
+        ({"id": 1, "messages": [{"role": "user", "content": 1}]}, "it must be a string"),
         ({"id": 1, "prompt": "a", "logit_bias": {"the": 1}}, "logit_bias is for 'the'"),
         ({"id": 1, "prompt": "a", "logit_bias": [5]}, "logit_bias is"),
     ],
 )
-def test_a_bad_line_is_refused_with_its_number(tmp_path, line, message):
-    with pytest.raises(RequestError, match=rf"in\.jsonl, line 2: .*{message}") as refused:
-        job_file(tmp_path, {"id": 7, "prompt": "a"}, line)
-    assert len(str(refused.value)) < 500 + len(str(tmp_path))
+def test_a_bad_line_fails_alone_with_its_id_or_number(tmp_path, line, message):
+    good = {"id": 7, "prompt": "a"}
+    file = job_file(tmp_path, good, line, {"id": 8, "prompt": "b"})
+    (_, first), (identity, error), (_, last) = file.jobs(set())
+    assert [job.request.prompt for job in (first, last)] == ["a", "b"]
+    has_id = isinstance(line, dict) and line.get("id") == 1 and line["id"] is not True
+    assert identity == (1 if has_id else "line 2")
+    assert re.search(message, str(error))
+    assert len(str(error)) < 500
+    assert list(file.ids) == [7, identity, 8]
+    assert [i for i, _ in file.jobs({identity})] == [7, 8]
+    if "is that of line 1" not in message:
+        with pytest.raises(RequestError, match=rf"in\.jsonl, line 1: .*{message}"):
+            job_file(tmp_path, line)
+
+
+def test_lines_of_openais_batches_are_read(tmp_path):
+    chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "stream": False}
+    options = {"max_completion_tokens": 5, "temperature": 0, "top_p": 0.5, "stop": "x", "seed": 3, "n": 1}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat | options},
+        {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Once", "logprobs": 4, "max_tokens": 2}},
+        {"custom_id": "c", "body": chat | {"logprobs": True, "top_logprobs": 2, "response_format": wrapped}},
+        {"custom_id": "d", "body": chat | {"response_format": {"type": "text"}, "user": "me"}},
+        {"custom_id": "e", "body": chat | {"n": 2}},
+        {"custom_id": "f", "body": chat | {"tools": []}},
+        {"custom_id": "g", "url": "/v1/embeddings", "body": chat},
+        {"custom_id": "h", "body": 1},
+        {"custom_id": "i", "body": chat | {"response_format": {"type": "xml"}}},
+    ]
+    a, b, c, d, *errors = (entry for _, entry in job_file(tmp_path, *lines).jobs(set()))
+    assert [job.id for job in (a, b, c, d)] == ["a", "b", "c", "d"]
+    sampling = Sampling(temperature=0, top_p=0.5, seed=3)
+    assert a.request == Request("", sampling, 5, ("x",), ignore_eos=True)
+    assert a.messages == ({"role": "user", "content": "Hi"},)
+    assert (b.request.prompt, b.request.sampling.n_probs, b.request.max_tokens) == ("Once", 4, 2)
+    assert c.request.sampling.n_probs == 2
+    assert c.request.constraint == Constraint.json_schema({"type": "array"})
+    assert d.request.constraint is None
+    for error, words in zip(
+        errors, ("n is 2", "'tools'", "/v1/embeddings", "body is 1", "response_format"), strict=True
+    ):
+        assert words in str(error)
 
 
 def test_the_messages_of_a_line_are_its_prompt(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
-    (job,) = job_file(tmp_path, {"id": 1, "messages": messages}).jobs(set())
+    ((_, job),) = job_file(tmp_path, {"id": 1, "messages": messages}).jobs(set())
     assert list(job.messages) == messages
 
 
@@ -269,7 +311,7 @@ def test_the_command_answers_each_prompt_as_generate_does_and_once_only(tmp_path
     assert b"5 results (errors: 1), 0 were there" in done.stderr
     results = {line["id"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
     engine = fiddler.load(precision="exact", device="cpu", context=100)
-    for job in file.jobs(set()):
+    for _, job in file.jobs(set()):
         if job.id == 2:
             assert "exceed the context of 100" in results[2]["error"]
             continue
@@ -290,12 +332,11 @@ def test_the_command_answers_each_prompt_as_generate_does_and_once_only(tmp_path
 
 def test_bad_input_is_refused_before_any_model_is_opened(tmp_path, out):
     file = job_file(tmp_path, *({"id": n, "prompt": "a"} for n in range(10000)))
-    with file.path.open("a") as appended:
-        appended.write('{"id": 1}\n')
+    file.path.write_text('{"id": 1}\n' * 10000)
     unopened_model = ["-m", tmp_path / "never-opened.gguf"]
     done = batch(file.path, out, *unopened_model)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
-    assert b"line 10001: give either a prompt or messages" in done.stderr
+    assert b"line 1: give either a prompt or messages" in done.stderr
     assert not out.exists()
     for options in (["--temp", "-1"], ["--stop", ""], ["-np", 0], ["--top-p", 2]):
         assert batch(file.path, out, *unopened_model, *options).returncode == 2
