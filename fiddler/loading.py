@@ -99,7 +99,6 @@ def load_engine(
     from fiddler.engine import Engine
     from fiddler.files.weights import mapped_experts
     from fiddler.kernels.fit_tuning import fit_unknown_cpu
-    from fiddler.kernels.precompile import COMPILING
     from fiddler.telemetry.expert_counts import read_counts
 
     started, config, counts = time.perf_counter(), model_file.config, None
@@ -112,7 +111,7 @@ def load_engine(
     fit_unknown_cpu(notify)
     experts = mapped_experts(model_file, tier, exact=options.exact)
     for variant in {layer.variant for layer in experts}:
-        kernels.precompile(variant, lambda: notify(COMPILING), decode=not gpu)
+        kernels.precompile(variant, notify, decode=not gpu)
     if gpu:
         loaded = _on_gpu(model_file, experts, pinned or _pin(model_file), options, counts, notify, progress, recorder)
         if not isinstance(loaded, str):

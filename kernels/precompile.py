@@ -1,9 +1,8 @@
-"""Compiles a variant's kernels before their first use, and again where the cache on disk is damaged."""
+"""Compiles a variant's kernels before their first use, or reads them from the cache on disk."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +11,14 @@ from contextlib import ExitStack, contextmanager, suppress
 import numpy as np
 from numba.core import event
 
+from fiddler.errors import quoted
 from fiddler.kernels.attention import attend_each
-from fiddler.kernels.codegen.jit import cached_on_disk, discard_cache
+from fiddler.kernels.codegen.jit import cached_on_disk
+from fiddler.kernels.codegen.kernel_cache import take_write_failure
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import compile_decode
 from fiddler.kernels.machine.isa import choose_tier
-from fiddler.kernels.machine.threads import usable_cores
+from fiddler.kernels.machine.threads import check_process, end_with_parent, thread_count, usable_cores
 from fiddler.kernels.machine.tuning import TUNINGS
 from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
 from fiddler.kernels.norm_router import rms_norm, route
@@ -25,17 +26,7 @@ from fiddler.kernels.norm_router import rms_norm, route
 __all__ = ["COMPILING", "compile_for_parent", "precompile"]
 
 _HELPER_TIMEOUT = 120  # how much longer the helper process may take than this one [s]
-_DAMAGED_CACHE = (
-    EOFError,
-    pickle.UnpicklingError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    ValueError,
-    OSError,
-)
-"""What Numba raises on a file of its cache that is damaged, or that it may not read or write."""
+_UNCACHED = "every start compiles them again; make room there, or set NUMBA_CACHE_DIR to another folder"
 
 
 class _FirstCompilation(event.Listener):
@@ -54,22 +45,34 @@ class _FirstCompilation(event.Listener):
         """Implements `Listener.on_end`."""
 
 
-def precompile(variant: KernelVariant, on_compile: Callable[[], None] = lambda: None, decode: bool = False) -> None:
+def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = None, decode: bool = False) -> None:
     """Compile the kernels of `variant`, attention, norm and router, or read them from the cache.
 
     Takes seconds the first time, then a moment. A helper process compiles half of them, where it has a core.
-    `on_compile` is called once if anything must be compiled. decode: also compile `CompiledDecodeStep.step`. A damaged
-    cache is removed and built again, or left alone where it cannot be removed.
+    notify: called with one line if anything must be compiled, and with a warning where that cannot be cached. decode:
+    also compile `CompiledDecodeStep.step`.
+    Raises RequestError where Numba has no threading layer of the environment's choice, or in a forked process.
     """
+    check_process()
+    thread_count()  # starts the threading layer: loading a parallel kernel fails without one
+    compiled: list[bool] = []
+
+    def on_compile() -> None:
+        compiled.append(True)
+        if notify is not None:
+            notify(COMPILING if cached_on_disk() else COMPILING.partition(";")[0])
+
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
-        try:
-            with _with_helper(variant, decode):
-                _compile_first_half(variant)
-            _compile_second_half(variant, decode)
-        except _DAMAGED_CACHE:
-            discard_cache()
+        with _with_helper(variant, decode):
             _compile_first_half(variant)
-            _compile_second_half(variant, decode)
+        _compile_second_half(variant, decode)
+    if notify is None:
+        return
+    failure = take_write_failure()
+    if failure is not None:
+        notify(f"warning: kernels cannot be cached in {quoted(failure.filename, 300)}: {failure.strerror}; {_UNCACHED}")
+    elif compiled and not cached_on_disk():
+        notify(f"warning: kernels cannot be cached: no folder for them can be written; {_UNCACHED}")
 
 
 def _compile_first_half(variant: KernelVariant) -> None:
@@ -110,7 +113,7 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
     """Compile the second half in another process, where a core is free; it has ended when the context ends."""
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
-        arguments = variant.tier.name, variant.weights, variant.activations, variant.tuning.name, decode
+        arguments = os.getpid(), variant.tier.name, variant.weights, variant.activations, variant.tuning.name, decode
         paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path)
         with suppress(OSError):
             process = subprocess.Popen(
@@ -137,8 +140,9 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
             process.wait()
 
 
-def compile_for_parent(tier: str, weights: str, activations: str, tuning: str, decode: bool) -> None:
-    """The helper process's half of `precompile`, for this variant."""
+def compile_for_parent(parent: int, tier: str, weights: str, activations: str, tuning: str, decode: bool) -> None:
+    """The helper process's half of `precompile`, for this variant. It ends when its parent does, however that ends."""
+    end_with_parent(parent)
     _compile_second_half(KernelVariant(choose_tier(tier), weights, activations, TUNINGS[tuning]), decode)
 
 

@@ -16,7 +16,6 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.kernels.precompile import COMPILING
 from fiddler.models.architecture import EXPERTS, FLOATS, Architecture, Role, first_unknown
 from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_frequencies
@@ -65,7 +64,7 @@ def on_cpu(
     model = Transformer(config, weights, linear, cpu_experts, route, rms_norm)
     decoder = decoder_of(model, weights, linears, experts)
     for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
-        kernels.precompile(variant, lambda: notify(COMPILING), decode=decoder is not None)
+        kernels.precompile(variant, notify, decode=decoder is not None)
     cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 

@@ -30,7 +30,6 @@ from fiddler.kernels import KernelVariant
 from fiddler.kernels.fit_tuning import fit_unknown_cpu
 from fiddler.kernels.formats.half import BF16
 from fiddler.kernels.machine.cpu import cpu_model
-from fiddler.kernels.precompile import COMPILING
 from fiddler.offload.calibration import Calibration, cache_folder, check_store, read_calibration, store
 from fiddler.offload.feed_forward import feed_forward, torch_type
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
@@ -277,7 +276,7 @@ def calibrate_alone(
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
         bits[:] = 0x3C00
         experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), variant)]
-    kernels.precompile(experts[0].variant, lambda: notify(COMPILING))
+    kernels.precompile(experts[0].variant, notify)
     ring = None
     if gpu:
         cuda = torch.device("cuda", torch.cuda.current_device())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from numba import njit
-from numba.core.caching import NullCache
 
-__all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "discard_cache", "kernel"]
+from fiddler.kernels.codegen.kernel_cache import KernelCache
+
+__all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "kernel"]
 
 FASTMATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and fused; NaN and infinities keep their meaning (no `nnan`, no `ninf`)."""
@@ -31,11 +32,9 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
     Machine code is cached beside the source, or in the user's cache directory where the source's folder is read-only;
     where both are, every process compiles again.
     """
-    options = OPTIONS | {"parallel": parallel, "fastmath": FASTMATH}
-    try:
-        compiled = njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache
-        compiled = njit(**options)(function)
+    compiled = njit(**OPTIONS, parallel=parallel, fastmath=FASTMATH)(function)
+    with suppress(RuntimeError):  # no folder for the cache
+        compiled._cache = KernelCache(function)  # Numba has no public way to choose a cache
     _kernels.append(compiled)
     return compiled
 
@@ -43,19 +42,3 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
 def cached_on_disk() -> bool:
     """Whether machine code is cached for other processes."""
     return all(compiled.stats.cache_path is not None for compiled in _kernels)
-
-
-def discard_cache() -> None:
-    """Remove the cached machine code of all kernels; a file that is gone already is no error.
-
-    A kernel whose files cannot be removed, as in a read-only folder, is compiled without a cache from now on.
-    """
-    for compiled in _kernels:
-        if compiled.stats.cache_path is None:
-            continue
-        source = Path(compiled.py_func.__code__.co_filename).stem
-        try:
-            for path in Path(compiled.stats.cache_path).glob(f"{source}.{compiled.py_func.__name__}-*.nb[ic]"):
-                path.unlink(missing_ok=True)
-        except OSError:
-            compiled._cache = NullCache()  # Numba has no public way to switch a cache off

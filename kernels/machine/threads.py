@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,16 +14,53 @@ from pathlib import Path
 
 import numba
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, ResourceError, quoted
 
-__all__ = ["one_caller", "set_threads", "thread_count", "threading_layer", "threads_for", "usable_cores"]
+__all__ = [
+    "check_process",
+    "end_with_parent",
+    "one_caller",
+    "set_threads",
+    "thread_count",
+    "threading_layer",
+    "threads_for",
+    "usable_cores",
+]
 
+_PR_SET_PDEATHSIG = 1  # Linux, include/uapi/linux/prctl.h
 _PARALLEL_FROM = 1 << 21  # multiplications: some 0.1 ms on one core, less than the wait for a late thread
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _kernel_lock = threading.RLock()
 _thread_state = threading.local()
+_threads_lost: list[bool] = []  # not empty in a child that was forked from a process with kernel threads
+
+
+def _after_fork() -> None:
+    if threading_layer() is not None:
+        _threads_lost.append(True)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_process() -> None:
+    """Raise ResourceError in a forked child: the kernels' threads are its parent's, and OpenMP would end the child."""
+    if _threads_lost:
+        raise ResourceError(
+            "this process was forked from one that runs kernels, and has none of their threads; start it with "
+            "multiprocessing.get_context('spawn'), or load the model in the child only"
+        )
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux end this process when the thread that started it ends; at once if its process `parent` has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            signal.raise_signal(signal.SIGKILL)
 
 
 def usable_cores() -> int:
@@ -45,8 +85,10 @@ def _text(path: Path) -> str:
 def set_threads(threads: int | None) -> int:
     """Run the kernels on `threads` threads (None: every physical core that this process may use); returns that number.
 
-    Raises RequestError outside 1..the number Numba was started with (`NUMBA_NUM_THREADS`).
+    Raises RequestError outside 1..the number Numba was started with (`NUMBA_NUM_THREADS`), ResourceError in a forked
+    process (see `check_process`).
     """
+    check_process()
     max_threads = int(numba.config.NUMBA_NUM_THREADS)
     if threads is None:
         threads = min(usable_cores(), max_threads)
@@ -57,10 +99,19 @@ def set_threads(threads: int | None) -> int:
 
 
 def thread_count() -> int:
-    """Number of threads of the kernels that this thread calls."""
+    """Number of threads of the kernels that this thread calls.
+
+    Raises RequestError where the threading layer that the environment names is not there.
+    """
     count: int | None = getattr(_thread_state, "threads", None)
     if count is None:
-        count = _thread_state.threads = int(numba.get_num_threads())
+        try:
+            count = _thread_state.threads = int(numba.get_num_threads())  # starts the threads, the first time
+        except ValueError as error:
+            layer, reason = quoted(numba.config.THREADING_LAYER), " ".join(str(error).split())
+            raise RequestError(
+                f"the kernels' threading layer is {layer}: {reason}; unset NUMBA_THREADING_LAYER"
+            ) from None
     return count
 
 

@@ -1,0 +1,70 @@
+"""Environment variables that the kernels' compiler and threads read: nonsense is refused before either starts.
+
+Numba answers a value that it cannot read with a traceback and its default, LLVM by ending the process, and OpenMP with
+a line of its own. Knows names and values; imports nothing heavy. `FIDDLER_KERNEL` and `FIDDLER_TUNING` are checked
+where the tiers and the tuning rows are known, in `fiddler.kernels.machine`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+
+from fiddler.errors import RequestError, quoted
+
+__all__ = ["check_environment"]
+
+_LAYERS = ("default", "safe", "threadsafe", "forksafe", "omp", "tbb", "workqueue")
+_POOLS = {"omp", "tbb", "workqueue"}
+_WHOLE = re.compile(r"\s*[+-]?\d+(_\d+)*\s*", re.ASCII)  # what Python's int() reads
+_FEATURES = re.compile(r"([+-][\w.-]+(,[+-][\w.-]+)*)?", re.ASCII)
+_STACK = re.compile(r"\s*\d+\s*[bkmg]?\s*", re.ASCII | re.IGNORECASE)
+
+_Rule = tuple[Callable[[str], bool], str]
+
+
+def _whole(least: int) -> Callable[[str], bool]:
+    return lambda value: bool(_WHOLE.fullmatch(value)) and len(value) < 19 and int(value) >= least
+
+
+def _counts(value: str) -> bool:
+    return all(_whole(1)(count) for count in value.split(","))
+
+
+_POSITIVE: _Rule = (_whole(1), "a number from 1")
+_RULES: Mapping[str, _Rule] = {
+    "NUMBA_DISABLE_JIT": (lambda value: bool(_WHOLE.fullmatch(value)) and int(value) == 0, "0: kernels are compiled"),
+    "NUMBA_NUM_THREADS": _POSITIVE,
+    "NUMBA_THREADING_LAYER": (lambda value: value.lower() in _LAYERS, f"one of {', '.join(_LAYERS)}"),
+    "NUMBA_THREADING_LAYER_PRIORITY": (
+        lambda value: len(value.split()) == 3 and set(value.split()) == _POOLS,
+        "tbb, omp and workqueue in some order, with spaces between them",
+    ),
+    "NUMBA_OPT": (lambda value: value in ("0", "1", "2", "3", "max"), "0, 1, 2, 3 or max"),
+    "NUMBA_CPU_FEATURES": (lambda value: bool(_FEATURES.fullmatch(value)), "LLVM's, as +avx2,-avx512f"),
+    "OMP_NUM_THREADS": (_counts, "a number from 1"),
+    "OMP_THREAD_LIMIT": _POSITIVE,
+    "OMP_STACKSIZE": (lambda value: bool(_STACK.fullmatch(value)), "a size in KiB, as 4096 or 4M"),
+}
+
+_SWITCHES = """BOUNDSCHECK ALWAYS_WARN_UNINIT_VAR DEBUG DEBUG_ARRAY_OPT DEBUG_ARRAY_OPT_RUNTIME DEBUG_ARRAY_OPT_STATS
+    DEBUG_CACHE DEBUG_FRONTEND DEBUG_INLINE_CLOSURE DEBUG_JIT DEBUG_NRT DEBUG_NRT_STACK_LIMIT DEBUG_TYPEINFER DEBUGINFO
+    DEVELOPER_MODE DIFF_IR DISABLE_CUDA DISABLE_INTEL_SVML DISABLE_PERFORMANCE_WARNINGS DISABLE_TYPEINFER_FAIL_CACHE
+    DUMP_ANNOTATION DUMP_ASSEMBLY DUMP_BYTECODE DUMP_CFG DUMP_FUNC_OPT DUMP_IR DUMP_LLVM DUMP_OPTIMIZED DUMP_SSA
+    ENABLE_AVX ENABLE_CUDASIM ENABLE_PROFILING ENABLE_SYS_MONITORING EXTEND_VARIABLE_LIFETIMES FULL_TRACEBACKS
+    FUNCTION_CACHE_SIZE HIGHLIGHT_DUMPS LLVM_REFPRUNE_PASS LOOP_VECTORIZE NRT_STATS PARALLEL_DIAGNOSTICS
+    PARFOR_MAX_TUPLE_SIZE SHOW_HELP SLP_VECTORIZE TRACE""".split()
+"""Numba's whole numbers that nothing here depends on; it answers others than numbers with a traceback."""
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise RequestError, one line that names the variable, where a value makes no sense.
+
+    Sources: Numba's reference of environment variables; OpenMP 5.2, chapter 21.
+    """
+    number: _Rule = (_whole(-(1 << 31)), "a whole number")
+    for name, (fits, allowed) in _RULES.items() | {(f"NUMBA_{switch}", number) for switch in _SWITCHES}:
+        value = environment.get(name)
+        if value is not None and not fits(value):
+            raise RequestError(f"{name} is {quoted(value)} in the environment; unset it, or give {allowed}")
