@@ -9,6 +9,7 @@ checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transf
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections import Counter
@@ -213,8 +214,13 @@ def _model_name(folder: Path) -> str:
     """The folder's name; NAME in the Hugging Face hub's cache (models--ORG--NAME/snapshots/HASH)."""
     snapshots = folder.parent
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-        return snapshots.parent.name.rpartition("--")[2] or folder.name
-    return folder.name
+        return _text(snapshots.parent.name.rpartition("--")[2] or folder.name)
+    return _text(folder.name)
+
+
+def _text(name: str) -> str:
+    """A file's name with U+FFFD for each byte that is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _open_files(folder: Path) -> list[SafetensorsFile]:

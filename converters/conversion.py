@@ -22,8 +22,9 @@ from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
-from fiddler.errors import RequestError
+from fiddler.errors import CheckpointError, FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
+from fiddler.files.model_file import check_header
 from fiddler.models.architecture import FLOATS, Role, Rotary
 
 __all__ = ["ConversionReport", "convert", "interleave"]
@@ -100,7 +101,9 @@ def convert(
     tensors = _plan(checkpoint, dtype)
     total = sum(tensor.nbytes for tensor in tensors)
     header = _header(checkpoint, vocabulary, dtype, tensors)
-    check_space(target, len(header) + sum(_padded(tensor.nbytes) for tensor in tensors))
+    nbytes = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
+    _check_opens(source, header, nbytes)
+    check_space(target, nbytes)
 
     loss, done = RangeLoss(), 0
     with whole_file(target, force=force) as file:
@@ -172,6 +175,15 @@ def _header(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: Dtype, tensor
     writer.write_ti_data_to_file()
     data = header.getvalue()
     return data.ljust(_padded(len(data)), b"\0")
+
+
+def _check_opens(source: Path, header: bytes, nbytes: int) -> None:
+    """Raise CheckpointError where our own reader would refuse the file: the source exceeds a limit."""
+    try:
+        check_header(header, nbytes)
+    except FileFormatError as error:
+        fault = str(error).removesuffix("; convert the model again")
+        raise CheckpointError(f"{source}: the converted file could not be opened: {fault}") from None
 
 
 def _padded(nbytes: int) -> int:

@@ -31,7 +31,7 @@ _INTEGERS = {
 }
 _EPSILON = 1e-5
 _THETA = 1e6  # if no RoPE key has a base
-_LARGEST_REAL = 3.4e38
+_LARGEST_REAL, _SMALLEST_REAL = 3.4e38, 1.4e-45
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Keys:
         value = self._values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_REAL:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _in_float32(value):
             raise self.error(f"{key} is {quoted(value, 40)}; it must be a number that float32 can hold")
         return float(value)
 
@@ -164,3 +164,8 @@ class _Keys:
         if not isinstance(value, bool):
             raise self.error(f"{key} is {quoted(value, 40)}; it must be true or false")
         return value
+
+
+def _in_float32(value: float) -> bool:
+    """Whether float32, in which the GGUF stores it, holds a number: neither as an infinity nor, but for 0, as 0."""
+    return value == 0 or _SMALLEST_REAL <= abs(value) <= _LARGEST_REAL

@@ -16,6 +16,7 @@ merges the two, the `tokenizers` library does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 from fiddler.errors import CheckpointError, quoted
@@ -34,8 +35,9 @@ def scores_from_merges(
     """
     scores: dict[str, float] = {}
     lowest_score = -float(max(ranks.values(), default=0) + 1)
+    merges = _Merges(ranks)
     for token in tokens:
-        symbols, rank = _merge(token, ranks)
+        symbols, rank = merges.apply(token)
         if len(symbols) == 2:
             raise CheckpointError(
                 f"{source}: its merges never join {quoted(symbols[0], 40)} and {quoted(symbols[1], 40)}, "
@@ -52,16 +54,56 @@ def scores_from_merges(
     return scores
 
 
-def _merge(token: str, ranks: Mapping[tuple[str, str], int]) -> tuple[list[str], int | None]:
-    """The symbols that `token` alone is merged into, and the rank of the last merge (None: no merge)."""
-    symbols, last_rank = list(token), None
-    while True:
-        best: tuple[int, int] | None = None  # rank, position
-        for position, pair in enumerate(pairwise(symbols)):
-            rank = ranks.get(pair)
-            if rank is not None and (best is None or rank < best[0]):
-                best = rank, position
-        if best is None:
-            return symbols, last_rank
-        last_rank, position = best
-        symbols[position : position + 2] = [symbols[position] + symbols[position + 1]]
+class _Merges:
+    """Ranked merges of numbered symbols: a pair is one number, and is found without looking at its letters."""
+
+    def __init__(self, ranks: Mapping[tuple[str, str], int]) -> None:
+        self._numbers: dict[str, int] = {}
+        numbered = [(self._number(one), self._number(other), self._number(one + other)) for one, other in ranks]
+        self._unknown = len(self._numbers)
+        self._count = self._unknown + 1
+        self._merged = {
+            one * self._count + other: (rank, both)
+            for (one, other, both), rank in zip(numbered, ranks.values(), strict=True)
+        }
+
+    def _number(self, symbol: str) -> int:
+        return self._numbers.setdefault(symbol, len(self._numbers))
+
+    def apply(self, token: str) -> tuple[list[str], int | None]:
+        """The symbols that `token` alone is merged into, and the rank of the last merge (None: no merge).
+
+        Takes n log n steps for n characters: a heap holds the pairs that can merge, by rank and then from the left.
+        """
+        end, count, merged = len(token), self._count, self._merged
+        # a symbol stands at the position of its first character, -1 at the others
+        symbols = [self._numbers.get(character, self._unknown) for character in token]
+        heap = [
+            (merge[0], position)
+            for position, (one, other) in enumerate(pairwise(symbols))
+            if (merge := merged.get(one * count + other)) is not None
+        ]
+        if not heap:
+            return list(token), None
+        heapify(heap)
+        following, previous = list(range(1, end + 1)), list(range(-1, end - 1))
+        last_rank: int | None = None
+        while heap:
+            rank, position = heappop(heap)
+            right = following[position]
+            if symbols[position] < 0 or right == end:
+                continue  # merged into the one before; or nothing is left to its right
+            merge = merged.get(symbols[position] * count + symbols[right])
+            if merge is None or merge[0] != rank:
+                continue  # one of the two has grown since
+            last_rank, symbols[position], symbols[right] = rank, merge[1], -1
+            following[position] = after = following[right]
+            before = previous[position]
+            if after < end:
+                previous[after] = position
+                if (merge := merged.get(symbols[position] * count + symbols[after])) is not None:
+                    heappush(heap, (merge[0], position))
+            if before >= 0 and (merge := merged.get(symbols[before] * count + symbols[position])) is not None:
+                heappush(heap, (merge[0], before))
+        begins = [position for position, symbol in enumerate(symbols) if symbol >= 0]
+        return [token[begin:stop] for begin, stop in pairwise([*begins, end])], last_rank

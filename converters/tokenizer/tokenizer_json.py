@@ -17,10 +17,11 @@ from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
-from fiddler.text.vocabulary import LARGEST_VOCABULARY
+from fiddler.text.vocabulary import LARGEST_VOCABULARY, LONGEST_TOKEN
 
 __all__ = ["TokenizerJson"]
 
+_MOST_CHARACTERS = 1 << 22  # of all tokens together: twice as many as the largest vocabularies have
 _REMEDY = "put the model's SentencePiece tokenizer.model beside it"
 
 
@@ -99,10 +100,19 @@ class TokenizerJson:
         for text, index in vocab.items():
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < LARGEST_VOCABULARY:
                 raise CheckpointError(f"{self.source}: the token {quoted(text, 40)} has the id {quoted(index, 40)}")
+            if len(text) > LONGEST_TOKEN:
+                raise CheckpointError(
+                    f"{self.source}: token {index} is {len(text)} characters long; at most {LONGEST_TOKEN} convert"
+                )
             if texts.setdefault(index, text) != text:
                 raise CheckpointError(
                     f"{self.source}: {quoted(texts[index], 40)} and {quoted(text, 40)} both have id {index}"
                 )
+        characters = sum(map(len, texts.values()))
+        if characters > _MOST_CHARACTERS:
+            raise CheckpointError(
+                f"{self.source}: its tokens have {characters} characters; at most {_MOST_CHARACTERS} convert"
+            )
         return {text: index for index, text in texts.items()}
 
     def _ranks(

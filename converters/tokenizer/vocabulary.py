@@ -24,13 +24,14 @@ from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
-from fiddler.text.vocabulary import PREPEND_SCHEME
+from fiddler.text.vocabulary import LARGEST_VOCABULARY, LONGEST_TOKEN, PREPEND_SCHEME
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # never read; llama.cpp's converter writes the same
 
 _IMPOSSIBLE = re.compile(r"[\0\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # An added token of the same name does not change these types.
 _FIXED = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE}
 # An added token may rename tokens of these types: no text is merged into them.
@@ -111,6 +112,10 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     malformed or contradicts another, there are more than `vocab_size` tokens, or llama.cpp's `llama` tokenizer cannot
     give the same ids.
     """
+    if vocab_size > LARGEST_VOCABULARY:  # before a list of that length is made
+        raise CheckpointError(
+            f"{folder}: vocab_size in config.json is {vocab_size}; at most {LARGEST_VOCABULARY} tokens convert"
+        )
     settings, tokenizer_json = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
     if present(folder / "tokenizer.model"):
         pieces = read_tokenizer_model(folder / "tokenizer.model")
@@ -134,6 +139,12 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             by_id[index] = by_id[index]._replace(type=kind)
     entries = _padded(by_id, vocab_size)
     templates = settings.chat_templates()
+    for name, text in templates.items():
+        if (lone := _SURROGATE.search(text)) is not None:
+            raise CheckpointError(
+                f"{folder}: the chat template {quoted(name, 40)} holds {quoted(lone[0])}, which is no character; "
+                "download the tokenizer's files again"
+            )
     adds = tokenizer_json.adds() or {"bos": True, "eos": False}
     return Vocabulary(
         tokens=tuple(piece.text for piece in entries),
@@ -186,6 +197,10 @@ def _check_ids(folder: Path, by_id: Mapping[int, Piece], vocab_size: int) -> Non
         if not piece.text or _IMPOSSIBLE.search(piece.text):
             raise CheckpointError(
                 f"{folder}: token {index} is {quoted(piece.text, 60)}; llama.cpp cannot hold such a name"
+            )
+        if len(piece.text) > LONGEST_TOKEN:
+            raise CheckpointError(
+                f"{folder}: token {index} is {len(piece.text)} characters long; at most {LONGEST_TOKEN} convert"
             )
         if ids.setdefault(piece.text, index) != index:
             raise CheckpointError(

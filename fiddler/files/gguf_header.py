@@ -69,12 +69,13 @@ class Header:
     tensors: list[TensorInfo]
 
     @classmethod
-    def parse(cls, data: mmap.mmap | bytes, part: int = 0) -> Header:
+    def parse(cls, data: mmap.mmap | bytes, part: int = 0, size: int | None = None) -> Header:
         """Parse the header of `data`, a whole file; `part` is the part number of its tensors.
 
+        size: of the file [bytes], where `data` holds no more than its header.
         Raises FileFormatError, one printable line that does not name the file, if the header is malformed.
         """
-        return _HeaderReader(data).header(part)
+        return _HeaderReader(data, len(data) if size is None else size).header(part)
 
 
 def printable(value: object, max_chars: int = 60) -> str:
@@ -86,10 +87,10 @@ def printable(value: object, max_chars: int = 60) -> str:
 
 
 class _HeaderReader:
-    def __init__(self, data: mmap.mmap | bytes) -> None:
+    def __init__(self, data: mmap.mmap | bytes, size: int) -> None:
         self._data = data
-        self._size = len(data)
-        self._end = min(self._size, _MAX_HEADER)
+        self._size = size
+        self._end = min(len(data), _MAX_HEADER)
         self._position = 0
         self._strings_left = _MAX_STRINGS
 

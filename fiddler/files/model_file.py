@@ -6,6 +6,7 @@ Knows which tensors its architecture declares, and its vocabulary; not how to co
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fiddler.errors import FileFormatError
-from fiddler.files.gguf_file import GgufFile
+from fiddler.files.gguf_file import GgufFile, TensorInfo
+from fiddler.files.gguf_header import Header
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
 from fiddler.text.vocabulary import TokenTable
@@ -22,7 +24,7 @@ from fiddler.text.vocabulary import TokenTable
 if TYPE_CHECKING:
     from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["ModelFile"]
+__all__ = ["ModelFile", "check_header"]
 
 _SAMPLES, _SAMPLE_SIZE = 8, 32  # samples of a tensor in the fingerprint, elements of a sample
 
@@ -44,10 +46,7 @@ class ModelFile:
         """
         file = GgufFile.open(path)
         try:
-            config = Config.from_metadata(file.metadata)
-            tied = config.architecture.tensor_name(Role.OUTPUT) not in file.tensors
-            _check_shapes(file, config, tied)
-            _check_vocabulary(file, config)
+            config, tied = _checked(file.metadata, file.tensors)
         except FileFormatError as error:
             raise FileFormatError(f"{file.shown_path}: {error}") from None
         return cls(file, config, tied)
@@ -113,30 +112,51 @@ class ModelFile:
         return self.file.array(name), self.file.tensors[name].type
 
 
-def _check_shapes(file: GgufFile, config: Config, tied: bool) -> None:
-    if config.block_count > len(file.tensors):
-        raise FileFormatError(f"block_count is {config.block_count}, but there are only {len(file.tensors)} tensors")
+def check_header(header: bytes, nbytes: int) -> None:
+    """Raise FileFormatError unless a file of `nbytes` bytes that begins with `header` is a model with a tokenizer.
+
+    For the writer of a file, before it writes: `ModelFile.open` and its `tokenizer` do the same.
+    """
+    from fiddler.text.tokenizer import Tokenizer  # late, as above
+
+    parsed = Header.parse(header, size=nbytes)
+    _checked(parsed.metadata, {tensor.name: tensor for tensor in parsed.tensors})
+    Tokenizer.from_metadata(parsed.metadata)
+
+
+def _checked(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> tuple[Config, bool]:
+    """The hyper-parameters that these tensors and this vocabulary agree with, and whether the output is tied."""
+    config = Config.from_metadata(metadata)
+    tied = config.architecture.tensor_name(Role.OUTPUT) not in tensors
+    _check_shapes(tensors, config, tied)
+    _check_vocabulary(metadata, config)
+    return config, tied
+
+
+def _check_shapes(tensors: Mapping[str, TensorInfo], config: Config, tied: bool) -> None:
+    if config.block_count > len(tensors):
+        raise FileFormatError(f"block_count is {config.block_count}, but there are only {len(tensors)} tensors")
     expected = config.tensors(tied=tied)
-    old = next((name for name in file.tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
+    old = next((name for name in tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
     if old is not None:
         raise FileFormatError(
             f"tensor {old} is one expert by itself, a layout from before 2024; convert the original checkpoint again"
         )
     for name, tensor in expected.items():
-        info, shape = file.tensors.get(name), config.shape(tensor)
+        info, shape = tensors.get(name), config.shape(tensor)
         if info is None:
             raise FileFormatError(f"tensor {name} is missing; convert the model again")
         if info.shape != shape:
             raise FileFormatError(f"tensor {name} has shape {info.shape}, the metadata imply {shape}")
-    for name in file.tensors:
+    for name in tensors:
         if name not in expected:
             raise FileFormatError(
                 f"tensor {name} is not part of a {config.architecture.name}; this variant does not run"
             )
 
 
-def _check_vocabulary(file: GgufFile, config: Config) -> None:
-    count = len(TokenTable.from_metadata(file.metadata).texts)
+def _check_vocabulary(metadata: Mapping[str, object], config: Config) -> None:
+    count = len(TokenTable.from_metadata(metadata).texts)
     if count != config.vocab_size:
         key = f"{config.architecture.gguf_name}.vocab_size"
         raise FileFormatError(

@@ -17,18 +17,20 @@ from numpy.typing import NDArray
 from fiddler.errors import FileFormatError, quoted
 from fiddler.text.sentencepiece_model import TokenType
 
-__all__ = ["LARGEST_VOCABULARY", "PREPEND_SCHEME", "SPACE", "TokenTable"]
+__all__ = ["LARGEST_VOCABULARY", "LONGEST_TOKEN", "PREPEND_SCHEME", "SPACE", "TokenTable"]
 
 PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
 """A metadata key of our own, for a tokenizer with the prefix rule of `Metaspace` in Hugging Face's `tokenizers`
 library: no space goes before a text that begins with one ("always"), nor anywhere but at the very start ("first").
 """
 
-LARGEST_VOCABULARY = 1 << 24
-"""Maximum number of tokens: beyond it float32 scores cannot distinguish neighbouring ranks."""
+LARGEST_VOCABULARY = 1 << 20
+"""Maximum number of tokens, four times the largest vocabularies."""
+
+LONGEST_TOKEN = 1 << 16
+"""Maximum length of a token [characters]."""
 
 _PREFIX = "tokenizer.ggml."
-_LONGEST_TOKEN = 1 << 16  # characters
 
 # Tokens of these names end a generation in llama.cpp, whatever the file says; it also makes them control tokens.
 _END_NAMES = frozenset(
@@ -120,10 +122,10 @@ def _texts(metadata: Mapping[str, object]) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise FileFormatError(f"tokenizer.ggml.tokens holds {quoted(text)} for token {index}; it must be a string")
-        if len(text) > _LONGEST_TOKEN:
+        if len(text) > LONGEST_TOKEN:
             raise FileFormatError(
                 f"tokenizer.ggml.tokens: token {index} is {len(text)} characters long; "
-                f"at most {_LONGEST_TOKEN} are accepted"
+                f"at most {LONGEST_TOKEN} are accepted"
             )
     return texts
 

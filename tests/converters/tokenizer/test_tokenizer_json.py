@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -82,6 +84,54 @@ def test_merges_that_scores_cannot_express_are_refused_and_would_give_other_ids(
     pieces = [(token.encode(), NORMAL) for token in ("c", *tokens)]
     theirs = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(*pieces))
     assert any(theirs.encode(token, out_type=str) != oracle.encode(token).tokens for token in tokens)
+
+
+def naive(token, ranks):
+    """The symbols of `token` and the last merge's rank: the best pair is searched anew for each merge."""
+    symbols, rank = list(token), None
+    while pairs := [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        rank, at = min(pairs)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return symbols, rank
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_merges_by_a_heap_are_those_of_a_search_for_the_best_pair(data):
+    parts, ranks = ["a", "b", "c"], {}
+    for rank in range(data.draw(st.integers(0, 8))):
+        pair = data.draw(st.sampled_from(parts)), data.draw(st.sampled_from(parts))
+        ranks[pair] = rank
+        parts.append("".join(pair))
+    token = data.draw(st.text("abcd", min_size=1, max_size=14))
+    symbols, rank = naive(token, ranks)
+    if len(symbols) == 2:
+        with pytest.raises(CheckpointError, match=f"join '{symbols[0]}' and '{symbols[1]}'"):
+            scores_from_merges([token], ranks, source="x")
+        return
+    lowest = max(ranks.values(), default=0) + 1
+    expected = -float(lowest if rank is None or len(symbols) > 1 else rank)
+    assert scores_from_merges([token], ranks, source="x") == {token: expected}
+
+
+def test_a_token_of_65_536_letters_takes_less_than_two_seconds():
+    ranks = {("a" * 2**power, "a" * 2**power): power for power in range(16)}
+    started = time.process_time()
+    assert scores_from_merges(["a" * 2**16], ranks, source="x") == {"a" * 2**16: -15.0}
+    assert time.process_time() - started < 2
+
+
+def test_longer_tokens_and_more_characters_than_any_vocabulary_has_are_refused_before_merging(tmp_path):
+    for tokens, says in (
+        (["a" * 1_000_000], "1000000 characters long; at most 65536"),
+        (["a" * length for length in range(65_000, 65_070)], "its tokens have 455.* characters; at most 4194304"),
+    ):
+        oracle = changed(saved(SMALL), "model.vocab", json.loads(SMALL.to_str())["model"]["vocab"])
+        oracle["model"]["vocab"] |= {token: 300 + index for index, token in enumerate(tokens)}
+        started = time.process_time()
+        with pytest.raises(CheckpointError, match=says):
+            vocabulary(tmp_path, 300, tokenizer_json=oracle)
+        assert time.process_time() - started < 3
 
 
 def test_the_score_of_a_token_is_the_negative_rank_of_its_last_merge():
