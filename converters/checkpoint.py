@@ -49,7 +49,7 @@ class Matrix:
         return self.stored.shape[-1]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows `start` to `stop` of this matrix, [stop - start, width], a read-only view of the mapped file.
+        """Rows `start` to `stop` of this matrix, [stop - start, width], read from the file.
 
         float32, float16, or uint16 where the values are bfloat16.
         """

@@ -80,14 +80,13 @@ def convert(
     """Convert the Hugging Face Mixtral folder `source` to the GGUF file `target`, as llama.cpp reads it.
 
     `dtype` of the matrices defaults to the checkpoint's (bf16 for a float32 one); norms and routers are
-    float32. `progress(done, total)` receives the tensor bytes written. The source is mapped and converted in
-    pieces, so memory stays at some tens of MB for a model of any size. The source must not be truncated meanwhile:
-    accessing a mapped file that has shrunk kills the process (SIGBUS).
+    float32. `progress(done, total)` receives the tensor bytes written. The source is read and converted in
+    pieces, so memory stays at some tens of MB for a model of any size.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
-    Raises CheckpointError for a source that cannot be converted, RequestError for a target that exists (without
-    `force`) or cannot be written, ResourceError if the disk is too small.
+    Raises CheckpointError for a source that cannot be converted or is cut short meanwhile, RequestError for a target
+    that exists (without `force`) or cannot be written, ResourceError if the disk is too small.
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)

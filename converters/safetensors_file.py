@@ -1,4 +1,4 @@
-"""One safetensors file: its header checked once, its tensors as zero-copy views of a read-only mapping.
+"""One safetensors file: its header checked once, its tensors read by rows.
 
 Knows the container (https://huggingface.co/docs/safetensors: an 8-byte little-endian header length, a JSON
 header, then the tensors back to back); does not know the tensors' purpose or a model's other shards.
@@ -7,9 +7,10 @@ header, then the tensors back to back); does not know the tensors' purpose or a 
 from __future__ import annotations
 
 import math
-import mmap
 import os
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +53,7 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open file: `tensors` by name, and views of their `rows`.
+    """An open file: `tensors` by name, and their `rows`.
 
     Opening raises CheckpointError if the header is damaged or does not describe exactly the bytes that follow it
     (ranges out of the file, overlaps, gaps, shapes that need another number of bytes).
@@ -71,24 +72,35 @@ class SafetensorsFile:
         self.tensors: dict[str, StoredTensor] = _check_header(header, path, start, size - start)
 
     @cached_property
-    def _bytes(self) -> NDArray[np.uint8]:
-        with open_regular(self.path) as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Read once, front to back, and maybe larger than memory: let the kernel read ahead and drop pages behind.
-        mapping.madvise(mmap.MADV_SEQUENTIAL)
-        return np.frombuffer(mapping, dtype=np.uint8)
+    def _descriptor(self) -> int:
+        """Of the file, open as long as this object lives."""
+        file = open_regular(self.path)
+        weakref.finalize(self, file.close)
+        with suppress(OSError, AttributeError):  # front to back, once, and maybe larger than memory: a hint
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return file.fileno()
 
     def rows(self, stored: StoredTensor, first: int, count: int) -> Array:
-        """Rows `first` to `first + count` of a tensor viewed as a matrix [rows, last dimension].
+        """Read rows `first` to `first + count` of a tensor viewed as a matrix [rows, last dimension].
 
-        Returns a read-only view [count, last dimension] of the mapping; bfloat16 as uint16 bits. The disk is read
-        only when the view is. Its memory is page cache, which the kernel can reclaim at any time.
+        Returns an array [count, last dimension]; bfloat16 as uint16 bits. It is read, not mapped: reading what is no
+        longer there is an error, while a mapping would end the process (SIGBUS).
+        Raises CheckpointError if the file was cut short meanwhile, or cannot be read.
         """
         dtype, width = DTYPES[stored.dtype], stored.shape[-1]
         begin = stored.offset + first * width * dtype.itemsize
-        end = begin + count * width * dtype.itemsize
-        assert stored.offset <= begin <= end <= stored.offset + stored.nbytes
-        return self._bytes[begin:end].view(dtype).reshape(count, width)
+        rows = np.empty((count, width), dtype)
+        assert stored.offset <= begin <= begin + rows.nbytes <= stored.offset + stored.nbytes
+        buffer, done = rows.view(np.uint8).reshape(-1).data, 0
+        while done < len(buffer):
+            try:
+                read = os.preadv(self._descriptor, [buffer[done:]], begin + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+            if not read:
+                raise CheckpointError(f"{self.path} was cut short while in use; download it again")
+            done += read
+        return rows
 
 
 def _read_header(prefix: bytes, read: Any, size: int, path: Path) -> tuple[int, dict[str, object]]:

@@ -10,15 +10,13 @@ Names are imported when first used: `import fiddler` itself is quick.
 from __future__ import annotations
 
 import os.path
-from importlib import import_module
-from typing import TYPE_CHECKING
 
-from fiddler.errors import FiddlerError
-
+TYPE_CHECKING = False  # typing takes 2 ms, in which Ctrl-C gives a traceback
 if TYPE_CHECKING:
     from fiddler.chat import Chat
     from fiddler.converters import convert
     from fiddler.engine import Engine
+    from fiddler.errors import FiddlerError
     from fiddler.generation.beam_search import Beam
     from fiddler.generation.completion import Completion
     from fiddler.generation.request import Request
@@ -50,6 +48,7 @@ _MODULES = {
     "Completion": "fiddler.generation.completion",
     "Constraint": "fiddler.sampling.constraint",
     "Engine": "fiddler.engine",
+    "FiddlerError": "fiddler.errors",
     "Request": "fiddler.generation.request",
     "Sampling": "fiddler.sampling.sampler",
     "convert": "fiddler.converters",
@@ -59,6 +58,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
+        from importlib import import_module
+
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'fiddler' has no attribute {name!r}")
 

@@ -1,5 +1,21 @@
-"""`python -m fiddler`."""
+"""The entry of `fiddler` and of `python -m fiddler`: first what Ctrl-C does, then all that takes time to import."""
 
-from fiddler.cli.app import main
+from __future__ import annotations
 
-main()
+from fiddler.cli.interrupts import exit_on_interrupt
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    exit_on_interrupt()
+    from fiddler.cli.app import main as run_command_line
+
+    run_command_line()
+
+
+if __name__ == "__main__":
+    main()

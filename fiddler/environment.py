@@ -54,7 +54,7 @@ _SWITCHES = """BOUNDSCHECK ALWAYS_WARN_UNINIT_VAR DEBUG DEBUG_ARRAY_OPT DEBUG_AR
     DUMP_ANNOTATION DUMP_ASSEMBLY DUMP_BYTECODE DUMP_CFG DUMP_FUNC_OPT DUMP_IR DUMP_LLVM DUMP_OPTIMIZED DUMP_SSA
     ENABLE_AVX ENABLE_CUDASIM ENABLE_PROFILING ENABLE_SYS_MONITORING EXTEND_VARIABLE_LIFETIMES FULL_TRACEBACKS
     FUNCTION_CACHE_SIZE HIGHLIGHT_DUMPS LLVM_REFPRUNE_PASS LOOP_VECTORIZE NRT_STATS PARALLEL_DIAGNOSTICS
-    PARFOR_MAX_TUPLE_SIZE SHOW_HELP SLP_VECTORIZE TRACE""".split()
+    PARFOR_MAX_TUPLE_SIZE SHOW_HELP SLP_VECTORIZE TRACE"""
 """Numba's whole numbers that nothing here depends on; it answers others than numbers with a traceback."""
 
 
@@ -64,7 +64,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     Sources: Numba's reference of environment variables; OpenMP 5.2, chapter 21.
     """
     number: _Rule = (_whole(-(1 << 31)), "a whole number")
-    for name, (fits, allowed) in _RULES.items() | {(f"NUMBA_{switch}", number) for switch in _SWITCHES}:
+    for name, (fits, allowed) in _RULES.items() | {(f"NUMBA_{switch}", number) for switch in _SWITCHES.split()}:
         value = environment.get(name)
         if value is not None and not fits(value):
             raise RequestError(f"{name} is {quoted(value)} in the environment; unset it, or give {allowed}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
+from fiddler.environment import check_environment
 from fiddler.errors import RequestError, ResourceError, quoted
 from fiddler.files.model_file import ModelFile
 from fiddler.load_options import DEFAULT_CONTEXT, Device, LoadOptions, Missing, Precision, parse_size
@@ -87,6 +88,7 @@ def load_engine(
     progress: Progress = lambda done, total: None,
 ) -> Engine:
     """`load` with its options as one value. Arguments and errors: see there."""
+    check_environment()
     if not isinstance(path, str | Path | ModelFile | None):
         raise RequestError(f"the model is {quoted(path)}; give the path of a .gguf file")
     model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)

@@ -26,11 +26,11 @@ MAY_IMPORT = {
     # the rooms of fiddler/, and its files that are a room each; everything may import `errors`
     "fiddler": "chat converters engine generation loading sampling",
     "__main__": "cli",
-    "cli": "fiddler serving evaluation loading load_options chat engine generation sampling text offload files"
-    " converters kernels telemetry models input_file",
+    "cli": "fiddler environment serving evaluation loading load_options chat engine generation sampling text offload"
+    " files converters kernels telemetry models input_file",
     "serving": "engine generation sampling text files input_file",
     "evaluation": "engine runtime files kernels telemetry host_memory",
-    "loading": "load_options engine gpu cpu files device kernels telemetry",
+    "loading": "environment load_options engine gpu cpu files device kernels telemetry",
     "load_options": "",
     "chat": "engine generation sampling text",
     "engine": "generation sampling text runtime files host_memory",
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "device": "host_memory",
     "host_memory": "",
     "input_file": "",
+    "environment": "",
     "errors": "",
     # the other three rooms at the top level
     "converters": "files text models kernels input_file",
@@ -236,7 +237,7 @@ def test_what_comes_along_with_an_import(modules, absent):
     assert not set(absent.split()) & set(loaded)
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("cli.app", "__main__")])
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("cli.app", "cli.interrupts", "__main__")])
 def test_only_the_command_line_prints_and_exits(name):
     forbidden = {"sys.exit", "SystemExit", "os._exit"}
     if name != "cli.terminal":

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -21,9 +20,11 @@ from fiddler.cli.batch import batch
 from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
+from fiddler.cli.interrupts import exit_on_interrupt, leave_at_once
 from fiddler.cli.options import DType, check_local, say
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
+from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
 
 __all__ = ["app", "convert", "inspect", "main"]
@@ -46,8 +47,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave_at_once)
+    exit_on_interrupt()
     try:
         _check_stdout()
         try:
@@ -87,7 +87,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    check_environment()
 
 
 @app.command(cls=Command)
@@ -107,7 +107,7 @@ def convert(
     check_local(source)
     from fiddler.converters import convert as run_conversion
 
-    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
     with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False, disable=None) as bar:  # on terminals only
 
@@ -162,11 +162,6 @@ def _check_stdout() -> None:
 def _silence_stdout() -> None:
     """Send buffered output to /dev/null: the interpreter's last flush must not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _leave_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Handles SIGINT: exits without an exception, which would abort the process in the middle of an import of torch."""
-    os._exit(130)
 
 
 def _leave(code: int) -> NoReturn:

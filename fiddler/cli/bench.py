@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import OptionGroup, with_options
-from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_model, open_output, say
+from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_output, opened, say
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _check_meaningful(tests: ModelTests, loading: LoadOptions, trace: Path | Non
 
 def _bench_model(model: Path, chosen: ModelTests, loading: LoadOptions, trace: OutputFile | None) -> None:
     thread_counts, lengths = chosen.thread_counts(), chosen.lengths()
-    model_file = open_model(model)
+    model_file = opened(model)
     model_file.check_runnable()
     from fiddler.evaluation.throughput import Test, measure
     from fiddler.loading import load_engine
@@ -208,7 +208,7 @@ def _bench_kernels(model: Path, options: ModelTests, kernel_tests: KernelTests, 
     from fiddler.kernels import available_tiers, choose_tier
 
     tiers = [choose_tier(name) for name in kernel_tests.tiers.split(",")] if kernel_tests.tiers else available_tiers()
-    model_file = open_model(model)
+    model_file = opened(model)
     model_file.check_runnable()
     from tqdm import tqdm
 

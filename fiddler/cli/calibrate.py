@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, open_model, say
+from fiddler.cli.options import LOADING, opened, say
 from fiddler.load_options import LoadOptions
 
 __all__ = ["calibrate"]
@@ -47,7 +47,7 @@ def calibrate(
     if kernels:
         _fit_kernels(loading.threads)
         return
-    model_file = None if model is None else open_model(model)
+    model_file = None if model is None else opened(model)
     if model_file is not None:
         model_file.check_runnable()
     from fiddler.offload.cost_benchmark import calibrate_alone

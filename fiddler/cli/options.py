@@ -30,8 +30,8 @@ __all__ = [
     "loaded",
     "loading_bar",
     "numbers",
-    "open_model",
     "open_output",
+    "opened",
     "say",
 ]
 
@@ -78,16 +78,6 @@ def check_local(path: Path) -> None:
         raise RequestError(f"{path} does not exist; {remedy}")
 
 
-def open_model(model: Path | None) -> ModelFile:
-    """The opened MODEL.gguf, or demo model. Raises FiddlerError for a bad file before torch is imported."""
-    from fiddler.files.model_file import ModelFile
-    from fiddler.loading import DEMO_MODEL
-
-    if model is not None:
-        check_local(model)
-    return ModelFile.open(DEMO_MODEL if model is None else model)
-
-
 def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recorder = SILENT) -> Engine:
     """The engine for MODEL.gguf or the demo model. Reports to stderr.
 
@@ -97,11 +87,30 @@ def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recor
     """
     from fiddler.loading import load_engine
 
+    model_file = opened(model)
     with loading_bar() as progress:
-        engine = load_engine(model, options, notify=say, progress=progress, recorder=recorder)
+        engine = load_engine(model_file, options, notify=say, progress=progress, recorder=recorder)
     if options.context is not None and options.context > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine
+
+
+def opened(model: Path | ModelFile | None) -> ModelFile:
+    """The file of MODEL.gguf or the demo model; from now on the process ends in one line where it is cut short.
+
+    Raises FiddlerError for a bad file before it imports Numba.
+    """
+    if isinstance(model, Path):
+        check_local(model)
+    from fiddler.files.mapped_files import ROWS, table_address
+    from fiddler.files.model_file import ModelFile
+    from fiddler.loading import DEMO_MODEL
+
+    file = model if isinstance(model, ModelFile) else ModelFile.open(DEMO_MODEL if model is None else model)
+    from fiddler.kernels.codegen.bus_error import exit_on_bus_error
+
+    exit_on_bus_error(table_address(), ROWS)
+    return file
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_model, open_output, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, opened, say
 from fiddler.cli.text_input import read_scored
 from fiddler.errors import RequestError
 from fiddler.load_options import DEFAULT_CONTEXT, LoadOptions
@@ -99,7 +99,7 @@ def _result(estimate: Estimate, window: int, seconds: float) -> dict[str, object
 
 def _open(model: Path | None, ctx: int, counts: Path | None) -> ModelFile:
     """The opened model. Raises FiddlerError where it cannot run, --ctx is too long or `counts` cannot be written."""
-    model_file = open_model(model)
+    model_file = opened(model)
     if ctx > model_file.config.context_length:
         raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
     if counts is not None:

@@ -13,7 +13,7 @@ import typer
 from fiddler.cli.beams import BEAMS, BeamSearchOptions, print_beams
 from fiddler.cli.chat import open_chat, templated
 from fiddler.cli.option_groups import with_options
-from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_model, open_output, say
+from fiddler.cli.options import LOADING, ModelOrDemo, loaded, open_output, opened, say
 from fiddler.cli.sampling_options import (
     SAMPLING,
     Grammar,
@@ -90,7 +90,7 @@ def run(
     constraint = constraint_of(json_schema, grammar)
     from fiddler.generation.request import Request
 
-    model_file = open_model(model)
+    model_file = opened(model)
     text = "" if chatting else prompt
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))

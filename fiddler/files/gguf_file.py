@@ -2,8 +2,8 @@
 
 The only reader of GGUF files. Knows files and mappings; not what the metadata means, nor torch. The mapping is
 shared and read-only, so a model takes no memory of its own. It stays valid when the file is replaced or deleted;
-truncating a file *in place* while a model runs from it kills the process (SIGBUS), as in any program that maps
-its models.
+truncating a file *in place* while a model runs from it ends the process: the command line says so in one line
+(`fiddler.kernels.codegen.bus_error`), other programs get SIGBUS, as with any mapped file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_header import VIEW_TYPES, Header, TensorInfo, printable
+from fiddler.files.mapped_files import add_mapping
 from fiddler.input_file import open_regular
 
 __all__ = ["GgufFile", "TensorInfo"]
@@ -162,7 +163,9 @@ def _map_file(path: Path) -> mmap.mmap:
     with file:
         if os.fstat(file.fileno()).st_size == 0:
             raise FileFormatError("is empty; download or convert it again")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
+        add_mapping(mapping, _shown(path))
+        return mapping
 
 
 def _part_paths(path: Path, count: int) -> list[Path]:

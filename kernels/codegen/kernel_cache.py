@@ -1,8 +1,8 @@
 """Machine code of one kernel on disk: a file for each signature, whose checksum is compared before any of it is used.
 
-Numba's own cache writes an index and numbered files. A process that is killed, another that compiles at the same time
-or a flipped bit can leave an index that names the wrong code, and Numba would run it. Here each entry is one file, named
-after its key, and its checksum covers key and code. Knows Numba's interface to a cache; nothing of kernels.
+Numba's own cache writes an index and numbered files. A flipped bit, or two processes that compile at the same time, can
+leave an index that names the wrong code, and Numba would run it. Here each entry is one file, named after its key, and
+its checksum covers key and code. Knows Numba's interface to a cache; nothing of kernels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,7 @@ from numba.core.serialize import dumps
 
 __all__ = ["KernelCache", "take_write_failure"]
 
-_COMPILER_SETTINGS = (
-    "OPT",
-    "BOUNDSCHECK",
-    "LOOP_VECTORIZE",
-    "SLP_VECTORIZE",
-    "DISABLE_INTEL_SVML",
-    "DEBUGINFO_DEFAULT",
-)
+_SETTINGS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DISABLE_INTEL_SVML", "DEBUGINFO_DEFAULT")
 """Numba's settings (`NUMBA_OPT` and so on) that change the code. Numba's own key has none of them."""
 
 _DIGEST_BYTES = 32
@@ -93,7 +86,7 @@ class KernelCache(FunctionCache):
 
     def _key(self, sig: Any, codegen: Any) -> str:
         """All that the code depends on: versions, source, signature, CPU, bytecode and closure, compiler settings."""
-        settings = [str(getattr(config, name, None)) for name in _COMPILER_SETTINGS]
+        settings = [str(getattr(config, name, None)) for name in _SETTINGS]
         versions = numba.__version__, llvmlite.__version__
         return repr((versions, self._stamp(), self._index_key(sig, codegen), settings))
 
@@ -138,7 +131,7 @@ def _write(path: Path, data: bytes) -> None:
     except (AttributeError, OSError):  # not on this system, or not on this file system
         _write_beside(path, data)
         return
-    with open(descriptor, "wb") as file:
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         try:
@@ -150,7 +143,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _link(descriptor: int, path: Path) -> None:
-    """Give an unnamed file a name. A source folder makes Python call linkat(2), which follows /proc's link to the file."""
+    """Give an unnamed file a name. `src_dir_fd` makes Python call linkat(2), which follows /proc's link to the file."""
     os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 

@@ -109,9 +109,7 @@ def thread_count() -> int:
             count = _thread_state.threads = int(numba.get_num_threads())  # starts the threads, the first time
         except ValueError as error:
             layer, reason = quoted(numba.config.THREADING_LAYER), " ".join(str(error).split())
-            raise RequestError(
-                f"the kernels' threading layer is {layer}: {reason}; unset NUMBA_THREADING_LAYER"
-            ) from None
+            raise RequestError(f"NUMBA_THREADING_LAYER is {layer}: {reason}; unset it") from None
     return count
 
 
