@@ -9,7 +9,6 @@ bytes; no model and no files.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fiddler.errors import FiddlerError, RequestError
+from fiddler.errors import FiddlerError, RequestError, quoted
+from fiddler.sampling.grammar_compiler import check, compiled, one_line
 from fiddler.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ __all__ = ["Constraint", "TokenGuide", "Vocabulary"]
 _BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
 """Between the parts of JSON, as in llama.cpp's own grammars: bounded, so that no model writes blanks for ever."""
 
-_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-_GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
-_CONTROL = re.compile(r"[\0-\x1f\x7f]")
-_OPERATOR = re.compile(r"[&~]|(?<=-)-")
+_LARGEST = 1 << 20  # of a schema or a grammar [characters]
+_LARGE = (
+    1 << 15
+)  # a schema up to here takes some 0.1 s to check at most, a larger one is checked in a process [characters]
+_MOST_ITEMS = 10_000  # of the library's parser in one step: more take seconds, and 500 optional properties need no more
 
 
 @dataclass(frozen=True)
@@ -51,39 +51,36 @@ class Constraint:
         """
         matcher = _library().LLMatcher
         try:
+            if isinstance(schema, str):
+                _check_length("the JSON schema", schema)
             parsed = json.loads(schema) if isinstance(schema, str) else schema
             if parsed is True:
                 parsed = {}  # the same schema, in a form that can carry our rule for blanks
+            text = json.dumps(parsed)
+            _check_length("the JSON schema", text)
             source = matcher.grammar_from_json_schema(
-                json.dumps(parsed), defaults={"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
+                text, defaults={"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
             )
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the JSON schema cannot be read: {_line(error)}") from None
-        return cls._checked(source, "the JSON schema")
+            raise RequestError(f"the JSON schema cannot be read: {one_line(error)}") from None
+        if len(source) > _LARGE:
+            return cls(compiled(source, "the JSON schema"))
+        check(source, "the JSON schema")
+        return cls(source)
 
     @classmethod
     def grammar(cls, text: str) -> Constraint:
         """A text of a grammar's language: GBNF where `text` has rules with `::=`, else the library's Lark.
 
         As in lexers, a rule that is a regular expression matches as much as it can: behind `[a-z]+` as a rule of its
-        own, an `x` cannot follow. Raises RequestError with the library's reason where `text` cannot be read.
+        own, an `x` cannot follow. Raises RequestError with the library's reason where `text` cannot be read, and where
+        that takes more than two seconds.
         """
-        library = _library()
-        try:
-            if _GBNF_RULE.search(text):
-                source = library.grammar_from("gbnf", _GBNF_PART.sub(_convertible, text))
-            else:
-                source = library.grammar_from("lark", text)
-        except ValueError as error:
-            raise RequestError(f"the grammar cannot be read: {_line(error)}") from None
-        return cls._checked(source, "the grammar")
-
-    @classmethod
-    def _checked(cls, source: str, kind: str) -> Constraint:
-        reason = _library().LLMatcher.validate_grammar(source)
-        if reason and not reason.startswith("WARNING"):
-            raise RequestError(f"{kind} cannot be used: {_line(reason)}")
-        return cls(source)
+        _library()  # or the line that says what to install
+        if not isinstance(text, str):
+            raise RequestError(f"the grammar is {quoted(text)}; give its text")
+        _check_length("the grammar", text)
+        return cls(compiled(text, "the grammar"))
 
 
 class Vocabulary:
@@ -98,7 +95,7 @@ class Vocabulary:
     def guide(self, constraint: Constraint) -> TokenGuide:
         """The state of `constraint` at the beginning of a text. Raises RequestError where no text can follow it."""
         library = _library()
-        limits = library.LLParserLimits(verbose_errors=False)
+        limits = library.LLParserLimits(verbose_errors=False, step_max_items=_MOST_ITEMS)
         guide = TokenGuide(library.LLMatcher(self._tokens, constraint.source, log_level=0, limits=limits), self.end_ids)
         guide.allowed()
         return guide
@@ -141,7 +138,7 @@ class TokenGuide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = _line(self._matcher.get_error())
+            reason = one_line(self._matcher.get_error())
             if reason.startswith("NoExtension"):
                 reason = "nothing can follow here, not even an end; does a rule begin with itself?"
             raise RequestError(f"the constraint cannot be followed: {reason}")
@@ -184,33 +181,6 @@ def _library() -> ModuleType:
     return llguidance
 
 
-def _convertible(match: re.Match[str]) -> str:
-    """A literal, class, comment or dot of GBNF, rewritten so that llguidance's converter preserves its meaning.
-
-    The converter copies classes into a regular expression, where `&&`, `~~` and `--` are operators and a dot matches no
-    line break, and it drops leading zeros of escapes.
-    """
-    part = match[0]
-    if part == ".":
-        return r"[\x00-" + chr(0x10FFFF) + "]"
-    if part.startswith("#"):
-        return part
-    part = _CONTROL.sub(lambda one: f"\\x{ord(one[0]):02x}", part)
-    if part.startswith("["):
-        part = _OPERATOR.sub(lambda one: f"\\x{ord(one[0]):02x}", part)
-    return _ESCAPE.sub(_character, part)
-
-
-def _character(escape: re.Match[str]) -> str:
-    digits = escape[1] or escape[2] or escape[3]
-    if digits is None:
-        return escape[0]
-    code = int(digits, 16)
-    if 0xD800 <= code < 0xE000 or code > 0x10FFFF:
-        raise ValueError(f"{escape[0]} is no character")
-    return f"\\x{code:02x}" if code < 0x80 else chr(code)
-
-
-def _line(reason: object) -> str:
-    text = " ".join(str(reason).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+def _check_length(kind: str, text: str) -> None:
+    if len(text) > _LARGEST:
+        raise RequestError(f"{kind} has {len(text)} characters; at most {_LARGEST} are read")

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fiddler.errors import FileFormatError, RequestError, ResourceError, quoted
+from fiddler.text.python_process import command, environment
 
 __all__ = ["Limits", "TemplateProcess"]
 
 _WALL_TIME_FACTOR = 30  # wall time for one answer / (CPU time limit + 1 s): the machine may be busy
-_START = (
-    "import fiddler.text.template_sandbox as it, sys; it.main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
-)
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,13 @@ class TemplateProcess:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             limits = self._limits
-            arguments = [str(limits.seconds), str(limits.memory), str(limits.characters)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _START, *arguments],
+                    command("fiddler.text.template_sandbox", limits.seconds, limits.memory, limits.characters),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    env=environment,
+                    env=environment(),
                     start_new_session=True,  # Ctrl-C must not reach it
                 )
             except OSError as error:

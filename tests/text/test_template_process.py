@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -279,4 +280,16 @@ def test_after_an_interrupted_request_the_next_one_gets_its_own_answer(monkeypat
             process.render("{{ a }}", {"a": "two"})
     assert template_process._exchange is real
     assert process.render("{{ a }}", {"a": "three"}) == "three"
+    process.close()
+
+
+def test_the_process_inherits_path_language_time_zone_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "12345")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    process = TemplateProcess(LIMITS)
+    process.render("x", {})
+    raw = Path(f"/proc/{process._process.pid}/environ").read_bytes()
+    names = {entry.partition(b"=")[0].decode() for entry in raw.split(b"\0") if entry}
+    assert names <= {"PATH", "PYTHONPATH", "LANG", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME"}
+    assert {"PYTHONPATH", "TZ"} <= names
     process.close()
