@@ -40,6 +40,7 @@ class Pieces:
     names: dict[str, str]  # "bos", "eos", "unk", "pad" -> the token's text; only those that the file names
     add_space_prefix: bool
     prepend_scheme: str | None = None  # "always", "first": `Metaspace`'s rule; see fiddler.text.vocabulary
+    in_text_ids: frozenset[int] = frozenset()  # user-defined tokens inside a text; see fiddler.text.vocabulary
 
 
 def read_tokenizer_model(path: Path) -> Pieces:
@@ -72,6 +73,7 @@ def read_tokenizer_model(path: Path) -> Pieces:
         by_id=by_id,
         names={name: piece.decode("utf-8", "replace") for name, piece in names.items()},
         add_space_prefix=model.add_dummy_prefix,
+        in_text_ids=frozenset(index for index, piece in by_id.items() if piece.type == TokenType.USER_DEFINED),
     )
 
 

@@ -48,6 +48,12 @@ class TokenizerSettings:
             raise self._error("tokenizer_config", key, value, "true or false")
         return value
 
+    @property
+    def legacy(self) -> bool | None:
+        """`legacy` of tokenizer_config.json, None where it is absent; null is false, as in transformers."""
+        config = self._files["tokenizer_config"]
+        return self.flag("legacy", False) if "legacy" in config else None
+
     def added(self, from_tokenizer_json: Iterable[AddedToken]) -> list[AddedToken]:
         """Added tokens of all files, one per id; raises CheckpointError if they disagree on its text."""
         where = str(self._folder / "tokenizer_config.json: added_tokens_decoder")

@@ -1,8 +1,7 @@
 """Reads `tokenizer.json`, the `tokenizers` library's format, where llama.cpp's `llama` tokenizer gives the same ids.
 
-The library is the format's only specification (https://github.com/huggingface/tokenizers). Two forms of a Llama
-tokenizer are in use: a normaliser that prepends "▁" and replaces spaces by it, and the `Metaspace` pre-tokenizer that
-transformers 5 writes. Knows their effect on ids; does not know the other files of a checkpoint.
+The library is the format's only specification (https://github.com/huggingface/tokenizers). Knows vocabulary, merges
+and added tokens; not the forms of white space (`white_space`) nor the other files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from fiddler.converters.json_object import read_object
 from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
 from fiddler.converters.tokenizer.merges import scores_from_merges
 from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
+from fiddler.converters.tokenizer.white_space import WhiteSpace, white_space
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
@@ -33,6 +33,16 @@ class TokenizerJson:
         self.source = str(path)
         self._root = read_object(path, _REMEDY) if present(path) else {}
         self.added = added_tokens(self._root.get("added_tokens"), f"{path}: added_tokens")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file holds a vocabulary, not added tokens alone."""
+        return "model" in self._root
+
+    def texts(self) -> dict[int, str]:
+        """The tokens of the file by id, added ones included. Raises CheckpointError for a malformed vocabulary."""
+        vocab = self._vocab(self._object(self._root.get("model"), "model").get("vocab"))
+        return {index: text for text, index in vocab.items()} | {token.id: token.text for token in self.added}
 
     def adds(self) -> dict[str, bool] | None:
         """Whether the post-processor adds "bos" and "eos" to a text; None if there is no template for that."""
@@ -60,21 +70,20 @@ class TokenizerJson:
                 raise self._refused(f"model.{key} is {quoted(model[key], 40)}")
         if model.get("byte_fallback") is not True:
             raise self._refused("model.byte_fallback is not true")
-        add_prefix, scheme, splits = self._whitespace()
+        space = white_space(self._root.get("normalizer"), self._root.get("pre_tokenizer"), self._refused)
         vocab = self._vocab(model.get("vocab"))
         missing = [name for name in BYTE_NAMES if name not in vocab]
         if missing:
             raise self._refused(f"its vocabulary lacks {len(missing)} byte tokens, {missing[0]} among them")
         unknown = model.get("unk_token")
         added = {token.text: token for token in self.added}
-        self._check_added(prepends=add_prefix and scheme is None)
-        reserved = {*BYTE_NAMES, *added, *([unknown] if isinstance(unknown, str) else [])}
+        self._check_added(space)
+        in_text = self._in_text(space, vocab, added)
+        reserved = {*BYTE_NAMES, *added, *in_text, *([unknown] if isinstance(unknown, str) else [])}
         ordinary = [text for text in vocab if text not in reserved and " " not in text]  # " " became "▁" in every text
-        if splits:
+        if space.splits:
             self._check_split(ordinary)
         ignore_merges = model.get("ignore_merges") is True
-        if ignore_merges and (not add_prefix or scheme == "first"):
-            raise self._refused("ignore_merges is set without a space before every text")
         ranks = self._ranks(model.get("merges"), vocab, reserved, added)
         scores = scores_from_merges(ordinary, ranks, source=self.source, ignore_merges=ignore_merges)
         by_id: dict[int, Piece] = {}
@@ -82,9 +91,12 @@ class TokenizerJson:
             piece_type = (
                 TokenType.BYTE if text in BYTE_NAMES else TokenType.UNKNOWN if text == unknown else TokenType.NORMAL
             )
+            if text in in_text:
+                text, piece_type = text.replace(SPACE, " "), TokenType.USER_DEFINED
             by_id[index] = Piece(text, scores.get(text, 0.0), piece_type)
         names = {"unk": unknown} if isinstance(unknown, str) else {}
-        return Pieces(self.source, by_id, names, add_prefix, scheme)
+        in_text_ids = frozenset(vocab[text] for text in in_text)
+        return Pieces(self.source, by_id, names, space.add_space_prefix, space.prepend_scheme, in_text_ids)
 
     def _refused(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {reason}, which llama.cpp's llama tokenizer cannot follow; {_REMEDY}")
@@ -146,54 +158,19 @@ class TokenizerJson:
             if SPACE in text[1:]:
                 raise self._refused(f"its pre-tokenizer splits text at spaces, but {quoted(text, 40)} is a token")
 
-    def _check_added(self, prepends: bool) -> None:
+    def _in_text(self, space: WhiteSpace, vocab: dict[str, int], added: dict[str, AddedToken]) -> set[str]:
+        for text in space.in_text:
+            if text not in vocab:
+                raise self._refused(f"its pre-tokenizer splits at {quoted(text, 40)}, which is no token")
+        return {text for text in space.in_text if text not in added}
+
+    def _check_added(self, space: WhiteSpace) -> None:
+        changes = space.normalizes and space.add_space_prefix
         for token in self.added:
-            if not token.special and (token.strips or (token.normalized and prepends)):
+            if not token.special and (token.strips or (token.normalized and changes)):
                 options = "single_word, lstrip or rstrip" if token.strips else "normalized"
                 raise self._refused(f"the added token {quoted(token.text, 60)} sets {options}")
-
-    def _whitespace(self) -> tuple[bool, str | None, bool]:
-        """Whether a space goes before a text, the rule (see `Pieces.prepend_scheme`), whether text splits at spaces."""
-        normalizers = _steps(self._root.get("normalizer"), "normalizers")
-        splitters = _steps(self._root.get("pre_tokenizer"), "pretokenizers")
-        if not splitters:
-            prepend = {"type": "Prepend", "prepend": SPACE}
-            replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-            if normalizers in ([prepend, replace], [replace, prepend]):
-                return True, None, False
-            if normalizers == [replace]:
-                return False, None, False
-        if normalizers:
-            raise self._refused(f"its normalizer is {_types(normalizers)}, its pre-tokenizer {_types(splitters)}")
-        if len(splitters) != 1 or splitters[0].get("type") != "Metaspace":
-            raise self._refused(f"its pre-tokenizer is {_types(splitters)}")
-        metaspace = splitters[0]
-        if metaspace.get("replacement") != SPACE:
-            raise self._refused(f"its Metaspace replacement is {quoted(metaspace.get('replacement'), 40)}")
-        default = "always" if metaspace.get("add_prefix_space", True) else "never"  # the older key
-        scheme = metaspace.get("prepend_scheme", default)
-        if scheme not in ("always", "first", "never"):
-            raise self._refused(f"its Metaspace prepend_scheme is {quoted(scheme, 40)}")
-        splits = metaspace.get("split", True) is not False
-        return (False, None, splits) if scheme == "never" else (True, str(scheme), splits)
 
 
 def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
-
-
-def _steps(value: object, key: str) -> list[dict[str, object]]:
-    """A normaliser or pre-tokenizer as a flat list of steps, `Sequence`s unfolded."""
-    steps: list[dict[str, object]] = []
-    stack = [] if value is None else [value]
-    while stack:
-        step = stack.pop()
-        if isinstance(step, dict) and step.get("type") == "Sequence":
-            stack += reversed(_list(step.get(key)))
-        else:
-            steps.append(step if isinstance(step, dict) else {"type": step})
-    return steps
-
-
-def _types(steps: list[dict[str, object]]) -> str:
-    return " + ".join(quoted(step.get("type"), 40) for step in steps) or "missing"

@@ -1,16 +1,16 @@
 """The tokenizer of a Hugging Face folder as GGUF's keys hold it: `Vocabulary`.
 
-Several files contribute: `tokenizer.model` or else `tokenizer.json` the tokens, these and three more the added tokens,
-the configurations the special tokens. This file knows their precedence; it does not know the formats (`pieces`,
-`tokenizer_json`) or the weights. The keys are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and
-llama.cpp's converter.
+Several files contribute: `tokenizer.json` or `tokenizer.model` the tokens (`token_source`), these and three more the
+added tokens, the configurations the special tokens. This file brings them together; it does not know the formats
+(`pieces`, `tokenizer_json`) or the weights. The keys are those of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fiddler.converters.tokenizer.added_token import AddedToken
-from fiddler.converters.tokenizer.pieces import SPACE, Piece, Pieces, read_tokenizer_model
+from fiddler.converters.tokenizer.pieces import SPACE, Piece, Pieces
 from fiddler.converters.tokenizer.settings import TokenizerSettings
+from fiddler.converters.tokenizer.token_source import read_pieces
 from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
 from fiddler.errors import CheckpointError, quoted
-from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
-from fiddler.text.vocabulary import LARGEST_VOCABULARY, LONGEST_TOKEN, PREPEND_SCHEME
+from fiddler.text.vocabulary import IN_TEXT_IDS, LARGEST_VOCABULARY, LONGEST_TOKEN, PREPEND_SCHEME
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -54,8 +54,10 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     prepend_scheme: str | None  # see fiddler.text.vocabulary.PREPEND_SCHEME
+    in_text_ids: tuple[int, ...]  # see fiddler.text.vocabulary.IN_TEXT_IDS
     chat_template: str | None
     more_templates: Mapping[str, str]  # by name: tool_use, rag
+    source_warnings: tuple[str, ...]  # lines for the user about files that disagree
 
     def metadata(self) -> dict[str, str | bool | int | list[str] | NDArray[np.float32] | NDArray[np.int32]]:
         """GGUF keys -> values: `int` is uint32, arrays have their type in the file."""
@@ -77,6 +79,7 @@ class Vocabulary:
             names.ADD_EOS: self.add_eos,
             names.ADD_PREFIX: self.add_space_prefix,
             PREPEND_SCHEME: self.prepend_scheme,
+            IN_TEXT_IDS: np.array(self.in_text_ids, np.int32) if self.in_text_ids else None,
             names.CHAT_TEMPLATE: self.chat_template,
             names.CHAT_TEMPLATES: list(self.more_templates) or None,
         } | {names.CHAT_TEMPLATE_N.format(name=name): text for name, text in self.more_templates.items()}
@@ -84,13 +87,19 @@ class Vocabulary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Lines for the user about differences from llama.cpp."""
-        if self.prepend_scheme is None:
-            return ()
-        return (
-            "tokenizer.json puts no space before a text that begins with one; fiddler follows it, llama.cpp does not, "
-            "so such prompts get other ids there",
-        )
+        """Lines for the user about files that disagree and about differences from llama.cpp."""
+        theirs: tuple[str, ...] = ()
+        if self.prepend_scheme == "always":
+            theirs = (
+                "the tokenizer puts no space before a text that begins with one; fiddler follows it, llama.cpp does "
+                "not, so such prompts get other ids there",
+            )
+        elif self.prepend_scheme == "first":
+            theirs = (
+                "the tokenizer puts no space after a special token; fiddler follows it, llama.cpp does not: for a chat "
+                "give it --override-kv tokenizer.ggml.add_space_prefix=bool:false",
+            )
+        return self.source_warnings + theirs
 
     def write_to(self, writer: gguf.GGUFWriter) -> None:
         """Add these keys to a GGUF writer."""
@@ -108,24 +117,18 @@ class Vocabulary:
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the tokenizer of a Hugging Face folder, padded with unused tokens to `vocab_size`.
 
-    Uses `tokenizer.model` if there is one, else `tokenizer.json`. Raises CheckpointError if both are missing, a file is
-    malformed or contradicts another, there are more than `vocab_size` tokens, or llama.cpp's `llama` tokenizer cannot
-    give the same ids.
+    The ids are those of transformers' AutoTokenizer; `warnings` name what contradicts them. Raises CheckpointError if
+    there is no tokenizer, a file is malformed or contradicts another, there are more than `vocab_size` tokens, or
+    llama.cpp's `llama` tokenizer cannot give the same ids.
     """
     if vocab_size > LARGEST_VOCABULARY:  # before a list of that length is made
         raise CheckpointError(
             f"{folder}: vocab_size in config.json is {vocab_size}; at most {LARGEST_VOCABULARY} tokens convert"
         )
     settings, tokenizer_json = TokenizerSettings(folder), TokenizerJson(folder / "tokenizer.json")
-    if present(folder / "tokenizer.model"):
-        pieces = read_tokenizer_model(folder / "tokenizer.model")
-        if not settings.flag("add_prefix_space", True):
-            pieces = replace(pieces, add_space_prefix=False)
-    elif present(folder / "tokenizer.json"):
-        pieces = tokenizer_json.pieces()
-    else:
-        raise CheckpointError(f"{folder} holds neither tokenizer.model nor tokenizer.json; download one of them again")
-    by_id = _with_added(pieces, settings.added(tokenizer_json.added))
+    pieces, warnings = read_pieces(folder, settings, tokenizer_json)
+    added = settings.added(tokenizer_json.added)
+    by_id = _with_added(pieces, added)
     _check_ids(folder, by_id, vocab_size)
     ids = {piece.text: index for index, piece in by_id.items()}
     special = {name: settings.special_id(name, pieces.names, ids, vocab_size) for name in ("bos", "eos", "unk", "pad")}
@@ -145,7 +148,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
                 f"{folder}: the chat template {quoted(name, 40)} holds {quoted(lone[0])}, which is no character; "
                 "download the tokenizer's files again"
             )
-    adds = tokenizer_json.adds() or {"bos": True, "eos": False}
+    add_bos, add_eos = _adds(settings, tokenizer_json, warnings)
     return Vocabulary(
         tokens=tuple(piece.text for piece in entries),
         scores=tuple(piece.score for piece in entries),
@@ -155,14 +158,30 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         unk_id=special["unk"],
         pad_id=special["pad"],
         more_end_ids=settings.more_end_ids(special["eos"], vocab_size),
-        add_bos=settings.flag("add_bos_token", adds["bos"]) and special["bos"] is not None,
-        add_eos=settings.flag("add_eos_token", adds["eos"]),
+        add_bos=add_bos and special["bos"] is not None,
+        add_eos=add_eos,
         add_space_prefix=pieces.add_space_prefix,
         prepend_scheme=pieces.prepend_scheme,
+        in_text_ids=tuple(sorted(pieces.in_text_ids - {token.id for token in added})),
         chat_template=templates.pop("default", None),
         # names as the gguf package writes them: letters, digits and _
         more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
+        source_warnings=tuple(warnings),
     )
+
+
+def _adds(settings: TokenizerSettings, tokenizer_json: TokenizerJson, warnings: list[str]) -> tuple[bool, bool]:
+    """Whether BOS and EOS are added to a text: tokenizer.json's template decides, as in transformers."""
+    template = tokenizer_json.adds()
+    if template is None:
+        return settings.flag("add_bos_token", True), settings.flag("add_eos_token", False)
+    for name, adds in template.items():
+        if settings.flag(f"add_{name}_token", adds) != adds:
+            warnings.append(
+                f"tokenizer_config.json says add_{name}_token {str(not adds).lower()}, but tokenizer.json "
+                f"{'adds' if adds else 'does not add'} it; tokenizer.json is followed, as in transformers"
+            )
+    return template["bos"], template["eos"]
 
 
 def _with_added(pieces: Pieces, added: Iterable[AddedToken]) -> dict[int, Piece]:

@@ -123,8 +123,9 @@ class Tokenizer:
         Bytes that are not UTF-8 (in `bytes`, or in a `str` as `surrogateescape` encodes them) become byte tokens; any
         other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text; control tokens only with
         `parse_special`, so that a user's text never produces one. As in llama.cpp, the longest special token matches
-        first, and the space before a text also goes before text that follows a special token. `add_bos` puts `bos_id`
-        first. `continuing`: the text continues an earlier one, and gets no space.
+        first, and the space before a text also goes before text that follows a special token, unless the file says
+        otherwise (`PREPEND_SCHEME`, `IN_TEXT_IDS` in `fiddler.text.vocabulary`). `add_bos` puts `bos_id` first.
+        `continuing`: the text continues an earlier one, and gets no space.
 
         `bar`: a character across which no special token is recognised, and which is dropped. With a bar, control tokens
         of a single character are not recognised at all: a bar cannot split them.
@@ -139,8 +140,11 @@ class Tokenizer:
             special = [(name, i) for name, i in special if len(name) > 1 or types[i] == TokenType.USER_DEFINED]
         for part in self._split(canonical(text), special):
             if isinstance(part, int):
+                in_text = part in self._table.in_text_ids
+                if in_text and prefix and not (self._table.prepend_scheme and self.token(part).startswith(_BLANK)):
+                    ids += self._encode_text(" ")
                 ids.append(part)
-                prefix = self._table.add_space_prefix and self._table.prepend_scheme != "first"
+                prefix = not in_text and self._table.add_space_prefix and self._table.prepend_scheme != "first"
                 continue
             if bar:
                 part = part.replace(bar, "")

@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 from fiddler.errors import FileFormatError, quoted
 from fiddler.text.sentencepiece_model import TokenType
 
-__all__ = ["LARGEST_VOCABULARY", "LONGEST_TOKEN", "PREPEND_SCHEME", "SPACE", "TokenTable"]
+__all__ = ["IN_TEXT_IDS", "LARGEST_VOCABULARY", "LONGEST_TOKEN", "PREPEND_SCHEME", "SPACE", "TokenTable"]
 
 PREPEND_SCHEME = "fiddler.tokenizer.prepend_scheme"
 """A metadata key of our own, for a tokenizer with the prefix rule of `Metaspace` in Hugging Face's `tokenizers`
 library: no space goes before a text that begins with one ("always"), nor anywhere but at the very start ("first").
+"""
+
+IN_TEXT_IDS = "fiddler.tokenizer.in_text_ids"
+"""A metadata key of our own: ids of user-defined tokens that are part of the text around them, as in SentencePiece. The
+space before a text also goes before such a token, and none goes after it; llama.cpp has it the other way round.
 """
 
 LARGEST_VOCABULARY = 1 << 20
@@ -58,6 +63,7 @@ class TokenTable:
     add_eos: bool
     add_space_prefix: bool
     prepend_scheme: str | None  # see PREPEND_SCHEME; None is llama.cpp's rule
+    in_text_ids: frozenset[int]  # see IN_TEXT_IDS
     chat_template: str | None
 
     @classmethod
@@ -107,6 +113,7 @@ class TokenTable:
             add_eos=_flag(metadata, "add_eos_token", False),
             add_space_prefix=_flag(metadata, "add_space_prefix", True),
             prepend_scheme=scheme if isinstance(scheme, str) else None,
+            in_text_ids=_in_text_ids(metadata, kinds),
             chat_template=template,
         )
 
@@ -149,6 +156,17 @@ def _id(metadata: Mapping[str, object], key: str, count: int, default: int | Non
             f"tokenizer.ggml.{key} is {quoted(value)}; it must be the id of one of the {count} tokens"
         )
     return value
+
+
+def _in_text_ids(metadata: Mapping[str, object], kinds: list[int]) -> frozenset[int]:
+    value = metadata.get(IN_TEXT_IDS)
+    if value is None:
+        return frozenset()
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu":
+        ids = frozenset(int(index) for index in value)
+        if all(0 <= index < len(kinds) and kinds[index] == TokenType.USER_DEFINED for index in ids):
+            return ids
+    raise FileFormatError(f"{IN_TEXT_IDS} is {quoted(value)}; it must be an array of ids of user-defined tokens")
 
 
 def _flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from fiddler.errors import FileFormatError
 from fiddler.text.tokenizer import Tokenizer
-from fiddler.text.vocabulary import PREPEND_SCHEME
+from fiddler.text.vocabulary import IN_TEXT_IDS, PREPEND_SCHEME
 from oracles.vocabularies import BYTE, CONTROL, LETTERS, NORMAL, SPACE, UNUSED, USER, A, metadata, small
 
 
@@ -109,8 +109,19 @@ def test_broken_metadata_is_refused_in_one_line_that_names_it(change, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("key, value", [("tokenizer.chat_template", 5), (PREPEND_SCHEME, "never"), (PREPEND_SCHEME, 1)])
-def test_a_broken_chat_template_or_prepend_scheme_is_refused_by_its_key(key, value):
+BROKEN_KEYS = [
+    ("tokenizer.chat_template", 5),
+    (PREPEND_SCHEME, "never"),
+    (PREPEND_SCHEME, 1),
+    (IN_TEXT_IDS, 5),
+    (IN_TEXT_IDS, np.array([259], np.int32)),  # an ordinary token
+    (IN_TEXT_IDS, np.array([-1], np.int32)),
+    (IN_TEXT_IDS, np.array([1e9], np.float32)),
+]
+
+
+@pytest.mark.parametrize("key, value", BROKEN_KEYS)
+def test_a_broken_key_of_the_chat_template_or_of_spaces_is_refused_by_its_name(key, value):
     with pytest.raises(FileFormatError, match=key):
         Tokenizer.from_metadata(small(*LETTERS) | {key: value})
 

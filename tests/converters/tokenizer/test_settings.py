@@ -132,10 +132,10 @@ def test_the_padding_token_is_optional_and_keeps_its_type(tmp_path):
         ({}, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}, True, False),
         ({}, TEMPLATE | {"single": TEMPLATE["single"][::-1]}, False, True),
         ({}, TEMPLATE | {"single": TEMPLATE["single"][1:]}, False, False),
-        ({"add_bos_token": True}, TEMPLATE | {"single": TEMPLATE["single"][1:]}, True, False),
+        ({"add_bos_token": True}, TEMPLATE | {"single": TEMPLATE["single"][1:]}, False, False),
     ],
 )
-def test_bos_and_eos_are_added_as_the_configuration_or_else_the_post_processor_says(
+def test_bos_and_eos_are_added_as_the_post_processor_or_else_the_configuration_says(
     tmp_path, config, template, bos, eos
 ):
     fast = {"tokenizer_json": {"post_processor": template}} if template else {}
@@ -143,9 +143,8 @@ def test_bos_and_eos_are_added_as_the_configuration_or_else_the_post_processor_s
     assert (vocab.add_bos, vocab.add_eos) == (bos, eos)
 
 
-def test_the_space_before_a_text_is_added_unless_a_file_switches_it_off(tmp_path):
+def test_the_space_before_a_text_is_added_unless_the_model_switches_it_off(tmp_path):
     assert read(tmp_path, tokenizer_config_json={"add_prefix_space": None}).add_space_prefix
-    assert not read(tmp_path, tokenizer_config_json={"add_prefix_space": False}).add_space_prefix
     assert not read(tmp_path, tokenizer_model=sentencepiece_model(add_dummy_prefix=False)).add_space_prefix
 
 
