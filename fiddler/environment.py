@@ -18,6 +18,7 @@ __all__ = ["check_environment"]
 _LAYERS = ("default", "safe", "threadsafe", "forksafe", "omp", "tbb", "workqueue")
 _POOLS = {"omp", "tbb", "workqueue"}
 _WHOLE = re.compile(r"\s*[+-]?\d+(_\d+)*\s*", re.ASCII)  # what Python's int() reads
+_ZERO = re.compile(r"\s*[+-]?0+\s*", re.ASCII)
 _FEATURES = re.compile(r"([+-][\w.-]+(,[+-][\w.-]+)*)?", re.ASCII)
 _STACK = re.compile(r"\s*\d+\s*[bkmg]?\s*", re.ASCII | re.IGNORECASE)
 
@@ -34,7 +35,7 @@ def _counts(value: str) -> bool:
 
 _POSITIVE: _Rule = (_whole(1), "a number from 1")
 _RULES: Mapping[str, _Rule] = {
-    "NUMBA_DISABLE_JIT": (lambda value: bool(_WHOLE.fullmatch(value)) and int(value) == 0, "0: kernels are compiled"),
+    "NUMBA_DISABLE_JIT": (lambda value: bool(_ZERO.fullmatch(value)), "0: kernels are compiled"),
     "NUMBA_NUM_THREADS": _POSITIVE,
     "NUMBA_THREADING_LAYER": (lambda value: value.lower() in _LAYERS, f"one of {', '.join(_LAYERS)}"),
     "NUMBA_THREADING_LAYER_PRIORITY": (

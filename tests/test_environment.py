@@ -1,0 +1,88 @@
+"""Environment variables that make no sense: refused in one line, before a compiler or its threads start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fiddler.environment import check_environment
+from fiddler.errors import RequestError
+from oracles.command import fails_in_one_line, run
+
+NONSENSE = [
+    ("NUMBA_DISABLE_JIT", "1"),
+    ("NUMBA_DISABLE_JIT", "yes"),
+    ("NUMBA_DISABLE_JIT", "1" * 5000),
+    ("NUMBA_NUM_THREADS", "x"),
+    ("NUMBA_NUM_THREADS", "0"),
+    ("NUMBA_NUM_THREADS", "-3"),
+    ("NUMBA_NUM_THREADS", ""),
+    ("NUMBA_NUM_THREADS", "9" * 5000),
+    ("NUMBA_THREADING_LAYER", "x"),
+    ("NUMBA_THREADING_LAYER", "\x1b[2J\n"),
+    ("NUMBA_THREADING_LAYER_PRIORITY", "omp"),
+    ("NUMBA_OPT", "4"),
+    ("NUMBA_CPU_FEATURES", "avx2"),
+    ("NUMBA_BOUNDSCHECK", "true"),
+    ("NUMBA_DEBUG_CACHE", "x"),
+    ("OMP_NUM_THREADS", "0"),
+    ("OMP_NUM_THREADS", "2,x"),
+    ("OMP_THREAD_LIMIT", "x"),
+    ("OMP_STACKSIZE", "large"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_a_variable_that_makes_no_sense_is_named(name, value):
+    with pytest.raises(
+        RequestError, match=rf"^{name} is '[ -~]*('|\.\.\.) in the environment; unset it, or give [ -~]+$"
+    ):
+        check_environment({name: value})
+
+
+def test_variables_that_make_sense_pass():
+    check_environment(
+        {
+            "NUMBA_DISABLE_JIT": "0",
+            "NUMBA_NUM_THREADS": " 4",
+            "NUMBA_THREADING_LAYER": "OMP",
+            "NUMBA_THREADING_LAYER_PRIORITY": "omp workqueue tbb",
+            "NUMBA_OPT": "max",
+            "NUMBA_CPU_FEATURES": "+avx2,-avx512f",
+            "NUMBA_CACHE_DIR": "anything",
+            "NUMBA_UNKNOWN": "x",
+            "OMP_NUM_THREADS": "4,2",
+            "OMP_STACKSIZE": "4M",
+        }
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [NONSENSE[0], NONSENSE[3], NONSENSE[8], ("FIDDLER_KERNEL", "x")])
+def test_run_refuses_in_one_line_and_leaves_the_cached_kernels_alone(name, value, tmp_path):
+    kernel = tmp_path / "a.nbc"
+    kernel.write_bytes(b"kept")
+    done = run("run", "-p", "x", "-n", "1", env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), name: value})
+    fails_in_one_line(done, value)
+    assert kernel.read_bytes() == b"kept"
+
+
+def test_a_threading_layer_that_is_not_installed_is_refused_in_one_line():
+    code = (
+        "from fiddler import kernels; from fiddler.errors import RequestError\n"
+        "try:\n"
+        "    from numba.np.ufunc import tbbpool\n"
+        "except ImportError:\n"
+        "    try:\n"
+        "        kernels.precompile(kernels.KernelVariant(kernels.choose_tier('portable'), 'bf16', 'f32'))\n"
+        "    except RequestError as error:\n"
+        "        print(error)\n"
+    )
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "tbb"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("TBB is installed")
+    assert done.stdout.startswith("NUMBA_THREADING_LAYER is 'tbb': No threading layer could be loaded.")
+    assert done.stdout.count("\n") == 1
