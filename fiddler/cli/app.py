@@ -21,9 +21,10 @@ from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
 from fiddler.cli.interrupts import exit_on_interrupt, leave_at_once
-from fiddler.cli.options import DType, check_local, say
+from fiddler.cli.options import DType, check_local, say, shown
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
+from fiddler.cli.standard_streams import open_closed
 from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
 
@@ -48,6 +49,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main() -> NoReturn:
     """Run the command line and exit."""
     exit_on_interrupt()
+    open_closed()
     try:
         _check_stdout()
         try:
@@ -109,7 +111,9 @@ def convert(
 
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    with tqdm(unit="B", unit_scale=True, desc=target.name, leave=False, disable=None) as bar:  # on terminals only
+    with tqdm(
+        unit="B", unit_scale=True, desc=shown(target.name), leave=False, disable=None
+    ) as bar:  # on terminals only
 
         def progress(done: int, total: int) -> None:
             bar.total = total

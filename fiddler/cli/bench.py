@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fiddler.cli.checked_numbers import MOST_TOKENS, check_threads, numbers
 from fiddler.cli.option_groups import OptionGroup, with_options
-from fiddler.cli.options import LOADING, Output, loading_bar, numbers, open_output, opened, say
+from fiddler.cli.options import LOADING, Output, loading_bar, open_output, opened, say
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ModelTests:
 
     def thread_counts(self) -> list[int | None]:
         """Numbers of threads to measure with. Raises BadParameter (usage error) for a text that is no numbers."""
-        return list(numbers("-t", self.threads)) or [None]
+        return [check_threads(threads) for threads in numbers("-t", self.threads)] or [None]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ _MODEL_TESTS = OptionGroup(
         "prompt": typer.Option("-p", "--n-prompt", help="Prompt lengths, as 512 or 128,512; 0: none."),
         "count": typer.Option("-n", "--n-gen", help="Generated lengths, as 128; 0: none."),
         "both": typer.Option("-pg", help="Prompt and generation in one test, as 512,128."),
-        "depth": typer.Option("-d", "--n-depth", min=0, help="Tokens before each test, not timed."),
-        "repetitions": typer.Option("-r", "--repetitions", min=1, help="Runs per test [3]."),
+        "depth": typer.Option("-d", "--n-depth", min=0, max=MOST_TOKENS, help="Tokens before each test, not timed."),
+        "repetitions": typer.Option("-r", "--repetitions", min=1, max=10_000, help="Runs per test [3]."),
         "threads": typer.Option("-t", "--threads", help="CPU threads, as 8 or 4,8."),
         "output": typer.Option("-o", "--output", help="Output format."),
         "no_warmup": typer.Option("--no-warmup", help="Skip the warm-up run before the timed ones."),

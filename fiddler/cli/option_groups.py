@@ -15,7 +15,10 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
+import typer
 from typer.models import OptionInfo
+
+from fiddler.errors import RequestError
 
 __all__ = ["OptionGroup", "with_options"]
 
@@ -63,7 +66,7 @@ class OptionGroup:
 def with_options(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command: its keyword-only parameters of the groups' dataclasses become the groups' options.
 
-    Raises FiddlerError, when the command is called, where a dataclass refuses its values.
+    Raises BadParameter (usage error), when the command is called, where a dataclass refuses its values.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,7 +85,10 @@ def with_options(*groups: OptionGroup) -> Callable[[Callable[..., None]], Callab
         @wraps(command)
         def called(**values: Any) -> None:
             for name, group in receivers.items():
-                values[name] = group.kind(**{option: values.pop(option) for option in group.options})
+                try:
+                    values[name] = group.kind(**{option: values.pop(option) for option in group.options})
+                except RequestError as error:
+                    raise typer.BadParameter(str(error)) from None
             command(**values)
 
         called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Shared by the commands: options, loading a model by them, lists of numbers, messages. Knows no single command."""
+"""Shared by the commands: options, loading a model by them, messages. Knows no single command."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Never
 
 import typer
 
+from fiddler.cli.checked_numbers import check_threads, size
 from fiddler.cli.habits import hub_name
 from fiddler.cli.option_groups import OptionGroup
 from fiddler.errors import RequestError
-from fiddler.load_options import LoadOptions, parse_size
+from fiddler.load_options import LoadOptions
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ __all__ = [
     "check_local",
     "loaded",
     "loading_bar",
-    "numbers",
     "open_output",
     "opened",
     "say",
+    "shown",
 ]
 
 
@@ -48,7 +49,7 @@ LOADING = OptionGroup(
     LoadOptions,
     {
         "device": typer.Option(envvar="FIDDLER_DEVICE", help="Where to compute."),
-        "gpu_memory": typer.Option(parser=parse_size, metavar="SIZE", help="Total GPU memory to use, e.g. 24GiB."),
+        "gpu_memory": typer.Option(parser=size, metavar="SIZE", help="Total GPU memory to use, e.g. 24GiB."),
         "gpu_experts": typer.Option(
             rich_help_panel="More placement", min=0, help="Maximum number of experts on the GPU."
         ),
@@ -61,7 +62,9 @@ LOADING = OptionGroup(
             readable=False,
             help="File of expert frequencies: the most frequent experts go to the GPU.",
         ),
-        "threads": typer.Option("-t", "--threads", min=1, help="CPU threads; all cores if not given."),
+        "threads": typer.Option(
+            "-t", "--threads", min=1, callback=check_threads, help="CPU threads; all cores if not given."
+        ),
         "context": typer.Option(
             "-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less."
         ),
@@ -113,17 +116,6 @@ def opened(model: Path | ModelFile | None) -> ModelFile:
     return file
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of an option like 1,2,8-12. Raises BadParameter (usage error) for anything else."""
-    values: list[int] = []
-    for part in text.split(",") if text else []:
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise typer.BadParameter(f"{option} {text}: give numbers, as 128 or 128,512")
-        values += range(int(first), int(last) + 1) if dash else [int(first)]
-    return values
-
-
 def open_output(path: Path | None) -> AbstractContextManager[OutputFile | None]:
     """The file that a command writes at its end, opened before its work; None if `path` is. See `whole_file`."""
     if path is None:
@@ -134,8 +126,18 @@ def open_output(path: Path | None) -> AbstractContextManager[OutputFile | None]:
 
 
 def say(text: str) -> None:
-    """Print progress, statistics, warnings or errors to stderr: stdout is for results."""
-    print(text, file=sys.stderr)
+    """Print progress, statistics, warnings or errors to stderr, printable: stdout is for results."""
+    print(shown(text), file=sys.stderr)
+
+
+def shown(text: str) -> str:
+    r"""`text` with everything but printable characters, line breaks and tabs written out, as `\x1b`.
+
+    Names of files and texts of models may hold any character, and a terminal would obey some.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

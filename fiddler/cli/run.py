@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from fiddler.cli.sampling_options import (
     constraint_of,
 )
 from fiddler.cli.text_input import check_prompt, read_prompt, read_utf8
+from fiddler.errors import RequestError
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -90,13 +92,16 @@ def run(
     constraint = constraint_of(json_schema, grammar)
     from fiddler.generation.request import Request
 
+    limit = None if count < 0 else count
+    try:
+        request = Request("", values, limit, tuple(stop or ()), ignore_eos, constraint, special)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from None
     model_file = opened(model)
     text = "" if chatting else prompt
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
-    limit = None if count < 0 else count
-    asked = templated(model_file, text, system, template) if answering else text
-    request = Request(asked, values, limit, tuple(stop or ()), ignore_eos, constraint, special)
+    request = replace(request, prompt=templated(model_file, text, system, template) if answering else text)
     with open_output(probs_file) as probs:
         engine = loaded(model_file, loading)
         if chatting:

@@ -22,6 +22,8 @@ from fiddler.sampling.logprobs import largest
 
 __all__ = ["BeamOptions", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
 
+_MOST_BEAMS = 1 << 20  # as the largest vocabulary has tokens
+
 EarlyStopping = bool | Literal["never"]
 
 
@@ -39,8 +41,8 @@ class BeamOptions:
     early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_beams, Integral) or self.num_beams < 1:
-            raise RequestError(f"{self.num_beams} beams; give a whole number of at least 1")
+        if not isinstance(self.num_beams, Integral) or not 1 <= self.num_beams <= _MOST_BEAMS:
+            raise RequestError(f"{self.num_beams} beams; give a whole number of at least 1 and at most {_MOST_BEAMS}")
         # beyond 50 nothing but the length counts
         if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50:
             raise RequestError(f"length_penalty is {self.length_penalty}; give -50 to 50")

@@ -81,7 +81,9 @@ class Sampling:
             is_number = isinstance(value, kind)
             if not is_number:
                 raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
-            if not low <= value <= high or abs(value) == math.inf:
+            if not math.isfinite(value):
+                raise RequestError(f"{name} is {value}; it must be finite")
+            if not low <= value <= high:
                 raise RequestError(f"{name} is {value}; it must lie between {low} and {high}")
         breakers, bias = self.dry_sequence_breakers, self.logit_bias
         if not isinstance(breakers, list | tuple) or not all(isinstance(text, str) and text for text in breakers):
