@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from fiddler.converters.hf_config import read_hf_config
 from fiddler.converters.json_object import read_object
 from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
+from fiddler.converters.pytorch_file import PytorchFile
 from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
+from fiddler.converters.source_folder import check_folder, is_quantised, missing_weights
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.models.architecture import Role
@@ -35,11 +36,20 @@ Dtype: TypeAlias = Literal["bf16", "f16"]
 _COMPARED_ROWS = 256
 
 
+class WeightFile(Protocol):
+    """A file of tensors, mapped: `tensors` by name, and rows [count, last dimension] of one of them."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+
+    def rows(self, stored: StoredTensor, first: int, count: int) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Matrix:
     """`count` rows from row `first` of a stored tensor viewed as a matrix [rows, width]: one expert, or all rows."""
 
-    file: SafetensorsFile
+    file: WeightFile
     stored: StoredTensor
     first: int
     count: int
@@ -78,20 +88,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Open `folder`: config.json and model.safetensors, or the shards of model.safetensors.index.json.
+        """Open `folder`: config.json and its weights, by transformers' precedence: safetensors, else PyTorch's .bin.
 
         Reads headers only; in a tied checkpoint that stores its output matrix, also that matrix and the embedding,
         to compare them. Raises CheckpointError, one line, for a folder that is incomplete, inconsistent, quantised
         or not a Mixtral.
         """
-        try:
-            problem = None if stat.S_ISDIR(folder.stat().st_mode) else "is a file"
-        except FileNotFoundError:
-            problem = "does not exist"
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-        if problem is not None:
-            raise CheckpointError(f"{folder} {problem}; give the folder of a Hugging Face checkpoint")
+        check_folder(folder)
         hf_config = read_hf_config(folder)
         lookup = _TensorLookup(folder, _open_files(folder))
         matrices = lookup.matrices(hf_config.config)
@@ -117,6 +120,12 @@ class Checkpoint:
                 bytes_of[matrix.stored.dtype] += matrix.count * matrix.width * DTYPES[matrix.stored.dtype].itemsize
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
 
+    @property
+    def float32(self) -> bool:
+        """Whether any matrix is stored as float32: a 16-bit type rounds it."""
+        every = (matrix for matrices in self._matrices.values() for matrix in matrices)
+        return any(matrix.stored.dtype == "F32" and len(matrix.stored.shape) > 1 for matrix in every)
+
     def matrices(self, name: str) -> Iterator[Matrix]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
         return iter(self._matrices[name])
@@ -125,15 +134,20 @@ class Checkpoint:
 class _TensorLookup:
     """Finds stored tensors by name and shape, and records which are used."""
 
-    def __init__(self, folder: Path, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[WeightFile]) -> None:
         self._folder = folder
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, WeightFile] = {}
         self._used: set[str] = set()
         for file in files:
             for name in file.tensors:
                 if name in self._files:
                     raise CheckpointError(
                         f"tensor {quoted(name)} is in both {self._files[name].path} and {file.path.name}"
+                    )
+                if is_quantised(name):
+                    raise CheckpointError(
+                        f"{file.path}: tensor {quoted(name)} belongs to quantised weights; "
+                        "convert the original bf16, f16 or f32 checkpoint"
                     )
                 self._files[name] = file
 
@@ -189,12 +203,12 @@ class _TensorLookup:
         file, stored = self._find(name, shape)
         return Matrix(file, stored, 0, 1 if len(shape) == 1 else shape[0])
 
-    def _require(self, name: str) -> SafetensorsFile:
+    def _require(self, name: str) -> WeightFile:
         if name not in self._files:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing; download the whole checkpoint")
         return self._files[name]
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[SafetensorsFile, StoredTensor]:
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[WeightFile, StoredTensor]:
         file = self._require(name)
         stored = file.tensors[name]
         if stored.dtype not in DTYPES:
@@ -223,23 +237,23 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _open_files(folder: Path) -> list[SafetensorsFile]:
-    """The folder's weight files, by transformers' precedence: model.safetensors, else the shards of the index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if present(single):
-        return [SafetensorsFile(single)]
-    if not present(index):
-        if any(folder.glob("*.bin")):
-            raise CheckpointError(
-                f"{folder} holds its weights as PyTorch .bin files; "
-                "load them in transformers and save_pretrained() them as safetensors"
-            )
-        raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; download the whole checkpoint")
+def _open_files(folder: Path) -> list[WeightFile]:
+    """The folder's weight files, by transformers' precedence."""
+    for single, kind in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", PytorchFile)):
+        index = folder / f"{single}.index.json"
+        if present(folder / single):
+            return [kind(folder / single)]
+        if present(index):
+            return _shards(index, kind)
+    raise missing_weights(folder)
+
+
+def _shards(index: Path, kind: type[SafetensorsFile] | type[PytorchFile]) -> list[WeightFile]:
     weight_map = read_object(index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is {quoted(weight_map, 40)}; download the file again")
-    shards = sorted({_shard_name(shard, index) for shard in weight_map.values()})
-    files = [SafetensorsFile(folder / shard) for shard in shards]
+    names = sorted({_shard_name(shard, index, kind) for shard in weight_map.values()})
+    files: list[WeightFile] = [kind(index.parent / name) for name in names]
     tensors = {file.path.name: file.tensors for file in files}
     for name, shard in weight_map.items():
         if name not in tensors[shard]:
@@ -247,10 +261,11 @@ def _open_files(folder: Path) -> list[SafetensorsFile]:
     return files
 
 
-def _shard_name(name: object, index: Path) -> str:
+def _shard_name(name: object, index: Path, kind: type[SafetensorsFile] | type[PytorchFile]) -> str:
     """A shard's file name, never a path: an untrusted index must not reach out of its folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-        raise CheckpointError(f"{index}: {quoted(name)} is not the name of a safetensors file in this folder")
+    suffix = "safetensors" if kind is SafetensorsFile else "bin"
+    if not isinstance(name, str) or not re.fullmatch(rf"[\w.-]+\.{suffix}", name):
+        raise CheckpointError(f"{index}: {quoted(name)} is not the name of a {suffix} file in this folder")
     return name
 
 

@@ -21,6 +21,7 @@ from gguf.gguf_writer import WriterState
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.safetensors_file import Array
+from fiddler.converters.source_folder import find_folder
 from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from fiddler.errors import CheckpointError, FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
@@ -89,7 +90,7 @@ def convert(
     that exists (without `force`) or cannot be written, ResourceError if the disk is too small.
     """
     started = time.perf_counter()
-    source, target = Path(source), Path(target)
+    source, target = find_folder(Path(source)), Path(target)
     if dtype is not None and dtype not in get_args(Dtype):
         raise RequestError(f"dtype is {dtype!r}; choose 'bf16' or 'f16'")
     out = check_target(target, force=force)
@@ -127,7 +128,7 @@ def convert(
         overflowed=loss.overflowed,
         flushed=loss.flushed,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings + vocabulary.warnings + _warnings(loss, dtype),
+        warnings=checkpoint.warnings + vocabulary.warnings + _warnings(loss, dtype, rounds=checkpoint.float32),
     )
 
 
@@ -216,8 +217,10 @@ def interleave(rows: Array, head_dim: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _warnings(loss: RangeLoss, dtype: Dtype) -> tuple[str, ...]:
+def _warnings(loss: RangeLoss, dtype: Dtype, *, rounds: bool) -> tuple[str, ...]:
     lines = []
+    if rounds:
+        lines.append(f"the checkpoint holds float32 weights; they were rounded to {dtype}")
     if loss.overflowed:
         remedy = "; convert with dtype bf16" if dtype == "f16" else ""
         lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")

@@ -32,6 +32,7 @@ _INTEGERS = {
 _EPSILON = 1e-5
 _THETA = 1e6  # if no RoPE key has a base
 _LARGEST_REAL, _SMALLEST_REAL = 3.4e38, 1.4e-45
+_IDENTITY = ("linear", "yarn", "llama3")  # scalings that a factor of 1 makes none
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,12 @@ class _Keys:
         """Raise CheckpointError for another model, or a Mixtral whose arithmetic the GGUF could not express."""
         kind = self._values.get("model_type")
         if kind != "mixtral":
-            raise self.error(f"model_type is {quoted(kind, 40)}; only 'mixtral' converts")
+            named = "" if kind else f" (architectures: {quoted(self._values.get('architectures'), 60)})"
+            raise self.error(f"model_type is {quoted(kind, 40)}{named}; only 'mixtral' converts")
         quantisation = self._values.get("quantization_config")
+        for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+            if quantisation is None and self._path.with_name(name).is_file():
+                quantisation = name
         if quantisation is not None:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
             raise self.error(
@@ -117,9 +122,13 @@ class _Keys:
                 continue
             if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
                 raise self.error(f"{group} is {quoted(rope, 60)}; one unscaled RoPE for all layers converts")
-            for key, default in (("rope_type", "default"), ("type", "default"), ("factor", 1)):
+            kinds = ("default", *(_IDENTITY if rope.get("factor") == 1 else ()))
+            for key, allowed in (
+                *(("rope_type", kinds), ("type", kinds), ("factor", (1,)), ("attention_factor", (1,))),
+                *(("mscale", (1,)), ("mscale_all_dim", (1,))),
+            ):
                 value = rope.get(key)
-                if value is not None and value != default:
+                if value is not None and value not in allowed:
                     raise self.error(f"{group}.{key} is {quoted(value, 40)}; only unscaled RoPE converts")
             self._refuse_partial(f"{group}.partial_rotary_factor", rope)
             thetas.append(_Keys(self._path, rope).optional_real("rope_theta"))

@@ -189,10 +189,12 @@ def _reject_unsupported(metadata: Mapping[str, object], prefix: str) -> None:
     supported: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.scale": (0.0,)}
     scaling = metadata.get(f"{prefix}.rope.scaling.type")
     if not isinstance(scaling, str) or scaling != "none":  # no type and a factor: linear
-        supported |= {"rope.scaling.type": (), "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0)}
+        identity = ("linear", "yarn")  # none, where the factor is 1
+        supported |= {"rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0), "rope.scaling.type": identity}
+        supported |= {"rope.scaling.attn_factor": (0.0, 1.0)}
     for key, allowed in supported.items():
         value = metadata.get(f"{prefix}.{key}")
-        if value is not None and not (isinstance(value, (int, float)) and value in allowed):
+        if value is not None and not (isinstance(value, (int, float, str)) and value in allowed):
             raise FileFormatError(f"{prefix}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run")
 
 

@@ -69,8 +69,8 @@ ONLY_IN = {
     " offload runtime"
     " sampling text.vocabulary device.semaphore device.weight_copy",
     "sentencepiece": "text.spm",
-    "torch": "cpu device evaluation gpu models offload runtime engine loading telemetry.expert_counts"
-    " telemetry.gpu_timeline telemetry.recorder",
+    "torch": "converters.pytorch_file cpu device evaluation gpu models offload runtime engine loading"
+    " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
     "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels offload.grouped_kernels",
     "typer": "cli",

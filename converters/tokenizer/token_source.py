@@ -32,9 +32,7 @@ def read_pieces(folder: Path, settings: TokenizerSettings, tokenizer_json: Token
     model = folder / "tokenizer.model"
     if not present(model):
         if not present(folder / "tokenizer.json"):
-            raise CheckpointError(
-                f"{folder} holds neither tokenizer.model nor tokenizer.json; download one of them again"
-            )
+            raise _missing(folder)
         pieces = tokenizer_json.pieces()
         return pieces, list(_prefix_warnings(settings, pieces, "tokenizer.json"))
     from_model = _with_legacy(read_tokenizer_model(model), settings)
@@ -60,6 +58,22 @@ def read_pieces(folder: Path, settings: TokenizerSettings, tokenizer_json: Token
     warnings = [f"{line}; tokenizer.json is followed, as in transformers" for line in warnings]
     names = from_model.names | from_json.names
     return replace(from_json, names=names), warnings + list(_prefix_warnings(settings, from_json, "tokenizer.json"))
+
+
+def _missing(folder: Path) -> CheckpointError:
+    message = f"{folder} holds neither tokenizer.model nor tokenizer.json"
+    for name, cause in (
+        (
+            "tekken.json",
+            "is Mistral's newer byte-level tokenizer; only SentencePiece's kind, which Mixtral has, converts",
+        ),
+        ("vocab.json", "belongs to a byte-level tokenizer; only SentencePiece's kind, which Mixtral has, converts"),
+        ("tokenizer.model.*", "is not read under this name; rename it to tokenizer.model"),
+    ):
+        found = sorted(path.name for path in folder.glob(name))
+        if found:
+            return CheckpointError(f"{message}; {found[-1]} {cause}")
+    return CheckpointError(f"{message}; download one of them again")
 
 
 def _with_legacy(pieces: Pieces, settings: TokenizerSettings) -> Pieces:

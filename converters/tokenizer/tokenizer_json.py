@@ -6,6 +6,7 @@ and added tokens; not the forms of white space (`white_space`) nor the other fil
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class TokenizerJson:
         Raises CheckpointError that names the obstacle if llama.cpp's tokenizer would give other ids.
         """
         model = self._object(self._root.get("model"), "model")
+        if any('"ByteLevel"' in json.dumps(self._root.get(key)) for key in ("pre_tokenizer", "decoder")):
+            raise CheckpointError(
+                f"{self.source} is a byte-level BPE tokenizer, as GPT-2's and Llama 3's; "
+                "only SentencePiece's kind, which Mixtral has, converts"
+            )
         kind = model.get("type", "BPE")
         if kind != "BPE":
             raise self._refused(f"its model is {quoted(kind, 40)}, not BPE")

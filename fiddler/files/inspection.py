@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fiddler.errors import FileFormatError
+from fiddler.files.gguf_file import GgufFile
 from fiddler.files.gguf_header import printable
 from fiddler.files.model_file import ModelFile
 from fiddler.models.architecture import EXPERTS
@@ -19,32 +21,28 @@ _MAX_CHARS = 200  # of a metadata string
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A model's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
+    """A file's architecture, sizes, tensors and tokenizer as JSON-ready values; sizes in bytes.
 
-    Metadata is shortened: long strings are cut, arrays become their size and type. Infinities and NaN become strings.
-    Raises FileFormatError, one line, if the file is no GGUF of a known architecture.
+    `runnable` is true, or why the model does not run, in one line. Of a model that is not a known one, `architecture`,
+    `bytes` and `tokenizer` hold what any GGUF has. Metadata is shortened: long strings are cut, arrays become their
+    size and type. Infinities and NaN become strings. Raises FileFormatError, one line, if the file is no GGUF.
     """
-    model = ModelFile.open(path)
-    file, config = model.file, model.config
-    roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
-    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
-    weight_bytes = sum(t.nbytes for t in file.tensors.values())
-    per_expert = expert_bytes // (config.block_count * config.expert_count)
+    file = GgufFile.open(path)
+    model, runnable = _checked(file)
     return {
         "path": str(path),
         "name": _plain(file.metadata.get("general.name")),
         "gguf_version": file.version,
-        "architecture": _architecture(model),
-        "bytes": {
-            "file": file.nbytes,
-            "weights": weight_bytes,
-            "experts": expert_bytes,
-            "dense": weight_bytes - expert_bytes,
-            "one_expert": per_expert,
-            "experts_read_per_token": per_expert * config.expert_used_count * config.block_count,
-        },
+        "runnable": runnable,
+        "architecture": {
+            "name": _plain(file.metadata.get("general.architecture")),
+            "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
+        }
+        | (_architecture(model) if model else {}),
+        "bytes": {"file": file.nbytes, "weights": sum(t.nbytes for t in file.tensors.values())}
+        | (_expert_bytes(model) if model else {}),
         "types": dict(Counter(t.type for t in file.tensors.values())),
-        "tokenizer": _tokenizer(model),
+        "tokenizer": _tokenizer(file),
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensors": [
             {
@@ -60,11 +58,34 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _architecture(model: ModelFile) -> dict[str, Any]:
+def _checked(file: GgufFile) -> tuple[ModelFile | None, bool | str]:
+    """The model if its parts agree, and whether it runs: true, or why not."""
+    model = None
+    try:
+        model = ModelFile.of(file)
+        model.check_runnable()
+        assert model.tokenizer.vocab_size == model.config.vocab_size
+    except FileFormatError as error:
+        return model, str(error).removeprefix(f"{file.shown_path}: ")
+    return model, True
+
+
+def _expert_bytes(model: ModelFile) -> dict[str, int]:
     config, file = model.config, model.file
+    roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
+    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
+    per_expert = expert_bytes // (config.block_count * config.expert_count)
     return {
-        "name": file.metadata["general.architecture"],
-        "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
+        "experts": expert_bytes,
+        "dense": sum(t.nbytes for t in file.tensors.values()) - expert_bytes,
+        "one_expert": per_expert,
+        "experts_read_per_token": per_expert * config.expert_used_count * config.block_count,
+    }
+
+
+def _architecture(model: ModelFile) -> dict[str, Any]:
+    config = model.config
+    return {
         "layers": config.block_count,
         "width": config.embedding_length,
         "expert_width": config.feed_forward_length,
@@ -81,14 +102,15 @@ def _architecture(model: ModelFile) -> dict[str, Any]:
     }
 
 
-def _tokenizer(model: ModelFile) -> dict[str, Any]:
-    metadata = model.file.metadata
+def _tokenizer(file: GgufFile) -> dict[str, Any]:
+    metadata = file.metadata
+    tokens = metadata.get("tokenizer.ggml.tokens")
     return {
-        "model": metadata.get("tokenizer.ggml.model"),
-        "vocabulary": model.config.vocab_size,
-        "bos": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos": metadata.get("tokenizer.ggml.eos_token_id"),
-        "add_bos": metadata.get("tokenizer.ggml.add_bos_token"),
+        "model": _plain(metadata.get("tokenizer.ggml.model")),
+        "vocabulary": len(tokens) if isinstance(tokens, list) else None,
+        "bos": _plain(metadata.get("tokenizer.ggml.bos_token_id")),
+        "eos": _plain(metadata.get("tokenizer.ggml.eos_token_id")),
+        "add_bos": _plain(metadata.get("tokenizer.ggml.add_bos_token")),
         "chat_template": "tokenizer.chat_template" in metadata,
     }
 
@@ -100,6 +122,25 @@ def to_text(description: dict[str, Any]) -> str:
     lines = [
         f"{printable(description['name'] or description['path'], _MAX_CHARS)}: {a['parameters'] / 1e9:.3g} B "
         f"parameters, {sizes['file'] / 1e9:.2f} GB",
+        *([] if description["runnable"] is True else [f"  does not run: {description['runnable']}"]),
+        *(_shape_lines(a, sizes) if "layers" in a else [f"  architecture {printable(a['name'])}"]),
+        f"  tokenizer {printable(tokenizer['model'])}, {tokenizer['vocabulary'] or 'no'} tokens, "
+        f"BOS {printable(tokenizer['bos'])}, EOS {printable(tokenizer['eos'])}, "
+        f"chat template: {'yes' if tokenizer['chat_template'] else 'no'}",
+        *([f"  CPU kernels: {kernels['runs']}; this CPU has {', '.join(kernels['available'])}"] if kernels else []),
+        "  types: " + ", ".join(f"{count} {kind}" for kind, count in description["types"].items()),
+        "",
+    ]
+    width = max((len(t["name"]) for t in description["tensors"]), default=0)
+    lines += [
+        f"  {t['name']:<{width}}  {t['type']:<5} {'x'.join(map(str, t['shape'])):<18} {t['bytes'] / 1e6:>10.2f} MB"
+        for t in description["tensors"]
+    ]
+    return "\n".join(lines)
+
+
+def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
+    return [
         f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
         f"{a['experts_per_token']} a token",
         f"  {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} KV heads; context {a['context']}"
@@ -108,18 +149,7 @@ def to_text(description: dict[str, Any]) -> str:
         f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
         f"all other weights {sizes['dense'] / 1e9:.2f} GB",
         f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
-        f"  tokenizer {tokenizer['model']}, {tokenizer['vocabulary']} tokens, BOS {tokenizer['bos']}, "
-        f"EOS {tokenizer['eos']}, chat template: {'yes' if tokenizer['chat_template'] else 'no'}",
-        *([f"  CPU kernels: {kernels['runs']}; this CPU has {', '.join(kernels['available'])}"] if kernels else []),
-        "  types: " + ", ".join(f"{count} {kind}" for kind, count in description["types"].items()),
-        "",
     ]
-    width = max(len(t["name"]) for t in description["tensors"])
-    lines += [
-        f"  {t['name']:<{width}}  {t['type']:<5} {'x'.join(map(str, t['shape'])):<18} {t['bytes'] / 1e6:>10.2f} MB"
-        for t in description["tensors"]
-    ]
-    return "\n".join(lines)
 
 
 def _plain(value: object) -> object:

@@ -44,7 +44,11 @@ class ModelFile:
         Raises FileFormatError, one line that names the file, for a malformed file, another architecture, a tensor
         that is missing, unknown or of another shape, and a vocabulary that is malformed or of another size.
         """
-        file = GgufFile.open(path)
+        return cls.of(GgufFile.open(path))
+
+    @classmethod
+    def of(cls, file: GgufFile) -> ModelFile:
+        """Check an opened file; see `open`."""
         try:
             config, tied = _checked(file.metadata, file.tensors)
         except FileFormatError as error:
@@ -59,17 +63,17 @@ class ModelFile:
             kind = self.file.tensors[name].type
             if kind.lower() in FORMATS or (kind == "F32" and tensor.role not in EXPERTS):
                 continue
-            raise FileFormatError(
-                f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; "
-                "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
-            )
+            remedy = "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
+            if kind == "F32":
+                remedy = f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` rounds it to 16 bits"
+            raise FileFormatError(f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; {remedy}")
         for layer in range(self.config.block_count):
             names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
             kinds = {self.file.tensors[name].type for name in names}
             if len(kinds) > 1:
                 raise FileFormatError(
                     f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
-                    "convert the model again with one --dtype"
+                    f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` gives them one type"
                 )
 
     @cached_property
@@ -140,7 +144,8 @@ def _check_shapes(tensors: Mapping[str, TensorInfo], config: Config, tied: bool)
     old = next((name for name in tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
     if old is not None:
         raise FileFormatError(
-            f"tensor {old} is one expert by itself, a layout from before 2024; convert the original checkpoint again"
+            f"tensor {old} is one expert by itself, a layout from before 2024, which does not run; "
+            "convert the original checkpoint with `fiddler convert`"
         )
     for name, tensor in expected.items():
         info, shape = tensors.get(name), config.shape(tensor)

@@ -156,7 +156,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "biases said": (config(attention_bias=True), "attention_bias is True"),
     # The files of the folder
     "no weights": (without(WEIGHTS), f"has neither {WEIGHTS} nor {INDEX}"),
-    "only .bin": (only_bin, "PyTorch .bin files; load them in transformers"),
+    "a shard without its index": (only_bin, "pytorch_model.bin.index.json is missing"),
     "no tokenizer": (without("tokenizer.model"), "tokenizer"),
     "a shard is missing": (
         shards(lambda folder, _: (folder / "model-00002-of-00002.safetensors").unlink()),
@@ -253,7 +253,8 @@ BAD: dict[str, tuple[Damage, str]] = {
 
 # A process each: some faults of every stage, not all.
 BY_COMMAND = [
-    "no config", "config nested", "quantised", "width a word", "millions of layers", "only .bin", "no tokenizer",
+    "no config", "config nested", "quantised", "width a word", "millions of layers", "no tokenizer",
+    "a shard without its index",
     "a shard is missing", "the index reaches out", "an LFS pointer", "truncated", "shape overflows", "integers",
     "an expert is missing", "a name of two lines",
 ]  # fmt: skip

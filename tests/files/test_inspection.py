@@ -13,7 +13,7 @@ from gguf import GGUFReader
 
 from fiddler.files.inspection import describe, to_text
 from oracles.bad_files import written
-from oracles.bad_gguf import array, f32, ints, mixtral, text, texts
+from oracles.bad_gguf import array, f32, ints, mixtral, text, texts, u32
 from oracles.synthetic import write_random_mixtral
 
 
@@ -114,3 +114,32 @@ def test_nan_infinite_long_and_array_values_are_described_in_valid_json(tmp_path
     ]
     assert len(metadata["general.long"]) < 210
     assert to_text(description).startswith("[0 x int32]: ")
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "none"])
+def test_a_rope_scaling_of_factor_1_runs(tmp_path, kind):
+    draft = mixtral()
+    draft.set("llama.rope.scaling.type", text(kind))
+    draft.set("llama.rope.scaling.factor", f32(1.0))
+    assert describe(written(tmp_path, draft.to_bytes()))["runnable"] is True
+
+
+@pytest.mark.parametrize(
+    "key, value, reason",
+    [
+        ("general.architecture", text("qwen3moe"), "general.architecture is 'qwen3moe'"),
+        ("llama.expert_count", u32(0), "a dense model"),
+        ("tokenizer.ggml.model", text("gpt2"), "tokenizer.ggml.model is 'gpt2'"),
+        ("llama.rope.scaling.factor", f32(2.0), "rope.scaling.factor is 2.0"),
+    ],
+)
+def test_a_file_that_does_not_run_is_described_with_the_reason(tmp_path, key, value, reason):
+    draft = mixtral()
+    draft.set(key, value)
+    path = written(tmp_path, draft.to_bytes())
+    output = json.loads(inspect(path, "--json"))
+    assert reason in output["runnable"]
+    assert "\n" not in output["runnable"]
+    assert str(tmp_path) not in output["runnable"]
+    assert {tensor["name"]: tensor["type"] for tensor in output["tensors"]}["blk.0.ffn_gate_exps.weight"] == "BF16"
+    assert f"does not run: {output['runnable']}" in to_text(describe(path))

@@ -94,7 +94,7 @@ MODELS = [
     key("rope_base_infinite", "freq_base is inf", "llama.rope.freq_base", f32(float("inf"))),
     key("rope_base_0", "freq_base is 0.0", "llama.rope.freq_base", f32(0.0)),
     key("rope_base_text", "freq_base is '1e6'", "llama.rope.freq_base", text("1e6")),
-    key("rope_scaled", "scaling.type is 'yarn'", "llama.rope.scaling.type", text("yarn")),
+    key("rope_scaled", "scaling.type is 'longrope'", "llama.rope.scaling.type", text("longrope")),
     key("rope_scaling_array", "scaling.type is an array", "llama.rope.scaling.type", ints([1, 2])),
     key("rope_factor_alone", "scaling.factor is 4.0", "llama.rope.scaling.factor", f32(4.0)),
     key("rope_scaled_the_old_way", "scale_linear is 2.0", "llama.rope.scale_linear", f32(2.0)),
