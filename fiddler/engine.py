@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fiddler.errors import RequestError, ResourceError, quoted
+from fiddler.errors import RequestError, quoted
 from fiddler.files.model_file import ModelFile
 from fiddler.generation.batch_size import batch_size
 from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
@@ -38,8 +38,6 @@ from fiddler.sampling.sampler import Sampler, Sampling
 from fiddler.text.tokenizer import Tokenizer
 
 __all__ = ["Engine"]
-
-_BYTES_A_LOGIT = 24  # of a beam: its logits in float32, log-probabilities and totals in float64
 
 
 class Engine:
@@ -260,23 +258,10 @@ class Engine:
         if request.constraint is not None:
             raise RequestError("a beam search has no constraint; leave it out, or sample")
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
-        self._check_beams(options.num_beams, len(ids) + 1)
+        options.check(self.config.vocab_size, self.runner.kv_bytes(len(ids) + 1), self.runner.room(self._mapped_bytes))
         reuse = reuse or prompt_cache is not None
         checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
         return BeamSearch(self.runner, self.tokenizer, checked, options, request.ignore_eos, self.load_seconds)
-
-    def _check_beams(self, num_beams: int, positions: int) -> None:
-        """Raise RequestError for more beams than tokens, ResourceError where not even their first step has memory."""
-        vocab_size = self.config.vocab_size
-        if num_beams > vocab_size:
-            raise RequestError(f"{num_beams} beams; the vocabulary has {vocab_size} tokens: give at most as many")
-        room = self.runner.room(self._mapped_bytes)
-        needed = num_beams * (self.runner.kv_bytes(positions) + _BYTES_A_LOGIT * vocab_size)
-        if num_beams > 1 and room is not None and needed > room:
-            raise ResourceError(
-                f"{num_beams} beams need {needed / 2**30:.1f} GiB at least, and {room / 2**30:.1f} GiB are available; "
-                "give fewer"
-            )
 
     def beam_search(
         self,

@@ -17,12 +17,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, ResourceError
 from fiddler.sampling.logprobs import largest
 
 __all__ = ["BeamOptions", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
 
 _MOST_BEAMS = 1 << 20  # as the largest vocabulary has tokens
+_BYTES_A_LOGIT = 24  # of a beam: its logits in float32, log-probabilities and totals in float64
 
 EarlyStopping = bool | Literal["never"]
 
@@ -48,6 +49,20 @@ class BeamOptions:
             raise RequestError(f"length_penalty is {self.length_penalty}; give -50 to 50")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise RequestError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'")
+
+    def check(self, vocab_size: int, kv_bytes: int, room: int | None) -> None:
+        """Raise RequestError for more beams than tokens, ResourceError where not even their first step has memory.
+
+        kv_bytes: of one beam after its first token; room: bytes for all of them, None for no limit.
+        """
+        if self.num_beams > vocab_size:
+            raise RequestError(f"{self.num_beams} beams; the vocabulary has {vocab_size} tokens: give at most as many")
+        needed = self.num_beams * (kv_bytes + _BYTES_A_LOGIT * vocab_size)
+        if self.num_beams > 1 and room is not None and needed > room:
+            raise ResourceError(
+                f"{self.num_beams} beams need {needed / 2**30:.1f} GiB at least, and {room / 2**30:.1f} GiB are "
+                "available; give fewer"
+            )
 
 
 class Live(NamedTuple):
