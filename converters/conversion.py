@@ -200,7 +200,8 @@ def _pieces(matrix: Matrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]
         if tensor.heads:
             rows = interleave(rows, group)
         if tensor.dtype is None:
-            yield np.ascontiguousarray(to_float32(rows)), RangeLoss()
+            wide = np.ascontiguousarray(to_float32(rows))
+            yield wide, RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))
         else:
             bits, loss = to_bits(rows, tensor.dtype)
             yield np.ascontiguousarray(bits), loss
@@ -224,6 +225,8 @@ def _warnings(loss: RangeLoss, dtype: Dtype, *, rounds: bool) -> tuple[str, ...]
     if loss.overflowed:
         remedy = "; convert with dtype bf16" if dtype == "f16" else ""
         lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")
+    if loss.nans:
+        lines.append(f"{loss.nans} weights are NaN, as in the checkpoint: the model will not run; download it again")
     if loss.flushed:
         lines.append(f"{loss.flushed} weights are too small for {dtype} and became zero")
     return tuple(lines)

@@ -16,13 +16,14 @@ __all__ = ["RangeLoss", "to_bits", "to_float32"]
 
 @dataclass(frozen=True)
 class RangeLoss:
-    """Counts of a narrowing: finite values that became infinite, and non-zero values that became zero."""
+    """Counts of a narrowing: finite values that became infinite, non-zero values that became zero, NaNs as before."""
 
     overflowed: int = 0
     flushed: int = 0
+    nans: int = 0
 
     def __add__(self, other: RangeLoss) -> RangeLoss:
-        return RangeLoss(self.overflowed + other.overflowed, self.flushed + other.flushed)
+        return RangeLoss(self.overflowed + other.overflowed, self.flushed + other.flushed, self.nans + other.nans)
 
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -38,11 +39,13 @@ def to_bits(values: NDArray[Any], dtype: Literal["bf16", "f16"]) -> tuple[NDArra
     Rounds to nearest, ties to even (IEEE 754). If the type is the same, no bit changes, not even in the payload of
     a NaN; otherwise a NaN stays a NaN.
     """
+    infinity = 0x7F80 if dtype == "bf16" else 0x7C00
     if values.dtype == (np.uint16 if dtype == "bf16" else np.float16):
-        return values.view(np.uint16), RangeLoss()
+        bits = values.view(np.uint16)
+        return bits, RangeLoss(nans=_count_nans(bits, infinity))
     wide = to_float32(values)
     bits = _bfloat16(wide) if dtype == "bf16" else _float16(wide)
-    return bits, _range_loss(wide, bits, 0x7F80 if dtype == "bf16" else 0x7C00)
+    return bits, _range_loss(wide, bits, infinity)
 
 
 def _bfloat16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -68,4 +71,8 @@ def _range_loss(wide: NDArray[np.float32], narrow: NDArray[np.uint16], infinity:
     # Both are rare: look at the source only where the result is infinite or zero.
     overflowed = int(np.count_nonzero(np.isfinite(wide[infinite]))) if infinite.any() else 0
     flushed = int(np.count_nonzero(wide[zero])) if zero.any() else 0
-    return RangeLoss(overflowed, flushed)
+    return RangeLoss(overflowed, flushed, _count_nans(narrow, infinity))
+
+
+def _count_nans(bits: NDArray[np.uint16], infinity: int) -> int:
+    return int(np.count_nonzero((bits & np.uint16(0x7FFF)) > np.uint16(infinity)))

@@ -112,7 +112,7 @@ def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -
             estimate = estimate.plus(np.concatenate(parts))
             if not math.isfinite(estimate.total):
                 raise FileFormatError(
-                    f"the model computes what is no number in window {estimate.windows}: a weight or an activation is "
-                    "beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+                    f"the model computes what is no number in window {estimate.windows}: a weight is NaN or infinite, "
+                    "or an activation is beyond 16 bits; try --precision exact, or convert again as bf16"
                 )
             yield estimate

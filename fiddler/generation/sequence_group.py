@@ -97,7 +97,7 @@ def finite(logits: np.ndarray, position: int) -> np.ndarray:
     """`logits`, if all are finite; else raises FileFormatError. `position`: number of tokens before them."""
     if not np.isfinite(logits).all():
         raise FileFormatError(
-            f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight or an "
-            "activation is beyond 16 bits; try --precision exact, or convert the original checkpoint again as bf16"
+            f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight is NaN or "
+            "infinite, or an activation is beyond 16 bits; try --precision exact, or convert again as bf16"
         )
     return logits

@@ -159,3 +159,17 @@ def test_a_header_alone_is_checked_as_the_whole_file_is(tmp_path):
     with pytest.raises(FileFormatError, match=r"rope.freq_base is 0\.0"):
         check_header(damaged, nbytes)
     assert gguf.GGUF_MAGIC.to_bytes(4, "little") == header[:4]
+
+
+def test_a_weight_that_is_nan_is_called_so(tmp_path):
+    folder = Path(shutil.copytree(TINY, tmp_path / "hf"))
+    tensors = load((folder / "model.safetensors").read_bytes())
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["lm_head.weight"][5, 7:9] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    for dtype in ("bf16", "f16"):
+        report = convert(folder, tmp_path / f"{dtype}.gguf", dtype)
+        assert [line for line in report.warnings if "NaN" in line] == [
+            "3 weights are NaN, as in the checkpoint: the model will not run; download it again"
+        ]
+        assert report.overflowed == 0
