@@ -30,7 +30,7 @@ from fiddler.input_file import present
 from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 
-__all__ = ["Checkpoint", "Dtype", "Matrix"]
+__all__ = ["Checkpoint", "Dtype", "Matrix", "WeightFile"]
 
 Dtype: TypeAlias = Literal["bf16", "f16"]
 _COMPARED_ROWS = 256

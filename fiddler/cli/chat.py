@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fiddler.files.model_file import ModelFile
     from fiddler.generation.completion import Stats
 
-__all__ = ["open_chat"]
+__all__ = ["open_chat", "templated"]
 
 _HELP = """\
 /help        show this
