@@ -83,8 +83,8 @@ class SafetensorsFile:
     def rows(self, stored: StoredTensor, first: int, count: int) -> Array:
         """Read rows `first` to `first + count` of a tensor viewed as a matrix [rows, last dimension].
 
-        Returns an array [count, last dimension]; bfloat16 as uint16 bits. It is read, not mapped: reading what is no
-        longer there is an error, while a mapping would end the process (SIGBUS).
+        Returns a read-only array [count, last dimension]; bfloat16 as uint16 bits. It is read, not mapped: where a file
+        was cut short that is an error, while a mapping would end the process (SIGBUS).
         Raises CheckpointError if the file was cut short meanwhile, or cannot be read.
         """
         dtype, width = DTYPES[stored.dtype], stored.shape[-1]
@@ -100,6 +100,7 @@ class SafetensorsFile:
             if not read:
                 raise CheckpointError(f"{self.path} was cut short while in use; download it again")
             done += read
+        rows.flags.writeable = False
         return rows
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fiddler.environment import check_environment
 from fiddler.errors import RequestError
+from fiddler.kernels.machine.tuning import tuning_store
+from fiddler.offload.calibration import cache_folder
 from oracles.command import fails_in_one_line, run
 
 NONSENSE = [
@@ -86,3 +89,21 @@ def test_a_threading_layer_that_is_not_installed_is_refused_in_one_line():
         pytest.skip("TBB is installed")
     assert done.stdout.startswith("NUMBA_THREADING_LAYER is 'tbb': No threading layer could be loaded.")
     assert done.stdout.count("\n") == 1
+
+
+def test_kernels_are_refused_in_one_line_where_numba_compiles_nothing():
+    """As `disable_jit` in Numba's file of settings has it, which `check_environment` does not read."""
+    code = "import fiddler\ntry:\n    import fiddler.kernels\nexcept fiddler.FiddlerError as error:\n    print(error)\n"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Numba compiles nothing: unset NUMBA_DISABLE_JIT")
+
+
+def test_a_user_without_a_home_has_no_stored_settings(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert tuning_store() == Path("/.cache/fiddler/tuning.json")
+    assert cache_folder() == Path("/.cache/fiddler")

@@ -6,7 +6,6 @@ Knows seconds, JSON and the cache folder; not how costs are measured (see `cost_
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.files.atomic_file import check_target, whole_file
 from fiddler.input_file import read_regular
+from fiddler.kernels.machine.tuning import tuning_store
 from fiddler.offload.plan import Costs, Curve
 
 __all__ = ["Calibration", "cache_folder", "check_store", "read_calibration", "store", "stored"]
@@ -81,8 +81,8 @@ class Calibration:
 
 
 def cache_folder() -> Path:
-    """The folder of cached calibrations: $XDG_CACHE_HOME/fiddler, or ~/.cache/fiddler."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler"
+    """The folder of cached calibrations: $XDG_CACHE_HOME/fiddler, or ~/.cache/fiddler, beside the kernels' settings."""
+    return tuning_store().parent
 
 
 def check_store(path: Path) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from numba import njit
+from numba import config, njit
 
+from fiddler.errors import RequestError
 from fiddler.kernels.codegen.kernel_cache import KernelCache
 
 __all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "kernel"]
@@ -31,7 +32,10 @@ def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
 
     Machine code is cached beside the source, or in the user's cache directory where the source's folder is read-only;
     where both are, every process compiles again.
+    Raises RequestError where Numba's compiler is switched off.
     """
+    if config.DISABLE_JIT:
+        raise RequestError("Numba compiles nothing: unset NUMBA_DISABLE_JIT, or disable_jit in .numba_config.yaml")
     compiled = njit(**OPTIONS, parallel=parallel, fastmath=FASTMATH)(function)
     with suppress(RuntimeError):  # no folder for the cache
         compiled._cache = KernelCache(function)  # Numba has no public way to choose a cache

@@ -195,8 +195,11 @@ def check_store() -> None:
 
 
 def tuning_store() -> Path:
-    """The file of stored fits: $XDG_CACHE_HOME/fiddler/tuning.json, or that under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler" / "tuning.json"
+    """The file of stored fits: $XDG_CACHE_HOME/fiddler/tuning.json, or that under ~/.cache; of no user, /.cache."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiddler" / "tuning.json"
+    except RuntimeError:  # a user that the system does not know, without HOME, as in containers
+        return Path("/.cache/fiddler/tuning.json")
 
 
 def damaged_store() -> bool:
