@@ -1,7 +1,8 @@
 """A Hugging Face Mixtral folder as a lazy source: locates the matrices of each GGUF tensor.
 
 Knows transformers' tensor names, both expert layouts and the rules of tied embeddings; checks that the folder holds
-exactly the tensors that config.json implies. Changes no value; does not know where the weights are written to.
+exactly the tensors that config.json implies, and brings its tokenizer. Changes no value; does not know
+where the weights are written to.
 
 Expert layouts, per layer: `block_sparse_moe.experts.E.{w1,w2,w3}` (w1 gate, w2 down, w3 up; the published
 checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transformers 5 in memory).
@@ -10,23 +11,22 @@ checkpoints) and `mlp.experts.{gate_up_proj,down_proj}`, gate rows first (transf
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
+import gguf
 import numpy as np
 
 from fiddler.converters.hf_config import read_hf_config
-from fiddler.converters.json_object import read_object
 from fiddler.converters.mixtral import BLOCK_NAMES, DERIVED, EXPERT_LETTERS, OTHER_NAMES
-from fiddler.converters.pytorch_file import PytorchFile
-from fiddler.converters.safetensors_file import DTYPES, Array, SafetensorsFile, StoredTensor
-from fiddler.converters.source_folder import check_folder, is_quantised, missing_weights
+from fiddler.converters.safetensors_file import DTYPES, Array, StoredTensor
+from fiddler.converters.source_folder import check_folder, is_quantised
+from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
+from fiddler.converters.weight_files import WeightFile, open_weights
 from fiddler.errors import CheckpointError, quoted
-from fiddler.input_file import present
 from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 
@@ -34,15 +34,6 @@ __all__ = ["Checkpoint", "Dtype", "Matrix", "WeightFile"]
 
 Dtype: TypeAlias = Literal["bf16", "f16"]
 _COMPARED_ROWS = 256
-
-
-class WeightFile(Protocol):
-    """A file of tensors, mapped: `tensors` by name, and rows [count, last dimension] of one of them."""
-
-    path: Path
-    tensors: dict[str, StoredTensor]
-
-    def rows(self, stored: StoredTensor, first: int, count: int) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -72,15 +63,19 @@ class Checkpoint:
     `warnings` are lines for the user about the source.
     """
 
+    interleaves = True  # rows of queries and keys are in transformers' order
+
     def __init__(
         self,
         name: str,
         config: Config,
         tied: bool,
         matrices: Mapping[str, Sequence[Matrix]],
+        vocabulary: Vocabulary,
         warnings: Sequence[str],
     ) -> None:
         self.name = name
+        self._vocabulary = vocabulary
         self.config = config
         self.tied = tied
         self.warnings = tuple(warnings)
@@ -96,7 +91,7 @@ class Checkpoint:
         """
         check_folder(folder)
         hf_config = read_hf_config(folder)
-        lookup = _TensorLookup(folder, _open_files(folder))
+        lookup = _TensorLookup(folder, open_weights(folder))
         matrices = lookup.matrices(hf_config.config)
         name = hf_config.config.architecture.tensor_name
         output = matrices.get(name(Role.OUTPUT))
@@ -109,7 +104,9 @@ class Checkpoint:
                 f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
                 f"from position {window} on"
             )
-        return cls(_model_name(folder.resolve()), hf_config.config, tied, matrices, warnings)
+        vocabulary = read_vocabulary(folder, hf_config.config.vocab_size)
+        warnings += vocabulary.warnings
+        return cls(_model_name(folder.resolve()), hf_config.config, tied, matrices, vocabulary, warnings)
 
     @property
     def dtype(self) -> Dtype:
@@ -120,15 +117,19 @@ class Checkpoint:
                 bytes_of[matrix.stored.dtype] += matrix.count * matrix.width * DTYPES[matrix.stored.dtype].itemsize
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
 
-    @property
-    def float32(self) -> bool:
-        """Whether any matrix is stored as float32: a 16-bit type rounds it."""
-        every = (matrix for matrices in self._matrices.values() for matrix in matrices)
-        return any(matrix.stored.dtype == "F32" and len(matrix.stored.shape) > 1 for matrix in every)
-
     def matrices(self, name: str) -> Iterator[Matrix]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
         return iter(self._matrices[name])
+
+    def write_metadata(self, writer: gguf.GGUFWriter) -> None:
+        """Add the name, the hyper-parameters and the tokenizer."""
+        writer.add_name(self.name)
+        for key, value in self.config.to_metadata().items():
+            if isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_float32(key, value)
+        self._vocabulary.write_to(writer)
 
 
 class _TensorLookup:
@@ -235,38 +236,6 @@ def _model_name(folder: Path) -> str:
 def _text(name: str) -> str:
     """A file's name with U+FFFD for each byte that is not UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")
-
-
-def _open_files(folder: Path) -> list[WeightFile]:
-    """The folder's weight files, by transformers' precedence."""
-    for single, kind in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", PytorchFile)):
-        index = folder / f"{single}.index.json"
-        if present(folder / single):
-            return [kind(folder / single)]
-        if present(index):
-            return _shards(index, kind)
-    raise missing_weights(folder)
-
-
-def _shards(index: Path, kind: type[SafetensorsFile] | type[PytorchFile]) -> list[WeightFile]:
-    weight_map = read_object(index, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is {quoted(weight_map, 40)}; download the file again")
-    names = sorted({_shard_name(shard, index, kind) for shard in weight_map.values()})
-    files: list[WeightFile] = [kind(index.parent / name) for name in names]
-    tensors = {file.path.name: file.tensors for file in files}
-    for name, shard in weight_map.items():
-        if name not in tensors[shard]:
-            raise CheckpointError(f"{index} says that tensor {quoted(name)} is in {shard}; it is not there")
-    return files
-
-
-def _shard_name(name: object, index: Path, kind: type[SafetensorsFile] | type[PytorchFile]) -> str:
-    """A shard's file name, never a path: an untrusted index must not reach out of its folder."""
-    suffix = "safetensors" if kind is SafetensorsFile else "bin"
-    if not isinstance(name, str) or not re.fullmatch(rf"[\w.-]+\.{suffix}", name):
-        raise CheckpointError(f"{index}: {quoted(name)} is not the name of a {suffix} file in this folder")
-    return name
 
 
 def _resolve_tie(

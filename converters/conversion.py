@@ -1,7 +1,7 @@
-"""Converts a Hugging Face Mixtral folder to GGUF: the order of steps, and each tensor from file to file.
+"""Converts a Mixtral, a Hugging Face folder or a GGUF, to a GGUF in 16 bits: each tensor from file to file.
 
-Knows what llama.cpp expects of a Mixtral in GGUF (types, row order, metadata keys); does not print, and does not
-know the source's layout (`checkpoint`), the vocabulary's origin (`vocabulary`) or atomic writes (`atomic_file`).
+Knows what llama.cpp expects of a Mixtral in GGUF (types, row order); does not print, and does not know the source's
+layout and metadata (`checkpoint`, `gguf_source`) or atomic writes (`atomic_file`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gguf.gguf_writer import WriterState
 
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
+from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
-from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from fiddler.errors import CheckpointError, FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.model_file import check_header
@@ -78,40 +78,40 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Convert the Hugging Face Mixtral folder `source` to the GGUF file `target`, as llama.cpp reads it.
+    """Convert `source`, a Hugging Face Mixtral folder or a GGUF, to the GGUF file `target`, as llama.cpp reads it.
 
-    `dtype` of the matrices defaults to the checkpoint's (bf16 for a float32 one); norms and routers are
-    float32. `progress(done, total)` receives the tensor bytes written. The source is read and converted in
-    pieces, so memory stays at some tens of MB for a model of any size.
+    A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
+    (bf16 for a float32 one); norms and routers are float32. `progress(done, total)` receives the tensor bytes written.
+    The source is converted in pieces, so memory stays at some tens of MB for a model of any size.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
-    Raises CheckpointError for a source that cannot be converted or is cut short meanwhile, RequestError for a target
-    that exists (without `force`) or cannot be written, ResourceError if the disk is too small.
+    Raises CheckpointError or FileFormatError for a source that cannot be converted or is cut short meanwhile,
+    RequestError for a target that exists (without `force`) or cannot be written, ResourceError if the disk is too
+    small. A GGUF is mapped: if that is cut short meanwhile, the process ends (SIGBUS).
     """
     started = time.perf_counter()
-    source, target = find_folder(Path(source)), Path(target)
+    source, target = Path(source), Path(target)
     if dtype is not None and dtype not in get_args(Dtype):
         raise RequestError(f"dtype is {dtype!r}; choose 'bf16' or 'f16'")
     out = check_target(target, force=force)
-    checkpoint = Checkpoint.open(source)
-    _refuse_source_file(source, out.path)
-    vocabulary = read_vocabulary(source, checkpoint.config.vocab_size)
+    checkpoint = _open(source, out.path)
     dtype = dtype or checkpoint.dtype
     tensors = _plan(checkpoint, dtype)
     total = sum(tensor.nbytes for tensor in tensors)
-    header = _header(checkpoint, vocabulary, dtype, tensors)
+    header = _header(checkpoint, dtype, tensors)
     nbytes = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
     _check_opens(source, header, nbytes)
     check_space(target, nbytes)
 
-    loss, done = RangeLoss(), 0
+    loss, done, rounds = RangeLoss(), 0, False
     with whole_file(target, force=force) as file:
         file.write(header)
         size = len(header)
         for tensor in tensors:
             begin = done
             for matrix in checkpoint.matrices(tensor.name):
+                rounds |= tensor.dtype is not None and matrix.rows(0, 0).dtype == np.float32
                 for piece, piece_loss in _pieces(matrix, tensor):
                     file.write(piece.data)
                     loss, done = loss + piece_loss, done + piece.nbytes
@@ -128,22 +128,28 @@ def convert(
         overflowed=loss.overflowed,
         flushed=loss.flushed,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings + vocabulary.warnings + _warnings(loss, dtype, rounds=checkpoint.float32),
+        warnings=checkpoint.warnings + _warnings(loss, dtype, rounds=rounds),
     )
 
 
-def _refuse_source_file(source: Path, out: Path) -> None:
-    """Raise RequestError if the target is a file of the source, by any name or link: `force` must not replace it."""
-    if out.exists():
-        for path in source.iterdir():
-            if path.suffix != ".gguf" and path.exists() and path.samefile(out):
-                raise RequestError(f"{out} belongs to the checkpoint that is converted; name another file")
+def _open(source: Path, out: Path) -> Checkpoint | GgufSource:
+    """Open a source; raise RequestError if the target is one of its files: `force` must not replace it."""
+    if source.suffix == ".gguf" and not source.is_dir():
+        opened: Checkpoint | GgufSource = GgufSource.open(source)
+        files = [source]
+    else:
+        folder = find_folder(source)
+        opened = Checkpoint.open(folder)
+        files = [path for path in folder.iterdir() if path.suffix != ".gguf"]
+    if out.exists() and any(path.exists() and path.samefile(out) for path in files):
+        raise RequestError(f"{out} belongs to the checkpoint that is converted; name another file")
+    return opened
 
 
-def _plan(checkpoint: Checkpoint, dtype: Dtype) -> list[_Tensor]:
+def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype) -> list[_Tensor]:
     config = checkpoint.config
     heads = {}
-    if config.architecture.rotary is Rotary.NEIGHBOURS:
+    if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS:
         heads = {Role.QUERY: config.head_count, Role.KEY: config.head_count_kv}
     return [
         _Tensor(name, config.shape(tensor), None if tensor.role in FLOATS else dtype, heads.get(tensor.role, 0))
@@ -151,18 +157,12 @@ def _plan(checkpoint: Checkpoint, dtype: Dtype) -> list[_Tensor]:
     ]
 
 
-def _header(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: Dtype, tensors: list[_Tensor]) -> bytes:
+def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype, tensors: list[_Tensor]) -> bytes:
     """Everything before the tensor data, padded to the alignment."""
     writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
-    writer.add_name(checkpoint.name)
     writer.add_file_type(_TYPES[dtype][1])
     writer.add_custom_alignment(_ALIGNMENT)
-    for key, value in checkpoint.config.to_metadata().items():
-        if isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_float32(key, value)
-    vocabulary.write_to(writer)
+    checkpoint.write_metadata(writer)
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType.F32 if tensor.dtype is None else _TYPES[tensor.dtype][0]
         unused = np.dtype(np.uint16)  # next to a raw_dtype, only uint8 has a meaning
@@ -191,7 +191,7 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pieces(matrix: Matrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:
+def _pieces(matrix: Matrix | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:
     """The rows of `matrix` as contiguous arrays of `tensor`'s type, in GGUF's order, and each array's loss."""
     group = 1 if not tensor.heads else matrix.count // tensor.heads  # rows that must stay in one piece
     step = max(1, _PIECE // (matrix.width * group)) * group
@@ -221,7 +221,7 @@ def interleave(rows: Array, head_dim: int) -> Array:
 def _warnings(loss: RangeLoss, dtype: Dtype, *, rounds: bool) -> tuple[str, ...]:
     lines = []
     if rounds:
-        lines.append(f"the checkpoint holds float32 weights; they were rounded to {dtype}")
+        lines.append(f"the source holds float32 weights; they were rounded to {dtype}")
     if loss.overflowed:
         remedy = "; convert with dtype bf16" if dtype == "f16" else ""
         lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")

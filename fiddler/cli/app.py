@@ -95,7 +95,8 @@ def _options(
 @app.command(cls=Command)
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", readable=False, help="Folder of a Hugging Face checkpoint.")
+        Path,
+        typer.Argument(metavar="SOURCE", readable=False, help="Folder of a Hugging Face checkpoint, or a GGUF."),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", readable=False, help="File to write.")],
     dtype: Annotated[
@@ -103,7 +104,7 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
-    """Convert a Hugging Face Mixtral folder to GGUF."""
+    """Convert a Hugging Face Mixtral folder, or a float32 or old GGUF, to a GGUF in 16 bits."""
     from tqdm import tqdm
 
     check_local(source)

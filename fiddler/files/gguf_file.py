@@ -32,7 +32,7 @@ class GgufFile:
     """A validated GGUF model in one or more files, mapped read-only and shared.
 
     `metadata` holds str, int, float and bool; arrays of strings are `list[str]`, other arrays 1-D numpy arrays.
-    `tensors` maps a name to its `TensorInfo`, in file order.
+    `tensors` maps a name to its `TensorInfo`, in file order; `value_types` a key to its types in the file.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class GgufFile:
         metadata: dict[str, object],
         tensors: dict[str, TensorInfo],
         maps: list[mmap.mmap],
+        value_types: dict[str, tuple[int, int]],
     ) -> None:
         self.path = path
         self.version = version
         self.metadata = metadata
         self.tensors = tensors
+        self.value_types = value_types
         self._maps = maps
 
     @classmethod
@@ -68,7 +70,7 @@ class GgufFile:
                 "download them again"
             )
         first = parts[0].header
-        return cls(path, first.version, first.metadata, tensors, [part.map for part in parts])
+        return cls(path, first.version, first.metadata, tensors, [part.map for part in parts], first.value_types)
 
     @property
     def nbytes(self) -> int:

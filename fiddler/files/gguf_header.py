@@ -67,6 +67,7 @@ class Header:
     version: int
     metadata: dict[str, object]  # str, int, float, bool, list[str] and 1-D numpy arrays
     tensors: list[TensorInfo]
+    value_types: dict[str, tuple[int, int]]  # of each key: GGUF's value type, and that of an array's elements
 
     @classmethod
     def parse(cls, data: mmap.mmap | bytes, part: int = 0, size: int | None = None) -> Header:
@@ -112,18 +113,22 @@ class _HeaderReader:
         self._check_count(tensor_count, 32, _MAX_TENSORS, "tensors")
         self._check_count(pair_count, 13, _MAX_PAIRS, "metadata pairs")
         metadata: dict[str, object] = {}
+        value_types: dict[str, tuple[int, int]] = {}
         for _ in range(pair_count):
             key = self._string("a metadata key")
             field = f"metadata key '{printable(key)}'"
             if key in metadata:
                 raise FileFormatError(f"{field} appears twice")
-            metadata[key] = self._value(self._integer("<I", 4, field), field)
+            value_type, start = self._integer("<I", 4, field), self._position
+            metadata[key] = self._value(value_type, field)
+            is_array = value_type == ARRAY
+            value_types[key] = value_type, struct.unpack_from("<I", self._data, start)[0] if is_array else value_type
         alignment = _alignment(metadata)
         entries = [self._entry() for _ in range(tensor_count)]
         data_start = -(-self._position // alignment) * alignment
         tensors = [_tensor_info(*entry, data_start, alignment, self._size, part) for entry in entries]
         _check_overlaps(tensors)
-        return Header(version, metadata, tensors)
+        return Header(version, metadata, tensors, value_types)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """One tensor's name, shape, type and offset into the data section [bytes]."""

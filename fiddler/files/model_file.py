@@ -144,8 +144,8 @@ def _check_shapes(tensors: Mapping[str, TensorInfo], config: Config, tied: bool)
     old = next((name for name in tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
     if old is not None:
         raise FileFormatError(
-            f"tensor {old} is one expert by itself, a layout from before 2024, which does not run; "
-            "convert the original checkpoint with `fiddler convert`"
+            f"tensor {old} is one expert by itself, a layout from before 2024; "
+            "`fiddler convert` of this file to a new one stacks them"
         )
     for name, tensor in expected.items():
         info, shape = tensors.get(name), config.shape(tensor)

@@ -177,7 +177,8 @@ def test_fused_experts_give_the_same_matrices_as_separate_ones(folder):
         weights[f"{mlp}.gate.weight"] = weights.pop(f"{moe}.gate.weight")
     (folder / "fused").mkdir()
     save_file(weights, folder / "fused" / "model.safetensors")
-    shutil.copy(folder / "config.json", folder / "fused")
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(folder / name, folder / "fused")
     fused = Checkpoint.open(folder / "fused")
     for name, separate in expected.items():
         matrices = list(fused.matrices(name))
