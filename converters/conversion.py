@@ -6,8 +6,10 @@ layout and metadata (`checkpoint`, `gguf_source`) or atomic writes (`atomic_file
 
 from __future__ import annotations
 
+import glob
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
 from fiddler.errors import CheckpointError, FileFormatError, RequestError
 from fiddler.files.atomic_file import check_space, check_target, whole_file
+from fiddler.files.gguf_header import MAGIC
 from fiddler.files.model_file import check_header
 from fiddler.models.architecture import FLOATS, Role, Rotary
 
@@ -32,6 +35,7 @@ __all__ = ["ConversionReport", "convert", "interleave"]
 
 _ALIGNMENT = 64  # of tensor data [bytes]: a cache line. With GGUF's 32, vectors straddle lines: up to 1/4 slower
 _PIECE = 1 << 18  # elements converted at once: all temporaries, some MB, fit a cache (3x faster than 1 << 20)
+_PART = re.compile(r"(.*)-\d{5}(-of-\d{5}\.gguf)", re.DOTALL)  # of a split GGUF
 _TYPES = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -134,9 +138,10 @@ def convert(
 
 def _open(source: Path, out: Path) -> Checkpoint | GgufSource:
     """Open a source; raise RequestError if the target is one of its files: `force` must not replace it."""
-    if source.suffix == ".gguf" and not source.is_dir():
+    if _is_gguf(source):
         opened: Checkpoint | GgufSource = GgufSource.open(source)
-        files = [source]
+        split = _PART.fullmatch(source.name)
+        files = [source, *(source.parent.glob(f"{glob.escape(split[1])}-*{split[2]}") if split else ())]
     else:
         folder = find_folder(source)
         opened = Checkpoint.open(folder)
@@ -144,6 +149,13 @@ def _open(source: Path, out: Path) -> Checkpoint | GgufSource:
     if out.exists() and any(path.exists() and path.samefile(out) for path in files):
         raise RequestError(f"{out} belongs to the checkpoint that is converted; name another file")
     return opened
+
+
+def _is_gguf(source: Path) -> bool:
+    if source.suffix == ".gguf" or not source.is_file():
+        return not source.is_dir() and source.suffix == ".gguf"
+    with source.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype) -> list[_Tensor]:

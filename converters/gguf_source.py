@@ -22,7 +22,7 @@ from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
 from fiddler.text.vocabulary import TokenTable
 
-__all__ = ["GgufSource"]
+__all__ = ["GgufMatrix", "GgufSource"]
 
 _REWRITTEN = ("general.architecture", "general.file_type", "general.alignment")
 _VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

@@ -108,6 +108,13 @@ def test_a_split_float32_file_becomes_one(tmp_path):
     report = convert(parts[-1], tmp_path / "out.gguf")
     assert tensors(report.path) == tensors(write_random_mixtral(tmp_path / "bf16.gguf", dtype="bf16"))
     assert not any(key.startswith("split.") for key in metadata(report.path))
+    with pytest.raises(RequestError, match="belongs to the checkpoint"):
+        convert(parts[-1], parts[0], force=True)
+
+
+def test_a_gguf_is_known_by_its_first_bytes(tmp_path):
+    source = write_random_mixtral(tmp_path / "f32.gguf", dtype="f32").rename(tmp_path / "blob")
+    assert convert(source, tmp_path / "out.gguf").dtype == "bf16"
 
 
 def test_what_does_not_convert_is_refused_in_one_line(tmp_path):
