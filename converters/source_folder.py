@@ -76,7 +76,7 @@ def check_folder(folder: Path) -> None:
         )
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
-        raise CheckpointError(f"{folder} holds GGUF files; give {ggufs[0]} itself to `fiddler run`")
+        raise CheckpointError(f"{folder} has no config.json, but GGUF files; give {ggufs[0]} itself to `fiddler run`")
     inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inner:
         raise CheckpointError(f"{folder} has no config.json, but its folder {inner[-1]} has; give that one")
