@@ -6,7 +6,6 @@ and added tokens; not the forms of white space (`white_space`) nor the other fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fiddler.converters.json_object import read_object
 from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
 from fiddler.converters.tokenizer.merges import scores_from_merges
 from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
-from fiddler.converters.tokenizer.white_space import WhiteSpace, white_space
+from fiddler.converters.tokenizer.white_space import WhiteSpace, is_byte_level, white_space
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
@@ -63,7 +62,7 @@ class TokenizerJson:
         Raises CheckpointError that names the obstacle if llama.cpp's tokenizer would give other ids.
         """
         model = self._object(self._root.get("model"), "model")
-        if any('"ByteLevel"' in json.dumps(self._root.get(key)) for key in ("pre_tokenizer", "decoder")):
+        if is_byte_level(self._root.get("pre_tokenizer"), self._root.get("decoder")):
             raise CheckpointError(
                 f"{self.source} is a byte-level BPE tokenizer, as GPT-2's and Llama 3's; "
                 "only SentencePiece's kind, which Mixtral has, converts"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fiddler.converters.tokenizer.pieces import SPACE
 from fiddler.errors import CheckpointError, quoted
 
-__all__ = ["WhiteSpace", "white_space"]
+__all__ = ["WhiteSpace", "is_byte_level", "white_space"]
 
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -36,6 +36,12 @@ class WhiteSpace:
     splits: bool
     normalizes: bool
     in_text: tuple[str, ...] = ()
+
+
+def is_byte_level(pre_tokenizer: object, decoder: object) -> bool:
+    """Whether bytes are letters, as in GPT-2's tokenizer: then no "▁" stands for a space."""
+    steps = _steps(pre_tokenizer, "pretokenizers") + _steps(decoder, "decoders")
+    return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def white_space(normalizer: object, pre_tokenizer: object, refused: Callable[[str], CheckpointError]) -> WhiteSpace:

@@ -243,7 +243,7 @@ REFUSED = {
     ),
     "another mark": ("normalizer.normalizers", [{"type": "Prepend", "prepend": "_"}], "normalizer is 'Prepend'"),
     "both ways": ("pre_tokenizer", METASPACE, "normalizer is 'Prepend' . 'Replace', its pre-tokenizer 'Metaspace'"),
-    "bytes as letters": ("pre_tokenizer", {"type": "ByteLevel"}, "pre-tokenizer 'ByteLevel'"),
+    "bytes as letters": ("pre_tokenizer", {"type": "ByteLevel"}, "is a byte-level BPE tokenizer"),
     "normalizer is text": ("normalizer", "NFC", "normalizer is 'NFC'"),
     "no model": ("model", None, "model is None"),
     "no vocabulary": ("model.vocab", ["a"], "vocab is "),
