@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 from numba.core import event
@@ -114,7 +115,11 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
         arguments = os.getpid(), variant.tier.name, variant.weights, variant.activations, variant.tuning.name, decode
-        paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path)
+        package = sys.modules[
+            __name__.partition(".")[0]
+        ]  # first: the cache is by file, and the current folder may have it
+        own = str(Path(str(package.__file__)).absolute().parents[1])
+        paths = os.pathsep.join([own, *(path for path in sys.path if isinstance(path, str) and path)])
         with suppress(OSError):
             process = subprocess.Popen(
                 [

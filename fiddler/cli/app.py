@@ -98,7 +98,10 @@ def convert(
         Path,
         typer.Argument(metavar="SOURCE", readable=False, help="Folder of a Hugging Face checkpoint, or a GGUF."),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", readable=False, help="File to write.")],
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT.gguf", readable=False, help="File to write; beside SOURCE if not given."),
+    ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="16-bit type of the weights; the checkpoint's if not given.")
     ] = None,
@@ -108,6 +111,7 @@ def convert(
     from tqdm import tqdm
 
     check_local(source)
+    target = _beside(source) if target is None else target
     from fiddler.converters import convert as run_conversion
 
     if signal.getsignal(signal.SIGINT) is leave_at_once:
@@ -127,6 +131,14 @@ def convert(
         f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
         f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
     )
+
+
+def _beside(source: Path) -> Path:
+    """NAME.gguf beside the folder NAME. Raises BadParameter (usage error) where SOURCE is a file."""
+    if source.is_file():
+        raise typer.BadParameter(f"{source} is a file: name OUT.gguf, the file to write, too")
+    folder = source.resolve()
+    return folder.with_name(f"{folder.name}.gguf")
 
 
 @app.command(cls=Command)

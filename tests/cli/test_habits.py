@@ -1,5 +1,8 @@
 """Options and commands of llama.cpp and Hugging Face: each works, or one line says what it is here."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import typer.main
 from typer.testing import CliRunner
@@ -7,6 +10,7 @@ from typer.testing import CliRunner
 from fiddler.cli.app import app
 from fiddler.cli.habits import ALIASES, COMMANDS, IGNORED, REFUSED, hub_name
 
+TINY = Path(__file__).parents[1] / "data" / "tiny"
 COMMAND_LINE = typer.main.get_command(app)
 
 
@@ -131,3 +135,12 @@ def test_help_is_short_and_shows_defaults_and_the_rest_with_help_all():
     assert "--dry-base" in everything
     assert "fiddler run --help-all" in short[-1].strip() or "run --help-all" in short[-1]
     assert "[3]" in "\n".join(lines("bench", "--help"))
+
+
+def test_convert_names_its_output_itself_beside_the_folder(tmp_path, monkeypatch):
+    folder = shutil.copytree(TINY, tmp_path / "Tiny-Mixtral")
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["convert", "."])
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["Tiny-Mixtral.gguf"]
+    assert "name OUT.gguf" in refusal("convert", str(tmp_path / "Tiny-Mixtral.gguf"))

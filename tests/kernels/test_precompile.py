@@ -214,7 +214,12 @@ def test_the_helper_process_ends_with_its_parent(tmp_path, number):
     python.write_text(f'#!/bin/sh\necho $$ > {told}.part\nmv {told}.part {told}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     command = [sys.executable, "-c", START, str(python), "2", "True", "None"]
-    parent = subprocess.Popen(command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: None if number == signal.SIGKILL else signal.signal(number, signal.SIG_DFL),  # under nohup
+    )
     wait_until(parent, told.exists)
     helper = Path("/proc") / told.read_text().strip()
     assert helper.exists()
