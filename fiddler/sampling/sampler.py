@@ -81,7 +81,7 @@ class Sampling:
             is_number = isinstance(value, kind)
             if not is_number:
                 raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
-            if not math.isfinite(value):
+            if not isinstance(value, Integral) and not math.isfinite(value):
                 raise RequestError(f"{name} is {value}; it must be finite")
             if not low <= value <= high:
                 raise RequestError(f"{name} is {value}; it must lie between {low} and {high}")

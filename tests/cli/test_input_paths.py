@@ -48,7 +48,7 @@ ARGUMENTS = {
     "bench MODEL.gguf": "bench PATH",
     "bench --expert-counts": "bench MODEL --expert-counts PATH",
     "calibrate MODEL.gguf": "calibrate PATH",
-    "convert HF_DIR": "convert PATH OUT",
+    "convert SOURCE": "convert PATH OUT",
 }
 ALSO_WRITTEN = {"run --prompt-cache", "batch OUT.jsonl", "perplexity --expert-counts"}  # made where missing
 WRITTEN_THROUGH = {"batch OUT.jsonl", "perplexity --expert-counts"}  # a device takes them

@@ -47,7 +47,7 @@ WRONG = [
     [*RUN, "--beams", "2", "--top-k", "3"],
     [*RUN, "--json-schema", "{}", "--grammar", "x"],
     [*RUN, "--probs-file", "probs"],
-    [*RUN, "--system", "x"],
+    [*RUN, "--chat", "--special"],
     [*BATCH, "-np", "0"],
     *[[*BENCH, "-p", value] for value in ("1-999999999999", "²", "-5", "1-", "5-1", "1-2000", "16777217")],
     [*BENCH, "-p", "0", "-n", "0"],
@@ -57,7 +57,7 @@ WRONG = [
     [*BENCH, "--kernels", "--types", "q4"],
     ["perplexity", "-f", "text", "-c", "2"],
     ["calibrate", "--show", "--kernels"],
-    ["convert", "only-one"],
+    ["convert"],
     ["inspect"],
     ["nonsense"],
 ]
