@@ -1,5 +1,6 @@
 """Options and commands of llama.cpp and Hugging Face: each works, or one line says what it is here."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def test_help_is_short_and_shows_defaults_and_the_rest_with_help_all():
     assert "--dry-base" in everything
     assert "fiddler run --help-all" in short[-1].strip() or "run --help-all" in short[-1]
     assert "[3]" in "\n".join(lines("bench", "--help"))
+
+
+def test_perplexity_scores_so_many_chunks_and_version_has_a_short_name(tmp_path):
+    (tmp_path / "t").write_text("Once upon a time there was a fiddler. " * 40)
+    command = ["perplexity", "-f", str(tmp_path / "t"), "-c", "64", "--json"]
+    windows = [
+        json.loads(CliRunner().invoke(app, [*command, *more]).stdout)["windows"] for more in ([], ["--chunks", "2"])
+    ]
+    assert windows[0] > windows[1] == 2
+    assert CliRunner().invoke(app, ["-V"]).stdout == CliRunner().invoke(app, ["--version"]).stdout
 
 
 def test_convert_names_its_output_itself_beside_the_folder(tmp_path, monkeypatch):
