@@ -74,7 +74,7 @@ def test_the_installed_command_says_the_version_of_the_package():
         (["run", "-p", "x", "--device", "tpu"], "--device"),
         (["run", "-p", "x", "--prompt-file", "y"], "not both"),
         (["run", "-p"], "-p"),
-        (["convert", "folder"], "OUT.gguf"),
+        (["convert"], "SOURCE"),
         (["convert", "folder", "out.gguf", "--dtype", "f32"], "--dtype"),
         (["inspect"], "MODEL.gguf"),
     ],
