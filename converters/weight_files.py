@@ -20,7 +20,7 @@ __all__ = ["WeightFile", "open_weights"]
 
 
 class WeightFile(Protocol):
-    """A file of tensors, mapped: `tensors` by name, and rows [count, last dimension] of one of them."""
+    """A file of tensors: `tensors` by name, and rows [count, last dimension] of one of them."""
 
     path: Path
     tensors: dict[str, StoredTensor]

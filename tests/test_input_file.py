@@ -14,6 +14,7 @@ import pytest
 from fiddler import input_file
 from fiddler.errors import RequestError
 from fiddler.input_file import open_regular, present, read_input, read_regular, read_stdin
+from oracles.special_files import replace_by
 
 KINDS = {
     "folder": "it is a folder",
@@ -27,29 +28,6 @@ KINDS = {
 }
 
 
-def special(folder: Path, kind: str) -> Path:
-    path = folder / kind
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
-    elif kind == "zero":
-        return Path("/dev/zero")
-    elif kind == "sparse":
-        path.touch()
-        os.truncate(path, 64 << 30)
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "unreadable":
-        path.touch(0o000)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user may read every file, as root")
-    return path
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(input_file, "_PATIENCE", 50)
@@ -58,7 +36,7 @@ def impatient(monkeypatch):
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_regular_file_or_too_large_is_refused_at_once_and_by_name(tmp_path, kind):
-    path = special(tmp_path, kind)
+    path = replace_by(tmp_path / kind, kind)
     started = time.perf_counter()
     with pytest.raises(OSError, match=r".") as refused:
         read_regular(path, 1 << 20)

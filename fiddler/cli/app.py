@@ -116,9 +116,8 @@ def convert(
 
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    with tqdm(
-        unit="B", unit_scale=True, desc=shown(target.name), leave=False, disable=None
-    ) as bar:  # on terminals only
+    shown_name = shown(target.name)
+    with tqdm(unit="B", unit_scale=True, desc=shown_name, leave=False, disable=None) as bar:  # on terminals only
 
         def progress(done: int, total: int) -> None:
             bar.total = total

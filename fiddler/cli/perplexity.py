@@ -32,7 +32,7 @@ def perplexity(
     file: Annotated[Path, typer.Option("-f", "--file", readable=False, help="Text file to score.")],
     model: ModelOrDemo = None,
     ctx: Annotated[int, typer.Option("-c", "--ctx", min=3, help="Window length in tokens.")] = 512,
-    chunks: Annotated[int, typer.Option(min=-1, help="Number of windows to score; -1: all.")] = -1,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Number of windows to score; all if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     counts: Annotated[
         Path | None,
@@ -51,8 +51,7 @@ def perplexity(
     from fiddler.telemetry.recorder import SILENT
 
     try:
-        windows = cut(ids, ctx)
-        windows = windows if chunks < 0 else windows[: max(1, chunks)]
+        windows = cut(ids, ctx)[:chunks]
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
     config = model_file.config

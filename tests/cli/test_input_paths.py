@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,11 @@ from fiddler import input_file
 from fiddler.cli.app import app, main
 from fiddler.converters import convert
 from oracles.command import FIDDLER, PATIENCE
+from oracles.special_files import KINDS, replace_by
 from oracles.synthetic import write_random_mixtral
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 SECONDS, MEMORY = 5, 100 << 20  # limits of a refusal, the latter above what imports take [bytes]
-KINDS = ("folder", "pipe", "socket", "zero", "sparse", "missing", "loop", "unreadable")
 
 ARGUMENTS = {
     "inspect MODEL.gguf": "inspect PATH",
@@ -61,29 +60,6 @@ OPTIONAL = (
     "added_tokens.json", "generation_config.json", "chat_template.json", "chat_template.jinja",
     "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
-
-
-def replace_by(path: Path, kind: str) -> None:
-    """Put something of this kind where the path is, in place of what is there."""
-    path.unlink(missing_ok=True)
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
-    elif kind == "zero":
-        path.symlink_to("/dev/zero")
-    elif kind == "sparse":
-        path.touch()
-        os.truncate(path, 64 << 30)
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "unreadable":
-        path.touch(0o000)
-        if os.access(path, os.R_OK):
-            pytest.skip("this user may read every file, as root")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 
 from fiddler.converters import convert
 from fiddler.errors import RequestError, ResourceError
+from tools.measure_kills import NAMED
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 
@@ -68,16 +69,9 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path, monkeypatc
 
 
 SLOW_CONVERSION = """
-import errno, os, signal, sys, time
+import signal, sys, time
 from fiddler.converters import convert
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
-if sys.argv[3] == "named":  # as on a file system where all files have names
-    real_open = os.open
-    def refuse_nameless(path, flags, *mode):
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real_open(path, flags, *mode)
-    os.open = refuse_nameless
 def progress(done, total):
     print(done, total, flush=True)
     time.sleep(0.03)
@@ -104,7 +98,7 @@ def test_a_signal_during_conversion_leaves_the_target_as_it_was(tmp_path, signal
     if exists:
         target.write_bytes(b"precious")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, TINY, target, files],
+        [sys.executable, "-c", (NAMED if files == "named" else "") + SLOW_CONVERSION, TINY, target],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
