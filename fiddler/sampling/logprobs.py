@@ -13,6 +13,8 @@ import numpy as np
 
 __all__ = ["LogProbs", "largest", "log_probs", "log_softmax"]
 
+_BLOCKS = 16  # for each value that is looked for
+
 
 @dataclass(frozen=True)
 class LogProbs:
@@ -35,13 +37,25 @@ def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
 def largest(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest of `values` [N], largest first, of equal values the lower index first.
 
-    All indices where `count` is N or more.
+    All indices where `count` is N or more; count is at least 1.
     """
-    if 0 < count < values.size:
-        indices = np.flatnonzero(values >= np.partition(values, -count)[-count])
-    else:
-        indices = np.arange(values.size)
+    indices = np.arange(values.size) if count >= values.size else _above(values, count)
     return indices[np.argsort(-values[indices], kind="stable")][:count]
+
+
+def _above(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices, ascending, of the values that are no smaller than the `count`-th largest.
+
+    To partition all values takes 1 ms for a vocabulary of 150,000. So blocks first: at least `count` values reach the
+    `count`-th largest of the blocks' maxima, and few others do.
+    """
+    size = values.size // (_BLOCKS * count)  # of a block
+    if size < 2:
+        return np.flatnonzero(values >= np.partition(values, -count)[-count])
+    maxima = values[: values.size // size * size].reshape(-1, size).max(1)
+    indices = np.flatnonzero(values >= np.partition(maxima, -count)[-count])
+    candidates = values[indices]
+    return indices[candidates >= np.partition(candidates, -count)[-count]]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

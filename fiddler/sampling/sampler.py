@@ -170,14 +170,15 @@ class Sampler:
             logits = penalize_runs(
                 logits, last, s.dry_multiplier, s.dry_base, s.dry_allowed_length, self._pieces, self._breakers
             )
-        possible = np.flatnonzero(logits > -np.inf)
-        if not possible.size:
+        best = int(logits.argmax())
+        if logits[best] == -np.inf:
             raise RequestError(
                 "no token is left: the logit biases forbid all that could follow; take some of them back"
             )
         if s.temperature == 0:
-            return int(logits.argmax())
-        ids = possible[top_k(logits[possible], s.top_k)]
+            return best
+        ids = top_k(logits, s.top_k)
+        ids = ids[logits[ids] > -np.inf]
         ids = typical(logits, ids, s.typical_p)
         ids = top_p(logits, ids, s.top_p)
         ids = min_p(logits, ids, s.min_p)
