@@ -37,9 +37,9 @@ def log_probs(logits: np.ndarray, token: int, count: int) -> LogProbs:
 def largest(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest of `values` [N], largest first, of equal values the lower index first.
 
-    All indices where `count` is N or more; count is at least 1.
+    All indices where `count` is N or more.
     """
-    indices = np.arange(values.size) if count >= values.size else _above(values, count)
+    indices = _above(values, count) if 0 < count < values.size else np.arange(values.size)
     return indices[np.argsort(-values[indices], kind="stable")][:count]
 
 

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings, strategies as st
 from transformers import TypicalLogitsWarper
 
 from fiddler.errors import RequestError
-from fiddler.sampling.logprobs import log_probs
+from fiddler.sampling.logprobs import largest, log_probs
 from fiddler.sampling.sampler import Sampler, Sampling, top_k, typical, xtc
 
 PROPERTY = settings(deadline=None, max_examples=150, derandomize=True)
@@ -79,6 +79,15 @@ def test_log_probs_and_their_order_are_those_of_torch(logits, count, token):
     by_size = sorted(range(logits.size), key=lambda index: (-logits[index], index))
     assert [one for one, _ in ours.top] == by_size[:count]
     assert [value for _, value in ours.top] == pytest.approx([float(expected[one]) for one, _ in ours.top], abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 40, 5000])
+@pytest.mark.parametrize("values", [3, 1 << 20])
+def test_the_largest_of_a_whole_vocabulary_are_the_first_of_all_in_order(count, values):
+    logits = np.random.default_rng(count).integers(0, values, 50_257).astype(np.float32)
+    logits[logits == 1] = -np.inf
+    order = sorted(range(logits.size), key=lambda index: (-logits[index], index))
+    assert largest(logits, count).tolist() == order[:count]
 
 
 class Only:
