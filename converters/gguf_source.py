@@ -20,6 +20,7 @@ from fiddler.errors import CheckpointError, FileFormatError, quoted
 from fiddler.files.gguf_file import GgufFile
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
+from fiddler.models.metadata import read_config
 from fiddler.text.vocabulary import TokenTable
 
 __all__ = ["GgufMatrix", "GgufSource"]
@@ -68,7 +69,7 @@ class GgufSource:
         """
         file = GgufFile.open(path)
         try:
-            config = Config.from_metadata(file.metadata)
+            config = read_config(file.metadata, file.tensors)
             TokenTable.from_metadata(file.metadata)
         except FileFormatError as error:
             raise FileFormatError(f"{file.shown_path}: {error}") from None

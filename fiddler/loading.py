@@ -105,7 +105,7 @@ def load_engine(
 
     started, config, counts = time.perf_counter(), model_file.config, None
     if options.expert_counts is not None:  # without a GPU they have no effect, but must be what they should
-        counts = read_counts(options.expert_counts, config.block_count, config.expert_count)
+        counts = read_counts(options.expert_counts, len(config.sparse_layers), config.expert_count)
     gpu, why_not = wants_gpu(options.device, options.gpu_memory, notify)
     tier = kernels.choose_tier(kernel)
     if options.threads is not None:

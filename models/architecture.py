@@ -6,7 +6,7 @@ decode step, captured graphs) say with `first_unknown` whether they know its par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum, auto
 
@@ -17,12 +17,14 @@ __all__ = [
     "Architecture",
     "AttentionBias",
     "DenseLayers",
+    "Layers",
     "ModelTensor",
     "Norm",
     "QkNorm",
     "Role",
     "Rotary",
     "RouterRule",
+    "Scoring",
     "SharedExperts",
     "Window",
     "first_unknown",
@@ -47,11 +49,13 @@ class AttentionBias(StrEnum):
     """Biases of attention's products."""
 
     NONE = "none"
+    QUERY_KEY_VALUE = "of queries, keys and values"
 
 
 class Window(StrEnum):
     """Layers that attend to the last `Config.sliding_window` positions only, where it is set."""
 
+    NONE = "none"
     EVERY_LAYER = "every layer"
 
 
@@ -59,14 +63,32 @@ class Rotary(StrEnum):
     """Elements of a head that the rotary embedding rotates together."""
 
     NEIGHBOURS = "neighbours"  # 2 i and 2 i + 1; llama.cpp: ROPE_TYPE_NORM
-    HALVES = "halves"  # i and i + head_dim / 2; llama.cpp: ROPE_TYPE_NEOX
+    HALVES = "halves"  # i and i + half of what is rotated; llama.cpp: ROPE_TYPE_NEOX
 
 
-class RouterRule(StrEnum):
-    """How a token's experts and their routing weights follow from the router's logits."""
+class Scoring(StrEnum):
+    """Turns a router's logits into scores, of which the largest are chosen."""
 
-    SOFTMAX_RENORMALISED = "softmax, renormalised"  # softmax, top K, divided by their sum: softmax of the K largest
-    SOFTMAX = "softmax"  # softmax, top K
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+@dataclass(frozen=True)
+class RouterRule:
+    """How a token's experts and their routing weights follow from the router's logits.
+
+    Scores; plus the selection bias, where the model has one; the best `groups_used` of `groups` equal groups of
+    experts stay; the K largest are chosen; their scores without the bias, divided by their sum (`renormalise`) and
+    multiplied by `scale`, are the routing weights. A group's rank is its largest score, or the sum of its two largest
+    where there is a selection bias: DeepSeek-V2 (https://arxiv.org/abs/2405.04434) and V3
+    (https://arxiv.org/abs/2412.19437).
+    """
+
+    scoring: Scoring = Scoring.SOFTMAX
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
 
 
 class Activation(StrEnum):
@@ -76,15 +98,26 @@ class Activation(StrEnum):
 
 
 class SharedExperts(StrEnum):
-    """Experts that every token uses."""
+    """Experts that every token uses, as one feed-forward of their joint width."""
 
     NONE = "none"
+    ADDED = "added"  # DeepSeek
+    GATED = "gated"  # times the sigmoid of a product of its own, as in Qwen2-MoE
 
 
 class DenseLayers(StrEnum):
     """Layers with one feed-forward in place of experts."""
 
     NONE = "none"
+    LEADING = "leading"  # the first `Config.leading_dense_block_count`
+
+
+class Layers(Enum):
+    """The layers whose blocks have a tensor."""
+
+    ALL = auto()
+    SPARSE = auto()  # those with routed experts
+    DENSE = auto()  # the others
 
 
 class Role(Enum):
@@ -95,12 +128,25 @@ class Role(Enum):
     QUERY = auto()
     KEY = auto()
     VALUE = auto()
+    QUERY_BIAS = auto()
+    KEY_BIAS = auto()
+    VALUE_BIAS = auto()
+    QUERY_NORM = auto()
+    KEY_NORM = auto()
     ATTENTION_OUTPUT = auto()
     FFN_NORM = auto()
     ROUTER = auto()
+    SELECTION_BIAS = auto()  # added to the router's scores for the choice only
     GATE = auto()
     UP = auto()
     DOWN = auto()
+    SHARED_ROUTER = auto()  # [D], of gated shared experts
+    SHARED_GATE = auto()
+    SHARED_UP = auto()
+    SHARED_DOWN = auto()
+    DENSE_GATE = auto()  # of a dense layer's feed-forward
+    DENSE_UP = auto()
+    DENSE_DOWN = auto()
     OUTPUT_NORM = auto()
     OUTPUT = auto()
 
@@ -108,7 +154,13 @@ class Role(Enum):
 EXPERTS = (Role.GATE, Role.UP, Role.DOWN)
 """Stacks of the routed experts' matrices."""
 
-FLOATS = frozenset((Role.ATTENTION_NORM, Role.FFN_NORM, Role.ROUTER, Role.OUTPUT_NORM))
+FLOATS = frozenset(
+    (
+        *(Role.ATTENTION_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.FFN_NORM, Role.OUTPUT_NORM),
+        *(Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+        *(Role.ROUTER, Role.SELECTION_BIAS, Role.SHARED_ROUTER),
+    )
+)
 """Small tensors that are float32 in memory, whatever the file has."""
 
 
@@ -117,11 +169,14 @@ class ModelTensor:
     """A tensor's role, its name in GGUF (less the block's prefix), and its shape.
 
     shape: letters as in `config.py` and `head_dim`, or a product of them, slowest dimension first as in numpy.
+    optional: some models of the architecture do without it, in all layers.
     """
 
     role: Role
     name: str
     shape: tuple[str, ...]
+    layers: Layers = Layers.ALL
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,20 +193,20 @@ class Architecture:
     window: Window
     rotary: Rotary
     router: RouterRule
+    """Where the file's keys say nothing else."""
     activation: Activation
     shared_experts: SharedExperts
     dense_layers: DenseLayers
     inputs: tuple[ModelTensor, ...]
     block: tuple[ModelTensor, ...]
     outputs: tuple[ModelTensor, ...]
+    scaled: bool = False
+    """Whether embeddings, residuals, attention's scores and logits have multipliers, as in Granite."""
 
-    def tensors(self, layers: int, *, tied: bool) -> dict[str, ModelTensor]:
-        """Every tensor of a model by its name, in file order; tied: the embedding is the output matrix, too."""
-        found = {tensor.name: tensor for tensor in self.inputs}
-        for layer in range(layers):
-            found.update({f"blk.{layer}.{tensor.name}": tensor for tensor in self.block})
-        found.update({tensor.name: tensor for tensor in self.outputs if not (tied and tensor.role is Role.OUTPUT)})
-        return found
+    def block_tensors(self, *, dense: bool, absent: Collection[Role] = ()) -> list[ModelTensor]:
+        """The tensors of a block, in file order: of a dense or of a sparse layer, without those in `absent`."""
+        other = Layers.SPARSE if dense else Layers.DENSE
+        return [tensor for tensor in self.block if tensor.layers is not other and tensor.role not in absent]
 
     def tensor_name(self, role: Role, layer: int | None = None) -> str:
         """Name of a role's tensor, in a layer's block or, without one, outside of all; KeyError where there is none."""

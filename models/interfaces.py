@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Cache", "Experts", "Linear", "Norm", "Router"]
+from fiddler.models.architecture import RouterRule
+
+__all__ = ["Cache", "Experts", "Linear", "Norm", "Router", "RouterWeights"]
 
 
 class Experts(Protocol):
     """Computes a layer's routed experts, on whatever device their weights are."""
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-        """x [T, D] float32, expert_ids [T, K], routing_weights [T, K] -> weighted sum of expert outputs [T, D]."""
+        """x [T, D] float32, expert_ids [T, K], routing_weights [T, K] -> weighted sum of expert outputs [T, D].
+
+        layer: the number among the layers with routed experts.
+        """
         ...
 
 
@@ -41,13 +47,22 @@ class Cache(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RouterWeights:
+    """A layer's norm [D] before the router and the experts, the router's matrix [E, D], and its selection bias [E]."""
+
+    norm: Tensor
+    gate: Tensor
+    selection_bias: Tensor | None = None
+
+
 class Router(Protocol):
     """Normalises the experts' input and chooses each token's experts."""
 
     def __call__(
-        self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
+        self, h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """h [T, D], norm [D], weight [E, D] -> x [T, D], expert_ids and routing_weights [T, K]; see `router.route`."""
+        """h [T, D] -> x [T, D], expert_ids and routing_weights [T, K]; see `router.route`."""
         ...
 
 
@@ -55,5 +70,5 @@ class Norm(Protocol):
     """RMS normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __call__(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """x [T, D], weight [D] -> [T, D]."""
+        """x [..., D], weight [D] -> [..., D]."""
         ...

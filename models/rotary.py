@@ -7,13 +7,28 @@ from torch import Tensor
 
 from fiddler.models.config import Config
 
-__all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate"]
+__all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate", "to_neighbours"]
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Frequency [radians per position] of each pair of a head's elements (RoFormer): float32 [head_dim / 2]."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    return 1.0 / config.rope_freq_base ** (pairs / config.head_dim)
+    """Frequency [radians per position] of each pair of a head's elements (RoFormer): float32 [head_dim / 2].
+
+    0 for elements that are not rotated, the last ones.
+    """
+    pairs = torch.arange(0, config.rotated, 2, dtype=torch.float32, device=device)
+    frequencies = torch.zeros(config.head_dim // 2, device=device)
+    frequencies[: len(pairs)] = 1.0 / config.rope_freq_base ** (pairs / config.rotated)
+    return frequencies
+
+
+def to_neighbours(x: Tensor, rotated: int) -> Tensor:
+    """Bring elements that rotate together, i and i + rotated / 2, next to each other: x [..., head_dim] -> as x.
+
+    Queries and keys are reordered alike, so their products stay the same.
+    """
+    halves = x[..., :rotated].reshape(*x.shape[:-1], 2, rotated // 2)
+    pairs = halves.transpose(-1, -2).flatten(-2)
+    return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
 
 
 def rotary_cos_sin(config: Config, positions: Tensor) -> Tensor:

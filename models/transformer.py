@@ -7,22 +7,25 @@ explains the letters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler.errors import FileFormatError
-from fiddler.models.architecture import Role, first_unknown
+from fiddler.models import ARCHITECTURES
+from fiddler.models.architecture import Role, Rotary, first_unknown
 from fiddler.models.config import Config
-from fiddler.models.interfaces import Cache, Experts, Linear, Norm, Router
-from fiddler.models.mixtral import MIXTRAL
+from fiddler.models.interfaces import Cache, Experts, Linear, Norm, Router, RouterWeights
+from fiddler.models.rotary import to_neighbours
 from fiddler.models.router import rms_norm, route
 
-__all__ = ["Block", "Transformer"]
+__all__ = ["Attention", "Block", "Transformer"]
 
-_RUNS = (MIXTRAL,)  # architectures whose parts this file knows
+_RUNS = tuple(ARCHITECTURES.values())  # architectures whose parts this file knows
 
 
 class Transformer:
@@ -60,23 +63,32 @@ class Transformer:
         wanted: the W rows to return hidden states of, [W, D]; None: all. The last block stores keys and values of all
         rows, and computes only these W after its attention: nothing where W is 0.
         """
-        h = self.token_embd[ids].float()
+        h = self.embed(ids)
         for layer, block in enumerate(self.blk):
             last = layer == len(self.blk) - 1
             with self._dense_span():
                 if last and wanted is not None and not len(wanted):
                     return block.attention(h, cache, wanted)
+                if block.dense:
+                    h = block.without_experts(h, cache, wanted if last else None)
+                    continue
                 h, x, expert_ids, routing_weights = block.before_experts(h, cache, wanted if last else None)
-            h = h + self.experts(layer, x, expert_ids, routing_weights)
+            h = h + self.experts(layer - self.config.leading_dense_block_count, x, expert_ids, routing_weights)
         return h
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [T] -> hidden states before the first block, [T, D] float32."""
+        h = self.token_embd[ids].float()
+        return h if self.config.embedding_scale == 1.0 else h * self.config.embedding_scale
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V] float32."""
-        return self._linear(self._norm(h, self.output_norm, self.config.rms_epsilon), self._output)
+        logits = self._linear(self._norm(h, self.output_norm, self.config.rms_epsilon), self._output)
+        return logits if self.config.logit_scale == 1.0 else logits / self.config.logit_scale
 
 
 class Block:
-    """One transformer block without its experts, which the caller computes."""
+    """One transformer block without its routed experts, which the caller computes."""
 
     def __init__(
         self,
@@ -88,33 +100,95 @@ class Block:
         norm: Norm,
     ) -> None:
         self.config, self.index = config, index
-        name = partial(config.architecture.tensor_name, layer=index)
-        self.attn_norm = weights[name(Role.ATTENTION_NORM)]
-        self.ffn_norm = weights[name(Role.FFN_NORM)]
-        self.ffn_gate_inp = weights[name(Role.ROUTER)]  # [E, D]
-        self._qkv = [name(role) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
-        self._attn_output = name(Role.ATTENTION_OUTPUT)
-        self._linear, self._router, self._norm = linear, router, norm
+        self.dense = index not in config.sparse_layers
+        """Whether it has one feed-forward in place of experts."""
+        name, epsilon = partial(config.architecture.tensor_name, layer=index), config.rms_epsilon
+        self.attention = Attention(config, index, weights, linear, norm)
+        self._linear, self._norm, self._router, self._epsilon = linear, norm, router, epsilon
+        self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.FFN_NORM)])
+        if self.dense:
+            self._feed_forward = [name(role) for role in (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)]
+            return
+        bias = weights[name(Role.SELECTION_BIAS)] if config.has(Role.SELECTION_BIAS) else None
+        self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.ROUTER)], bias)
+        self._shared: list[str] = []
+        if config.has(Role.SHARED_GATE):
+            self._shared = [name(role) for role in (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)]
+        self._shared_router = weights[name(Role.SHARED_ROUTER)] if config.has(Role.SHARED_ROUTER) else None
 
     def before_experts(
         self, h: Tensor, cache: Cache, wanted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The dense half: h [T, D] -> h after attention, expert input x [T, D], expert_ids, routing_weights [T, K].
+        """The dense half: h [T, D] -> h after attention and the shared experts, and the routed experts' input.
 
-        wanted: return only these rows; None: all.
+        That is x [T, D], expert_ids and routing_weights [T, K]. wanted: return only these rows; None: all.
         """
-        h = self.attention(h, cache, wanted)
-        k = self.config.expert_used_count
-        return h, *self._router(h, self.ffn_norm, self.config.rms_epsilon, self.ffn_gate_inp, k)
+        h, config = self.attention(h, cache, wanted), self.config
+        x, expert_ids, routing_weights = self._router(
+            h, self._epsilon, self._weights, config.router, config.expert_used_count
+        )
+        if self._shared:
+            y = self._ffn(x, self._shared)
+            if self._shared_router is not None:
+                y *= torch.sigmoid(x @ self._shared_router)[:, None]
+            h = h + self._scaled(y)
+        return h, x, expert_ids, self._scaled(routing_weights)
 
-    def attention(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+    def without_experts(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+        """A dense layer: h [T, D] -> h after it, the rows in `wanted`; None: all."""
+        h = self.attention(h, cache, wanted)
+        return h + self._scaled(self._ffn(self._norm(h, self._weights.norm, self._epsilon), self._feed_forward))
+
+    def _ffn(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) with matrices gate, up and down: [T, D] -> as x."""
+        gate, up = self._linear.together(x, names[:2])
+        return self._linear(F.silu(gate) * up, names[2])
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.config.residual_scale == 1.0 else y * self.config.residual_scale
+
+
+class Attention:
+    """A block's attention, with its norm and its residual."""
+
+    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, norm: Norm) -> None:
+        self._config, self._index, self._linear, self._norm = config, index, linear, norm
+        name = partial(config.architecture.tensor_name, layer=index)
+        self._attn_norm = weights[name(Role.ATTENTION_NORM)]
+        self._qkv = [name(role) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
+        self._output = name(Role.ATTENTION_OUTPUT)
+        biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
+        self._biases = [weights[name(role)] for role in biases if config.has(role)]
+        self._qk_norms = [weights[name(role)] for role in (Role.QUERY_NORM, Role.KEY_NORM) if config.has(role)]
+
+    def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
         """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
-        x = self._norm(h, self.attn_norm, self.config.rms_epsilon)
-        qkv = self._linear.together(x, self._qkv)
-        q, k, v = (tensor.view(len(x), -1, self.config.head_dim) for tensor in qkv)  # [T, H or G, head_dim]
-        attended = cache.attend(self.index, q, k, v).flatten(1)
+        x = self._norm(h, self._attn_norm, self._config.rms_epsilon)
+        attended = cache.attend(self._index, *self._heads(self._linear.together(x, self._qkv))).flatten(1)
         if wanted is not None:
             h, attended = h[wanted], attended[wanted]
             if not len(wanted):
                 return h
-        return self._linear(attended, self._attn_output, h)
+        if self._config.residual_scale == 1.0:
+            return self._linear(attended, self._output, h)
+        return h + self._linear(attended, self._output) * self._config.residual_scale
+
+    def _heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Products [T, H or G * head_dim] -> q [T, H, head_dim], k and v [T, G, head_dim], as a cache takes them."""
+        config, head_dim = self._config, self._config.head_dim
+        for tensor, bias in zip(qkv, self._biases, strict=False):
+            tensor += bias
+        q, k, v = qkv
+        if self._qk_norms:
+            q, k = (
+                self._norm(tensor.reshape(-1, len(weight)), weight, config.rms_epsilon)
+                for tensor, weight in zip((q, k), self._qk_norms, strict=True)
+            )
+        q, k, v = (tensor.view(len(v), -1, head_dim) for tensor in (q, k, v))
+        if config.clamp_kqv is not None:
+            q, k, v = (tensor.clamp(-config.clamp_kqv, config.clamp_kqv) for tensor in (q, k, v))
+        if config.architecture.rotary is Rotary.HALVES:
+            q, k = to_neighbours(q, config.rotated), to_neighbours(k, config.rotated)
+        if config.attention_scale is not None:
+            q = q * (config.attention_scale * head_dim**0.5)
+        return q, k, v

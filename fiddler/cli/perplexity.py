@@ -55,7 +55,7 @@ def perplexity(
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from None
     config = model_file.config
-    counter = None if counts is None else ExpertCounts(config.block_count, config.expert_count)
+    counter = None if counts is None else ExpertCounts(len(config.sparse_layers), config.expert_count)
     # with a small --ctx the context stays larger: the longest steps hold several windows
     options = replace(loading, context=ctx if ctx > DEFAULT_CONTEXT else None)
     with open_output(counts) as counts_file:
@@ -131,7 +131,7 @@ def _check_counts(target: Path, config: Config) -> None:
     to = check_target(target, force=True)
     if to.mode is not None and not to.is_stream:
         try:
-            read_counts(target, config.block_count, config.expert_count)
+            read_counts(target, len(config.sparse_layers), config.expert_count)
         except RequestError:
             raise RequestError(
                 f"{target} exists and is no file of this model's expert counts; remove it or name another"

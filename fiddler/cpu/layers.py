@@ -17,6 +17,8 @@ from fiddler import kernels
 from fiddler.files.weights import ExpertWeights, LinearWeight
 from fiddler.kernels import KernelVariant
 from fiddler.models import router
+from fiddler.models.architecture import RouterRule
+from fiddler.models.interfaces import RouterWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route"]
@@ -68,12 +70,15 @@ class CpuLinear:
         return outputs
 
 
-def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements `Router`: our kernels take up to `MAX_KERNEL_TOKENS` tokens; torch, on all its threads, takes more."""
-    if len(h) > MAX_KERNEL_TOKENS:
-        return router.route(h, norm, epsilon, weight, k)
-    x = kernels.rms_norm(h.numpy(), norm.numpy(), epsilon)
-    expert_ids, routing_weights = kernels.route(x, weight.numpy(), k)
+def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements `Router`: our kernels take up to `MAX_KERNEL_TOKENS` tokens; torch, on all its threads, takes more.
+
+    Our kernels know Mixtral's rule only.
+    """
+    if len(h) > MAX_KERNEL_TOKENS or rule != RouterRule() or weights.selection_bias is not None:
+        return router.route(h, epsilon, weights, rule, k)
+    x = kernels.rms_norm(h.numpy(), weights.norm.numpy(), epsilon)
+    expert_ids, routing_weights = kernels.route(x, weights.gate.numpy(), k)
     return torch.from_numpy(x), torch.from_numpy(expert_ids), torch.from_numpy(routing_weights)
 
 

@@ -16,7 +16,8 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models.architecture import EXPERTS, FLOATS, Architecture, Role, first_unknown
+from fiddler.models.architecture import EXPERTS, FLOATS, Role, RouterRule, first_unknown
+from fiddler.models.config import Config
 from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_frequencies
 from fiddler.models.transformer import Transformer
@@ -77,10 +78,11 @@ def _tensor(values: np.ndarray, kind: str) -> Tensor:
     return tensor.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
 
 
-def can_decode(architecture: Architecture, formats: Collection[WeightFormat]) -> bool:
-    """Whether the compiled decode step runs an architecture whose matrices have these formats: one, for all of them."""
+def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
+    """Whether the compiled decode step runs a model whose matrices have these formats: one, for all of them."""
     known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
-    return known and first_unknown(architecture, _DECODES) is None
+    plain = config.router == RouterRule() and config.clamp_kqv is None
+    return known and plain and first_unknown(config.architecture, _DECODES) is None
 
 
 def decoder_of(
@@ -93,7 +95,7 @@ def decoder_of(
     config, variant, name = model.config, experts[0].variant, model.config.architecture.tensor_name
     mapped = {key: weight for key, weight in linears.items() if isinstance(weight, LinearWeight)}
     formats = {weight.format for weight in mapped.values()} | {expert.format for expert in experts}
-    if len(mapped) < len(linears) or not can_decode(config.architecture, formats):
+    if len(mapped) < len(linears) or not can_decode(config, formats):
         return None
     table = weights[name(Role.TOKEN_EMBEDDING)]
     rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()

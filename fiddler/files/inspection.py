@@ -74,7 +74,7 @@ def _expert_bytes(model: ModelFile) -> dict[str, int]:
     config, file = model.config, model.file
     roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
     expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
-    per_expert = expert_bytes // (config.block_count * config.expert_count)
+    per_expert = expert_bytes // (len(config.sparse_layers) * config.expert_count)
     return {
         "experts": expert_bytes,
         "dense": sum(t.nbytes for t in file.tensors.values()) - expert_bytes,
@@ -88,7 +88,7 @@ def _architecture(model: ModelFile) -> dict[str, Any]:
     return {
         "layers": config.block_count,
         "width": config.embedding_length,
-        "expert_width": config.feed_forward_length,
+        "expert_width": config.expert_feed_forward_length,
         "experts": config.expert_count,
         "experts_per_token": config.expert_used_count,
         "heads": config.head_count,

@@ -19,6 +19,7 @@ from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import Header
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
+from fiddler.models.metadata import read_config
 from fiddler.text.vocabulary import TokenTable
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class ModelFile:
             if kind == "F32":
                 remedy = f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` rounds it to 16 bits"
             raise FileFormatError(f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; {remedy}")
-        for layer in range(self.config.block_count):
+        for layer in self.config.sparse_layers:
             names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
             kinds = {self.file.tensors[name].type for name in names}
             if len(kinds) > 1:
@@ -130,7 +131,7 @@ def check_header(header: bytes, nbytes: int) -> None:
 
 def _checked(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> tuple[Config, bool]:
     """The hyper-parameters that these tensors and this vocabulary agree with, and whether the output is tied."""
-    config = Config.from_metadata(metadata)
+    config = read_config(metadata, tensors)
     tied = config.architecture.tensor_name(Role.OUTPUT) not in tensors
     _check_shapes(tensors, config, tied)
     _check_vocabulary(metadata, config)

@@ -57,9 +57,9 @@ class LinearWeight:
 
 
 def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
-    """The experts of every layer; `exact`: float32 activations for bf16 weights, too."""
+    """The experts of every layer that has some; `exact`: float32 activations for bf16 weights, too."""
     experts = []
-    for layer in range(model_file.config.block_count):
+    for layer in model_file.config.sparse_layers:
         (gate, up, down), kind = expert_stacks(model_file, layer)
         experts.append(ExpertWeights(gate, up, down, variant_for(tier, kind, exact)))
     return experts

@@ -9,6 +9,7 @@ from torch import Tensor
 from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.model_file import ModelFile
 from fiddler.models.architecture import FLOATS, Role
+from fiddler.models.config import Config
 
 __all__ = ["load_dense", "warm_up"]
 
@@ -37,12 +38,9 @@ def load_dense(
         if tensor.role in FLOATS:
             weights[name] = load(name)
     linears[output] = weights[embedding] if model_file.tied else load(output)
-    for layer in range(config.block_count):
-        attn_output = name_of(Role.ATTENTION_OUTPUT, layer)
-        linears[attn_output] = load(attn_output)
-        names = [name_of(role, layer) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
+    for names in _products(config):
         mapped = [model_file.bits(name) for name in names]
-        if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v
+        if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v, or gate and up
             rows = [len(values) for values, _ in mapped]
             joined = torch.empty(sum(rows), width, dtype=kinds[mapped[0][1]], device=weight_copy.device)
             for name, part in zip(names, joined.split(rows), strict=True):
@@ -56,6 +54,27 @@ def load_dense(
         if name != embedding:
             weights[name] = values.float()
     return weights, linears
+
+
+_TOGETHER = (  # roles whose products with the same input are one
+    (Role.QUERY, Role.KEY, Role.VALUE),
+    (Role.ATTENTION_OUTPUT,),
+    (Role.SHARED_GATE, Role.SHARED_UP),
+    (Role.SHARED_DOWN,),
+    (Role.DENSE_GATE, Role.DENSE_UP),
+    (Role.DENSE_DOWN,),
+)
+
+
+def _products(config: Config) -> list[list[str]]:
+    """The names of the blocks' linears, grouped as they are multiplied."""
+    tensors, name_of = config.tensors(tied=False), config.architecture.tensor_name
+    return [
+        [name_of(role, layer) for role in roles]
+        for layer in range(config.block_count)
+        for roles in _TOGETHER
+        if config.has(roles[0]) and name_of(roles[0], layer) in tensors
+    ]
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

@@ -219,13 +219,16 @@ class CapturedGraphs:
 
     def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
         """The model from the experts of layer `begin` - 1 to those of layer `end`, or to the logits."""
+        dense = self._model.config.leading_dense_block_count
         if begin == 0:
-            h = self._model.token_embd[self._token[:1]].float()
+            h = self._model.embed(self._token[:1])
+            for block in self._model.blk[:dense]:
+                h = block.without_experts(h, self._cache)
         else:
             h = decode_kernels.gather(h, self._y, self._host_sum)
-        last = len(self._model.blk) - 1 if end is None else end
+        last = len(self._orchestrator.layers) - 1 if end is None else end
         for layer in range(begin, last + 1):
-            h, x, expert_ids, routing_weights = self._model.blk[layer].before_experts(h, self._cache)
+            h, x, expert_ids, routing_weights = self._model.blk[dense + layer].before_experts(h, self._cache)
             self.chosen.append(expert_ids)
             if layer == end:
                 decode_kernels.hand_over(x, expert_ids, routing_weights, self._streamed_inputs, self._host_inputs)

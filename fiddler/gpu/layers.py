@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fiddler.models.architecture import RouterRule
+from fiddler.models.interfaces import RouterWeights
 from fiddler.models.router import rms_norm, route
 
 if TYPE_CHECKING:
@@ -85,12 +87,12 @@ class GpuRouter:
         self._kernels = kernels
 
     def __call__(
-        self, h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int
+        self, h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Implements `Router`."""
-        if self._kernels is not None:
-            return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route(h, norm, epsilon, weight, k))
-        return route(h, norm, epsilon, weight, k)
+        """Implements `Router`. Our kernel knows Mixtral's rule only."""
+        if self._kernels is None or rule != RouterRule() or weights.selection_bias is not None:
+            return route(h, epsilon, weights, rule, k)
+        return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route(h, weights.norm, epsilon, weights.gate, k))
 
 
 class GpuNorm:

@@ -55,7 +55,8 @@ def _above(values: np.ndarray, count: int) -> np.ndarray:
     maxima = values[: values.size // size * size].reshape(-1, size).max(1)
     indices = np.flatnonzero(values >= np.partition(maxima, -count)[-count])
     candidates = values[indices]
-    return indices[candidates >= np.partition(candidates, -count)[-count]]
+    above: np.ndarray = indices[candidates >= np.partition(candidates, -count)[-count]]
+    return above
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

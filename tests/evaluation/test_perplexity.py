@@ -123,7 +123,7 @@ def runner_of_both_sides(path, recorder):
     model_file = ModelFile.open(path)
     config, layers, copy = model_file.config, mapped_experts(model_file, kernels.choose_tier(), exact=True), HostCopy()
     weights = {}
-    tensors = config.architecture.tensors(config.block_count, tied=False)
+    tensors = config.tensors(tied=False)
     for name in (name for name, tensor in tensors.items() if tensor.role not in EXPERTS):
         values, kind = model_file.bits(name)
         weights[name] = torch.from_numpy(values.copy()).view({"F32": torch.float32, "BF16": torch.bfloat16}[kind])

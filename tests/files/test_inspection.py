@@ -127,7 +127,7 @@ def test_a_rope_scaling_of_factor_1_runs(tmp_path, kind):
 @pytest.mark.parametrize(
     "key, value, reason",
     [
-        ("general.architecture", text("qwen3moe"), "general.architecture is 'qwen3moe'"),
+        ("general.architecture", text("gemma4"), "general.architecture is 'gemma4'"),
         ("llama.expert_count", u32(0), "a dense model"),
         ("tokenizer.ggml.model", text("gpt2"), "tokenizer.ggml.model is 'gpt2'"),
         ("llama.rope.scaling.factor", f32(2.0), "rope.scaling.factor is 2.0"),

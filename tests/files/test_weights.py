@@ -18,7 +18,7 @@ def test_experts_of_a_file_know_their_format_and_sizes():
         names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         assert {experts.format.name.upper()} == {tensors[name].type for name in names}
         assert config.expert_count * experts.expert_bytes == sum(tensors[name].nbytes for name in names)
-        assert config.feed_forward_length * experts.hidden_row_bytes == experts.expert_bytes
+        assert config.expert_feed_forward_length * experts.hidden_row_bytes == experts.expert_bytes
         assert experts.hidden_row_bytes == 6 * config.embedding_length
 
 

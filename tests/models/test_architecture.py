@@ -18,8 +18,8 @@ from fiddler.files.model_file import ModelFile
 from fiddler.gpu import loader as gpu_loader
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.loading import DEMO_MODEL
-from fiddler.models import ARCHITECTURES, MIXTRAL
-from fiddler.models.architecture import Architecture, QkNorm, Role, Rotary, RouterRule, first_unknown
+from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
+from fiddler.models.architecture import Architecture, AttentionBias, QkNorm, Role, Rotary, RouterRule, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.transformer import Transformer
 from oracles.reference import TINY
@@ -36,6 +36,19 @@ GGUF_ROLES = {
     Role.GATE: gguf.MODEL_TENSOR.FFN_GATE_EXP,
     Role.UP: gguf.MODEL_TENSOR.FFN_UP_EXP,
     Role.DOWN: gguf.MODEL_TENSOR.FFN_DOWN_EXP,
+    Role.QUERY_BIAS: gguf.MODEL_TENSOR.ATTN_Q,
+    Role.KEY_BIAS: gguf.MODEL_TENSOR.ATTN_K,
+    Role.VALUE_BIAS: gguf.MODEL_TENSOR.ATTN_V,
+    Role.QUERY_NORM: gguf.MODEL_TENSOR.ATTN_Q_NORM,
+    Role.KEY_NORM: gguf.MODEL_TENSOR.ATTN_K_NORM,
+    Role.SELECTION_BIAS: gguf.MODEL_TENSOR.FFN_EXP_PROBS_B,
+    Role.SHARED_ROUTER: gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
+    Role.SHARED_GATE: gguf.MODEL_TENSOR.FFN_GATE_SHEXP,
+    Role.SHARED_UP: gguf.MODEL_TENSOR.FFN_UP_SHEXP,
+    Role.SHARED_DOWN: gguf.MODEL_TENSOR.FFN_DOWN_SHEXP,
+    Role.DENSE_GATE: gguf.MODEL_TENSOR.FFN_GATE,
+    Role.DENSE_UP: gguf.MODEL_TENSOR.FFN_UP,
+    Role.DENSE_DOWN: gguf.MODEL_TENSOR.FFN_DOWN,
     Role.OUTPUT_NORM: gguf.MODEL_TENSOR.OUTPUT_NORM,
     Role.OUTPUT: gguf.MODEL_TENSOR.OUTPUT,
 }
@@ -43,7 +56,7 @@ OTHERS = [
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.HEAD),
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.VECTOR),
     dataclasses.replace(MIXTRAL, rotary=Rotary.HALVES),
-    dataclasses.replace(MIXTRAL, router=RouterRule.SOFTMAX),
+    dataclasses.replace(MIXTRAL, attention_bias=AttentionBias.QUERY_KEY_VALUE),
 ]
 
 
@@ -52,9 +65,14 @@ def test_names_of_tensors_are_ggufs_own(architecture):
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf_name)
     for tensor in architecture.inputs + architecture.block + architecture.outputs:
         role = GGUF_ROLES[tensor.role]
+        if tensor.name.startswith("post_attention_norm"):  # GLM-4.5's norm before the feed-forward
+            role = gguf.MODEL_TENSOR.ATTN_POST_NORM
         assert role in gguf.MODEL_TENSORS[kind]
         layer = 7 if tensor in architecture.block else None
-        assert architecture.tensor_name(tensor.role, layer) == gguf.TENSOR_NAMES[role].format(bid=7) + ".weight"
+        kind_of_tensor = "bias" if tensor.role.name.endswith("BIAS") else "weight"
+        assert (
+            architecture.tensor_name(tensor.role, layer) == f"{gguf.TENSOR_NAMES[role].format(bid=7)}.{kind_of_tensor}"
+        )
 
 
 def test_a_role_without_a_tensor_there_is_refused():
@@ -74,24 +92,31 @@ def test_the_demo_and_a_converted_checkpoint_hold_exactly_the_declared_tensors(t
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: first_unknown(other, [MIXTRAL]))
-def test_a_part_that_a_path_does_not_know_is_never_run(other):
+def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
     config = ModelFile.open(DEMO_MODEL).config
     assert first_unknown(MIXTRAL, [MIXTRAL]) is None
     assert first_unknown(other, [MIXTRAL, other]) is None
     part = first_unknown(other, [MIXTRAL])
     assert part in {f"{field.name}: {getattr(other, field.name)}" for field in dataclasses.fields(Architecture)}
+    monkeypatch.setattr(transformer, "_RUNS", (MIXTRAL,))
     with pytest.raises(FileFormatError, match=f"Mixtral has {part}, which does not run"):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
-    assert can_decode(MIXTRAL, {BF16})
-    assert not can_decode(other, {BF16})
-    assert gpu_loader.can_decode(MIXTRAL, {BF16, F16})
-    assert not gpu_loader.can_decode(other, {BF16})
+    assert can_decode(config, {BF16})
+    assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
+    assert gpu_loader.can_decode({BF16, F16})
+
+
+def test_the_compiled_step_takes_no_other_router_and_no_clamps():
+    config = ModelFile.open(DEMO_MODEL).config
+    assert not can_decode(dataclasses.replace(config, router=RouterRule(renormalise=False)), {BF16})
+    assert not can_decode(dataclasses.replace(config, clamp_kqv=8.0), {BF16})
 
 
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():
-    assert can_decode(MIXTRAL, {F16})
-    assert not can_decode(MIXTRAL, {BF16, F16})
-    assert not can_decode(MIXTRAL, {dataclasses.replace(BF16, name="q8_0", block_length=32, block_bytes=34)})
+    config = ModelFile.open(DEMO_MODEL).config
+    assert can_decode(config, {F16})
+    assert not can_decode(config, {BF16, F16})
+    assert not can_decode(config, {dataclasses.replace(BF16, name="q8_0", block_length=32, block_bytes=34)})
 
 
 def test_a_model_of_unknown_parts_runs_without_the_compiled_step(monkeypatch):

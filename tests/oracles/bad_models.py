@@ -53,7 +53,7 @@ def vocabulary_and_embedding_differ(folder: Path) -> Path:
 
 MODELS = [
     drafted("architecture_missing", "architecture is None", lambda d: d.drop("general.architecture")),
-    key("architecture_other", "architecture is 'qwen3moe'", "general.architecture", text("qwen3moe")),
+    key("architecture_other", "architecture is 'gemma4'", "general.architecture", text("gemma4")),
     key(
         "architecture_escapes",
         r"architecture is '\x1b[2J\nerror: no'",

@@ -1,0 +1,152 @@
+"""Finds the tensors of a checkpoint by transformers' names: which rows of which stored tensor make a GGUF tensor.
+
+Knows the expert layouts and the rules of shapes; changes no value, and reads no tensor data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiddler.converters.families import OTHER_NAMES, Family, StoredAs
+from fiddler.converters.safetensors_file import DTYPES, Array, StoredTensor
+from fiddler.converters.source_folder import is_quantised
+from fiddler.converters.weight_files import WeightFile
+from fiddler.errors import CheckpointError, quoted
+from fiddler.models.architecture import ModelTensor, Role
+from fiddler.models.config import Config
+
+__all__ = ["Matrix", "TensorLookup"]
+
+# Old checkpoints store this table, too; it follows from rope_theta and head_dim.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` rows from row `first` of a stored tensor viewed as a matrix [rows, width]: one expert, or all rows."""
+
+    file: WeightFile
+    stored: StoredTensor
+    first: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        return self.stored.shape[-1]
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows `start` to `stop` of this matrix, [stop - start, width], read from the file.
+
+        float32, float16, or uint16 where the values are bfloat16.
+        """
+        return self.file.rows(self.stored, self.first + start, stop - start)
+
+
+class TensorLookup:
+    """Finds stored tensors by name and shape, and records which are used."""
+
+    def __init__(self, folder: Path, files: Sequence[WeightFile]) -> None:
+        self._folder = folder
+        self._files: dict[str, WeightFile] = {}
+        self._used: set[str] = set()
+        for file in files:
+            for name in file.tensors:
+                if name in self._files:
+                    raise CheckpointError(
+                        f"tensor {quoted(name)} is in both {self._files[name].path} and {file.path.name}"
+                    )
+                if is_quantised(name):
+                    raise CheckpointError(
+                        f"{file.path}: tensor {quoted(name)} belongs to quantised weights; "
+                        "convert the original bf16, f16 or f32 checkpoint"
+                    )
+                self._files[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def matrices(self, config: Config, family: Family, ignored_layers: range) -> dict[str, Sequence[Matrix]]:
+        """The matrices of exactly the tensors that `config` implies; the output only if it is stored.
+
+        ignored_layers: layers after the model's own, whose tensors are skipped.
+        Raises CheckpointError for a tensor that is missing, of another shape or unknown.
+        """
+        # Check before a list of this length is built: a hostile config.json may say millions.
+        if config.block_count > len(self._files):
+            raise CheckpointError(
+                f"{self._folder}: config.json says num_hidden_layers {config.block_count}, "
+                f"but there are only {len(self._files)} tensors; download the whole checkpoint"
+            )
+        matrices: dict[str, Sequence[Matrix]] = {}
+        tied = OTHER_NAMES[Role.OUTPUT] not in self
+        for name, tensor in config.tensors(tied=tied).items():
+            shape, layer = config.shape(tensor), name.removeprefix("blk.").partition(".")[0]
+            if tensor.role in OTHER_NAMES:
+                matrices[name] = [self._matrix(OTHER_NAMES[tensor.role], shape)]
+            else:
+                matrices[name] = self._layer_matrices(f"model.layers.{layer}.", tensor, shape, family)
+        for name in self._files:
+            if name not in self._used and not _DERIVED.fullmatch(name) and _layer(name) not in ignored_layers:
+                raise CheckpointError(
+                    f"{self._files[name].path}: tensor {quoted(name)} is not part of a {config.architecture.name} with "
+                    f"{config.block_count} layers and {config.expert_count} experts"
+                )
+        return matrices
+
+    def _layer_matrices(self, prefix: str, tensor: ModelTensor, shape: tuple[int, ...], family: Family) -> list[Matrix]:
+        """The matrices of a tensor of one layer, under whichever of the family's names it is stored."""
+        names = family.names[tensor.role]
+        stored_as = next((each for each in names if prefix + each.name.format(0) in self), names[0])
+        name = prefix + stored_as.name
+        if "{}" in name:
+            return [self._matrix(name.format(expert), shape[1:]) for expert in range(shape[0])]
+        if len(shape) == 1:
+            return [self._vector(name, shape)]
+        return self._stacked(name, stored_as, shape)
+
+    def _stacked(self, name: str, stored_as: StoredAs, shape: tuple[int, ...]) -> list[Matrix]:
+        """A matrix [rows, width], or one for each expert of [E, rows, width]; or halves of such matrices."""
+        *experts, rows, width = shape
+        times = 1 if stored_as.half is None else 2
+        file, stored = self._find(name, (*experts, times * rows, width))
+        first = (stored_as.half or 0) * rows
+        count = experts[0] if experts else 1
+        return [Matrix(file, stored, expert * times * rows + first, rows) for expert in range(count)]
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        file, stored = self._find(name, shape)
+        return Matrix(file, stored, 0, 1 if len(shape) == 1 else shape[0])
+
+    def _vector(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        """A vector, which may be stored as a matrix of one row."""
+        one_row = name in self and self._files[name].tensors[name].shape == (1, *shape)
+        return self._matrix(name, (1, *shape) if one_row else shape)
+
+    def _require(self, name: str) -> WeightFile:
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing; download the whole checkpoint")
+        return self._files[name]
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[WeightFile, StoredTensor]:
+        file = self._require(name)
+        stored = file.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} is {stored.dtype}, a quantised or unusual type; "
+                "convert the original bf16, f16 or f32 checkpoint"
+            )
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(stored.shape)}, but config.json implies {list(shape)}"
+            )
+        self._used.add(name)
+        return file, stored
+
+
+def _layer(name: str) -> int:
+    """The layer in a stored tensor's name; -1 where it has none."""
+    match = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(match[1]) if match else -1

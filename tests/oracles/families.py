@@ -1,0 +1,164 @@
+"""Random checkpoints of every family that converts, and transformers' own forward pass over them."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from oracles.reference import TINY
+
+__all__ = ["CASES", "Case", "FamilyReference", "make_family_checkpoint"]
+
+_SIZES = {
+    "vocab_size": 512,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class of transformers and its configuration; how its checkpoint is stored."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+    fused: bool = False
+    shard: str = "1GB"
+
+
+def _heads(width: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+
+
+_QWEN3 = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+_QWEN2 = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}
+_OLMOE = {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 40}
+_GRANITE = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 40,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 4.0,
+}
+_GLM = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "intermediate_size": 88,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+    "routed_scaling_factor": 1.5,
+}
+
+CASES = {
+    "qwen3moe": Case("Qwen3Moe", {**_heads(64, 8, 2), **_QWEN3, "head_dim": 16}),
+    "qwen3moe, odd, tied, 3 shards": Case(
+        "Qwen3Moe", {**_heads(50, 3, 3), **_QWEN3, "head_dim": 22, "tie_word_embeddings": True}, shard="250KB"
+    ),
+    "qwen3moe, f16, fused, not renormalised": Case(
+        "Qwen3Moe", {**_heads(72, 4, 2), **_QWEN3, "head_dim": 24, "norm_topk_prob": False}, dtype="f16", fused=True
+    ),
+    "qwen2moe": Case("Qwen2Moe", {**_heads(64, 8, 2), **_QWEN2}),
+    "qwen2moe, odd, tied, 3 shards": Case(
+        "Qwen2Moe", {**_heads(66, 3, 3), **_QWEN2, "norm_topk_prob": True, "tie_word_embeddings": True}, shard="250KB"
+    ),
+    "qwen2moe, f16, fused": Case("Qwen2Moe", {**_heads(72, 6, 3), **_QWEN2}, dtype="f16", fused=True),
+    "olmoe": Case("Olmoe", {**_heads(64, 4, 4), **_OLMOE}),
+    "olmoe, GQA, clipped, 3 shards": Case(
+        "Olmoe", {**_heads(66, 3, 1), **_OLMOE, "clip_qkv": 0.7, "rope_parameters": {"rope_theta": 5e3}}, shard="250KB"
+    ),
+    "olmoe, f16, fused, tied": Case(
+        "Olmoe", {**_heads(72, 6, 6), **_OLMOE, "tie_word_embeddings": True}, dtype="f16", fused=True
+    ),
+    "granitemoe": Case("GraniteMoe", {**_heads(64, 8, 2), **_GRANITE}),
+    "granitemoe, tied, 3 shards": Case(
+        "GraniteMoe", {**_heads(66, 3, 3), **_GRANITE, "tie_word_embeddings": True}, shard="250KB"
+    ),
+    "granitemoe, shared, f16": Case(
+        "GraniteMoeShared", {**_heads(72, 6, 3), **_GRANITE, "shared_intermediate_size": 56}, dtype="f16"
+    ),
+    "granitemoe, shared, fused": Case(
+        "GraniteMoeShared", {**_heads(64, 4, 4), **_GRANITE, "shared_intermediate_size": 48}, fused=True
+    ),
+    "glm4moe": Case("Glm4Moe", {**_heads(64, 8, 2), **_GLM, "use_qk_norm": True, "attention_bias": True}),
+    "glm4moe, 2 dense layers, groups, tied, 3 shards": Case(
+        "Glm4Moe",
+        {
+            **_heads(50, 3, 3),
+            **_GLM,
+            "head_dim": 24,
+            "first_k_dense_replace": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+        },
+        shard="250KB",
+    ),
+    "glm4moe, f16, fused, biases": Case(
+        "Glm4Moe", {**_heads(72, 4, 2), **_GLM, "attention_bias": True, "n_shared_experts": 2}, dtype="f16", fused=True
+    ),
+}
+
+
+def make_family_checkpoint(case: Case, folder: Path) -> Path:
+    """Save a random model of transformers and the tokenizer of tests/data/tiny; return the folder.
+
+    Weights are large enough that every part matters, as in `reference.make_checkpoint`.
+    """
+    config = getattr(transformers, f"{case.kind}Config")(**_SIZES, **case.options)
+    torch.manual_seed(zlib.crc32(repr(case).encode()))
+    model = getattr(transformers, f"{case.kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.normal_(0.0, 0.2)
+            elif tensor.dim() == 1 and name.endswith("bias"):
+                tensor.normal_(0.0, 0.3)
+            elif tensor.dim() > 1:
+                gain = 2.0 if ".gate." in name or ".router." in name else 1.0
+                tensor.normal_(0.0, gain / tensor.shape[-1] ** 0.5)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float16
+    model.to(dtype).save_pretrained(folder, max_shard_size=case.shard, save_original_format=not case.fused)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
+
+class FamilyReference:
+    """transformers' own forward pass in float32 over the 16-bit weights of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' own deprecations
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
+            ).eval()
+
+    def __call__(self, ids: list[int]) -> Tensor:
+        """Logits [T, V]."""
+        with torch.inference_mode():
+            logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        return logits

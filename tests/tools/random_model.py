@@ -1,0 +1,115 @@
+"""Write a GGUF with random weights in the shape of a real model, at any depth: for measurements.
+
+    python tests/tools/random_model.py qwen3-30b-a3b OUT.gguf --vocabulary ANY.gguf --layers 4
+
+Weights come from one pool of normal numbers, block by block, so a file is written as fast as the disk takes it.
+`--vocabulary`: a GGUF whose tokenizer the model gets, such as those in llama.cpp's `models/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from fiddler.models import ARCHITECTURES
+from fiddler.models.architecture import FLOATS, Role, RouterRule, Scoring
+from fiddler.models.config import Config
+from fiddler.models.metadata import to_metadata
+
+
+def _shape(name: str, vocabulary: int, context: int, width: int, layers: int, hidden: int, heads: int, kv_heads: int,
+           head_dim: int, experts: int, used: int, **others: object) -> Config:  # fmt: skip
+    architecture = ARCHITECTURES[name]
+    others = {"router": architecture.router, **others}
+    return Config(architecture, vocabulary, context, width, layers, hidden, heads, kv_heads, head_dim, experts, used,
+                  1e-6, 1e6, **others)  # type: ignore[arg-type]  # fmt: skip
+
+
+SHAPES = {
+    "mixtral-8x7b": _shape("llama", 32000, 32768, 4096, 32, 14336, 32, 8, 128, 8, 2),
+    "qwen3-30b-a3b": _shape("qwen3moe", 151936, 40960, 2048, 48, 768, 32, 4, 128, 128, 8),
+    "qwen1.5-moe-a2.7b": _shape("qwen2moe", 151936, 8192, 2048, 24, 1408, 16, 16, 128, 60, 4,
+                                expert_shared_feed_forward_length=5632),
+    "olmoe-1b-7b": _shape("olmoe", 50304, 4096, 2048, 16, 1024, 16, 16, 128, 64, 8),
+    "granite-3b-a800m": _shape("granitemoe", 49155, 4096, 1536, 32, 512, 24, 8, 64, 40, 8, attention_scale=0.015625,
+                               embedding_scale=12.0, residual_scale=0.22, logit_scale=6.0,
+                               absent=frozenset((Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN))),
+    "deepseek-moe-16b": _shape("deepseek", 102400, 4096, 2048, 28, 1408, 16, 16, 128, 64, 6, feed_forward_length=10944,
+                               leading_dense_block_count=1, expert_shared_feed_forward_length=2816),
+    "glm-4.5-air": _shape("glm4moe", 151552, 131072, 4096, 46, 1408, 96, 8, 128, 128, 8, feed_forward_length=10944,
+                          leading_dense_block_count=1, expert_shared_feed_forward_length=1408, rope_dimension_count=64,
+                          router=RouterRule(Scoring.SIGMOID), absent=frozenset((Role.QUERY_NORM, Role.KEY_NORM))),
+}  # fmt: skip
+ALIGNMENT = 64
+
+
+def write_random_model(path: Path, config: Config, vocabulary: Path, dtype: str, seed: int = 7) -> None:
+    """Write the model; its vocabulary's size is that of `vocabulary`."""
+    reader = gguf.GGUFReader(vocabulary)
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    config = replace(config, vocab_size=len(tokens.data))
+    tensors = config.tensors(tied=False)
+    writer = gguf.GGUFWriter(path, config.architecture.gguf_name)
+    writer.add_name(f"random {config.architecture.name}, {config.block_count} layers")
+    writer.add_file_type(32 if dtype == "bf16" else 1)
+    writer.add_custom_alignment(ALIGNMENT)
+    for key, value in to_metadata(config).items():
+        kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        writer.add_key_value(key, value, kind[type(value)])
+    for name, field in reader.fields.items():
+        if name.startswith("tokenizer."):
+            sub_type = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+    matrix = gguf.GGMLQuantizationType.BF16 if dtype == "bf16" else gguf.GGMLQuantizationType.F16
+    for name, tensor in tensors.items():
+        floats, shape = tensor.role in FLOATS, config.shape(tensor)
+        kind_of = gguf.GGMLQuantizationType.F32 if floats else matrix
+        writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) * (4 if floats else 2), kind_of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    random = np.random.default_rng(seed)
+    pool = random.standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    halves = (pool.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else pool.astype(np.float16)
+    for file in writer.fout:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        for index, (_, tensor) in enumerate(tensors.items()):
+            left = math.prod(config.shape(tensor))
+            if tensor.role in FLOATS:
+                is_norm = tensor.role.name.endswith("NORM")
+                file.write((np.ones(left) if is_norm else random.standard_normal(left)).astype(np.float32).tobytes())
+                left = 0
+            begin = index * 7919 % 4096
+            while left:
+                count = min(left, halves.size - begin)
+                file.write(memoryview(halves[begin : begin + count]).cast("B"))
+                left, begin = left - count, 0
+            file.write(bytes(-file.tell() % ALIGNMENT))
+    writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--vocabulary", type=Path, required=True)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--dtype", choices=("bf16", "f16"), default="bf16")
+    options = parser.parse_args()
+    config = SHAPES[options.shape]
+    if options.layers:
+        config = replace(config, block_count=options.layers)
+    began = time.perf_counter()
+    write_random_model(options.out, config, options.vocabulary, options.dtype)
+    print(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
