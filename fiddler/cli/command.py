@@ -5,33 +5,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fiddler.cli.habits import ALIASES, COMMANDS, IGNORED, REFUSED
+from fiddler.cli.arguments import HELP_ALL, Arguments, fail
+from fiddler.cli.habits import ALIASES, COMMANDS, REFUSED
 
 __all__ = ["RARE", "Command", "Group"]
 
 RARE = ("Beam search", "More sampling", "More placement")
 """Groups of options that only --help-all shows."""
 
-_HELP_ALL = "--help-all"
-
 
 class Command(TyperCommand):
     """A command whose help is grouped and whose arguments may have the names of other programs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse `args` (click's hook), after names of habit are replaced. Raises a usage error for refused ones."""
-        return super().parse_args(ctx, list(self._translated(ctx, args)))
+        """Parse `args` (click's hook), after names of habit are replaced. Raises a usage error in one line."""
+        if ctx.resilient_parsing:  # for completion
+            return super().parse_args(ctx, args)
+        arguments = Arguments(ctx, self.params, args)
+        translated = arguments.translated
+        if translated == [HELP_ALL]:
+            ctx.meta[HELP_ALL] = True
+            translated = ["--help"]
+        try:
+            return super().parse_args(ctx, translated)
+        except typer.BadParameter as error:
+            if (line := arguments.explained(error)) is None:
+                raise
+            fail(ctx, line)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options (click's hook)."""
-        everything = bool(ctx.meta.get(_HELP_ALL))
+        everything = bool(ctx.meta.get(HELP_ALL))
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         left_out: list[str] = []
         for param in self.get_params(ctx):
@@ -50,40 +60,7 @@ class Command(TyperCommand):
                     formatter.write_dl(records)
         if left_out:
             formatter.write_paragraph()
-            formatter.write_text(f"{', '.join(left_out)}: see {ctx.command_path} {_HELP_ALL}.")
-
-    def _translated(self, ctx: Any, args: list[str]) -> Iterator[str]:
-        options: dict[str, Any] = {
-            name: param for param in self.params for name in (*param.opts, *param.secondary_opts)
-        }
-        positional = [param.name for param in self.params if param.param_type_name == "argument"]
-        rest = iter(args)
-        for argument in rest:
-            if argument == "--":
-                yield argument
-                yield from rest
-                return
-            name, equals, value = argument.partition("=")
-            if name.startswith("--"):
-                name = name.replace("_", "-")
-            if name not in options and name in ALIASES and ALIASES[name] in options:
-                name = ALIASES[name]
-            if name in options:
-                yield name + equals + value
-                if not equals and not options[name].is_flag and (following := next(rest, None)) is not None:
-                    yield following
-            elif name in ("-m", "--model") and "model" in positional:
-                if equals or (value := next(rest, "")):
-                    yield value
-            elif name == "--outfile" and "target" in positional:
-                yield value if equals else next(rest, "")
-            elif name == _HELP_ALL:
-                ctx.meta[_HELP_ALL] = True
-                yield "--help"
-            elif name in REFUSED:
-                _fail(ctx, f"{name}: {REFUSED[name]}")
-            elif name not in IGNORED:
-                yield argument
+            formatter.write_text(f"{', '.join(left_out)}: see {ctx.command_path} {HELP_ALL}.")
 
 
 class Group(TyperGroup):
@@ -92,8 +69,14 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse `args` (click's hook). Raises a usage error where an option of a command stands before it."""
         known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
-        if args and args[0].startswith("-") and args[0].partition("=")[0] not in known:
-            _fail(ctx, f"{args[0]} belongs behind a command, as in: fiddler run MODEL.gguf -p TEXT")
+        name = args[0].partition("=")[0] if args else ""
+        if name.startswith("-") and name not in known and not ctx.resilient_parsing:
+            params = [param for command in self.commands.values() for param in command.params]
+            elsewhere = {"-m", "--model", *ALIASES, *REFUSED, *(option for param in params for option in param.opts)}
+            if name in elsewhere:
+                fail(ctx, f"{name} belongs behind a command, as in: fiddler run MODEL.gguf -p TEXT")
+            close = get_close_matches(name, known, 1, 0.75)
+            fail(ctx, f"no option {name}; " + (f"did you mean {close[0]}?" if close else "fiddler --help lists them"))
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -101,22 +84,9 @@ class Group(TyperGroup):
         name = args[0]
         if name not in self.commands and not ctx.resilient_parsing:
             if name.endswith(".gguf"):
-                _fail(ctx, f"{name} is no command; type: fiddler run {name}")
-            close = get_close_matches(name.lower(), [*self.commands, *COMMANDS], 1)
-            instead = COMMANDS.get(name.lower())
-            if instead is None and close:
-                instead = COMMANDS.get(close[0], f"did you mean `fiddler {close[0]}`?")
-            _fail(ctx, f"no command {name!r}" + (f": {instead}" if instead else "; fiddler --help lists them"))
+                fail(ctx, f"{name} is no command; type: fiddler run {name}")
+            bare = name.lower().removesuffix(".exe").removesuffix(".py").replace("_", "-").removeprefix("llama-")
+            close = [bare] if bare in COMMANDS else get_close_matches(bare, [*self.commands, *COMMANDS], 1, 0.75)
+            instead = COMMANDS.get(close[0], f"did you mean `fiddler {close[0]}`?") if close else ""
+            fail(ctx, f"no command {name!r}" + (f": {instead}" if instead else "; fiddler --help lists them"))
         return super().resolve_command(ctx, args)
-
-
-class _UsageError(typer.BadParameter):
-    """Wrong usage that is no option's value."""
-
-    def format_message(self) -> str:
-        """The message by itself (click's hook)."""
-        return self.message
-
-
-def _fail(ctx: Any, message: str) -> NoReturn:
-    raise _UsageError(message, ctx)

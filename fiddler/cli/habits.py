@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ALIASES", "COMMANDS", "IGNORED", "REFUSED", "hub_name"]
+__all__ = ["ALIASES", "ARGUMENTS", "BARE", "COMMANDS", "IGNORED", "REFUSED", "VALUES", "hub_name"]
 
 ALIASES: Mapping[str, str] = {
     "--temperature": "--temp",
@@ -37,8 +37,37 @@ ALIASES: Mapping[str, str] = {
 }
 """Other names. They hold for commands that have the option on the right and none of the name on the left."""
 
-IGNORED = frozenset({"--jinja", "--no-display-prompt", "--log-disable", "--color"})
-"""Flags for what is so anyway: Jinja templates, no echo of the prompt, no log, no colours."""
+ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "-m": ("model",),
+    "--model": ("model",),
+    "--outfile": ("target",),
+    "--output": ("target", "out"),
+    "-o": ("target", "out"),
+    "--output-file": ("out",),
+    "-i": ("prompts",),
+    "--input": ("prompts",),
+    "--input-file": ("prompts",),
+}
+"""Options elsewhere that are arguments without a name here. They hold for commands without an option of the name."""
+
+BARE: Mapping[str, str] = {"run": "-p", "perplexity": "-f", "batch": "-m"}
+"""Of each command, the option whose value people type without it."""
+
+_WIDE = "files are written in 16 bits, and the default is the checkpoint's type"
+VALUES: Mapping[tuple[str, str], str] = {
+    ("--dtype", "(f|fp|float)32"): _WIDE,
+    ("--dtype", "auto"): _WIDE,
+    ("--dtype", "(fp|float)16|half"): "give f16",
+    ("--dtype", "bfloat16"): "give bf16",
+    ("--dtype", "i?q\\d.*|tq\\d.*|int\\d|fp8.*|mxfp4|nf4"): "there is no quantisation",
+    ("--device", "gpu|nvidia|cuda:.*|\\d+"): "give cuda; CUDA_VISIBLE_DEVICES chooses which",
+    ("--precision", "(fp|float|f)32|full"): "give exact",
+    ("--precision", "bf16|f16|(fp|float|bfloat)16|half"): "give fast",
+}
+"""What to give instead of values of other programs, by option and regular expression."""
+
+IGNORED = frozenset({"--jinja", "--no-display-prompt", "--log-disable", "--color", "--stream"})
+"""Flags for what is so anyway: Jinja templates, no echo of the prompt, no log, no colours, text as it comes."""
 
 _PLACES = "--gpu-memory 24GiB limits what the GPU holds, --gpu-experts N the experts there; --device cpu uses no GPU"
 _SAMPLERS = "the samplers and their order are fixed: penalties, DRY, top-k, typical, top-p, min-p, XTC, temperature"
@@ -89,18 +118,34 @@ REFUSED: Mapping[str, str] = {
 """Why an option is not taken, and what to give instead. They hold for commands that have none of the name."""
 
 _RUN = "`fiddler run MODEL.gguf`"
+_FILES = "models are files: give the path of a .gguf file"
+_CONVERT = "`fiddler convert DIR OUT.gguf` converts a checkpoint"
+_NO_TRAINING = "fiddler only runs models"
 COMMANDS: Mapping[str, str] = {
     "chat": f"{_RUN} without -p, on a terminal, is a chat",
     "cli": f"{_RUN} generates",
-    "completion": f"{_RUN} -p TEXT generates",
-    "generate": f"{_RUN} -p TEXT generates",
+    "main": f"{_RUN} generates",
+    "simple": f"{_RUN} generates",
+    "completion": "`fiddler run MODEL.gguf -p TEXT` generates",
+    "generate": "`fiddler run MODEL.gguf -p TEXT` generates",
+    "complete": "`fiddler run MODEL.gguf -p TEXT` generates",
     "server": "there is no server",
     "serve": "there is no server",
     "quantize": "there is no quantisation; `fiddler convert` writes bf16 or f16",
     "pull": _DOWNLOAD,
     "download": _DOWNLOAD,
-    "list": "models are files: give the path of a .gguf file",
-    "ls": "models are files: give the path of a .gguf file",
+    "list": _FILES,
+    "ls": _FILES,
+    "rm": _FILES,
+    "create": _CONVERT,
+    "convert-hf-to-gguf": _CONVERT,
+    "batched": "`fiddler batch IN.jsonl OUT.jsonl -m MODEL.gguf` generates for many prompts",
+    "run-batch": "`fiddler batch IN.jsonl OUT.jsonl -m MODEL.gguf` generates for many prompts",
+    "train": _NO_TRAINING,
+    "finetune": _NO_TRAINING,
+    "embedding": "there are no embeddings",
+    "embed": "there are no embeddings",
+    "gguf-split": "a split file runs as it is: give the first part",
     "ps": "nothing runs in the background",
     "show": "`fiddler inspect MODEL.gguf` shows a model",
     "help": "`fiddler --help` lists the commands, `fiddler COMMAND --help` its options",

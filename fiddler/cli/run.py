@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -97,6 +98,7 @@ def run(
         request = Request("", values, limit, tuple(stop or ()), ignore_eos, constraint, special)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from None
+    _check_model(model)
     model_file = opened(model)
     text = "" if chatting else prompt
     if text is None:
@@ -162,6 +164,14 @@ def _print_text(
         else:
             probs_file.write("".join(line + "\n" for line in lines).encode())
     return generation.completion.stats
+
+
+def _check_model(model: Path | None) -> None:
+    """Raise RequestError for a word that is no file: a prompt without -p."""
+    if model is not None and model.parent == Path() and not model.suffix and not model.exists():
+        raise RequestError(
+            f"{model}: no such file; a prompt stands behind -p: fiddler run -p {shlex.quote(str(model))}"
+        )
 
 
 def _on_terminal() -> bool:
