@@ -56,12 +56,14 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take it for any name, misspelt ones too
 
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'fiddler' has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            from importlib import import_module
+
+            return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module 'fiddler' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
