@@ -1,4 +1,4 @@
-"""Converts arrays of bfloat16, float16 and float32 with one rounding, and counts values out of range. Knows no files.
+"""Converts arrays of bfloat16, float16 and float32 with one rounding, and counts what that loses. Knows no files.
 
 bfloat16 is the upper half of a float32; arrays hold it as uint16 bits: numpy has no such type.
 """
@@ -16,14 +16,23 @@ __all__ = ["RangeLoss", "to_bits", "to_float32"]
 
 @dataclass(frozen=True)
 class RangeLoss:
-    """Counts of a narrowing: finite values that became infinite, non-zero values that became zero, NaNs as before."""
+    """Counts of a narrowing: finite values that became infinite, non-zero values that became zero, NaNs as before.
+
+    rounded: all finite values that changed, those two kinds among them.
+    """
 
     overflowed: int = 0
     flushed: int = 0
     nans: int = 0
+    rounded: int = 0
 
     def __add__(self, other: RangeLoss) -> RangeLoss:
-        return RangeLoss(self.overflowed + other.overflowed, self.flushed + other.flushed, self.nans + other.nans)
+        return RangeLoss(
+            self.overflowed + other.overflowed,
+            self.flushed + other.flushed,
+            self.nans + other.nans,
+            self.rounded + other.rounded,
+        )
 
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -54,7 +63,7 @@ def _bfloat16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
     # rounding up is due, into the exponent if need be. A NaN could carry past the exponent: cut it, set its quiet bit.
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     narrow = (rounded >> np.uint32(16)).astype(np.uint16)
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    nan = np.isnan(wide)
     if nan.any():
         narrow[nan] = (bits[nan] >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)
     return narrow
@@ -66,12 +75,28 @@ def _float16(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _range_loss(wide: NDArray[np.float32], narrow: NDArray[np.uint16], infinity: int) -> RangeLoss:
+    wide, narrow = np.ascontiguousarray(wide).reshape(-1), narrow.reshape(-1)
     magnitude = narrow & np.uint16(0x7FFF)
-    infinite, zero = magnitude == np.uint16(infinity), magnitude == np.uint16(0)
-    # Both are rare: look at the source only where the result is infinite or zero.
-    overflowed = int(np.count_nonzero(np.isfinite(wide[infinite]))) if infinite.any() else 0
+    infinite, zero = magnitude >= np.uint16(infinity), magnitude == np.uint16(0)
+    # Both are rare: look at the source only where the result is infinite, NaN or zero.
+    ends = wide[infinite] if infinite.any() else wide[:0]
+    overflowed, nans = int(np.count_nonzero(np.isfinite(ends))), int(np.count_nonzero(np.isnan(ends)))
     flushed = int(np.count_nonzero(wide[zero])) if zero.any() else 0
-    return RangeLoss(overflowed, flushed, _count_nans(narrow, infinity))
+    low = wide.view(np.uint32).astype(np.uint16)  # half of the fraction
+    if infinity == 0x7F80:
+        changed = low != 0
+    else:
+        changed = low << np.uint16(3) != 0
+        # Values below 2**-14 are multiples of 2**-24: one whose lowest 13 bits are zero may change as well.
+        few = (magnitude < np.uint16(0x400)) & ~changed
+        if few.any():
+            with np.errstate(over="ignore", invalid="ignore"):
+                multiple = wide * np.float32(1 << 24)
+            changed |= few & (np.rint(multiple) != multiple)
+    rounded = int(np.count_nonzero(changed))
+    if len(ends):  # infinities and NaNs are the same as before
+        rounded += overflowed - int(np.count_nonzero(changed[infinite]))
+    return RangeLoss(overflowed, flushed, nans, rounded)
 
 
 def _count_nans(bits: NDArray[np.uint16], infinity: int) -> int:

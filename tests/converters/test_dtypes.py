@@ -53,6 +53,8 @@ def test_narrowing_rounds_and_counts_as_torch_does(source, dtype):
     wide = as_torch(values).float().numpy()
     assert loss.overflowed == np.sum(np.isfinite(wide) & np.isinf(widened))
     assert loss.flushed == np.sum((wide != 0) & (widened == 0))
+    assert loss.rounded == np.sum((wide != widened) & ~np.isnan(wide))
+    assert loss.nans == np.sum(nan)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -66,10 +68,21 @@ def test_values_that_overflow_or_flush_to_zero_are_counted():
     values = np.array([[65504, 65520, -1e9], [np.inf, 0, 1e-9]], np.float32)
     bits, loss = to_bits(values, "f16")
     assert bits.tolist() == [[0x7BFF, 0x7C00, 0xFC00], [0x7C00, 0, 0]]
-    assert loss == RangeLoss(overflowed=2, flushed=1)
-    assert loss + RangeLoss(1, 1) == RangeLoss(3, 2)
+    assert loss == RangeLoss(overflowed=2, flushed=1, rounded=3)
+    assert loss + RangeLoss(1, 1, 1, 1) == RangeLoss(3, 2, 1, 4)
 
 
 def test_a_nan_whose_payload_is_all_in_the_lower_half_stays_a_nan():
     values = np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)
     assert to_bits(values, "bf16")[0].tolist() == [0x7FC0, 0xFFFF]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_random_bits_of_float32_are_counted_where_they_change(dtype):
+    values = np.random.default_rng(1).integers(0, 1 << 32, 1 << 18, dtype=np.uint32).view(np.float32)
+    small = np.float32(2) ** np.random.default_rng(2).integers(-30, -10, 1 << 16).astype(np.float32)  # subnormal in f16
+    values = np.concatenate([values, small, small * 1.5, small * (1 + 2.0**-10)]).astype(np.float32)
+    bits, loss = to_bits(values.reshape(-1, 64), dtype)
+    back = to_float32(bits if dtype == "bf16" else bits.view(np.float16)).reshape(-1)
+    assert loss.rounded == np.sum((back != values) & ~np.isnan(values))
+    assert to_bits(back, dtype)[1].rounded == 0
