@@ -77,7 +77,8 @@ class Arguments:
                 message = f"{_quoted(value)} is no {'whole number' if kind == 'integer' else kind}"
         message = message.replace("Input should be", f"{_quoted(value)} must be")
         instead = next((text for (o, v), text in VALUES.items() if o == option and re.fullmatch(v, value, re.I)), None)
-        return f"{option}: {message}" + (f"; {instead}" if instead else "")
+        names = " / ".join(self._options[option].opts)
+        return f"{names}: {message}" + (f"; {instead}" if instead else "")
 
     def _read(self, arguments: Sequence[str]) -> Iterator[str]:
         """The options and their values, by our names; what stands for itself goes to `_bare` and `_named`."""

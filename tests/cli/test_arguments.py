@@ -49,10 +49,10 @@ def usage_error(*arguments):
         ("run -p x -n", "-n needs a value; tokens to generate; -1: until the end or --ctx"),
         ("run -p x --stats=yes", "--stats takes no value: type --stats alone, or leave it out"),
         ("run -p x --no-stats", "fiddler run has no option --no-stats: --stats is off where it is not given"),
-        ("run -p x -n x", "-n: x is no whole number"),
+        ("run -p x -n x", "-n / --n-predict: x is no whole number"),
         ("run -p x --seed 1.5", "--seed: 1.5 is no whole number"),
         ("run -p x --temp x", "--temp: x is no number"),
-        ("run -p x -c 0", "-c: 0 must be greater than or equal to 1"),
+        ("run -p x -c 0", "-c / --ctx: 0 must be greater than or equal to 1"),
         (
             "run -p x -n --temp",
             "-n needs a value, and --temp is an option; tokens to generate; -1: until the end or --ctx",
