@@ -37,6 +37,8 @@ SCALARS: dict[int, tuple[str, int]] = {  # GGUF value type -> (struct code, byte
 }
 VIEW_TYPES = {0: ("F32", "<f4"), 1: ("F16", "<u2"), 30: ("BF16", "<u2")}  # ggml type -> name, dtype of the view
 
+_LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
+
 # The largest vocabularies (2**18 tokens, twice as many merges) need 1/3 of these bytes and 3/4 of these strings.
 _MAX_HEADER = 1 << 26  # bytes
 _MAX_PAIRS = 1 << 16
@@ -98,6 +100,8 @@ class _HeaderReader:
     def header(self, part: int) -> Header:
         magic = self._data[: len(MAGIC)]
         if magic != MAGIC:
+            if self._data[: len(_LFS)] == _LFS:
+                raise FileFormatError("is a Git LFS pointer, not the file itself; run `git lfs pull`")
             raise FileFormatError(
                 f"starts with {magic!r}, not {MAGIC!r}; give a GGUF file, or convert a Hugging Face folder with "
                 "`fiddler convert`"

@@ -13,7 +13,8 @@ from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile
 from fiddler.files.gguf_header import printable
 from fiddler.files.model_file import ModelFile
-from fiddler.models.architecture import EXPERTS
+from fiddler.models.architecture import EXPERTS, AttentionBias, QkNorm, Role
+from fiddler.models.config import Config
 
 __all__ = ["describe", "to_text"]
 
@@ -79,7 +80,7 @@ def _expert_bytes(model: ModelFile) -> dict[str, int]:
         "experts": expert_bytes,
         "dense": sum(t.nbytes for t in file.tensors.values()) - expert_bytes,
         "one_expert": per_expert,
-        "experts_read_per_token": per_expert * config.expert_used_count * config.block_count,
+        "experts_read_per_token": per_expert * config.expert_used_count * len(config.sparse_layers),
     }
 
 
@@ -99,6 +100,33 @@ def _architecture(model: ModelFile) -> dict[str, Any]:
         "rope_freq_base": config.rope_freq_base,
         "rms_epsilon": config.rms_epsilon,
         "tied_embeddings": model.tied,
+        "dense_layers": config.leading_dense_block_count,
+        "dense_width": config.feed_forward_length,
+        "shared_expert_width": config.expert_shared_feed_forward_length,
+        "parts": _parts(config),
+    }
+
+
+def _parts(config: Config) -> dict[str, str]:
+    """The kinds of parts of the model's blocks, by name."""
+    architecture, rule = config.architecture, config.router
+    qk_norm = architecture.qk_norm if config.has(Role.QUERY_NORM) else QkNorm.NONE
+    bias = architecture.attention_bias if config.has(Role.QUERY_BIAS) else AttentionBias.NONE
+    router = [str(rule.scoring)]
+    router += ["selection bias"] if config.has(Role.SELECTION_BIAS) else []
+    router += [f"{rule.groups_used} of {rule.groups} groups"] if rule.groups > 1 else []
+    router += [f"top {config.expert_used_count}"]
+    router += ["renormalised"] if rule.renormalise else []
+    router += [f"times {rule.scale:g}"] if rule.scale != 1.0 else []
+    rotated = "" if config.rotated == config.head_dim else f", {config.rotated} of {config.head_dim} elements"
+    return {
+        "norm": str(architecture.norm),
+        "qk_norm": str(qk_norm),
+        "attention_bias": str(bias),
+        "rotary": f"{architecture.rotary}{rotated}",
+        "router": ", ".join(router),
+        "activation": str(architecture.activation),
+        "shared_experts": str(architecture.shared_experts) if config.has(Role.SHARED_GATE) else "none",
     }
 
 
@@ -143,6 +171,8 @@ def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
     return [
         f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
         f"{a['experts_per_token']} a token",
+        *_dense_lines(a),
+        "  " + "; ".join(f"{name.replace('_', ' ')}: {part}" for name, part in a["parts"].items() if part != "none"),
         f"  {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} KV heads; context {a['context']}"
         + (f", sliding window {a['sliding_window']}" if a["sliding_window"] else "")
         + f"; RoPE base {a['rope_freq_base']:g}",
@@ -150,6 +180,16 @@ def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
         f"all other weights {sizes['dense'] / 1e9:.2f} GB",
         f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
     ]
+
+
+def _dense_lines(a: dict[str, Any]) -> list[str]:
+    """What every token is computed by beside experts, where there is such."""
+    parts = []
+    if a["dense_layers"]:
+        parts.append(f"the first {a['dense_layers']} dense, of width {a['dense_width']}")
+    if a["shared_expert_width"]:
+        parts.append(f"shared experts of width {a['shared_expert_width']} in all")
+    return [f"  {'; '.join(parts)}"] if parts else []
 
 
 def _plain(value: object) -> object:

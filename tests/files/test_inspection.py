@@ -48,6 +48,18 @@ def test_json_agrees_with_the_gguf_package(tmp_path, tied):
         "rope_freq_base": 1e6,
         "rms_epsilon": pytest.approx(1e-5),
         "tied_embeddings": tied,
+        "dense_layers": 0,
+        "dense_width": 0,
+        "shared_expert_width": 0,
+        "parts": {
+            "norm": "rms",
+            "qk_norm": "none",
+            "attention_bias": "none",
+            "rotary": "neighbours",
+            "router": "softmax, top 2, renormalised",
+            "activation": "silu",
+            "shared_experts": "none",
+        },
     }
     sizes = output["bytes"]
     expert = 3 * 64 * 96 * 2

@@ -268,7 +268,7 @@ PATHS = [
     Case("file_missing", "gone.gguf: no such file", lambda folder: folder / "gone.gguf"),
     Case("file_empty", "is empty", lambda folder: written(folder, b"")),
     Case("file_of_3_bytes", "starts with b'GGU'", lambda folder: written(folder, b"GGU")),
-    Case("file_of_text", "starts with b'vers'", text_file),
+    Case("file_of_text", "a Git LFS pointer", text_file),
     Case("folder", "is a folder", folder_of_a_model),
     Case("file_as_a_folder", "Not a directory", lambda folder: written(folder, b"GGUF") / "model.gguf"),
     Case("pipe", "not a regular file", pipe),

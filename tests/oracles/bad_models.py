@@ -86,7 +86,7 @@ MODELS = [
     key("heads_not_a_multiple", "not a multiple of head_count_kv 3", "llama.attention.head_count_kv", u32(3)),
     key("kv_heads_0", "head_count_kv is 0", "llama.attention.head_count_kv", u32(0)),
     drafted("head_odd", "head_dim is 15", odd_heads),
-    key("rope_of_half_a_head", "dimension_count is 8", "llama.rope.dimension_count", u32(8)),
+    key("rope_of_an_odd_part", "dimension_count is 9", "llama.rope.dimension_count", u32(9)),
     key("context_0", "context_length is 0", "llama.context_length", u32(0)),
     key("epsilon_nan", "rms_epsilon is nan", "llama.attention.layer_norm_rms_epsilon", f32(float("nan"))),
     key("epsilon_negative", "rms_epsilon is -1.0", "llama.attention.layer_norm_rms_epsilon", f32(-1.0)),

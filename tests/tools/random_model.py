@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -49,26 +51,45 @@ SHAPES = {
 ALIGNMENT = 64
 
 
-def write_random_model(path: Path, config: Config, vocabulary: Path, dtype: str, seed: int = 7) -> None:
-    """Write the model; its vocabulary's size is that of `vocabulary`."""
+def write_random_model(
+    path: Path,
+    config: Config,
+    vocabulary: Path,
+    dtype: str = "bf16",
+    *,
+    seed: int = 7,
+    metadata: Mapping[str, object] = MappingProxyType({}),
+    shapes: Mapping[str, tuple[int, ...] | None] = MappingProxyType({}),
+) -> None:
+    """Write the model; its vocabulary's size is that of `vocabulary`.
+
+    metadata: values in place of those that `config` implies, or beside them, without the architecture's prefix.
+    shapes: shapes of tensors in place of those that `config` implies, or of more tensors; None: the tensor is left out.
+    """
     reader = gguf.GGUFReader(vocabulary)
     tokens = reader.fields["tokenizer.ggml.tokens"]
     config = replace(config, vocab_size=len(tokens.data))
-    tensors = config.tensors(tied=False)
+    tensors = {name: (tensor.role, config.shape(tensor)) for name, tensor in config.tensors(tied=False).items()}
+    for name, shape in shapes.items():
+        role, _ = tensors.pop(name, (Role.QUERY, ()))
+        if shape is not None:
+            tensors[name] = role, shape
     writer = gguf.GGUFWriter(path, config.architecture.gguf_name)
     writer.add_name(f"random {config.architecture.name}, {config.block_count} layers")
     writer.add_file_type(32 if dtype == "bf16" else 1)
     writer.add_custom_alignment(ALIGNMENT)
-    for key, value in to_metadata(config).items():
+    prefix = config.architecture.gguf_name
+    for key, value in (to_metadata(config) | {f"{prefix}.{key}": value for key, value in metadata.items()}).items():
         kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        kind[str] = gguf.GGUFValueType.STRING
         writer.add_key_value(key, value, kind[type(value)])
     for name, field in reader.fields.items():
         if name.startswith("tokenizer."):
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
     matrix = gguf.GGMLQuantizationType.BF16 if dtype == "bf16" else gguf.GGMLQuantizationType.F16
-    for name, tensor in tensors.items():
-        floats, shape = tensor.role in FLOATS, config.shape(tensor)
+    for name, (role, shape) in tensors.items():
+        floats = role in FLOATS
         kind_of = gguf.GGMLQuantizationType.F32 if floats else matrix
         writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) * (4 if floats else 2), kind_of)
     writer.write_header_to_file()
@@ -76,14 +97,15 @@ def write_random_model(path: Path, config: Config, vocabulary: Path, dtype: str,
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     random = np.random.default_rng(seed)
-    pool = random.standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    largest = max(math.prod(shape) for _, shape in tensors.values())
+    pool = random.standard_normal(min(1 << 25, largest + 4096), dtype=np.float32) * np.float32(0.02)
     halves = (pool.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else pool.astype(np.float16)
     for file in writer.fout:
         file.write(bytes(-file.tell() % ALIGNMENT))
-        for index, (_, tensor) in enumerate(tensors.items()):
-            left = math.prod(config.shape(tensor))
-            if tensor.role in FLOATS:
-                is_norm = tensor.role.name.endswith("NORM")
+        for index, (role, shape) in enumerate(tensors.values()):
+            left = math.prod(shape)
+            if role in FLOATS:
+                is_norm = role.name.endswith("NORM")
                 file.write((np.ones(left) if is_norm else random.standard_normal(left)).astype(np.float32).tobytes())
                 left = 0
             begin = index * 7919 % 4096
