@@ -113,7 +113,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "config an array": (raw("config.json", lambda text: b"[1]"), "holds [1]; it must be a JSON object"),
     "config of digits": (raw("config.json", lambda text: b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
     "key twice": (raw("config.json", lambda text: b'{"a": 1, "a": 2}'), "the key 'a' appears twice"),
-    "another architecture": (config(model_type="qwen3_moe"), "model_type is 'qwen3_moe'; only 'mixtral'"),
+    "another architecture": (config(model_type="jetmoe"), "model_type is 'jetmoe'; only 'mixtral', 'qwen3_moe'"),
     "no architecture": (config(model_type=...), "model_type is None"),
     "quantised": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -78,7 +78,7 @@ HF_NAMES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "intermediate_size",
     "head_count": "num_attention_heads",
     "head_count_kv": "num_key_value_heads",
     "expert_count": "num_local_experts",

@@ -265,10 +265,10 @@ REFUSED: dict[str, tuple[Kind, str]] = {
         "lm_head.weight is F64",
     ),
     **{
-        name: (config(model_type=kind, architectures=[name]), f"model_type is '{kind}'; only 'mixtral' converts")
+        name: (config(model_type=kind, architectures=[name]), f"model_type is '{kind}'; only 'mixtral', 'qwen3_moe'")
         for name, kind in (
-            *(("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral"), ("Qwen3MoeForCausalLM", "qwen3_moe")),
-            *(("OlmoeForCausalLM", "olmoe"), ("DeepseekV3ForCausalLM", "deepseek_v3"), ("BertModel", "bert")),
+            *(("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral"), ("JetMoeForCausalLM", "jetmoe")),
+            *(("Gemma4ForCausalLM", "gemma4"), ("NllbMoeForConditionalGeneration", "nllb-moe"), ("BertModel", "bert")),
             *(("GptOssForCausalLM", "gpt_oss"), ("PhimoeForCausalLM", "phimoe"), ("DbrxForCausalLM", "dbrx")),
         )
     },
