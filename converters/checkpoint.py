@@ -71,6 +71,9 @@ class Checkpoint:
         name = hf_config.config.architecture.tensor_name
         output = matrices.get(name(Role.OUTPUT))
         tied, warnings = _resolve_tie(hf_config.tied, output, matrices[name(Role.TOKEN_EMBEDDING)])
+        if tied and not hf_config.config.architecture.may_tie:
+            tied = False
+            matrices[name(Role.OUTPUT)] = matrices[name(Role.TOKEN_EMBEDDING)]
         if tied:
             matrices.pop(name(Role.OUTPUT), None)
         window = hf_config.config.sliding_window

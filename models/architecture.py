@@ -200,6 +200,8 @@ class Architecture:
     inputs: tuple[ModelTensor, ...]
     block: tuple[ModelTensor, ...]
     outputs: tuple[ModelTensor, ...]
+    may_tie: bool = True
+    """Whether a file may do without the output matrix; llama.cpp demands it for some."""
     scaled: bool = False
     """Whether embeddings, residuals, attention's scores and logits have multipliers, as in Granite."""
 

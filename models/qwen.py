@@ -41,6 +41,7 @@ QWEN2_MOE = replace(
     router=RouterRule(renormalise=False),
     shared_experts=SharedExperts.GATED,
     block=(*ATTENTION, *BIASES, *EXPERTS, *SHARED, *SHARED_ROUTER),
+    may_tie=False,
 )
 
 OLMOE = replace(
@@ -52,4 +53,5 @@ OLMOE = replace(
     rotary=Rotary.HALVES,
     router=RouterRule(renormalise=False),
     block=(*ATTENTION, *VECTOR_NORMS, *EXPERTS),
+    may_tie=False,
 )
