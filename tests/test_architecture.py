@@ -61,7 +61,7 @@ INSIDE_KERNELS = ("machine", "codegen", "formats", "matmul", "")
 ONLY_IN = {
     "gguf": "files.gguf_header converters",
     "jinja2": "text.template_sandbox",  # a process of its own
-    "llguidance": "sampling.constraint sampling.grammar_compiler",  # where something is constrained
+    "llguidance": "sampling.constraint sampling.grammar_compiler sampling.mask_worker",  # constraints
     "llvmlite": "kernels",
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",

@@ -1,27 +1,26 @@
 """Constrained output: which tokens may come next, so that the text follows a JSON schema or a grammar.
 
-The grammars are the `llguidance` library's (https://github.com/guidance-ai/llguidance), an optional extra; this file
-passes it the model's tokens and gets one mask a step from it. JSON schemas: its large subset; an unknown keyword is an
-error, not ignored. Grammars: llama.cpp's GBNF, converted, or the library's own variety of Lark. Knows tokens and their
-bytes; no model and no files.
+The grammars are the `llguidance` library's (https://github.com/guidance-ai/llguidance), an optional extra; a process of
+its own gives it the model's tokens and computes one mask a step. JSON schemas: its large subset; an unknown keyword is
+an error, not ignored. Grammars: llama.cpp's GBNF, converted, or the library's own variety of Lark. Knows tokens; no
+model and no files.
 """
 
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fiddler.errors import FiddlerError, RequestError, quoted
 from fiddler.sampling.grammar_compiler import check, compiled, one_line
+from fiddler.sampling.mask_process import MaskProcess
 from fiddler.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
 
 __all__ = ["Constraint", "TokenGuide", "Vocabulary"]
 
@@ -32,7 +31,6 @@ _LARGEST = 1 << 20  # of a schema or a grammar [characters]
 _LARGE = (
     1 << 15
 )  # a schema up to here takes some 0.1 s to check at most, a larger one is checked in a process [characters]
-_MOST_ITEMS = 10_000  # of the library's parser in one step: more take seconds, and 500 optional properties need no more
 
 
 @dataclass(frozen=True)
@@ -84,33 +82,39 @@ class Constraint:
 
 
 class Vocabulary:
-    """A tokenizer's tokens as the library takes them. Make it once a model: it takes a moment."""
+    """A tokenizer's tokens, for masks over them. Make it once a model: it starts a process when it is first used."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        library = _library()
-        self.end_ids = tokenizer.end_ids
-        wrapped = library.TokenizerWrapper(_Tokens(tokenizer))
-        self._tokens = library.LLTokenizer(wrapped, tokenizer.vocab_size, sorted(tokenizer.end_ids))
+        _library()  # or the line that says what to install
+        self._size, self._end_ids = tokenizer.vocab_size, tokenizer.end_ids
+        self._process = MaskProcess(tokenizer)
 
     def guide(self, constraint: Constraint) -> TokenGuide:
-        """The state of `constraint` at the beginning of a text. Raises RequestError where no text can follow it."""
-        library = _library()
-        limits = library.LLParserLimits(verbose_errors=False, step_max_items=_MOST_ITEMS)
-        guide = TokenGuide(library.LLMatcher(self._tokens, constraint.source, log_level=0, limits=limits), self.end_ids)
+        """The state of `constraint` at the beginning of a text.
+
+        Raises RequestError where no text can follow it, or the first token takes too long to find.
+        """
+        guide = TokenGuide(self._process, constraint.source, self._size, self._end_ids)
         guide.allowed()
         return guide
 
 
 class TokenGuide:
-    """The state of a constraint after the text so far: one a generation."""
+    """The state of a constraint after the text so far: one a generation. The masks come from a process with limits."""
 
-    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int]) -> None:
-        self._matcher, self._end_ids = matcher, end_ids
+    def __init__(self, process: MaskProcess, source: str, vocab_size: int, end_ids: frozenset[int]) -> None:
+        self._process, self._source, self._size, self._end_ids = process, source, vocab_size, end_ids
+        self._tokens: list[int] = []
         self._allowed: np.ndarray | None = None
+        self._number = process.new()
+        weakref.finalize(self, process.drop, self._number)
 
     def copy(self) -> TokenGuide:
         """A copy whose state advances independently."""
-        return TokenGuide(self._matcher.deep_copy(), self._end_ids)
+        copied = TokenGuide(self._process, self._source, self._size, self._end_ids)
+        copied._tokens, copied._allowed = self._tokens.copy(), self._allowed
+        self._process.copy(self._number, copied._number)
+        return copied
 
     @property
     def finished(self) -> bool:
@@ -121,54 +125,26 @@ class TokenGuide:
     def allowed(self) -> np.ndarray:
         """The tokens that may come next: bool [V]; among them end tokens where the text may end.
 
-        Raises RequestError where the library gives up: the grammar is too large, or has no text that goes on.
+        Raises RequestError where there are none, where the library gives up because the grammar is too large, and where
+        the masks of a text take more than two seconds and 50 ms a token.
         """
         if self._allowed is None:
-            self._allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
-            self._check()
+            try:
+                bits = self._process.mask(self._number, self._source, self._tokens)
+            except RequestError as error:
+                reason = str(error)
+                if reason.startswith("NoExtension"):
+                    reason = "nothing can follow here, not even an end; does a rule begin with itself?"
+                raise RequestError(f"the constraint cannot be followed: {reason}") from None
+            self._allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._size, bitorder="little") != 0
         return self._allowed
 
     def advance(self, token: int) -> None:
         """Advance the state by the chosen `token`, one of the allowed. An end token changes nothing."""
         if token in self._end_ids:
             return
-        self._matcher.consume_token(token)
-        self._check()
+        self._tokens.append(token)
         self._allowed = None
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = one_line(self._matcher.get_error())
-            if reason.startswith("NoExtension"):
-                reason = "nothing can follow here, not even an end; does a rule begin with itself?"
-            raise RequestError(f"the constraint cannot be followed: {reason}")
-
-
-class _Tokens:
-    """A tokenizer with the attribute names that the library looks for.
-
-    A token without text begins with the byte 0xFF, which marks it as special: no grammar reaches it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        pieces = tokenizer.pieces()
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
-        self.tokens = [piece or b"\xff[%d]" % token for token, piece in enumerate(pieces)]
-        self._byte_ids = {
-            piece: token for token, piece in enumerate(pieces) if tokenizer.token(token).startswith("<0x")
-        }
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        """Ids of a text that the grammar forces, as the model would write it: without a space before it.
-
-        Where SentencePiece changes a text, as it does a U+2581, the ids are those of its bytes.
-        """
-        data = text.encode() if isinstance(text, str) else text
-        ids = self._tokenizer.encode(data, continuing=True)
-        if b"".join([self.tokens[token] for token in ids]) == data:
-            return ids
-        return [self._byte_ids[bytes([byte])] for byte in data]
 
 
 def _library() -> ModuleType:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 
 from fiddler.errors import RequestError, ResourceError
+from fiddler.sampling.process_limits import end_on_timer, limit_memory
 from fiddler.text.python_process import command, environment
 
 __all__ = ["check", "compiled", "main", "one_line"]
@@ -68,16 +68,10 @@ def main(seconds: float, memory: int) -> None:
 
     Ends by a signal where it takes more than `seconds` of CPU time, or `memory` [bytes] beyond that at its start.
     """
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    end_on_timer()
     import llguidance  # noqa: F401  # before the limits
 
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-        address_space = int(file.read().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = address_space + memory if hard == resource.RLIM_INFINITY else min(address_space + memory, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory(memory)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     text, kind = json.load(sys.stdin.buffer)
     try:
