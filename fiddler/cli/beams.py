@@ -83,15 +83,25 @@ BEAMS = OptionGroup(
 
 
 def print_beams(
-    engine: Engine, request: Request, options: BeamOptions, n_best: int, prompt_cache: Path | None, *, stats: bool
+    engine: Engine,
+    request: Request,
+    options: BeamOptions,
+    n_best: int,
+    prompt_cache: Path | None,
+    *,
+    answer: bool,
+    stats: bool,
 ) -> Stats:
-    """Search and print the best text, or the `n_best` best, each below a line with its rank and score."""
+    """Search and print the best text, or the `n_best` best, each below a line with its rank and score.
+
+    answer: to a message; its first space belongs to the tokenizer.
+    """
     search = engine.start_beams(request, options, prompt_cache=prompt_cache)
-    best = search.run()[:n_best]
+    best, prefixed = search.run()[:n_best], answer and engine.tokenizer.add_space_prefix
     for rank, beam in enumerate(best, 1):
         if n_best > 1:
             sys.stdout.write(f"== {rank}: score {beam.score:.4f}\n")
-        sys.stdout.write(beam.text + "\n")
+        sys.stdout.write((beam.text.removeprefix(" ") if prefixed else beam.text) + "\n")
     sys.stdout.flush()
     if stats:
         scores = ", ".join(f"{beam.score:.4f} ({len(beam.tokens)} tokens, {beam.finish_reason})" for beam in best)

@@ -112,7 +112,7 @@ def run(
         if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
         if search is not None:
-            measured = print_beams(engine, request, search, beams.n_best, prompt_cache, stats=stats)
+            measured = print_beams(engine, request, search, beams.n_best, prompt_cache, answer=answering, stats=stats)
         else:
             measured = _print_text(engine, request, prompt_cache, probs, answer=answering)
     if stats:

@@ -83,13 +83,11 @@ class Finished(NamedTuple):
 class Hypotheses:
     """The state of one search over texts of at most `limit` tokens, at least 1.
 
-    ends: decides for a beam's tokens, of which the last one is new, whether it has ended.
+    ends: decides for a beam in `live`, by its index, and one more token whether that ends it.
     end_count: number of tokens that end any beam: enough candidates are then left that do not end.
     """
 
-    def __init__(
-        self, options: BeamOptions, limit: int, ends: Callable[[tuple[int, ...]], bool], end_count: int
-    ) -> None:
+    def __init__(self, options: BeamOptions, limit: int, ends: Callable[[int, int], bool], end_count: int) -> None:
         assert limit >= 1
         self._options, self._limit, self._ends = options, limit, ends
         self._candidates = max(2, 1 + end_count) * options.num_beams
@@ -108,7 +106,7 @@ class Hypotheses:
         for rank, (parent, token) in enumerate(best(totals, self._candidates)):
             total = float(totals[parent, token])
             tokens = (*before[parent].tokens, token)
-            if length < self._limit and not self._ends(tokens):
+            if length < self._limit and not self._ends(parent, token):
                 if len(self.live) < num_beams:
                     self.live.append(Live(tokens, total, parent))
             elif rank < num_beams:

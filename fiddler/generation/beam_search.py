@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from fiddler.generation.beam_hypotheses import BeamOptions, Finished, Hypotheses, Live
+from fiddler.generation.beam_text import BeamTexts
 from fiddler.generation.completion import Beam, BeamResult, Stats
 from fiddler.generation.drivers import run_alone
 from fiddler.generation.events import Finished as FinishedEvent
@@ -70,22 +71,21 @@ class BeamSearch:
         """Implements `PreparedRequest.begin`."""
         return BeamGroup(self)
 
-    def is_ended(self, tokens: tuple[int, ...]) -> bool:
-        """Whether a beam's tokens, of which the last one is new, end it."""
-        return tokens[-1] in self.end_ids or (bool(self._stop) and self._decoded(tokens, whole=False)[1])
-
     def as_beam(self, beam: Finished) -> Beam:
         """A finished beam with its text."""
         by_token = bool(beam.tokens) and beam.tokens[-1] in self.end_ids
-        text, stopped = self._decoded(beam.tokens[:-1] if by_token else beam.tokens, whole=True)
+        text, stopped = self._decoded(beam.tokens[:-1] if by_token else beam.tokens)
         return Beam(text, beam.tokens, beam.score, "stop" if by_token or stopped else "length")
 
-    def _decoded(self, tokens: tuple[int, ...], *, whole: bool) -> tuple[str, bool]:
-        """The text of a beam's tokens before the first stop string, and whether there is one. `whole`: no more come."""
+    def new_texts(self) -> BeamTexts:
+        """Where stop strings are looked for."""
+        return BeamTexts(self._tokenizer, self._stop)
+
+    def _decoded(self, tokens: tuple[int, ...]) -> tuple[str, bool]:
+        """The text of a beam's tokens before the first stop string, and whether there is one."""
         stream, stop = self._tokenizer.stream(continuing=True), StopText(self._stop)
         text = "".join([stop.push(stream.push(token)) for token in tokens])
-        if whole:
-            text += stop.push(stream.finish()) + stop.finish()
+        text += stop.push(stream.finish()) + stop.finish()
         return text, stop.found
 
 
@@ -97,7 +97,9 @@ class BeamGroup:
         self.max_positions, self.max_sequences = len(search.prompt) + search.limit, search.options.num_beams
         self.sequences, self.free = [RunningSequence(list(search.prompt))], list[RunningSequence]()
         self._search = search
-        self._hypotheses = Hypotheses(search.options, max(search.limit, 1), search.is_ended, len(search.end_ids))
+        self._hypotheses = Hypotheses(search.options, max(search.limit, 1), self._ends, len(search.end_ids))
+        self._texts = search.new_texts()
+        self._live = [self._texts.start]  # of each living beam
         self._steps = 0
         self._started: float | None = None  # times of `time.perf_counter`: of the first step,
         self._read: float | None = None  # when the prompt was read,
@@ -127,7 +129,12 @@ class BeamGroup:
         self._steps += 1
         if self._hypotheses.over:
             return Advance(result=self._result())
-        return Advance(forks=self._follow(self._hypotheses.live))
+        live = self._hypotheses.live
+        self._live = [self._texts.extended(self._live[beam.parent], beam.tokens[-1]) for beam in live]
+        return Advance(forks=self._follow(live))
+
+    def _ends(self, beam: int, token: int) -> bool:
+        return token in self._search.end_ids or self._texts.extended(self._live[beam], token).stopped
 
     def _follow(self, live: list[Live]) -> list[Fork]:
         """Let `sequences` be those of the living beams, in their order. A beam continues its parent's sequence; a

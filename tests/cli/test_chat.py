@@ -218,6 +218,16 @@ def test_one_prompt_from_a_script_is_answered_through_the_template(model, tmp_pa
         assert (done.returncode, done.stdout.decode()) == (0, expected)
 
 
+def test_an_answer_by_beam_search_loses_the_same_space(tmp_path):
+    """One beam is a greedy search; the template is the message alone, which the demo model continues with a space."""
+    (tmp_path / "a.jinja").write_text("{{ bos_token + messages[0]['content'] }}")
+    options = ("-p", "One day, a little", "--chat-template-file", tmp_path / "a.jinja", "-n", "4")
+    answers = [run("run", *options, *more).stdout.decode() for more in (("--beams", "1"), ("--temp", "0"))]
+    continued = run("run", *options[:2], "-n", "4", "--beams", "1").stdout.decode()
+    assert answers == [continued.removeprefix(" ")] * 2
+    assert continued.startswith(" ")
+
+
 def test_a_system_message_that_the_template_refuses_is_told_of(tmp_path):
     (tmp_path / "a.jinja").write_text(MIXTRAL_OLD)
     done = run("run", "-p", "Hi", "--system", "Be nice.", "--chat-template-file", tmp_path / "a.jinja", "-n", "2")

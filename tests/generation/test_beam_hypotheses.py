@@ -19,7 +19,7 @@ END = 3
 
 def search(steps, options, limit, ends=(END,)):
     """The hypotheses of a finished search; `steps`: a row of probabilities per step, the same for every beam."""
-    hypotheses = Hypotheses(options, limit, lambda tokens: tokens[-1] in ends, len(ends))
+    hypotheses = Hypotheses(options, limit, lambda beam, token: token in ends, len(ends))
     for row in steps:
         hypotheses.advance(np.log(np.array([row] * len(hypotheses.live))))
         if hypotheses.over:
@@ -156,7 +156,7 @@ def test_searches_are_those_of_transformers(tiny, data):
         return_dict_in_generate=True,
         output_scores=True,
     )
-    hypotheses = Hypotheses(BeamOptions(num_beams, penalty, early), limit, lambda tokens: tokens[-1] in ends, len(ends))
+    hypotheses = Hypotheses(BeamOptions(num_beams, penalty, early), limit, lambda beam, token: token in ends, len(ends))
     while not hypotheses.over:
         with torch.inference_mode():
             logits = tiny(torch.tensor([[*prompt, *beam.tokens] for beam in hypotheses.live])).logits[:, -1]

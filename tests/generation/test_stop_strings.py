@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -109,3 +110,13 @@ def test_text_that_begins_no_stop_string_comes_at_once():
     ]
     assert not stop.found
     assert stop.finish() == ""
+
+
+@pytest.mark.parametrize("end", ["c", "b"])
+def test_a_long_stop_string_takes_time_linear_in_the_text(end):
+    """A million letters that are held back, and then let go at once; trying every overlap takes minutes."""
+    n = 1_000_000
+    began = time.process_time()
+    text, found = run((["a" * 40] * (n // 40) + [end]) * 2, ["a" * n + "b"])
+    assert time.process_time() - began < 10  # [s]; 1 on a quiet machine
+    assert (len(text), found) == ((0, True) if end == "b" else (2 * n + 2, False))
