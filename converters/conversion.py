@@ -92,7 +92,7 @@ def convert(
 
     Raises CheckpointError or FileFormatError for a source that cannot be converted or is cut short meanwhile,
     RequestError for a target that exists (without `force`) or cannot be written, ResourceError if the disk is too
-    small. A GGUF is mapped: if that is cut short meanwhile, the process ends (SIGBUS).
+    small.
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)

@@ -6,6 +6,7 @@ queries and keys stay in GGUF's order. Changes no value; does not know where the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from fiddler.converters.checkpoint import Dtype
 from fiddler.converters.safetensors_file import Array
 from fiddler.errors import CheckpointError, FileFormatError, quoted
-from fiddler.files.gguf_file import GgufFile
+from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import read_config
@@ -33,19 +34,20 @@ _VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 class GgufMatrix:
     """All rows [count, width] of one tensor of the file; a vector is one row."""
 
-    values: Array
+    file: GgufFile
+    info: TensorInfo
 
     @property
     def count(self) -> int:
-        return int(self.values.shape[0])
+        return math.prod(self.info.shape[:-1])
 
     @property
     def width(self) -> int:
-        return int(self.values.shape[1])
+        return self.info.shape[-1]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows `start` to `stop`, a view of the mapping; bfloat16 as uint16 bits."""
-        return self.values[start:stop]
+        """Rows `start` to `stop`; bfloat16 as uint16 bits. Raises FileFormatError where the file was cut short."""
+        return self.file.rows(self.info.name, start, stop).view(_VIEWS[self.info.type])
 
 
 class GgufSource:
@@ -91,8 +93,7 @@ class GgufSource:
     def matrices(self, name: str) -> Iterator[GgufMatrix]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
         for source in self._sources[name]:
-            view, kind = self._file.array(source), self._file.tensors[source].type
-            yield GgufMatrix(view.view(_VIEWS[kind]).reshape(-1, view.shape[-1]))
+            yield GgufMatrix(self._file, self._file.tensors[source])
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Add every key of the file, with its type, but those that the target has of its own."""

@@ -3,7 +3,7 @@
 The only reader of GGUF files. Knows files and mappings; not what the metadata means, nor torch. The mapping is
 shared and read-only, so a model takes no memory of its own. It stays valid when the file is replaced or deleted;
 truncating a file *in place* while a model runs from it ends the process: the command line says so in one line
-(`fiddler.kernels.codegen.bus_error`), other programs get SIGBUS, as with any mapped file.
+(`fiddler.kernels.codegen.bus_error`), other programs get SIGBUS, as with any mapped file. `rows` reads instead.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class GgufFile:
         metadata: dict[str, object],
         tensors: dict[str, TensorInfo],
         maps: list[mmap.mmap],
+        descriptors: list[int],
         value_types: dict[str, tuple[int, int]],
     ) -> None:
         self.path = path
@@ -49,7 +51,7 @@ class GgufFile:
         self.metadata = metadata
         self.tensors = tensors
         self.value_types = value_types
-        self._maps = maps
+        self._maps, self._descriptors = maps, descriptors
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
@@ -70,7 +72,8 @@ class GgufFile:
                 "download them again"
             )
         first = parts[0].header
-        return cls(path, first.version, first.metadata, tensors, [part.map for part in parts], first.value_types)
+        maps, descriptors = [part.map for part in parts], [part.descriptor for part in parts]
+        return cls(path, first.version, first.metadata, tensors, maps, descriptors, first.value_types)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +96,34 @@ class GgufFile:
 
         Raises FileFormatError if the tensor does not exist or has another type.
         """
+        info, dtype = self._info(name)
+        flat = np.frombuffer(self._maps[info.part], dtype, math.prod(info.shape), info.offset)
+        return flat.reshape(info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of a tensor viewed as a matrix [rows, last dimension]; types and errors as of `array`.
+
+        They are read, not mapped: raises FileFormatError, too, where the file was cut short meanwhile.
+        """
+        info, dtype = self._info(name)
+        width = info.shape[-1]
+        rows = np.empty((stop - start, width), dtype)
+        begin = info.offset + start * width * rows.itemsize
+        assert info.offset <= begin <= begin + rows.nbytes <= info.offset + info.nbytes
+        buffer, done = rows.view(np.uint8).reshape(-1).data, 0
+        while done < len(buffer):
+            try:
+                read = os.preadv(self._descriptors[info.part], [buffer[done:]], begin + done)
+            except OSError as error:
+                raise FileFormatError(f"{self.shown_path}: cannot be read: {error.strerror}") from None
+            if not read:
+                raise FileFormatError(f"{self.shown_path}: was cut short while in use; restore the file")
+            done += read
+        rows.flags.writeable = False
+        return rows
+
+    def _info(self, name: str) -> tuple[TensorInfo, str]:
+        """A tensor and the numpy type of its values."""
         info = self.tensors.get(name)
         if info is None:
             raise FileFormatError(f"{self.shown_path}: has no tensor {printable(name)}; convert the model again")
@@ -102,8 +133,7 @@ class GgufFile:
                 f"{self.shown_path}: tensor {name} is {info.type}; only F32, F16 and BF16 run: "
                 "use the unquantised file, or convert the original checkpoint"
             )
-        flat = np.frombuffer(self._maps[info.part], dtype, math.prod(info.shape), info.offset)
-        return flat.reshape(info.shape)
+        return info, dtype
 
 
 def _shown(path: Path) -> str:
@@ -116,13 +146,14 @@ class _Part:
     path: Path
     header: Header
     map: mmap.mmap
+    descriptor: int  # open as long as the mapping lives
 
     @classmethod
     def open(cls, path: Path, number: int = 0, count: int = 1) -> _Part:
         """Map and validate one file; if `count` > 1, its metadata must name it part `number` (from 0) of `count`."""
         try:
-            mapping = _map_file(path)
-            part = cls(path, Header.parse(mapping, number), mapping)
+            mapping, descriptor = _map_file(path)
+            part = cls(path, Header.parse(mapping, number), mapping, descriptor)
             if count > 1:
                 part._check(number, count)
         except FileNotFoundError:
@@ -155,7 +186,8 @@ class _Part:
             )
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[mmap.mmap, int]:
+    """A mapping, and a descriptor that is closed with it: both stay this file's where another one gets its name."""
     try:
         file = open_regular(path)
     except IsADirectoryError:
@@ -167,7 +199,9 @@ def _map_file(path: Path) -> mmap.mmap:
             raise FileFormatError("is empty; download or convert it again")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # MAP_SHARED, PROT_READ
         add_mapping(mapping, _shown(path))
-        return mapping
+        descriptor = os.dup(file.fileno())
+        weakref.finalize(mapping, os.close, descriptor).atexit = False
+        return mapping, descriptor
 
 
 def _part_paths(path: Path, count: int) -> list[Path]:

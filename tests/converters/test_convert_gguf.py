@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gguf
@@ -110,6 +111,26 @@ def test_a_split_float32_file_becomes_one(tmp_path):
     assert not any(key.startswith("split.") for key in metadata(report.path))
     with pytest.raises(RequestError, match="belongs to the checkpoint"):
         convert(parts[-1], parts[0], force=True)
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 0.99])
+def test_a_source_that_is_cut_short_meanwhile_is_one_error_and_nothing_is_left(tmp_path, left):
+    """After the first piece of the target, and in another part of a split source."""
+    source = write_random_mixtral(tmp_path / "f32.gguf", dtype="f32")
+    parts = [source, *sorted(rewritten(source, tmp_path / "m.gguf", split=7).parent.glob("m-*.gguf"))]
+    before = set(tmp_path.iterdir())
+    for opened, cut in ((source, source), (parts[1], parts[-1])):
+        size = int(left * cut.stat().st_size)
+        with pytest.raises(FileFormatError, match=f"{opened}: was cut short while in use; restore the file"):
+            convert(opened, tmp_path / "out.gguf", progress=lambda *_, cut=cut, size=size: os.truncate(cut, size))
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_a_source_that_is_replaced_meanwhile_is_converted_as_it_was(tmp_path):
+    source, other = write_random_mixtral(tmp_path / "f32.gguf", dtype="f32"), tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    report = convert(source, tmp_path / "out.gguf", progress=lambda *_: other.exists() and other.replace(source))
+    assert tensors(report.path) == tensors(write_random_mixtral(tmp_path / "bf16.gguf", dtype="bf16"))
 
 
 def test_a_gguf_is_known_by_its_first_bytes(tmp_path):
