@@ -25,7 +25,7 @@ from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
-from fiddler.errors import CheckpointError, FileFormatError, RequestError
+from fiddler.errors import CheckpointError, FileFormatError, RequestError, path_of, quoted
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.gguf_header import MAGIC
 from fiddler.files.model_file import check_header
@@ -95,9 +95,11 @@ def convert(
     small.
     """
     started = time.perf_counter()
-    source, target = Path(source), Path(target)
-    if dtype is not None and dtype not in get_args(Dtype):
-        raise RequestError(f"dtype is {dtype!r}; choose 'bf16' or 'f16'")
+    source, target = path_of("the source", source), path_of("the target", target)
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
+        raise RequestError(f"dtype is {quoted(dtype)}; choose 'bf16' or 'f16'")
+    if not isinstance(force, bool):
+        raise RequestError(f"force is {quoted(force)}; give True or False")
     out = check_target(target, force=force)
     checkpoint = _open(source, out.path)
     dtype = dtype or checkpoint.dtype

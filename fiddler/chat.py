@@ -17,7 +17,7 @@ from dataclasses import replace
 from fiddler.engine import Engine
 from fiddler.errors import RequestError, quoted
 from fiddler.generation.completion import Completion
-from fiddler.generation.request import Request
+from fiddler.generation.request import Request, check_text
 from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
@@ -98,6 +98,8 @@ class Chat:
         """
         if not isinstance(text, str):
             raise RequestError(f"the message is {quoted(text)}; give a text")
+        engine = self._engine
+        check_text("the message", text, engine.tokenizer, engine.config, engine.context)
         first, ids = self._prompt({"role": "user", "content": text})
         available = self._engine.context - len(ids)
         limit = available if self._max_tokens is None else min(available, self._max_tokens)

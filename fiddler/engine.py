@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fiddler.errors import RequestError, quoted
+from fiddler.errors import RequestError, path_of, quoted
 from fiddler.files.model_file import ModelFile
 from fiddler.generation.batch_size import batch_size
 from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
@@ -22,6 +22,7 @@ from fiddler.generation.drivers import Outcome, run_all
 from fiddler.generation.request import (
     CheckedPrompt,
     Request,
+    check_request,
     checked_ids,
     checked_request,
     checked_sampling,
@@ -133,8 +134,7 @@ class Engine:
         tokens read so far, while the result is iterated; may raise to cancel.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        if not isinstance(request, Request):
-            raise RequestError(f"the request is {quoted(request)}; give a fiddler.Request")
+        check_request(request, reuse)
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         new_sampler = self._samplers(request)
         if reuse is None:
@@ -213,7 +213,7 @@ class Engine:
         if isinstance(requests, str | bytes | Request) or not isinstance(requests, Iterable):
             raise RequestError(f"requests are {quoted(requests)}; give a list of prompts or requests")
         if parallel is not None and whole_number("parallel", parallel) < 1:
-            raise RequestError(f"parallel is {parallel}; give at least 1")
+            raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
         defaults = Request("", _or_default(sampling), max_tokens, stop, ignore_eos)
         size = batch_size(parallel, self.runner.chunk, self.config.expert_count, self.config.expert_used_count)
         scheduler = Scheduler(self.runner, size, self.runner.room(self._mapped_bytes))
@@ -255,6 +255,9 @@ class Engine:
 
         Raises RequestError as `start` does, and for a request with a constraint; its `sampling` has no meaning.
         """
+        check_request(request, reuse)
+        if not isinstance(options, BeamOptions):
+            raise RequestError(f"the options are {quoted(options)}; give BeamOptions")
         if request.constraint is not None:
             raise RequestError("a beam search has no constraint; leave it out, or sample")
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
@@ -290,7 +293,7 @@ class Engine:
             return lambda sequence: None
         from fiddler.runtime.kv_cache_file import resume_from
 
-        return resume_from(Path(prompt_cache), self.model_file, self.runner, ids)
+        return resume_from(path_of("prompt_cache", prompt_cache), self.model_file, self.runner, ids)
 
 
 def _or_default(sampling: Sampling | None) -> Sampling:

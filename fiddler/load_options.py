@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 
 __all__ = ["DEFAULT_CONTEXT", "Device", "LoadOptions", "Missing", "Precision", "parse_size"]
 
@@ -42,17 +42,19 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 *others, last = map(repr, choices)
-                raise RequestError(f"{name} is {value!r}; give {', '.join(others)} or {last}")
+                raise RequestError(f"{name} is {quoted(value)}; give {', '.join(others)} or {last}")
         for name, least in (("context", 1), ("gpu_experts", 0), ("gpu_memory", 1), ("threads", None)):
             value = getattr(self, name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral):
-                raise RequestError(f"{name} is {value!r}; it must be a whole number")
+                raise RequestError(f"{name} is {quoted(value)}; it must be a whole number")
             if least is not None and value < least:
-                raise RequestError(f"{name} is {value}; give {least} or more")
+                raise RequestError(f"{name} is {quoted(value)}; give {least} or more")
+            if abs(int(value)) >= 1 << 63:
+                raise RequestError(f"{name} is {quoted(value)}; give less than 2**63")
         if self.device == "cpu" and self.gpu_memory is not None:
             raise RequestError(
                 f"--gpu-memory {self.gpu_memory / 2**30:.2f} GiB with --device cpu, or FIDDLER_DEVICE=cpu: "
@@ -81,7 +83,7 @@ class LoadOptions:
 
 def parse_size(text: str) -> int:
     """Bytes of "24GiB", "24G", "8000MB" or "1073741824". Raises RequestError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper(), re.ASCII)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text[:41].upper(), re.ASCII)
     if match is None or len(text) > 40 or (nbytes := int(float(match[1]) * _UNITS[match[2] or ""])) <= 0:
         raise RequestError(f"--gpu-memory {text[:40]!r}: give a size, as 24GiB or 8000MB")
     return nbytes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
 from fiddler.environment import check_environment
-from fiddler.errors import RequestError, ResourceError, quoted
+from fiddler.errors import RequestError, ResourceError, path_of, quoted
 from fiddler.files.model_file import ModelFile
 from fiddler.load_options import DEFAULT_CONTEXT, Device, LoadOptions, Missing, Precision, parse_size
 from fiddler.telemetry.recorder import SILENT, Recorder
@@ -70,7 +70,7 @@ def load(
         gpu_memory=parse_size(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory,
         gpu_experts=gpu_experts,
         missing=missing,
-        expert_counts=None if expert_counts is None else Path(expert_counts),
+        expert_counts=None if expert_counts is None else path_of("expert_counts", expert_counts),
         threads=threads,
         context=context,
         precision=precision,
@@ -91,7 +91,11 @@ def load_engine(
     check_environment()
     if not isinstance(path, str | Path | ModelFile | None):
         raise RequestError(f"the model is {quoted(path)}; give the path of a .gguf file")
-    model_file = path if isinstance(path, ModelFile) else ModelFile.open(DEMO_MODEL if path is None else path)
+    if not isinstance(kernel, str | None) or len(kernel or "") > 60:
+        raise RequestError(f"kernel is {quoted(kernel)}; give the name of a tier, as 'avx2'")
+    if not isinstance(path, ModelFile):
+        path = ModelFile.open(DEMO_MODEL if path is None else path_of("the model", path))
+    model_file = path
     model_file.check_runnable()
     pinned = _pin(model_file) if options.device != "cpu" and torch_for_gpus() else None
     tokenizer = model_file.tokenizer

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fiddler.errors import RequestError, ResourceError
+from fiddler.errors import RequestError, ResourceError, quoted
 from fiddler.sampling.logprobs import largest
 
 __all__ = ["BeamOptions", "EarlyStopping", "Finished", "Hypotheses", "Live", "best"]
@@ -42,13 +42,18 @@ class BeamOptions:
     early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_beams, Integral) or not 1 <= self.num_beams <= _MOST_BEAMS:
-            raise RequestError(f"{self.num_beams} beams; give a whole number of at least 1 and at most {_MOST_BEAMS}")
+        whole = isinstance(self.num_beams, Integral) and not isinstance(self.num_beams, bool)
+        if not whole or not 1 <= self.num_beams <= _MOST_BEAMS:
+            raise RequestError(
+                f"{quoted(self.num_beams)} beams; give a whole number of at least 1 and at most {_MOST_BEAMS}"
+            )
         # beyond 50 nothing but the length counts
-        if not isinstance(self.length_penalty, Real) or not abs(self.length_penalty) <= 50:
-            raise RequestError(f"length_penalty is {self.length_penalty}; give -50 to 50")
-        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
-            raise RequestError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'")
+        number = isinstance(self.length_penalty, Real) and not isinstance(self.length_penalty, bool)
+        if not number or not abs(self.length_penalty) <= 50:
+            raise RequestError(f"length_penalty is {quoted(self.length_penalty)}; give -50 to 50")
+        early = self.early_stopping
+        if not isinstance(early, bool | str) or (isinstance(early, str) and early != "never"):
+            raise RequestError(f"early_stopping is {quoted(self.early_stopping)}; give True, False or 'never'")
 
     def check(self, vocab_size: int, kv_bytes: int, room: int | None) -> None:
         """Raise RequestError for more beams than tokens, ResourceError where not even their first step has memory.

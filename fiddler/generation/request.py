@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import inf
 from operator import index
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckedPrompt",
     "Request",
+    "check_request",
+    "check_text",
     "checked_ids",
     "checked_request",
     "checked_sampling",
@@ -27,6 +30,8 @@ __all__ = [
     "token_ids",
     "whole_number",
 ]
+
+_MOST_STOPS = 1024  # each is searched in every piece of text
 
 
 @dataclass(frozen=True)
@@ -100,14 +105,19 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
             several = "; several texts are for `batch`" if isinstance(token, str) else ""
             messages = "; messages are for fiddler.Chat" if isinstance(token, dict) else ""
             raise RequestError(f"{name} has {quoted(token)} for a token id; {remedy}{several}{messages}")
-    return tuple(index(token) for token in ids)
+    try:
+        return tuple(map(index, ids))
+    except TypeError:  # an array of several numbers has an `__index__`, too
+        raise RequestError(f"{name} is {quoted(value)}; {remedy}") from None
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
         raise RequestError(f"stop is {quoted(stop)}; give a text or several")
-    texts = tuple(texts)
+    texts = tuple(islice(texts, _MOST_STOPS + 1))
+    if len(texts) > _MOST_STOPS:
+        raise RequestError(f"stop has more than {_MOST_STOPS} texts; give fewer")
     for text in texts:
         if not isinstance(text, str):
             raise RequestError(f"stop has {quoted(text)}; give a text or several")
@@ -116,12 +126,20 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return texts
 
 
+def check_request(request: object, reuse: object) -> None:
+    """Raise RequestError unless `request` is a `Request`, and `reuse` True, False or None."""
+    if not isinstance(request, Request):
+        raise RequestError(f"the request is {quoted(request)}; give a fiddler.Request")
+    if not isinstance(reuse, bool | None):
+        raise RequestError(f"reuse is {quoted(reuse)}; give True, False or None")
+
+
 def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:
     """`ids` as a list. Raises RequestError when one is outside the vocabulary or there are more than `context`."""
     ids = list(ids)
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
-        raise RequestError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
+        raise RequestError(f"token id {quoted(bad)} is outside the vocabulary of {config.vocab_size}")
     if len(ids) > context:
         raise RequestError(
             f"{len(ids)} tokens exceed the context of {context}; shorten them ({_remedy(config, context)})"
@@ -133,20 +151,17 @@ def checked_request(request: Request, tokenizer: Tokenizer, config: Config, cont
     """The prompt's ids and the most tokens that may follow. Raises RequestError for a request that makes no sense."""
     ids, max_tokens = request.prompt, request.max_tokens
     if isinstance(ids, str):
-        if len(ids) > context:  # shorter ones need no look at the vocabulary
-            limit, remedy = longest_text(tokenizer, config, context)
-            if len(ids) > limit:  # refused before it is encoded: that takes some hundred times its memory
-                raise RequestError(f"the prompt has {len(ids)} characters, more than {limit}; {remedy}")
+        check_text("the prompt", ids, tokenizer, config, context)
         ids = tokenizer.encode(ids, add_bos=tokenizer.add_bos, parse_special=request.special)
     ids = checked_ids(ids, config, context)
     if not ids:
         raise RequestError("the prompt is empty and this model adds no BOS token; give some text")
     if max_tokens is not None and max_tokens < 0:
-        raise RequestError(f"max_tokens is {max_tokens}; give 0 or more, or none for no limit")
+        raise RequestError(f"max_tokens is {quoted(max_tokens)}; give 0 or more, or none for no limit")
     available = context - len(ids)
     if max_tokens is not None and max_tokens > available:
         raise RequestError(
-            f"{len(ids)} prompt tokens and {max_tokens} new ones exceed the context of {context}; "
+            f"{len(ids)} prompt tokens and {quoted(max_tokens)} new ones exceed the context of {context}; "
             f"ask for at most {available} ({_remedy(config, context)})"
         )
     if available == 0 and max_tokens is None:
@@ -154,12 +169,22 @@ def checked_request(request: Request, tokenizer: Tokenizer, config: Config, cont
     return ids, available if max_tokens is None else max_tokens
 
 
+def check_text(kind: str, text: str, tokenizer: Tokenizer, config: Config, context: int) -> None:
+    """Raise RequestError for a text that no `context` tokens hold, before it is encoded: that takes some hundred times
+    its memory. kind: "the prompt".
+    """
+    if len(text) > context:  # shorter ones need no look at the vocabulary
+        limit, remedy = longest_text(tokenizer, config, context)
+        if len(text) > limit:
+            raise RequestError(f"{kind} has {len(text)} characters, more than {limit}; {remedy}")
+
+
 def checked_sampling(request: Request, tokenizer: Tokenizer, config: Config) -> Sampling:
     """The request's sampling, end tokens banned where it ignores them. Raises RequestError for an unknown token."""
     sampling = request.sampling
     bad = next((token for token in sampling.logit_bias if token >= config.vocab_size), None)
     if bad is not None:
-        raise RequestError(f"logit_bias is for token {bad}, outside the vocabulary of {config.vocab_size}")
+        raise RequestError(f"logit_bias is for token {quoted(bad)}, outside the vocabulary of {config.vocab_size}")
     if not request.ignore_eos:
         return sampling
     return replace(sampling, logit_bias={**sampling.logit_bias, **dict.fromkeys(tokenizer.end_ids, -inf)})

@@ -15,11 +15,13 @@ from typing import Protocol
 
 import numpy as np
 
-from fiddler.errors import RequestError
+from fiddler.errors import RequestError, quoted
 from fiddler.sampling.logprobs import LogProbs, largest, log_probs
 from fiddler.sampling.penalties import add_bias, lately, penalize_repeats, penalize_runs
 
 __all__ = ["Guide", "Sampler", "Sampling", "min_p", "pick", "top_k", "top_p", "typical", "xtc"]
+
+_MOST_BREAKERS = 1024  # each is searched at every step
 
 
 @dataclass(frozen=True)
@@ -76,38 +78,51 @@ class Sampling:
             ("n_probs", Integral, 0, math.inf),
         ):
             value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            is_number = isinstance(value, kind)
-            if not is_number:
-                raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
-            if not isinstance(value, Integral) and not math.isfinite(value):
-                raise RequestError(f"{name} is {value}; it must be finite")
-            if not low <= value <= high:
-                raise RequestError(f"{name} is {value}; it must lie between {low} and {high}")
+            if name != "seed" or value is not None:
+                object.__setattr__(self, name, _number(name, value, kind, low, high))
         breakers, bias = self.dry_sequence_breakers, self.logit_bias
         if not isinstance(breakers, list | tuple) or not all(isinstance(text, str) and text for text in breakers):
-            raise RequestError(f"dry_sequence_breakers is {breakers!r}; it must be a list of texts, none of them empty")
+            raise RequestError(
+                f"dry_sequence_breakers is {quoted(breakers)}; it must be a list of texts, none of them empty"
+            )
+        if len(breakers) > _MOST_BREAKERS:
+            raise RequestError(f"dry_sequence_breakers has {len(breakers)} texts; give at most {_MOST_BREAKERS}")
         object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
         if not isinstance(bias, Mapping):
-            raise RequestError(f"logit_bias is {bias!r}; it must map token ids to numbers")
+            raise RequestError(f"logit_bias is {quoted(bias)}; it must map token ids to numbers")
+        biases: dict[int, float] = {}
         for token, value in bias.items():
-            if not isinstance(token, Integral) or token < 0:
-                raise RequestError(f"logit_bias is for {token!r}; it must be for a token id, 0 or more")
-            if (
-                not isinstance(value, Real)
-                or isinstance(value, bool)
-                or not (-1e6 <= value <= 1e6 or value == -math.inf)
-            ):
+            if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
+                raise RequestError(f"logit_bias is for {quoted(token)}; it must be for a token id, 0 or more")
+            if not isinstance(value, Real) or isinstance(value, bool) or not (abs(value) <= 1e6 or value == -math.inf):
                 raise RequestError(
-                    f"logit_bias is {value!r} for token {token}; it must lie between -1e6 and 1e6, or be -inf"
+                    f"logit_bias is {quoted(value)} for token {quoted(token)}; it must lie between -1e6 and 1e6, or be "
+                    "-inf"
                 )
-        object.__setattr__(self, "logit_bias", dict(bias))
+            biases[int(token)] = float(value)
+        object.__setattr__(self, "logit_bias", biases)
 
     @property
     def repeatable(self) -> bool:
         """Whether the same logits give the same tokens again."""
         return self.temperature == 0 or self.seed is not None
+
+
+def _number(name: str, value: object, kind: type, low: float, high: float) -> int | float:
+    """`value` as an int or a float. Raises RequestError where it is none, or not between `low` and `high`."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        whole = "whole " if kind is Integral else ""
+        raise RequestError(f"{name} is {quoted(value)}; it must be a {whole}number")
+    try:
+        number = int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]
+        finite = kind is Integral or math.isfinite(number)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise RequestError(f"{name} is {quoted(value)}; it must be finite")
+    if not low <= number <= high:
+        raise RequestError(f"{name} is {quoted(value)}; it must lie between {low} and {high}")
+    return number
 
 
 class Guide(Protocol):
