@@ -14,6 +14,7 @@ import pytest
 from fiddler import input_file
 from fiddler.errors import RequestError
 from fiddler.input_file import open_regular, present, read_input, read_regular, read_stdin
+from oracles.permissions import permissions_count
 from oracles.special_files import replace_by
 
 KINDS = {
@@ -38,10 +39,13 @@ def impatient(monkeypatch):
 def test_what_is_no_regular_file_or_too_large_is_refused_at_once_and_by_name(tmp_path, kind):
     path = replace_by(tmp_path / kind, kind)
     started = time.perf_counter()
-    with pytest.raises(OSError, match=r".") as refused:
+    with permissions_count(), pytest.raises(OSError, match=r".") as refused:
         read_regular(path, 1 << 20)
     assert KINDS[kind] in refused.value.strerror
-    with pytest.raises(RequestError, match=f"{kind}: cannot be read: .*{KINDS[kind]}.*; give another"):
+    with (
+        permissions_count(),
+        pytest.raises(RequestError, match=f"{kind}: cannot be read: .*{KINDS[kind]}.*; give another"),
+    ):
         read_input(path, 1 << 20, "give another")
     assert time.perf_counter() - started < 1
     assert present(path) == (kind != "missing")

@@ -22,6 +22,7 @@ from fiddler import input_file
 from fiddler.cli.app import app, main
 from fiddler.converters import convert
 from oracles.command import FIDDLER, PATIENCE
+from oracles.permissions import permissions_count
 from oracles.special_files import KINDS, replace_by
 from oracles.synthetic import write_random_mixtral
 
@@ -89,7 +90,7 @@ def refused(monkeypatch, capfd, arguments: list[object]) -> str:
     monkeypatch.setattr(sys, "argv", ["fiddler", *map(str, arguments)])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     resident, started = memory("VmRSS"), time.perf_counter()
-    with pytest.raises(SystemExit) as left:
+    with permissions_count(), pytest.raises(SystemExit) as left:
         main()
     assert time.perf_counter() - started < SECONDS
     assert memory("VmHWM") - resident < MEMORY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.staging_ring import Ring
 from fiddler.runtime.runner import Runner
 from fiddler.telemetry.expert_counts import ExpertCounts, read_counts
+from oracles.permissions import permissions_count_for_ever
 from oracles.reference import from_gguf
 from oracles.synthetic import write_random_mixtral
 
@@ -184,8 +184,10 @@ def test_a_text_is_cut_into_whole_windows_and_must_hold_two():
 
 
 def run(*arguments):
+    """The command, which root may not write every folder with."""
     command = [sys.executable, "-m", "fiddler", "perplexity", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
+    options = {"capture_output": True, "stdin": subprocess.DEVNULL, "preexec_fn": permissions_count_for_ever}
+    return subprocess.run(command, timeout=120, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +251,8 @@ def test_wrong_texts_windows_and_count_files_are_refused_before_any_computation(
         "is a directory": [path, "-f", text, "--expert-counts", tmp_path],
         "is not a directory": [path, "-f", text, "--expert-counts", tmp_path / "none" / "counts.json"],
     }
-    if os.geteuid() != 0:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        refusals["cannot be written in"] = [path, "-f", text, "--expert-counts", tmp_path / "locked" / "counts.json"]
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refusals["cannot be written in"] = [path, "-f", text, "--expert-counts", tmp_path / "locked" / "counts.json"]
     for message, arguments in refusals.items():
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (1, b"")
