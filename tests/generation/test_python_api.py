@@ -67,7 +67,7 @@ def test_whole_numbers_of_any_kind_are_token_ids(engine, ids):
         (lambda e: e.batch(7), "requests are 7"),
         (lambda e: e.batch(["a"], 2), "sampling is 2"),
         (lambda e: e.batch(["a"], parallel="2"), "parallel is '2'"),
-        (lambda e: e.beam_search("a", "4"), "4 beams; give a whole number"),
+        (lambda e: e.beam_search("a", "4"), "'4' beams; give a whole number"),
         (
             lambda e: e.start_beams(fiddler.Request("a", constraint=fiddler.Constraint("")), BeamOptions(2)),
             "constraint",
