@@ -69,6 +69,7 @@ ONLY_IN = {
     " offload runtime"
     " sampling text.vocabulary device.semaphore device.weight_copy",
     "sentencepiece": "text.spm",
+    "tokenizers": "text.bpe text.special_tokens",  # where a vocabulary is byte-level, or a text is split at its tokens
     "torch": "converters.pytorch_file cpu device evaluation gpu models offload runtime engine loading"
     " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
@@ -218,15 +219,15 @@ def test_the_dependencies_are_those_packages():
 @pytest.mark.parametrize(
     "modules, absent",
     [
-        ("fiddler", "numpy torch numba gguf typer sentencepiece"),
-        ("fiddler.cli.app", "numpy torch numba gguf sentencepiece"),
-        ("fiddler.files.model_file fiddler.files.inspection", "torch numba gguf sentencepiece"),
+        ("fiddler", "numpy torch numba gguf typer sentencepiece tokenizers"),
+        ("fiddler.cli.app", "numpy torch numba gguf sentencepiece tokenizers"),
+        ("fiddler.files.model_file fiddler.files.inspection", "torch numba gguf sentencepiece tokenizers"),
         (
             "fiddler.text.tokenizer fiddler.sampling.sampler fiddler.generation.stop_strings fiddler.models.config",
-            "torch numba gguf",
+            "torch numba gguf sentencepiece tokenizers",
         ),
         ("fiddler.loading fiddler.serving.batch_input", "torch numba gguf"),
-        ("fiddler.converters.conversion", "torch numba"),
+        ("fiddler.converters.conversion", "torch numba tokenizers"),
         ("fiddler.models.transformer", "numba gguf"),
         ("fiddler.kernels", "torch gguf"),
     ],

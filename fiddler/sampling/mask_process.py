@@ -161,9 +161,7 @@ class _Tokens:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, pieces = tokenizer, tokenizer.pieces()
         self._tokens = [piece or b"\xff[%d]" % token for token, piece in enumerate(pieces)]
-        self._byte_ids = {
-            piece: token for token, piece in enumerate(pieces) if tokenizer.token(token).startswith("<0x")
-        }
+        self._byte_ids = tokenizer.byte_ids
 
     def described(self) -> list[Any]:
         """The first message to the process."""
@@ -173,12 +171,12 @@ class _Tokens:
     def ids(self, text: bytes) -> list[int]:
         """Ids of a text that the grammar forces, as the model would write it: without a space before it.
 
-        Where SentencePiece changes a text, as it does a U+2581, the ids are those of its bytes.
+        Where the tokenizer changes a text, as SentencePiece does a U+2581, the ids are those of its bytes.
         """
         ids = self._tokenizer.encode(text, continuing=True)
         if b"".join([self._tokens[token] for token in ids]) == text:
             return ids
-        return [self._byte_ids[bytes([byte])] for byte in text]
+        return [self._byte_ids[byte] for byte in text if byte in self._byte_ids]
 
 
 def _write(process: subprocess.Popen[bytes], message: list[Any]) -> None:

@@ -1,4 +1,7 @@
-"""A GGUF's vocabulary as a SentencePiece model, and as bytes. Knows no special tokens in a text."""
+"""SentencePiece's BPE over the `sentencepiece` library: `SentencePieceEncoder`.
+
+Built from a GGUF's tokens and scores. Knows no special tokens in a text.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,36 @@ import re
 import sentencepiece
 
 from fiddler.errors import FileFormatError
+from fiddler.text.escaped_bytes import ESCAPED, raw_bytes
 from fiddler.text.sentencepiece_model import ModelType, SentencePieceModel, TokenType
 from fiddler.text.vocabulary import SPACE, TokenTable
 
-__all__ = ["canonical", "decoded_tokens", "processor_of", "raw_bytes"]
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-_LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # a surrogate that encodes no byte
+__all__ = ["SentencePieceEncoder"]
 _UNREACHABLE = re.compile(r"[\0\ud800-\udfff]")  # characters that the library refuses in pieces or in texts
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def canonical(text: str | bytes) -> str:
-    """`text` as valid characters; each byte that is not UTF-8 becomes one of U+DC80 to U+DCFF."""
-    if isinstance(text, str):
-        if not _SURROGATE.search(text):
-            return text
-        text = _LONE.sub("\ufffd", text).encode("utf-8", "surrogateescape")
-    return text.decode("utf-8", "surrogateescape")
+class SentencePieceEncoder:
+    """One vocabulary's SentencePiece BPE. Safe to share between threads."""
+
+    def __init__(self, table: TokenTable) -> None:
+        """Raises FileFormatError where one of the 256 byte tokens is missing: some text would have no ids."""
+        self.pieces, self.byte_ids = _decoded_tokens(table)
+        self._processor = _processor_of(table, self.byte_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, in which an escaped byte is not UTF-8; the library adds no prefix."""
+        ids: list[int] = []
+        # No token spans a byte that is not UTF-8: the text between such bytes is encoded separately.
+        for position, part in enumerate(ESCAPED.split(text)):
+            if position % 2:
+                ids.append(self.byte_ids[ord(part) - 0xDC00])
+            elif part:
+                ids += self._processor.encode(part)
+        return ids
 
 
-def raw_bytes(text: str) -> bytes:
-    """A token's text as bytes; a name that was not UTF-8 gives its original bytes."""
-    if text.isascii():
-        return text.encode()
-    return canonical(text).encode("utf-8", "surrogateescape")
-
-
-def decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
+def _decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
     """Each token's text as bytes, by id, and byte -> id of its byte token.
 
     Raises FileFormatError where a byte token is malformed or missing.
@@ -65,7 +71,7 @@ def decoded_tokens(table: TokenTable) -> tuple[list[bytes], dict[int, int]]:
     return decoded, byte_ids
 
 
-def processor_of(table: TokenTable, byte_ids: dict[int, int]) -> sentencepiece.SentencePieceProcessor:
+def _processor_of(table: TokenTable, byte_ids: dict[int, int]) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece BPE model with the same ids, which adds no prefix and leaves spaces alone.
 
     The library refuses a piece that is empty or occurs twice. Of several tokens with the same text, encoding yields the

@@ -1,41 +1,47 @@
-"""Text to token ids and back, as SentencePiece and llama.cpp's `llama` tokenizer do it.
+"""Text to token ids and back, with SentencePiece's BPE or byte-level BPE, as the GGUF says: `Tokenizer`.
 
-`Tokenizer` rebuilds a SentencePiece model from a GGUF's vocabulary and leaves ordinary text to the `sentencepiece`
-library. It adds the parts where the library differs from the model's own stack: special tokens, bytes that are not
-UTF-8, and decoding token by token. Knows neither files nor the network, and applies no chat template.
+Ordinary text is left to the encoder of the file's kind (`spm`, `bpe`) and its library. This file adds the parts where
+the libraries differ from a model's own stack: special tokens, bytes that are not UTF-8, and decoding token by token.
+Knows neither files nor the network, and applies no chat template.
 """
 
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Protocol
 
 from fiddler.errors import RequestError, quoted
+from fiddler.text.escaped_bytes import ESCAPED, canonical, raw_bytes
 from fiddler.text.sentencepiece_model import TokenType
-from fiddler.text.spm import canonical, decoded_tokens, processor_of, raw_bytes
+from fiddler.text.special_tokens import SpecialTokens
 from fiddler.text.vocabulary import SPACE, TokenTable
 
 __all__ = ["TextStream", "Tokenizer"]
-_ESCAPED = re.compile(r"([\udc80-\udcff])")  # a byte that is not UTF-8, as Python's "surrogateescape" encodes it
 _BLANK = (" ", SPACE)
+_COMPOSED = 3  # NFC makes a text shorter by this factor at most: three Korean letters of 3 bytes are one syllable of 3
+
+
+class _Encoder(Protocol):
+    """One kind of BPE over one vocabulary."""
+
+    pieces: list[bytes]  # each token's text, by id; b"" for those without
+    byte_ids: dict[int, int]  # byte -> id of its token
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text without special tokens; a byte that is not UTF-8 is escaped in it."""
 
 
 class Tokenizer:
     """Encodes and decodes with one vocabulary. Safe to share between threads."""
 
     def __init__(self, table: TokenTable) -> None:
-        """Raises FileFormatError where one of the 256 byte tokens is missing: some text would have no ids."""
+        """Raises FileFormatError where the vocabulary makes no tokenizer, as where some text would have no ids."""
         self._table = table
-        self._bytes, byte_ids = decoded_tokens(table)
-        self._byte_ids = {chr(0xDC00 + byte): index for byte, index in byte_ids.items() if byte >= 0x80}
-        self._processor = processor_of(table, byte_ids)
-        special = {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED}
-        named = {text: index for index, text in enumerate(table.texts) if text and table.types[index] in special}
-        longest_first = sorted(named.items(), key=lambda item: (-len(raw_bytes(item[0])), item[1]))
-        self._all_special = longest_first
-        self._user_defined = [item for item in longest_first if table.types[item[1]] == TokenType.USER_DEFINED]
+        self._encoder = _encoder(table)
+        self._bytes = self._encoder.pieces
+        self._special = SpecialTokens(table)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
@@ -88,13 +94,19 @@ class Tokenizer:
     @property
     def control_names(self) -> list[str]:
         """Names that only `parse_special` recognises and a user's text must not produce; the longest first."""
-        types = self._table.types
-        return [name for name, index in self._all_special if types[index] != TokenType.USER_DEFINED]
+        return list(self._special.control_names)
+
+    @property
+    def byte_ids(self) -> dict[int, int]:
+        """Byte -> id of the token that is this byte alone. Byte-level vocabularies may lack bytes of no text."""
+        return self._encoder.byte_ids
 
     @cached_property
     def longest_token(self) -> int:
         """Length of the longest token's name [bytes]: `n` ids hold at most `n` times as many bytes of text."""
-        return max(len(raw_bytes(text)) for text in self._table.texts)
+        longest = max(len(raw_bytes(text)) for text in self._table.texts)
+        keys = self._table.byte_level
+        return longest * _COMPOSED if keys is not None and keys.nfc else longest
 
     def token(self, index: int) -> str:
         """The token's name in the vocabulary: `▁the`, `<0x0A>`, `</s>`."""
@@ -118,14 +130,14 @@ class Tokenizer:
         *,
         bar: str = "",
     ) -> list[int]:
-        """The ids of `text`; those of SentencePiece wherever the text holds no special token.
+        """The ids of `text`; those of the kind's library wherever the text holds no special token.
 
         Bytes that are not UTF-8 (in `bytes`, or in a `str` as `surrogateescape` encodes them) become byte tokens; any
         other lone surrogate becomes U+FFFD. User-defined tokens are recognised in the text; control tokens only with
-        `parse_special`, so that a user's text never produces one. As in llama.cpp, the longest special token matches
-        first, and the space before a text also goes before text that follows a special token, unless the file says
-        otherwise (`PREPEND_SCHEME`, `IN_TEXT_IDS` in `fiddler.text.vocabulary`). `add_bos` puts `bos_id` first.
-        `continuing`: the text continues an earlier one, and gets no space.
+        `parse_special`, so that a user's text never produces one. They match from the left, the longest first, with the
+        options of `ADDED_TOKEN_IDS` in `fiddler.text.vocabulary`. As in llama.cpp, the space before a text also goes
+        before text that follows a special token, unless the file says otherwise (`PREPEND_SCHEME`, `IN_TEXT_IDS`
+        there). `add_bos` puts `bos_id` first. `continuing`: the text continues an earlier one, and gets no space.
 
         `bar`: a character across which no special token is recognised, and which is dropped. With a bar, control tokens
         of a single character are not recognised at all: a bar cannot split them.
@@ -134,15 +146,11 @@ class Tokenizer:
             raise RequestError(f"the text is {quoted(text)}; give a str, or bytes")
         ids = [self.bos_id] if add_bos else []
         prefix = self._table.add_space_prefix and not continuing
-        special = self._all_special if parse_special else self._user_defined
-        if bar:
-            types = self._table.types
-            special = [(name, i) for name, i in special if len(name) > 1 or types[i] == TokenType.USER_DEFINED]
-        for part in self._split(canonical(text), special):
+        for part in self._special.split(canonical(text), parse_special, barred=bool(bar)):
             if isinstance(part, int):
                 in_text = part in self._table.in_text_ids
                 if in_text and prefix and not (self._table.prepend_scheme and self.token(part).startswith(_BLANK)):
-                    ids += self._encode_text(" ")
+                    ids += self._encoder.encode(" ")
                 ids.append(part)
                 prefix = not in_text and self._table.add_space_prefix and self._table.prepend_scheme != "first"
                 continue
@@ -152,7 +160,7 @@ class Tokenizer:
                     continue
             if prefix and not (self._table.prepend_scheme and part.startswith(_BLANK)):
                 part = " " + part
-            ids += self._encode_text(part)
+            ids += self._encoder.encode(part)
             prefix = False
         return ids
 
@@ -180,35 +188,15 @@ class Tokenizer:
             raise RequestError(f"token id {index} is outside the vocabulary of {len(self._bytes)} tokens")
         return index
 
-    def _split(self, text: str, special: list[tuple[str, int]]) -> list[str | int]:
-        """`text` split at special tokens, each replaced by its id; no part is empty."""
-        parts: list[str | int] = [text] if text else []
-        for name, index in special:
-            if name not in text:
-                continue
-            cut: list[str | int] = []
-            for part in parts:
-                if isinstance(part, int):
-                    cut.append(part)
-                    continue
-                for position, piece in enumerate(part.split(name)):
-                    if position:
-                        cut.append(index)
-                    if piece:
-                        cut.append(piece)
-            parts = cut
-        return parts
 
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of text without special tokens; the library adds no prefix."""
-        ids: list[int] = []
-        # No token spans a byte that is not UTF-8: the text between such bytes is encoded separately.
-        for position, part in enumerate(_ESCAPED.split(text)):
-            if position % 2:
-                ids.append(self._byte_ids[part])
-            elif part:
-                ids += self._processor.encode(part)
-        return ids
+def _encoder(table: TokenTable) -> _Encoder:
+    if table.byte_level is None:
+        from fiddler.text.spm import SentencePieceEncoder  # late: only one of the two libraries is needed
+
+        return SentencePieceEncoder(table)
+    from fiddler.text.bpe import BytePairEncoder
+
+    return BytePairEncoder(table)
 
 
 class TextStream:
@@ -238,4 +226,4 @@ class TextStream:
 
 
 def _visible(text: str) -> str:
-    return _ESCAPED.sub("\ufffd", text)
+    return ESCAPED.sub("\ufffd", text)

@@ -75,7 +75,7 @@ def test_a_vocabulary_of_byte_tokens_alone_encodes_text():
 
 
 BROKEN = {
-    "another model": ({"model": "gpt2"}, "only 'llama'"),
+    "another model": ({"model": "bert"}, "only 'llama'"),
     "no model": ({"model": None}, "is None"),
     "no tokens": ({"tokens": None}, "tokens is None"),
     "empty tokens": ({"tokens": []}, "at least one string"),
