@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fiddler.errors import CheckpointError, quoted
-from fiddler.text.vocabulary import LARGEST_VOCABULARY
+from fiddler.text.vocabulary import ADDED_TOKEN_IDS, LARGEST_VOCABULARY
 
 __all__ = ["AddedToken", "added_tokens"]
 
@@ -20,8 +20,17 @@ class AddedToken:
     id: int
     text: str
     special: bool
-    strips: bool = False  # lstrip or rstrip: takes adjacent white space along; or single_word: matches whole words only
-    normalized: bool = False  # matched in the normalised text
+    options: frozenset[str] = frozenset()  # see fiddler.text.vocabulary.ADDED_TOKEN_IDS
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is matched wherever it occurs, and nothing but it."""
+        return not self.options & {"lstrip", "rstrip", "single_word"}
+
+    @property
+    def normalized(self) -> bool:
+        """Whether it is matched in the normalised text."""
+        return "normalized" in self.options
 
 
 def added_tokens(value: object, where: str) -> list[AddedToken]:
@@ -44,6 +53,6 @@ def _token(index: object, entry: object, where: str) -> AddedToken:
     if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < LARGEST_VOCABULARY:
         text = entry.get("content") if isinstance(entry, dict) else None
         if isinstance(entry, dict) and isinstance(text, str) and text:
-            strips = any(entry.get(key) is True for key in ("single_word", "lstrip", "rstrip"))
-            return AddedToken(index, text, entry.get("special") is True, strips, entry.get("normalized") is True)
+            options = frozenset(option for option in ADDED_TOKEN_IDS if entry.get(option) is True)
+            return AddedToken(index, text, entry.get("special") is True, options)
     raise CheckpointError(f"{where}: {quoted(index, 40)} is {quoted(entry, 60)}; it must be an id and a token")

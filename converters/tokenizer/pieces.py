@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import read_regular
+from fiddler.text.byte_level_keys import ByteLevelKeys
 from fiddler.text.sentencepiece_model import ModelType, SentencePieceModel, TokenType, WireFormatError
 from fiddler.text.vocabulary import LARGEST_VOCABULARY
 
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
     """One token; ordinary tokens of higher score are merged first."""
 
     text: str
-    score: float
+    score: float  # 0 in byte-level BPE
     type: TokenType
 
 
@@ -40,6 +41,7 @@ class Pieces:
     names: dict[str, str]  # "bos", "eos", "unk", "pad" -> the token's text; only those that the file names
     add_space_prefix: bool
     prepend_scheme: str | None = None  # "always", "first": `Metaspace`'s rule; see fiddler.text.vocabulary
+    byte_level: ByteLevelKeys | None = None  # of byte-level BPE
     in_text_ids: frozenset[int] = frozenset()  # user-defined tokens inside a text; see fiddler.text.vocabulary
 
 

@@ -55,15 +55,18 @@ class TokenizerSettings:
         return self.flag("legacy", False) if "legacy" in config else None
 
     def added(self, from_tokenizer_json: Iterable[AddedToken]) -> list[AddedToken]:
-        """Added tokens of all files, one per id; raises CheckpointError if they disagree on its text."""
+        """Added tokens of all files, one per id; raises CheckpointError if they disagree on its text.
+
+        The options of tokenizer.json take precedence, as in transformers.
+        """
         where = str(self._folder / "tokenizer_config.json: added_tokens_decoder")
         entries = [{"id": index, "content": text} for text, index in self._files["added_tokens"].items()]
         special_texts = self._special_texts()
         by_id: dict[int, AddedToken] = {}
         for token in (
             *added_tokens(entries, str(self._folder / "added_tokens.json")),
-            *from_tokenizer_json,
             *added_tokens(self._files["tokenizer_config"].get("added_tokens_decoder"), where),
+            *from_tokenizer_json,
         ):
             earlier = by_id.get(token.id)
             if earlier is not None and earlier.text != token.text:
@@ -74,7 +77,7 @@ class TokenizerSettings:
             special = token.special or (earlier is not None and earlier.special) or token.text in special_texts
             # Some checkpoints do not mark the tokens of their chat format; llama.cpp recognises them by name, too.
             special = special or (token.text.startswith("<|") and token.text.endswith("|>"))
-            by_id[token.id] = AddedToken(token.id, token.text, special)
+            by_id[token.id] = AddedToken(token.id, token.text, special, token.options)
         return list(by_id.values())
 
     def _special_texts(self) -> set[str]:

@@ -30,6 +30,13 @@ def read_pieces(folder: Path, settings: TokenizerSettings, tokenizer_json: Token
     give the same ids.
     """
     model = folder / "tokenizer.model"
+    if tokenizer_json.byte_level:
+        if settings.flag("add_prefix_space", False):
+            raise CheckpointError(
+                f"{folder}: tokenizer_config.json says add_prefix_space true, "
+                "which byte-level BPE in a GGUF cannot follow"
+            )
+        return tokenizer_json.pieces(), []
     if not present(model):
         if not present(folder / "tokenizer.json"):
             raise _missing(folder)
@@ -63,11 +70,8 @@ def read_pieces(folder: Path, settings: TokenizerSettings, tokenizer_json: Token
 def _missing(folder: Path) -> CheckpointError:
     message = f"{folder} holds neither tokenizer.model nor tokenizer.json"
     for name, cause in (
-        (
-            "tekken.json",
-            "is Mistral's newer byte-level tokenizer; only SentencePiece's kind, which Mixtral has, converts",
-        ),
-        ("vocab.json", "belongs to a byte-level tokenizer; only SentencePiece's kind, which Mixtral has, converts"),
+        ("tekken.json", "is Mistral's own format, which is not read; put the model's tokenizer.json beside it"),
+        ("vocab.json", "is half of a byte-level tokenizer and not read; put the model's tokenizer.json beside it"),
         ("tokenizer.model.*", "is not read under this name; rename it to tokenizer.model"),
     ):
         found = sorted(path.name for path in folder.glob(name))

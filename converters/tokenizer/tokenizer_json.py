@@ -1,7 +1,8 @@
-"""Reads `tokenizer.json`, the `tokenizers` library's format, where llama.cpp's `llama` tokenizer gives the same ids.
+"""Reads `tokenizer.json`, the `tokenizers` library's format, where llama.cpp's tokenizers give the same ids.
 
 The library is the format's only specification (https://github.com/huggingface/tokenizers). Knows vocabulary, merges
-and added tokens; not the forms of white space (`white_space`) nor the other files of a checkpoint.
+and added tokens; not the forms of white space (`white_space`), the rest of byte-level BPE (`byte_level`), nor the other
+files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from fiddler.converters.json_object import read_object
 from fiddler.converters.tokenizer.added_token import AddedToken, added_tokens
+from fiddler.converters.tokenizer.byte_level import byte_level_pieces, is_byte_level
 from fiddler.converters.tokenizer.merges import scores_from_merges
 from fiddler.converters.tokenizer.pieces import BYTE_NAMES, SPACE, Piece, Pieces
-from fiddler.converters.tokenizer.white_space import WhiteSpace, is_byte_level, white_space
+from fiddler.converters.tokenizer.steps import steps_of
+from fiddler.converters.tokenizer.white_space import WhiteSpace, white_space
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import present
 from fiddler.text.sentencepiece_model import TokenType
@@ -44,29 +47,32 @@ class TokenizerJson:
         vocab = self._vocab(self._object(self._root.get("model"), "model").get("vocab"))
         return {index: text for text, index in vocab.items()} | {token.id: token.text for token in self.added}
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether the file is of byte-level BPE."""
+        return is_byte_level(self._root)
+
     def adds(self) -> dict[str, bool] | None:
-        """Whether the post-processor adds "bos" and "eos" to a text; None if there is no template for that."""
-        template = self._root.get("post_processor")
-        if isinstance(template, dict) and template.get("type") == "Sequence":
-            steps = [step for step in _list(template.get("processors")) if isinstance(step, dict)]
-            template = next((step for step in steps if step.get("type") == "TemplateProcessing"), None)
-        if not isinstance(template, dict) or template.get("type") != "TemplateProcessing":
-            return None
+        """Whether the post-processor adds "bos" and "eos" to a text; None if there is no template for that.
+
+        Byte-level BPE without a template adds nothing, as in transformers.
+        """
+        steps = steps_of(self._root.get("post_processor"), "processors")
+        template = next((step for step in steps if step.get("type") == "TemplateProcessing"), None)
+        if template is None:
+            return {"bos": False, "eos": False} if self.byte_level else None
         single = _list(template.get("single"))
         special = [isinstance(part, dict) and "SpecialToken" in part for part in single]
         return {"bos": special[:1] == [True], "eos": len(special) > 1 and special[-1]}
 
     def pieces(self) -> Pieces:
-        """The tokens, with scores in place of merges.
+        """The tokens, in SentencePiece's kind with scores in place of merges.
 
         Raises CheckpointError that names the obstacle if llama.cpp's tokenizer would give other ids.
         """
         model = self._object(self._root.get("model"), "model")
-        if is_byte_level(self._root.get("pre_tokenizer"), self._root.get("decoder")):
-            raise CheckpointError(
-                f"{self.source} is a byte-level BPE tokenizer, as GPT-2's and Llama 3's; "
-                "only SentencePiece's kind, which Mixtral has, converts"
-            )
+        if self.byte_level:
+            return byte_level_pieces(self._root, model, self._vocab(model.get("vocab")), self.source)
         kind = model.get("type", "BPE")
         if kind != "BPE":
             raise self._refused(f"its model is {quoted(kind, 40)}, not BPE")
@@ -101,7 +107,8 @@ class TokenizerJson:
             by_id[index] = Piece(text, scores.get(text, 0.0), piece_type)
         names = {"unk": unknown} if isinstance(unknown, str) else {}
         in_text_ids = frozenset(vocab[text] for text in in_text)
-        return Pieces(self.source, by_id, names, space.add_space_prefix, space.prepend_scheme, in_text_ids)
+        prefix, scheme = space.add_space_prefix, space.prepend_scheme
+        return Pieces(self.source, by_id, names, prefix, scheme, in_text_ids=in_text_ids)
 
     def _refused(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {reason}, which llama.cpp's llama tokenizer cannot follow; {_REMEDY}")
@@ -151,7 +158,7 @@ class TokenizerJson:
                     continue
                 # An added token takes no part in merges: it is cut out of the text first, unless it is matched in
                 # another form of the text than merges see.
-                if text not in added or SPACE in text or added[text].strips or added[text].normalized:
+                if text not in added or SPACE in text or not added[text].plain or added[text].normalized:
                     raise self._refused(f"merge {rank} has to do with {quoted(text, 60)}")
             ranks[left, right] = rank
         if len(value) > LARGEST_VOCABULARY:
@@ -172,9 +179,8 @@ class TokenizerJson:
     def _check_added(self, space: WhiteSpace) -> None:
         changes = space.normalizes and space.add_space_prefix
         for token in self.added:
-            if not token.special and (token.strips or (token.normalized and changes)):
-                options = "single_word, lstrip or rstrip" if token.strips else "normalized"
-                raise self._refused(f"the added token {quoted(token.text, 60)} sets {options}")
+            if not token.special and token.normalized and changes:
+                raise self._refused(f"the added token {quoted(token.text, 60)} sets normalized")
 
 
 def _list(value: object) -> list[object]:

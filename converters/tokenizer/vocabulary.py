@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -23,8 +24,9 @@ from fiddler.converters.tokenizer.settings import TokenizerSettings
 from fiddler.converters.tokenizer.token_source import read_pieces
 from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
 from fiddler.errors import CheckpointError, quoted
+from fiddler.text.byte_level_keys import ByteLevelKeys
 from fiddler.text.sentencepiece_model import TokenType
-from fiddler.text.vocabulary import IN_TEXT_IDS, LARGEST_VOCABULARY, LONGEST_TOKEN, PREPEND_SCHEME
+from fiddler.text.vocabulary import ADDED_TOKEN_IDS, IN_TEXT_IDS, LARGEST_VOCABULARY, LONGEST_TOKEN, PREPEND_SCHEME
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -55,6 +57,8 @@ class Vocabulary:
     add_space_prefix: bool
     prepend_scheme: str | None  # see fiddler.text.vocabulary.PREPEND_SCHEME
     in_text_ids: tuple[int, ...]  # see fiddler.text.vocabulary.IN_TEXT_IDS
+    byte_level: ByteLevelKeys | None
+    added_token_ids: Mapping[str, tuple[int, ...]]  # by option; see fiddler.text.vocabulary.ADDED_TOKEN_IDS
     chat_template: str | None
     more_templates: Mapping[str, str]  # by name: tool_use, rag
     source_warnings: tuple[str, ...]  # lines for the user about files that disagree
@@ -64,10 +68,9 @@ class Vocabulary:
         names = gguf.Keys.Tokenizer
         eot, eom = (*self.more_end_ids, None, None)[:2]
         values = {
-            names.MODEL: "llama",
-            names.PRE: "default",
+            names.MODEL: "llama" if self.byte_level is None else "gpt2",
             names.LIST: list(self.tokens),
-            names.SCORES: np.array(self.scores, np.float32),
+            **self._kind(),
             names.TOKEN_TYPE: np.array(self.types, np.int32),
             names.BOS_ID: self.bos_id,
             names.EOS_ID: self.eos_id,
@@ -77,13 +80,24 @@ class Vocabulary:
             names.PAD_ID: self.pad_id,
             names.ADD_BOS: self.add_bos,
             names.ADD_EOS: self.add_eos,
-            names.ADD_PREFIX: self.add_space_prefix,
-            PREPEND_SCHEME: self.prepend_scheme,
-            IN_TEXT_IDS: np.array(self.in_text_ids, np.int32) if self.in_text_ids else None,
+            **{ADDED_TOKEN_IDS[option]: np.array(ids, np.int32) for option, ids in self.added_token_ids.items() if ids},
             names.CHAT_TEMPLATE: self.chat_template,
             names.CHAT_TEMPLATES: list(self.more_templates) or None,
         } | {names.CHAT_TEMPLATE_N.format(name=name): text for name, text in self.more_templates.items()}
         return {key: value for key, value in values.items() if value is not None}
+
+    def _kind(self) -> dict[str, Any]:
+        """The keys that only this kind of BPE has."""
+        if self.byte_level is not None:
+            return self.byte_level.to_metadata()
+        names = gguf.Keys.Tokenizer
+        return {
+            names.PRE: "default",
+            names.SCORES: np.array(self.scores, np.float32),
+            names.ADD_PREFIX: self.add_space_prefix,
+            PREPEND_SCHEME: self.prepend_scheme,
+            IN_TEXT_IDS: np.array(self.in_text_ids, np.int32) if self.in_text_ids else None,
+        }
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -163,6 +177,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         add_space_prefix=pieces.add_space_prefix,
         prepend_scheme=pieces.prepend_scheme,
         in_text_ids=tuple(sorted(pieces.in_text_ids - {token.id for token in added})),
+        byte_level=pieces.byte_level,
+        added_token_ids=_by_option(added, by_id, pieces.byte_level is not None),
         chat_template=templates.pop("default", None),
         # names as the gguf package writes them: letters, digits and _
         more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
@@ -202,6 +218,16 @@ def _with_added(pieces: Pieces, added: Iterable[AddedToken]) -> dict[int, Piece]
         else:
             by_id[token.id] = Piece(text, _ADDED_SCORE, kind)
     return by_id
+
+
+def _by_option(added: Iterable[AddedToken], by_id: Mapping[int, Piece], byte_level: bool) -> dict[str, tuple[int, ...]]:
+    """The ids of the added tokens with each option. SentencePiece's kind is matched before white space changes."""
+    recognised = [token for token in added if by_id[token.id].type not in (TokenType.NORMAL, TokenType.BYTE)]
+    return {
+        option: tuple(sorted(token.id for token in recognised if option in token.options))
+        for option in ADDED_TOKEN_IDS
+        if byte_level or option != "normalized"
+    }
 
 
 def _check_ids(folder: Path, by_id: Mapping[int, Piece], vocab_size: int) -> None:

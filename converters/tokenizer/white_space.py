@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fiddler.converters.tokenizer.pieces import SPACE
+from fiddler.converters.tokenizer.steps import steps_of
 from fiddler.errors import CheckpointError, quoted
 
-__all__ = ["WhiteSpace", "is_byte_level", "white_space"]
+__all__ = ["WhiteSpace", "white_space"]
 
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -38,15 +39,9 @@ class WhiteSpace:
     in_text: tuple[str, ...] = ()
 
 
-def is_byte_level(pre_tokenizer: object, decoder: object) -> bool:
-    """Whether bytes are letters, as in GPT-2's tokenizer: then no "▁" stands for a space."""
-    steps = _steps(pre_tokenizer, "pretokenizers") + _steps(decoder, "decoders")
-    return any(step.get("type") == "ByteLevel" for step in steps)
-
-
 def white_space(normalizer: object, pre_tokenizer: object, refused: Callable[[str], CheckpointError]) -> WhiteSpace:
     """The rule of a `normalizer` and a `pre_tokenizer`; raises `refused(reason)` for any other."""
-    normalizers, splitters = _steps(normalizer, "normalizers"), _steps(pre_tokenizer, "pretokenizers")
+    normalizers, splitters = steps_of(normalizer, "normalizers"), steps_of(pre_tokenizer, "pretokenizers")
     in_text: tuple[str, ...] = ()
     if splitters and (names := _isolated(splitters[-1])):
         in_text, splitters = names, splitters[:-1]
@@ -87,20 +82,6 @@ def _isolated(step: dict[str, object]) -> tuple[str, ...]:
         return ()
     names = [_UNESCAPED.sub(r"\1", part) for part in re.split(r"(?<!\\)\|", regex)]
     return tuple(names) if all(names) and "|".join(map(re.escape, names)) == regex else ()
-
-
-def _steps(value: object, key: str) -> list[dict[str, object]]:
-    """A normaliser or pre-tokenizer as a flat list of steps, `Sequence`s unfolded."""
-    steps: list[dict[str, object]] = []
-    stack = [] if value is None else [value]
-    while stack:
-        step = stack.pop()
-        if isinstance(step, dict) and step.get("type") == "Sequence":
-            inner = step.get(key)
-            stack += reversed(inner if isinstance(inner, list) else [])
-        else:
-            steps.append(step if isinstance(step, dict) else {"type": step})
-    return steps
 
 
 def _types(steps: list[dict[str, object]]) -> str:

@@ -11,6 +11,7 @@ import re
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from fiddler.errors import FileFormatError, RequestError, quoted
+from fiddler.text.bpe_letters import LETTERS, decoded, missing_letters
 from fiddler.text.byte_level_keys import ByteLevelKeys
 from fiddler.text.escaped_bytes import ESCAPED, raw_bytes
 from fiddler.text.pre_tokenizers import DIGITS, PRE_TOKENIZERS
@@ -19,15 +20,6 @@ from fiddler.text.vocabulary import TokenTable
 
 __all__ = ["BytePairEncoder"]
 
-# As in GPT-2's `bytes_to_unicode`: printable Latin-1 characters stand for themselves, the others for codes from 256 on.
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_OTHERS = sorted(set(range(256)) - _PRINTABLE)
-_LETTERS = [byte if byte in _PRINTABLE else 256 + _OTHERS.index(byte) for byte in range(256)]  # byte -> code point
-_BYTES = {letter: byte for byte, letter in enumerate(_LETTERS)}
-_LATIN = dict.fromkeys(_OTHERS, 65533) | _BYTES  # code point -> byte; what is no letter, beyond Latin-1
-
-# Bytes of no text: in no UTF-8, or only in that of planes without characters. Some vocabularies lack them.
-_RARE = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF4, 0x100)}
 _LONG, _LONGEST_RUN = 1 << 20, 1 << 21  # [characters]; the library's search gives up on runs of five millions
 _RUN = re.compile(r"\s+|\S+")
 # `\s+$` tries every blank of a run as its beginning, and is quadratic; only the first of the run matters.
@@ -43,10 +35,9 @@ class BytePairEncoder:
         assert keys is not None
         self.pieces = [_decoded(text, kind) for text, kind in zip(table.texts, table.types, strict=True)]
         ids = _unique_ids(table)
-        found = {byte: ids.get(chr(letter)) for byte, letter in enumerate(_LETTERS)}
+        found = {byte: ids.get(letter) for byte, letter in enumerate(LETTERS)}
         self.byte_ids = {byte: index for byte, index in found.items() if index is not None}
-        missing = [byte for byte in range(256) if byte not in self.byte_ids and byte not in _RARE]
-        if missing:
+        if missing := missing_letters(ids):
             raise FileFormatError(
                 f"the vocabulary lacks tokens for {len(missing)} bytes, {missing[0]:#04x} among them; "
                 "byte-level BPE needs one for each"
@@ -71,16 +62,14 @@ class BytePairEncoder:
         return ids
 
 
-def _decoded(text: str, kind: int) -> bytes:
-    """A token's text as bytes; as in the library, a name with other characters than letters stands for itself."""
+def _decoded(name: str, kind: int) -> bytes:
+    """A token's text; as in the library, a name with other characters than letters stands for itself."""
     if kind == TokenType.USER_DEFINED:
-        return raw_bytes(text)
+        return raw_bytes(name)
     if kind != TokenType.NORMAL:
         return b""
-    try:
-        return text.translate(_LATIN).encode("latin-1")
-    except UnicodeEncodeError:
-        return raw_bytes(text)
+    data = decoded(name)
+    return raw_bytes(name) if data is None else data
 
 
 def _unique_ids(table: TokenTable) -> dict[str, int]:

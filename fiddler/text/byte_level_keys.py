@@ -62,6 +62,13 @@ class ByteLevelKeys:
         ignore_merges = flag(metadata, IGNORE_MERGES, PRE_TOKENIZERS[pre].ignore_merges)
         return cls(pre, merges, ignore_merges, normalizer == "NFC")
 
+    def to_metadata(self) -> dict[str, str | bool | list[str]]:
+        """The keys; ours only where they say more than llama.cpp's."""
+        keys: dict[str, str | bool | list[str]] = {f"{PREFIX}pre": self.pre, f"{PREFIX}merges": self.merges}
+        if self.ignore_merges != PRE_TOKENIZERS[self.pre].ignore_merges:
+            keys[IGNORE_MERGES] = self.ignore_merges
+        return keys | ({NORMALIZER: "NFC"} if self.nfc else {})
+
 
 def flag(metadata: Mapping[str, object], key: str, default: bool) -> bool:
     """The flag under `key`. Raises FileFormatError where it is no flag."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["ESCAPED", "canonical", "raw_bytes"]
+__all__ = ["ESCAPED", "SURROGATE", "canonical", "raw_bytes"]
 
 ESCAPED = re.compile(r"([\udc80-\udcff])")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LONE = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # a surrogate that encodes no byte
 
 
 def canonical(text: str | bytes) -> str:
     """`text` as valid characters; each byte that is not UTF-8 becomes one of U+DC80 to U+DCFF."""
     if isinstance(text, str):
-        if not _SURROGATE.search(text):
+        if not SURROGATE.search(text):
             return text
         text = _LONE.sub("\ufffd", text).encode("utf-8", "surrogateescape")
     return text.decode("utf-8", "surrogateescape")

@@ -8,7 +8,7 @@ A table; imports nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 __all__ = ["DIGITS", "GPT2", "PRE_TOKENIZERS", "PreTokenizer", "name_of"]
 
@@ -94,11 +94,7 @@ PRE_TOKENIZERS |= {
 }
 
 
-def name_of(steps: tuple[str, ...], ignore_merges: bool, add_bos: bool) -> str | None:
-    """The name of the pre-tokeniser with these steps, by preference one with these defaults; None if there is none."""
-    wanted = PreTokenizer(steps, ignore_merges, add_bos)
-    for candidate in (wanted, replace(wanted, add_bos=False), replace(wanted, add_bos=False, ignore_merges=False)):
-        for name, known in PRE_TOKENIZERS.items():
-            if known == candidate:
-                return name
-    return next((name for name, known in PRE_TOKENIZERS.items() if known.steps == steps), None)
+def name_of(steps: tuple[str, ...], ignore_merges: bool) -> str | None:
+    """The name of the pre-tokeniser with these steps, if possible one with that default; None if there is none."""
+    names = [name for name, known in PRE_TOKENIZERS.items() if known.steps == steps]
+    return next((name for name in names if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), (*names, None)[0])

@@ -7,18 +7,14 @@ whole text, the longest first; that differs where names overlap.) Knows names an
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from fiddler.text.escaped_bytes import ESCAPED, SURROGATE
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.vocabulary import TokenTable
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 __all__ = ["SpecialTokens"]
 
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _STAND_INS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # characters of no text, for bytes that are not UTF-8
 _ORDINARY = {TokenType.NORMAL, TokenType.BYTE, TokenType.UNUSED}
 
@@ -31,49 +27,74 @@ class SpecialTokens:
         for index, (text, kind) in enumerate(zip(table.texts, table.types, strict=True)):
             if kind not in _ORDINARY and text:
                 ids.setdefault(text, index)
-        self._table = table
         self._user_defined = {name for name, index in ids.items() if table.types[index] == TokenType.USER_DEFINED}
         control = [name for name in ids if name not in self._user_defined]
         self.control_names = sorted(control, key=lambda name: -len(name))
-        self._ids = {name: index for name, index in ids.items() if not _SURROGATE.search(name)}
-        used = set().union(*self._ids)
-        self._stand_in = next((character for character in _STAND_INS if character not in used), "\uffff")
-        self._splitters: dict[tuple[bool, bool], Tokenizer | None] = {}
+        self._ids = {name: index for name, index in ids.items() if not SURROGATE.search(name)}
+        self._options = table.added_token_ids
+        self._nfc = table.byte_level is not None and table.byte_level.nfc
+        self._finders: dict[tuple[bool, bool], list[_Finder]] = {}
 
     def split(self, text: str, parse_special: bool, barred: bool = False) -> list[str | int]:
         """`text` split at special tokens, each replaced by its id; no part is empty.
 
         Without `parse_special` only user-defined tokens are recognised. `barred`: no control token of one character is.
+        Behind a `normalized` token of a tokenizer that composes characters, the text is composed.
         """
         key = (parse_special, parse_special and barred)
-        if key not in self._splitters:
-            self._splitters[key] = self._splitter(*key)
-        splitter = self._splitters[key]
-        if splitter is None:
-            return [text] if text else []
-        valid = text if text.isascii() else _SURROGATE.sub(self._stand_in, text)
-        found = splitter.encode(valid, add_special_tokens=False)
-        return [
-            self._ids[name] if name else text[begin:end]
-            for name, (begin, end) in zip(found.tokens, found.offsets, strict=True)
-        ]
+        if key not in self._finders:
+            self._finders[key] = self._made(*key)
+        parts: list[str | int] = [text] if text else []
+        for finder in self._finders[key]:
+            parts = [found for part in parts for found in (finder.split(part) if isinstance(part, str) else (part,))]
+        return parts
 
-    def _splitter(self, parse_special: bool, barred: bool) -> Tokenizer | None:
-        """A tokenizer whose added tokens are these and whose every other text is one unknown token."""
-        names = [
-            name
-            for name in self._ids
+    def _made(self, parse_special: bool, barred: bool) -> list[_Finder]:
+        """Finders to apply in turn; two where the second's names are those in the composed text."""
+        ids = {
+            name: index
+            for name, index in self._ids.items()
             if name in self._user_defined or (parse_special and not (barred and len(name) == 1))
-        ]
-        if not names:
-            return None
+        }
+        late = self._options["normalized"] if self._nfc else frozenset()
+        first = {name: index for name, index in ids.items() if index not in late}
+        second = {name: index for name, index in ids.items() if index in late}
+        finders = [_Finder(first, self._options, nfc=False)] if first else []
+        return [*finders, _Finder(second, self._options, nfc=True)] if second else finders
+
+
+class _Finder:
+    """Finds names in a text; `nfc`: both are composed first."""
+
+    def __init__(self, ids: Mapping[str, int], options: Mapping[str, frozenset[int]], nfc: bool) -> None:
         from tokenizers import AddedToken, Tokenizer, models, normalizers  # late: most files need nothing of it
 
-        splitter = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
-        if self._table.byte_level is not None and self._table.byte_level.nfc:
-            splitter.normalizer = normalizers.NFC()
-        options = self._table.added_token_ids
-        splitter.add_tokens(
-            [AddedToken(name, **{option: self._ids[name] in ids for option, ids in options.items()}) for name in names]
+        self._nfc = normalizers.NFC() if nfc else None
+        names = {self._composed(name): index for name, index in ids.items()}
+        used = set().union(*names)
+        self._stand_in = next((character for character in _STAND_INS if character not in used), "\uffff")
+        # A text without these names is one unknown token of this model.
+        self._tokenizer = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+        self._tokenizer.add_tokens(
+            [
+                AddedToken(name, **{option: index in having for option, having in options.items()})
+                for name, index in names.items()
+            ]
         )
-        return splitter
+        self._ids = {self._tokenizer.token_to_id(name): index for name, index in names.items()}  # the library's -> ours
+
+    def split(self, text: str) -> list[str | int]:
+        """The text's parts and the ids between them."""
+        text = self._composed(text)
+        valid = text if text.isascii() else SURROGATE.sub(self._stand_in, text)
+        found = self._tokenizer.encode(valid, add_special_tokens=False)
+        return [
+            self._ids[index] if index in self._ids else text[begin:end]
+            for index, (begin, end) in zip(found.ids, found.offsets, strict=True)
+        ]
+
+    def _composed(self, text: str) -> str:
+        if self._nfc is None:
+            return text
+        parts = ESCAPED.split(text)
+        return "".join(part if place % 2 else self._nfc.normalize_str(part) for place, part in enumerate(parts))

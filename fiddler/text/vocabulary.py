@@ -113,7 +113,10 @@ class TokenTable:
             _id(metadata, f"{name}_token_id", count, default)
             for name, default in zip(("bos", "eos"), defaults, strict=True)
         )
-        end_ids = _named_end_ids(texts)
+        ends = {index for index, text in enumerate(texts) if text in _END_NAMES}
+        if byte_level is not None:  # Qwen's has an ordinary token "</s>", which is text, whatever llama.cpp does
+            ends = {index for index in ends if kinds[index] != TokenType.NORMAL}
+        end_ids = _ends(texts, ends)
         for index in end_ids:
             kinds[index] = TokenType.CONTROL
         keys = (key for key in ("eot_token_id", "eom_token_id") if PREFIX + key in metadata)
@@ -174,13 +177,12 @@ def _scores(metadata: Mapping[str, object], count: int) -> list[float]:
     return narrow
 
 
-def _named_end_ids(texts: list[str]) -> set[int]:
-    """The tokens that end a generation by their names."""
-    ids = {index for index, text in enumerate(texts) if text in _END_NAMES}
-    names = {texts[index] for index in ids}
+def _ends(texts: list[str], named: set[int]) -> set[int]:
+    """`named`, the tokens that end a generation by their names, less one that ends one message of several."""
+    names = {texts[index] for index in named}
     if names & {"<|call|>", "<|calls|>"} and names & {"<|return|>", "<|flush|>"}:
-        return {index for index in ids if texts[index] != "<|end|>"}  # it ends one message of several there
-    return ids
+        return {index for index in named if texts[index] != "<|end|>"}
+    return named
 
 
 def _numbers(metadata: Mapping[str, object], key: str, count: int, kinds: str) -> NDArray[Any]:

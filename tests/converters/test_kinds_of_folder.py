@@ -137,6 +137,7 @@ def byte_level(folder):
     (folder / "tokenizer.model").unlink()
     tokenizer = FastTokenizer(models.BPE(vocab={letter: n for n, letter in enumerate("abĠ")}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.pre_tokenizer.add_prefix_space = False
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -235,12 +236,12 @@ REFUSED: dict[str, tuple[Kind, str]] = {
     "a hub cache without refs, of two": (hub_cache(ref=False, snapshots=2), "2 snapshots and no refs/main"),
     "tekken.json": (
         both(without("tokenizer.model"), put("tekken.json", {})),
-        "tekken.json is Mistral's newer byte-level",
+        "tekken.json is Mistral's own format, which is not read",
     ),
-    "byte-level BPE": (byte_level, "is a byte-level BPE tokenizer"),
+    "a byte-level BPE of three letters": (byte_level, "lacks 237 of the 256 bytes, 0x00 among them"),
     "vocab.json and merges.txt": (
         both(without("tokenizer.model"), put("vocab.json", {}), put("merges.txt", b"")),
-        "vocab.json belongs to a byte-level tokenizer",
+        "vocab.json is half of a byte-level tokenizer and not read",
     ),
     "tokenizer.model.v3": (renamed("tokenizer.model", "tokenizer.model.v3"), "rename it to tokenizer.model"),
     "tokenizer.model of tiktoken": (put("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is not a SentencePiece model"),

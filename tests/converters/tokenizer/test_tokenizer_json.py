@@ -213,14 +213,27 @@ def test_added_tokens_are_matched_as_in_the_library(tmp_path, scheme):
     assert 265 not in ours.encode("a<x>")
 
 
-@pytest.mark.parametrize("option", ["single_word", "lstrip", "rstrip", "normalized"])
-def test_options_of_an_added_token_are_refused_unless_the_token_is_special(tmp_path, option):
+@pytest.mark.parametrize("options", [["single_word"], ["lstrip"], ["rstrip"], ["lstrip", "rstrip", "single_word"]])
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_that_take_blanks_along_or_match_whole_words_give_the_librarys_ids(tmp_path, options, special):
     oracle = FastTokenizer.from_str(SMALL.to_str())
-    oracle.add_tokens([AddedToken("<u>", **({"normalized": False} | {option: True}))])
-    with pytest.raises(CheckpointError, match="added token '<u>' sets"):
+    added = AddedToken("<u>", normalized=False, special=special, **dict.fromkeys(options, True))
+    (oracle.add_special_tokens if special else oracle.add_tokens)([added, AddedToken("bc", normalized=False)])
+    vocab = vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
+    blanks = ("", " ", "  ", "\n\u3000", "a", "\u00a0b", "_")
+    marked = [
+        f"{a}{b}<u>{c}{d}" for a in ("", "<u>", "a") for b in blanks for c in blanks for d in ("", "ab", " bc<u>")
+    ]
+    assert differing(vocab, oracle, marked) == []
+
+
+def test_an_added_token_in_the_normalised_text_is_refused_unless_it_is_special(tmp_path):
+    oracle = FastTokenizer.from_str(SMALL.to_str())
+    oracle.add_tokens([AddedToken("<u>", normalized=True)])
+    with pytest.raises(CheckpointError, match="added token '<u>' sets normalized"):
         vocabulary(tmp_path, 300, tokenizer_json=saved(oracle))
     oracle = FastTokenizer.from_str(SMALL.to_str())
-    oracle.add_special_tokens([AddedToken("<u>", **{option: True})])
+    oracle.add_special_tokens([AddedToken("<u>", normalized=True)])
     assert vocabulary(tmp_path, 300, tokenizer_json=saved(oracle)).types[265] == CONTROL
 
 
@@ -243,7 +256,7 @@ REFUSED = {
     ),
     "another mark": ("normalizer.normalizers", [{"type": "Prepend", "prepend": "_"}], "normalizer is 'Prepend'"),
     "both ways": ("pre_tokenizer", METASPACE, "normalizer is 'Prepend' . 'Replace', its pre-tokenizer 'Metaspace'"),
-    "bytes as letters": ("pre_tokenizer", {"type": "ByteLevel"}, "is a byte-level BPE tokenizer"),
+    "bytes as letters": ("pre_tokenizer", {"type": "ByteLevel"}, "which byte-level BPE in a GGUF cannot follow"),
     "normalizer is text": ("normalizer", "NFC", "normalizer is 'NFC'"),
     "no model": ("model", None, "model is None"),
     "no vocabulary": ("model.vocab", ["a"], "vocab is "),
