@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from fiddler.errors import FileFormatError, RequestError, quoted
 from fiddler.text.bpe_letters import LETTERS, decoded, missing_letters
 from fiddler.text.byte_level_keys import ByteLevelKeys
-from fiddler.text.escaped_bytes import ESCAPED, raw_bytes
+from fiddler.text.escaped_bytes import ESCAPED, SURROGATE, raw_bytes
 from fiddler.text.pre_tokenizers import DIGITS, PRE_TOKENIZERS
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.vocabulary import TokenTable
@@ -85,6 +85,8 @@ def _tokenizer(table: TokenTable, keys: ByteLevelKeys, ids: dict[str, int]) -> T
     """The library's tokenizer of ordinary text; no text yields a control token."""
     barred = {TokenType.CONTROL, TokenType.UNKNOWN}
     pairs: list[tuple[str, str]] = []
+    # The library takes no name that is not UTF-8, and no text yields one.
+    ids = {text: index for text, index in ids.items() if not SURROGATE.search(text)}
     vocabulary = {text: index for text, index in ids.items() if table.types[index] == TokenType.NORMAL}
     for rank, merge in enumerate(keys.merges):
         left, space, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
@@ -102,12 +104,7 @@ def _tokenizer(table: TokenTable, keys: ByteLevelKeys, ids: dict[str, int]) -> T
                 vocabulary[text] = index
         else:
             pairs.append((left, right))
-    try:
-        model = models.BPE(vocabulary, pairs, ignore_merges=keys.ignore_merges)
-    except (TypeError, ValueError, UnicodeError) as error:  # a name that is not UTF-8
-        reason = " ".join(str(error).split())[:200]
-        raise FileFormatError(f"the vocabulary makes no byte-level BPE: {reason}") from None
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=keys.ignore_merges))
     if keys.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

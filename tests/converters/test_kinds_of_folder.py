@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as FastTokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer as FastTokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralForCausalLM
 
 import fiddler
 from fiddler.converters import convert
 from fiddler.errors import FiddlerError
+from oracles.byte_level import trained
 from oracles.reference import Reference, Shape, make_checkpoint
 
 Kind = Callable[[Path], object]
@@ -141,6 +142,12 @@ def byte_level(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def byte_level_bpe(folder):
+    (folder / "tokenizer.model").unlink()
+    added = [AddedToken("</s>", special=True)]
+    trained("qwen2", added, nfc=True, size=500).save(str(folder / "tokenizer.json"))
+
+
 def pickled(folder):
     as_bin(folder)
     torch.save({"a": shutil.rmtree}, folder / BIN)
@@ -161,6 +168,7 @@ CONVERTS: dict[str, Kind] = {
     "PyTorch .bin": as_bin,
     "PyTorch .bin of the oldest format": lambda folder: as_bin(folder, _use_new_zipfile_serialization=False),
     "PyTorch .bin in shards": sharded("bin"),
+    "byte-level BPE": byte_level_bpe,
     ".bin beside safetensors": put(BIN, b"not read"),
     "fused experts": saved_by(save_original_format=False),
     "experts by themselves": saved_by(save_original_format=True),

@@ -6,9 +6,12 @@ import json
 from functools import cache
 
 import gguf
+import numpy as np
 from tokenizers import Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fiddler.files.gguf_file import GgufFile
+from fiddler.text.pre_tokenizers import PRE_TOKENIZERS
+from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.tokenizer import Tokenizer
 from oracles.texts import texts
 
@@ -57,6 +60,7 @@ STEPS = {
     ],
     "deepseek-coder": [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(CJK), DIGITS, byte_level()],
 }
+STEPS["deepseek-llm"] = [*map(split, PRE_TOKENIZERS["deepseek-llm"].steps[:-1]), DIGITS, byte_level()]
 
 
 @cache
@@ -83,6 +87,20 @@ def trained(pre, added=(), nfc=False, size=800, **changes):
     for token in added:
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     return tokenizer
+
+
+def keys_of(pre, /, *added, **more):
+    """GGUF keys of a trained vocabulary; `added`: (name, type) from id 800 on; `more` replaces keys, None removes."""
+    model = json.loads(_trained(pre, 800))["model"]
+    names = sorted(model["vocab"], key=model["vocab"].get)
+    keys = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [*names, *(name for name, _ in added)],
+        "token_type": np.array([TokenType.NORMAL] * len(names) + [kind for _, kind in added], np.int32),
+        "merges": [" ".join(pair) for pair in model["merges"]],
+    } | more
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
 
 
 def through_a_file(vocabulary, path):

@@ -23,6 +23,7 @@ from fiddler.errors import RequestError
 from fiddler.generation.request import Request
 from fiddler.sampling.constraint import Vocabulary
 from fiddler.text.tokenizer import Tokenizer
+from oracles.byte_level import keys_of
 from oracles.texts import REAL_MODEL
 from oracles.vocabularies import BYTE, CONTROL, LETTERS, NORMAL, USER, small, vocabulary
 from tools.schemas import hold
@@ -64,6 +65,7 @@ def literal(text):
     return 'root ::= "' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
+BYTE_LEVEL = Tokenizer.from_metadata(keys_of("qwen2", ("red", USER), ("<|im_end|>", CONTROL), eos_token_id=801))
 TEXTS = [
     "red",
     "reed",
@@ -111,7 +113,7 @@ def test_masks_are_what_trying_every_token_gives(engine, mixtral):
     rng = random.Random(5)
     odd = small(*LETTERS, ("red", 0, USER), ("▁red", -1, NORMAL), ("<|im_end|>", 0, CONTROL), add_space_prefix=True)
     assert BYTE in odd["tokenizer.ggml.token_type"]
-    for tokenizer in (engine.tokenizer, mixtral, Tokenizer.from_metadata(odd)):
+    for tokenizer in (engine.tokenizer, mixtral, Tokenizer.from_metadata(odd), BYTE_LEVEL):
         tokens = Vocabulary(tokenizer)
         outputs = {check_masks(tokenizer, tokens, TEXTS, rng) for _ in range(25)}
         assert len(outputs) > 3
@@ -121,7 +123,7 @@ def test_masks_are_what_trying_every_token_gives(engine, mixtral):
 
 def test_the_only_possible_text_gets_the_tokenizers_own_ids(engine, mixtral):
     """Without the space prefix of a text; byte tokens only for text that the vocabulary cannot write otherwise."""
-    for tokenizer in (engine.tokenizer, mixtral):
+    for tokenizer in (engine.tokenizer, mixtral, BYTE_LEVEL):
         for text in (" the red apple", "red apple", '{"name":'):
             guide, tokens = Vocabulary(tokenizer).guide(Constraint.grammar(literal(text))), []
             while not guide.finished:
