@@ -171,11 +171,11 @@ def test_a_message_cannot_write_the_special_tokens_of_its_chat():
 def test_splitting_takes_time_linear_in_text_and_tokens():
     added = [(f"<|reserved_{n}|>", CONTROL) for n in range(2000)]
     tokenizer = Tokenizer.from_metadata(keys_of("qwen2", *added))
-    text = "<|reserved_" * 20_000 + "<|reserved_1999|>" * 20_000
+    text = "<|reserved_" * 20_000 + "".join([f"<|reserved_{n % 2000}|>x" for n in range(40_000)])
     tokenizer.encode("", parse_special=True)
     start = time.process_time()
-    assert tokenizer.encode(text, parse_special=True)[-20_000:] == [2799] * 20_000
-    assert time.process_time() - start < 5  # 0.4 s on an idle machine; name by name it takes minutes
+    assert tokenizer.encode(text, parse_special=True)[-4000::2] == [*range(800, 2800)]
+    assert time.process_time() - start < 5  # 0.3 s on an idle machine; name by name 17 s
 
 
 @pytest.mark.parametrize("pre", STEPS)
@@ -184,7 +184,7 @@ def test_long_runs_take_linear_time(pre):
     start = time.process_time()
     for run in (" ", "\n", "a", "A", "!", "1", "語"):
         assert tokenizer.decode(tokenizer.encode(run * 50_000 + "x")) == run * 50_000 + "x"
-    assert time.process_time() - start < 8  # below 1 s on an idle machine; `\s+$` alone took 15
+    assert time.process_time() - start < 8  # below 1 s on an idle machine; `\s+$` alone took 14
 
 
 def test_a_run_that_the_library_gives_up_on_is_refused_in_one_line():
