@@ -76,7 +76,7 @@ class TokenizerSettings:
                 )
             special = token.special or (earlier is not None and earlier.special) or token.text in special_texts
             # Some checkpoints do not mark the tokens of their chat format; llama.cpp recognises them by name, too.
-            special = special or (token.text.startswith("<|") and token.text.endswith("|>"))
+            special = special or (token.text.startswith(("<|", "<｜")) and token.text.endswith(("|>", "｜>")))
             by_id[token.id] = AddedToken(token.id, token.text, special, token.options)
         return list(by_id.values())
 

@@ -124,8 +124,9 @@ def barred(text: str, names: Iterable[str], bar: str) -> str:
     where it ends as a name begins; and likewise at its start. A bar cannot split names of one character.
     """
     names = [name for name in names if len(name) > 1]
+    found = {begin for begin in {name[:2] for name in names} if begin in text}  # of hundreds of names, mostly none
     for name in names:
-        if name in text:
+        if name[:2] in found and name in text:
             text = text.replace(name, f"{name[0]}{bar}{name[1:]}")
     begins = {len(edge) for edge in (text, text.rstrip()) if any(_begins(edge, name) for name in names)}
     ends = {len(text) - len(edge) for edge in (text, text.lstrip()) if any(_ends(edge, name) for name in names)}

@@ -39,6 +39,17 @@ def a_byte_as_text(draft: Draft) -> None:
     draft.set("tokenizer.ggml.token_type", ints([2, 3, 3, 1, *[6] * 255, 1, 1, 1]))
 
 
+def byte_level(name: str, says: str, **keys: bytes) -> Case:
+    """The smallest Mixtral as one with byte-level BPE."""
+
+    def change(draft: Draft) -> None:
+        draft.set("tokenizer.ggml.model", text("gpt2"))
+        for part, value in keys.items():
+            draft.set(f"tokenizer.ggml.{part}", value)
+
+    return drafted(f"byte_level_{name}", says, change)
+
+
 def extra(name: str, added: str) -> Case:
     return drafted(name, f"{added} is not part", lambda draft: draft.entries.append(Entry(added, [D], F32)))
 
@@ -121,7 +132,13 @@ MODELS = [
     key("bos_out_of_range", "bos_token_id is 262", "tokenizer.ggml.bos_token_id", u32(VOCABULARY)),
     key("eos_negative", "eos_token_id is -1", "tokenizer.ggml.eos_token_id", i32(-1)),
     key("eos_text", "eos_token_id is '</s>'", "tokenizer.ggml.eos_token_id", text("</s>")),
-    key("tokenizer_other", "tokenizer.ggml.model is 'gpt2'", "tokenizer.ggml.model", text("gpt2")),
+    key("tokenizer_other", "tokenizer.ggml.model is 'bert'", "tokenizer.ggml.model", text("bert")),
+    key("tokenizer_without_a_pre_tokenizer", "tokenizer.ggml.pre is None", "tokenizer.ggml.model", text("gpt2")),
+    byte_level("pre_other", "tokenizer.ggml.pre is 'superbpe'", pre=text("superbpe"), merges=texts([])),
+    byte_level("pre_array", "tokenizer.ggml.pre is ", pre=ints([1, 2]), merges=texts([])),
+    byte_level("merges_missing", "tokenizer.ggml.merges is None", pre=text("qwen2")),
+    byte_level("merges_of_numbers", "tokenizer.ggml.merges is ", pre=text("qwen2"), merges=ints([1, 2])),
+    byte_level("bytes_missing", "lacks tokens for", pre=text("qwen2"), merges=texts([])),
     key("tokenizer_array", "tokenizer.ggml.model is ", "tokenizer.ggml.model", ints([1, 2])),
     key("prefix_rule_array", "prepend_scheme is ", "fiddler.tokenizer.prepend_scheme", ints([1, 2])),
     drafted("tokens_missing", "tokenizer.ggml.tokens is None", lambda d: d.drop("tokenizer.ggml.tokens")),
