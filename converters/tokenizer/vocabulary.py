@@ -152,7 +152,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         )
     for name, kind in (("bos", TokenType.CONTROL), ("eos", TokenType.CONTROL), ("unk", TokenType.UNKNOWN)):
         index = special[name]
-        if index in by_id and by_id[index].type in (TokenType.NORMAL, TokenType.USER_DEFINED):
+        if index in by_id and by_id[index].type in _names_text(pieces):
             by_id[index] = by_id[index]._replace(type=kind)
     entries = _padded(by_id, vocab_size)
     templates = settings.chat_templates()
@@ -184,6 +184,14 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         more_templates={re.sub("[^A-Za-z0-9]", "_", name): templates[name] for name in sorted(templates) if name},
         source_warnings=tuple(warnings),
     )
+
+
+def _names_text(pieces: Pieces) -> set[TokenType]:
+    """The types of tokens that are no text once BOS, EOS or the unknown token is one of them.
+
+    In byte-level BPE no ordinary token is: a configuration's id may be any letter's.
+    """
+    return {TokenType.USER_DEFINED} if pieces.byte_level else {TokenType.NORMAL, TokenType.USER_DEFINED}
 
 
 def _adds(settings: TokenizerSettings, tokenizer_json: TokenizerJson, warnings: list[str]) -> tuple[bool, bool]:

@@ -35,9 +35,9 @@ class BytePairEncoder:
         assert keys is not None
         self.pieces = [_decoded(text, kind) for text, kind in zip(table.texts, table.types, strict=True)]
         ids = _unique_ids(table)
-        found = {byte: ids.get(letter) for byte, letter in enumerate(LETTERS)}
-        self.byte_ids = {byte: index for byte, index in found.items() if index is not None}
-        if missing := missing_letters(ids):
+        ordinary = {text: index for text, index in ids.items() if table.types[index] == TokenType.NORMAL}
+        self.byte_ids = {byte: ordinary[letter] for byte, letter in enumerate(LETTERS) if letter in ordinary}
+        if missing := missing_letters(ordinary):
             raise FileFormatError(
                 f"the vocabulary lacks tokens for {len(missing)} bytes, {missing[0]:#04x} among them; "
                 "byte-level BPE needs one for each"

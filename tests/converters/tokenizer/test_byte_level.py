@@ -154,6 +154,14 @@ def test_types_padding_and_the_ends_of_a_vocabulary(tmp_path):
     assert not set(range(count, 1200)) & set(ours.encode("[PAD1000] a[PAD1001]", parse_special=True))
 
 
+def test_an_id_in_the_configuration_takes_no_letter_out_of_texts(tmp_path):
+    config = {"vocab_size": 1200, "bos_token_id": 1, "eos_token_id": 2}
+    vocab = vocabulary(tmp_path, 1200, tokenizer_json=saved(trained("gpt-2")), config_json=config)
+    ours, _ = through_a_file(vocab, tmp_path / "a.gguf")
+    assert (vocab.tokens[1:3], ours.bos_id, ours.eos_id, ours.end_ids) == (('"', "#"), 1, 2, {2})
+    assert ours.decode(ours.encode('"#"')) == '"#"'
+
+
 def test_merges_are_read_as_text_or_as_pairs_and_of_one_listed_twice_the_last_counts(tmp_path):
     content = saved(trained("gpt-2", SPECIAL))
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
