@@ -7,6 +7,7 @@ bytes. Built from a GGUF's tokens, merges and the name of a pre-tokeniser. Knows
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -18,9 +19,10 @@ from fiddler.text.pre_tokenizers import DIGITS, PRE_TOKENIZERS
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.vocabulary import TokenTable
 
-__all__ = ["BytePairEncoder"]
+__all__ = ["BytePairEncoder", "chunks"]
 
 _LONG, _LONGEST_RUN = 1 << 20, 1 << 21  # [characters]; the library's search gives up on runs of five millions
+_CUT = re.compile(r"(?<=\S\n)(?=[A-Za-z])")
 _RUN = re.compile(r"\s+|\S+")
 # `\s+$` tries every blank of a run as its beginning, and is quadratic; only the first of the run matters.
 _LINEAR = {r"\s+$": r"(?<!\s)\s+$"}
@@ -58,8 +60,22 @@ class BytePairEncoder:
                 index = self.byte_ids.get(ord(part) - 0xDC00)
                 ids += self._replacement if index is None else [index]
             elif part:
-                ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+                for chunk in chunks(part, _LONG):
+                    ids += self._tokenizer.encode(chunk, add_special_tokens=False).ids
         return ids
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Parts of `text` whose ids are those of the whole, of a little more than `size` characters where it has places.
+
+    The library takes some hundred bytes a character. A place: before an ASCII letter, behind a line break that follows
+    no blank. Every pre-tokenizer cuts a text there, and cuts the parts as it does the whole.
+    """
+    begin = 0
+    while len(text) - begin > size and (place := _CUT.search(text, begin + size)) is not None:
+        yield text[begin : place.start()]
+        begin = place.start()
+    yield text[begin:]
 
 
 def _decoded(name: str, kind: int) -> bytes:

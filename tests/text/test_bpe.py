@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from fiddler.errors import FileFormatError, RequestError
+from fiddler.text.bpe import chunks
 from fiddler.text.bpe_letters import LETTERS
 from fiddler.text.byte_level_keys import IGNORE_MERGES, NORMALIZER
 from fiddler.text.chat_template import ChatTemplate
@@ -45,6 +46,19 @@ def test_expressions_are_those_of_transformers():
     known = {name: PRE_TOKENIZERS[name].steps for name in GGUF_PRE_TOKENIZER_SPLITS if name in PRE_TOKENIZERS}
     assert len(known) >= 20
     assert known == {name: (GGUF_PRE_TOKENIZER_SPLITS[name],) for name in known}
+
+
+@pytest.mark.parametrize("pre", STEPS)
+def test_a_long_text_in_chunks_has_the_ids_of_the_whole(pre):
+    tokenizer = Tokenizer.from_metadata(keys_of(pre) | {NORMALIZER: "NFC"})
+    ends = ("a", "1", ".", "語", " ", "\n", "\r", "/", "e\u0301", "'", "\u3000")
+    begins = ("a", "Is", "s", "语", "1", "\u0301", " a", "\n")
+    text = "".join([f"{end}\n{begin}{begin}{end}\n\n{begin}" for end in ends for begin in begins]) + "\n".join(
+        texts()[:400]
+    )
+    parts = list(chunks(text, 5))
+    assert len(parts) > 90
+    assert [index for part in parts for index in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 @settings(deadline=None)
