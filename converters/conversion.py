@@ -96,10 +96,7 @@ def convert(
     """
     started = time.perf_counter()
     source, target = path_of("the source", source), path_of("the target", target)
-    if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
-        raise RequestError(f"dtype is {quoted(dtype)}; choose 'bf16' or 'f16'")
-    if not isinstance(force, bool):
-        raise RequestError(f"force is {quoted(force)}; give True or False")
+    _check_options(dtype, force)
     out = check_target(target, force=force)
     checkpoint = _open(source, out.path)
     dtype = dtype or checkpoint.dtype
@@ -135,6 +132,13 @@ def convert(
         seconds=time.perf_counter() - started,
         warnings=checkpoint.warnings + _warnings(loss, dtype),
     )
+
+
+def _check_options(dtype: object, force: object) -> None:
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
+        raise RequestError(f"dtype is {quoted(dtype)}; choose 'bf16' or 'f16'")
+    if not isinstance(force, bool):
+        raise RequestError(f"force is {quoted(force)}; give True or False")
 
 
 def _open(source: Path, out: Path) -> Checkpoint | GgufSource:
