@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 pytest.importorskip("transformers")
 
+from oracles.deepseek_moe import DeepSeekReference, DeepSeekShape, make_deepseek_checkpoint
+from oracles.families import CASES, FamilyReference, make_family_checkpoint
 from oracles.reference import Reference, Shape, from_gguf, make_checkpoint
 
 WAYS = {
@@ -49,6 +51,21 @@ def test_gpu_logits_of_random_mixtrals_match_transformers(shape, tmp_path):
     fiddler.convert(folder, tmp_path / "model.gguf")
     ids = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_logits_match(tmp_path / "model.gguf", Reference(folder)(ids)[0], ids, "exact", 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_logits_of_every_family_match_transformers(name, tmp_path):
+    folder = make_family_checkpoint(CASES[name], tmp_path / "hf")
+    fiddler.convert(folder, tmp_path / "model.gguf")
+    ids = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_logits_match(tmp_path / "model.gguf", FamilyReference(folder)(ids), ids, "exact", 1e-4)
+
+
+def test_gpu_logits_of_deepseek_moe_match_its_forward_pass(tmp_path):
+    folder = make_deepseek_checkpoint(DeepSeekShape(), tmp_path / "hf")
+    fiddler.convert(folder, tmp_path / "model.gguf")
+    ids = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_logits_match(tmp_path / "model.gguf", DeepSeekReference(folder)(ids), ids, "exact", 1e-4)
 
 
 @pytest.mark.parametrize("precision,bound", [("exact", 1e-4), ("fast", 3e-2)])
