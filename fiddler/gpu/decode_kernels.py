@@ -70,7 +70,7 @@ def _norm(x, weight, y, width, epsilon, K: tl.constexpr):
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Implements `Norm`."""
-    width = x.shape[1]
+    width, x = x.shape[1], x.contiguous()
     y = torch.empty_like(x)
     _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y

@@ -14,12 +14,10 @@ from fiddler.models.config import Config
 __all__ = ["load_dense", "warm_up"]
 
 
-def load_dense(
-    model_file: ModelFile, weight_copy: WeightCopy, width: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Everything but experts, on the GPU: the tensors of `Transformer`, and the weights of `GpuLinear`, by name.
 
-    width: D. The tensors of `Transformer` are float32, except the embeddings, which keep the file's type as linears do.
+    The tensors of `Transformer` are float32, except the embeddings, which keep the file's type as linears do.
     """
     weights: dict[str, Tensor] = {}
     linears: dict[str, Tensor] = {}
@@ -42,7 +40,8 @@ def load_dense(
         mapped = [model_file.bits(name) for name in names]
         if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v, or gate and up
             rows = [len(values) for values, _ in mapped]
-            joined = torch.empty(sum(rows), width, dtype=kinds[mapped[0][1]], device=weight_copy.device)
+            columns = mapped[0][0].shape[1]
+            joined = torch.empty(sum(rows), columns, dtype=kinds[mapped[0][1]], device=weight_copy.device)
             for name, part in zip(names, joined.split(rows), strict=True):
                 linears[name] = load(name, part)
         else:

@@ -85,7 +85,7 @@ def on_gpu(
     _check(budget, sizes)
     triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
-    weights, linears = load_dense(model_file, weight_copy, width)
+    weights, linears = load_dense(model_file, weight_copy)
     kv_cache = KVCache(config, context, cache_dtype, device)
     kv_cache.reserve(context)
     with torch.inference_mode():
