@@ -78,7 +78,7 @@ def on_gpu(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
     budget = Budget(device, options.gpu_memory)
-    config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    config, hidden = model_file.config, experts[0].gate.shape[1]
     context = options.capacity(config.context_length)
     cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
@@ -193,6 +193,7 @@ def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> Modu
 def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
     """Memory that the model will take on the GPU."""
     config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    width = max(width, config.head_count * config.head_dim)
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
