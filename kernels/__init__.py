@@ -7,20 +7,22 @@ here validate their arguments and are the only way in.
 from fiddler.kernels.attention import KVPointers, attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.decode import BlockWeights, CompiledDecodeStep
+from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.linear import linear, linears
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
-from fiddler.kernels.norm_router import rms_norm, route
+from fiddler.kernels.norm_router import Routing, rms_norm, route
 from fiddler.kernels.precompile import precompile
 
 __all__ = [
     "TIERS",
+    "BlockParts",
     "BlockWeights",
     "CompiledDecodeStep",
     "KVPointers",
     "KernelVariant",
+    "Routing",
     "Tier",
     "attend_each",
     "available_tiers",

@@ -19,16 +19,18 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels import attention_kernels, norm_router
-from fiddler.kernels.codegen.jit import OPTIONS, kernel
+from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
+from fiddler.kernels.codegen.scalar_math import exponential
 from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.heads import heads
 from fiddler.kernels.matmul import grouped
 
 __all__ = ["SPANS", "addresses", "compile_decode", "decode"]
 
-SPANS = 3
-"""Timed products of each layer: query, key and value; attention's output; experts."""
+SPANS = 4
+"""Timed products of each layer: query, key and value; attention's output; dense feed-forward; routed experts."""
 
-_call_norm, _call_router = norm_router.normalise.call, norm_router.router.call
+_call_norm, _call_router, _call_heads = norm_router.normalise.call, norm_router.router.call, heads.call
 _call_attention, _call_products = attention_kernels.attention.call, grouped.products.call
 
 
@@ -36,13 +38,16 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
     """Compile `CompiledDecodeStep.step` for KV caches of this type, or read it from the cache; computes nothing."""
     empty, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
     no_ints = np.empty(0, np.int64)
-    weights = empty, empty, empty[None], no_ints.reshape(0, 7), row, no_ints
+    weights = empty, (empty,) * 3, empty, empty[None], empty, empty, no_ints.reshape(0, 10), row, no_ints
     needed_words = decode(
         variant,
-        (0,) * 8,
+        (0,) * 9,
         empty,
         *weights,
         (np.ones(3, np.int64),) * 8,
+        no_ints.reshape(0, 3),
+        norm_router.Routing().values(),
+        (np.float32(0), 0, np.float32(1), np.float32(1)),
         no_ints.reshape(0, 2, 1),
         no_ints,
         np.empty(0, kv_dtype),
@@ -66,6 +71,7 @@ def addresses(variant: KernelVariant, kv_dtype: np.dtype) -> tuple[int, ...]:
     return (
         norm_router.normalise.address(),
         norm_router.router.address(),
+        heads.address(),
         attention_kernels.attention.address(from_dtype(kv_dtype)[::1]),
         attention_kernels.addresses(kv_dtype),
         grouped.products.address(typeof(variant)),
@@ -97,9 +103,27 @@ def _timed_products(
 ) -> int:
     """Call `grouped_products`; write its begin and end [s] to `span`."""
     span[0] = _now()
-    needed_words: int = _call_products(addresses[4], (*arguments, memory, threads, addresses[5:]))
+    needed_words: int = _call_products(addresses[5], (*arguments, memory, threads, addresses[6:]))
     span[1] = _now()
     return needed_words
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def _add(h: np.ndarray, added: np.ndarray, scale: np.float32) -> None:
+    """h += scale * added."""
+    for t in range(h.shape[0]):
+        for i in range(h.shape[1]):
+            h[t, i] += scale * added[t, i]
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def _gates(x: np.ndarray, gate: np.ndarray, out: np.ndarray) -> None:
+    """out [T, 1] = sigmoid(x . gate), or 1 where there is no gate."""
+    for t in range(x.shape[0]):
+        total = np.float32(0)
+        for i in range(gate.size):
+            total += x[t, i] * gate[i]
+        out[t, 0] = np.float32(1) / (np.float32(1) + exponential(-total)) if gate.size > 0 else np.float32(1)
 
 
 @partial(kernel, parallel=False)
@@ -108,12 +132,18 @@ def decode(
     addresses: tuple[int, ...],
     x: np.ndarray,
     attn_norm: np.ndarray,
+    head_weights: tuple[np.ndarray, ...],
     ffn_norm: np.ndarray,
     ffn_gate_inp: np.ndarray,
+    selection_bias: np.ndarray,
+    shared_gate: np.ndarray,
     matrices: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
     shapes: tuple[np.ndarray, ...],
+    dense_rows: np.ndarray,
+    rule: tuple[Any, ...],
+    parts: tuple[Any, ...],
     kv_addresses: np.ndarray,
     capacities: np.ndarray,
     kv_type: np.ndarray,
@@ -130,25 +160,39 @@ def decode(
 ) -> int:
     """`CompiledDecodeStep.step`: x -> h, logits. Returns 0, or the words that `memory`, a workspace, needs: call again.
 
-    matrices: int64 [L, 7], addresses; window: 0 for none. all_expert_ids: int64 [L, T, K], written.
+    head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
+    none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
+    addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
+    where there is none. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals; see
+    `prepare_heads`. window: 0 for none. all_expert_ids: int64 [layers with routed experts, T, K], written.
     """
-    norm, router, attend, attend_group = addresses[:4]
+    norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
+    biases, q_norm, k_norm = head_weights
+    clamp, halves, q_scale, residual_scale = parts
+    sigmoid, renormalise, routing_scale, expert_groups, groups_used = rule
     (tokens, width), experts_used = x.shape, all_expert_ids.shape[2]
     if tokens == 0:
         return 0
     queries, head_dim = out_columns[0], 2 * frequencies.size
     heads, groups = queries // head_dim, qkv_rows[1] // head_dim
     keys = groups * head_dim
+    dense_layers = len(matrices) - len(all_expert_ids)
     dense_ids, dense_weights = np.empty((tokens, 1), np.int64), np.empty((tokens, 1), np.float32)
+    shared_weights = np.empty((tokens, 1), np.float32)
     routing_weights = np.empty((tokens, experts_used), np.float32)
     normed, added = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.float32)
-    qkv = np.empty(tokens * (queries + 2 * keys), np.float32)
-    q = qkv[: tokens * queries].reshape(tokens, heads, head_dim)
-    k = qkv[tokens * queries : tokens * (queries + keys)].reshape(tokens, groups, head_dim)
-    v = qkv[tokens * (queries + keys) :].reshape(tokens, groups, head_dim)
+    qkv, no_bias = np.empty(tokens * (queries + 2 * keys), np.float32), np.empty(0, np.float32)
+    q_rows = qkv[: tokens * queries].reshape(tokens, queries)
+    k_rows = qkv[tokens * queries : tokens * (queries + keys)].reshape(tokens, keys)
+    v_rows = qkv[tokens * (queries + keys) :].reshape(tokens, keys)
+    q, k, v = (
+        q_rows.reshape(tokens, heads, head_dim),
+        k_rows.reshape(tokens, groups, head_dim),
+        v_rows.reshape(tokens, groups, head_dim),
+    )
     attended = np.empty((tokens, heads, head_dim), np.float32)
-    oldest = np.empty(tokens, np.int64)
+    oldest, one = np.empty(tokens, np.int64), np.float32(1)
     for t in range(tokens):
         dense_ids[t, 0], dense_weights[t, 0] = 0, 1
         oldest[t] = max(0, positions[t] + 1 - window) if window > 0 else 0
@@ -158,11 +202,17 @@ def decode(
     dense, gated = bool(0), bool(1)  # not literals: Numba would compile once for each literal type
     needed_words: int = 0
     for layer in range(len(matrices)):
-        expert_ids, span = all_expert_ids[layer], spans[SPANS * layer : SPANS * (layer + 1)]
-        layer_matrices = matrices[layer]
+        span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
         _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
         arguments = variant, normed, dense_ids, dense_weights, qkv_columns, layer_matrices[:3], qkv_rows, dense, qkv
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
+        bias = biases[layer]
+        q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
+        if bias.size > 0:
+            q_bias, k_bias, v_bias = bias[:queries], bias[queries : queries + keys], bias[queries + keys :]
+        _call_heads(prepare, (q_rows, q_bias, q_norm[layer], epsilon, clamp, head_dim, halves, q_scale))
+        _call_heads(prepare, (k_rows, k_bias, k_norm[layer], epsilon, clamp, head_dim, halves, one))
+        _call_heads(prepare, (v_rows, v_bias, no_bias, epsilon, clamp, head_dim, 0, one))
         _call_attention(
             attend,
             (q, k, v, kv_addresses[layer], capacities, kv_type, positions, oldest, frequencies, attended, attend_group),
@@ -170,18 +220,24 @@ def decode(
         x_out = attended.reshape(tokens, queries)
         arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], out_rows, dense, flat
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
-        for t in range(tokens):
-            for i in range(width):
-                h[t, i] += added[t, i]
+        _add(h, added, residual_scale)
         _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
-        _call_router(router, (normed, ffn_gate_inp[layer], expert_ids, routing_weights))
-        arguments = variant, normed, expert_ids, routing_weights, hidden, layer_matrices[4:], ffn_rows, gated, flat
-        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
+        rows = dense_rows[layer]
+        if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
+            _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
+            arguments = variant, normed, dense_ids, shared_weights, rows[:1], layer_matrices[7:], rows, gated, flat
+            needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
+            _add(h, added, residual_scale)
+        if sparse >= 0:
+            expert_ids = all_expert_ids[sparse]
+            choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
+            _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
+            experts = layer_matrices[4:7]
+            arguments = variant, normed, expert_ids, routing_weights, hidden, experts, ffn_rows, gated, flat
+            needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
+            _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
-        for t in range(tokens):
-            for i in range(width):
-                h[t, i] += added[t, i]
     _call_norm(norm, (h, output_norm, epsilon, normed))
     arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, logit_rows, dense, logits
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

@@ -17,11 +17,11 @@ from fiddler import kernels
 from fiddler.files.weights import ExpertWeights, LinearWeight
 from fiddler.kernels import KernelVariant
 from fiddler.models import router
-from fiddler.models.architecture import RouterRule
+from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route"]
+__all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route", "routing_of"]
 
 MAX_KERNEL_TOKENS = 32  # tokens that our routing, norm and decode-step kernels take; torch computes larger steps
 
@@ -71,15 +71,19 @@ class CpuLinear:
 
 
 def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements `Router`: our kernels take up to `MAX_KERNEL_TOKENS` tokens; torch, on all its threads, takes more.
-
-    Our kernels know Mixtral's rule only.
-    """
-    if len(h) > MAX_KERNEL_TOKENS or rule != RouterRule() or weights.selection_bias is not None:
+    """Implements `Router`: our kernels take up to `MAX_KERNEL_TOKENS` tokens; torch, on all its threads, takes more."""
+    if len(h) > MAX_KERNEL_TOKENS:
         return router.route(h, epsilon, weights, rule, k)
     x = kernels.rms_norm(h.numpy(), weights.norm.numpy(), epsilon)
-    expert_ids, routing_weights = kernels.route(x, weights.gate.numpy(), k)
+    bias = None if weights.selection_bias is None else weights.selection_bias.numpy()
+    expert_ids, routing_weights = kernels.route(x, weights.gate.numpy(), k, routing_of(rule), bias)
     return torch.from_numpy(x), torch.from_numpy(expert_ids), torch.from_numpy(routing_weights)
+
+
+def routing_of(rule: RouterRule) -> kernels.Routing:
+    """A router's rule as our kernels take it."""
+    sigmoid = rule.scoring is Scoring.SIGMOID
+    return kernels.Routing(sigmoid, rule.renormalise, rule.scale, rule.groups, rule.groups_used)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

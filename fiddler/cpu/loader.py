@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route
+from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models.architecture import EXPERTS, FLOATS, Role, RouterRule, first_unknown
+from fiddler.models import ARCHITECTURES
+from fiddler.models.architecture import EXPERTS, FLOATS, Role, Rotary, first_unknown
 from fiddler.models.config import Config
-from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_frequencies
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.runner import Runner
@@ -26,15 +26,28 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["can_decode", "decoder_of", "on_cpu"]
 
-_DECODES = (MIXTRAL,)  # architectures whose parts the compiled decode step knows
-# `BlockWeights`' names of a block's small tensors and of attention's matrices
-_SMALL = {"attn_norm": Role.ATTENTION_NORM, "ffn_norm": Role.FFN_NORM, "ffn_gate_inp": Role.ROUTER}
-_ATTENTION = {
+_DECODES = tuple(ARCHITECTURES.values())  # architectures whose parts the compiled decode step knows
+# `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
+_SMALL = {
+    "attn_norm": Role.ATTENTION_NORM,
+    "ffn_norm": Role.FFN_NORM,
+    "ffn_gate_inp": Role.ROUTER,
+    "q_norm": Role.QUERY_NORM,
+    "k_norm": Role.KEY_NORM,
+    "selection_bias": Role.SELECTION_BIAS,
+    "shared_gate": Role.SHARED_ROUTER,
+}
+_MATRICES = {
     "attn_q": Role.QUERY,
     "attn_k": Role.KEY,
     "attn_v": Role.VALUE,
     "attn_output": Role.ATTENTION_OUTPUT,
 }
+# a dense layer's feed-forward, or the shared experts
+_FEED_FORWARDS = (
+    {"dense_gate": Role.DENSE_GATE, "dense_up": Role.DENSE_UP, "dense_down": Role.DENSE_DOWN},
+    {"dense_gate": Role.SHARED_GATE, "dense_up": Role.SHARED_UP, "dense_down": Role.SHARED_DOWN},
+)
 
 
 def on_cpu(
@@ -81,8 +94,7 @@ def _tensor(values: np.ndarray, kind: str) -> Tensor:
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
     """Whether the compiled decode step runs a model whose matrices have these formats: one, for all of them."""
     known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
-    plain = config.router == RouterRule() and config.clamp_kqv is None
-    return known and plain and first_unknown(config.architecture, _DECODES) is None
+    return known and first_unknown(config.architecture, _DECODES) is None
 
 
 def decoder_of(
@@ -99,14 +111,9 @@ def decoder_of(
         return None
     table = weights[name(Role.TOKEN_EMBEDDING)]
     rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
-    blocks = []
-    for layer, expert in enumerate(experts):
-        small = {field: weights[name(role, layer)].numpy() for field, role in _SMALL.items()}
-        attention = {field: mapped[name(role, layer)].bits for field, role in _ATTENTION.items()}
-        blocks.append(kernels.BlockWeights(**small, **attention, gate=expert.gate, up=expert.up, down=expert.down))
     return kernels.CompiledDecodeStep(
         rows,
-        blocks,
+        [_block_weights(config, layer, weights, mapped, experts) for layer in range(config.block_count)],
         weights[name(Role.OUTPUT_NORM)].numpy(),
         mapped[name(Role.OUTPUT)].bits,
         variant,
@@ -114,4 +121,45 @@ def decoder_of(
         config.rms_epsilon,
         config.expert_used_count,
         config.sliding_window,
+        _block_parts(config),
+    )
+
+
+def _block_weights(
+    config: Config,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    linears: Mapping[str, LinearWeight],
+    experts: Sequence[ExpertWeights],
+) -> kernels.BlockWeights:
+    """A block's weights under the kernels' names."""
+    sparse = layer in config.sparse_layers
+    roles = {tensor.role for tensor in config.architecture.block_tensors(dense=not sparse, absent=config.absent)}
+
+    def tensor_name(role: Role) -> str:
+        return config.architecture.tensor_name(role, layer)
+
+    arrays = {field: weights[tensor_name(role)].numpy() for field, role in _SMALL.items() if role in roles}
+    for fields in (_MATRICES, *_FEED_FORWARDS):
+        arrays |= {field: linears[tensor_name(role)].bits for field, role in fields.items() if role in roles}
+    if Role.QUERY_BIAS in roles:
+        biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
+        arrays["attn_bias"] = np.concatenate([weights[tensor_name(role)].numpy() for role in biases])
+    if sparse:
+        expert = experts[layer - config.leading_dense_block_count]
+        arrays |= {"gate": expert.gate, "up": expert.up, "down": expert.down}
+    return kernels.BlockWeights(**arrays)
+
+
+def _block_parts(config: Config) -> kernels.BlockParts:
+    """How the model's blocks compute, beside their weights."""
+    rule, scale = config.router, config.attention_scale
+    return kernels.BlockParts(
+        routing=routing_of(rule),
+        halves=config.rotated if config.architecture.rotary is Rotary.HALVES else 0,
+        clamp=config.clamp_kqv or 0.0,
+        query_scale=1.0 if scale is None else scale * config.head_dim**0.5,
+        residual_scale=config.residual_scale,
+        embedding_scale=config.embedding_scale,
+        logit_scale=config.logit_scale,
     )

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -206,6 +207,11 @@ def test_a_compiled_step_records_the_same_bytes_as_separate_calls(path, monkeypa
 def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
     rng, variant = np.random.default_rng(0), variant_for("bf16-bf16")
     blocks, output_norm, output, table = weights_of(rng, variant, 2, 8, 6, 3, 2, 2, 4, 11)
+    floats, bits = partial(np.ones, dtype=np.float32), partial(np.ones, dtype=np.uint16)
+    small = {"attn_bias": 32, "q_norm": 4, "k_norm": 4, "selection_bias": 3, "shared_gate": 8}
+    dense = {"dense_gate": (5, 8), "dense_up": (5, 8), "dense_down": (8, 5)}
+    optional = {name: floats(size) for name, size in small.items()} | {name: bits(size) for name, size in dense.items()}
+    blocks = [dataclasses.replace(block, **optional) for block in blocks]
     frequencies = np.ones(2, np.float32)
     good = {
         "token_embd": table,
@@ -219,6 +225,8 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
         "window": None,
     }
     compiled = kernels.CompiledDecodeStep(**good)
+    parts = kernels.BlockParts(kernels.Routing(groups=3, groups_used=2), halves=4)
+    kernels.CompiledDecodeStep(**good | {"parts": parts})
     wrong = {
         "token_embd": [table[:5], table.astype(np.float64)],
         "blocks": [[]],
@@ -227,7 +235,14 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
         "frequencies": [frequencies[:0], np.ones(3, np.float32), frequencies.astype(np.float64)],
         "experts_used": [0, 4],
         "window": [0],
+        "parts": [
+            kernels.BlockParts(halves=3),
+            kernels.BlockParts(halves=6),
+            kernels.BlockParts(kernels.Routing(groups=2)),
+            kernels.BlockParts(kernels.Routing(groups=3, groups_used=4)),
+        ],
     }
+    wrong["blocks"] += [[dataclasses.replace(blocks[0], gate=None, dense_gate=None), blocks[1]]]
     for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
         array = getattr(blocks[1], name)
         spoiled = array[..., :1], array.astype(np.int32), np.asfortranarray(array) if array.ndim > 1 else array[::2]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from fiddler import kernels
+from fiddler.models.architecture import RouterRule, Scoring
+from fiddler.models.interfaces import RouterWeights
+from fiddler.models.router import route as torch_route
 from oracles import naive
 
 SIZES = {"tokens": st.integers(0, 20), "width": st.integers(1, 200), "seed": st.integers(0, 2**32 - 1)}
@@ -64,3 +68,22 @@ def test_norm_and_router_refuse_arguments_of_the_wrong_shape_type_or_range():
             kernels.route(*wrong)
     with pytest.raises(ValueError):
         kernels.route(x.astype(np.float64), weight, 2)
+
+
+@pytest.mark.parametrize("scoring", Scoring)
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (12, 5)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_rule_of_the_router_is_the_one_of_torch(scoring, renormalise, groups, biased):
+    rng = np.random.default_rng(5)
+    x, weight = (rng.normal(size=shape).astype(np.float32) for shape in ((30, 16), (12, 16)))
+    bias = rng.normal(size=12).astype(np.float32) if biased else None
+    rule = RouterRule(scoring, renormalise, 1.5, *groups)
+    as_kernel = kernels.Routing(scoring is Scoring.SIGMOID, renormalise, 1.5, *groups)
+    ones = torch.ones(16)
+    weights = RouterWeights(ones, torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias))
+    h = torch.from_numpy(x)
+    normed, expected_ids, expected = torch_route(h, 0.0, weights, rule, 4)
+    expert_ids, routing_weights = kernels.route(normed.numpy(), weight, 4, as_kernel, bias)
+    np.testing.assert_array_equal(expert_ids, expected_ids.numpy())
+    np.testing.assert_allclose(routing_weights, expected.numpy(), rtol=1e-5)

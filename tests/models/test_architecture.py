@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import fiddler
 from fiddler.converters.conversion import convert
+from fiddler.cpu import loader as cpu_loader
 from fiddler.cpu.loader import can_decode
 from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
@@ -19,7 +20,7 @@ from fiddler.gpu import loader as gpu_loader
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
-from fiddler.models.architecture import Architecture, AttentionBias, QkNorm, Role, Rotary, RouterRule, first_unknown
+from fiddler.models.architecture import Architecture, AttentionBias, QkNorm, Role, Rotary, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.transformer import Transformer
 from oracles.reference import TINY
@@ -99,17 +100,12 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
     part = first_unknown(other, [MIXTRAL])
     assert part in {f"{field.name}: {getattr(other, field.name)}" for field in dataclasses.fields(Architecture)}
     monkeypatch.setattr(transformer, "_RUNS", (MIXTRAL,))
+    monkeypatch.setattr(cpu_loader, "_DECODES", (MIXTRAL,))
     with pytest.raises(FileFormatError, match=f"Mixtral has {part}, which does not run"):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
     assert can_decode(config, {BF16})
     assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
     assert gpu_loader.can_decode({BF16, F16})
-
-
-def test_the_compiled_step_takes_no_other_router_and_no_clamps():
-    config = ModelFile.open(DEMO_MODEL).config
-    assert not can_decode(dataclasses.replace(config, router=RouterRule(renormalise=False)), {BF16})
-    assert not can_decode(dataclasses.replace(config, clamp_kqv=8.0), {BF16})
 
 
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():

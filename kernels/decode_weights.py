@@ -1,0 +1,152 @@
+"""The weights that the compiled decode step takes, one value a block, and the checks of their shapes. Knows arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from fiddler.kernels.norm_router import Routing, check_rule
+
+__all__ = ["BlockParts", "BlockWeights", "check_blocks"]
+
+
+def _none() -> np.ndarray:
+    return np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One transformer block's weights: float32, or uint16 bits where no type is noted; read-only mappings will do.
+
+    A block has routed experts (`ffn_gate_inp`, `gate`, `up`, `down`), or a dense feed-forward of width I, or both: then
+    that is the shared experts.
+    """
+
+    attn_norm: np.ndarray  # float32 [D]
+    attn_q: np.ndarray  # [H * head_dim, D]
+    attn_k: np.ndarray  # [G * head_dim, D]
+    attn_v: np.ndarray  # [G * head_dim, D]
+    attn_output: np.ndarray  # [D, H * head_dim]
+    ffn_norm: np.ndarray  # float32 [D]
+    ffn_gate_inp: np.ndarray | None = None  # float32 [E, D]
+    gate: np.ndarray | None = None  # [E, F, D]
+    up: np.ndarray | None = None  # [E, F, D]
+    down: np.ndarray | None = None  # [E, D, F]
+    attn_bias: np.ndarray = field(default_factory=_none)  # float32 [(H + 2 G) * head_dim], of queries, keys and values
+    q_norm: np.ndarray = field(default_factory=_none)  # float32 [head_dim], each head; or [H * head_dim], all together
+    k_norm: np.ndarray = field(default_factory=_none)  # float32 [head_dim] or [G * head_dim]
+    selection_bias: np.ndarray = field(default_factory=_none)  # float32 [E]
+    dense_gate: np.ndarray | None = None  # [I, D]
+    dense_up: np.ndarray | None = None  # [I, D]
+    dense_down: np.ndarray | None = None  # [D, I]
+    shared_gate: np.ndarray = field(default_factory=_none)  # float32 [D], whose sigmoid weighs the shared experts
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it has routed experts."""
+        return self.gate is not None
+
+    @cached_property
+    def matrices(self) -> tuple[np.ndarray | None, ...]:
+        """All matrices of 16 bits, in the order in which `decode_step.decode` takes their addresses."""
+        attention = self.attn_q, self.attn_k, self.attn_v, self.attn_output
+        return *attention, self.gate, self.up, self.down, self.dense_gate, self.dense_up, self.dense_down
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """How all blocks compute, beside their weights.
+
+    halves: see `heads.prepare_heads`. clamp: of queries, keys and values; 0 for none. query_scale: a factor of q . k
+    beside head_dim ** -0.5. residual_scale: of what attention and the feed-forwards add. embedding_scale: of the
+    embeddings. logit_scale: logits are divided by it.
+    """
+
+    routing: Routing = field(default_factory=Routing)
+    halves: int = 0
+    clamp: float = 0.0
+    query_scale: float = 1.0
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+
+
+def check_blocks(
+    blocks: Sequence[BlockWeights],
+    output_norm: np.ndarray,
+    output: np.ndarray,
+    frequencies: np.ndarray,
+    experts_used: int,
+    window: int | None,
+    parts: BlockParts,
+) -> None:
+    """Raise ValueError where a shape, a data type, the memory order or a number does not fit."""
+    if not blocks or not blocks[-1].sparse:
+        raise ValueError("no blocks, or no routed experts in the last one")
+    last, head_dim = blocks[-1], 2 * frequencies.size
+    assert last.gate is not None
+    if output.ndim != 2 or last.gate.ndim != 3 or last.attn_q.ndim != 2 or last.attn_k.ndim != 2:
+        raise ValueError(
+            f"output is {output.shape}, gate {last.gate.shape}, attn_q {last.attn_q.shape}, attn_k "
+            f"{last.attn_k.shape}; expected [V, D], [E, F, D], [H * head_dim, D], [G * head_dim, D]"
+        )
+    queries, keys, experts = len(last.attn_q), len(last.attn_k), len(last.gate)
+    if frequencies.ndim != 1 or not head_dim or queries % head_dim or not keys or keys % head_dim or queries % keys:
+        raise ValueError(f"{queries} rows of attn_q, {keys} of attn_k, {frequencies.shape} frequencies")
+    if not 1 <= experts_used <= experts:
+        raise ValueError(f"{experts_used} of {experts} experts")
+    check_rule(parts.routing, experts, experts_used)
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} positions; give at least 1")
+    if parts.halves % 2 or not 0 <= parts.halves <= head_dim:
+        raise ValueError(f"{parts.halves} elements of a head of {head_dim} are rotated")
+    dense = [not block.sparse for block in blocks]
+    if dense != sorted(dense, reverse=True) or (dense[0] and last.shared_gate.size):
+        raise ValueError("layers without routed experts must be the first ones, and have no shared gate")
+    for block in blocks:
+        _check_block(block, last, output.shape[1], head_dim)
+    _check("output_norm", output_norm, (output.shape[1],), np.float32)
+    _check("output", output, output.shape, np.uint16)
+    _check("frequencies", frequencies, frequencies.shape, np.float32)
+
+
+def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: int) -> None:
+    assert last.gate is not None
+    queries, keys, (experts, hidden, _) = len(last.attn_q), len(last.attn_k), last.gate.shape
+    floats: dict[str, tuple[int, ...]] = {"attn_norm": (width,), "ffn_norm": (width,)}
+    floats |= {"attn_bias": _like(last.attn_bias, queries + 2 * keys), "q_norm": _like(last.q_norm, queries, head_dim)}
+    floats["k_norm"] = _like(last.k_norm, keys, head_dim)
+    bits: dict[str, tuple[int, ...]] = {"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)}
+    bits["attn_output"] = (width, queries)
+    if block.sparse:
+        floats |= {"ffn_gate_inp": (experts, width), "selection_bias": _like(last.selection_bias, experts)}
+        floats["shared_gate"] = _like(last.shared_gate, width)
+        bits |= {"gate": (experts, hidden, width), "up": (experts, hidden, width), "down": (experts, width, hidden)}
+    if block.dense_gate is not None:
+        inner = len(block.dense_gate)
+        bits |= {"dense_gate": (inner, width), "dense_up": (inner, width), "dense_down": (width, inner)}
+    elif not block.sparse:
+        raise ValueError("a block has neither routed experts nor a dense feed-forward")
+    for name, shape in floats.items():
+        _check(name, getattr(block, name), shape, np.float32)
+    for name, shape in bits.items():
+        _check(name, getattr(block, name), shape, np.uint16)
+
+
+def _like(array: np.ndarray, *sizes: int) -> tuple[int, ...]:
+    """The shape of a vector that all blocks have, of one of these sizes, or none has."""
+    return next(((size,) for size in sizes if array.size == size), (sizes[0],) if array.size else (0,))
+
+
+def _check(name: str, array: object, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    if (
+        not isinstance(array, np.ndarray)
+        or array.shape != shape
+        or array.dtype != dtype
+        or not array.flags.c_contiguous
+    ):
+        kind = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+        raise ValueError(f"{name} is {kind}; expected contiguous {np.dtype(dtype).name} {shape}")
