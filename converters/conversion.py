@@ -237,8 +237,9 @@ def interleave(rows: Array, head_dim: int) -> Array:
 
 def _warnings(loss: RangeLoss, dtype: Dtype) -> tuple[str, ...]:
     lines = []
-    if loss.rounded:
-        lines.append(f"{loss.rounded} weights of the source have no exact value in {dtype}; they were rounded")
+    rounded = loss.rounded - loss.overflowed - loss.flushed  # those two kinds have lines of their own
+    if rounded:
+        lines.append(f"{rounded} weights of the source have no exact value in {dtype}; they were rounded")
     if loss.overflowed:
         remedy = "; convert with dtype bf16" if dtype == "f16" else ""
         lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")

@@ -146,7 +146,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "KV heads do not divide": (config(num_key_value_heads=3), "head_count_kv 3"),
     "too many used": (config(num_experts_per_tok=5), "expert_used_count is 5, but there are only 4"),
     "epsilon": (config(rms_norm_eps=2.0), "layer_norm_rms_epsilon is 2.0"),
-    "theta out of range": (config(rope_parameters={"rope_theta": 10**400}), "rope_theta is 1000"),
+    "theta out of range": (config(rope_parameters={"rope_theta": 10**400}), "rope_theta is a number of 1329 bits"),
     "theta no number": (
         raw("config.json", lambda text: text.replace(b"1000000.0", b"NaN")),
         "rope_theta is nan",

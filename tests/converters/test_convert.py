@@ -279,6 +279,7 @@ def test_weights_that_overflow_or_become_zero_are_counted_and_warned_of(tmp_path
     report = convert(source, tmp_path / "out.gguf", "f16")
     assert (report.overflowed, report.flushed) == (5, 7)
     assert report.warnings == (
+        "3 weights of the source have no exact value in f16; they were rounded",
         "5 weights are too large for f16 and became infinite; convert with dtype bf16",
         "7 weights are too small for f16 and became zero",
     )
