@@ -18,6 +18,7 @@ from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models.architecture import EXPERTS, FLOATS, Role, RouterRule, first_unknown
 from fiddler.models.config import Config
+from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.rotary import rotary_frequencies
 from fiddler.models.transformer import Transformer
@@ -58,6 +59,10 @@ def on_cpu(
             weights[name] = _tensor(values, kind).float()
         elif tensor.role is Role.TOKEN_EMBEDDING:
             weights[name] = _tensor(values, kind)
+        elif tensor.role in (Role.KEY_UP, Role.VALUE_UP):
+            linears[name] = _tensor(values, kind)
+        elif tensor.role is Role.KEY_VALUE_UP:
+            linears |= per_head_matrices(config, int(name.split(".")[1]), _tensor(values, kind))
         else:
             weight = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
             linears[name] = weight
@@ -81,7 +86,7 @@ def _tensor(values: np.ndarray, kind: str) -> Tensor:
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
     """Whether the compiled decode step runs a model whose matrices have these formats: one, for all of them."""
     known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
-    plain = config.router == RouterRule() and config.clamp_kqv is None
+    plain = config.router == RouterRule() and config.clamp_kqv is None and config.rotated_scale == 1.0
     return known and plain and first_unknown(config.architecture, _DECODES) is None
 
 

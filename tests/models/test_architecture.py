@@ -103,7 +103,7 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
     assert can_decode(config, {BF16})
     assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
-    assert gpu_loader.can_decode({BF16, F16})
+    assert gpu_loader.can_decode(config, {BF16, F16})
 
 
 def test_the_compiled_step_takes_no_other_router_and_no_clamps():
