@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import gguf
 import numpy as np
 
+from fiddler.converters.differences import differences
 from fiddler.converters.hf_config import read_hf_config
 from fiddler.converters.safetensors_file import DTYPES
 from fiddler.converters.source_folder import check_folder
@@ -73,12 +74,7 @@ class Checkpoint:
         tied, warnings = _resolve_tie(hf_config.tied, output, matrices[name(Role.TOKEN_EMBEDDING)])
         if tied:
             matrices.pop(name(Role.OUTPUT), None)
-        window = hf_config.config.sliding_window
-        if window is not None and window < hf_config.config.context_length:
-            warnings.append(
-                f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
-                f"from position {window} on"
-            )
+        warnings += differences(hf_config.config)
         vocabulary = read_vocabulary(folder, hf_config.config.vocab_size)
         warnings += vocabulary.warnings
         return cls(_model_name(folder.resolve()), hf_config.config, tied, matrices, vocabulary, warnings)

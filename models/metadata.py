@@ -73,7 +73,7 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         rms_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
         rope_freq_base=keys.real("rope.freq_base", 10000.0),
         sliding_window=_window(keys, architecture),
-        router=_router(keys, architecture),
+        router=_router(keys, architecture, biased=any(".exp_probs_b." in name for name in tensors)),
         rope_dimension_count=None if rotated == head_dim else rotated,
         feed_forward_length=0 if architecture.dense_layers is DenseLayers.NONE else feed_forward,
         leading_dense_block_count=keys.integer("leading_dense_block_count", 0),
@@ -173,13 +173,14 @@ def _head_dim(keys: MetadataKeys, default: int, latent: LatentWidths | None) -> 
     return head_dim
 
 
-def _router(keys: MetadataKeys, architecture: Architecture) -> RouterRule:
+def _router(keys: MetadataKeys, architecture: Architecture, *, biased: bool) -> RouterRule:
+    """biased: the file has selection biases, which transformers adds to sigmoids only."""
     default = architecture.router
     number = keys.integer("expert_gating_func", 0)
     if number and number not in _SCORINGS:
         raise FileFormatError(f"{keys.prefix}.expert_gating_func is {number}; only 1 (softmax) and 2 (sigmoid) run")
     return RouterRule(
-        scoring=_SCORINGS.get(number, default.scoring),
+        scoring=_SCORINGS.get(number, Scoring.SIGMOID if biased else default.scoring),
         renormalise=keys.boolean("expert_weights_norm", default.renormalise),
         scale=keys.real("expert_weights_scale", 0.0) or 1.0,
         groups=keys.integer("expert_group_count", 0) or 1,

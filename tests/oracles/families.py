@@ -176,7 +176,7 @@ CASES = {
             "q_lora_rank": 30,
             "n_shared_experts": 1,
             "norm_topk_prob": True,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": 1e-2,
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
             "tie_word_embeddings": True,
         },
@@ -222,6 +222,9 @@ CASES = {
     ),
     "qwen3moe, linear RoPE": Case(
         "Qwen3Moe", {**_heads(64, 4, 2), **_QWEN3, "head_dim": 16, "rope_parameters": _LINEAR}
+    ),
+    "qwen3moe, RoPE of Llama 3.1": Case(
+        "Qwen3Moe", {**_heads(64, 4, 2), **_QWEN3, "head_dim": 32, "rope_parameters": _LLAMA3}
     ),
     "glm4moe, YaRN": Case(
         "Glm4Moe",
