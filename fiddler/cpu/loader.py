@@ -59,8 +59,6 @@ def on_cpu(
             weights[name] = _tensor(values, kind).float()
         elif tensor.role is Role.TOKEN_EMBEDDING:
             weights[name] = _tensor(values, kind)
-        elif tensor.role in (Role.KEY_UP, Role.VALUE_UP):
-            linears[name] = _tensor(values, kind)
         elif tensor.role is Role.KEY_VALUE_UP:
             linears |= per_head_matrices(config, int(name.split(".")[1]), _tensor(values, kind))
         else:
