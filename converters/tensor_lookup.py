@@ -21,7 +21,7 @@ from fiddler.errors import CheckpointError, quoted
 from fiddler.models.architecture import ModelTensor, Role
 from fiddler.models.config import Config
 
-__all__ = ["Matrix", "Source", "TensorLookup"]
+__all__ = ["Computed", "Matrix", "Source", "TensorLookup", "Transposed"]
 
 # Old checkpoints store this table, too; it follows from rope_theta and head_dim.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
