@@ -61,8 +61,8 @@ def rope_scaling(keys: HfKeys, rotated: int, context: int) -> RopeScaling | None
 
     Raises CheckpointError for a kind that does not run, and for a key that its kind does not have.
     """
-    found = [scaling for group in _groups(keys) if (scaling := _one(keys, group, rotated, context)) is not None]
-    if len(set(found)) > 1:
+    found = [_one(keys, group, rotated, context) for group in _groups(keys)]
+    if len(set(found)) > 1:  # transformers takes one of them, and forgets the other's base
         raise keys.error("rope_parameters and rope_scaling differ; keep the right one")
     return found[0] if found else None
 

@@ -279,23 +279,6 @@ REFUSED: dict[str, tuple[Kind, str]] = {
     },
     "no model_type": (config(model_type=...), "model_type is None (architectures: ['MixtralForCausalLM'])"),
     "longrope": (config(rope_parameters=YARN | {"rope_type": "longrope"}), "rope_type is 'longrope'"),
-    "a factor of no kind": (config(rope_parameters={"factor": 4.0}), "factor is 4.0, but its rope_type is 'default'"),
-    "linear with a key of yarn": (
-        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "beta_fast": 32}),
-        "'beta_fast' is 32; 'linear' has no such key",
-    ),
-    "linear without a factor": (config(rope_parameters={"rope_type": "linear"}), "RoPE's factor is missing"),
-    "yarn of a negative factor": (config(rope_parameters=YARN | {"factor": -4.0}), "rope.scaling.factor is -4.0"),
-    "two scalings": (
-        config(
-            rope_parameters={"rope_type": "linear", "factor": 2.0}, rope_scaling={"rope_type": "linear", "factor": 4.0}
-        ),
-        "rope_parameters and rope_scaling differ",
-    ),
-    "llama3 without frequencies": (
-        config(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
-        "RoPE's factors are 8.0, None and None",
-    ),
     "dynamic of factor 1": (
         config(rope_parameters={"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e6}),
         "rope_type is 'dynamic'",

@@ -170,22 +170,6 @@ def test_kernels_read_nothing_past_the_end_of_a_mapping(variant, tmp_path):
 
 
 @ALL
-@pytest.mark.parametrize("tokens, heads, rows, width", [(1, 4, 24, 16), (3, 5, 7, 11), (40, 3, 130, 33), (0, 2, 4, 6)])
-def test_per_head_is_the_product_of_each_head(variant, tokens, heads, rows, width):
-    rng = np.random.default_rng(rows)
-    x = rng.normal(size=(tokens, heads, width)).astype(np.float32)
-    w = naive.to_bits(rng.normal(size=(heads, rows, width)), variant.weights)
-    y = kernels.per_head(x, w, variant)
-    assert y.shape == (tokens, heads, rows)
-    for head in range(heads):
-        expected = kernels.linear(np.ascontiguousarray(x[:, head]), w[head], variant)
-        np.testing.assert_array_equal(y[:, head], expected)
-    for bad_x, bad_w in ((x[..., :-1], w), (x[:, 1:], w), (x, w[:, :, ::2]), (x.astype(np.float64), w)):
-        with pytest.raises(ValueError, match=r"expected"):
-            kernels.per_head(bad_x, bad_w, variant)
-
-
-@ALL
 def test_nan_and_infinity_pass_through_linear(variant):
     rng = np.random.default_rng(4)
     for tokens in (1, 6, 40):
