@@ -15,10 +15,11 @@ from typing import Literal, TypeAlias
 import gguf
 import numpy as np
 
+from fiddler.converters.differences import differences
 from fiddler.converters.hf_config import read_hf_config
 from fiddler.converters.safetensors_file import DTYPES
 from fiddler.converters.source_folder import check_folder
-from fiddler.converters.tensor_lookup import Matrix, TensorLookup
+from fiddler.converters.tensor_lookup import Source, TensorLookup
 from fiddler.converters.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from fiddler.converters.weight_files import WeightFile, open_weights
 from fiddler.errors import CheckpointError
@@ -26,7 +27,7 @@ from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import to_metadata
 
-__all__ = ["Checkpoint", "Dtype", "Matrix", "WeightFile"]
+__all__ = ["Checkpoint", "Dtype", "Source", "WeightFile"]
 
 Dtype: TypeAlias = Literal["bf16", "f16"]
 _COMPARED_ROWS = 256
@@ -45,7 +46,7 @@ class Checkpoint:
         name: str,
         config: Config,
         tied: bool,
-        matrices: Mapping[str, Sequence[Matrix]],
+        matrices: Mapping[str, Sequence[Source]],
         vocabulary: Vocabulary,
         warnings: Sequence[str],
     ) -> None:
@@ -76,12 +77,7 @@ class Checkpoint:
             matrices[name(Role.OUTPUT)] = matrices[name(Role.TOKEN_EMBEDDING)]
         if tied:
             matrices.pop(name(Role.OUTPUT), None)
-        window = hf_config.config.sliding_window
-        if window is not None and window < hf_config.config.context_length:
-            warnings.append(
-                f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
-                f"from position {window} on"
-            )
+        warnings += differences(hf_config.config)
         vocabulary = read_vocabulary(folder, hf_config.config.vocab_size)
         warnings += vocabulary.warnings
         return cls(_model_name(folder.resolve()), hf_config.config, tied, matrices, vocabulary, warnings)
@@ -92,10 +88,11 @@ class Checkpoint:
         bytes_of: Counter[str] = Counter()
         for matrices in self._matrices.values():
             for matrix in matrices:
-                bytes_of[matrix.stored.dtype] += matrix.count * matrix.width * DTYPES[matrix.stored.dtype].itemsize
+                if (stored := matrix.stored) is not None:
+                    bytes_of[stored.dtype] += matrix.count * matrix.width * DTYPES[stored.dtype].itemsize
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
 
-    def matrices(self, name: str) -> Iterator[Matrix]:
+    def matrices(self, name: str) -> Iterator[Source]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
         return iter(self._matrices[name])
 
@@ -103,7 +100,9 @@ class Checkpoint:
         """Add the name, the hyper-parameters and the tokenizer."""
         writer.add_name(self.name)
         for key, value in to_metadata(self.config).items():
-            if isinstance(value, bool):
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, bool):
                 writer.add_bool(key, value)
             elif isinstance(value, int):
                 writer.add_uint32(key, value)
@@ -126,7 +125,7 @@ def _text(name: str) -> str:
 
 
 def _resolve_tie(
-    declared: bool, output: Sequence[Matrix] | None, embedding: Sequence[Matrix]
+    declared: bool, output: Sequence[Source] | None, embedding: Sequence[Source]
 ) -> tuple[bool, list[str]]:
     """Whether the output is tied, decided as in transformers, and warnings; `declared`: config.json says it is."""
     if not declared:
@@ -144,9 +143,9 @@ def _resolve_tie(
     ]
 
 
-def _same_bits(one: Matrix, other: Matrix) -> bool:
+def _same_bits(one: Source, other: Source) -> bool:
     """Whether two matrices of one shape hold the same bits."""
-    if one.stored.dtype != other.stored.dtype:
+    if one.stored is None or other.stored is None or one.stored.dtype != other.stored.dtype:
         return False
     for start in range(0, one.count, _COMPARED_ROWS):
         stop = min(start + _COMPARED_ROWS, one.count)

@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from fiddler.converters.checkpoint import Checkpoint, Dtype, Matrix
+from fiddler.converters.checkpoint import Checkpoint, Dtype, Source
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.safetensors_file import Array
@@ -166,7 +166,7 @@ def _is_gguf(source: Path) -> bool:
 def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype) -> list[_Tensor]:
     config = checkpoint.config
     heads = {}
-    if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS:
+    if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS and config.latent is None:
         heads = {Role.QUERY: config.head_count, Role.KEY: config.head_count_kv}
     return [
         _Tensor(name, config.shape(tensor), None if tensor.role in FLOATS else dtype, heads.get(tensor.role, 0))
@@ -208,7 +208,7 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pieces(matrix: Matrix | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:
+def _pieces(matrix: Source | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:
     """The rows of `matrix` as contiguous arrays of `tensor`'s type, in GGUF's order, and each array's loss."""
     group = 1 if not tensor.heads else matrix.count // tensor.heads  # rows that must stay in one piece
     step = max(1, _PIECE // (matrix.width * group)) * group

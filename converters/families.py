@@ -7,98 +7,15 @@ DeepSeek-MoE's are those of the code that its checkpoints bring along.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from fiddler.converters.family import COMMON, EXPERTS, Family, StoredAs, expert_names
 from fiddler.models import MIXTRAL
-from fiddler.models.architecture import Architecture, Role
-from fiddler.models.deepseek import DEEPSEEK, GLM4_MOE
+from fiddler.models.architecture import Role, Scoring
+from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
 from fiddler.models.granite import GRANITE_MOE
 from fiddler.models.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE
 
-__all__ = ["FAMILIES", "OTHER_NAMES", "Family", "StoredAs"]
-
-
-@dataclass(frozen=True)
-class StoredAs:
-    """A tensor's name in a layer of a checkpoint; with `{}`, one tensor for each expert.
-
-    half: the tensor holds two of ours one after the other, in each expert; ours is the first (0) or the second (1).
-    """
-
-    name: str
-    half: int | None = None
-
-
-OTHER_NAMES = {
-    Role.TOKEN_EMBEDDING: "model.embed_tokens.weight",
-    Role.OUTPUT_NORM: "model.norm.weight",
-    Role.OUTPUT: "lm_head.weight",
-}
-
-_COMMON: Mapping[Role, tuple[StoredAs, ...]] = {
-    role: (StoredAs(name),)
-    for role, name in {
-        Role.ATTENTION_NORM: "input_layernorm.weight",
-        Role.QUERY: "self_attn.q_proj.weight",
-        Role.KEY: "self_attn.k_proj.weight",
-        Role.VALUE: "self_attn.v_proj.weight",
-        Role.QUERY_BIAS: "self_attn.q_proj.bias",
-        Role.KEY_BIAS: "self_attn.k_proj.bias",
-        Role.VALUE_BIAS: "self_attn.v_proj.bias",
-        Role.QUERY_NORM: "self_attn.q_norm.weight",
-        Role.KEY_NORM: "self_attn.k_norm.weight",
-        Role.ATTENTION_OUTPUT: "self_attn.o_proj.weight",
-        Role.FFN_NORM: "post_attention_layernorm.weight",
-        Role.ROUTER: "mlp.gate.weight",
-        Role.SELECTION_BIAS: "mlp.gate.e_score_correction_bias",
-        Role.SHARED_ROUTER: "mlp.shared_expert_gate.weight",
-        Role.SHARED_GATE: "mlp.shared_experts.gate_proj.weight",
-        Role.SHARED_UP: "mlp.shared_experts.up_proj.weight",
-        Role.SHARED_DOWN: "mlp.shared_experts.down_proj.weight",
-        Role.DENSE_GATE: "mlp.gate_proj.weight",
-        Role.DENSE_UP: "mlp.up_proj.weight",
-        Role.DENSE_DOWN: "mlp.down_proj.weight",
-    }.items()
-}
-"""As most families name them."""
-
-
-def _experts(single: Mapping[Role, str], *stacked: tuple[str, str]) -> dict[Role, tuple[StoredAs, ...]]:
-    """Names of the expert stacks: one tensor an expert first; or gate and up in one stack, down in another."""
-    found = {role: [StoredAs(name)] if name else [] for role, name in single.items()}
-    for gate_up, down in stacked:
-        found[Role.GATE].append(StoredAs(gate_up, 0))
-        found[Role.UP].append(StoredAs(gate_up, 1))
-        found[Role.DOWN].append(StoredAs(down))
-    return {role: tuple(names) for role, names in found.items()}
-
-
-_EXPERTS = _experts(
-    {
-        Role.GATE: "mlp.experts.{}.gate_proj.weight",
-        Role.UP: "mlp.experts.{}.up_proj.weight",
-        Role.DOWN: "mlp.experts.{}.down_proj.weight",
-    },
-    ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),  # transformers 5 in memory
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`: its architecture, its keys in config.json where families differ, and its tensor names.
-
-    Where a role has several names, a layer's first tensor tells which it is.
-    """
-
-    architecture: Architecture
-    defaults: Mapping[str, int]  # of absent integer keys
-    expert_width: str = "moe_intermediate_size"
-    experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # the second as transformers 5 saves it
-    epsilon: float = 1e-6
-    theta: float = 1e4  # of RoPE, if no key has a base
-    partial_rotary: float = 1.0  # the part of a head that is rotated, if no key says it
-    refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # other values than these of these keys
-    names: Mapping[Role, tuple[StoredAs, ...]] = field(default_factory=lambda: {**_COMMON, **_EXPERTS})
+__all__ = ["FAMILIES"]
 
 
 _NO_BIAS = {"attention_bias": (False,), "mlp_bias": (False,)}
@@ -123,8 +40,8 @@ _MIXTRAL = Family(
     theta=1e6,
     refused=_NO_BIAS,
     names={
-        **_COMMON,
-        **_experts(
+        **COMMON,
+        **expert_names(
             {
                 Role.GATE: "block_sparse_moe.experts.{}.w1.weight",
                 Role.UP: "block_sparse_moe.experts.{}.w3.weight",
@@ -168,8 +85,8 @@ _QWEN2_MOE = Family(
     },
     refused={**_ALL_SPARSE, "qkv_bias": (True,)},
     names={
-        **_COMMON,
-        **_EXPERTS,
+        **COMMON,
+        **EXPERTS,
         Role.SHARED_GATE: (StoredAs("mlp.shared_expert.gate_proj.weight"),),
         Role.SHARED_UP: (StoredAs("mlp.shared_expert.up_proj.weight"),),
         Role.SHARED_DOWN: (StoredAs("mlp.shared_expert.down_proj.weight"),),
@@ -210,8 +127,8 @@ _GRANITE_MOE = Family(
     experts=("num_local_experts",),
     refused={**_NO_BIAS, "position_embedding_type": ("rope",)},
     names={
-        **_COMMON,
-        **_experts(
+        **COMMON,
+        **expert_names(
             {Role.GATE: "", Role.UP: "", Role.DOWN: ""},
             ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
             ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
@@ -237,6 +154,68 @@ _DEEPSEEK = Family(
     },
     experts=("n_routed_experts",),
     refused={**_NO_BIAS, "moe_layer_freq": (1,), "scoring_func": ("softmax",)},
+)
+
+_DEEPSEEK_V2 = Family(
+    DEEPSEEK2,
+    {
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "moe_intermediate_size": 1407,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+    experts=("n_routed_experts",),
+    refused={
+        **_NO_BIAS,
+        "moe_layer_freq": (1,),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+    },
+)
+
+_DEEPSEEK_V3 = Family(
+    DEEPSEEK2,
+    {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "max_position_embeddings": 4096,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+    scoring=Scoring.SIGMOID,
+    scale=2.5,
+    experts=("n_routed_experts", "num_local_experts"),
+    refused={
+        **_NO_BIAS,
+        "moe_layer_freq": (1,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "rope_interleave": (True,),
+    },
 )
 
 _GLM4_MOE = Family(
@@ -270,6 +249,8 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
     "deepseek": _DEEPSEEK,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
     "glm4_moe": _GLM4_MOE,
 }
 """By `model_type`."""

@@ -9,8 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from fiddler.converters.families import OTHER_NAMES, Family, StoredAs
+import numpy as np
+
+from fiddler.converters.family import OTHER_NAMES, Family, StoredAs
 from fiddler.converters.safetensors_file import DTYPES, Array, StoredTensor
 from fiddler.converters.source_folder import is_quantised
 from fiddler.converters.weight_files import WeightFile
@@ -18,7 +21,7 @@ from fiddler.errors import CheckpointError, quoted
 from fiddler.models.architecture import ModelTensor, Role
 from fiddler.models.config import Config
 
-__all__ = ["Matrix", "TensorLookup"]
+__all__ = ["Computed", "Matrix", "Source", "TensorLookup", "Transposed"]
 
 # Old checkpoints store this table, too; it follows from rope_theta and head_dim.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -45,6 +48,50 @@ class Matrix:
         return self.file.rows(self.stored, self.first + start, stop - start)
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix with rows and columns exchanged."""
+
+    of: Matrix
+
+    @property
+    def stored(self) -> StoredTensor:
+        return self.of.stored
+
+    @property
+    def count(self) -> int:
+        return self.of.width
+
+    @property
+    def width(self) -> int:
+        return self.of.count
+
+    def rows(self, start: int, stop: int) -> Array:
+        """As `Matrix.rows`. Reads the whole matrix each time: for small ones."""
+        return self.of.rows(0, self.of.count).T[start:stop]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A row of float32 numbers that config.json implies."""
+
+    values: tuple[float, ...]
+    stored: None = None
+    count: int = 1
+
+    @property
+    def width(self) -> int:
+        return len(self.values)
+
+    def rows(self, start: int, stop: int) -> Array:
+        """As `Matrix.rows`."""
+        return np.array([self.values], np.float32)[start:stop]
+
+
+Source: TypeAlias = Matrix | Transposed | Computed
+"""Rows of a tensor of the GGUF."""
+
+
 class TensorLookup:
     """Finds stored tensors by name and shape, and records which are used."""
 
@@ -68,7 +115,7 @@ class TensorLookup:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def matrices(self, config: Config, family: Family, ignored_layers: range) -> dict[str, Sequence[Matrix]]:
+    def matrices(self, config: Config, family: Family, ignored_layers: range) -> dict[str, Sequence[Source]]:
         """The matrices of exactly the tensors that `config` implies; the output only if it is stored.
 
         ignored_layers: layers after the model's own, whose tensors are skipped.
@@ -80,12 +127,17 @@ class TensorLookup:
                 f"{self._folder}: config.json says num_hidden_layers {config.block_count}, "
                 f"but there are only {len(self._files)} tensors; download the whole checkpoint"
             )
-        matrices: dict[str, Sequence[Matrix]] = {}
+        matrices: dict[str, Sequence[Source]] = {}
         tied = OTHER_NAMES[Role.OUTPUT] not in self
         for name, tensor in config.tensors(tied=tied).items():
             shape, layer = config.shape(tensor), name.removeprefix("blk.").partition(".")[0]
             if tensor.role in OTHER_NAMES:
                 matrices[name] = [self._matrix(OTHER_NAMES[tensor.role], shape)]
+            elif tensor.role is Role.ROPE_DIVISORS and config.rope_scaling is not None:
+                matrices[name] = [Computed(config.rope_scaling.divisors)]
+            elif tensor.role in (Role.KEY_UP, Role.VALUE_UP):
+                stored_as = family.names[tensor.role][0]
+                matrices[name] = self._per_head(f"model.layers.{layer}.{stored_as.name}", tensor.role, config)
             else:
                 matrices[name] = self._layer_matrices(f"model.layers.{layer}.", tensor, shape, family)
         for name in self._files:
@@ -106,6 +158,16 @@ class TensorLookup:
         if len(shape) == 1:
             return [self._vector(name, shape)]
         return self._stacked(name, stored_as, shape)
+
+    def _per_head(self, name: str, role: Role, config: Config) -> list[Matrix] | list[Transposed]:
+        """Each head's rows of keys, transposed, or of values: of one tensor that holds both, head after head."""
+        assert config.latent is not None
+        plain, value = config.latent.key - config.rotated, config.latent.value
+        file, stored = self._find(name, (config.head_count * (plain + value), config.latent.latent))
+        firsts = range(0, stored.shape[0], plain + value)
+        if role is Role.VALUE_UP:
+            return [Matrix(file, stored, first + plain, value) for first in firsts]
+        return [Transposed(Matrix(file, stored, first, plain)) for first in firsts]
 
     def _stacked(self, name: str, stored_as: StoredAs, shape: tuple[int, ...]) -> list[Matrix]:
         """A matrix [rows, width], or one for each expert of [E, rows, width]; or halves of such matrices."""

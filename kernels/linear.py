@@ -12,7 +12,7 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
 
-__all__ = ["linear", "linears"]
+__all__ = ["linear", "linears", "per_head"]
 
 
 def linear(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
@@ -42,6 +42,30 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], variant: KernelVariant
     run(variant, x, expert_ids, routing_weights, columns, matrices, np.array(outputs), False, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
     return [y[end - tokens * rows : end].reshape(tokens, rows) for rows, end in zip(outputs, ends, strict=True)]
+
+
+def per_head(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
+    """Each head's x . its own w transposed: float32 [T, H, N].
+
+    x: float32 [T, H, K]; w: uint16 bits [H, N, K], possibly a read-only mapping; `variant` as in `linear`.
+    Raises ValueError when a shape, a data type or the memory order does not fit.
+    """
+    if x.ndim != 3 or x.dtype != np.float32:
+        raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, H, K]")
+    tokens, heads, width = x.shape
+    if w.ndim != 3 or w.dtype != np.uint16 or (w.shape[0], w.shape[2]) != (heads, width) or not w.flags.c_contiguous:
+        raise ValueError(f"w is {w.dtype} {w.shape}; expected contiguous uint16 bits [{heads}, N, {width}]")
+    y = np.empty(tokens * heads * w.shape[1], np.float32)
+    if tokens:  # a head is the expert of its rows
+        rows, columns, ones = np.tile(np.arange(heads), tokens)[:, None], np.full(heads, width), _ones(tokens * heads)
+        x, matrices, outputs = x.reshape(-1, width), np.array([address_of(w)]), np.array([w.shape[1]])
+        run(variant, x, rows, ones, columns, matrices, outputs, False, y, y.size * width)
+    return y.reshape(tokens, heads, w.shape[1])
+
+
+@lru_cache(maxsize=64)
+def _ones(rows: int) -> np.ndarray:
+    return np.ones((rows, 1), np.float32)
 
 
 @lru_cache(maxsize=64)

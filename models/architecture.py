@@ -13,9 +13,11 @@ from enum import Enum, StrEnum, auto
 __all__ = [
     "EXPERTS",
     "FLOATS",
+    "ROPE_DIVISORS",
     "Activation",
     "Architecture",
     "AttentionBias",
+    "AttentionKind",
     "DenseLayers",
     "Layers",
     "ModelTensor",
@@ -64,6 +66,13 @@ class Rotary(StrEnum):
 
     NEIGHBOURS = "neighbours"  # 2 i and 2 i + 1; llama.cpp: ROPE_TYPE_NORM
     HALVES = "halves"  # i and i + half of what is rotated; llama.cpp: ROPE_TYPE_NEOX
+
+
+class AttentionKind(StrEnum):
+    """What attention's keys and values are, and what the KV cache holds of them."""
+
+    HEADS = "of heads"
+    LATENT = "of a latent"  # that all heads share: multi-head latent attention, as in DeepSeek-V2
 
 
 class Scoring(StrEnum):
@@ -124,6 +133,7 @@ class Role(Enum):
     """The use of a tensor; an architecture has at most one tensor of each in a block."""
 
     TOKEN_EMBEDDING = auto()
+    ROPE_DIVISORS = auto()
     ATTENTION_NORM = auto()
     QUERY = auto()
     KEY = auto()
@@ -133,6 +143,14 @@ class Role(Enum):
     VALUE_BIAS = auto()
     QUERY_NORM = auto()
     KEY_NORM = auto()
+    QUERY_DOWN = auto()  # of latent attention: to a smaller vector, its norm, and from it to the heads' queries
+    QUERY_DOWN_NORM = auto()
+    QUERY_UP = auto()
+    LATENT = auto()  # to the latent and the rotated key that all heads share
+    LATENT_NORM = auto()
+    KEY_UP = auto()  # of each head, [latent, key]
+    VALUE_UP = auto()  # of each head, [value, latent]
+    KEY_VALUE_UP = auto()  # of each head, [key + value, latent]: both in one, as in files from before 2025
     ATTENTION_OUTPUT = auto()
     FFN_NORM = auto()
     ROUTER = auto()
@@ -158,6 +176,7 @@ FLOATS = frozenset(
     (
         *(Role.ATTENTION_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.FFN_NORM, Role.OUTPUT_NORM),
         *(Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+        *(Role.QUERY_DOWN_NORM, Role.LATENT_NORM, Role.ROPE_DIVISORS),
         *(Role.ROUTER, Role.SELECTION_BIAS, Role.SHARED_ROUTER),
     )
 )
@@ -177,6 +196,10 @@ class ModelTensor:
     shape: tuple[str, ...]
     layers: Layers = Layers.ALL
     optional: bool = False
+
+
+ROPE_DIVISORS = ModelTensor(Role.ROPE_DIVISORS, "rope_freqs.weight", ("pairs",))
+"""Divides the frequency of each rotated pair; of models whose RoPE is scaled as Llama 3.1's, of any architecture."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +225,7 @@ class Architecture:
     outputs: tuple[ModelTensor, ...]
     may_tie: bool = True
     """Whether a file may do without the output matrix; llama.cpp demands it for some."""
+    attention: AttentionKind = AttentionKind.HEADS
     scaled: bool = False
     """Whether embeddings, residuals, attention's scores and logits have multipliers, as in Granite."""
 

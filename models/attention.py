@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["attend"]
 
 _MASK_ELEMENTS = 1 << 22  # largest mask; longer masked attention goes through the queries in chunks
+_WIDEST_FUSED = 256  # head_dim that the GPU's fused kernel takes
 _BLOCK = 4096  # cached positions that one call attends to
 # torch's scaled_dot_product_attention calls this kernel on a CPU; here it also returns the log-sum-exp of each row
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -24,7 +25,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     fp16 keys that the window does not cut: 16-bit products, float32 sums. On a CPU, memory does not grow with S.
     """
     n, total = len(q), len(keys)
-    if q.is_cuda and keys.dtype == torch.float16 and (window is None or total <= window):
+    fused = q.shape[-1] <= _WIDEST_FUSED and (window is None or total <= window)
+    if q.is_cuda and keys.dtype == torch.float16 and fused:
         return _attend_fp16(q, keys, values)
     if window is not None:
         visible = slice(max(0, total - n - window + 1), None)  # to any of the queries

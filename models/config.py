@@ -2,7 +2,8 @@
 
 Letters used in all rooms: `T` tokens, `D` model width (`embedding_length`), `F` expert width
 (`expert_feed_forward_length`), `E` experts, `K` experts a token, `H` heads, `G` KV heads, `L` layers, `V` vocabulary;
-here also `S`, the shared experts' joint width, and `I`, the width of dense layers (`feed_forward_length`).
+here also `S`, the shared experts' joint width, and `I`, the width of dense layers (`feed_forward_length`); and the
+widths of latent attention, see `LatentWidths`: of a head's key, `plain_key` elements are not rotated.
 """
 
 from __future__ import annotations
@@ -11,11 +12,33 @@ import math
 from dataclasses import dataclass, field
 
 from fiddler.errors import FileFormatError
-from fiddler.models.architecture import Architecture, Layers, ModelTensor, Role, RouterRule
+from fiddler.models.architecture import (
+    ROPE_DIVISORS,
+    Architecture,
+    AttentionKind,
+    Layers,
+    ModelTensor,
+    Role,
+    RouterRule,
+)
+from fiddler.models.rope_scaling import RopeKind, RopeScaling
 
-__all__ = ["Config"]
+__all__ = ["Config", "LatentWidths"]
 
 _MAX_DIMENSION = 1 << 24  # keeps the product of any three dimensions far from 2**63
+
+
+@dataclass(frozen=True)
+class LatentWidths:
+    """Widths of multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1).
+
+    `Config.head_dim` is the width of what the KV cache holds: a rotated key and the latent, which all heads share.
+    """
+
+    latent: int  # `attention.kv_lora_rank`
+    key: int  # of a head, its rotated elements included: `attention.key_length_mla`
+    value: int  # of a head: `attention.value_length_mla`
+    query: int = 0  # `attention.q_lora_rank`; 0: queries are one product of the hidden state
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,8 @@ class Config:
     residual_scale: float = 1.0  # of what attention and the feed-forward add
     logit_scale: float = 1.0  # logits are divided by it
     clamp_kqv: float | None = None  # queries, keys and values are clamped to its negative and to it
+    rope_scaling: RopeScaling | None = None
+    latent: LatentWidths | None = None  # of latent attention
 
     def __post_init__(self) -> None:
         for name in (
@@ -84,25 +109,70 @@ class Config:
             )
         if self.head_dim % 2:
             raise FileFormatError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
-        rotated = self.rotated
-        if rotated % 2 or not 2 <= rotated <= self.head_dim:
-            raise FileFormatError(f"rope.dimension_count is {rotated}; it must be even, and at most {self.head_dim}")
         if not (math.isfinite(self.rms_epsilon) and 0.0 <= self.rms_epsilon < 1.0):
             raise FileFormatError(f"layer_norm_rms_epsilon is {self.rms_epsilon}; it must lie in [0, 1)")
-        if not (math.isfinite(self.rope_freq_base) and self.rope_freq_base > 0.0):
-            raise FileFormatError(f"rope.freq_base is {self.rope_freq_base}; it must be positive")
         if self.sliding_window is not None and not 1 <= self.sliding_window < 1 << 31:
             raise FileFormatError(f"sliding_window is {self.sliding_window}; it must lie between 1 and 2**31 - 1")
         for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale", "clamp_kqv"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
                 raise FileFormatError(f"{name} is {value}; it must be positive")
+        self._check_rope()
+        self._check_latent()
         self._check_router()
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if not least <= value <= most:
             raise FileFormatError(f"{name} is {value}; it must lie between {least} and {most}")
+
+    def _check_rope(self) -> None:
+        rotated, base, scaling = self.rotated, self.rope_freq_base, self.rope_scaling
+        if rotated % 2 or not 2 <= rotated <= self.head_dim:
+            raise FileFormatError(f"rope.dimension_count is {rotated}; it must be even, and at most {self.head_dim}")
+        if not (math.isfinite(base) and base > 0.0):
+            raise FileFormatError(f"rope.freq_base is {base}; it must be positive")
+        if scaling is None:
+            return
+        if scaling.kind is RopeKind.YARN and base <= 1.0:
+            raise FileFormatError(f"rope.freq_base is {base}; YaRN needs one above 1")
+        if scaling.log_multiplier and self.architecture.attention is not AttentionKind.LATENT:
+            raise FileFormatError(
+                f"rope.scaling.yarn_log_multiplier is {scaling.log_multiplier}; a {self.architecture.name} has none"
+            )
+        if scaling.divisors and len(scaling.divisors) != rotated // 2:
+            raise FileFormatError(f"{len(scaling.divisors)} divisors of frequencies for {rotated // 2} rotated pairs")
+
+    def _check_latent(self) -> None:
+        """Widths of latent attention, and one form of its queries and of its heads' matrices."""
+        widths = self.latent
+        if (widths is not None) != (self.architecture.attention is AttentionKind.LATENT):
+            raise FileFormatError(f"a {self.architecture.name} needs attention {self.architecture.attention}")
+        if widths is None:
+            return
+        least = self.rotated + 1  # a key has elements that are not rotated
+        for name, value, low in (
+            ("kv_lora_rank", widths.latent, 1),
+            ("key_length_mla", widths.key, least),
+            ("value_length_mla", widths.value, 1),
+            ("q_lora_rank", widths.query, 0),
+        ):
+            if not low <= value <= _MAX_DIMENSION:
+                raise FileFormatError(f"attention.{name} is {value}; it must lie between {low} and {_MAX_DIMENSION}")
+        if self.head_dim != widths.latent + self.rotated or self.head_count_kv != 1:
+            raise FileFormatError(
+                f"attention.key_length is {self.head_dim} of {self.head_count_kv} KV heads; one KV head of "
+                f"kv_lora_rank {widths.latent} + rope.dimension_count {self.rotated} elements runs"
+            )
+        has_query = Role.QUERY not in self.absent
+        if has_query == bool(widths.query) or has_query == (Role.QUERY_DOWN not in self.absent):
+            raise FileFormatError(
+                f"attention.q_lora_rank is {widths.query}; attn_q_a and attn_q_b belong to a positive one, attn_q to 0"
+            )
+        if (Role.KEY_UP in self.absent) != (Role.VALUE_UP in self.absent) or (
+            (Role.KEY_UP in self.absent) == (Role.KEY_VALUE_UP in self.absent)
+        ):
+            raise FileFormatError("attn_kv_b, or both of attn_k_b and attn_v_b, must be there; convert the model again")
 
     def _check_router(self) -> None:
         rule, experts = self.router, self.expert_count
@@ -123,6 +193,11 @@ class Config:
     def rotated(self) -> int:
         """Elements of a head that are rotated: its first ones."""
         return self.head_dim if self.rope_dimension_count is None else self.rope_dimension_count
+
+    @property
+    def rotated_scale(self) -> float:
+        """The number that rotated queries and keys are multiplied by: 1, or YaRN's."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def sparse_layers(self) -> range:
@@ -148,12 +223,19 @@ class Config:
             "H": self.head_count,
             "G": self.head_count_kv,
             "head_dim": self.head_dim,
+            "pairs": self.rotated // 2,
         }
+        if (widths := self.latent) is not None:
+            plain = widths.key - self.rotated
+            sizes |= {"query": widths.query, "latent": widths.latent, "key": widths.key, "value": widths.value}
+            sizes |= {"plain_key": plain, "plain_key_value": plain + widths.value}
         return tuple(math.prod(sizes[letter] for letter in dimension.split(" * ")) for dimension in tensor.shape)
 
     def tensors(self, *, tied: bool) -> dict[str, ModelTensor]:
         """Every tensor of the model by its name, in file order; `tied`: `token_embd` is the output weight, too."""
         found = {tensor.name: tensor for tensor in self.architecture.inputs}
+        if self.rope_scaling is not None and self.rope_scaling.kind is RopeKind.DIVISORS:
+            found[ROPE_DIVISORS.name] = ROPE_DIVISORS
         for layer in range(self.block_count):
             dense = layer < self.leading_dense_block_count
             for tensor in self.architecture.block_tensors(dense=dense, absent=self.absent):

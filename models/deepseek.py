@@ -1,6 +1,8 @@
-"""DeepSeek-MoE (Dai et al. 2024, https://arxiv.org/abs/2401.06066) and GLM-4.5 (https://arxiv.org/abs/2508.06471).
+"""DeepSeek's mixtures of experts, and GLM-4.5 (https://arxiv.org/abs/2508.06471).
 
-The first layers are dense, and shared experts are one feed-forward of their joint width.
+DeepSeek-MoE (Dai et al. 2024, https://arxiv.org/abs/2401.06066), and DeepSeek-V2 and V3 in one row
+(https://arxiv.org/abs/2405.04434, https://arxiv.org/abs/2412.19437), whose attention is latent. The
+first layers are dense, and shared experts are one feed-forward of their joint width.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from dataclasses import replace
 
 from fiddler.models.architecture import (
     AttentionBias,
+    AttentionKind,
     DenseLayers,
     Layers,
     ModelTensor,
@@ -21,9 +24,9 @@ from fiddler.models.architecture import (
     Window,
 )
 from fiddler.models.mixtral import MIXTRAL
-from fiddler.models.parts import ATTENTION, BIASES, DENSE, EXPERTS, HEAD_NORMS, SHARED
+from fiddler.models.parts import ATTENTION, BIASES, DENSE, EXPERTS, HEAD_NORMS, LATENT_ATTENTION, SHARED
 
-__all__ = ["DEEPSEEK", "GLM4_MOE"]
+__all__ = ["DEEPSEEK", "DEEPSEEK2", "GLM4_MOE"]
 
 DEEPSEEK = replace(
     MIXTRAL,
@@ -37,6 +40,20 @@ DEEPSEEK = replace(
 )
 
 _SELECTION_BIAS = ModelTensor(Role.SELECTION_BIAS, "exp_probs_b.bias", ("E",), Layers.SPARSE)
+
+DEEPSEEK2 = replace(
+    DEEPSEEK,
+    name="DeepSeek-V2 or V3",
+    gguf_name="deepseek2",
+    attention=AttentionKind.LATENT,
+    block=(
+        *LATENT_ATTENTION,
+        *DENSE,
+        *EXPERTS,
+        replace(_SELECTION_BIAS, optional=True),
+        *(replace(tensor, optional=True) for tensor in SHARED),
+    ),
+)
 
 GLM4_MOE = replace(
     DEEPSEEK,

@@ -35,6 +35,10 @@ class Linear(Protocol):
         """The product of x with each of several weights."""
         ...
 
+    def per_head(self, x: Tensor, name: str) -> Tensor:
+        """x [T, H, in] float32 -> each head's product with its own matrix of the weight [H, out, in], [T, H, out]."""
+        ...
+
 
 class Cache(Protocol):
     """The KV caches of a step's sequences; knows the position of each row of the step."""
@@ -42,6 +46,7 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate q [T, H, head_dim] and k [T, G, head_dim] to their positions; store k and v [T, G, head_dim].
 
+        In latent attention only k is stored: the stored keys are the values, too.
         Returns causal attention of each row over its own sequence: [T, H, head_dim] float32.
         """
         ...

@@ -6,8 +6,20 @@ from collections.abc import Collection, Mapping
 
 from fiddler.errors import FileFormatError, quoted
 from fiddler.models import ARCHITECTURES, MIXTRAL
-from fiddler.models.architecture import Architecture, DenseLayers, Role, RouterRule, Scoring, SharedExperts, Window
-from fiddler.models.config import Config
+from fiddler.models.architecture import (
+    ROPE_DIVISORS,
+    Architecture,
+    AttentionKind,
+    DenseLayers,
+    Role,
+    RouterRule,
+    Scoring,
+    SharedExperts,
+    Window,
+)
+from fiddler.models.config import Config, LatentWidths
+from fiddler.models.metadata_keys import MetadataKeys
+from fiddler.models.rope_metadata import TRUNCATE_KEY, read_rope_scaling, rope_scaling_metadata
 
 __all__ = ["read_config", "to_metadata"]
 
@@ -32,7 +44,7 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         known = ", ".join(f"{each.name} ({each.gguf_name!r})" for each in ARCHITECTURES.values())
         raise FileFormatError(f"general.architecture is {quoted(gguf_name)}; only {known} runs")
     architecture = ARCHITECTURES[gguf_name]
-    keys = _Keys(metadata, gguf_name)
+    keys = MetadataKeys(metadata, gguf_name)
     expert_count = keys.integer("expert_count", 0)
     if expert_count == 0:
         raise FileFormatError(f"{gguf_name}.expert_count is missing or 0: a dense model, not a mixture of experts")
@@ -40,46 +52,44 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     if heads < 1 or width < 1:
         raise FileFormatError(f"embedding_length is {width} and attention.head_count {heads}; both must be positive")
-    head_dim = keys.integer("attention.key_length", width // heads)
-    if keys.integer("attention.value_length", head_dim) != head_dim:
-        raise FileFormatError(
-            f"{gguf_name}.attention.value_length is {keys.integer('attention.value_length')}, but a head is {head_dim} "
-            f"wide: not a {architecture.name}"
-        )
+    latent = _latent(keys, architecture, heads)
+    head_dim, kv_heads = _head_dim(keys, width // heads, latent), keys.integer("attention.head_count_kv", heads)
     feed_forward = keys.integer("feed_forward_length")
     expert_width = keys.integer("expert_feed_forward_length", feed_forward)
-    rotated = keys.integer("rope.dimension_count", head_dim)
+    rotated, context = keys.integer("rope.dimension_count", head_dim), keys.integer("context_length")
     scales = {name: keys.real(key, 0.0) for key, name in _SCALES.items() if architecture.scaled}
     return Config(
         architecture,
         vocab_size=keys.integer("vocab_size", _token_count(metadata)),
-        context_length=keys.integer("context_length"),
+        context_length=context,
         embedding_length=width,
         block_count=_block_count(keys),
         expert_feed_forward_length=expert_width,
         head_count=heads,
-        head_count_kv=keys.integer("attention.head_count_kv", heads),
+        head_count_kv=kv_heads if latent is None else 1,  # files from before 2025 have the heads' number
         head_dim=head_dim,
         expert_count=expert_count,
         expert_used_count=keys.integer("expert_used_count"),
         rms_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
         rope_freq_base=keys.real("rope.freq_base", 10000.0),
         sliding_window=_window(keys, architecture),
-        router=_router(keys, architecture),
+        router=_router(keys, architecture, biased=any(".exp_probs_b." in name for name in tensors)),
         rope_dimension_count=None if rotated == head_dim else rotated,
         feed_forward_length=0 if architecture.dense_layers is DenseLayers.NONE else feed_forward,
         leading_dense_block_count=keys.integer("leading_dense_block_count", 0),
         expert_shared_feed_forward_length=_shared_width(keys, architecture, expert_width),
         absent=_absent(architecture, tensors),
         clamp_kqv=keys.real("attention.clamp_kqv", 0.0) or None,
+        rope_scaling=read_rope_scaling(keys, divisors=ROPE_DIVISORS.name in tensors, context=context),
+        latent=latent,
         **{name: value for name, value in scales.items() if value},  # 0: none, as in llama.cpp
     )
 
 
-def to_metadata(config: Config) -> dict[str, int | float | bool]:
+def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
     """The keys that `read_config` reads; store `int` values as uint32, `float` values as float32."""
     prefix, default = config.architecture.gguf_name, config.architecture.router
-    values: dict[str, int | float | bool] = {
+    values: dict[str, str | int | float | bool] = {
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
         "embedding_length": config.embedding_length,
@@ -114,16 +124,63 @@ def to_metadata(config: Config) -> dict[str, int | float | bool]:
             values[key] = float(value)
     if config.clamp_kqv is not None:
         values["attention.clamp_kqv"] = float(config.clamp_kqv)
-    return {f"{prefix}.{key}": value for key, value in values.items()}
+    if config.latent is not None:
+        values |= {
+            "attention.value_length": config.latent.latent,
+            "attention.q_lora_rank": config.latent.query,  # 0 for llama.cpp, which looks for it
+            "attention.kv_lora_rank": config.latent.latent,
+            "attention.key_length_mla": config.latent.key,
+            "attention.value_length_mla": config.latent.value,
+        }
+    values |= rope_scaling_metadata(config.rope_scaling, config.architecture)
+    named: dict[str, str | int | float | bool] = {f"{prefix}.{key}": value for key, value in values.items()}
+    if config.rope_scaling is not None and not config.rope_scaling.truncate:
+        named[TRUNCATE_KEY] = False
+    return named
 
 
-def _router(keys: _Keys, architecture: Architecture) -> RouterRule:
+def _latent(keys: MetadataKeys, architecture: Architecture, heads: int) -> LatentWidths | None:
+    """The widths of latent attention. Files from before 2025 have a head's where newer ones have the latent's."""
+    if architecture.attention is AttentionKind.HEADS:
+        return None
+    old = "" if "attention.key_length_mla" not in keys else "_mla"
+    if (kv_heads := keys.integer("attention.head_count_kv", heads)) not in (1, heads):
+        raise FileFormatError(f"{keys.prefix}.attention.head_count_kv is {kv_heads}; a latent has 1, or {heads} heads")
+    return LatentWidths(
+        latent=keys.integer("attention.kv_lora_rank"),
+        key=keys.integer(f"attention.key_length{old}"),
+        value=keys.integer(f"attention.value_length{old}"),
+        query=keys.integer("attention.q_lora_rank", 0),
+    )
+
+
+def _head_dim(keys: MetadataKeys, default: int, latent: LatentWidths | None) -> int:
+    """Width of a head's key and of its value, which are the same; of a latent and a rotated key."""
+    if latent is not None:
+        width = latent.latent + keys.integer("rope.dimension_count")
+        if "attention.key_length_mla" in keys and keys.integer("attention.key_length", width) != width:
+            raise FileFormatError(
+                f"{keys.prefix}.attention.key_length is {keys.integer('attention.key_length')}; kv_lora_rank and "
+                f"rope.dimension_count make {width}"
+            )
+        return width
+    head_dim = keys.integer("attention.key_length", default)
+    if keys.integer("attention.value_length", head_dim) != head_dim:
+        raise FileFormatError(
+            f"{keys.prefix}.attention.value_length is {keys.integer('attention.value_length')}, but a head is "
+            f"{head_dim} wide: the two must be the same"
+        )
+    return head_dim
+
+
+def _router(keys: MetadataKeys, architecture: Architecture, *, biased: bool) -> RouterRule:
+    """biased: the file has selection biases, which transformers adds to sigmoids only."""
     default = architecture.router
     number = keys.integer("expert_gating_func", 0)
     if number and number not in _SCORINGS:
         raise FileFormatError(f"{keys.prefix}.expert_gating_func is {number}; only 1 (softmax) and 2 (sigmoid) run")
     return RouterRule(
-        scoring=_SCORINGS.get(number, default.scoring),
+        scoring=_SCORINGS.get(number, Scoring.SIGMOID if biased else default.scoring),
         renormalise=keys.boolean("expert_weights_norm", default.renormalise),
         scale=keys.real("expert_weights_scale", 0.0) or 1.0,
         groups=keys.integer("expert_group_count", 0) or 1,
@@ -144,19 +201,19 @@ def _router_metadata(rule: RouterRule, default: RouterRule) -> dict[str, int | f
     return values
 
 
-def _shared_width(keys: _Keys, architecture: Architecture, expert_width: int) -> int:
+def _shared_width(keys: MetadataKeys, architecture: Architecture, expert_width: int) -> int:
     """The shared experts' joint width: a key of its own, or their number."""
     if architecture.shared_experts is SharedExperts.NONE:
         return 0
     return keys.integer("expert_shared_feed_forward_length", keys.integer("expert_shared_count", 0) * expert_width)
 
 
-def _window(keys: _Keys, architecture: Architecture) -> int | None:
+def _window(keys: MetadataKeys, architecture: Architecture) -> int | None:
     """Positions; None where there is no window. llama.cpp ignores the key for Mixtral, transformers does not."""
     return None if architecture.window is Window.NONE else keys.integer("attention.sliding_window", 0) or None
 
 
-def _block_count(keys: _Keys) -> int:
+def _block_count(keys: MetadataKeys) -> int:
     """Layers without those that predict further tokens (`nextn_predict_layers`), which stand last in the file."""
     return keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
 
@@ -167,52 +224,16 @@ def _absent(architecture: Architecture, tensors: Collection[str]) -> frozenset[R
     return frozenset(each.role for each in architecture.block if each.optional and each.name not in present)
 
 
-class _Keys:
-    """Typed look-ups of an architecture's keys in GGUF metadata."""
-
-    def __init__(self, metadata: Mapping[str, object], prefix: str) -> None:
-        self._metadata, self.prefix = metadata, prefix
-
-    def _value(self, key: str, default: object) -> object:
-        value = self._metadata.get(f"{self.prefix}.{key}", default)
-        if value is None:
-            raise FileFormatError(f"{self.prefix}.{key} is missing from the metadata; convert the model again")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise FileFormatError(f"{self.prefix}.{key} is {quoted(value)}; it must be one integer")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileFormatError(f"{self.prefix}.{key} is {quoted(value)}; it must be one number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise FileFormatError(f"{self.prefix}.{key} is {quoted(value)}; it must be true or false")
-        return value
-
-
 def _reject_unsupported(metadata: Mapping[str, object], architecture: Architecture) -> None:
     """Reject options of llama.cpp (`llama_model::load_hparams`) that no architecture here has."""
     prefix = architecture.gguf_name
-    supported: dict[str, tuple[object, ...]] = {"attention.causal": (True,)}
+    supported: dict[str, tuple[object, ...]] = {"attention.causal": (True,), "attention.temperature_scale": (0.0,)}
     if not architecture.scaled:
         supported["attention.scale"] = (0.0,)
-    scaling = metadata.get(f"{prefix}.rope.scaling.type")
-    if not isinstance(scaling, str) or scaling != "none":  # no type and a factor: linear
-        identity = ("linear", "yarn")  # none, where the factor is 1
-        supported |= {"rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0), "rope.scaling.type": identity}
-        supported |= {"rope.scaling.attn_factor": (0.0, 1.0)}
     for key, allowed in supported.items():
         value = metadata.get(f"{prefix}.{key}")
         if value is not None and not (isinstance(value, (int, float, str)) and value in allowed):
-            raise FileFormatError(f"{prefix}.{key} is {quoted(value)}; only plain attention and unscaled RoPE run")
+            raise FileFormatError(f"{prefix}.{key} is {quoted(value)}; only plain attention runs")
 
 
 def _token_count(metadata: Mapping[str, object]) -> int | None:

@@ -11,6 +11,7 @@ __all__ = [
     "EXPERTS",
     "HEAD_NORMS",
     "INPUTS",
+    "LATENT_ATTENTION",
     "OUTPUTS",
     "SHARED",
     "SHARED_ROUTER",
@@ -25,6 +26,21 @@ ATTENTION = (
     ModelTensor(Role.KEY, "attn_k.weight", ("G * head_dim", "D")),
     ModelTensor(Role.VALUE, "attn_v.weight", ("G * head_dim", "D")),
     ModelTensor(Role.ATTENTION_OUTPUT, "attn_output.weight", ("D", "H * head_dim")),
+    ModelTensor(Role.FFN_NORM, "ffn_norm.weight", ("D",)),
+)
+
+LATENT_ATTENTION = (
+    ModelTensor(Role.ATTENTION_NORM, "attn_norm.weight", ("D",)),
+    ModelTensor(Role.QUERY, "attn_q.weight", ("H * key", "D"), optional=True),
+    ModelTensor(Role.QUERY_DOWN, "attn_q_a.weight", ("query", "D"), optional=True),
+    ModelTensor(Role.QUERY_DOWN_NORM, "attn_q_a_norm.weight", ("query",), optional=True),
+    ModelTensor(Role.QUERY_UP, "attn_q_b.weight", ("H * key", "query"), optional=True),
+    ModelTensor(Role.LATENT, "attn_kv_a_mqa.weight", ("head_dim", "D")),
+    ModelTensor(Role.LATENT_NORM, "attn_kv_a_norm.weight", ("latent",)),
+    ModelTensor(Role.KEY_UP, "attn_k_b.weight", ("H", "latent", "plain_key"), optional=True),
+    ModelTensor(Role.VALUE_UP, "attn_v_b.weight", ("H", "value", "latent"), optional=True),
+    ModelTensor(Role.KEY_VALUE_UP, "attn_kv_b.weight", ("H * plain_key_value", "latent"), optional=True),
+    ModelTensor(Role.ATTENTION_OUTPUT, "attn_output.weight", ("D", "H * value")),
     ModelTensor(Role.FFN_NORM, "ffn_norm.weight", ("D",)),
 )
 

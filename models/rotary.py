@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fiddler.models.config import Config
+from fiddler.models.rope_scaling import RopeKind
 
 __all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate", "to_neighbours"]
 
@@ -17,8 +18,23 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
     """
     pairs = torch.arange(0, config.rotated, 2, dtype=torch.float32, device=device)
     frequencies = torch.zeros(config.head_dim // 2, device=device)
-    frequencies[: len(pairs)] = 1.0 / config.rope_freq_base ** (pairs / config.rotated)
+    frequencies[: len(pairs)] = _scaled(1.0 / config.rope_freq_base ** (pairs / config.rotated), config)
     return frequencies
+
+
+def _scaled(frequencies: Tensor, config: Config) -> Tensor:
+    """The frequencies of the rotated pairs, scaled as `RopeScaling` says."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind is RopeKind.DIVISORS:
+        return frequencies / torch.tensor(scaling.divisors, device=frequencies.device)
+    if scaling.kind is RopeKind.LINEAR:
+        return frequencies / scaling.factor
+    low, high = scaling.whole_pairs(config.rotated, config.rope_freq_base)
+    pairs = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    divided = ((pairs - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling.factor * divided + frequencies * (1 - divided)
 
 
 def to_neighbours(x: Tensor, rotated: int) -> Tensor:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from fiddler.errors import FileFormatError
 from fiddler.models import ARCHITECTURES
-from fiddler.models.architecture import Role, Rotary, first_unknown
+from fiddler.models.architecture import Role, first_unknown
 from fiddler.models.config import Config
+from fiddler.models.head_attention import Attention
 from fiddler.models.interfaces import Cache, Experts, Linear, Norm, Router, RouterWeights
-from fiddler.models.rotary import to_neighbours
+from fiddler.models.latent_attention import LatentAttention
 from fiddler.models.router import rms_norm, route
 
-__all__ = ["Attention", "Block", "Transformer"]
+__all__ = ["Block", "Transformer"]
 
 _RUNS = tuple(ARCHITECTURES.values())  # architectures whose parts this file knows
 
@@ -103,7 +104,8 @@ class Block:
         self.dense = index not in config.sparse_layers
         """Whether it has one feed-forward in place of experts."""
         name, epsilon = partial(config.architecture.tensor_name, layer=index), config.rms_epsilon
-        self.attention = Attention(config, index, weights, linear, norm)
+        attention = Attention if config.latent is None else LatentAttention
+        self.attention = attention(config, index, weights, linear, norm)
         self._linear, self._norm, self._router, self._epsilon = linear, norm, router, epsilon
         self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.FFN_NORM)])
         if self.dense:
@@ -146,49 +148,3 @@ class Block:
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.config.residual_scale == 1.0 else y * self.config.residual_scale
-
-
-class Attention:
-    """A block's attention, with its norm and its residual."""
-
-    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, norm: Norm) -> None:
-        self._config, self._index, self._linear, self._norm = config, index, linear, norm
-        name = partial(config.architecture.tensor_name, layer=index)
-        self._attn_norm = weights[name(Role.ATTENTION_NORM)]
-        self._qkv = [name(role) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
-        self._output = name(Role.ATTENTION_OUTPUT)
-        biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
-        self._biases = [weights[name(role)] for role in biases if config.has(role)]
-        self._qk_norms = [weights[name(role)] for role in (Role.QUERY_NORM, Role.KEY_NORM) if config.has(role)]
-
-    def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
-        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
-        x = self._norm(h, self._attn_norm, self._config.rms_epsilon)
-        attended = cache.attend(self._index, *self._heads(self._linear.together(x, self._qkv))).flatten(1)
-        if wanted is not None:
-            h, attended = h[wanted], attended[wanted]
-            if not len(wanted):
-                return h
-        if self._config.residual_scale == 1.0:
-            return self._linear(attended, self._output, h)
-        return h + self._linear(attended, self._output) * self._config.residual_scale
-
-    def _heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Products [T, H or G * head_dim] -> q [T, H, head_dim], k and v [T, G, head_dim], as a cache takes them."""
-        config, head_dim = self._config, self._config.head_dim
-        for tensor, bias in zip(qkv, self._biases, strict=False):
-            tensor += bias
-        q, k, v = qkv
-        if self._qk_norms:
-            q, k = (
-                self._norm(tensor.reshape(-1, len(weight)), weight, config.rms_epsilon)
-                for tensor, weight in zip((q, k), self._qk_norms, strict=True)
-            )
-        q, k, v = (tensor.view(len(v), -1, head_dim) for tensor in (q, k, v))
-        if config.clamp_kqv is not None:
-            q, k, v = (tensor.clamp(-config.clamp_kqv, config.clamp_kqv) for tensor in (q, k, v))
-        if config.architecture.rotary is Rotary.HALVES:
-            q, k = to_neighbours(q, config.rotated), to_neighbours(k, config.rotated)
-        if config.attention_scale is not None:
-            q = q * (config.attention_scale * head_dim**0.5)
-        return q, k, v

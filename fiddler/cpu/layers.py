@@ -23,6 +23,7 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route", "routing_of"]
 
+_WIDENED = 1 << 18  # elements of a weight that one product widens to float32: 1 MB, which a core's cache holds
 MAX_KERNEL_TOKENS = 32  # tokens that our routing, norm and decode-step kernels take; torch computes larger steps
 
 
@@ -68,6 +69,20 @@ class CpuLinear:
                     results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], variant)
                     outputs += (torch.from_numpy(y) for y in results)
         return outputs
+
+    def per_head(self, x: Tensor, name: str) -> Tensor:
+        """Implements `Linear.per_head`: one kernel call; torch multiplies by float32 weights and by strided views."""
+        weight = self._weights[name]
+        if not isinstance(weight, Tensor):
+            with self._recorder.span("dense", weight.bits.nbytes):
+                return torch.from_numpy(kernels.per_head(x.numpy(), weight.bits, weight.variant))
+        step = max(1, _WIDENED // weight[0].numel())
+        products, each = [], x.transpose(0, 1)  # [H, T, in]
+        with self._recorder.span("dense", weight.numel() * weight.itemsize):
+            for begin in range(0, len(weight), step):
+                heads = slice(begin, begin + step)
+                products.append(torch.bmm(each[heads], weight[heads].float().mT))
+        return torch.cat(products).transpose(0, 1)
 
 
 def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,9 @@ from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models import ARCHITECTURES
-from fiddler.models.architecture import EXPERTS, FLOATS, Role, Rotary, first_unknown
+from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Role, Rotary, first_unknown
 from fiddler.models.config import Config
+from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import rotary_frequencies
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.runner import Runner
@@ -26,7 +27,8 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["can_decode", "decoder_of", "on_cpu"]
 
-_DECODES = tuple(ARCHITECTURES.values())  # architectures whose parts the compiled decode step knows
+# architectures whose parts the compiled decode step knows: all but latent attention
+_DECODES = tuple(each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS)
 # `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
 _SMALL = {
     "attn_norm": Role.ATTENTION_NORM,
@@ -71,6 +73,8 @@ def on_cpu(
             weights[name] = _tensor(values, kind).float()
         elif tensor.role is Role.TOKEN_EMBEDDING:
             weights[name] = _tensor(values, kind)
+        elif tensor.role is Role.KEY_VALUE_UP:
+            linears |= per_head_matrices(config, int(name.split(".")[1]), _tensor(values, kind))
         else:
             weight = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
             linears[name] = weight
@@ -94,7 +98,7 @@ def _tensor(values: np.ndarray, kind: str) -> Tensor:
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
     """Whether the compiled decode step runs a model whose matrices have these formats: one, for all of them."""
     known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
-    return known and first_unknown(config.architecture, _DECODES) is None
+    return known and config.rotated_scale == 1.0 and first_unknown(config.architecture, _DECODES) is None
 
 
 def decoder_of(

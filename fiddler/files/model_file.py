@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,10 @@ import numpy as np
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import Header
-from fiddler.models.architecture import EXPERTS, Role
+from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import read_config
+from fiddler.models.rope_scaling import RopeKind
 from fiddler.text.vocabulary import TokenTable
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class ModelFile:
         """Check an opened file; see `open`."""
         try:
             config, tied = _checked(file.metadata, file.tensors)
+            if (scaling := config.rope_scaling) is not None and scaling.kind is RopeKind.DIVISORS:
+                config = replace(config, rope_scaling=replace(scaling, divisors=_numbers(file, ROPE_DIVISORS.name)))
         except FileFormatError as error:
             raise FileFormatError(f"{file.shown_path}: {error}") from None
         return cls(file, config, tied)
@@ -115,6 +118,13 @@ class ModelFile:
         if self.tied and name == architecture.tensor_name(Role.OUTPUT):
             name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
         return self.file.array(name), self.file.tensors[name].type
+
+
+def _numbers(file: GgufFile, name: str) -> tuple[float, ...]:
+    """The numbers in a float32 tensor of the file; raises FileFormatError where it has another type."""
+    if file.tensors[name].type != "F32":
+        raise FileFormatError(f"tensor {name} is {file.tensors[name].type}; it must be F32")
+    return tuple(file.array(name).tolist())
 
 
 def check_header(header: bytes, nbytes: int) -> None:

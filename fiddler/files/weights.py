@@ -45,7 +45,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """One dense weight: uint16 bits [out, in] and the kernel variant that reads them."""
+    """One dense weight: uint16 bits [out, in], or [heads, out, in], and the kernel variant that reads them."""
 
     bits: np.ndarray
     variant: KernelVariant

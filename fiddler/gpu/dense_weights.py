@@ -10,6 +10,7 @@ from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.model_file import ModelFile
 from fiddler.models.architecture import FLOATS, Role
 from fiddler.models.config import Config
+from fiddler.models.latent_attention import per_head_matrices
 
 __all__ = ["load_dense", "warm_up"]
 
@@ -38,7 +39,9 @@ def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> tuple[dict[str
     linears[output] = weights[embedding] if model_file.tied else load(output)
     for names in _products(config):
         mapped = [model_file.bits(name) for name in names]
-        if len({kind for _, kind in mapped}) == 1:  # contiguous: one product computes q, k and v, or gate and up
+        if (
+            len(names) > 1 and len({kind for _, kind in mapped}) == 1
+        ):  # contiguous: one product computes q, k and v, or gate and up
             rows = [len(values) for values, _ in mapped]
             columns = mapped[0][0].shape[1]
             joined = torch.empty(sum(rows), columns, dtype=kinds[mapped[0][1]], device=weight_copy.device)
@@ -46,6 +49,9 @@ def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> tuple[dict[str
                 linears[name] = load(name, part)
         else:
             linears.update({name: load(name) for name in names})
+    if config.has(Role.KEY_VALUE_UP):
+        for layer in range(config.block_count):
+            linears |= per_head_matrices(config, layer, linears.pop(name_of(Role.KEY_VALUE_UP, layer)))
     arrived = weight_copy.event()
     weight_copy.arrive(arrived)
     arrived.synchronize()
@@ -57,6 +63,12 @@ def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> tuple[dict[str
 
 _TOGETHER = (  # roles whose products with the same input are one
     (Role.QUERY, Role.KEY, Role.VALUE),
+    (Role.QUERY, Role.LATENT),
+    (Role.QUERY_DOWN, Role.LATENT),
+    (Role.QUERY_UP,),
+    (Role.KEY_UP,),
+    (Role.VALUE_UP,),
+    (Role.KEY_VALUE_UP,),
     (Role.ATTENTION_OUTPUT,),
     (Role.SHARED_GATE, Role.SHARED_UP),
     (Role.SHARED_DOWN,),
@@ -72,7 +84,7 @@ def _products(config: Config) -> list[list[str]]:
         [name_of(role, layer) for role in roles]
         for layer in range(config.block_count)
         for roles in _TOGETHER
-        if config.has(roles[0]) and name_of(roles[0], layer) in tensors
+        if all(config.has(role) for role in roles) and name_of(roles[0], layer) in tensors
     ]
 
 

@@ -51,6 +51,16 @@ class GpuLinear:
             return [self._matmul(x, weight) for weight in weights]
         return list(self._matmul(x, joined).split([len(weight) for weight in weights], 1))
 
+    def per_head(self, x: Tensor, name: str) -> Tensor:
+        """Implements `Linear.per_head`, in float32 and some heads at a time."""
+        weight = self._weights[name]
+        step = max(1, _WIDENED // weight[0].numel())
+        products, each = [], x.transpose(0, 1)  # [H, T, in]
+        for begin in range(0, len(weight), step):
+            heads = slice(begin, begin + step)
+            products.append(torch.bmm(each[heads], weight[heads].float().mT))
+        return torch.cat(products).transpose(0, 1)
+
     def _matmul(self, x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
         rounded = weight.dtype == torch.bfloat16 and not self._exact
         if len(x) == 1 and self._kernels is not None:

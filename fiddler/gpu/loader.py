@@ -29,7 +29,8 @@ from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
-from fiddler.models.architecture import EXPERTS
+from fiddler.models.architecture import EXPERTS, AttentionKind
+from fiddler.models.config import Config
 from fiddler.models.rotary import rotary_cos_sin
 from fiddler.models.transformer import Transformer
 from fiddler.offload.cost_benchmark import calibrated
@@ -108,7 +109,7 @@ def on_gpu(
     router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
     model = Transformer(config, weights, linear, orchestrator.layer, router, norm, dense_span)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, kv_cache, budget)
-    if triton_kernels is not None and can_decode({w.format for w in experts}):
+    if triton_kernels is not None and can_decode(config, {w.format for w in experts}):
         _decode_with_graphs(runner, kv_cache, cos_sin, recorder)
     budget.settle()
     summary = (
@@ -168,9 +169,13 @@ def _decode_with_graphs(runner: GpuRunner, kv_cache: KVCache, cos_sin: Tensor, r
     runner.decode_with(DecodeGraphs(graphs, runner.orchestrator, recorder), cos_sin, attention_kernels)
 
 
-def can_decode(formats: Collection[WeightFormat]) -> bool:
-    """Whether `DecodeGraphs` runs a model whose experts have these formats; it captures every architecture's blocks."""
-    return set(formats) <= {BF16, F16}
+def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
+    """Whether `DecodeGraphs` runs a model whose experts have these formats.
+
+    It captures every architecture's blocks, but its attention kernels write keys and values to two memories, and latent
+    attention has one.
+    """
+    return set(formats) <= {BF16, F16} and config.architecture.attention is AttentionKind.HEADS
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident

@@ -43,6 +43,9 @@ class KVCache:
         self.device, self._dtype = device, dtype
         empty = [self._empty(0) for _ in range(config.block_count)]
         self._keys, self._values = (empty, list(empty)) if storage is None else storage
+        if config.latent is not None:  # one memory for both
+            self._values = self._keys
+        self._memories = (self._keys,) if config.latent is not None else (self._keys, self._values)
         self._capacity = min(tensor.shape[1] for tensor in (*self._keys, *self._values))  # positions
         self._arrays: list[tuple[np.ndarray, np.ndarray]] | None = None
         self._pointers: kernels.KVPointers | None = None
@@ -50,7 +53,7 @@ class KVCache:
 
     @property
     def storage(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of each layer, [G, capacity, head_dim]."""
+        """Keys and values of each layer, [G, capacity, head_dim]; in latent attention they are the same tensors."""
         return self._keys, self._values
 
     def reserve(self, length: int) -> None:
@@ -62,11 +65,12 @@ class KVCache:
         capacity = _capacity_for(length, self.context, present)  # an empty one gets no more than a new one
         self._capacity = 0  # if an allocation fails, layers differ in capacity and must grow again
         self._arrays = self._pointers = None  # they point to the old memory
-        for layer, olds in enumerate(zip(self._keys, self._values, strict=True)):
-            grown = [self._empty(capacity) for _ in olds]
-            for new, old in zip(grown, olds, strict=True):
-                new[:, : self.length] = old[:, : self.length]
-            self._keys[layer], self._values[layer] = grown
+        for layer in range(len(self._keys)):
+            grown = [self._empty(capacity) for _ in self._memories]
+            for memory, new in zip(self._memories, grown, strict=True):
+                new[:, : self.length] = memory[layer][:, : self.length]
+            for memory, new in zip(self._memories, grown, strict=True):
+                memory[layer] = new
         self._capacity = capacity
 
     def divided(self, count: int, length: int) -> list[KVCache]:
@@ -107,19 +111,22 @@ class KVCache:
         return self._pointers
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [n, G, head_dim] behind the end, without moving it; all so far, [S, G, head_dim]."""
+        """Store keys and values [n, G, head_dim] behind the end, without moving it; all so far, [S, G, head_dim].
+
+        In latent attention the keys alone, which are the values, too.
+        """
         end = self.length + keys.shape[0]
-        stored = self._keys[layer].transpose(0, 1), self._values[layer].transpose(0, 1)  # [capacity, G, head_dim]
-        for target, new in zip(stored, (keys, values), strict=True):
+        stored = [memory[layer].transpose(0, 1) for memory in self._memories]  # [capacity, G, head_dim]
+        for target, new in zip(stored, (keys, values), strict=False):
             target[self.length : end] = new
-        return stored[0][:end], stored[1][:end]
+        return stored[0][:end], stored[-1][:end]
 
     def become(self, other: KVCache, shared: int = 0) -> None:
         """Copy `other`, from its position `shared` on: the positions before are the same in both."""
         assert shared <= min(self.length, other.length)
         self.length = shared  # positions that `reserve` copies, and that stay valid where it fails
         self.reserve(min(other.length + _FIRST_CAPACITY, self.context))  # else it would grow at the next step
-        for targets, sources in ((self._keys, other._keys), (self._values, other._values)):
+        for targets, sources in zip(self._memories, other._memories, strict=True):
             for target, source in zip(targets, sources, strict=True):
                 target[:, shared : other.length] = source[:, shared : other.length]
         self.length = other.length
@@ -146,7 +153,13 @@ class Step:
         self._config = config
         ends = list(accumulate(count for _, count in parts))
         begins = [end - count for end, (_, count) in zip(ends, parts, strict=True)]
-        by_kernel = [i for i, (sequence, count) in enumerate(parts) if count == 1 and sequence.device.type == "cpu"]
+        by_kernel = [
+            i
+            for i, (sequence, count) in enumerate(parts)
+            if count == 1
+            and sequence.device.type == "cpu"
+            and config.latent is None  # the kernel writes keys and values
+        ]
         self._by_kernel, self._kernel_rows = [parts[i][0] for i in by_kernel], [begins[i] for i in by_kernel]
         by_torch = sorted(set(range(len(parts))) - set(by_kernel))
         self._by_torch = [(parts[i][0], slice(begins[i], ends[i])) for i in by_torch]
@@ -195,7 +208,8 @@ class Step:
 def kv_bytes(config: Config, context: int, dtype: torch.dtype, length: int) -> int:
     """KV cache of a new sequence that reserves `length` positions at once [bytes]."""
     row = config.head_count_kv * config.head_dim * dtype.itemsize
-    return 2 * config.block_count * row * _capacity_for(length, context)
+    memories = 2 if config.latent is None else 1
+    return memories * config.block_count * row * _capacity_for(length, context)
 
 
 def _capacity_for(length: int, context: int, present: int = 0) -> int:

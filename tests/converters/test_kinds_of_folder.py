@@ -185,6 +185,11 @@ CONVERTS: dict[str, Kind] = {
     "the older key, factor 1": config(
         rope_parameters=..., rope_theta=1e6, rope_scaling={"type": "linear", "factor": 1.0}
     ),
+    "yarn": config(head_dim=8, rope_parameters=YARN | {"factor": 4.0}),
+    "yarn, the older key": config(
+        head_dim=8, rope_parameters=..., rope_theta=1e6, rope_scaling={"type": "yarn", "factor": 4.0}
+    ),
+    "llama3": config(head_dim=8, rope_parameters=YARN | LLAMA3 | {"factor": 8.0}),
     "null RoPE": config(rope_parameters=..., rope_theta=1e6, rope_scaling=None),
     "yarn of factor 1": config(head_dim=8, rope_parameters=YARN | {"factor": 1.0}),
     "llama3 of factor 1": config(head_dim=8, rope_parameters=YARN | LLAMA3 | {"factor": 1.0}),
@@ -282,7 +287,7 @@ REFUSED: dict[str, tuple[Kind, str]] = {
         )
     },
     "no model_type": (config(model_type=...), "model_type is None (architectures: ['MixtralForCausalLM'])"),
-    "yarn": (config(rope_parameters=YARN | {"factor": 4.0}), "rope_type is 'yarn'"),
+    "longrope": (config(rope_parameters=YARN | {"rope_type": "longrope"}), "rope_type is 'longrope'"),
     "dynamic of factor 1": (
         config(rope_parameters={"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e6}),
         "rope_type is 'dynamic'",

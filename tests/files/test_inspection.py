@@ -142,7 +142,7 @@ def test_a_rope_scaling_of_factor_1_runs(tmp_path, kind):
         ("general.architecture", text("gemma4"), "general.architecture is 'gemma4'"),
         ("llama.expert_count", u32(0), "a dense model"),
         ("tokenizer.ggml.model", text("bert"), "tokenizer.ggml.model is 'bert'"),
-        ("llama.rope.scaling.factor", f32(2.0), "rope.scaling.factor is 2.0"),
+        ("llama.rope.scaling.factor", f32(-2.0), "rope.scaling.factor is -2.0"),
     ],
 )
 def test_a_file_that_does_not_run_is_described_with_the_reason(tmp_path, key, value, reason):

@@ -21,7 +21,9 @@ from fiddler.kernels.formats.half import BF16, F16
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
 from fiddler.models.architecture import Architecture, AttentionBias, QkNorm, Role, Rotary, first_unknown
-from fiddler.models.config import Config
+from fiddler.models.config import Config, LatentWidths
+from fiddler.models.deepseek import DEEPSEEK2
+from fiddler.models.rope_scaling import RopeKind, RopeScaling
 from fiddler.models.transformer import Transformer
 from oracles.reference import TINY
 
@@ -42,6 +44,14 @@ GGUF_ROLES = {
     Role.VALUE_BIAS: gguf.MODEL_TENSOR.ATTN_V,
     Role.QUERY_NORM: gguf.MODEL_TENSOR.ATTN_Q_NORM,
     Role.KEY_NORM: gguf.MODEL_TENSOR.ATTN_K_NORM,
+    Role.QUERY_DOWN: gguf.MODEL_TENSOR.ATTN_Q_A,
+    Role.QUERY_DOWN_NORM: gguf.MODEL_TENSOR.ATTN_Q_A_NORM,
+    Role.QUERY_UP: gguf.MODEL_TENSOR.ATTN_Q_B,
+    Role.LATENT: gguf.MODEL_TENSOR.ATTN_KV_A_MQA,
+    Role.LATENT_NORM: gguf.MODEL_TENSOR.ATTN_KV_A_NORM,
+    Role.KEY_UP: gguf.MODEL_TENSOR.ATTN_K_B,
+    Role.VALUE_UP: gguf.MODEL_TENSOR.ATTN_V_B,
+    Role.KEY_VALUE_UP: gguf.MODEL_TENSOR.ATTN_KV_B,
     Role.SELECTION_BIAS: gguf.MODEL_TENSOR.FFN_EXP_PROBS_B,
     Role.SHARED_ROUTER: gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
     Role.SHARED_GATE: gguf.MODEL_TENSOR.FFN_GATE_SHEXP,
@@ -52,6 +62,14 @@ GGUF_ROLES = {
     Role.DENSE_DOWN: gguf.MODEL_TENSOR.FFN_DOWN,
     Role.OUTPUT_NORM: gguf.MODEL_TENSOR.OUTPUT_NORM,
     Role.OUTPUT: gguf.MODEL_TENSOR.OUTPUT,
+}
+LATENT = {
+    "architecture": DEEPSEEK2,
+    "latent": LatentWidths(latent=16, key=24, value=16),
+    "head_dim": 24,
+    "head_count_kv": 1,
+    "rope_dimension_count": 8,
+    "absent": frozenset((Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP, Role.KEY_VALUE_UP, Role.SHARED_GATE)),
 }
 OTHERS = [
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.HEAD),
@@ -105,7 +123,19 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
     assert can_decode(config, {BF16})
     assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
-    assert gpu_loader.can_decode({BF16, F16})
+    assert gpu_loader.can_decode(config, {BF16, F16})
+
+
+def test_the_compiled_step_takes_scaled_frequencies_and_no_scaled_queries():
+    config = ModelFile.open(DEMO_MODEL).config
+    assert can_decode(dataclasses.replace(config, rope_scaling=RopeScaling(RopeKind.LINEAR, 4.0)), {BF16})
+    yarn = RopeScaling(RopeKind.YARN, 4.0, 256, attention_factor=1.2)
+    assert not can_decode(dataclasses.replace(config, rope_scaling=yarn), {BF16})
+
+
+def test_captured_graphs_take_no_latent_attention():
+    config = ModelFile.open(DEMO_MODEL).config
+    assert not gpu_loader.can_decode(dataclasses.replace(config, **LATENT), {BF16})
 
 
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():

@@ -70,6 +70,38 @@ _GLM = {
     "routed_scaling_factor": 1.5,
 }
 
+_LATENT = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "intermediate_size": 88,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+_MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40}
+
 CASES = {
     "qwen3moe": Case("Qwen3Moe", {**_heads(64, 8, 2), **_QWEN3, "head_dim": 16}),
     "qwen3moe, odd, tied, 3 shards": Case(
@@ -117,6 +149,90 @@ CASES = {
     ),
     "glm4moe, f16, fused, biases": Case(
         "Glm4Moe", {**_heads(72, 4, 2), **_GLM, "attention_bias": True, "n_shared_experts": 2}, dtype="f16", fused=True
+    ),
+    "deepseek2, V2-Lite": Case("DeepseekV2", {**_heads(64, 4, 4), **_LATENT}),
+    "deepseek2, V2, groups, YaRN with mscale, 3 shards": Case(
+        "DeepseekV2",
+        {
+            **_heads(66, 3, 3),
+            **_LATENT,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 26,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 12,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 16.0,
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        shard="250KB",
+    ),
+    "deepseek2, V2, f16, fused, tied": Case(
+        "DeepseekV2",
+        {
+            **_heads(72, 6, 6),
+            **_LATENT,
+            "q_lora_rank": 30,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+            "tie_word_embeddings": True,
+        },
+        dtype="f16",
+        fused=True,
+    ),
+    "deepseek2, V3": Case("DeepseekV3", {**_heads(64, 4, 4), **_LATENT, "n_group": 2, "topk_group": 1}),
+    "deepseek2, V3, groups, YaRN, 3 shards, tied": Case(
+        "DeepseekV3",
+        {
+            **_heads(50, 5, 5),
+            **_LATENT,
+            "q_lora_rank": 20,
+            "v_head_dim": 22,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 2,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "tie_word_embeddings": True,
+        },
+        shard="250KB",
+    ),
+    "deepseek2, V3, f16, fused, not renormalised": Case(
+        "DeepseekV3",
+        {
+            **_heads(72, 6, 6),
+            **_LATENT,
+            "q_lora_rank": 36,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+        dtype="f16",
+        fused=True,
+    ),
+    "mixtral, YaRN": Case("Mixtral", {**_heads(64, 4, 2), **_MIXTRAL, "head_dim": 16, "rope_parameters": _YARN}),
+    "mixtral, linear RoPE": Case("Mixtral", {**_heads(64, 4, 2), **_MIXTRAL, "rope_parameters": _LINEAR}),
+    "mixtral, RoPE of Llama 3.1": Case("Mixtral", {**_heads(64, 2, 2), **_MIXTRAL, "rope_parameters": _LLAMA3}),
+    "qwen3moe, YaRN": Case(
+        "Qwen3Moe",
+        {**_heads(64, 4, 2), **_QWEN3, "head_dim": 22, "rope_parameters": {**_YARN, "attention_factor": 1.3}},
+    ),
+    "qwen3moe, linear RoPE": Case(
+        "Qwen3Moe", {**_heads(64, 4, 2), **_QWEN3, "head_dim": 16, "rope_parameters": _LINEAR}
+    ),
+    "qwen3moe, RoPE of Llama 3.1": Case(
+        "Qwen3Moe", {**_heads(64, 4, 2), **_QWEN3, "head_dim": 32, "rope_parameters": _LLAMA3}
+    ),
+    "glm4moe, YaRN": Case(
+        "Glm4Moe",
+        {
+            **_heads(64, 4, 2),
+            **_GLM,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "partial_rotary_factor": 0.5},
+        },
     ),
 }
 

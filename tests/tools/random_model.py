@@ -21,8 +21,9 @@ import numpy as np
 
 from fiddler.models import ARCHITECTURES
 from fiddler.models.architecture import FLOATS, Role, RouterRule, Scoring
-from fiddler.models.config import Config
+from fiddler.models.config import Config, LatentWidths
 from fiddler.models.metadata import to_metadata
+from fiddler.models.rope_scaling import RopeKind, RopeScaling
 
 
 def _shape(name: str, vocabulary: int, context: int, width: int, layers: int, hidden: int, heads: int, kv_heads: int,
@@ -44,6 +45,13 @@ SHAPES = {
                                absent=frozenset((Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN))),
     "deepseek-moe-16b": _shape("deepseek", 102400, 4096, 2048, 28, 1408, 16, 16, 128, 64, 6, feed_forward_length=10944,
                                leading_dense_block_count=1, expert_shared_feed_forward_length=2816),
+    "deepseek-v2-lite": _shape("deepseek2", 102400, 163840, 2048, 27, 1408, 16, 1, 576, 64, 6,
+                               feed_forward_length=10944, leading_dense_block_count=1,
+                               expert_shared_feed_forward_length=2816, rope_dimension_count=64,
+                               latent=LatentWidths(latent=512, key=192, value=128),
+                               rope_scaling=RopeScaling(RopeKind.YARN, 40.0, 4096, log_multiplier=0.707),
+                               absent=frozenset((Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP,
+                                                 Role.KEY_VALUE_UP, Role.SELECTION_BIAS))),
     "glm-4.5-air": _shape("glm4moe", 151552, 131072, 4096, 46, 1408, 96, 8, 128, 128, 8, feed_forward_length=10944,
                           leading_dense_block_count=1, expert_shared_feed_forward_length=1408, rope_dimension_count=64,
                           router=RouterRule(Scoring.SIGMOID), absent=frozenset((Role.QUERY_NORM, Role.KEY_NORM))),

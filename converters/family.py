@@ -1,0 +1,102 @@
+"""A family of models that convert, as a value: transformers' keys, defaults and tensor names. Knows names only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fiddler.models.architecture import Architecture, Role, Scoring
+
+__all__ = ["COMMON", "EXPERTS", "OTHER_NAMES", "Family", "StoredAs", "expert_names"]
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """A tensor's name in a layer of a checkpoint; with `{}`, one tensor for each expert.
+
+    half: the tensor holds two of ours one after the other, in each expert; ours is the first (0) or the second (1).
+    """
+
+    name: str
+    half: int | None = None
+
+
+OTHER_NAMES = {
+    Role.TOKEN_EMBEDDING: "model.embed_tokens.weight",
+    Role.OUTPUT_NORM: "model.norm.weight",
+    Role.OUTPUT: "lm_head.weight",
+}
+
+COMMON: Mapping[Role, tuple[StoredAs, ...]] = {
+    role: (StoredAs(name),)
+    for role, name in {
+        Role.ATTENTION_NORM: "input_layernorm.weight",
+        Role.QUERY: "self_attn.q_proj.weight",
+        Role.KEY: "self_attn.k_proj.weight",
+        Role.VALUE: "self_attn.v_proj.weight",
+        Role.QUERY_BIAS: "self_attn.q_proj.bias",
+        Role.KEY_BIAS: "self_attn.k_proj.bias",
+        Role.VALUE_BIAS: "self_attn.v_proj.bias",
+        Role.QUERY_NORM: "self_attn.q_norm.weight",
+        Role.KEY_NORM: "self_attn.k_norm.weight",
+        Role.QUERY_DOWN: "self_attn.q_a_proj.weight",
+        Role.QUERY_DOWN_NORM: "self_attn.q_a_layernorm.weight",
+        Role.QUERY_UP: "self_attn.q_b_proj.weight",
+        Role.LATENT: "self_attn.kv_a_proj_with_mqa.weight",
+        Role.LATENT_NORM: "self_attn.kv_a_layernorm.weight",
+        Role.KEY_UP: "self_attn.kv_b_proj.weight",  # of each head, the key's rows before the value's
+        Role.VALUE_UP: "self_attn.kv_b_proj.weight",
+        Role.ATTENTION_OUTPUT: "self_attn.o_proj.weight",
+        Role.FFN_NORM: "post_attention_layernorm.weight",
+        Role.ROUTER: "mlp.gate.weight",
+        Role.SELECTION_BIAS: "mlp.gate.e_score_correction_bias",
+        Role.SHARED_ROUTER: "mlp.shared_expert_gate.weight",
+        Role.SHARED_GATE: "mlp.shared_experts.gate_proj.weight",
+        Role.SHARED_UP: "mlp.shared_experts.up_proj.weight",
+        Role.SHARED_DOWN: "mlp.shared_experts.down_proj.weight",
+        Role.DENSE_GATE: "mlp.gate_proj.weight",
+        Role.DENSE_UP: "mlp.up_proj.weight",
+        Role.DENSE_DOWN: "mlp.down_proj.weight",
+    }.items()
+}
+"""As most families name them."""
+
+
+def expert_names(single: Mapping[Role, str], *stacked: tuple[str, str]) -> dict[Role, tuple[StoredAs, ...]]:
+    """Names of the expert stacks: one tensor an expert first; or gate and up in one stack, down in another."""
+    found = {role: [StoredAs(name)] if name else [] for role, name in single.items()}
+    for gate_up, down in stacked:
+        found[Role.GATE].append(StoredAs(gate_up, 0))
+        found[Role.UP].append(StoredAs(gate_up, 1))
+        found[Role.DOWN].append(StoredAs(down))
+    return {role: tuple(names) for role, names in found.items()}
+
+
+EXPERTS = expert_names(
+    {
+        Role.GATE: "mlp.experts.{}.gate_proj.weight",
+        Role.UP: "mlp.experts.{}.up_proj.weight",
+        Role.DOWN: "mlp.experts.{}.down_proj.weight",
+    },
+    ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),  # transformers 5 in memory
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: its architecture, its keys in config.json where families differ, and its tensor names.
+
+    Where a role has several names, a layer's first tensor tells which it is.
+    """
+
+    architecture: Architecture
+    defaults: Mapping[str, int]  # of absent integer keys
+    scoring: Scoring | None = None  # where it is not the architecture's
+    scale: float = 1.0  # of routing weights, if no key has one
+    expert_width: str = "moe_intermediate_size"
+    experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # the second as transformers 5 saves it
+    epsilon: float = 1e-6
+    theta: float = 1e4  # of RoPE, if no key has a base
+    partial_rotary: float = 1.0  # the part of a head that is rotated, if no key says it
+    refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # other values than these of these keys
+    names: Mapping[Role, tuple[StoredAs, ...]] = field(default_factory=lambda: {**COMMON, **EXPERTS})

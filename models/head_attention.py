@@ -1,0 +1,63 @@
+"""A block's grouped-query attention: projections, biases, norms of queries and keys. Knows no KV cache, no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from fiddler.models.architecture import Role, Rotary
+from fiddler.models.config import Config
+from fiddler.models.interfaces import Cache, Linear, Norm
+from fiddler.models.rotary import to_neighbours
+
+__all__ = ["Attention"]
+
+
+class Attention:
+    """A block's attention over heads' keys and values, with its norm and its residual."""
+
+    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, norm: Norm) -> None:
+        self._config, self._index, self._linear, self._norm = config, index, linear, norm
+        name = partial(config.architecture.tensor_name, layer=index)
+        self._attn_norm = weights[name(Role.ATTENTION_NORM)]
+        self._qkv = [name(role) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
+        self._output = name(Role.ATTENTION_OUTPUT)
+        biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
+        self._biases = [weights[name(role)] for role in biases if config.has(role)]
+        self._qk_norms = [weights[name(role)] for role in (Role.QUERY_NORM, Role.KEY_NORM) if config.has(role)]
+
+    def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
+        x = self._norm(h, self._attn_norm, self._config.rms_epsilon)
+        attended = cache.attend(self._index, *self._heads(self._linear.together(x, self._qkv))).flatten(1)
+        if wanted is not None:
+            h, attended = h[wanted], attended[wanted]
+            if not len(wanted):
+                return h
+        if self._config.residual_scale == 1.0:
+            return self._linear(attended, self._output, h)
+        return h + self._linear(attended, self._output) * self._config.residual_scale
+
+    def _heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Products [T, H or G * head_dim] -> q [T, H, head_dim], k and v [T, G, head_dim], as a cache takes them."""
+        config, head_dim = self._config, self._config.head_dim
+        for tensor, bias in zip(qkv, self._biases, strict=False):
+            tensor += bias
+        q, k, v = qkv
+        if self._qk_norms:
+            q, k = (
+                self._norm(tensor.reshape(-1, len(weight)), weight, config.rms_epsilon)
+                for tensor, weight in zip((q, k), self._qk_norms, strict=True)
+            )
+        q, k, v = (tensor.view(len(v), -1, head_dim) for tensor in (q, k, v))
+        if config.clamp_kqv is not None:
+            q, k, v = (tensor.clamp(-config.clamp_kqv, config.clamp_kqv) for tensor in (q, k, v))
+        if config.architecture.rotary is Rotary.HALVES:
+            q, k = to_neighbours(q, config.rotated), to_neighbours(k, config.rotated)
+        if config.attention_scale is not None:
+            q = q * (config.attention_scale * head_dim**0.5)
+        if config.rotated_scale != 1.0:  # of queries and of keys
+            q[..., : config.rotated] *= config.rotated_scale**2
+        return q, k, v
