@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from fiddler.models import MIXTRAL
 from fiddler.models.architecture import Scoring
 from fiddler.models.config import Config
-from fiddler.models.deepseek import DEEPSEEK2
+from fiddler.models.deepseek import DEEPSEEK2, GLM4_MOE
+from fiddler.models.qwen import OLMOE
 from fiddler.models.rope_scaling import RopeKind
 
 __all__ = ["differences"]
@@ -27,6 +28,17 @@ def differences(config: Config) -> Iterator[str]:
             f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
             f"from position {window} on"
         )
+    reads_norm = architecture is DEEPSEEK2 or architecture is GLM4_MOE
+    if not reads_norm and config.router.renormalise is not architecture.router.renormalise:
+        always = "always" if architecture.router.renormalise else "never"
+        yield (
+            f"llama.cpp {always} divides the routing weights of {architecture.name} by their sum: its output will "
+            f"differ (norm_topk_prob {str(config.router.renormalise).lower()})"
+        )
+    if architecture is OLMOE and config.clamp_kqv is not None:
+        yield f"llama.cpp ignores clip_qkv {config.clamp_kqv:g} for this architecture: its output will differ"
+    if architecture is OLMOE and config.head_count != config.head_count_kv:
+        yield "llama.cpp does not open an OLMoE with fewer KV heads than heads"
     if config.router.groups > 1 and config.router.scoring is Scoring.SOFTMAX:
         yield (
             "llama.cpp ranks groups of experts by their two best, transformers by the best: its output will differ "
