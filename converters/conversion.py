@@ -82,7 +82,7 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
-    """Convert `source`, a Hugging Face Mixtral folder or a GGUF, to the GGUF file `target`, as llama.cpp reads it.
+    """Convert `source`, a Hugging Face folder or a GGUF, to the GGUF file `target`, as llama.cpp reads it.
 
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
     (bf16 for a float32 one); norms and routers are float32. `progress(done, total)` receives the tensor bytes written.

@@ -21,7 +21,7 @@ from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
 from fiddler.cli.interrupts import exit_on_interrupt, leave_at_once
-from fiddler.cli.options import DType, check_local, say, shown
+from fiddler.cli.options import DType, check_local, exit_where_a_file_is_cut_short, say, shown
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
 from fiddler.cli.standard_streams import open_closed
@@ -107,11 +107,13 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
-    """Convert a Hugging Face Mixtral folder, or a float32 or old GGUF, to a GGUF in 16 bits."""
+    """Convert a Hugging Face folder, or a float32 or old GGUF, to a GGUF in 16 bits."""
     from tqdm import tqdm
 
     check_local(source)
     target = _beside(source) if target is None else target
+    if source.is_file():  # a GGUF: its header is mapped
+        exit_where_a_file_is_cut_short()
     from fiddler.converters import convert as run_conversion
 
     if signal.getsignal(signal.SIGINT) is leave_at_once:

@@ -28,6 +28,7 @@ __all__ = [
     "ModelOrDemo",
     "Output",
     "check_local",
+    "exit_where_a_file_is_cut_short",
     "loaded",
     "loading_bar",
     "open_output",
@@ -105,15 +106,20 @@ def opened(model: Path | ModelFile | None) -> ModelFile:
     """
     if isinstance(model, Path):
         check_local(model)
-    from fiddler.files.mapped_files import ROWS, table_address
     from fiddler.files.model_file import ModelFile
     from fiddler.loading import DEMO_MODEL
 
     file = model if isinstance(model, ModelFile) else ModelFile.open(DEMO_MODEL if model is None else model)
+    exit_where_a_file_is_cut_short()
+    return file
+
+
+def exit_where_a_file_is_cut_short() -> None:
+    """From now on a mapped file that is cut short ends the process in one line."""
+    from fiddler.files.mapped_files import ROWS, table_address
     from fiddler.kernels.codegen.bus_error import exit_on_bus_error
 
     exit_on_bus_error(table_address(), ROWS)
-    return file
 
 
 def open_output(path: Path | None) -> AbstractContextManager[OutputFile | None]:
