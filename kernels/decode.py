@@ -90,21 +90,8 @@ class CompiledDecodeStep:
         kv_pointers: each sequence's keys and values; position `positions[t]` is written. No two share memory.
         Raises ValueError when a shape, a data type or a number does not fit.
         """
-        if not len(tokens) == len(kv_pointers) == len(positions) > 0:
-            raise ValueError(f"{len(tokens)} tokens of {len(kv_pointers)} sequences at {len(positions)} positions")
-        if len({id(pointers) for pointers in kv_pointers}) < len(kv_pointers):
-            raise ValueError("a sequence appears twice in a step")
-        dtype, shape = kv_pointers[0].dtype, (len(self._blocks), self._groups, self._head_dim)
-        for token, pointers, position in zip(tokens, kv_pointers, positions, strict=True):
-            groups, capacity, head_dim = pointers.shape
-            if (len(pointers.addresses), groups, head_dim) != shape or pointers.dtype != dtype:
-                raise ValueError(
-                    f"{len(pointers.addresses)} layers' keys are {pointers.dtype} {pointers.shape}; expected {shape}"
-                )
-            if not 0 <= position < capacity:
-                raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
-            if not 0 <= token < self._vocabulary:
-                raise ValueError(f"token {token} lies outside 0..{self._vocabulary - 1}")
+        self._check_step(tokens, kv_pointers, positions)
+        dtype = kv_pointers[0].dtype
         x = self._embedded(tokens)
         position_array = np.array(positions, np.int64)
         kv_addresses = (
@@ -147,6 +134,23 @@ class CompiledDecodeStep:
         if self._parts.logit_scale != 1.0:
             logits /= np.float32(self._parts.logit_scale)
         return h, logits, StepSpans(expert_ids, times)
+
+    def _check_step(self, tokens: Sequence[int], kv_pointers: Sequence[KVPointers], positions: Sequence[int]) -> None:
+        if not len(tokens) == len(kv_pointers) == len(positions) > 0:
+            raise ValueError(f"{len(tokens)} tokens of {len(kv_pointers)} sequences at {len(positions)} positions")
+        if len({id(pointers) for pointers in kv_pointers}) < len(kv_pointers):
+            raise ValueError("a sequence appears twice in a step")
+        dtype, shape = kv_pointers[0].dtype, (len(self._blocks), self._groups, self._head_dim)
+        for token, pointers, position in zip(tokens, kv_pointers, positions, strict=True):
+            groups, capacity, head_dim = pointers.shape
+            if (len(pointers.addresses), groups, head_dim) != shape or pointers.dtype != dtype:
+                raise ValueError(
+                    f"{len(pointers.addresses)} layers' keys are {pointers.dtype} {pointers.shape}; expected {shape}"
+                )
+            if not 0 <= position < capacity:
+                raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
+            if not 0 <= token < self._vocabulary:
+                raise ValueError(f"token {token} lies outside 0..{self._vocabulary - 1}")
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
         """The tokens' embeddings as float32 [T, D]."""

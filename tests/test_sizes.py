@@ -26,6 +26,7 @@ EXCEPTIONS = {
     "fiddler.offload.grouped_kernels._down": TRITON,
     "fiddler.offload.grouped_kernels._up": TRITON,
     "kernels.attention_kernels.attend": SCALARS,
+    "kernels.decode.CompiledDecodeStep.__init__": "the way into `decode`, whose arguments these are",
     "kernels.decode_step.decode": ONE_KERNEL,
     "kernels.matmul.amx_blocks.multiply_tiles": ONE_KERNEL,
     "kernels.matmul.amx_tiles.matrix_tile": INSTRUCTIONS,
@@ -41,6 +42,7 @@ EXCEPTIONS = {
     "kernels.matmul.outer_blocks.multiply_outer": SCALARS,
     "kernels.matmul.outer_blocks.multiply_outer_floats": SCALARS,
     "kernels.matmul.outer_tiles.outer_tile": INSTRUCTIONS,
+    "kernels.norm_router._route": SCALARS,
 }
 """Function -> why it is longer or takes more."""
 
