@@ -1,6 +1,6 @@
-"""Converts a Mixtral, a Hugging Face folder or a GGUF, to a GGUF in 16 bits: each tensor from file to file.
+"""Converts a model, a Hugging Face folder or a GGUF, to a GGUF in 16 bits: each tensor from file to file.
 
-Knows what llama.cpp expects of a Mixtral in GGUF (types, row order); does not print, and does not know the source's
+Knows what llama.cpp expects of a model in GGUF (types, row order); does not print, and does not know the source's
 layout and metadata (`checkpoint`, `gguf_source`) or atomic writes (`atomic_file`).
 """
 

@@ -1,4 +1,4 @@
-"""A Mixtral GGUF as a source of conversion: its tensors in float32, float16 or bfloat16, its metadata as it is.
+"""A GGUF as a source of conversion: its tensors in float32, float16 or bfloat16, its metadata as it is.
 
 Stacks the experts of files from before 2024, which hold one tensor an expert (`blk.N.ffn_gate.E.weight`). Rows of
 queries and keys stay in GGUF's order. Changes no value; does not know where the weights are written to.
@@ -66,8 +66,8 @@ class GgufSource:
     def open(cls, path: Path) -> GgufSource:
         """Open a GGUF, in one file or split.
 
-        Raises FileFormatError for a file that is damaged or no Mixtral, CheckpointError for one that is quantised or
-        whose tensors are not those that its metadata imply.
+        Raises FileFormatError for a file that is damaged or of an unknown architecture, CheckpointError for one that is
+        quantised or whose tensors are not those that its metadata imply.
         """
         file = GgufFile.open(path)
         try:

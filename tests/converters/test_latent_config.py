@@ -88,7 +88,10 @@ def test_arithmetic_without_an_equivalent_is_refused(tmp_path, kind, values, mes
 
 V2 = {"model_type": "deepseek_v2", "num_experts_per_tok": 6}
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 0.7}
-MIXTRAL, QWEN3 = {"model_type": "mixtral", "head_dim": 128}, {"model_type": "qwen3_moe", "head_dim": 128}
+MIXTRAL, QWEN3 = (
+    {"model_type": "mixtral", "head_dim": 128},
+    {"model_type": "qwen3_moe", "norm_topk_prob": True, "head_dim": 128},
+)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
