@@ -91,6 +91,7 @@ _QWEN2_MOE = Family(
         Role.SHARED_UP: (StoredAs("mlp.shared_expert.up_proj.weight"),),
         Role.SHARED_DOWN: (StoredAs("mlp.shared_expert.down_proj.weight"),),
     },
+    shared_width="shared_expert_intermediate_size",
 )
 
 _OLMOE = Family(
@@ -108,6 +109,7 @@ _OLMOE = Family(
     expert_width="intermediate_size",
     epsilon=1e-5,
     refused=_NO_BIAS,
+    clamp="clip_qkv",
 )
 
 _GRANITE_MOE = Family(
@@ -138,6 +140,7 @@ _GRANITE_MOE = Family(
         Role.SHARED_UP: (StoredAs("shared_mlp.input_linear.weight", 1),),
         Role.SHARED_DOWN: (StoredAs("shared_mlp.output_linear.weight"),),
     },
+    shared_width="shared_intermediate_size",
 )
 
 _DEEPSEEK = Family(
@@ -239,6 +242,10 @@ _GLM4_MOE = Family(
     experts=("n_routed_experts",),
     epsilon=1e-5,
     partial_rotary=0.5,
+    switches={
+        "use_qk_norm": (Role.QUERY_NORM, Role.KEY_NORM),
+        "attention_bias": (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+    },
 )
 
 FAMILIES: Mapping[str, Family] = {

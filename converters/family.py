@@ -98,5 +98,8 @@ class Family:
     epsilon: float = 1e-6
     theta: float = 1e4  # of RoPE, if no key has a base
     partial_rotary: float = 1.0  # the part of a head that is rotated, if no key says it
+    shared_width: str | None = None  # of all shared experts together; None: their number times an expert's width
+    clamp: str | None = None  # the limit of queries, keys and values
+    switches: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)  # false or absent: no tensors in these roles
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # other values than these of these keys
     names: Mapping[Role, tuple[StoredAs, ...]] = field(default_factory=lambda: {**COMMON, **EXPERTS})

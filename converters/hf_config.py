@@ -28,9 +28,8 @@ from fiddler.models.architecture import (
     Window,
 )
 from fiddler.models.config import Config, LatentWidths
-from fiddler.models.deepseek import DEEPSEEK2, GLM4_MOE
+from fiddler.models.deepseek import DEEPSEEK2
 from fiddler.models.granite import GRANITE_MOE
-from fiddler.models.qwen import OLMOE, QWEN2_MOE
 
 __all__ = ["HfConfig", "read_hf_config"]
 
@@ -126,14 +125,13 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
         query = {Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP}
         absent |= {Role.KEY_VALUE_UP, *(query if keys.optional_integer("q_lora_rank") is None else {Role.QUERY})}
         absent |= set() if keys.family.scoring is Scoring.SIGMOID else {Role.SELECTION_BIAS}
-    if architecture is GLM4_MOE:
-        absent |= set() if keys.boolean("use_qk_norm", False) else {Role.QUERY_NORM, Role.KEY_NORM}
-        absent |= set() if keys.boolean("attention_bias", False) else {Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS}
+    for key, roles in keys.family.switches.items():
+        absent |= set() if keys.boolean(key, False) else set(roles)
     if Role.SHARED_GATE in has and not fields["expert_shared_feed_forward_length"]:
         absent |= {Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN}
     fields["absent"] = frozenset(absent)
-    if architecture is OLMOE and (clip := keys.optional_real("clip_qkv")) is not None:
-        fields["clamp_kqv"] = clip
+    if keys.family.clamp is not None:
+        fields["clamp_kqv"] = keys.optional_real(keys.family.clamp)
     if architecture.scaled:
         for name, key in _MULTIPLIERS.items():
             fields[name] = keys.real(key, 1.0)
@@ -178,10 +176,8 @@ def _latent(keys: HfKeys) -> LatentWidths | None:
 
 def _shared_width(keys: HfKeys) -> int:
     """The shared experts' joint width; 0 where there are none."""
-    if keys.family.architecture is QWEN2_MOE:
-        return keys.integer("shared_expert_intermediate_size")
-    if keys.family.architecture is GRANITE_MOE:
-        return keys.integer("shared_intermediate_size")
+    if keys.family.shared_width is not None:
+        return keys.integer(keys.family.shared_width)
     if keys.family.architecture.shared_experts is SharedExperts.NONE:
         return 0
     return keys.integer("n_shared_experts") * keys.integer(keys.family.expert_width)

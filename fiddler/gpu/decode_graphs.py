@@ -76,7 +76,6 @@ class Graphs(Protocol):
 class LayerPlan(NamedTuple):
     """The GPU's part of a layer with missing experts, on its way from the caller's thread to the worker thread."""
 
-    graph: int  # that the layer ends
     layer: int
     expert_ids: list[int]
     gpu_rows: dict[int, int]  # streamed hidden rows of each missing expert
@@ -134,7 +133,7 @@ class DecodeGraphs:
         expert_ids = [int(e) for e in graphs.expert_ids[0].tolist()]
         split = orchestrator.split_one(layer, expert_ids)
         number = cooperative_step.number()
-        plans.put(LayerPlan(graph, layer, expert_ids, split.gpu_rows, number))
+        plans.put(LayerPlan(layer, expert_ids, split.gpu_rows, number))
         part = CpuPart(layer, graphs.x, np.array(expert_ids, np.int64)[None], graphs.routing_weights, split)
         if orchestrator.on_cpu(part, graphs.cpu_sum):
             if any(split.gpu_rows.values()):
@@ -159,7 +158,7 @@ class DecodeGraphs:
                 if any(plan.gpu_rows.values()):
                     graphs.stream(plan.layer, plan.expert_ids, plan.gpu_rows)
                 self._orchestrator.semaphore.wait(plan.number)
-                graphs.queue(plan.graph + 1)
+                graphs.queue(graph + 1)
                 queued.put(True)
                 cooperative_step.rest(plan.number)
         finally:
