@@ -92,6 +92,7 @@ def test_a_chat_streams_stops_at_ctrl_c_saves_resets_and_ends_at_ctrl_d(model, t
         assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
         chat.sendline("Tell me more.")  # the next turn works, with the history
+        chat.expect_exact("Tell me more.\r\n")  # its echo is no answer yet
         chat.expect(r"\w+ \w+ ")
         chat.sendintr()
         chat.prompt()
