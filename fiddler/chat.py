@@ -104,7 +104,7 @@ class Chat:
         available = self._engine.context - len(ids)
         limit = available if self._max_tokens is None else min(available, self._max_tokens)
         request = replace(self._request, prompt=ids, max_tokens=limit)
-        generation = self._engine.start(request, reuse=True, on_chunk=self.on_chunk)
+        generation = self._engine.start(request, on_chunk=self.on_chunk)
         return self._answer(text, first, len(ids), generation)
 
     def reset(self) -> None:

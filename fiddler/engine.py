@@ -122,23 +122,19 @@ class Engine:
         request: Request,
         *,
         prompt_cache: str | Path | None = None,
-        reuse: bool | None = None,
         on_chunk: Callable[[int], None] = lambda read: None,
     ) -> Generation:
         """Check a request and prepare it; nothing is computed until the result is iterated.
 
-        reuse: the common prefix with the last prompt is not computed again, which may change roundings; None does so
-        unless the temperature is 0 or there is a seed, that is, unless the request should be repeatable. prompt_cache:
-        a file that stores the prompt's keys and values for other processes, see `fiddler.runtime.kv_cache_file`; it is
-        read now, and written after the prompt was read. on_chunk: called between prefill chunks with the prompt's
-        tokens read so far, while the result is iterated; may raise to cancel.
+        prompt_cache: a file that stores the prompt's keys and values for other processes, see
+        `fiddler.runtime.kv_cache_file`; it is read now, and written after the prompt was read. on_chunk: called between
+        prefill chunks with the prompt's tokens read so far, while the result is iterated; may raise to cancel.
         Raises RequestError when the prompt and `max_tokens` together exceed the context, or make no sense.
         """
-        check_request(request, reuse)
+        check_request(request)
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         new_sampler = self._samplers(request)
-        if reuse is None:
-            reuse = prompt_cache is not None or not request.sampling.repeatable
+        reuse = request.reuse or prompt_cache is not None
         checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
         return Generation(self.runner, self.tokenizer, checked, new_sampler, self.load_seconds, on_chunk)
 
@@ -163,11 +159,11 @@ class Engine:
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         special: bool = False,
-        reuse: bool | None = None,
+        reuse: bool = True,
     ) -> Iterator[str]:
         """The continuation of `prompt` as pieces of text, as they come. See `Request` and `start`."""
-        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special)
-        return iter(self.start(request, reuse=reuse))
+        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special, reuse)
+        return iter(self.start(request))
 
     def generate(
         self,
@@ -179,11 +175,11 @@ class Engine:
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         special: bool = False,
-        reuse: bool | None = None,
+        reuse: bool = True,
     ) -> Completion:
         """The whole continuation of `prompt`. Arguments and errors: see `Request` and `start`."""
-        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special)
-        return self.start(request, reuse=reuse).run()
+        request = Request(prompt, _or_default(sampling), max_tokens, stop, ignore_eos, constraint, special, reuse)
+        return self.start(request).run()
 
     def batch(
         self,
@@ -249,20 +245,19 @@ class Engine:
         options: BeamOptions,
         *,
         prompt_cache: str | Path | None = None,
-        reuse: bool = False,
     ) -> BeamSearch:
         """Check a beam search and prepare it; nothing is computed until it runs. Other arguments: see `start`.
 
         Raises RequestError as `start` does, and for a request with a constraint; its `sampling` has no meaning.
         """
-        check_request(request, reuse)
+        check_request(request)
         if not isinstance(options, BeamOptions):
             raise RequestError(f"the options are {quoted(options)}; give BeamOptions")
         if request.constraint is not None:
             raise RequestError("a beam search has no constraint; leave it out, or sample")
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         options.check(self.config.vocab_size, self.runner.kv_bytes(len(ids) + 1), self.runner.room(self._mapped_bytes))
-        reuse = reuse or prompt_cache is not None
+        reuse = request.reuse or prompt_cache is not None
         checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
         return BeamSearch(self.runner, self.tokenizer, checked, options, request.ignore_eos, self.load_seconds)
 
@@ -277,7 +272,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         special: bool = False,
-        reuse: bool = False,
+        reuse: bool = True,
     ) -> list[Beam]:
         """The finished beams of a search with `width` beams, best first, as transformers' `generate(num_beams=width)`.
 
@@ -285,8 +280,8 @@ class Engine:
         errors: see `Request` and `start`.
         """
         options = BeamOptions(width, length_penalty, early_stopping)
-        request = Request(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, special=special)
-        return self.start_beams(request, options, reuse=reuse).run()
+        request = Request(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, special=special, reuse=reuse)
+        return self.start_beams(request, options).run()
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[KVCache], None]:
         if prompt_cache is None:

@@ -4,7 +4,7 @@ Knows arrays and CPU features; not files, tensors or models. The compiled code h
 here validate their arguments and are the only way in.
 """
 
-from fiddler.kernels.attention import KVPointers, attend_each
+from fiddler.kernels.attention import attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
@@ -20,7 +20,6 @@ __all__ = [
     "BlockParts",
     "BlockWeights",
     "CompiledDecodeStep",
-    "KVPointers",
     "KernelVariant",
     "Routing",
     "Tier",

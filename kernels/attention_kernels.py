@@ -10,16 +10,15 @@ from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, prange, types
-from numba.extending import intrinsic, overload
+from numba import njit, prange, types
+from numba.extending import overload
 from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
 
-__all__ = ["addresses", "attend", "attention"]
+__all__ = ["addresses", "attend", "attention", "pool_type"]
 
 
 def _read(stored: np.ndarray, row: np.ndarray) -> None:
@@ -88,69 +87,75 @@ def _rotate(row: np.ndarray, position: int, frequencies: np.ndarray, scale: np.f
         rotated[2 * i + 1] = row[2 * i] * s + row[2 * i + 1] * c
 
 
-@intrinsic
-def _pointer(_context: Any, _address: Any) -> Any:
-    """An int64 address as a Numba pointer."""
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        return b.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
 @partial(kernel, parallel=False)
 def _attend_group(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
+    pool: np.ndarray,
+    table: np.ndarray,
+    layer: int,
+    group: int,
     position: int,
     oldest: int,
     frequencies: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Attention of one key-value head, k and v [head_dim], for the query heads that share it, q [H / G, head_dim]."""
-    (heads, head_dim), length = q.shape, position + 1 - oldest
+    """Attention of one key-value head, k and v [head_dim], for the query heads that share it, q [H / G, head_dim].
+
+    Positions `oldest` to `position` are in blocks `table` [...] of `pool`; the last of them is written.
+    """
+    (heads, head_dim), length, per_block = q.shape, position + 1 - oldest, pool.shape[4]
     scale = np.float32(1 / np.sqrt(head_dim))
     rotated, scores = np.empty((heads, head_dim), np.float32), np.empty((heads, length), np.float32)
     row = np.empty(head_dim, np.float32)
     _rotate(k, position, frequencies, np.float32(1), row)
-    _write(keys[position], row)
-    _write(values[position], v)
+    last, at = table[position // per_block], position % per_block
+    _write(pool[last, layer, 0, group, at], row)
+    _write(pool[last, layer, 1, group, at], v)
     for r in range(heads):
         _rotate(q[r], position, frequencies, scale, rotated[r])
-    for p in range(length):
-        _read(keys[oldest + p], row)
-        for r in range(heads):
-            total = np.float32(0)
-            for i in range(head_dim):
-                total += rotated[r, i] * row[i]
-            scores[r, p] = total
+    for i in range(oldest // per_block, position // per_block + 1):
+        keys, first = pool[table[i], layer, 0, group], i * per_block
+        for p in range(max(oldest, first), min(position + 1, first + per_block)):
+            _read(keys[p - first], row)
+            for r in range(heads):
+                total = np.float32(0)
+                for d in range(head_dim):
+                    total += rotated[r, d] * row[d]
+                scores[r, p - oldest] = total
     for r in range(heads):
         inverse = np.float32(1) / _softmax_terms(scores[r])
         for p in range(length):
             scores[r, p] *= inverse
-        for i in range(head_dim):
-            out[r, i] = 0
-    for p in range(length):
-        _read(values[oldest + p], row)
-        for r in range(heads):
-            weight = scores[r, p]
-            for i in range(head_dim):
-                out[r, i] += weight * row[i]
+        for d in range(head_dim):
+            out[r, d] = 0
+    for i in range(oldest // per_block, position // per_block + 1):
+        values, first = pool[table[i], layer, 1, group], i * per_block
+        for p in range(max(oldest, first), min(position + 1, first + per_block)):
+            _read(values[p - first], row)
+            for r in range(heads):
+                weight = scores[r, p - oldest]
+                for d in range(head_dim):
+                    out[r, d] += weight * row[d]
 
 
-_VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
-_group = FunctionPointer(_attend_group, _MATRIX, _VECTOR, _VECTOR, None, None, types.intp, types.intp, _VECTOR, _MATRIX)
+_VECTOR, _MATRIX, _INTS, _INT = types.float32[::1], types.float32[:, ::1], types.intp[::1], types.intp
+_group = FunctionPointer(
+    _attend_group, _MATRIX, _VECTOR, _VECTOR, None, _INTS, _INT, _INT, _INT, _INT, _VECTOR, _MATRIX
+)
 _call_group = _group.call
 
 
 @lru_cache(maxsize=2)
 def addresses(kv_dtype: np.dtype) -> int:
     """The address of `_attend_group` for keys and values of this type, which `attention` calls."""
-    array_type = from_dtype(kv_dtype)[:, ::1]
-    return _group.address(array_type, array_type)
+    return _group.address(pool_type(kv_dtype))
+
+
+def pool_type(kv_dtype: np.dtype) -> types.Array:
+    """Numba's type of a pool of keys and values: see `attend`."""
+    return from_dtype(kv_dtype)[:, :, :, :, :, ::1]
 
 
 @kernel
@@ -158,35 +163,34 @@ def attend(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    kv_addresses: np.ndarray,
-    capacities: np.ndarray,
-    kv_type: np.ndarray,
+    pool: np.ndarray,
+    layer: int,
+    tables: np.ndarray,
+    first: np.ndarray,
     positions: np.ndarray,
     oldest: np.ndarray,
     frequencies: np.ndarray,
     out: np.ndarray,
     attend_group: int,
 ) -> None:
-    """kv_addresses: int64 [2, N], of keys and of values; kv_type: an empty array of their type.
+    """pool: [blocks, L, 2, G, positions a block, head_dim]: blocks of keys and values of every layer.
 
-    attend_group: the address of `_attend_group` for that type.
+    tables: the sequences' block numbers, one after the other; those of sequence n begin at first[n], of [N].
+    attend_group: the address of `_attend_group` for the pool's type.
     """
-    sequences, groups, head_dim = k.shape
+    sequences, groups, _ = k.shape
     group_heads = q.shape[1] // groups
     for task in prange(sequences * groups):
         n, g = task // groups, task % groups
-        shape = (groups, capacities[n], head_dim)
-        keys = carray(_pointer(kv_addresses[0, n]), shape, kv_type.dtype)[g]
-        values = carray(_pointer(kv_addresses[1, n]), shape, kv_type.dtype)[g]
         heads = slice(g * group_heads, (g + 1) * group_heads)
+        table = tables[first[n] :]
         _call_group(
             attend_group,
-            (q[n, heads], k[n, g], v[n, g], keys, values, positions[n], oldest[n], frequencies, out[n, heads]),
+            (q[n, heads], k[n, g], v[n, g], pool, table, layer, g, positions[n], oldest[n], frequencies, out[n, heads]),
         )
 
 
-_HEADS, _INTS = types.float32[:, :, ::1], types.intp[::1]
+_HEADS = types.float32[:, :, ::1]
 attention = FunctionPointer(
-    attend,
-    *(_HEADS, _HEADS, _HEADS, types.intp[:, ::1], _INTS, None, _INTS, _INTS, _VECTOR, _HEADS, types.intp),
+    attend, _HEADS, _HEADS, _HEADS, None, _INT, _INTS, _INTS, _INTS, _INTS, _VECTOR, _HEADS, _INT
 )

@@ -1,6 +1,6 @@
 """Compiled decode step for single tokens of a few sequences: validates the model's weights once, calls `decode_step`.
 
-Knows arrays; not files, tensors or KV caches beyond their `KVPointers`.
+Knows arrays; not files, tensors or KV caches beyond their pool and its tables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fiddler.kernels.attention import KVPointers
+from fiddler.kernels.attention import check_tables, joined
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import SPANS, addresses, decode
 from fiddler.kernels.decode_weights import BlockParts, BlockWeights, check_blocks
@@ -83,23 +83,16 @@ class CompiledDecodeStep:
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
 
     def step(
-        self, tokens: Sequence[int], kv_pointers: Sequence[KVPointers], positions: Sequence[int]
+        self, tokens: Sequence[int], pool: np.ndarray, tables: Sequence[np.ndarray], positions: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, StepSpans]:
         """One token of each of T sequences -> hidden states [T, D] and logits [T, V], float32, and the `StepSpans`.
 
-        kv_pointers: each sequence's keys and values; position `positions[t]` is written. No two share memory.
+        pool, tables, positions: see `attend_each`; position `positions[t]` is written.
         Raises ValueError when a shape, a data type or a number does not fit.
         """
-        self._check_step(tokens, kv_pointers, positions)
-        dtype = kv_pointers[0].dtype
+        self._check_step(tokens, pool, tables, positions)
         x = self._embedded(tokens)
         position_array = np.array(positions, np.int64)
-        kv_addresses = (
-            kv_pointers[0].addresses
-            if len(x) == 1
-            else np.concatenate([pointers.addresses for pointers in kv_pointers], 2)
-        )
-        capacities = np.array([pointers.shape[1] for pointers in kv_pointers])
         expert_ids = np.empty((len(self._sparse), len(x), self._experts_used), np.int64)
         times = np.empty((SPANS * len(self._blocks) + 1, 2))
         h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
@@ -108,16 +101,15 @@ class CompiledDecodeStep:
             while needed_words > 0:
                 needed_words = decode(
                     self._variant,
-                    addresses(self._variant, dtype),
+                    addresses(self._variant, pool.dtype),
                     x,
                     *self._weights,
                     self._shapes,
                     self._dense_rows,
                     self._parts.routing.values(),
                     self._numbers,
-                    kv_addresses,
-                    capacities,
-                    kv_pointers[0].empty,
+                    pool,
+                    *joined(tables),
                     position_array,
                     self._window or 0,
                     self._frequencies,
@@ -135,22 +127,19 @@ class CompiledDecodeStep:
             logits /= np.float32(self._parts.logit_scale)
         return h, logits, StepSpans(expert_ids, times)
 
-    def _check_step(self, tokens: Sequence[int], kv_pointers: Sequence[KVPointers], positions: Sequence[int]) -> None:
-        if not len(tokens) == len(kv_pointers) == len(positions) > 0:
-            raise ValueError(f"{len(tokens)} tokens of {len(kv_pointers)} sequences at {len(positions)} positions")
-        if len({id(pointers) for pointers in kv_pointers}) < len(kv_pointers):
-            raise ValueError("a sequence appears twice in a step")
-        dtype, shape = kv_pointers[0].dtype, (len(self._blocks), self._groups, self._head_dim)
-        for token, pointers, position in zip(tokens, kv_pointers, positions, strict=True):
-            groups, capacity, head_dim = pointers.shape
-            if (len(pointers.addresses), groups, head_dim) != shape or pointers.dtype != dtype:
-                raise ValueError(
-                    f"{len(pointers.addresses)} layers' keys are {pointers.dtype} {pointers.shape}; expected {shape}"
-                )
-            if not 0 <= position < capacity:
-                raise ValueError(f"position {position} lies outside 0..{capacity - 1}")
-            if not 0 <= token < self._vocabulary:
-                raise ValueError(f"token {token} lies outside 0..{self._vocabulary - 1}")
+    def _check_step(
+        self, tokens: Sequence[int], pool: np.ndarray, tables: Sequence[np.ndarray], positions: Sequence[int]
+    ) -> None:
+        if not len(tokens) == len(tables) == len(positions) > 0:
+            raise ValueError(f"{len(tokens)} tokens of {len(tables)} sequences at {len(positions)} positions")
+        shape = (len(self._blocks), 2, self._groups)
+        if pool.ndim != 6 or pool.shape[1:4] != shape or pool.shape[5] != self._head_dim or not pool.shape[4]:
+            raise ValueError(f"the pool is {pool.shape}; expected [blocks, {shape}, P, {self._head_dim}]")
+        if pool.dtype not in (np.float32, np.uint16) or not (pool.flags.c_contiguous and pool.flags.writeable):
+            raise ValueError(f"the pool is {pool.dtype}; expected contiguous float32 or bits of float16, writeable")
+        check_tables(pool, tables, positions, self._window)
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise ValueError(f"a token of {tokens} lies outside 0..{self._vocabulary - 1}")
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
         """The tokens' embeddings as float32 [T, D]."""

@@ -16,7 +16,6 @@ from llvmlite import ir
 from numba import njit, typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels import attention_kernels, norm_router
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
@@ -48,9 +47,9 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
         no_ints.reshape(0, 3),
         norm_router.Routing().values(),
         (np.float32(0), 0, np.float32(1), np.float32(1)),
-        no_ints.reshape(0, 2, 1),
+        np.empty((0, 1, 2, 1, 1, 2), kv_dtype),
         no_ints,
-        np.empty(0, kv_dtype),
+        no_ints,
         no_ints,
         0,
         row,
@@ -72,7 +71,7 @@ def addresses(variant: KernelVariant, kv_dtype: np.dtype) -> tuple[int, ...]:
         norm_router.normalise.address(),
         norm_router.router.address(),
         heads.address(),
-        attention_kernels.attention.address(from_dtype(kv_dtype)[::1]),
+        attention_kernels.attention.address(attention_kernels.pool_type(kv_dtype)),
         attention_kernels.addresses(kv_dtype),
         grouped.products.address(typeof(variant)),
         *grouped.addresses(variant),
@@ -144,9 +143,9 @@ def decode(
     dense_rows: np.ndarray,
     rule: tuple[Any, ...],
     parts: tuple[Any, ...],
-    kv_addresses: np.ndarray,
-    capacities: np.ndarray,
-    kv_type: np.ndarray,
+    pool: np.ndarray,
+    tables: np.ndarray,
+    first: np.ndarray,
     positions: np.ndarray,
     window: int,
     frequencies: np.ndarray,
@@ -164,7 +163,8 @@ def decode(
     none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
     addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
     where there is none. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals; see
-    `prepare_heads`. window: 0 for none. all_expert_ids: int64 [layers with routed experts, T, K], written.
+    `prepare_heads`. pool, tables, first: see `attention_kernels.attend`. window: 0 for none. all_expert_ids: int64
+    [layers with routed experts, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
@@ -215,7 +215,7 @@ def decode(
         _call_heads(prepare, (v_rows, v_bias, no_bias, epsilon, clamp, head_dim, 0, one))
         _call_attention(
             attend,
-            (q, k, v, kv_addresses[layer], capacities, kv_type, positions, oldest, frequencies, attended, attend_group),
+            (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
         arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], out_rows, dense, flat

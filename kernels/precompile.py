@@ -78,8 +78,8 @@ def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = No
 
 def _compile_first_half(variant: KernelVariant) -> None:
     compile_grouped_products(variant)
-    x, kv = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2), _kv_dtype(variant))
-    attend_each(x, x, x, [kv], [kv], [0], x[0, 0, :1])
+    x, pool = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2, 1, 1, 2), _kv_dtype(variant))
+    attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, :1])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
 
 

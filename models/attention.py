@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend"]
+__all__ = ["Rows", "attend"]
 
 _MASK_ELEMENTS = 1 << 22  # largest mask; longer masked attention goes through the queries in chunks
 _WIDEST_FUSED = 256  # head_dim that the GPU's fused kernel takes
@@ -17,7 +18,25 @@ _BLOCK = 4096  # cached positions that one call attends to
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+class Rows(Protocol):
+    """Keys or values [S, G, head_dim] in whatever memory: a tensor, or what gives one for each slice of positions."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[S, G, head_dim]."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of each element."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: slice, /) -> Tensor: ...
+
+
+def attend(q: Tensor, keys: Rows, values: Rows, window: int | None) -> Tensor:
     """Causal grouped-query attention of the last n of S positions: q [n, H, head_dim] -> [n, H, head_dim] float32.
 
     keys and values [S, G, head_dim]: query i is position S - n + i and attends to the positions up to its own, at
@@ -27,16 +46,16 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
     n, total = len(q), len(keys)
     fused = q.shape[-1] <= _WIDEST_FUSED and (window is None or total <= window)
     if q.is_cuda and keys.dtype == torch.float16 and fused:
-        return _attend_fp16(q, keys, values)
+        return _attend_fp16(q, keys[:], values[:])
     if window is not None:
-        visible = slice(max(0, total - n - window + 1), None)  # to any of the queries
+        visible = slice(max(0, total - n - window + 1), total)  # to any of the queries
         keys, values = keys[visible], values[visible]
     if n > 1 and (q.is_cuda or (window is not None and len(keys) > window)):
-        return _attend_masked(q.float(), keys, values, window)
+        return _attend_masked(q.float(), keys[:], values[:], window)
     return _attend_in_blocks(q.float(), keys, values)
 
 
-def _attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_in_blocks(q: Tensor, keys: Rows, values: Rows) -> Tensor:
     """`attend` without a window, block by block.
 
     Log-sum-exps merge the blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
@@ -53,13 +72,13 @@ def _attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out.transpose(0, 1).contiguous()
 
 
-def _blocks(q: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(q: Tensor, keys: Rows, values: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     """Attention to one block of positions at a time: its output and the log-sum-exp of its scores."""
     n, heads, head_dim = q.shape
     groups, past = keys.shape[1], len(keys)
     if n > 1:  # the queries' own positions, causally
         past -= n
-        k, v = (tensor[past:].transpose(0, 1).float() for tensor in (keys, values))  # [G, n, head_dim]
+        k, v = (rows[past : past + n].transpose(0, 1).float() for rows in (keys, values))  # [G, n, head_dim]
         k, v = (tensor.repeat_interleave(heads // groups, 0) for tensor in (k, v))
         yield _FLASH(q.transpose(0, 1)[None], k[None], v[None], 0.0, True)
         if past == 0:
@@ -67,7 +86,7 @@ def _blocks(q: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, T
     # queries of one KV head lie together, so the past's keys and values are never repeated
     grouped = q.view(n, groups, -1, head_dim).permute(1, 2, 0, 3).reshape(groups, -1, head_dim)  # [G, H / G * n, d]
     for begin in range(0, past, _BLOCK):
-        k, v = (tensor[begin : min(begin + _BLOCK, past)].transpose(0, 1).float() for tensor in (keys, values))
+        k, v = (rows[begin : min(begin + _BLOCK, past)].transpose(0, 1).float() for rows in (keys, values))
         if n > 1:
             yield _FLASH(grouped[None], k[None], v[None])
         else:  # torch's kernel takes ten times as long for so few queries of many keys

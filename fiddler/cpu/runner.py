@@ -13,13 +13,15 @@ from fiddler import kernels
 from fiddler.cpu.layers import MAX_KERNEL_TOKENS
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.kv_cache import KVCache
-from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
+from fiddler.runtime.paged_kv_cache import PagedKVCache
+from fiddler.runtime.paged_runner import PagedRunner
+from fiddler.runtime.runner import StepOutput, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["CpuRunner"]
 
 
-class CpuRunner(Runner):
+class CpuRunner(PagedRunner):
     """A `Runner` on the CPU."""
 
     def __init__(
@@ -50,7 +52,10 @@ class CpuRunner(Runner):
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
             return super().step(parts, wanted, logits=logits)
-        sequences, threads_before = [sequence for sequence, _ in parts], kernels.thread_count()
+        sequences = [sequence for sequence, _ in parts if isinstance(sequence, PagedKVCache)]
+        assert len(sequences) == len(parts)
+        assert self.pool.array is not None
+        threads_before = kernels.thread_count()
         assert len({id(sequence) for sequence in sequences}) == len(sequences), "a sequence stands twice in a step"
         with out_of_memory():
             for sequence in sequences:
@@ -59,7 +64,8 @@ class CpuRunner(Runner):
         try:
             *outputs, spans = self._decoder.step(
                 [tokens[0] for _, tokens in parts],
-                [sequence.pointers for sequence in sequences],
+                self.pool.array,
+                [sequence.table for sequence in sequences],
                 [sequence.length for sequence in sequences],
             )
         finally:
@@ -68,7 +74,7 @@ class CpuRunner(Runner):
             for layer, expert_ids in enumerate(torch.from_numpy(spans.expert_ids)):
                 self._recorder.chosen(layer, expert_ids)
         for sequence in sequences:
-            sequence.length += 1
+            sequence.advance(1)
         if self._recorder is not SILENT:
             for span in self._decoder.spans(spans):
                 self._recorder.did(*span)

@@ -88,8 +88,7 @@ def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -
     """
     context = len(windows[0])
     windows_per_step = max(1, min(runner.chunk, runner.context) // context)
-    storage = runner.sequence()
-    sequences = storage.divided(min(windows_per_step, len(windows)), context)
+    sequences = runner.sequences(min(windows_per_step, len(windows)), context)
     estimate = Estimate()
     for first in range(0, len(windows), windows_per_step):
         group = windows[first : first + windows_per_step]

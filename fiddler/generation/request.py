@@ -38,14 +38,14 @@ _MOST_STOPS = 1024  # each is searched in every piece of text
 class CheckedPrompt:
     """A prompt that fits the context, and what follows from it.
 
-    after_prompt: called with the sequence when it holds just the prompt. reuse: resume the sequence computed last, from
-    its common prefix with the prompt.
+    after_prompt: called with the sequence when it holds just the prompt. reuse: resume what past sequences
+    have of the prompt's beginning.
     """
 
     ids: Sequence[int]
     limit: int  # of tokens to generate
     stop: Sequence[str] = ()  # strings that end the text
-    reuse: bool = False
+    reuse: bool = True
     after_prompt: Callable[[KVCache], None] = lambda sequence: None
 
 
@@ -57,7 +57,8 @@ class Request:
     goes on until an end token or the end of the context. stop: a string that ends the text, not included, or several.
     ignore_eos: end tokens are never chosen. constraint: a language that the text must follow; the text ends where that
     is complete. special: names of control tokens in a text prompt, as `<s>`, are read as these tokens; only for text
-    that no stranger wrote.
+    that no stranger wrote. reuse: what earlier sequences have in common with the prompt's beginning is not computed
+    again, which may change roundings; without it a request with temperature 0 or a seed gives the same bits each time.
     Raises RequestError for a value of another type, or an empty stop string.
     """
 
@@ -68,6 +69,7 @@ class Request:
     ignore_eos: bool = False
     constraint: Constraint | None = None
     special: bool = False
+    reuse: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -77,7 +79,7 @@ class Request:
         if self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", whole_number("max_tokens", self.max_tokens))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
-        for name in ("ignore_eos", "special"):
+        for name in ("ignore_eos", "special", "reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {quoted(getattr(self, name))}; give True or False")
 
@@ -126,12 +128,10 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return texts
 
 
-def check_request(request: object, reuse: object) -> None:
-    """Raise RequestError unless `request` is a `Request`, and `reuse` True, False or None."""
+def check_request(request: object) -> None:
+    """Raise RequestError unless `request` is a `Request`."""
     if not isinstance(request, Request):
         raise RequestError(f"the request is {quoted(request)}; give a fiddler.Request")
-    if not isinstance(reuse, bool | None):
-        raise RequestError(f"reuse is {quoted(reuse)}; give True, False or None")
 
 
 def checked_ids(ids: Sequence[int], config: Config, context: int) -> list[int]:

@@ -15,9 +15,12 @@ from fiddler.errors import FiddlerError, ResourceError
 from fiddler.generation.batch_size import BatchSize, tokens_per_sequence
 from fiddler.generation.events import Event, Failed, Finished, PromptRead, Token
 from fiddler.generation.sequence_group import Advance, PreparedRequest, RunningSequence, SequenceGroup
+from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 
 __all__ = ["Scheduler"]
+
+_WORTH_WAITING = 64  # tokens that a prompt has in common with one that is being read
 
 
 class Scheduler:
@@ -105,6 +108,7 @@ class Scheduler:
             begin, end = end, end + len(group.sequences)
             self._report_prompt(handle, group, counts[begin:end])
             if not [sequence for sequence in group.sequences if sequence.logits is None]:
+                self._share_prompt(group)
                 self._advance(handle, group)
         if counts == [1] * len(sequences):
             self._batch_size.measured(len(sequences), time.perf_counter() - began)
@@ -144,6 +148,13 @@ class Scheduler:
         if cache.length <= total and any(counts):
             self._events.append(PromptRead(handle, cache.length, total))
 
+    def _share_prompt(self, group: SequenceGroup) -> None:
+        """Let other requests begin with a prompt as soon as it is read."""
+        cache = group.sequences[0].cache
+        assert cache is not None
+        if cache.length == len(group.prompt):
+            self._runner.share(cache, group.prompt)
+
     def _advance(self, handle: int, group: SequenceGroup) -> None:
         """Let a group choose its next tokens; copy caches for its forks; it leaves if it has ended."""
         try:
@@ -176,11 +187,15 @@ class Scheduler:
 
     def _join(self) -> None:
         """Let as many waiting groups join as memory and the batch size allow, at least one. Some may fail."""
-        while self._waiting:
-            handle, group = self._waiting[0]
+        passed = 0  # groups that wait for another one's prompt
+        while passed < len(self._waiting):
+            handle, group = self._waiting[passed]
             if self._running and not self._fits(group):
                 return
-            self._waiting.popleft()
+            if self._awaits_prefix(group):
+                passed += 1
+                continue
+            del self._waiting[passed]
             error = None
             try:
                 self._allocate(group)
@@ -191,6 +206,19 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
+
+    def _awaits_prefix(self, group: SequenceGroup) -> bool:
+        """Whether a running group reads a prompt whose beginning is this one's, too: it need not be computed twice."""
+        if not group.reuse or not self._runner.shares:
+            return False
+        prompt, first = group.prompt, group.prompt[:_WORTH_WAITING]
+        for other in self._running.values():
+            cache = other.sequences[0].cache
+            if cache is None or cache.length >= len(other.prompt) or other.prompt[:_WORTH_WAITING] != first:
+                continue
+            if len(first) == _WORTH_WAITING and common(prompt, other.prompt) > self._runner.matched(prompt):
+                return True
+        return False
 
     def _allocate(self, group: SequenceGroup) -> None:
         """A KV cache for each sequence of a group."""
@@ -226,13 +254,15 @@ class Scheduler:
             return
         group = self._running.pop(handle)
         for sequence in group.sequences:
+            if sequence.cache is not None:
+                self._runner.share(sequence.cache, sequence.tokens)
             sequence.cache = sequence.logits = None
         group.free.clear()
         self._waiting.appendleft((handle, group))
         self._batch_size.limit(self._sequences())
 
     def _leave(self, handle: int) -> None:
-        """Remove a group. Its caches go to the prefix cache, which holds the last one."""
+        """Remove a group. Its sequences are remembered."""
         group = self._running.pop(handle)
         for sequence in (*group.free, *reversed(group.sequences)):
             cache, sequence.cache, sequence.logits = sequence.cache, None, None

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fiddler.device import cuda_driver
 from fiddler.gpu import attention_kernels, decode_kernels
+from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.models.transformer import Transformer
 from fiddler.offload.feed_forward import torch_type
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.runtime.kv_cache import KVCache
 from fiddler.telemetry.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class DecodeCache:
     So one captured graph serves every position.
     """
 
-    def __init__(self, sequence: KVCache, position: Tensor, cos_sin: Tensor, window: int | None) -> None:
+    def __init__(self, sequence: ContiguousKVCache, position: Tensor, cos_sin: Tensor, window: int | None) -> None:
         self._keys, self._values = sequence.storage
         self._position, self._cos_sin, self._window = position, cos_sin, window
 
@@ -81,7 +81,12 @@ class CapturedGraphs:
     """
 
     def __init__(
-        self, model: Transformer, orchestrator: Orchestrator, sequence: KVCache, cos_sin: Tensor, recorder: Recorder
+        self,
+        model: Transformer,
+        orchestrator: Orchestrator,
+        sequence: ContiguousKVCache,
+        cos_sin: Tensor,
+        recorder: Recorder,
     ) -> None:
         """cos_sin: of every position, see `rotate_and_store`.
 

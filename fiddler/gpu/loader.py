@@ -22,6 +22,7 @@ from fiddler.device.weight_copy import fastest_copy
 from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights
+from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
 from fiddler.gpu.dense_weights import load_dense, warm_up
 from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
@@ -40,7 +41,6 @@ from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
-from fiddler.runtime.kv_cache import KVCache, kv_bytes
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["GpuModel", "can_decode", "on_gpu"]
@@ -87,7 +87,7 @@ def on_gpu(
     triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
     weights, linears = load_dense(model_file, weight_copy)
-    kv_cache = KVCache(config, context, cache_dtype, device)
+    kv_cache = ContiguousKVCache(config, context, cache_dtype, device)
     kv_cache.reserve(context)
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
@@ -158,7 +158,7 @@ def _grouped(device: torch.device) -> Grouped:
     return grouped_kernels.Grouped(device)
 
 
-def _decode_with_graphs(runner: GpuRunner, kv_cache: KVCache, cos_sin: Tensor, recorder: Recorder) -> None:
+def _decode_with_graphs(runner: GpuRunner, kv_cache: ContiguousKVCache, cos_sin: Tensor, recorder: Recorder) -> None:
     """Capture the graphs of a decode step, for sequences in the storage of `kv_cache`."""
     from fiddler.gpu import attention_kernels
     from fiddler.gpu.decode_graphs import DecodeGraphs
@@ -202,7 +202,9 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
-    position_bytes = kv_bytes(config, context, cache_dtype, context) + 4 * context * config.head_dim  # float32 cos_sin
+    position_bytes = (
+        contiguous_kv_bytes(config, context, cache_dtype, context) + 4 * context * config.head_dim
+    )  # float32 cos_sin
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
         token=width * _ACTIVATION_BYTES,

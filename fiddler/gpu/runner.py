@@ -18,12 +18,16 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
+from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
+from fiddler.gpu.last_sequence import LastSequence
 from fiddler.models.attention import attend
 from fiddler.models.config import Config
 from fiddler.models.transformer import Transformer
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.runtime.kv_cache import KVCache, Step
-from fiddler.runtime.runner import Runner, StepOutput
+from fiddler.runtime.kv_cache import KVCache
+from fiddler.runtime.prefix_cache import common
+from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
+from fiddler.runtime.step import Step
 
 if TYPE_CHECKING:
     from fiddler.gpu.decode_graphs import DecodeGraphs
@@ -49,6 +53,7 @@ class _GpuStep(Step):
         for i, (sequence, count) in enumerate(self._parts):
             rows, end = slice(begin, begin + count), sequence.length + count
             begin += count
+            assert isinstance(sequence, ContiguousKVCache)
             keys, values = (tensors[layer] for tensors in sequence.storage)
             rotated = self._attention.rotate_and_store(
                 q[rows], k[rows], v[rows], self._cos_sin_table, self._starts[i : i + 1], keys, values, keys.dtype
@@ -69,7 +74,7 @@ class GpuRunner(Runner):
         cache_dtype: torch.dtype,
         threads: int,
         chunk: int,
-        preallocated: KVCache,
+        preallocated: ContiguousKVCache,
         budget: Budget,
     ) -> None:
         """preallocated: has room for the whole context; one sequence at a time uses its storage."""
@@ -78,7 +83,8 @@ class GpuRunner(Runner):
         self.orchestrator = orchestrator
         self._kernel_threads = max(1, min(threads, kernels.usable_cores() - 1))
         self._storage = preallocated.storage
-        self._owner: Callable[[], KVCache | None] = lambda: None  # the sequence that uses `_storage`
+        self._last_sequence = LastSequence()
+        self._owner: Callable[[], ContiguousKVCache | None] = lambda: None  # the sequence that uses `_storage`
         self._decoder: DecodeGraphs | None = None
         self._attention: ModuleType | None = None
         self._cos_sin = torch.empty(0)
@@ -100,12 +106,12 @@ class GpuRunner(Runner):
         kernels.set_threads(self._kernel_threads)
         return self.orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
-    def sequence(self, positions: int = 0) -> KVCache:
+    def sequence(self, positions: int = 0) -> ContiguousKVCache:
         """Implements `Runner.sequence`. One sequence at a time uses the preallocated KV cache; others allocate."""
-        if self.prefix_cache.holds(self._owner()):
-            self.prefix_cache.drop()
+        if self._last_sequence.holds(self._owner()):
+            self._last_sequence.drop()
         unowned = self._owner() is None
-        sequence = KVCache(
+        sequence = ContiguousKVCache(
             self.model.config,
             self.context,
             self.cache_dtype,
@@ -115,27 +121,54 @@ class GpuRunner(Runner):
         if unowned:
             self._owner = weakref.ref(sequence)
         if positions:
-            self.reserve(sequence, positions)
+            self._reserve(sequence, positions)
         return sequence
 
-    def reserve(self, sequence: KVCache, positions: int) -> None:
-        """Implements `Runner.reserve`."""
-        with self._within_budget():
-            super().reserve(sequence, positions)
+    def sequences(self, count: int, positions: int) -> list[KVCache]:
+        """Implements `Runner.sequences`: in the memory of one."""
+        return list(self.sequence().divided(count, positions))
+
+    def _reserve(self, sequence: ContiguousKVCache, positions: int) -> None:
+        with self._within_budget(), out_of_memory():
+            sequence.reserve(positions)
+
+    def kv_bytes(self, positions: int) -> int:
+        """Implements `Runner.kv_bytes`."""
+        return contiguous_kv_bytes(self.model.config, self.context, self.cache_dtype, positions)
 
     def room(self, weights: int) -> int | None:
         """Implements `Runner.room`: bytes left of the budget; the preallocated KV cache is part of what is used."""
         return max(0, self.budget.room())
 
+    def matched(self, ids: Sequence[int]) -> int:
+        """Implements `Runner.matched`."""
+        return common(self._last_sequence.tokens, ids)
+
+    def resume(self, ids: Sequence[int], positions: int = 0) -> ContiguousKVCache:
+        """Implements `Runner.resume`. Without `ids`, the last sequence's memory is used again."""
+        sequence = self._last_sequence.take(ids) or self.sequence()
+        if positions:
+            self._reserve(sequence, positions)
+        return sequence
+
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Implements `Runner.keep`, but only for the preallocated KV cache: another would cost memory and be slower."""
         if sequence is self._owner():
-            super().keep(sequence, tokens)
+            assert isinstance(sequence, ContiguousKVCache)
+            self._last_sequence.put(sequence, tokens)
 
-    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
+    def forget(self) -> None:
+        """Implements `Runner.forget`."""
+        self._last_sequence.drop()
+
+    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> ContiguousKVCache:
         """Implements `Runner.copy`."""
-        with self._within_budget():
-            return super().copy(source, target, shared)
+        with self._within_budget(), out_of_memory():
+            target = self.sequence() if target is None else target
+            assert isinstance(target, ContiguousKVCache)
+            assert isinstance(source, ContiguousKVCache)
+            target.become(source, shared)
+            return target
 
     def step(
         self,

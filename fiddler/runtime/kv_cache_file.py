@@ -56,8 +56,8 @@ def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence
         check_target(path, force=True)
         check_space(path, cache.nbytes(len(ids)))
     count = min(cached, len(ids) - 1)
-    if count > common(runner.prefix_cache.tokens, ids):
-        sequence = runner.sequence()
+    if count > runner.matched(ids):
+        sequence = runner.sequence(count)
         cache.read(sequence, count)
         runner.keep(sequence, ids[:count])
     return (lambda sequence: cache.write(sequence, ids)) if cached < len(ids) else lambda sequence: None
@@ -97,17 +97,14 @@ class PromptCache:
         assert sequence.length == 0
         assert count <= len(self.tokens)
         sequence.reserve(count)
-        (_, heads, head_dim), positions = self._shape, len(self.tokens)
+        (layers, heads, head_dim), positions = self._shape, len(self.tokens)
         with self._opened() as file:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
-            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
-                data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
-                block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
-                if not np.isfinite(block).all():
-                    raise self._damaged("holds what is no number")
-                tensor[:, :count] = torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).to(tensor.device)
-        sequence.length = count
+            for layer in range(layers):
+                memories = [self._block(file, heads, positions, head_dim, count) for _ in range(2)]
+                sequence.write(layer, *(memory.to(sequence.device) for memory in memories))
+        sequence.advance(count)
 
     def write(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Replace the file, atomically, by one with `tokens` and their keys and values, which `sequence` holds.
@@ -126,9 +123,19 @@ class PromptCache:
 
             put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
             put(np.array(tokens, "<i4").tobytes())
-            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
-                block = tensor[:, :positions].cpu().numpy()
-                put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
+            for layer in range(self._shape[0]):
+                memories = sequence.stored(layer)
+                for memory in (memories[0], memories[-1]):
+                    block = memory[:positions].transpose(0, 1).cpu().numpy()
+                    put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
+
+    def _block(self, file: BinaryIO, heads: int, positions: int, head_dim: int, count: int) -> torch.Tensor:
+        """The next keys or values of the file: the first `count` positions, [count, heads, head_dim]."""
+        data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
+        block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
+        if not np.isfinite(block).all():
+            raise self._damaged("holds what is no number")
+        return torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).transpose(0, 1)
 
     def _opened(self) -> BinaryIO:
         """The file, opened; an empty stream where there is none, since llama.cpp, too, takes an empty file for none."""

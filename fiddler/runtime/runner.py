@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from fiddler import kernels
 from fiddler.errors import ResourceError
-from fiddler.host_memory import available_memory, memory_for_sequences
 from fiddler.models.transformer import Transformer
-from fiddler.runtime.kv_cache import KVCache, Step, kv_bytes
-from fiddler.runtime.prefix_cache import PrefixCache
+from fiddler.runtime.kv_cache import KVCache
+from fiddler.runtime.step import Step
 
 __all__ = ["Runner", "StepOutput", "out_of_memory"]
 
@@ -32,8 +32,11 @@ class StepOutput(NamedTuple):
     logits: Tensor | None
 
 
-class Runner:
+class Runner(ABC):
     """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence."""
+
+    shares = False
+    """Whether several sequences may have the same memory, see `share`."""
 
     def __init__(
         self, model: Transformer, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512
@@ -43,48 +46,49 @@ class Runner:
         self.context = context
         self.chunk = chunk
         self.cache_dtype = cache_dtype
-        self.prefix_cache = PrefixCache()
 
+    @abstractmethod
     def sequence(self, positions: int = 0) -> KVCache:
-        """A new, empty sequence with memory for `positions`; it grows where it gets more."""
-        sequence = KVCache(self.model.config, self.context, self.cache_dtype, self.model.token_embd.device)
-        if positions:
-            self.reserve(sequence, positions)
-        return sequence
+        """A new, empty sequence that will have so many positions, or more."""
 
-    def reserve(self, sequence: KVCache, positions: int) -> None:
-        """Make room in `sequence` for `positions` in all. Raises ResourceError where memory does not suffice."""
-        with out_of_memory():
-            sequence.reserve(positions)
+    @abstractmethod
+    def sequences(self, count: int, positions: int) -> list[KVCache]:
+        """`count` new, empty sequences of at most so many positions each."""
 
+    @abstractmethod
     def kv_bytes(self, positions: int) -> int:
         """KV cache of a new sequence with memory for `positions` [bytes]."""
-        return kv_bytes(self.model.config, self.context, self.cache_dtype, positions)
 
+    @abstractmethod
     def room(self, weights: int) -> int | None:
         """Bytes that KV caches may take in all, beside `weights` bytes of mapped files; None: no limit."""
-        return memory_for_sequences(available_memory(), weights)
 
+    @abstractmethod
+    def matched(self, ids: Sequence[int]) -> int:
+        """How many of the first `ids` need not be computed again."""
+
+    @abstractmethod
     def resume(self, ids: Sequence[int], positions: int = 0) -> KVCache:
-        """A sequence for `ids`: the cached one with their common prefix, never all of them, or a new one.
+        """A sequence that has the longest known prefix of `ids`, never all of them; an empty one without `ids`.
 
-        positions: that it gets memory for. No `ids`: an empty sequence, in the cached one's memory if there is one.
+        positions: that it will have, or more.
         """
-        sequence = self.prefix_cache.take(ids) or self.sequence()
-        if positions:
-            self.reserve(sequence, positions)
-        return sequence
 
+    @abstractmethod
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """Put `sequence`, which its user no longer needs, into the prefix cache; it holds the first of `tokens`."""
-        self.prefix_cache.put(sequence, tokens)
+        """Remember `sequence`, which its user gives up, for `resume`; it holds the first of `tokens`."""
 
+    def share(self, sequence: KVCache, tokens: Sequence[int]) -> None:
+        """Where it `shares`, let `resume` find the first of `tokens` in `sequence`, which is still in use."""
+        del sequence, tokens
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget all sequences that `resume` might find."""
+
+    @abstractmethod
     def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
-        """Copy `source` into `target`, or into a new sequence; see `KVCache.become`."""
-        target = self.sequence() if target is None else target
-        with out_of_memory():
-            target.become(source, shared)
-        return target
+        """A sequence with the positions of `source`, of which `target`, which is given up, has the first `shared`."""
 
     def step(
         self,

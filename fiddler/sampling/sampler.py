@@ -102,11 +102,6 @@ class Sampling:
             biases[int(token)] = float(value)
         object.__setattr__(self, "logit_bias", biases)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether the same logits give the same tokens again."""
-        return self.temperature == 0 or self.seed is not None
-
 
 def _number(name: str, value: object, kind: type, low: float, high: float) -> int | float:
     """`value` as an int or a float. Raises RequestError where it is none, or not between `low` and `high`."""

@@ -25,7 +25,17 @@ __all__ = ["Id", "Job", "as_id", "job_of", "parse_object", "probs_of"]
 Id = str | int | float
 
 _SAMPLING = [field.name for field in fields(Sampling)]
-_FIELDS = ["id", "prompt", "messages", "max_tokens", "stop", "ignore_eos", "response_format", *_SAMPLING]
+_FIELDS = [
+    "id",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+    "response_format",
+    "cache_prompt",
+    *_SAMPLING,
+]
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,8 @@ def job_of(line: dict[str, Any], defaults: Request) -> Job:
     max_tokens = values.get("max_tokens", defaults.max_tokens)
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < -1):
         raise RequestError(f"max_tokens is {quoted(max_tokens)}; give a whole number, -1 for no limit")
-    ignore_eos = values.get("ignore_eos", defaults.ignore_eos)
-    if not isinstance(ignore_eos, bool):
-        raise RequestError(f"ignore_eos is {quoted(ignore_eos)}; give true or false")
+    ignore_eos = _boolean(values, "ignore_eos", defaults.ignore_eos)
+    reuse = _boolean(values, "cache_prompt", defaults.reuse)
     prompt, messages = _prompt(values)
     schema = schema_of(values["response_format"]) if "response_format" in values else None
     request = Request(
@@ -96,8 +105,16 @@ def job_of(line: dict[str, Any], defaults: Request) -> Job:
         _stop(values["stop"]) if "stop" in values else defaults.stop,
         ignore_eos,
         defaults.constraint if schema is None else Constraint.json_schema(schema),
+        reuse=reuse,
     )
     return Job(identity, request, messages)
+
+
+def _boolean(values: dict[str, Any], name: str, default: bool) -> bool:
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {quoted(value)}; give true or false")
+    return value
 
 
 def _prompt(values: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:

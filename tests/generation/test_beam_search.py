@@ -109,7 +109,7 @@ def test_all_beams_advance_in_one_step(engine, monkeypatch):
     assert steps == [[20], *[[1] * 4] * 11]
     assert len(created) <= 4
     steps.clear()
-    engine.beam_search(ids, 4, 2, ignore_eos=True, reuse=True)
+    engine.beam_search(ids, 4, 2, ignore_eos=True)
     assert steps == [[1], [1] * 4]  # the prompt is cached, except its last token
 
 

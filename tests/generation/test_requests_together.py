@@ -115,7 +115,7 @@ def test_a_cancelled_request_that_waits_never_runs(engine):
 
 
 def test_a_closed_scheduler_holds_no_memory(engine, no_collection, monkeypatch):
-    engine.runner.prefix_cache.drop()
+    engine.runner.forget()
     caches, sequence = [], engine.runner.sequence
 
     def recorded(*positions):
@@ -135,10 +135,11 @@ def test_a_closed_scheduler_holds_no_memory(engine, no_collection, monkeypatch):
         scheduler.step()
     scheduler.close()
     assert scheduler.idle
-    assert len(caches) == 5
-    assert sum(cache() is not None for cache in caches) == 1  # in the prefix cache
-    engine.runner.prefix_cache.drop()
+    assert len(caches) == 3
     assert not any(cache() for cache in caches)
+    assert engine.runner.pool.used == engine.runner.prefix_cache.blocks > 0
+    engine.runner.forget()
+    assert engine.runner.pool.used == 0
 
 
 @pytest.mark.parametrize("num_beams", [2, 5])
@@ -212,21 +213,19 @@ def test_log_probs_a_constraint_and_stop_strings_in_a_batch_give_what_they_give_
 
 
 def test_prompts_of_a_batch_are_resumed_from_their_common_prefix(engine):
-    """The first takes the prompt computed last; of later ones, each what the one before it left."""
+    """And side by side: all of them begin with the same blocks."""
     engine.generate(IDS, GREEDY, 2, ignore_eos=True)
     prompts = [[*IDS, 7, 8], [*IDS[:30], 9], [*IDS[:30], 9, 5]]
     expected = [parts(engine.generate(prompt, GREEDY, 4, ignore_eos=True)) for prompt in prompts]
     engine.generate(IDS, GREEDY, 2, ignore_eos=True)
     completions = dict(
-        engine.batch((engine.start(Request(p, GREEDY, 4, ignore_eos=True), reuse=True) for p in prompts), parallel=1)
+        engine.batch((engine.start(Request(p, GREEDY, 4, ignore_eos=True)) for p in prompts), parallel=1)
     )
     assert [parts(completions[index]) for index in range(3)] == expected
-    assert [completions[index].stats.cached_tokens for index in range(3)] == [40, 30, 31]
-    side_by_side = dict(
-        engine.batch([engine.start(Request(p, GREEDY, 4, ignore_eos=True), reuse=True) for p in prompts])
-    )
+    assert [completions[index].stats.cached_tokens for index in range(3)] == [41, 30, 31]
+    side_by_side = dict(engine.batch([engine.start(Request(p, GREEDY, 4, ignore_eos=True)) for p in prompts]))
     assert [parts(side_by_side[index]) for index in range(3)] == expected
-    assert [side_by_side[index].stats.cached_tokens for index in range(3)] == [30, 0, 0]  # only one can take it
+    assert [side_by_side[index].stats.cached_tokens for index in range(3)] == [41, 30, 31]
 
 
 def test_a_prompt_cache_file_is_written_and_read_in_a_batch(engine, tmp_path):
@@ -236,7 +235,7 @@ def test_a_prompt_cache_file_is_written_and_read_in_a_batch(engine, tmp_path):
         for path, prompt in zip(files, (IDS, IDS[::-1]), strict=True):
             yield engine.start(Request(prompt, GREEDY, count, ignore_eos=True), prompt_cache=path)
 
-    engine.runner.prefix_cache.drop()
+    engine.runner.forget()
     first = dict(engine.batch(requests(5)))
     assert all(path.stat().st_size for path in files)
     fresh = fiddler.load(device="cpu", precision="exact")

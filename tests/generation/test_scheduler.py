@@ -14,7 +14,7 @@ from fiddler.generation.drivers import run_all
 from fiddler.generation.request import Request
 from fiddler.generation.scheduler import Scheduler
 from fiddler.host_memory import memory_for_sequences
-from fiddler.runtime.runner import Runner
+from fiddler.runtime.paged_runner import PagedRunner
 from fiddler.sampling.sampler import Sampler
 from oracles.synthetic import write_random_mixtral
 
@@ -145,7 +145,7 @@ def test_a_sequence_in_a_batch_generates_what_it_generates_alone(demo, alone, pa
     assert steps[-1][0] == sum(len(single.tokens) for single in expected)
 
 
-class RecordingRunner(Runner):
+class RecordingRunner(PagedRunner):
     """Records the tokens of each step; a step of more than `max_sequences` sequences raises `ResourceError`."""
 
     def __init__(self, runner, chunk=512, max_sequences=100):
@@ -209,8 +209,9 @@ def test_each_sequence_fails_if_not_even_one_fits_and_all_run_if_one_does(demo):
 def test_kv_caches_stay_within_their_memory(demo, sequences):
     runner = RecordingRunner(demo.runner)
     for positions in (5, 300):
-        nbytes = sum(tensor.nbytes for tensors in runner.sequence(positions).storage for tensor in tensors)
-        assert runner.kv_bytes(positions) == nbytes
+        sequence = runner.sequence(positions)
+        sequence.reserve(positions)
+        assert runner.kv_bytes(positions) == len(sequence.blocks) * runner.pool.memory[0].nbytes
     bytes_each = runner.kv_bytes(5)
     assert len(run_batch(demo, runner, [[1, 40, 50]] * 5, 2, kv_bytes=sequences * bytes_each + bytes_each // 2)) == 5
     assert max(len(step) for step in runner.steps) == sequences

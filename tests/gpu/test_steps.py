@@ -105,9 +105,9 @@ def test_beams_on_the_gpu_are_those_of_the_cpu(cpu_engine, gpu_engine, num_beams
 
 
 def test_a_cached_prefix_is_reused_on_the_gpu(cpu_engine, gpu_engine):
-    first = gpu_engine.generate(PROMPTS[2], GREEDY, 12, reuse=True)
+    first = gpu_engine.generate(PROMPTS[2], GREEDY, 12)
     longer = PROMPTS[2] + first.text + " and then"
-    second = gpu_engine.generate(longer, GREEDY, 12, reuse=True)
+    second = gpu_engine.generate(longer, GREEDY, 12)
     assert second.stats.cached_tokens > 20
     assert second.text == cpu_engine.generate(longer, GREEDY, 12).text
 
@@ -122,7 +122,7 @@ def test_an_aborted_step_holds_no_reference_to_the_sequence(cpu_engine, gpu_engi
         dict(gpu_engine.batch([gpu_engine.start(Request(prompt, GREEDY, 24)) for prompt in PROMPTS], parallel=2))
     ) == len(PROMPTS)
     gpu_engine.generate(PROMPTS[2], GREEDY, 24)
-    again = gpu_engine.generate(PROMPTS[2], GREEDY, 24, reuse=True)
+    again = gpu_engine.generate(PROMPTS[2], GREEDY, 24)
     assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
     assert again.text == cpu_engine.generate(PROMPTS[2], GREEDY, 24).text
 

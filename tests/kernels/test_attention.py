@@ -10,6 +10,7 @@ from numba import njit
 from fiddler import kernels
 from fiddler.kernels.codegen import scalar_math as arithmetic
 from oracles import naive
+from oracles.paged import from_pool, to_pool
 
 KINDS = pytest.mark.parametrize("kind", [np.float16, np.float32])
 
@@ -22,10 +23,13 @@ def case(seed, groups, heads_per_group, head_dim, capacity, kind):
     return q, k, v, keys, values, frequencies
 
 
-def attend(q, k, v, keys, values, position, frequencies, window=None):
-    """Run the kernel for one sequence; float16 keys and values go in as their bits."""
-    keys, values = bits(keys), bits(values)
-    return kernels.attend_each(q[None], k[None], v[None], [keys], [values], [position], frequencies, window)[0]
+def attend(q, k, v, keys, values, position, frequencies, window=None, per_block=8):
+    """Run the kernel for one sequence, in blocks of a pool; float16 keys and values go in as their bits."""
+    pool, (table,) = to_pool([bits(keys)[None]], [bits(values)[None]], per_block)
+    out = kernels.attend_each(q[None], k[None], v[None], pool, 0, [table], [position], frequencies, window)[0]
+    for array, after in zip((keys, values), from_pool(pool, table, keys.shape[1]), strict=True):
+        bits(array)[:] = after[0]
+    return out
 
 
 def bits(array):
@@ -43,7 +47,8 @@ def test_decode_attention_matches_the_float64_oracle(kind, data):
     args = case(data.draw(st.integers(0, 2**32 - 1)), groups, heads_per_group, 2 * pairs, capacity, kind)
     q, k, v, keys, values, frequencies = args
     before = keys.copy(), values.copy()
-    out = attend(q, k, v, keys, values, position, frequencies, window)
+    per_block = data.draw(st.integers(1, 40))
+    out = attend(q, k, v, keys, values, position, frequencies, window, per_block)
     expected, rotated = naive.attend_one(q, k, v, *before, position, frequencies, window)
     other_positions = np.arange(capacity) != position
     for array, old in zip((keys, values), before, strict=True):
@@ -84,43 +89,54 @@ def test_each_sequence_of_a_batch_gets_the_same_bits_as_alone(kind, window):
     positions, capacities = [0, 299, 40, 7, 120, 1], [1, 300, 64, 8, 500, 2]
     cases = [case(n, 2, 4, 64, capacity, kind) for n, capacity in enumerate(capacities)]
     frequencies = cases[0][5]
-    storage = [[bits(one[i].copy()) for one in cases] for i in (3, 4)]
+    storage = [[bits(one[i].copy())[None] for one in cases] for i in (3, 4)]
+    before, default_threads = to_pool(*storage, per_block=16), kernels.thread_count()
     alone = [attend(*one[:5], position, frequencies, window) for one, position in zip(cases, positions, strict=True)]
-    before, default_threads = [[array.copy() for array in arrays] for arrays in storage], kernels.thread_count()
     q, k, v = (np.stack([one[i] for one in cases]) for i in range(3))
     try:
         for threads in (1, default_threads):
             kernels.set_threads(threads)
-            keys, values = ([array.copy() for array in arrays] for arrays in before)
-            together = kernels.attend_each(q, k, v, keys, values, positions, frequencies, window)
+            pool, tables = before[0].copy(), before[1]
+            together = kernels.attend_each(q, k, v, pool, 0, tables, positions, frequencies, window)
             np.testing.assert_array_equal(together, np.stack(alone))
-            for one, key, value in zip(cases, keys, values, strict=True):
-                np.testing.assert_array_equal(key, bits(one[3]))  # written by `alone`
-                np.testing.assert_array_equal(value, bits(one[4]))
+            for one, table in zip(cases, tables, strict=True):
+                for array, after in zip(one[3:5], from_pool(pool, table, one[3].shape[1]), strict=True):
+                    np.testing.assert_array_equal(after[0], bits(array))  # written by `alone`
     finally:
         kernels.set_threads(default_threads)
 
 
 def test_a_batch_of_no_sequences_gives_an_empty_output():
     none = np.empty((0, 4, 8), np.float32)
-    assert kernels.attend_each(none, none[:, :2], none[:, :2], [], [], [], np.ones(4, np.float32)).shape == (0, 4, 8)
+    pool = np.empty((1, 1, 2, 2, 16, 8), np.float32)
+    assert kernels.attend_each(none, none[:, :2], none[:, :2], pool, 0, [], [], np.ones(4, np.float32)).shape == (
+        0,
+        4,
+        8,
+    )
 
 
 def test_attention_refuses_arguments_of_the_wrong_shape_type_or_range():
     q, k, v, keys, values, frequencies = case(4, 2, 2, 8, 20, np.float32)
-    good = {"q": q[None], "k": k[None], "v": v[None], "keys": [keys], "values": [values], "positions": [5]}
+    pool, tables = to_pool([keys[None]], [values[None]], per_block=8)
+    good = {"q": q[None], "k": k[None], "v": v[None], "pool": pool, "layer": 0, "tables": tables, "positions": [5]}
     good["frequencies"] = frequencies
     kernels.attend_each(**good)
+    fixed = pool.copy()
+    fixed.flags.writeable = False
     bad = {
         "q": [good["q"][:, :3], good["q"][..., :6], q, good["q"].astype(np.float64), np.concatenate([good["q"]] * 2)],
         "k": [good["k"][:, :1], good["k"][:, ::-1], good["k"].astype(np.float16), k],
         "v": [good["v"][:, :1]],
-        "keys": [[keys[0]], [keys.astype(np.float64)], [keys.astype(np.float16)], [], [keys, keys], [keys[:1]]],
-        "values": [[values[:, :19]], [values.view(np.uint16)[..., :8].copy()], [values[:, ::-1]]],
+        "pool": [pool[0], pool[:, :, :1], pool[:, :, :, :1], pool[:, :, :, :, ::2], pool[..., :6], pool[:0]],
+        "layer": [-1, 1],
+        "tables": [[], tables * 2, [tables[0].astype(np.int32)], [tables[0][None]], [tables[0][:0]], [tables[0] + 9]],
         "frequencies": [frequencies[:3]],
-        "positions": [[-1], [20], [1, 2]],
+        "positions": [[-1], [24], [1, 2]],
         "window": [0, -1],
     }
+    bad["pool"] += [fixed, pool.astype(np.float64), pool.astype(np.float16)]
+    bad["tables"] += [[tables[0][::2]], [np.array([-1, 0, 1])]]
     for name, wrong in bad.items():
         for value in wrong:
             with pytest.raises(ValueError):
@@ -167,3 +183,15 @@ def test_float32_rounds_to_float16_as_numpy_does(seed):
     number = ~np.isnan(expected)
     np.testing.assert_array_equal(bits[number], expected.view(np.uint16)[number])
     assert np.isnan(bits[~number].view(np.float16)).all()
+
+
+def test_sequences_that_would_write_to_one_block_are_refused():
+    """They may share a block that is only read."""
+    cases = [case(seed, 2, 2, 8, 20, np.float32) for seed in (1, 2)]
+    q, k, v = (np.stack([one[i] for one in cases]) for i in range(3))
+    pool, tables = to_pool([one[3][None] for one in cases], [one[4][None] for one in cases], per_block=8)
+    tables[1][0] = tables[0][0]
+    kernels.attend_each(q, k, v, pool, 0, tables, [9, 11], cases[0][5])
+    tables[1][1] = tables[0][1]
+    with pytest.raises(ValueError, match="the same block"):
+        kernels.attend_each(q, k, v, pool, 0, tables, [9, 11], cases[0][5])

@@ -19,6 +19,7 @@ from fiddler import kernels
 from fiddler.telemetry.recorder import Meter
 from fiddler.telemetry.timeline import Tracer
 from oracles.naive import to_bits
+from oracles.paged import to_pool
 from oracles.synthetic import write_random_mixtral
 
 EPSILON = 1e-5
@@ -52,15 +53,14 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, heads_per_g
     return blocks, floats(width), bits(vocabulary, width), bits(vocabulary, width)
 
 
-def one_by_one(blocks, output_norm, output, variant, frequencies, experts_used, window, x, keys, values, positions):
+def one_by_one(blocks, output_norm, output, variant, frequencies, experts_used, window, x, pool, tables, positions):
     """The model's operations in the paper's order, each by its own function of `fiddler.kernels`."""
     h, head_dim = x, 2 * len(frequencies)
     for layer, block in enumerate(blocks):
         x = kernels.rms_norm(h, block.attn_norm, EPSILON)
         q, k, v = kernels.linears(x, [block.attn_q, block.attn_k, block.attn_v], variant)
         q, k, v = (part.reshape(len(h), -1, head_dim) for part in (q, k, v))
-        layer_cache = [of_sequence[layer] for of_sequence in keys], [of_sequence[layer] for of_sequence in values]
-        attended = kernels.attend_each(q, k, v, *layer_cache, positions, frequencies, window)
+        attended = kernels.attend_each(q, k, v, pool, layer, tables, positions, frequencies, window)
         h = h + kernels.linear(attended.reshape(len(h), -1), block.attn_output, variant)
         x = kernels.rms_norm(h, block.ffn_norm, EPSILON)
         expert_ids, routing_weights = kernels.route(x, block.ffn_gate_inp, experts_used)
@@ -94,8 +94,8 @@ def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
         arrays = [rng.normal(size=(layers, groups, capacity, 2 * pairs)).astype(kind) for capacity in capacities]
         return [array.view(np.uint16) if kind == np.float16 else array for array in arrays]
 
-    keys, values = random_cache(), random_cache()
-    before = [array.copy() for array in keys], [array.copy() for array in values]
+    pool, tables = to_pool(random_cache(), random_cache(), data.draw(st.integers(1, 9)))
+    after = pool.copy()
     ids = rng.integers(0, vocabulary, tokens).tolist()
     table = embeddings.view(np.float16) if variant.weights == "f16" else embeddings
     x = table[ids].astype(np.float32)
@@ -104,15 +104,13 @@ def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
     compiled = kernels.CompiledDecodeStep(
         table, blocks, output_norm, output, variant, frequencies, EPSILON, experts_used, window
     )
-    pointers = [kernels.KVPointers(list(k), list(v)) for k, v in zip(*before, strict=True)]
-    h, logits, _ = compiled.step(ids, pointers, positions)
+    h, logits, _ = compiled.step(ids, after, tables, positions)
     expected = one_by_one(
-        blocks, output_norm, output, variant, frequencies, experts_used, window, x, keys, values, positions
+        blocks, output_norm, output, variant, frequencies, experts_used, window, x, pool, tables, positions
     )
     np.testing.assert_array_equal(h, expected[0])
     np.testing.assert_array_equal(logits, expected[1])
-    for ours, theirs in zip((*before[0], *before[1]), (*keys, *values), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(after, pool)
 
 
 @pytest.fixture(scope="module")
@@ -252,41 +250,35 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
             with pytest.raises(ValueError):
                 kernels.CompiledDecodeStep(**good | {name: value})
 
-    def cache(layers=2, groups=2, capacity=5, head_dim=4, kind=np.uint16):
-        cached_keys = np.zeros((layers, groups, capacity, head_dim), kind)
-        return kernels.KVPointers(list(cached_keys), list(cached_keys.copy()))
+    def pool(layers=2, memories=2, groups=2, per_block=5, head_dim=4, kind=np.uint16):
+        return np.zeros((3, layers, memories, groups, per_block, head_dim), kind)
 
-    compiled.step([1, 10], [cache(), cache(capacity=1)], [4, 0])
-    for tokens, caches, positions in (
-        ([], [], []),
-        ([1], [cache()], [0, 1]),
-        ([1], [cache(), cache()], [0]),
-        ([1], [cache()], [5]),
-        ([1], [cache()], [-1]),
-        ([11], [cache()], [0]),
-        ([-1], [cache()], [0]),
-        ([1], [cache(layers=1)], [0]),
-        ([1], [cache(groups=1)], [0]),
-        ([1], [cache(head_dim=6)], [0]),
-        ([1, 1], [cache(), cache(kind=np.float32)], [0, 0]),
-        ([1, 1], [cache()] * 2, [0, 1]),
-    ):
-        with pytest.raises(ValueError):
-            compiled.step(tokens, caches, positions)
-    array, fixed = np.zeros((2, 5, 4), np.uint16), np.zeros((2, 5, 4), np.uint16)
+    one, two = np.array([1]), np.array([2, 0])
+    compiled.step([1, 10], pool(), [one, two], [4, 5])
+    fixed = pool()
     fixed.flags.writeable = False
-    for keys, values in (
-        ([], []),
-        ([array], [array, array]),
-        ([array], [array[:, :4]]),
-        ([array[0]], [array[0]]),
-        ([array.astype(np.float64)], [array.astype(np.float64)]),
-        ([array], [array.view(np.float16)]),
-        ([array[:, ::2]], [array[:, ::2]]),
-        ([array], [fixed]),
+    for tokens, blocks, tables, positions in (
+        ([], pool(), [], []),
+        ([1], pool(), [one], [0, 1]),
+        ([1], pool(), [one, two], [0]),
+        ([1], pool(), [one], [5]),
+        ([1], pool(), [one], [-1]),
+        ([11], pool(), [one], [0]),
+        ([-1], pool(), [one], [0]),
+        ([1], pool(layers=1), [one], [0]),
+        ([1], pool(memories=1), [one], [0]),
+        ([1], pool(groups=1), [one], [0]),
+        ([1], pool(head_dim=6), [one], [0]),
+        ([1], pool(kind=np.float64), [one], [0]),
+        ([1], pool(kind=np.float16), [one], [0]),
+        ([1], pool()[0], [one], [0]),
+        ([1], pool()[::2], [one], [0]),
+        ([1], fixed, [one], [0]),
+        ([1], pool(), [one + 2], [0]),
+        ([1, 1], pool(), [one, one], [0, 1]),
     ):
         with pytest.raises(ValueError):
-            kernels.KVPointers(keys, values)
+            compiled.step(tokens, blocks, tables, positions)
 
 
 def test_decode_gives_the_same_bits_on_any_number_of_threads(engine):

@@ -14,6 +14,7 @@ from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
 from fiddler.models.architecture import Scoring
 from fiddler.models.metadata import read_config
+from fiddler.runtime.block_pool import POSITIONS
 from oracles.families import CASES, make_family_checkpoint
 from oracles.old_latent import in_old_form
 
@@ -56,10 +57,11 @@ def test_the_kv_cache_holds_one_vector_a_position_and_layer(model):
     engine = loaded(model)
     config, sequence = engine.config, engine.runner.sequence()
     engine.runner.prefill(sequence, IDS)
-    keys, values = sequence.storage
-    assert all(key is value for key, value in zip(keys, values, strict=True))
-    assert keys[0].shape == (1, 256, config.latent.latent + config.rotated)
-    held = sum(tensor.nbytes for tensor in keys)
+    width = config.latent.latent + config.rotated
+    stored = [sequence.stored(layer) for layer in range(config.block_count)]
+    assert all([memory.shape for memory in layer] == [(len(IDS), 1, width)] for layer in stored)
+    positions = len(sequence.blocks) * POSITIONS
+    held = positions * width * config.block_count * engine.runner.cache_dtype.itemsize
     assert engine.runner.kv_bytes(len(IDS)) == held
 
 

@@ -11,10 +11,10 @@ import fiddler
 from fiddler import Sampling
 from fiddler.engine import Engine
 from fiddler.generation.request import Request
+from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.runner import GpuRunner
 from fiddler.offload.plan import Costs, Curve
-from fiddler.runtime.kv_cache import KVCache
-from fiddler.runtime.prefix_cache import PrefixCache, common
+from fiddler.runtime.prefix_cache import common
 from fiddler.telemetry.recorder import SilentRecorder
 from oracles.both_sides import EXACT, orchestrator
 from oracles.synthetic import write_random_mixtral
@@ -65,7 +65,7 @@ def greedy_uncached(engine, ids, count):
 
 
 def greedy(engine, ids, count=4):
-    return engine.generate(ids, GREEDY, count, ignore_eos=False, reuse=True)
+    return engine.generate(ids, GREEDY, count, ignore_eos=False)
 
 
 @pytest.mark.parametrize(
@@ -74,22 +74,6 @@ def greedy(engine, ids, count=4):
 )
 def test_common_counts_the_equal_first_tokens(one, other, expected):
     assert common(one, other) == expected
-
-
-@pytest.mark.parametrize(
-    "ids, left", [([5, 6, 7, 8], 3), ([5, 6, 7], 2), ([5], 0), ([5, 6, 9], 2), ([9], 0), ([], 0), ([5, 6, 7, 8, 9], 3)]
-)
-def test_a_cached_sequence_is_truncated_to_the_common_prefix(engine, ids, left):
-    """One token of the prompt is left to compute, for its logits. The sequence can be taken once."""
-    prefix_cache, sequence = PrefixCache(), engine.runner.sequence()
-    engine.runner.step([(sequence, [5, 6, 7])])
-    prefix_cache.put(sequence, [5, 6, 7, 8])  # the last one was sampled, not computed
-    assert prefix_cache.tokens == (5, 6, 7)
-    assert prefix_cache.take(ids) is sequence
-    assert sequence.length == left
-    assert prefix_cache.take(ids) is None
-    assert not prefix_cache.holds(sequence)
-    assert not prefix_cache.holds(None)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +107,10 @@ def test_generated_tokens_are_cached_too(engine, computed):
     assert list(second.tokens) == expected
     assert second.stats.cached_tokens == len(IDS) + 5
     computed.since_last()
-    beams = engine.beam_search(longer, 3, 4, reuse=True)
+    beams = engine.beam_search(longer, 3, 4)
     assert computed.since_last() <= 1 + 3 * 4
-    engine.runner.prefix_cache.drop()
-    uncached_beams = engine.beam_search(longer, 3, 4, reuse=True)
+    engine.runner.forget()
+    uncached_beams = engine.beam_search(longer, 3, 4)
     assert [beam.tokens for beam in beams] == [beam.tokens for beam in uncached_beams]
     third = greedy(engine, longer)  # keys and values of the beams are not in the prompt's sequence
     assert list(third.tokens) == expected
@@ -134,7 +118,7 @@ def test_generated_tokens_are_cached_too(engine, computed):
 
 
 def test_the_prompt_of_an_abandoned_generation_stays_cached(engine):
-    running = engine.stream(IDS, GREEDY, 9, reuse=True)
+    running = engine.stream(IDS, GREEDY, 9)
     next(running)
     running.close()
     expected = greedy_uncached(engine, IDS, 4)
@@ -144,15 +128,15 @@ def test_the_prompt_of_an_abandoned_generation_stays_cached(engine):
 
 
 def test_interleaved_generations_with_a_common_prefix_give_the_same_tokens_as_alone(engine):
-    """Only one of the three can take the cached sequence."""
+    """All of them begin with the same blocks."""
     greedy(engine, IDS, 1)
     prompts = [IDS, [*IDS[:30], 7], [*IDS, 4]]
     expected = [greedy_uncached(engine, prompt, 8) for prompt in prompts]
-    generations = [engine.start(Request(prompt, GREEDY, 8), reuse=True) for prompt in prompts]
+    generations = [engine.start(Request(prompt, GREEDY, 8)) for prompt in prompts]
     for _ in zip_longest(*generations):
         continue
     assert [list(generation.completion.tokens) for generation in generations] == expected
-    assert sorted(generation.completion.stats.cached_tokens for generation in generations)[:2] == [0, 0]
+    assert [generation.completion.stats.cached_tokens for generation in generations] == [39, 30, 40]
     assert list(greedy(engine, IDS, 8).tokens) == expected[0]
 
 
@@ -170,7 +154,7 @@ def test_an_aborted_generation_leaves_its_whole_steps_cached(
     computed.error, computed.at = error("stop"), at
     with pytest.raises(error):
         greedy(engine, IDS, 9)
-    assert len(engine.runner.prefix_cache.tokens) == (cached if at == 44 else 0)
+    assert engine.runner.matched([*IDS, *expected]) == (cached if at == 44 else 0)
     computed.error = None
     assert list(greedy(engine, IDS, 9).tokens) == expected
 
@@ -178,7 +162,7 @@ def test_an_aborted_generation_leaves_its_whole_steps_cached(
 def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use(engine):
     """On a GPU only that KV cache is fast: any next sequence gets it, unless another one is still using it."""
     plain = engine.runner
-    home = KVCache(engine.config, 100, torch.float32, torch.device("cpu"))
+    home = ContiguousKVCache(engine.config, 100, torch.float32, torch.device("cpu"))
     home.reserve(100)
     address = home.storage[0][0].data_ptr()
     both_sides = orchestrator(EXACT, [[], [], []], COSTS)
@@ -194,13 +178,13 @@ def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use
     greedy(engine, IDS)
     first = runner.sequence()
     assert at_home(first)  # the prefix cached there is forgotten
-    assert runner.prefix_cache.take(IDS) is None
+    assert runner.matched(IDS) == 0
     second = runner.sequence()
     assert not at_home(second)
     runner.step([(second, IDS)])
     runner.keep(second, IDS)  # not cached: it costs memory, and would be slow
     del second
-    assert runner.prefix_cache.take(IDS) is None
+    assert runner.matched(IDS) == 0
     del first
     assert [list(greedy(engine, ids).tokens) for ids in (IDS, IDS[:9])] == [
         greedy_uncached(engine, i, 4) for i in (IDS, IDS[:9])
@@ -208,13 +192,13 @@ def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, fiddler.Sampling(seed=3)])
-def test_a_generation_that_must_be_reproducible_ignores_the_prefix_cache(engine, computed, sampling):
+def test_a_generation_without_reuse_computes_its_whole_prompt_each_time(engine, computed, sampling):
     """In fewer bits, a prompt that is read in other chunks rounds differently, which could change the text."""
-    first = engine.generate(IDS, sampling, 4)
+    first = engine.generate(IDS, sampling, 4, reuse=False)
     computed.since_last()
-    assert engine.generate(IDS, sampling, 4).tokens == first.tokens
+    assert engine.generate(IDS, sampling, 4, reuse=False).tokens == first.tokens
     assert computed.since_last() == len(IDS) + 3
-    engine.generate(IDS, fiddler.Sampling(), 1)
+    engine.generate(IDS, sampling, 1)
     assert computed.since_last() == 1
 
 
@@ -228,6 +212,6 @@ def test_chunks_read_before_a_prompt_was_cancelled_stay_cached(engine, monkeypat
             raise ValueError("cancelled")
 
     with pytest.raises(ValueError, match="cancelled"):
-        list(engine.start(Request(ids, GREEDY, 4), reuse=True, on_chunk=cancel))
+        list(engine.start(Request(ids, GREEDY, 4), on_chunk=cancel))
     assert read == [8, 16]
     assert greedy(engine, ids).stats.cached_tokens == 16

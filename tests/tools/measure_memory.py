@@ -250,7 +250,7 @@ engine.runner.prefill(sequence, ids)
 seconds = time.perf_counter() - started
 done.set()
 thread.join()
-kv_bytes = sum(array.nbytes for layer in sequence.storage for array in layer)
+kv_bytes = engine.runner.kv_bytes(count)
 print(json.dumps({"seconds": seconds, "kv_bytes": kv_bytes, "grown": max(samples) - loaded}))
 """
 
