@@ -25,6 +25,7 @@ EXCEPTIONS = {
     "fiddler.loading.load": "the Python API: its parameters are its options",
     "fiddler.offload.grouped_kernels._down": TRITON,
     "fiddler.offload.grouped_kernels._up": TRITON,
+    "kernels.attention_kernels._attend_group": SCALARS,
     "kernels.attention_kernels.attend": SCALARS,
     "kernels.decode.CompiledDecodeStep.__init__": "the way into `decode`, whose arguments these are",
     "kernels.decode_step.decode": ONE_KERNEL,

@@ -7,6 +7,7 @@ how long it lives: with the last of them it is free again, whatever broke off in
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from fiddler.models.config import Config
 __all__ = ["POSITIONS", "Block", "BlockPool", "block_bytes", "blocks_for"]
 
 POSITIONS = 32  # in a block
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE: no swap is set aside; named since Python 3.13
 _NUMPY = {torch.float16: np.uint16, torch.float32: np.float32}
 
 
@@ -107,7 +109,7 @@ def _shape(config: Config) -> tuple[int, ...]:
 
 def _address_space(nbytes: int, capacity: int) -> tuple[mmap.mmap, int]:
     """Memory for up to `capacity` blocks of `nbytes`, not yet backed by any; fewer where addresses are limited."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
     while capacity > 0:
         try:
             return mmap.mmap(-1, capacity * nbytes, flags=flags), capacity

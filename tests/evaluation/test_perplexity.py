@@ -30,7 +30,7 @@ from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs, Curve
 from fiddler.offload.staging_ring import Ring
-from fiddler.runtime.runner import Runner
+from fiddler.runtime.paged_runner import PagedRunner
 from fiddler.telemetry.expert_counts import ExpertCounts, read_counts
 from oracles.permissions import permissions_count_for_ever
 from oracles.reference import from_gguf
@@ -107,7 +107,7 @@ def chosen_by_transformers(path, windows, bos):
     ]
 
 
-class BothSidesRunner(Runner):
+class BothSidesRunner(PagedRunner):
     """A `Runner` whose steps are an orchestrator's."""
 
     def __init__(self, orchestrator, *arguments):
