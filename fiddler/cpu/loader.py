@@ -17,7 +17,7 @@ from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models import ARCHITECTURES
-from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Role, Rotary, first_unknown
+from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Norm, Role, Rotary, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import rotary_frequencies
@@ -27,8 +27,10 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["can_decode", "decoder_of", "on_cpu"]
 
-# architectures whose parts the compiled decode step knows: all but latent attention
-_DECODES = tuple(each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS)
+# architectures whose parts the compiled decode step knows: all but latent attention and layer norms
+_DECODES = tuple(
+    each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS and each.norm is Norm.RMS
+)
 # `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
 _SMALL = {
     "attn_norm": Role.ATTENTION_NORM,
