@@ -232,7 +232,7 @@ def _reader(matrix: Source | GgufMatrix) -> Callable[[int, int], Array]:
     if not isinstance(matrix, Transposed):
         return matrix.rows
     whole = matrix.rows(0, matrix.count)
-    return lambda start, stop: whole[start:stop]
+    return lambda start, stop: whole[start:stop].copy()  # a view would keep the matrix alive
 
 
 def interleave(rows: Array, head_dim: int) -> Array:

@@ -27,10 +27,8 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["can_decode", "decoder_of", "on_cpu"]
 
-# architectures whose parts the compiled decode step knows: all but latent attention and layer norms
-_DECODES = tuple(
-    each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS and each.norm is Norm.RMS
-)
+# architectures whose parts the compiled decode step knows: all but latent attention
+_DECODES = tuple(each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS)
 # `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
 _SMALL = {
     "attn_norm": Role.ATTENTION_NORM,
@@ -148,6 +146,10 @@ def _block_weights(
     arrays = {field: weights[tensor_name(role)].numpy() for field, role in _SMALL.items() if role in roles}
     for fields in (_MATRICES, *_FEED_FORWARDS):
         arrays |= {field: linears[tensor_name(role)].bits for field, role in fields.items() if role in roles}
+    if Role.QUERY_KEY_VALUE in roles:
+        queries, keys = config.head_count * config.head_dim, config.head_count_kv * config.head_dim
+        parts = np.split(linears[tensor_name(Role.QUERY_KEY_VALUE)].bits, (queries, queries + keys))
+        arrays |= dict(zip(("attn_q", "attn_k", "attn_v"), parts, strict=True))
     if Role.QUERY_BIAS in roles:
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         arrays["attn_bias"] = np.concatenate([weights[tensor_name(role)].numpy() for role in biases])
@@ -168,4 +170,5 @@ def _block_parts(config: Config) -> kernels.BlockParts:
         residual_scale=config.residual_scale,
         embedding_scale=config.embedding_scale,
         logit_scale=config.logit_scale,
+        layer_norm=config.architecture.norm is Norm.LAYER,
     )
