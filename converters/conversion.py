@@ -25,6 +25,7 @@ from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
+from fiddler.converters.tensor_lookup import Transposed
 from fiddler.errors import CheckpointError, FileFormatError, RequestError, path_of, quoted
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.gguf_header import MAGIC
@@ -86,7 +87,8 @@ def convert(
 
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
     (bf16 for a float32 one); norms and routers are float32. `progress(done, total)` receives the tensor bytes written.
-    The source is converted in pieces, so memory stays at some tens of MB for a model of any size.
+    The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for DBRX: one of
+    its experts' matrices, 132 MB.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
@@ -212,8 +214,9 @@ def _pieces(matrix: Source | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Arra
     """The rows of `matrix` as contiguous arrays of `tensor`'s type, in GGUF's order, and each array's loss."""
     group = 1 if not tensor.heads else matrix.count // tensor.heads  # rows that must stay in one piece
     step = max(1, _PIECE // (matrix.width * group)) * group
+    read = _reader(matrix)
     for start in range(0, matrix.count, step):
-        rows = matrix.rows(start, min(start + step, matrix.count))
+        rows = read(start, min(start + step, matrix.count))
         if tensor.heads:
             rows = interleave(rows, group)
         if tensor.dtype is None:
@@ -222,6 +225,14 @@ def _pieces(matrix: Source | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Arra
         else:
             bits, loss = to_bits(rows, tensor.dtype)
             yield np.ascontiguousarray(bits), loss
+
+
+def _reader(matrix: Source | GgufMatrix) -> Callable[[int, int], Array]:
+    """Reads rows of a matrix: of a transposed one from memory, where it lies whole."""
+    if not isinstance(matrix, Transposed):
+        return matrix.rows
+    whole = matrix.rows(0, matrix.count)
+    return lambda start, stop: whole[start:stop].copy()  # a view would keep the matrix alive
 
 
 def interleave(rows: Array, head_dim: int) -> Array:

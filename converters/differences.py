@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from fiddler.models import MIXTRAL
 from fiddler.models.architecture import Scoring
 from fiddler.models.config import Config
+from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK2, GLM4_MOE
 from fiddler.models.qwen import OLMOE
 from fiddler.models.rope_scaling import RopeKind
@@ -31,9 +32,12 @@ def differences(config: Config) -> Iterator[str]:
     reads_norm = architecture is DEEPSEEK2 or architecture is GLM4_MOE
     if not reads_norm and config.router.renormalise is not architecture.router.renormalise:
         always = "always" if architecture.router.renormalise else "never"
+        key = f"norm_topk_prob {str(config.router.renormalise).lower()}"
+        if architecture is DBRX:
+            key = "moe_normalize_expert_weights null"
         yield (
             f"llama.cpp {always} divides the routing weights of {architecture.name} by their sum: its output will "
-            f"differ (norm_topk_prob {str(config.router.renormalise).lower()})"
+            f"differ ({key})"
         )
     if architecture is OLMOE and config.clamp_kqv is not None:
         yield f"llama.cpp ignores clip_qkv {config.clamp_kqv:g} for this architecture: its output will differ"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fiddler.converters.dbrx import DBRX_FAMILY
 from fiddler.converters.family import COMMON, EXPERTS, Family, StoredAs, expert_names
 from fiddler.models import MIXTRAL
 from fiddler.models.architecture import Role, Scoring
@@ -259,5 +260,6 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
     "glm4_moe": _GLM4_MOE,
+    "dbrx": DBRX_FAMILY,
 }
 """By `model_type`."""

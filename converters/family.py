@@ -15,17 +15,21 @@ class StoredAs:
     """A tensor's name in a layer of a checkpoint; with `{}`, one tensor for each expert.
 
     half: the tensor holds two of ours one after the other, in each expert; ours is the first (0) or the second (1).
+    flat: the experts' matrices are one below the other in one matrix. transposed: each has rows and columns exchanged.
     """
 
     name: str
     half: int | None = None
+    flat: bool = False
+    transposed: bool = False
 
 
-OTHER_NAMES = {
+OTHER_NAMES: Mapping[Role, str] = {
     Role.TOKEN_EMBEDDING: "model.embed_tokens.weight",
     Role.OUTPUT_NORM: "model.norm.weight",
     Role.OUTPUT: "lm_head.weight",
 }
+"""Outside of the layers."""
 
 COMMON: Mapping[Role, tuple[StoredAs, ...]] = {
     role: (StoredAs(name),)
@@ -91,15 +95,19 @@ class Family:
 
     architecture: Architecture
     defaults: Mapping[str, int]  # of absent integer keys
+    keys: Mapping[str, str] = field(default_factory=dict)  # its own names of keys; `a.b`: key b of the object a
     scoring: Scoring | None = None  # where it is not the architecture's
     scale: float = 1.0  # of routing weights, if no key has one
     expert_width: str = "moe_intermediate_size"
     experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # the second as transformers 5 saves it
     epsilon: float = 1e-6
     theta: float = 1e4  # of RoPE, if no key has a base
+    theta_keys: tuple[str, ...] = ("rope_theta",)  # beside RoPE's own objects
     partial_rotary: float = 1.0  # the part of a head that is rotated, if no key says it
     shared_width: str | None = None  # of all shared experts together; None: their number times an expert's width
     clamp: str | None = None  # the limit of queries, keys and values
     switches: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)  # false or absent: no tensors in these roles
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # other values than these of these keys
     names: Mapping[Role, tuple[StoredAs, ...]] = field(default_factory=lambda: {**COMMON, **EXPERTS})
+    layers: str = "model.layers"  # what the names of a layer's tensors begin with, before its number
+    other_names: Mapping[Role, str] = field(default_factory=lambda: OTHER_NAMES)

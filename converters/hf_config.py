@@ -28,6 +28,7 @@ from fiddler.models.architecture import (
     Window,
 )
 from fiddler.models.config import Config, LatentWidths
+from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK2
 from fiddler.models.granite import GRANITE_MOE
 
@@ -68,7 +69,8 @@ def read_hf_config(folder: Path) -> HfConfig:
         rotated, kv_heads = keys.integer("qk_rope_head_dim"), 1
         head_dim = latent.latent + rotated
     elif head_dim is None and (heads < 1 or width % heads):
-        raise keys.error(f"hidden_size {width} over num_attention_heads {heads} is not an integer; set head_dim")
+        names = keys.name("hidden_size"), keys.name("num_attention_heads")
+        raise keys.error(f"{names[0]} {width} over {names[1]} {heads} is not an integer; set head_dim")
     else:
         head_dim = width // heads if head_dim is None else head_dim
         rotated = int(partial_rotary(keys) * head_dim)
@@ -143,6 +145,9 @@ def _router(keys: HfKeys) -> RouterRule:
     family, rule = keys.family, keys.family.architecture.router
     if family.architecture is MIXTRAL or family.architecture is GRANITE_MOE:
         return rule
+    if family.architecture is DBRX:  # a norm's order, 1, or null
+        order = keys.name("norm_topk_prob")
+        return replace(rule, renormalise=keys.values.get(order, 1.0) is not None)
     scoring = family.scoring or rule.scoring
     # absent in config.json: as in transformers, whose default is False for all but those with sigmoids
     renormalise = keys.boolean("norm_topk_prob", scoring is Scoring.SIGMOID)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fiddler.converters.family import Family
@@ -22,11 +22,27 @@ class HfKeys:
     """
 
     def __init__(self, path: Path, values: Mapping[str, object], family: Family) -> None:
-        self.path, self.values = path, values
-        self.family = family
+        self.path, self.values, self.family = path, values, family
+        self.values = {**values, **dict(self._members())}
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")
+
+    def name(self, key: str) -> str:
+        """The family's own name of a key."""
+        return self.family.keys.get(key, key)
+
+    def _members(self) -> Iterator[tuple[str, object]]:
+        """The members of objects that the family's keys name, as `object.member`."""
+        for name in (*self.family.keys.values(), *self.family.theta_keys):
+            *objects, last = name.split(".")
+            holder: object = self.values
+            for each in objects:
+                holder = holder.get(each) if isinstance(holder, Mapping) else None
+                if not (holder is None or isinstance(holder, Mapping)):
+                    raise self.error(f"{each} is {quoted(holder, 40)}; it must be an object")
+            if isinstance(holder, Mapping) and last in holder:
+                yield name, holder[last]
 
     def refuse_unsupported(self) -> None:
         """Raise CheckpointError for quantised weights, and for arithmetic that the GGUF could not express."""
@@ -41,9 +57,10 @@ class HfKeys:
                 "convert the original bf16, f16 or f32 checkpoint"
             )
         name = self.family.architecture.name
-        activation = self.values.get("hidden_act", "silu")
+        key = self.name("hidden_act")
+        activation = self.values.get(key, "silu")
         if activation != "silu":
-            raise self.error(f"hidden_act is {quoted(activation, 40)}; a {name}'s experts use 'silu'")
+            raise self.error(f"{key} is {quoted(activation, 40)}; a {name}'s experts use 'silu'")
         for key, allowed in self.family.refused.items():
             value = self.values.get(key)
             if value is None or value in allowed:
@@ -55,39 +72,39 @@ class HfKeys:
 
     def first_present(self, names: Sequence[str]) -> str:
         """The first of several names of one key that is there; without any, the first."""
-        return next((name for name in names if name in self.values), names[0])
+        return next((name for name in names if self.name(name) in self.values), names[0])
 
     def integer(self, key: str) -> int:
         value = self.optional_integer(key)
         if value is None:
-            state = "null" if key in self.values else "missing"
-            raise self.error(f"{key} is {state}; it must be an integer")
+            state = "null" if self.name(key) in self.values else "missing"
+            raise self.error(f"{self.name(key)} is {state}; it must be an integer")
         return value
 
     def optional_integer(self, key: str) -> int | None:
-        value = self.values.get(key, self.family.defaults.get(key))
+        value = self.values.get(self.name(key), self.family.defaults.get(key))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise self.error(f"{key} is {quoted(value, 40)}; it must be an integer")
+            raise self.error(f"{self.name(key)} is {quoted(value, 40)}; it must be an integer")
         return value
 
     def real(self, key: str, default: float) -> float:
-        value = self.optional_real(key) if key in self.values else default
+        value = self.optional_real(key) if self.name(key) in self.values else default
         if value is None:
-            raise self.error(f"{key} is null; it must be a number")
+            raise self.error(f"{self.name(key)} is null; it must be a number")
         return value
 
     def optional_real(self, key: str) -> float | None:
-        value = self.values.get(key)
+        value = self.values.get(self.name(key))
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _in_float32(value):
-            raise self.error(f"{key} is {quoted(value, 40)}; it must be a number that float32 can hold")
+            raise self.error(f"{self.name(key)} is {quoted(value, 40)}; it must be a number that float32 can hold")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
+        value = self.values.get(self.name(key), default)
         if not isinstance(value, bool):
-            raise self.error(f"{key} is {quoted(value, 40)}; it must be true or false")
+            raise self.error(f"{self.name(key)} is {quoted(value, 40)}; it must be true or false")
         return value
 
 

@@ -31,8 +31,7 @@ _EVERYWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 def rope_theta(keys: HfKeys) -> float:
     """The base of RoPE; raises CheckpointError where two keys give different ones."""
     bases = {base for group in _groups(keys) if (base := group.optional_real("rope_theta")) is not None}
-    if (base := keys.optional_real("rope_theta")) is not None:
-        bases.add(base)
+    bases |= {base for key in keys.family.theta_keys if (base := keys.optional_real(key)) is not None}
     if len(bases) > 1:
         raise keys.error(f"rope_theta has the values {sorted(bases)}; keep the right one")
     return bases.pop() if bases else keys.family.theta

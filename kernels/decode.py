@@ -79,6 +79,7 @@ class CompiledDecodeStep:
             parts.halves,
             np.float32(parts.query_scale),
             np.float32(parts.residual_scale),
+            int(parts.layer_norm),
         )
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
 

@@ -1,8 +1,8 @@
 """The decode step as one compiled call: single tokens through all blocks; `CompiledDecodeStep` validates its arguments.
 
 One call, because the weights evict Python's code and data from the caches between two products: 1 ms a layer of
-Mixtral's shape. It calls the same kernels as the other paths, so results agree bit by bit. Knows the order of
-operations, which `models` describes; not files or tensors.
+Mixtral's shape. It calls the same kernels as the other paths, so results agree bit by bit, but for a layer norm's mean.
+Knows the order of operations, which `models` describes; not files or tensors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
         (np.ones(3, np.int64),) * 8,
         no_ints.reshape(0, 3),
         norm_router.Routing().values(),
-        (np.float32(0), 0, np.float32(1), np.float32(1)),
+        (np.float32(0), 0, np.float32(1), np.float32(1), 0),
         np.empty((0, 1, 2, 1, 1, 2), kv_dtype),
         no_ints,
         no_ints,
@@ -108,6 +108,24 @@ def _timed_products(
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
+def _normalise(
+    norm: int, h: np.ndarray, weight: np.ndarray, epsilon: np.float32, layer_norm: int, out: np.ndarray
+) -> None:
+    """out = RMS norm of h [T, D], whose kernel's address is `norm`; or its layer norm: of h less each row's mean."""
+    if layer_norm == 0:
+        _call_norm(norm, (h, weight, epsilon, out))
+        return
+    for t in range(h.shape[0]):
+        total = np.float32(0)
+        for i in range(h.shape[1]):
+            total += h[t, i]
+        mean = total / np.float32(h.shape[1])
+        for i in range(h.shape[1]):
+            out[t, i] = h[t, i] - mean
+    _call_norm(norm, (out, weight, epsilon, out))
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
 def _add(h: np.ndarray, added: np.ndarray, scale: np.float32) -> None:
     """h += scale * added."""
     for t in range(h.shape[0]):
@@ -162,14 +180,14 @@ def decode(
     head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
     none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
     addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
-    where there is none. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals; see
-    `prepare_heads`. pool, tables, first: see `attention_kernels.attend`. window: 0 for none. all_expert_ids: int64
-    [layers with routed experts, T, K], written.
+    where there is none. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals, see
+    `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`. window: 0 for none.
+    all_expert_ids: int64 [layers with routed experts, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
     biases, q_norm, k_norm = head_weights
-    clamp, halves, q_scale, residual_scale = parts
+    clamp, halves, q_scale, residual_scale, layer_norm = parts
     sigmoid, renormalise, routing_scale, expert_groups, groups_used = rule
     (tokens, width), experts_used = x.shape, all_expert_ids.shape[2]
     if tokens == 0:
@@ -203,7 +221,7 @@ def decode(
     needed_words: int = 0
     for layer in range(len(matrices)):
         span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
-        _call_norm(norm, (h, attn_norm[layer], epsilon, normed))
+        _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
         arguments = variant, normed, dense_ids, dense_weights, qkv_columns, layer_matrices[:3], qkv_rows, dense, qkv
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         bias = biases[layer]
@@ -221,7 +239,7 @@ def decode(
         arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], out_rows, dense, flat
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         _add(h, added, residual_scale)
-        _call_norm(norm, (h, ffn_norm[layer], epsilon, normed))
+        _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
@@ -238,6 +256,6 @@ def decode(
             _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
-    _call_norm(norm, (h, output_norm, epsilon, normed))
+    _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
     arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, logit_rows, dense, logits
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

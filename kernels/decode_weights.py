@@ -62,7 +62,7 @@ class BlockParts:
 
     halves: see `heads.prepare_heads`. clamp: of queries, keys and values; 0 for none. query_scale: a factor of q . k
     beside head_dim ** -0.5. residual_scale: of what attention and the feed-forwards add. embedding_scale: of the
-    embeddings. logit_scale: logits are divided by it.
+    embeddings. logit_scale: logits are divided by it. layer_norm: norms take the mean off, too.
     """
 
     routing: Routing = field(default_factory=Routing)
@@ -72,6 +72,7 @@ class BlockParts:
     residual_scale: float = 1.0
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    layer_norm: bool = False
 
 
 def check_blocks(

@@ -4,6 +4,7 @@
 """
 
 from fiddler.models.architecture import Architecture
+from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
 from fiddler.models.granite import GRANITE_MOE
 from fiddler.models.mixtral import MIXTRAL
@@ -12,6 +13,7 @@ from fiddler.models.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE
 __all__ = ["ARCHITECTURES", "MIXTRAL", "Architecture"]
 
 ARCHITECTURES: dict[str, Architecture] = {
-    each.gguf_name: each for each in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK, DEEPSEEK2, GLM4_MOE)
+    each.gguf_name: each
+    for each in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK, DEEPSEEK2, GLM4_MOE, DBRX)
 }
 """Every architecture that runs, by its name in GGUF."""

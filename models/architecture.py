@@ -37,6 +37,12 @@ class Norm(StrEnum):
     """Normalises the input of attention and of the experts."""
 
     RMS = "rms"  # Zhang and Sennrich 2019
+    LAYER = "layer"  # Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450, without a bias
+
+    @property
+    def epsilon_key(self) -> str:
+        """GGUF's key of its epsilon, less `attention.`."""
+        return "layer_norm_rms_epsilon" if self is Norm.RMS else "layer_norm_epsilon"
 
 
 class QkNorm(StrEnum):
@@ -138,6 +144,7 @@ class Role(Enum):
     QUERY = auto()
     KEY = auto()
     VALUE = auto()
+    QUERY_KEY_VALUE = auto()  # their rows in one matrix, in this order
     QUERY_BIAS = auto()
     KEY_BIAS = auto()
     VALUE_BIAS = auto()

@@ -59,7 +59,7 @@ class Config:
     head_dim: int  # `attention.key_length`
     expert_count: int
     expert_used_count: int
-    rms_epsilon: float
+    rms_epsilon: float  # of layer norms, too
     rope_freq_base: float
     sliding_window: int | None = None  # positions that a query attends to, its own included
     router: RouterRule = field(default_factory=RouterRule)
@@ -110,7 +110,7 @@ class Config:
         if self.head_dim % 2:
             raise FileFormatError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
         if not (math.isfinite(self.rms_epsilon) and 0.0 <= self.rms_epsilon < 1.0):
-            raise FileFormatError(f"layer_norm_rms_epsilon is {self.rms_epsilon}; it must lie in [0, 1)")
+            raise FileFormatError(f"{self.architecture.norm.epsilon_key} is {self.rms_epsilon}; it must lie in [0, 1)")
         if self.sliding_window is not None and not 1 <= self.sliding_window < 1 << 31:
             raise FileFormatError(f"sliding_window is {self.sliding_window}; it must lie between 1 and 2**31 - 1")
         for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale", "clamp_kqv"):
@@ -223,6 +223,7 @@ class Config:
             "H": self.head_count,
             "G": self.head_count_kv,
             "head_dim": self.head_dim,
+            "qkv": (self.head_count + 2 * self.head_count_kv) * self.head_dim,
             "pairs": self.rotated // 2,
         }
         if (widths := self.latent) is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fiddler.models.architecture import Role, Rotary
 from fiddler.models.config import Config
 from fiddler.models.interfaces import Cache, Linear, Norm
 from fiddler.models.rotary import to_neighbours
+from fiddler.models.router import centred
 
 __all__ = ["Attention"]
 
@@ -22,7 +24,9 @@ class Attention:
         self._config, self._index, self._linear, self._norm = config, index, linear, norm
         name = partial(config.architecture.tensor_name, layer=index)
         self._attn_norm = weights[name(Role.ATTENTION_NORM)]
-        self._qkv = [name(role) for role in (Role.QUERY, Role.KEY, Role.VALUE)]
+        fused = config.has(Role.QUERY_KEY_VALUE)
+        roles = (Role.QUERY_KEY_VALUE,) if fused else (Role.QUERY, Role.KEY, Role.VALUE)
+        self._qkv = [name(role) for role in roles]
         self._output = name(Role.ATTENTION_OUTPUT)
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         self._biases = [weights[name(role)] for role in biases if config.has(role)]
@@ -30,7 +34,7 @@ class Attention:
 
     def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
         """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
-        x = self._norm(h, self._attn_norm, self._config.rms_epsilon)
+        x = self._norm(centred(h, self._config.architecture.norm), self._attn_norm, self._config.rms_epsilon)
         attended = cache.attend(self._index, *self._heads(self._linear.together(x, self._qkv))).flatten(1)
         if wanted is not None:
             h, attended = h[wanted], attended[wanted]
@@ -41,8 +45,14 @@ class Attention:
         return h + self._linear(attended, self._output) * self._config.residual_scale
 
     def _heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Products [T, H or G * head_dim] -> q [T, H, head_dim], k and v [T, G, head_dim], as a cache takes them."""
+        """Products [T, H or G * head_dim] -> q [T, H, head_dim], k and v [T, G, head_dim], as a cache takes them.
+
+        qkv: the three, or one of all.
+        """
         config, head_dim = self._config, self._config.head_dim
+        if len(qkv) == 1:
+            keys = config.head_count_kv * head_dim
+            qkv = torch.split(qkv[0], [config.head_count * head_dim, keys, keys], 1)
         for tensor, bias in zip(qkv, self._biases, strict=False):
             tensor += bias
         q, k, v = qkv

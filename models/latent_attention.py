@@ -16,6 +16,7 @@ from torch import Tensor
 from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 from fiddler.models.interfaces import Cache, Linear, Norm
+from fiddler.models.router import centred
 
 __all__ = ["LatentAttention", "per_head_matrices"]
 
@@ -44,7 +45,8 @@ class LatentAttention:
     def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
         """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores the latents of all."""
         config, rotated = self._config, self._config.rotated
-        q, latent = self._linear.together(self._norm(h, self._attn_norm, config.rms_epsilon), self._first)
+        x = self._norm(centred(h, config.architecture.norm), self._attn_norm, config.rms_epsilon)
+        q, latent = self._linear.together(x, self._first)
         key = self._key(latent)  # [T, 1, head_dim]
         attended = cache.attend(self._index, self._queries(q), key, key)[..., rotated:]  # [T, H, latent]
         if wanted is not None:

@@ -18,6 +18,7 @@ from fiddler.models.architecture import (
     Window,
 )
 from fiddler.models.config import Config, LatentWidths
+from fiddler.models.dbrx import DBRX
 from fiddler.models.metadata_keys import MetadataKeys
 from fiddler.models.rope_metadata import TRUNCATE_KEY, read_rope_scaling, rope_scaling_metadata
 
@@ -70,7 +71,7 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         head_dim=head_dim,
         expert_count=expert_count,
         expert_used_count=keys.integer("expert_used_count"),
-        rms_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
+        rms_epsilon=keys.real(f"attention.{architecture.norm.epsilon_key}"),
         rope_freq_base=keys.real("rope.freq_base", 10000.0),
         sliding_window=_window(keys, architecture),
         router=_router(keys, architecture, biased=any(".exp_probs_b." in name for name in tensors)),
@@ -102,7 +103,7 @@ def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
         "rope.dimension_count": config.rotated,
         "expert_count": config.expert_count,
         "expert_used_count": config.expert_used_count,
-        "attention.layer_norm_rms_epsilon": float(config.rms_epsilon),
+        f"attention.{config.architecture.norm.epsilon_key}": float(config.rms_epsilon),
         "rope.freq_base": float(config.rope_freq_base),
     }
     if config.sliding_window is not None:
@@ -122,8 +123,8 @@ def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
         value = getattr(config, name)
         if config.architecture.scaled and value is not None:
             values[key] = float(value)
-    if config.clamp_kqv is not None:
-        values["attention.clamp_kqv"] = float(config.clamp_kqv)
+    if config.clamp_kqv is not None or config.architecture is DBRX:  # where llama.cpp demands the key; 0: none
+        values["attention.clamp_kqv"] = float(config.clamp_kqv or 0.0)
     if config.latent is not None:
         values |= {
             "attention.value_length": config.latent.latent,

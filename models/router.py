@@ -1,4 +1,4 @@
-"""RMS norm and top-K routing in plain torch. Knows tensors; not the model."""
+"""Norms and top-K routing in plain torch. Knows tensors; not the model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler.models.architecture import RouterRule, Scoring
+from fiddler.models.architecture import Norm, RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 
-__all__ = ["rms_norm", "route"]
+__all__ = ["centred", "rms_norm", "route"]
 
 _LEAST_SUM = 2.0**-14  # that scores are divided by, as in llama.cpp: sigmoids may all be 0
 
@@ -44,3 +44,8 @@ def _of_best_groups(ranks: Tensor, rule: RouterRule, *, two: bool) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMS norm in plain torch: implements `Norm`."""
     return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def centred(h: Tensor, norm: Norm) -> Tensor:
+    """The input of the RMS norm that computes `norm` of h [T, D]: a layer norm's is h less the mean of each row."""
+    return h - h.mean(-1, keepdim=True) if norm is Norm.LAYER else h

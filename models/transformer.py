@@ -22,7 +22,7 @@ from fiddler.models.config import Config
 from fiddler.models.head_attention import Attention
 from fiddler.models.interfaces import Cache, Experts, Linear, Norm, Router, RouterWeights
 from fiddler.models.latent_attention import LatentAttention
-from fiddler.models.router import rms_norm, route
+from fiddler.models.router import centred, rms_norm, route
 
 __all__ = ["Block", "Transformer"]
 
@@ -84,7 +84,8 @@ class Transformer:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V] float32."""
-        logits = self._linear(self._norm(h, self.output_norm, self.config.rms_epsilon), self._output)
+        x = self._norm(centred(h, self.config.architecture.norm), self.output_norm, self.config.rms_epsilon)
+        logits = self._linear(x, self._output)
         return logits if self.config.logit_scale == 1.0 else logits / self.config.logit_scale
 
 
@@ -127,7 +128,7 @@ class Block:
         """
         h, config = self.attention(h, cache, wanted), self.config
         x, expert_ids, routing_weights = self._router(
-            h, self._epsilon, self._weights, config.router, config.expert_used_count
+            self._centred(h), self._epsilon, self._weights, config.router, config.expert_used_count
         )
         if self._shared:
             y = self._ffn(x, self._shared)
@@ -139,12 +140,16 @@ class Block:
     def without_experts(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
         """A dense layer: h [T, D] -> h after it, the rows in `wanted`; None: all."""
         h = self.attention(h, cache, wanted)
-        return h + self._scaled(self._ffn(self._norm(h, self._weights.norm, self._epsilon), self._feed_forward))
+        x = self._norm(self._centred(h), self._weights.norm, self._epsilon)
+        return h + self._scaled(self._ffn(x, self._feed_forward))
 
     def _ffn(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) with matrices gate, up and down: [T, D] -> as x."""
         gate, up = self._linear.together(x, names[:2])
         return self._linear(F.silu(gate) * up, names[2])
+
+    def _centred(self, h: Tensor) -> Tensor:
+        return centred(h, self.config.architecture.norm)
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.config.residual_scale == 1.0 else y * self.config.residual_scale

@@ -17,7 +17,7 @@ from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models import ARCHITECTURES
-from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Role, Rotary, first_unknown
+from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Norm, Role, Rotary, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import rotary_frequencies
@@ -146,6 +146,10 @@ def _block_weights(
     arrays = {field: weights[tensor_name(role)].numpy() for field, role in _SMALL.items() if role in roles}
     for fields in (_MATRICES, *_FEED_FORWARDS):
         arrays |= {field: linears[tensor_name(role)].bits for field, role in fields.items() if role in roles}
+    if Role.QUERY_KEY_VALUE in roles:
+        queries, keys = config.head_count * config.head_dim, config.head_count_kv * config.head_dim
+        parts = np.split(linears[tensor_name(Role.QUERY_KEY_VALUE)].bits, (queries, queries + keys))
+        arrays |= dict(zip(("attn_q", "attn_k", "attn_v"), parts, strict=True))
     if Role.QUERY_BIAS in roles:
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         arrays["attn_bias"] = np.concatenate([weights[tensor_name(role)].numpy() for role in biases])
@@ -166,4 +170,5 @@ def _block_parts(config: Config) -> kernels.BlockParts:
         residual_scale=config.residual_scale,
         embedding_scale=config.embedding_scale,
         logit_scale=config.logit_scale,
+        layer_norm=config.architecture.norm is Norm.LAYER,
     )

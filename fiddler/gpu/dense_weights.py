@@ -63,6 +63,7 @@ def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> tuple[dict[str
 
 _TOGETHER = (  # roles whose products with the same input are one
     (Role.QUERY, Role.KEY, Role.VALUE),
+    (Role.QUERY_KEY_VALUE,),
     (Role.QUERY, Role.LATENT),
     (Role.QUERY_DOWN, Role.LATENT),
     (Role.QUERY_UP,),

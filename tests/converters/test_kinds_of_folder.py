@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Kind, str]] = {
         for name, kind in (
             *(("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral"), ("JetMoeForCausalLM", "jetmoe")),
             *(("Gemma4ForCausalLM", "gemma4"), ("NllbMoeForConditionalGeneration", "nllb-moe"), ("BertModel", "bert")),
-            *(("GptOssForCausalLM", "gpt_oss"), ("PhimoeForCausalLM", "phimoe"), ("DbrxForCausalLM", "dbrx")),
+            *(("GptOssForCausalLM", "gpt_oss"), ("PhimoeForCausalLM", "phimoe")),
         )
     },
     "no model_type": (config(model_type=...), "model_type is None (architectures: ['MixtralForCausalLM'])"),

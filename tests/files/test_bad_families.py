@@ -28,6 +28,7 @@ GOOD = {
     "deepseek": replace(PLAIN, architecture=ARCHITECTURES["deepseek"], router=RouterRule(renormalise=False), **DENSE),
     "glm4moe": replace(PLAIN, architecture=ARCHITECTURES["glm4moe"], rope_dimension_count=4, **DENSE,
                        router=RouterRule(Scoring.SIGMOID, scale=1.5, groups=3, groups_used=2)),
+    "dbrx": replace(PLAIN, architecture=ARCHITECTURES["dbrx"], clamp_kqv=8.0),
 }  # fmt: skip
 
 
@@ -83,6 +84,14 @@ BAD = {
         Bad("blk.1.exp_probs_b.bias has shape (5,)", shapes={"blk.1.exp_probs_b.bias": (5,)}),
         Bad("blk.0.attn_q_norm.weight is missing", shapes={"blk.0.attn_q_norm.weight": None}),
         Bad("block_count is -1", {"nextn_predict_layers": 3}),
+    ],
+    "dbrx": [
+        Bad("attn_qkv.weight has shape (64, 32), the metadata imply (48, 32)", {"attention.head_count_kv": 1}),
+        Bad("blk.0.attn_q.weight is not part of a DBRX", shapes={"blk.0.attn_q.weight": (32, 32)}),
+        Bad("blk.1.attn_output_norm.weight is missing", shapes={"blk.1.attn_output_norm.weight": None}),
+        Bad("clamp_kqv is inf", {"attention.clamp_kqv": math.inf}),
+        Bad("layer_norm_epsilon is 1.0; it must lie in [0, 1)", {"attention.layer_norm_epsilon": 1.0}),
+        Bad("blk.0.attn_norm.bias is not part", shapes={"blk.0.attn_norm.bias": (32,)}),
     ],
 }
 

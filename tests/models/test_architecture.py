@@ -16,11 +16,21 @@ from fiddler.cpu import loader as cpu_loader
 from fiddler.cpu.loader import can_decode
 from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
-from fiddler.gpu import loader as gpu_loader
+from fiddler.gpu import dense_weights, loader as gpu_loader
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
-from fiddler.models.architecture import Architecture, AttentionBias, QkNorm, Role, Rotary, first_unknown
+from fiddler.models.architecture import (
+    EXPERTS,
+    FLOATS,
+    Architecture,
+    AttentionBias,
+    Norm,
+    QkNorm,
+    Role,
+    Rotary,
+    first_unknown,
+)
 from fiddler.models.config import Config, LatentWidths
 from fiddler.models.deepseek import DEEPSEEK2
 from fiddler.models.rope_scaling import RopeKind, RopeScaling
@@ -33,6 +43,7 @@ GGUF_ROLES = {
     Role.QUERY: gguf.MODEL_TENSOR.ATTN_Q,
     Role.KEY: gguf.MODEL_TENSOR.ATTN_K,
     Role.VALUE: gguf.MODEL_TENSOR.ATTN_V,
+    Role.QUERY_KEY_VALUE: gguf.MODEL_TENSOR.ATTN_QKV,
     Role.ATTENTION_OUTPUT: gguf.MODEL_TENSOR.ATTN_OUT,
     Role.FFN_NORM: gguf.MODEL_TENSOR.FFN_NORM,
     Role.ROUTER: gguf.MODEL_TENSOR.FFN_GATE_INP,
@@ -75,6 +86,7 @@ OTHERS = [
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.HEAD),
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.VECTOR),
     dataclasses.replace(MIXTRAL, rotary=Rotary.HALVES),
+    dataclasses.replace(MIXTRAL, norm=Norm.LAYER),
     dataclasses.replace(MIXTRAL, attention_bias=AttentionBias.QUERY_KEY_VALUE),
 ]
 
@@ -86,12 +98,20 @@ def test_names_of_tensors_are_ggufs_own(architecture):
         role = GGUF_ROLES[tensor.role]
         if tensor.name.startswith("post_attention_norm"):  # GLM-4.5's norm before the feed-forward
             role = gguf.MODEL_TENSOR.ATTN_POST_NORM
+        if tensor.name.startswith("attn_output_norm"):  # DBRX's
+            role = gguf.MODEL_TENSOR.ATTN_OUT_NORM
         assert role in gguf.MODEL_TENSORS[kind]
         layer = 7 if tensor in architecture.block else None
         kind_of_tensor = "bias" if tensor.role.name.endswith("BIAS") else "weight"
         assert (
             architecture.tensor_name(tensor.role, layer) == f"{gguf.TENSOR_NAMES[role].format(bid=7)}.{kind_of_tensor}"
         )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_the_gpu_loads_every_matrix_of_a_block(architecture):
+    matrices = {tensor.role for tensor in architecture.block} - FLOATS - {*EXPERTS}
+    assert matrices <= {role for roles in dense_weights._TOGETHER for role in roles}
 
 
 def test_a_role_without_a_tensor_there_is_refused():

@@ -51,6 +51,8 @@ def test_tokens_one_by_one_give_the_same_logits_as_the_whole_sequence(converted)
     engine = fiddler.load(path, precision="exact", device="cpu")
     ids = torch.randint(0, 512, (20,), generator=torch.Generator().manual_seed(4)).tolist()
     whole, sequence = engine.logits(ids), engine.runner.sequence()
+    compiled = engine.config.latent is None and engine.config.rotated_scale == 1.0
+    assert (engine.runner._decoder is not None) == compiled
     for token, expected in zip(ids, whole, strict=True):
         logits = engine.runner.step([(sequence, [token])]).logits
         assert torch.linalg.norm(logits[0] - expected) < EXACT * torch.linalg.norm(expected)

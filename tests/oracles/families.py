@@ -102,6 +102,18 @@ _LLAMA3 = {
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
 _MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40}
 
+
+def _dbrx(width: int, heads: int, kv_heads: int, clip: float, theta: float = 1e4, **ffn: object) -> dict[str, Any]:
+    attention = {"kv_n_heads": kv_heads, "clip_qkv": clip, "rope_theta": theta}  # transformers 5.24 demands all three,
+    return {
+        "d_model": width,
+        "n_heads": heads,
+        "attn_config": attention,
+        "ffn_config": {"moe_num_experts": 8, "moe_top_k": 3, "ffn_hidden_size": 40, **ffn},
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # and computes with this base
+    }
+
+
 CASES = {
     "qwen3moe": Case("Qwen3Moe", {**_heads(64, 8, 2), **_QWEN3, "head_dim": 16}),
     "qwen3moe, odd, tied, 3 shards": Case(
@@ -149,6 +161,11 @@ CASES = {
     ),
     "glm4moe, f16, fused, biases": Case(
         "Glm4Moe", {**_heads(72, 4, 2), **_GLM, "attention_bias": True, "n_shared_experts": 2}, dtype="f16", fused=True
+    ),
+    "dbrx": Case("Dbrx", _dbrx(64, 8, 2, clip=0.9, theta=5e5)),
+    "dbrx, odd, 3 shards": Case("Dbrx", _dbrx(66, 3, 3, clip=2, moe_top_k=1), shard="250KB"),
+    "dbrx, f16, not renormalised": Case(
+        "Dbrx", _dbrx(72, 6, 1, clip=0.4, moe_normalize_expert_weights=None), dtype="f16"
     ),
     "deepseek2, V2-Lite": Case("DeepseekV2", {**_heads(64, 4, 4), **_LATENT}),
     "deepseek2, V2, groups, YaRN with mscale, 3 shards": Case(
@@ -247,7 +264,7 @@ def make_family_checkpoint(case: Case, folder: Path) -> Path:
     model = getattr(transformers, f"{case.kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
+            if "norm" in name and tensor.dim() == 1:
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("e_score_correction_bias"):
                 tensor.normal_(0.0, 0.2)

@@ -103,6 +103,7 @@ FAMILIES = {
     "deepseek_v3": ("deepseek-v3", "LlamaTokenizerFast", False),
     "granitemoe": ("refact", "GPT2Tokenizer", False),
     "glm4_moe": ("dbrx", "PreTrainedTokenizerFast", False),
+    "dbrx": ("dbrx", "PreTrainedTokenizerFast", False),  # GPT2Tokenizer: transformers 5 ignores the pre-tokenizer
     "gpt_oss": ("gpt-4o", "PreTrainedTokenizerFast", False),
 }
 
