@@ -43,7 +43,7 @@ class HfKeys:
         name = self.family.architecture.name
         activation = self.values.get("hidden_act", "silu")
         if activation != "silu":
-            raise self.error(f"hidden_act is {quoted(activation, 40)}; a {name}'s experts use 'silu'")
+            raise self.error(f"hidden_act is {quoted(activation, 40)}; a {name} uses 'silu'")
         for key, allowed in self.family.refused.items():
             value = self.values.get(key)
             if value is None or value in allowed:

@@ -19,7 +19,7 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 
-from fiddler.models import ARCHITECTURES
+from fiddler.models import ARCHITECTURES, LLAMA
 from fiddler.models.architecture import FLOATS, Role, RouterRule, Scoring
 from fiddler.models.config import Config, LatentWidths
 from fiddler.models.metadata import to_metadata
@@ -34,7 +34,16 @@ def _shape(name: str, vocabulary: int, context: int, width: int, layers: int, hi
                   1e-6, 1e6, **others)  # type: ignore[arg-type]  # fmt: skip
 
 
+def _dense(vocabulary: int, context: int, width: int, layers: int, hidden: int, heads: int, kv_heads: int,
+           base: float, **others: object) -> Config:  # fmt: skip
+    return Config(LLAMA, vocabulary, context, width, layers, 0, heads, kv_heads, width // heads, 0, 0, 1e-5, base,
+                  feed_forward_length=hidden, leading_dense_block_count=layers, **others)  # type: ignore[arg-type]  # fmt: skip
+
+
 SHAPES = {
+    "llama-3-8b": _dense(128256, 8192, 4096, 32, 14336, 32, 8, 5e5),
+    "mistral-7b": _dense(32000, 32768, 4096, 32, 14336, 32, 8, 1e4, sliding_window=4096),
+    "tinyllama-1.1b": _dense(32000, 2048, 2048, 22, 5632, 32, 4, 1e4),
     "mixtral-8x7b": _shape("llama", 32000, 32768, 4096, 32, 14336, 32, 8, 128, 8, 2),
     "qwen3-30b-a3b": _shape("qwen3moe", 151936, 40960, 2048, 48, 768, 32, 4, 128, 128, 8),
     "qwen1.5-moe-a2.7b": _shape("qwen2moe", 151936, 8192, 2048, 24, 1408, 16, 16, 128, 60, 4,
@@ -135,7 +144,8 @@ def main() -> None:
     options = parser.parse_args()
     config = SHAPES[options.shape]
     if options.layers:
-        config = replace(config, block_count=options.layers)
+        dense = config.leading_dense_block_count if config.architecture.has_experts else options.layers
+        config = replace(config, block_count=options.layers, leading_dense_block_count=dense)
     began = time.perf_counter()
     write_random_model(options.out, config, options.vocabulary, options.dtype)
     print(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s")
