@@ -93,7 +93,7 @@ def write_random_model(
             tensors[name] = role, shape
     writer = gguf.GGUFWriter(path, config.architecture.gguf_name)
     writer.add_name(f"random {config.architecture.name}, {config.block_count} layers")
-    writer.add_file_type(32 if dtype == "bf16" else 1)
+    writer.add_file_type({"bf16": 32, "f16": 1, "f32": 0}[dtype])
     writer.add_custom_alignment(ALIGNMENT)
     prefix = config.architecture.gguf_name
     for key, value in (to_metadata(config) | {f"{prefix}.{key}": value for key, value in metadata.items()}).items():
@@ -104,9 +104,9 @@ def write_random_model(
         if name.startswith("tokenizer."):
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    matrix = gguf.GGMLQuantizationType.BF16 if dtype == "bf16" else gguf.GGMLQuantizationType.F16
+    matrix = gguf.GGMLQuantizationType[dtype.upper()]
     for name, (role, shape) in tensors.items():
-        floats = role in FLOATS
+        floats = role in FLOATS or dtype == "f32"
         kind_of = gguf.GGMLQuantizationType.F32 if floats else matrix
         writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) * (4 if floats else 2), kind_of)
     writer.write_header_to_file()
@@ -116,7 +116,10 @@ def write_random_model(
     random = np.random.default_rng(seed)
     largest = max(math.prod(shape) for _, shape in tensors.values())
     pool = random.standard_normal(min(1 << 25, largest + 4096), dtype=np.float32) * np.float32(0.02)
-    halves = (pool.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else pool.astype(np.float16)
+    if dtype == "bf16":
+        values = (pool.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        values = pool if dtype == "f32" else pool.astype(np.float16)
     for file in writer.fout:
         file.write(bytes(-file.tell() % ALIGNMENT))
         for index, (role, shape) in enumerate(tensors.values()):
@@ -127,8 +130,8 @@ def write_random_model(
                 left = 0
             begin = index * 7919 % 4096
             while left:
-                count = min(left, halves.size - begin)
-                file.write(memoryview(halves[begin : begin + count]).cast("B"))
+                count = min(left, values.size - begin)
+                file.write(memoryview(values[begin : begin + count]).cast("B"))
                 left, begin = left - count, 0
             file.write(bytes(-file.tell() % ALIGNMENT))
     writer.close()
@@ -140,7 +143,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--dtype", choices=("bf16", "f16"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "f16", "f32"), default="bf16")
     options = parser.parse_args()
     config = SHAPES[options.shape]
     if options.layers:
