@@ -56,7 +56,7 @@ def differences(config: Config) -> Iterator[str]:
     scaling = config.rope_scaling
     if scaling is None:
         return
-    if scaling.kind is RopeKind.DIVISORS and architecture is not MIXTRAL:
+    if scaling.kind is RopeKind.DIVISORS and architecture.gguf_name != MIXTRAL.gguf_name:
         yield f"llama.cpp does not open a {architecture.name} whose rope_type is 'llama3'"
     if scaling.kind is not RopeKind.YARN:
         return

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fiddler.converters.dbrx import DBRX_FAMILY
 from fiddler.converters.family import COMMON, EXPERTS, Family, StoredAs, expert_names
-from fiddler.models import MIXTRAL
+from fiddler.models import LLAMA, MIXTRAL
 from fiddler.models.architecture import Role, Scoring
 from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
 from fiddler.models.granite import GRANITE_MOE
@@ -249,6 +249,37 @@ _GLM4_MOE = Family(
     },
 )
 
+_LLAMA = Family(
+    LLAMA,
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    windowed=False,
+    refused=_NO_BIAS,
+    names=COMMON,
+)
+
+_MISTRAL = Family(
+    LLAMA,
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    refused=_NO_BIAS,
+    names=COMMON,
+)
+
 FAMILIES: Mapping[str, Family] = {
     "mixtral": _MIXTRAL,
     "qwen3_moe": _QWEN3_MOE,
@@ -261,5 +292,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _DEEPSEEK_V3,
     "glm4_moe": _GLM4_MOE,
     "dbrx": DBRX_FAMILY,
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
 }
 """By `model_type`."""

@@ -100,6 +100,7 @@ class Family:
     scale: float = 1.0  # of routing weights, if no key has one
     expert_width: str = "moe_intermediate_size"
     experts: tuple[str, ...] = ("num_experts", "num_local_experts")  # the second as transformers 5 saves it
+    windowed: bool = True  # whether `sliding_window` means something, where the architecture has windows
     epsilon: float = 1e-6
     theta: float = 1e4  # of RoPE, if no key has a base
     theta_keys: tuple[str, ...] = ("rope_theta",)  # beside RoPE's own objects

@@ -74,7 +74,7 @@ def read_hf_config(folder: Path) -> HfConfig:
     else:
         head_dim = width // heads if head_dim is None else head_dim
         rotated = int(partial_rotary(keys) * head_dim)
-    context = keys.integer("max_position_embeddings")
+    context, experts = keys.integer("max_position_embeddings"), keys.family.architecture.has_experts
     try:
         config = Config(
             keys.family.architecture,
@@ -82,12 +82,12 @@ def read_hf_config(folder: Path) -> HfConfig:
             context_length=context,
             embedding_length=width,
             block_count=layers,
-            expert_feed_forward_length=keys.integer(keys.family.expert_width),
+            expert_feed_forward_length=keys.integer(keys.family.expert_width) if experts else 0,
             head_count=heads,
             head_count_kv=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
-            expert_count=keys.integer(keys.first_present(keys.family.experts)),
-            expert_used_count=keys.integer("num_experts_per_tok"),
+            expert_count=keys.integer(keys.first_present(keys.family.experts)) if experts else 0,
+            expert_used_count=keys.integer("num_experts_per_tok") if experts else 0,
             rms_epsilon=keys.real("rms_norm_eps", keys.family.epsilon),
             rope_freq_base=rope_theta(keys),
             rope_dimension_count=None if rotated == head_dim else rotated,
@@ -116,11 +116,14 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
     architecture, fields = keys.family.architecture, dict[str, Any]()
     has = {tensor.role for tensor in architecture.block}
     fields["router"] = _router(keys)
-    if architecture.window is Window.EVERY_LAYER:
+    if architecture.window is Window.EVERY_LAYER and keys.family.windowed:
         fields["sliding_window"] = keys.optional_integer("sliding_window")
     if architecture.dense_layers is DenseLayers.LEADING:
         fields["feed_forward_length"] = keys.integer("intermediate_size")
         fields["leading_dense_block_count"] = keys.integer("first_k_dense_replace")
+    elif architecture.dense_layers is DenseLayers.EVERY:
+        fields["feed_forward_length"] = keys.integer("intermediate_size")
+        fields["leading_dense_block_count"] = keys.integer("num_hidden_layers")
     fields["expert_shared_feed_forward_length"] = _shared_width(keys)
     absent = set[Role]()
     if architecture is DEEPSEEK2:
@@ -143,7 +146,7 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
 def _router(keys: HfKeys) -> RouterRule:
     """The router's rule, as transformers computes it: its DeepSeek-V2 ignores `norm_topk_prob`."""
     family, rule = keys.family, keys.family.architecture.router
-    if family.architecture is MIXTRAL or family.architecture is GRANITE_MOE:
+    if family.architecture in (MIXTRAL, GRANITE_MOE) or not family.architecture.has_experts:
         return rule
     if family.architecture is DBRX:  # a norm's order, 1, or null
         order = keys.name("norm_topk_prob")

@@ -60,7 +60,7 @@ class HfKeys:
         key = self.name("hidden_act")
         activation = self.values.get(key, "silu")
         if activation != "silu":
-            raise self.error(f"{key} is {quoted(activation, 40)}; a {name}'s experts use 'silu'")
+            raise self.error(f"{key} is {quoted(activation, 40)}; a {name} uses 'silu'")
         for key, allowed in self.family.refused.items():
             value = self.values.get(key)
             if value is None or value in allowed:

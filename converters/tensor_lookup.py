@@ -150,7 +150,7 @@ class TensorLookup:
             if name not in self._used and not _DERIVED.fullmatch(name) and _layer(name) not in ignored_layers:
                 raise CheckpointError(
                     f"{self._files[name].path}: tensor {quoted(name)} is not part of a {config.architecture.name} with "
-                    f"{config.block_count} layers and {config.expert_count} experts"
+                    f"{config.block_count} layers{f' and {config.expert_count} experts' if config.expert_count else ''}"
                 )
         return matrices
 

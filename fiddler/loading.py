@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fiddler.engine import Engine
     from fiddler.files.weights import ExpertWeights
     from fiddler.gpu.loader import GpuModel
+    from fiddler.kernels import Tier
 
 __all__ = ["DEMO_MODEL", "load", "load_engine"]
 
@@ -108,7 +109,8 @@ def load_engine(
     from fiddler.telemetry.expert_counts import read_counts
 
     started, config, counts = time.perf_counter(), model_file.config, None
-    if options.expert_counts is not None:  # without a GPU they have no effect, but must be what they should
+    has_experts = config.architecture.has_experts
+    if options.expert_counts is not None and has_experts:  # without a GPU no effect, but they must be what they should
         counts = read_counts(options.expert_counts, len(config.sparse_layers), config.expert_count)
     gpu, why_not = wants_gpu(options.device, options.gpu_memory, notify)
     tier = kernels.choose_tier(kernel)
@@ -116,25 +118,29 @@ def load_engine(
         kernels.set_threads(options.threads)
     fit_unknown_cpu(notify)
     experts = mapped_experts(model_file, tier, exact=options.exact)
+    if options.of_gpu_only and not has_experts:
+        notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
     for variant in {layer.variant for layer in experts}:
         kernels.precompile(variant, notify, decode=not gpu)
     if gpu:
-        loaded = _on_gpu(model_file, experts, pinned or _pin(model_file), options, counts, notify, progress, recorder)
+        pinned = pinned or _pin(model_file)
+        loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)
         if not isinstance(loaded, str):
             notify(loaded.summary)
             return Engine(model_file, tokenizer, loaded.runner, "cuda", loaded.summary, tier.name, started)
         why_not = f"CPU: {loaded}"
         notify(f"computing on the CPU: {loaded}")
-    elif options.of_gpu_only:
+    elif options.of_gpu_only and has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
     threads, capacity = kernels.set_threads(options.threads), options.capacity(config.context_length)
-    runner = on_cpu(model_file, experts, threads, capacity, options.exact, notify, recorder)
+    runner = on_cpu(model_file, experts, tier, threads, capacity, options.exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
 
 
 def _on_gpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
+    tier: Tier,
     pinned: PinnedMapping,
     options: LoadOptions,
     counts: list[list[int]] | None,
@@ -149,16 +155,15 @@ def _on_gpu(
     from fiddler.gpu.loader import on_gpu
 
     try:
-        return on_gpu(model_file, experts, pinned, options, counts, notify, progress, recorder)
+        return on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)
     except GpuStartError as error:
         if options.needs_gpu:
             raise
         return str(error)
     except torch.OutOfMemoryError as error:
         limit = "all that is free" if options.gpu_memory is None else f"{options.gpu_memory / 2**30:.2f} GiB"
-        raise ResourceError(
-            f"the GPU's memory does not suffice for {limit}; give less --gpu-memory, or --gpu-experts"
-        ) from error
+        remedy = "less --gpu-memory, or --gpu-experts" if experts else "less --ctx, or --device cpu"
+        raise ResourceError(f"the GPU's memory does not suffice for {limit}; give {remedy}") from error
 
 
 def _pin(model_file: ModelFile) -> PinnedMapping:

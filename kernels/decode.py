@@ -48,6 +48,7 @@ class CompiledDecodeStep:
 
         output: uint16 bits [V, D]; variant: how the blocks' and output's bits are read.
         frequencies: float32 [head_dim / 2], in radians a position (RoFormer); window: as in `attend_each`.
+        experts_used: 0 where no block has routed experts.
         parts: how the blocks compute; None: as Mixtral's.
         Raises ValueError when a shape, a data type or the memory order does not fit.
         """
@@ -58,21 +59,21 @@ class CompiledDecodeStep:
                 f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits or float32 {output.shape}"
             )
         last = blocks[-1]
-        assert last.gate is not None
         vocabulary, width = output.shape
-        experts, hidden, _ = last.gate.shape
+        experts, hidden, _ = (0, 0, 0) if last.gate is None else last.gate.shape
         queries, keys = len(last.attn_q), len(last.attn_k)
         self._embeddings, self._parts = token_embd, parts
         self._blocks, self._output = list(blocks), output  # keeps the memory alive: `_weights` has its addresses
         self._variant, self._window, self._experts_used = variant, window, experts_used
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
-        self._width, self._vocabulary, self._hidden = width, vocabulary, hidden
+        self._width, self._vocabulary = width, vocabulary
         self._sparse = [block for block in blocks if block.sparse]
         self._weights = _stacked(blocks, output_norm, output)
         rows = [queries, keys, keys], [width], [hidden, hidden, width], [vocabulary]
         elements = [width], [queries], [hidden] * experts, [width]
-        self._shapes = tuple(np.array(each) for each in (*rows, *elements))
+        self._shapes = tuple(np.array(each, np.int64) for each in (*rows, *elements))
         inner = [0 if block.dense_gate is None else len(block.dense_gate) for block in blocks]
+        self._widest = max(experts_used * hidden, *inner)  # hidden rows of a feed-forward, for one token
         self._dense_rows = np.array([[each, each, width if each else 0] for each in inner])
         self._numbers = (
             np.float32(parts.clamp),
@@ -97,7 +98,7 @@ class CompiledDecodeStep:
         expert_ids = np.empty((len(self._sparse), len(x), self._experts_used), np.int64)
         times = np.empty((SPANS * len(self._blocks) + 1, 2))
         h, logits = np.empty_like(x), np.empty((len(x), self._vocabulary), np.float32)
-        with threads_for(3 * x.size * self._experts_used * self._hidden) as threads:
+        with threads_for(3 * x.size * self._widest) as threads:
             needed_words = 1
             while needed_words > 0:
                 needed_words = decode(
@@ -175,13 +176,14 @@ def _stacked(blocks: Sequence[BlockWeights], output_norm: np.ndarray, output: np
     def stack(name: str, of: Sequence[BlockWeights]) -> np.ndarray:
         return np.stack([getattr(block, name) for block in of])
 
+    no_router, no_vector = np.empty((0, 0, 0), np.float32), np.empty((1, 0), np.float32)
     return (
         stack("attn_norm", blocks),
         tuple(stack(name, blocks) for name in ("attn_bias", "q_norm", "k_norm")),
         stack("ffn_norm", blocks),
-        stack("ffn_gate_inp", sparse),
-        stack("selection_bias", sparse),
-        stack("shared_gate", sparse),
+        stack("ffn_gate_inp", sparse) if sparse else no_router,
+        stack("selection_bias", sparse) if sparse else no_vector,
+        stack("shared_gate", sparse) if sparse else no_vector,  # a dense layer reads the first one's size
         np.array(addresses_of),
         output_norm,
         np.array([address_of(output)]),

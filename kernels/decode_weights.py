@@ -85,21 +85,22 @@ def check_blocks(
     parts: BlockParts,
 ) -> None:
     """Raise ValueError where a shape, a data type, the memory order or a number does not fit."""
-    if not blocks or not blocks[-1].sparse:
-        raise ValueError("no blocks, or no routed experts in the last one")
+    if not blocks:
+        raise ValueError("no blocks")
     last, head_dim = blocks[-1], 2 * frequencies.size
-    assert last.gate is not None
-    if output.ndim != 2 or last.gate.ndim != 3 or last.attn_q.ndim != 2 or last.attn_k.ndim != 2:
+    gate_shape = (0, 0, 0) if last.gate is None else last.gate.shape
+    if output.ndim != 2 or len(gate_shape) != 3 or last.attn_q.ndim != 2 or last.attn_k.ndim != 2:
         raise ValueError(
-            f"output is {output.shape}, gate {last.gate.shape}, attn_q {last.attn_q.shape}, attn_k "
+            f"output is {output.shape}, gate {gate_shape}, attn_q {last.attn_q.shape}, attn_k "
             f"{last.attn_k.shape}; expected [V, D], [E, F, D], [H * head_dim, D], [G * head_dim, D]"
         )
-    queries, keys, experts = len(last.attn_q), len(last.attn_k), len(last.gate)
+    queries, keys, experts = len(last.attn_q), len(last.attn_k), gate_shape[0]
     if frequencies.ndim != 1 or not head_dim or queries % head_dim or not keys or keys % head_dim or queries % keys:
         raise ValueError(f"{queries} rows of attn_q, {keys} of attn_k, {frequencies.shape} frequencies")
-    if not 1 <= experts_used <= experts:
+    if not min(experts, 1) <= experts_used <= experts:
         raise ValueError(f"{experts_used} of {experts} experts")
-    check_rule(parts.routing, experts, experts_used)
+    if experts:
+        check_rule(parts.routing, experts, experts_used)
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} positions; give at least 1")
     if parts.halves % 2 or not 0 <= parts.halves <= head_dim:
@@ -115,8 +116,8 @@ def check_blocks(
 
 
 def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: int) -> None:
-    assert last.gate is not None
-    queries, keys, (experts, hidden, _) = len(last.attn_q), len(last.attn_k), last.gate.shape
+    queries, keys = len(last.attn_q), len(last.attn_k)
+    experts, hidden, _ = (0, 0, 0) if last.gate is None else last.gate.shape
     floats: dict[str, tuple[int, ...]] = {"attn_norm": (width,), "ffn_norm": (width,)}
     floats |= {"attn_bias": _like(last.attn_bias, queries + 2 * keys), "q_norm": _like(last.q_norm, queries, head_dim)}
     floats["k_norm"] = _like(last.k_norm, keys, head_dim)

@@ -7,13 +7,17 @@ from fiddler.models.architecture import Architecture
 from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
 from fiddler.models.granite import GRANITE_MOE
+from fiddler.models.llama import LLAMA
 from fiddler.models.mixtral import MIXTRAL
 from fiddler.models.qwen import OLMOE, QWEN2_MOE, QWEN3_MOE
 
-__all__ = ["ARCHITECTURES", "MIXTRAL", "Architecture"]
+__all__ = ["ARCHITECTURES", "DENSE_ARCHITECTURES", "LLAMA", "MIXTRAL", "Architecture"]
 
 ARCHITECTURES: dict[str, Architecture] = {
     each.gguf_name: each
     for each in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK, DEEPSEEK2, GLM4_MOE, DBRX)
 }
-"""Every architecture that runs, by its name in GGUF."""
+"""Every architecture with experts that runs, by its name in GGUF."""
+
+DENSE_ARCHITECTURES: dict[str, Architecture] = {LLAMA.gguf_name: LLAMA}
+"""Those without experts. Their names stand in both tables: a file's key `expert_count` tells which it is."""

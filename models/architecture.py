@@ -125,6 +125,7 @@ class DenseLayers(StrEnum):
 
     NONE = "none"
     LEADING = "leading"  # the first `Config.leading_dense_block_count`
+    EVERY = "every layer"  # no experts at all
 
 
 class Layers(Enum):
@@ -235,6 +236,11 @@ class Architecture:
     attention: AttentionKind = AttentionKind.HEADS
     scaled: bool = False
     """Whether embeddings, residuals, attention's scores and logits have multipliers, as in Granite."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layers have routed experts."""
+        return self.dense_layers is not DenseLayers.EVERY
 
     def block_tensors(self, *, dense: bool, absent: Collection[Role] = ()) -> list[ModelTensor]:
         """The tensors of a block, in file order: of a dense or of a sparse layer, without those in `absent`."""

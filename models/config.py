@@ -65,7 +65,7 @@ class Config:
     router: RouterRule = field(default_factory=RouterRule)
     rope_dimension_count: int | None = None  # elements of a head that are rotated, its first ones; None: all
     feed_forward_length: int = 0  # of dense layers
-    leading_dense_block_count: int = 0
+    leading_dense_block_count: int = 0  # `block_count` where no layer has experts
     expert_shared_feed_forward_length: int = 0
     absent: frozenset[Role] = frozenset()  # optional tensors that this model does without
     attention_scale: float | None = None  # of q . k; None: head_dim ** -0.5
@@ -82,18 +82,21 @@ class Config:
             "context_length",
             "embedding_length",
             "block_count",
-            "expert_feed_forward_length",
             "head_count",
             "head_count_kv",
             "head_dim",
-            "expert_count",
-            "expert_used_count",
         ):
             self._check_range(name, 1, _MAX_DIMENSION)
+        experts = self.architecture.has_experts
+        for name in ("expert_feed_forward_length", "expert_count", "expert_used_count"):
+            if not experts and getattr(self, name):
+                raise FileFormatError(f"{name} is {getattr(self, name)}; a {self.architecture.name} has no experts")
+            self._check_range(name, int(experts), _MAX_DIMENSION)
         has = {tensor.role for tensor in self.architecture.block} - self.absent
         self._check_range("feed_forward_length", int(self.leading_dense_block_count > 0), _MAX_DIMENSION)
         self._check_range("expert_shared_feed_forward_length", int(Role.SHARED_GATE in has), _MAX_DIMENSION)
-        self._check_range("leading_dense_block_count", 0, self.block_count - 1)
+        least, most = (0, self.block_count - 1) if experts else (self.block_count, self.block_count)
+        self._check_range("leading_dense_block_count", least, most)
         if self.leading_dense_block_count and Role.DENSE_GATE not in has:
             raise FileFormatError(
                 f"leading_dense_block_count is {self.leading_dense_block_count}; every layer of a "

@@ -35,6 +35,13 @@ class Linear(Protocol):
         """The product of x with each of several weights."""
         ...
 
+    def feed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) of weights gate, up [I, D] and down [D, I].
+
+        x [T, D] float32 -> down . (silu(gate . x) * (up . x)), [T, D] float32.
+        """
+        ...
+
     def per_head(self, x: Tensor, name: str) -> Tensor:
         """x [T, H, in] float32 -> each head's product with its own matrix of the weight [H, out, in], [T, H, out]."""
         ...

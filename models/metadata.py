@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from fiddler.errors import FileFormatError, quoted
-from fiddler.models import ARCHITECTURES, MIXTRAL
+from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES, MIXTRAL
 from fiddler.models.architecture import (
     ROPE_DIVISORS,
     Architecture,
@@ -38,25 +38,17 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
     """Read the hyper-parameters from a GGUF's metadata. tensors: the names in the file; they tell optional tensors.
 
     Raises FileFormatError where a key is missing, of another type or out of range, where the architecture is not a
-    mixture of experts or not a known one, and where attention or RoPE are of a kind that does not run.
+    known one or lacks its experts, and where attention or RoPE are of a kind that does not run.
     """
-    gguf_name = metadata.get("general.architecture")
-    if not isinstance(gguf_name, str) or gguf_name not in ARCHITECTURES:
-        known = ", ".join(f"{each.name} ({each.gguf_name!r})" for each in ARCHITECTURES.values())
-        raise FileFormatError(f"general.architecture is {quoted(gguf_name)}; only {known} runs")
-    architecture = ARCHITECTURES[gguf_name]
-    keys = MetadataKeys(metadata, gguf_name)
-    expert_count = keys.integer("expert_count", 0)
-    if expert_count == 0:
-        raise FileFormatError(f"{gguf_name}.expert_count is missing or 0: a dense model, not a mixture of experts")
+    architecture, keys = _architecture(metadata)
     _reject_unsupported(metadata, architecture)
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     if heads < 1 or width < 1:
         raise FileFormatError(f"embedding_length is {width} and attention.head_count {heads}; both must be positive")
     latent = _latent(keys, architecture, heads)
     head_dim, kv_heads = _head_dim(keys, width // heads, latent), keys.integer("attention.head_count_kv", heads)
-    feed_forward = keys.integer("feed_forward_length")
-    expert_width = keys.integer("expert_feed_forward_length", feed_forward)
+    experts, feed_forward = architecture.has_experts, keys.integer("feed_forward_length")
+    expert_width, layers = keys.integer("expert_feed_forward_length", feed_forward * experts), _block_count(keys)
     rotated, context = keys.integer("rope.dimension_count", head_dim), keys.integer("context_length")
     scales = {name: keys.real(key, 0.0) for key, name in _SCALES.items() if architecture.scaled}
     return Config(
@@ -64,20 +56,20 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         vocab_size=keys.integer("vocab_size", _token_count(metadata)),
         context_length=context,
         embedding_length=width,
-        block_count=_block_count(keys),
+        block_count=layers,
         expert_feed_forward_length=expert_width,
         head_count=heads,
         head_count_kv=kv_heads if latent is None else 1,  # files from before 2025 have the heads' number
         head_dim=head_dim,
-        expert_count=expert_count,
-        expert_used_count=keys.integer("expert_used_count"),
+        expert_count=keys.integer("expert_count", 0),
+        expert_used_count=keys.integer("expert_used_count", None if experts else 0),
         rms_epsilon=keys.real(f"attention.{architecture.norm.epsilon_key}"),
         rope_freq_base=keys.real("rope.freq_base", 10000.0),
         sliding_window=_window(keys, architecture),
         router=_router(keys, architecture, biased=any(".exp_probs_b." in name for name in tensors)),
         rope_dimension_count=None if rotated == head_dim else rotated,
         feed_forward_length=0 if architecture.dense_layers is DenseLayers.NONE else feed_forward,
-        leading_dense_block_count=keys.integer("leading_dense_block_count", 0),
+        leading_dense_block_count=keys.integer("leading_dense_block_count", 0) if experts else layers,
         expert_shared_feed_forward_length=_shared_width(keys, architecture, expert_width),
         absent=_absent(architecture, tensors),
         clamp_kqv=keys.real("attention.clamp_kqv", 0.0) or None,
@@ -101,15 +93,15 @@ def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.rotated,
-        "expert_count": config.expert_count,
-        "expert_used_count": config.expert_used_count,
         f"attention.{config.architecture.norm.epsilon_key}": float(config.rms_epsilon),
         "rope.freq_base": float(config.rope_freq_base),
     }
     if config.sliding_window is not None:
         values["attention.sliding_window"] = config.sliding_window
-    if config.architecture is not MIXTRAL:  # where llama.cpp knows the other key only
-        values["expert_feed_forward_length"] = config.expert_feed_forward_length
+    if config.architecture.has_experts:
+        values |= {"expert_count": config.expert_count, "expert_used_count": config.expert_used_count}
+        if config.architecture is not MIXTRAL:  # where llama.cpp knows the other key only
+            values["expert_feed_forward_length"] = config.expert_feed_forward_length
     if config.architecture.dense_layers is DenseLayers.LEADING:
         values["leading_dense_block_count"] = config.leading_dense_block_count
     if config.expert_shared_feed_forward_length:
@@ -138,6 +130,21 @@ def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
     if config.rope_scaling is not None and not config.rope_scaling.truncate:
         named[TRUNCATE_KEY] = False
     return named
+
+
+def _architecture(metadata: Mapping[str, object]) -> tuple[Architecture, MetadataKeys]:
+    """The architecture that a GGUF names, and its keys. Of two with one name, `expert_count` tells which it is."""
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        rows = (*ARCHITECTURES.values(), *DENSE_ARCHITECTURES.values())
+        known = ", ".join(f"{each.name} ({each.gguf_name!r})" for each in rows)
+        raise FileFormatError(f"general.architecture is {quoted(name)}; only {known} runs")
+    keys = MetadataKeys(metadata, name)
+    if keys.integer("expert_count", 0):
+        return ARCHITECTURES[name], keys
+    if name not in DENSE_ARCHITECTURES:
+        raise FileFormatError(f"{name}.expert_count is missing or 0: a dense model, not a mixture of experts")
+    return DENSE_ARCHITECTURES[name], keys
 
 
 def _latent(keys: MetadataKeys, architecture: Architecture, heads: int) -> LatentWidths | None:

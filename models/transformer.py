@@ -7,16 +7,15 @@ explains the letters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler.errors import FileFormatError
-from fiddler.models import ARCHITECTURES
+from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import Role, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.head_attention import Attention
@@ -26,7 +25,7 @@ from fiddler.models.router import centred, rms_norm, route
 
 __all__ = ["Block", "Transformer"]
 
-_RUNS = tuple(ARCHITECTURES.values())  # architectures whose parts this file knows
+_RUNS = (*ARCHITECTURES.values(), *DENSE_ARCHITECTURES.values())  # architectures whose parts this file knows
 
 
 class Transformer:
@@ -131,7 +130,7 @@ class Block:
             self._centred(h), self._epsilon, self._weights, config.router, config.expert_used_count
         )
         if self._shared:
-            y = self._ffn(x, self._shared)
+            y = self._linear.feed_forward(x, self._shared)
             if self._shared_router is not None:
                 y *= torch.sigmoid(x @ self._shared_router)[:, None]
             h = h + self._scaled(y)
@@ -141,12 +140,7 @@ class Block:
         """A dense layer: h [T, D] -> h after it, the rows in `wanted`; None: all."""
         h = self.attention(h, cache, wanted)
         x = self._norm(self._centred(h), self._weights.norm, self._epsilon)
-        return h + self._scaled(self._ffn(x, self._feed_forward))
-
-    def _ffn(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) with matrices gate, up and down: [T, D] -> as x."""
-        gate, up = self._linear.together(x, names[:2])
-        return self._linear(F.silu(gate) * up, names[2])
+        return h + self._scaled(self._linear.feed_forward(x, self._feed_forward))
 
     def _centred(self, h: Tensor) -> Tensor:
         return centred(h, self.config.architecture.norm)

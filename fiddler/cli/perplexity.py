@@ -103,6 +103,8 @@ def _open(model: Path | None, ctx: int, counts: Path | None) -> ModelFile:
     model_file = opened(model)
     if ctx > model_file.config.context_length:
         raise RequestError(f"--ctx {ctx}: the model was trained with {model_file.config.context_length} positions")
+    if counts is not None and not model_file.config.architecture.has_experts:
+        raise RequestError(f"--expert-counts {counts}: {model_file.file.shown_path} has no experts; leave it out")
     if counts is not None:
         _check_counts(counts, model_file.config)
     model_file.check_runnable()

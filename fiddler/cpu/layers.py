@@ -70,6 +70,19 @@ class CpuLinear:
                     outputs += (torch.from_numpy(y) for y in results)
         return outputs
 
+    def feed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Implements `Linear.feed_forward`: the kernel of one expert, where all weights have one variant."""
+        weights = [self._weights[name] for name in names]
+        variant = _variant_of(weights[0])
+        if variant is None or any(_variant_of(weight) != variant for weight in weights):
+            gated, linear = self.together(x, names[:2])
+            return self(F.silu(gated) * linear, names[2])
+        expert_ids, routing_weights = np.zeros((len(x), 1), np.int64), np.ones((len(x), 1), np.float32)
+        gate, up, down = (_bits(weight)[None] for weight in weights)
+        with self._recorder.span("dense", gate.nbytes + up.nbytes + down.nbytes):
+            y = kernels.expert_ffn(x.numpy(), expert_ids, routing_weights, gate, up, down, variant)
+        return torch.from_numpy(y)
+
     def per_head(self, x: Tensor, name: str) -> Tensor:
         """Implements `Linear.per_head`: one kernel call; torch multiplies by float32 weights and by strided views."""
         weight = self._weights[name]

@@ -13,10 +13,11 @@ from fiddler import kernels
 from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import ExpertWeights, LinearWeight, variant_for
+from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
+from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models import ARCHITECTURES
+from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Norm, Role, Rotary, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
@@ -28,7 +29,9 @@ from fiddler.telemetry.recorder import Recorder
 __all__ = ["can_decode", "decoder_of", "on_cpu"]
 
 # architectures whose parts the compiled decode step knows: all but latent attention
-_DECODES = tuple(each for each in ARCHITECTURES.values() if each.attention is AttentionKind.HEADS)
+_DECODES = tuple(
+    each for each in (*ARCHITECTURES.values(), *DENSE_ARCHITECTURES.values()) if each.attention is AttentionKind.HEADS
+)
 # `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
 _SMALL = {
     "attn_norm": Role.ATTENTION_NORM,
@@ -55,6 +58,7 @@ _FEED_FORWARDS = (
 def on_cpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
+    tier: Tier,
     threads: int,
     context: int,
     exact: bool,
@@ -62,7 +66,7 @@ def on_cpu(
     recorder: Recorder,
 ) -> Runner:
     """A runner for the whole model on the CPU. Calls `notify` with one line where kernels must be compiled first."""
-    config, tier = model_file.config, experts[0].variant.tier
+    config, main = model_file.config, main_variant(model_file, tier, exact=exact)
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name, tensor in config.tensors(tied=False).items():
@@ -80,10 +84,10 @@ def on_cpu(
             linears[name] = weight
     linear, cpu_experts = CpuLinear(linears, recorder), CpuExperts(list(experts), recorder)
     model = Transformer(config, weights, linear, cpu_experts, route, rms_norm)
-    decoder = decoder_of(model, weights, linears, experts)
+    decoder = None if main is None else decoder_of(model, weights, linears, experts, main)
     for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
         kernels.precompile(variant, notify, decode=decoder is not None)
-    cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
+    cache_dtype = torch.float16 if main is not None and main.activations == "bf16" else torch.float32
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
 
 
@@ -106,9 +110,13 @@ def decoder_of(
     weights: Mapping[str, Tensor],
     linears: Mapping[str, LinearWeight | Tensor],
     experts: Sequence[ExpertWeights],
+    variant: KernelVariant,
 ) -> kernels.CompiledDecodeStep | None:
-    """The compiled decode step of this model; None where `can_decode` says no, or a matrix is float32."""
-    config, variant, name = model.config, experts[0].variant, model.config.architecture.tensor_name
+    """The compiled decode step of this model; None where `can_decode` says no, or a matrix is float32.
+
+    variant: of the experts, or of the feed-forwards of a model without any.
+    """
+    config, name = model.config, model.config.architecture.tensor_name
     mapped = {key: weight for key, weight in linears.items() if isinstance(weight, LinearWeight)}
     formats = {weight.format for weight in mapped.values()} | {expert.format for expert in experts}
     if len(mapped) < len(linears) or not can_decode(config, formats):

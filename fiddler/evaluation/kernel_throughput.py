@@ -82,7 +82,7 @@ def kernel_rows(
     Where the file has the other type, its bits are read as if they were of this one: the speed of instructions does
     not depend on values, as long as these are normal numbers, which trained weights are either way. Rows are ordered by
     kind and number of tokens, the plain reads first.
-    Raises ResourceError where the model's experts are too few to keep them out of the cache.
+    Raises ResourceError where the model's experts are too few to keep them out of the cache, RequestError for none.
     """
     groups = _groups(model_file)
     nbytes = sum(bits.nbytes for bits in groups[0])
@@ -132,8 +132,10 @@ def kernel_rows(
 
 def _groups(model_file: ModelFile) -> list[Experts]:
     """The experts of all layers, a few neighbours in each group, as they lie in the mapping."""
+    if not model_file.config.architecture.has_experts:
+        raise RequestError(f"{model_file.file.shown_path} has no experts; --kernels measures them: leave it out")
     groups: list[Experts] = []
-    for layer in range(model_file.config.block_count):
+    for layer in model_file.config.sparse_layers:
         stacks, _ = expert_stacks(model_file, layer)
         for begin in range(0, len(stacks[0]) - _EXPERTS + 1, _EXPERTS):
             groups.append(tuple(stack[begin : begin + _EXPERTS] for stack in stacks))

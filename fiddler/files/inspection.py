@@ -75,7 +75,7 @@ def _expert_bytes(model: ModelFile) -> dict[str, int]:
     config, file = model.config, model.file
     roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
     expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
-    per_expert = expert_bytes // (len(config.sparse_layers) * config.expert_count)
+    per_expert = expert_bytes // max(1, len(config.sparse_layers) * config.expert_count)
     return {
         "experts": expert_bytes,
         "dense": sum(t.nbytes for t in file.tensors.values()) - expert_bytes,
@@ -118,6 +118,8 @@ def _parts(config: Config) -> dict[str, str]:
     router += [f"top {config.expert_used_count}"]
     router += ["renormalised"] if rule.renormalise else []
     router += [f"times {rule.scale:g}"] if rule.scale != 1.0 else []
+    if not architecture.has_experts:
+        router = ["none"]
     rotated = "" if config.rotated == config.head_dim else f", {config.rotated} of {config.head_dim} elements"
     return {
         "norm": str(architecture.norm),
@@ -127,6 +129,7 @@ def _parts(config: Config) -> dict[str, str]:
         "router": ", ".join(router),
         "activation": str(architecture.activation),
         "shared_experts": str(architecture.shared_experts) if config.has(Role.SHARED_GATE) else "none",
+        "dense_layers": str(architecture.dense_layers) if config.leading_dense_block_count else "none",
     }
 
 
@@ -168,17 +171,20 @@ def to_text(description: dict[str, Any]) -> str:
 
 
 def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
+    experts = f"{a['experts']} experts of width {a['expert_width']}, {a['experts_per_token']} a token"
+    expert_sizes = [
+        f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
+        f"all other weights {sizes['dense'] / 1e9:.2f} GB",
+        f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
+    ]
     return [
-        f"  {a['layers']} layers of width {a['width']}, {a['experts']} experts of width {a['expert_width']}, "
-        f"{a['experts_per_token']} a token",
+        f"  {a['layers']} layers of width {a['width']}, {experts if a['experts'] else 'no experts'}",
         *_dense_lines(a),
         "  " + "; ".join(f"{name.replace('_', ' ')}: {part}" for name, part in a["parts"].items() if part != "none"),
         f"  {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} KV heads; context {a['context']}"
         + (f", sliding window {a['sliding_window']}" if a["sliding_window"] else "")
         + f"; RoPE base {a['rope_freq_base']:g}",
-        f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
-        f"all other weights {sizes['dense'] / 1e9:.2f} GB",
-        f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
+        *(expert_sizes if a["experts"] else []),
     ]
 
 
@@ -186,7 +192,8 @@ def _dense_lines(a: dict[str, Any]) -> list[str]:
     """What every token is computed by beside experts, where there is such."""
     parts = []
     if a["dense_layers"]:
-        parts.append(f"the first {a['dense_layers']} dense, of width {a['dense_width']}")
+        first = f"the first {a['dense_layers']}" if a["experts"] else "every layer"
+        parts.append(f"{first} dense, of width {a['dense_width']}")
     if a["shared_expert_width"]:
         parts.append(f"shared experts of width {a['shared_expert_width']} in all")
     return [f"  {'; '.join(parts)}"] if parts else []

@@ -11,9 +11,9 @@ from fiddler.files.model_file import ModelFile
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models.architecture import EXPERTS
+from fiddler.models.architecture import EXPERTS, Role
 
-__all__ = ["ExpertWeights", "LinearWeight", "expert_stacks", "mapped_experts", "variant_for"]
+__all__ = ["ExpertWeights", "LinearWeight", "expert_stacks", "main_variant", "mapped_experts", "variant_for"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,11 @@ def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
     """The kernel variant for weights of a GGUF type; `exact`: float32 activations for bf16 weights, too."""
     weight_format = FORMATS[kind.lower()]
     return KernelVariant(tier, weight_format.name, "f32" if exact else weight_format.partner)
+
+
+def main_variant(model_file: ModelFile, tier: Tier, *, exact: bool) -> KernelVariant | None:
+    """The kernel variant of the first experts; without experts, of the first feed-forward. None: float32 weights."""
+    config = model_file.config
+    role, layer = (Role.GATE, config.sparse_layers[0]) if config.sparse_layers else (Role.DENSE_GATE, 0)
+    kind = model_file.file.tensors[config.architecture.tensor_name(role, layer)].type
+    return variant_for(tier, kind, exact) if kind.lower() in FORMATS else None

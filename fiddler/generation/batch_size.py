@@ -15,11 +15,11 @@ _GAIN = 1.1  # least gain in tokens a second that justifies a doubled batch size
 
 
 def first_batch_size(experts: int, used: int) -> int:
-    """The batch size at which each expert is chosen eight times a step on average.
+    """The batch size at which each expert, or a model without experts, is used eight times a step on average.
 
     Half of it already reads every expert but one in fifty (e ** -4), so the other half costs little.
     """
-    return -(-8 * experts // used)
+    return -(-8 * max(1, experts) // max(1, used))
 
 
 def tokens_per_sequence(lacking: Sequence[int], max_tokens: int) -> list[int]:

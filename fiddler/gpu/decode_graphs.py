@@ -85,8 +85,9 @@ class LayerPlan(NamedTuple):
 class DecodeGraphs:
     """Decodes a sequence whose KV cache stays at the addresses that its graphs captured."""
 
-    def __init__(self, graphs: Graphs, orchestrator: Orchestrator, recorder: Recorder) -> None:
-        self._graphs, self._orchestrator, self._recorder = graphs, orchestrator, recorder
+    def __init__(self, graphs: Graphs, orchestrator: Orchestrator | None, recorder: Recorder) -> None:
+        """orchestrator: None for a model without experts, whose graphs have no breaks."""
+        self._graphs, self._experts, self._recorder = graphs, orchestrator, recorder
         self.uses_cpu = bool(graphs.breaks)
         """Whether some experts are not resident on the GPU."""
 
@@ -108,12 +109,18 @@ class DecodeGraphs:
                 for layer, expert_ids in enumerate(self._graphs.chosen):
                     self._recorder.chosen(layer, expert_ids)
         except BaseException:
-            self._orchestrator.start_over()
+            if self._experts is not None:
+                self._experts.start_over()
             raise
 
     def logits(self) -> Tensor:
         """Logits of the last step: [1, V], on the CPU. Waits for them."""
         return self._graphs.logits()
+
+    @property
+    def _orchestrator(self) -> Orchestrator:
+        assert self._experts is not None, "a model without experts has no missing ones"
+        return self._experts
 
     def _compute_missing(self) -> None:
         """Plan each layer with missing experts, and compute the CPU's part while the worker thread queues the GPU's."""

@@ -83,17 +83,18 @@ class CapturedGraphs:
     def __init__(
         self,
         model: Transformer,
-        orchestrator: Orchestrator,
+        orchestrator: Orchestrator | None,
         sequence: ContiguousKVCache,
         cos_sin: Tensor,
         recorder: Recorder,
     ) -> None:
-        """cos_sin: of every position, see `rotate_and_store`.
+        """cos_sin: of every position, see `rotate_and_store`. orchestrator: None for a model without experts.
 
         sequence: has room for its whole context; the graphs serve any later sequence in the same storage, too.
         """
         config, device = model.config, sequence.device
-        self._model, self._orchestrator, self._recorder = model, orchestrator, recorder
+        self._model, self._experts, self._recorder = model, orchestrator, recorder
+        self._layers = () if orchestrator is None else orchestrator.layers  # those with experts
         self._k = config.expert_used_count
         width = config.embedding_length
         self._host_token = torch.zeros(2, dtype=torch.int64, pin_memory=True).numpy()  # token id, position
@@ -112,7 +113,7 @@ class CapturedGraphs:
         self._token_copied, self._streamed_all, self._ended = (torch.cuda.Event() for _ in range(3))
         self._streamed_layer = -1  # whose streamed experts `_streamed_all` follows
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self.breaks = [layer for layer in range(len(orchestrator.layers)) if not orchestrator.complete(layer)]
+        self.breaks = [layer for layer in range(len(self._layers)) if not self._orchestrator.complete(layer)]
         self._arrived = [torch.cuda.Event() for _ in self.breaks]
         self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
@@ -122,6 +123,11 @@ class CapturedGraphs:
         self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
         self.hidden = torch.empty(0)
         self._capture()
+
+    @property
+    def _orchestrator(self) -> Orchestrator:
+        assert self._experts is not None, "only layers with experts need it"
+        return self._experts
 
     def begin(self, token: int, position: int) -> None:
         """Hand the token to the graphs, and queue the first one."""
@@ -160,7 +166,7 @@ class CapturedGraphs:
 
     def stream(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
         """Queue copies of the last `gpu_rows` hidden rows of experts, and the experts' kernels after them."""
-        ring, weights = self._orchestrator.ring, self._orchestrator.layers[layer]
+        ring, weights = self._orchestrator.ring, self._layers[layer]
         stream = torch.cuda.current_stream().cuda_stream
         hidden, ring_rows = weights.gate.shape[1], ring.rows * ring.slots
         pending = [
@@ -195,7 +201,7 @@ class CapturedGraphs:
 
     def _capture(self) -> None:
         """Capture the graphs, after a run that compiles and loads their kernels."""
-        layers = self._orchestrator.layers
+        layers = self._layers
         capture_stream = torch.cuda.Stream(self._y.device)
         capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capture_stream):
@@ -231,7 +237,7 @@ class CapturedGraphs:
                 h = block.without_experts(h, self._cache)
         else:
             h = decode_kernels.gather(h, self._y, self._host_sum)
-        last = len(self._orchestrator.layers) - 1 if end is None else end
+        last = len(self._layers) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, expert_ids, routing_weights = self._model.blk[dense + layer].before_experts(h, self._cache)
             self.chosen.append(expert_ids)
@@ -248,7 +254,7 @@ class CapturedGraphs:
     def _run_residents(
         self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor, into: Tensor, *, add: bool
     ) -> None:
-        weights = self._orchestrator.layers[layer]
+        weights = self._layers[layer]
         experts_of_one(
             x,
             self._orchestrator.residents.table[layer],
@@ -262,7 +268,7 @@ class CapturedGraphs:
 
     def _run_streamed(self, dtype: torch.dtype) -> None:
         width = self._y.shape[1]
-        weights = next(weights for weights in self._orchestrator.layers if torch_type(weights) == dtype)
+        weights = next(weights for weights in self._layers if torch_type(weights) == dtype)
         experts_of_one(
             self._streamed_inputs[None, :width],
             self._jobs,

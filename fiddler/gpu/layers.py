@@ -51,6 +51,11 @@ class GpuLinear:
             return [self._matmul(x, weight) for weight in weights]
         return list(self._matmul(x, joined).split([len(weight) for weight in weights], 1))
 
+    def feed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Implements `Linear.feed_forward`."""
+        gate, up = self.together(x, names[:2])
+        return self(F.silu(gate) * up, names[2])
+
     def per_head(self, x: Tensor, name: str) -> Tensor:
         """Implements `Linear.per_head`, in float32 and some heads at a time."""
         weight = self._weights[name]

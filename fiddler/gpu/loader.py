@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.device.memory_budget import Budget, at_least, shown
+from fiddler.device.memory_budget import Budget, GpuStartError, at_least, shown
 from fiddler.device.pinned_mapping import PinnedMapping
-from fiddler.device.weight_copy import fastest_copy
-from fiddler.errors import RequestError
+from fiddler.device.weight_copy import WeightCopy, fastest_copy
+from fiddler.errors import FiddlerError, RequestError
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import ExpertWeights
+from fiddler.files.weights import ExpertWeights, main_variant
 from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
 from fiddler.gpu.dense_weights import load_dense, warm_up
 from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
-from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
+from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
+from fiddler.kernels import Tier
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
@@ -47,6 +48,7 @@ __all__ = ["GpuModel", "can_decode", "on_gpu"]
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
+_DENSE_BYTES = 16  # per token and element of a dense layer's feed-forward, and of D: gate, up and what is made of them
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,14 @@ class GpuModel:
     """A model ready to run, and a one-line summary of its placement."""
 
     runner: GpuRunner
-    orchestrator: Orchestrator
+    orchestrator: Orchestrator | None  # None: the model has no experts
     summary: str
 
 
 def on_gpu(
     model_file: ModelFile,
     experts: Sequence[ExpertWeights],
+    tier: Tier,
     pinned: PinnedMapping,
     options: LoadOptions,
     counts: Sequence[Sequence[int]] | None,
@@ -73,17 +76,18 @@ def on_gpu(
     pinned: that mapping, for the GPU's driver. counts: how often each expert was chosen, [L][E], or None.
     progress: called with the bytes of experts loaded so far, and in all.
     Raises RequestError for a budget that is too small or too large; it names the smallest or largest that works.
+    For a model without experts that does not fit: GpuStartError, as for a GPU that does not start.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
     budget = Budget(device, options.gpu_memory)
-    config, hidden = model_file.config, experts[0].gate.shape[1]
+    config, main = model_file.config, main_variant(model_file, tier, exact=options.exact)
     context = options.capacity(config.context_length)
-    cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
+    cache_dtype = torch.float16 if main is not None and main.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
-    _check(budget, sizes)
+    _check(budget, sizes, config)
     triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
     weights, linears = load_dense(model_file, weight_copy)
@@ -96,27 +100,53 @@ def on_gpu(
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
-        raise _too_small(budget, sizes)
-    ring = Ring(weight_copy, experts, slot_rows(hidden) if layout.slots else 64, SLOTS, recorder)
-    costs, threads = _costs(experts, ring, options, notify) if layout.slots else (_NO_COSTS, options.threads)
-    threads = kernels.set_threads(threads)
-    placement = place(len(experts), config.expert_count, layout.residents, counts)
-    residents = _load_residents(experts, placement, ring, progress)
-    budget.settle()
+        raise _too_small(budget, sizes, config)
     grouped = _grouped(device) if triton_kernels is not None else None
-    orchestrator = Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped)
+    orchestrator, threads = None, kernels.set_threads(options.threads)
+    if experts:
+        orchestrator, threads = _orchestrated(
+            experts, weight_copy, layout, options, counts, grouped, notify, progress, recorder
+        )
+    budget.settle()
     linear = GpuLinear(linears, triton_kernels, exact=options.exact)
     router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
-    model = Transformer(config, weights, linear, orchestrator.layer, router, norm, dense_span)
+    layer = _no_experts if orchestrator is None else orchestrator.layer
+    model = Transformer(config, weights, linear, layer, router, norm, dense_span)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, kv_cache, budget)
     if triton_kernels is not None and can_decode(config, {w.format for w in experts}):
         _decode_with_graphs(runner, kv_cache, cos_sin, recorder)
     budget.settle()
-    summary = (
-        f"{torch.cuda.get_device_name(device)}, {len(residents)} of {sizes.experts} experts on it, "
-        f"{shown(budget.used())} of {shown(budget.total)} used"
+    resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
+    used = f"{shown(budget.used())} of {shown(budget.total)} used"
+    return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
+
+
+def _no_experts(layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
+    raise AssertionError("a model without experts has no layer that computes some")
+
+
+def _orchestrated(
+    experts: Sequence[ExpertWeights],
+    weight_copy: WeightCopy,
+    layout: Layout,
+    options: LoadOptions,
+    counts: Sequence[Sequence[int]] | None,
+    grouped: Grouped | None,
+    notify: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    recorder: Recorder,
+) -> tuple[Orchestrator, int]:
+    """The experts, with residents on the GPU and the staging ring for the others; and the number of CPU threads."""
+    rows = slot_rows(experts[0].gate.shape[1]) if layout.slots else 64
+    ring = Ring(weight_copy, experts, rows, SLOTS, recorder)
+    costs, threads = _costs(experts, ring, options, notify) if layout.slots else (_NO_COSTS, options.threads)
+    threads = kernels.set_threads(threads)
+    placement = place(len(experts), len(experts[0].gate), layout.residents, counts)
+    residents = _load_residents(experts, placement, ring, progress)
+    return (
+        Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped),
+        threads,
     )
-    return GpuModel(runner, orchestrator, summary)
 
 
 def _costs(
@@ -197,8 +227,9 @@ def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> Modu
 
 def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
     """Memory that the model will take on the GPU."""
-    config, (_, hidden, width) = model_file.config, experts[0].gate.shape
-    width = max(width, config.head_count * config.head_dim)
+    config = model_file.config
+    width = max(config.embedding_length, config.head_count * config.head_dim)
+    feed_forward = config.feed_forward_length + config.embedding_length
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
@@ -207,23 +238,30 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     )  # float32 cos_sin
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
-        token=width * _ACTIVATION_BYTES,
-        slots=Ring.nbytes(experts, slot_rows(hidden), SLOTS),
-        expert=max(weights.expert_bytes for weights in experts),
+        token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
+        slots=Ring.nbytes(experts, slot_rows(config.expert_feed_forward_length), SLOTS) if experts else 0,
+        expert=max((weights.expert_bytes for weights in experts), default=0),
         experts=len(experts) * config.expert_count,
         context=context,
     )
 
 
-def _check(budget: Budget, sizes: Sizes) -> None:
-    """Raise RequestError where the budget is too small, before anything goes to the GPU."""
+def _check(budget: Budget, sizes: Sizes, config: Config) -> None:
+    """Raise an error where the budget is too small, before anything goes to the GPU."""
     sizes = replace(sizes, fixed=sizes.fixed + _LIBRARY_BYTES)
     if least_room(sizes) > budget.room():
-        raise _too_small(budget, sizes)
+        raise _too_small(budget, sizes, config)
 
 
-def _too_small(budget: Budget, sizes: Sizes) -> RequestError:
+def _too_small(budget: Budget, sizes: Sizes, config: Config) -> FiddlerError:
+    """The error for a budget that is too small; `GpuStartError` where nothing but the CPU could run the model."""
     required = budget.total - budget.room() + least_room(sizes)
+    if not sizes.experts:
+        return GpuStartError(
+            f"a {config.architecture.name} has no experts that the CPU could compute, so all of it must fit the GPU: "
+            f"{at_least(required)} with a context of {sizes.context}, and {shown(budget.total)} are there; "
+            "--device cpu runs it"
+        )
     return RequestError(
         f"--gpu-memory {shown(budget.total)}: too little; without any expert this model needs "
         f"{at_least(required)} with a context of {sizes.context}"

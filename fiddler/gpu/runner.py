@@ -69,7 +69,7 @@ class GpuRunner(Runner):
     def __init__(
         self,
         model: Transformer,
-        orchestrator: Orchestrator,
+        orchestrator: Orchestrator | None,
         context: int,
         cache_dtype: torch.dtype,
         threads: int,
@@ -77,7 +77,10 @@ class GpuRunner(Runner):
         preallocated: ContiguousKVCache,
         budget: Budget,
     ) -> None:
-        """preallocated: has room for the whole context; one sequence at a time uses its storage."""
+        """preallocated: has room for the whole context; one sequence at a time uses its storage.
+
+        orchestrator: None for a model without experts.
+        """
         super().__init__(model, context, cache_dtype, threads, chunk)
         self.budget = budget
         self.orchestrator = orchestrator
@@ -102,6 +105,8 @@ class GpuRunner(Runner):
         return _GpuStep(parts, self.model.config, self._cos_sin, self._attention)
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
+        if self.orchestrator is None:
+            return self.model(ids, step, wanted)
         # the worker thread keeps one core busy meanwhile: kernels would wait for a thread on that core
         kernels.set_threads(self._kernel_threads)
         return self.orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
@@ -210,11 +215,12 @@ class GpuRunner(Runner):
         First ends a step that was interrupted, and interrupted again while it ended: the GPU may wait at a semaphore
         that nobody opens, and everything in this context may wait for the GPU.
         """
-        self.orchestrator.start_over()
+        if self.orchestrator is not None:
+            self.orchestrator.start_over()
         try:
             yield
         except torch.OutOfMemoryError as error:
+            fewer = "" if self.orchestrator is None else "--gpu-experts, fewer than now, or "
             raise ResourceError(
-                f"the GPU's memory does not suffice within {shown(self.budget.total)}; give --gpu-experts, fewer than "
-                "now, or less --ctx"
+                f"the GPU's memory does not suffice within {shown(self.budget.total)}; give {fewer}less --ctx"
             ) from error

@@ -22,7 +22,7 @@ from fiddler.device.detection import wants_gpu
 from fiddler.device.memory_budget import shown
 from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.weight_copy import Event, fastest_copy
-from fiddler.errors import ResourceError
+from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, mapped_experts
 from fiddler.host_memory import available_memory, populate
@@ -259,11 +259,16 @@ def calibrate_alone(
     exact: bool,
     notify: Callable[[str], None],
 ) -> Calibration:
-    """Measure this machine anew and store the result; without a model, with some experts of Mixtral-8x7B's shape."""
+    """Measure this machine anew and store the result; without a model, with some experts of Mixtral-8x7B's shape.
+
+    Raises RequestError for a model without experts.
+    """
     gpu, _ = wants_gpu(device, None, notify)
     tier = kernels.choose_tier()
     fit_unknown_cpu(notify)
     if model_file is not None:
+        if not model_file.config.architecture.has_experts:
+            raise RequestError(f"{model_file.file.shown_path} has no experts, so there is nothing to calibrate")
         experts = mapped_experts(model_file, tier, exact=exact)
     else:
         variant = KernelVariant(tier, BF16.name, "f32" if exact else BF16.partner)

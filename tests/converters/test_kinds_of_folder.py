@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[Kind, str]] = {
     **{
         name: (config(model_type=kind, architectures=[name]), f"model_type is '{kind}'; only 'mixtral', 'qwen3_moe'")
         for name, kind in (
-            *(("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "mistral"), ("JetMoeForCausalLM", "jetmoe")),
+            *(("Qwen3ForCausalLM", "qwen3"), ("Mistral3ForCausalLM", "mistral3"), ("JetMoeForCausalLM", "jetmoe")),
             *(("Gemma4ForCausalLM", "gemma4"), ("NllbMoeForConditionalGeneration", "nllb-moe"), ("BertModel", "bert")),
             *(("GptOssForCausalLM", "gpt_oss"), ("PhimoeForCausalLM", "phimoe")),
         )

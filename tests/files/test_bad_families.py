@@ -10,7 +10,7 @@ import pytest
 from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import DEMO_MODEL
-from fiddler.models import ARCHITECTURES
+from fiddler.models import ARCHITECTURES, LLAMA
 from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.config import Config
 from tools.random_model import write_random_model
@@ -29,6 +29,8 @@ GOOD = {
     "glm4moe": replace(PLAIN, architecture=ARCHITECTURES["glm4moe"], rope_dimension_count=4, **DENSE,
                        router=RouterRule(Scoring.SIGMOID, scale=1.5, groups=3, groups_used=2)),
     "dbrx": replace(PLAIN, architecture=ARCHITECTURES["dbrx"], clamp_kqv=8.0),
+    "llama": Config(LLAMA, 4096, 128, 32, 2, 0, 4, 2, 8, 0, 0, 1e-6, 1e4, sliding_window=12, feed_forward_length=48,
+                    leading_dense_block_count=2),
 }  # fmt: skip
 
 
@@ -92,6 +94,16 @@ BAD = {
         Bad("clamp_kqv is inf", {"attention.clamp_kqv": math.inf}),
         Bad("layer_norm_epsilon is 1.0; it must lie in [0, 1)", {"attention.layer_norm_epsilon": 1.0}),
         Bad("blk.0.attn_norm.bias is not part", shapes={"blk.0.attn_norm.bias": (32,)}),
+    ],
+    "llama": [
+        Bad("expert_used_count is 2; a Llama or Mistral has no experts", {"expert_used_count": 2}),
+        Bad("blk.0.ffn_gate_inp.weight is missing", {"expert_count": 4, "expert_used_count": 2}),
+        Bad("blk.1.ffn_up.weight is missing", shapes={"blk.1.ffn_up.weight": None}),
+        Bad("blk.0.ffn_down.weight has shape (48, 32)", shapes={"blk.0.ffn_down.weight": (48, 32)}),
+        Bad("blk.0.attn_q.bias is not part of a Llama or Mistral", shapes={"blk.0.attn_q.bias": (32,)}),
+        Bad("blk.0.ffn_gate_exps.weight is not part", shapes={"blk.0.ffn_gate_exps.weight": (6, 16, 32)}),
+        Bad("feed_forward_length is 0", {"feed_forward_length": 0}),
+        Bad("head_count_kv 3", {"attention.head_count_kv": 3}),
     ],
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from fiddler.errors import FiddlerError
 from fiddler.files.inspection import describe, to_text
 from fiddler.files.model_file import ModelFile
-from oracles.bad_gguf import Draft, mixtral
+from oracles.bad_gguf import Draft, dense_llama, mixtral
 
 DRAFT = mixtral()
 CONTENT = DRAFT.to_bytes()
@@ -86,12 +86,13 @@ def test_random_bytes_after_the_magic_are_opened_or_refused(path, noise):
 @given(st.data())
 def test_other_values_under_known_keys_are_opened_or_refused(path, data):
     """Whole values of any type: a flipped byte rarely gets past the container."""
-    draft: Draft = mixtral()
+    draft: Draft = data.draw(st.sampled_from((mixtral, dense_llama)))()
     keys = [key for key, _ in draft.pairs]
     values = [value for _, value in draft.pairs]
     extra = ["general.alignment", "llama.rope.scaling.type", "llama.attention.sliding_window", "split.count"]
     extra += ["tokenizer.ggml.eot_token_id", "tokenizer.chat_template", "tokenizer.ggml.add_space_prefix"]
     extra += ["llama.rope.scaling.factor", "llama.attention.causal", "fiddler.tokenizer.prepend_scheme"]
+    extra += ["llama.expert_count", "llama.expert_used_count"]
     for _ in range(data.draw(st.integers(1, 2))):
         draft.set(data.draw(st.sampled_from(keys + extra)), data.draw(st.sampled_from(values)))
     open_all(path, draft.to_bytes())

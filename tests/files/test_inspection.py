@@ -59,6 +59,7 @@ def test_json_agrees_with_the_gguf_package(tmp_path, tied):
             "router": "softmax, top 2, renormalised",
             "activation": "silu",
             "shared_experts": "none",
+            "dense_layers": "none",
         },
     }
     sizes = output["bytes"]
@@ -140,7 +141,7 @@ def test_a_rope_scaling_of_factor_1_runs(tmp_path, kind):
     "key, value, reason",
     [
         ("general.architecture", text("gemma4"), "general.architecture is 'gemma4'"),
-        ("llama.expert_count", u32(0), "a dense model"),
+        ("llama.expert_count", u32(0), "a Llama or Mistral has no experts"),
         ("tokenizer.ggml.model", text("bert"), "tokenizer.ggml.model is 'bert'"),
         ("llama.rope.scaling.factor", f32(-2.0), "rope.scaling.factor is -2.0"),
     ],

@@ -113,6 +113,50 @@ def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
     np.testing.assert_array_equal(after, pool)
 
 
+@pytest.mark.parametrize("name", ["bf16-bf16", "bf16-f32", "f16-f32"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_step_of_dense_layers_equals_that_of_layers_with_one_expert(name, layers):
+    """The same weights, bit by bit: the router of one expert gives it the weight 1."""
+    variant = variant_for(name)
+    blocks, output_norm, output, embeddings = weights_of(
+        np.random.default_rng(3), variant, layers, 34, 46, 1, 2, 2, 8, 9
+    )
+    dense = [
+        dataclasses.replace(
+            block, ffn_gate_inp=None, gate=None, up=None, down=None,
+            dense_gate=block.gate[0], dense_up=block.up[0], dense_down=block.down[0],
+        )
+        for block in blocks
+    ]  # fmt: skip
+    table = embeddings.view(np.float16) if variant.weights == "f16" else embeddings
+    kind = np.uint16 if variant.activations == "bf16" else np.float32
+    frequencies, results = np.array([1, 0.1, 0.01, 0.001], np.float32), []
+    for used, each in ((1, blocks), (0, dense)):
+        step = kernels.CompiledDecodeStep(table, each, output_norm, output, variant, frequencies, EPSILON, used, 3)
+        caches = [np.zeros((2, layers, 2, 6, 8), kind) for _ in range(4)]
+        pointers = [kernels.KVPointers(list(keys), list(values)) for keys, values in caches]
+        outputs = [step.step([1, 4, 7, 8], pointers, [position] * 4) for position in range(6)]
+        assert sum(nbytes for *_, nbytes in step.spans(outputs[-1][2])) > 0
+        results.append([array for *arrays, _ in outputs for array in arrays])
+    for sparse, own in zip(*results, strict=True):
+        np.testing.assert_array_equal(sparse, own)
+
+
+def test_blocks_without_experts_are_refused_where_experts_are_used():
+    variant = variant_for("bf16-f32")
+    blocks, output_norm, output, embeddings = weights_of(np.random.default_rng(3), variant, 2, 8, 6, 2, 1, 1, 4, 9)
+    without = dataclasses.replace(blocks[1], ffn_gate_inp=None, gate=None, up=None, down=None)
+    frequencies = np.ones(2, np.float32)
+    for each, used, says in (
+        ([blocks[0], without], 0, "must be the first ones"),
+        ([without], 1, "1 of 0 experts"),
+        ([without], 0, "neither routed experts nor a dense feed-forward"),
+        ([], 0, "no blocks"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            kernels.CompiledDecodeStep(embeddings, each, output_norm, output, variant, frequencies, EPSILON, used, None)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return write_random_mixtral(tmp_path_factory.mktemp("decode") / "tiny.gguf")

@@ -189,3 +189,15 @@ def mixtral() -> Draft:
         Entry("output.weight", [VOCABULARY, D]),
     ]
     return Draft(pairs, entries)
+
+
+def dense_llama() -> Draft:
+    """`mixtral` with a feed-forward in place of the experts."""
+    draft = mixtral()
+    for key in ("llama.expert_count", "llama.expert_used_count"):
+        draft.drop(key)
+    draft.entries = [entry for entry in draft.entries if ".ffn_gate_inp." not in entry.name]
+    for entry in draft.entries:
+        if "_exps." in entry.name:
+            entry.name, entry.shape = entry.name.replace("_exps", ""), entry.shape[1:]
+    return draft

@@ -35,6 +35,11 @@ def odd_heads(draft: Draft) -> None:
         draft.set(f"llama.{name}", u32(15))
 
 
+def without_counts(draft: Draft) -> None:
+    draft.drop("llama.expert_count")
+    draft.drop("llama.expert_used_count")
+
+
 def a_byte_as_text(draft: Draft) -> None:
     draft.set("tokenizer.ggml.token_type", ints([2, 3, 3, 1, *[6] * 255, 1, 1, 1]))
 
@@ -74,8 +79,9 @@ MODELS = [
     key("architecture_number", "architecture is 3", "general.architecture", u32(3)),
     key("architecture_array", "architecture is an array", "general.architecture", ints([1, 2])),
     key("architecture_megabyte", "aaa...; only", "general.architecture", text("a" * 2**20)),
-    drafted("dense_llama", "a dense model", lambda d: d.drop("llama.expert_count")),
-    key("experts_0", "a dense model", "llama.expert_count", u32(0)),
+    drafted("experts_missing", "a Llama or Mistral has no experts", lambda d: d.drop("llama.expert_count")),
+    key("experts_0", "expert_used_count is 2; a Llama or Mistral has no", "llama.expert_count", u32(0)),
+    drafted("experts_of_a_dense_llama", "blk.0.ffn_gate.weight is missing", without_counts),
     key("experts_negative", "expert_count is -4", "llama.expert_count", i32(-4)),
     key("experts_most", f"expert_count is {2**32 - 1}", "llama.expert_count", u32(2**32 - 1)),
     key("experts_text", "expert_count is '8'", "llama.expert_count", text("8")),

@@ -100,6 +100,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+_DENSE = {"intermediate_size": 88}
 _MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40}
 
 
@@ -229,6 +230,19 @@ CASES = {
         },
         dtype="f16",
         fused=True,
+    ),
+    "llama, tied, RoPE of Llama 3.1": Case(
+        "Llama", {**_heads(64, 8, 2), **_DENSE, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}
+    ),
+    "mistral, window": Case("Mistral", {**_heads(64, 8, 2), **_DENSE, "sliding_window": 16}),
+    "llama, odd, f16, 2 shards, linear RoPE": Case(
+        "Llama",
+        {**_heads(50, 5, 5), "intermediate_size": 77, "head_dim": 14, "rope_parameters": _LINEAR},
+        dtype="f16",
+        shard="150KB",
+    ),
+    "mistral, YaRN": Case(
+        "Mistral", {**_heads(66, 3, 1), **_DENSE, "sliding_window": None, "rope_parameters": _YARN}, shard="250KB"
     ),
     "mixtral, YaRN": Case("Mixtral", {**_heads(64, 4, 2), **_MIXTRAL, "head_dim": 16, "rope_parameters": _YARN}),
     "mixtral, linear RoPE": Case("Mixtral", {**_heads(64, 4, 2), **_MIXTRAL, "rope_parameters": _LINEAR}),

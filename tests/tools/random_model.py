@@ -19,7 +19,7 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 
-from fiddler.models import ARCHITECTURES
+from fiddler.models import ARCHITECTURES, LLAMA
 from fiddler.models.architecture import FLOATS, Role, RouterRule, Scoring
 from fiddler.models.config import Config, LatentWidths
 from fiddler.models.metadata import to_metadata
@@ -34,7 +34,16 @@ def _shape(name: str, vocabulary: int, context: int, width: int, layers: int, hi
                   1e-6, 1e6, **others)  # type: ignore[arg-type]  # fmt: skip
 
 
+def _dense(vocabulary: int, context: int, width: int, layers: int, hidden: int, heads: int, kv_heads: int,
+           base: float, **others: object) -> Config:  # fmt: skip
+    return Config(LLAMA, vocabulary, context, width, layers, 0, heads, kv_heads, width // heads, 0, 0, 1e-5, base,
+                  feed_forward_length=hidden, leading_dense_block_count=layers, **others)  # type: ignore[arg-type]  # fmt: skip
+
+
 SHAPES = {
+    "llama-3-8b": _dense(128256, 8192, 4096, 32, 14336, 32, 8, 5e5),
+    "mistral-7b": _dense(32000, 32768, 4096, 32, 14336, 32, 8, 1e4, sliding_window=4096),
+    "tinyllama-1.1b": _dense(32000, 2048, 2048, 22, 5632, 32, 4, 1e4),
     "mixtral-8x7b": _shape("llama", 32000, 32768, 4096, 32, 14336, 32, 8, 128, 8, 2),
     "qwen3-30b-a3b": _shape("qwen3moe", 151936, 40960, 2048, 48, 768, 32, 4, 128, 128, 8),
     "qwen1.5-moe-a2.7b": _shape("qwen2moe", 151936, 8192, 2048, 24, 1408, 16, 16, 128, 60, 4,
@@ -85,7 +94,7 @@ def write_random_model(
             tensors[name] = role, shape
     writer = gguf.GGUFWriter(path, config.architecture.gguf_name)
     writer.add_name(f"random {config.architecture.name}, {config.block_count} layers")
-    writer.add_file_type(32 if dtype == "bf16" else 1)
+    writer.add_file_type({"bf16": 32, "f16": 1, "f32": 0}[dtype])
     writer.add_custom_alignment(ALIGNMENT)
     prefix = config.architecture.gguf_name
     for key, value in (to_metadata(config) | {f"{prefix}.{key}": value for key, value in metadata.items()}).items():
@@ -96,9 +105,9 @@ def write_random_model(
         if name.startswith("tokenizer."):
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    matrix = gguf.GGMLQuantizationType.BF16 if dtype == "bf16" else gguf.GGMLQuantizationType.F16
+    matrix = gguf.GGMLQuantizationType[dtype.upper()]
     for name, (role, shape) in tensors.items():
-        floats = role in FLOATS
+        floats = role in FLOATS or dtype == "f32"
         kind_of = gguf.GGMLQuantizationType.F32 if floats else matrix
         writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) * (4 if floats else 2), kind_of)
     writer.write_header_to_file()
@@ -108,7 +117,10 @@ def write_random_model(
     random = np.random.default_rng(seed)
     largest = max(math.prod(shape) for _, shape in tensors.values())
     pool = random.standard_normal(min(1 << 25, largest + 4096), dtype=np.float32) * np.float32(0.02)
-    halves = (pool.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else pool.astype(np.float16)
+    if dtype == "bf16":
+        values = (pool.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        values = pool if dtype == "f32" else pool.astype(np.float16)
     for file in writer.fout:
         file.write(bytes(-file.tell() % ALIGNMENT))
         for index, (role, shape) in enumerate(tensors.values()):
@@ -119,8 +131,8 @@ def write_random_model(
                 left = 0
             begin = index * 7919 % 4096
             while left:
-                count = min(left, halves.size - begin)
-                file.write(memoryview(halves[begin : begin + count]).cast("B"))
+                count = min(left, values.size - begin)
+                file.write(memoryview(values[begin : begin + count]).cast("B"))
                 left, begin = left - count, 0
             file.write(bytes(-file.tell() % ALIGNMENT))
     writer.close()
@@ -132,11 +144,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--dtype", choices=("bf16", "f16"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "f16", "f32"), default="bf16")
     options = parser.parse_args()
     config = SHAPES[options.shape]
     if options.layers:
-        config = replace(config, block_count=options.layers)
+        dense = config.leading_dense_block_count if config.architecture.has_experts else options.layers
+        config = replace(config, block_count=options.layers, leading_dense_block_count=dense)
     began = time.perf_counter()
     write_random_model(options.out, config, options.vocabulary, options.dtype)
     print(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s")
