@@ -44,6 +44,7 @@ class Split(NamedTuple):
     gpu_rows: dict[int, int]  # of each missing expert with tokens
     cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
     seconds: float  # expected
+    lead: float  # by which the GPU is expected to end before the CPU [s], where both have a part
 
 
 class CpuPart(NamedTuple):
@@ -101,7 +102,8 @@ class Orchestrator:
         self._costs = costs
         sum_experts = 4 * self.layers[0].gate.shape[2] / self.layers[0].expert_bytes
         # not bound to self: counting references would never free that cycle
-        self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden, sum_experts))
+        self._plan = partial(_plan, costs, self._hidden, sum_experts)
+        self._plan_again = lru_cache(maxsize=4096)(self._plan)  # of evenly spread tokens: these plans come back
         self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,7 +161,7 @@ class Orchestrator:
             self._gpu_side.add_experts(
                 *(self.layers[layer], layer, x, expert_ids, routing_weights, first, split.gpu_rows, prefetched, y)
             )
-            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], self._plan)
+            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], self._plan_again)
         if number is not None:
             self.semaphore.wait(number)
             self._gpu_side.add_host_sums(y, self._y[:tokens])
@@ -209,15 +211,16 @@ class Orchestrator:
         The GPU has no part where copies block: they would begin when the CPU is done.
         """
         missing = [e for e in expert_ids if (layer, e) not in self.residents]
+        count = len(missing)
         if self.ring.weight_copy.blocks:
-            return self._as_split(missing, Plan((0,) * len(missing), 0.0))
-        return self._as_split(missing, self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds, 1))
+            return self._as_split(missing, Plan((0,) * count, 0.0))
+        return self._as_split(missing, self._plan_again((1,) * count, (0,) * count, self.balance.seconds, 1))
 
     def _as_split(self, missing: Sequence[int], plan: Plan) -> Split:
         gpu_rows, cpu_rows = dict(zip(missing, plan.gpu_rows, strict=True)), np.zeros(self._experts, np.int64)
         for e, rows in gpu_rows.items():
             cpu_rows[e] = self._hidden - rows
-        return Split(gpu_rows, cpu_rows, plan.seconds)
+        return Split(gpu_rows, cpu_rows, plan.seconds, plan.lead)
 
     def _copy_seconds_left(self, prefetched: Sequence[Part]) -> float:
         """Seconds until these parts are copied; of the first one under way, half is left."""
