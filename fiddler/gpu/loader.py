@@ -79,7 +79,7 @@ def on_gpu(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
     budget = Budget(device, options.gpu_memory)
-    config, hidden = model_file.config, experts[0].gate.shape[1]
+    config = model_file.config
     context = options.capacity(config.context_length)
     cache_dtype = torch.float16 if experts[0].variant.activations == "bf16" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
@@ -97,13 +97,15 @@ def on_gpu(
     layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
         raise _too_small(budget, sizes)
-    ring = Ring(weight_copy, experts, slot_rows(hidden) if layout.slots else 64, SLOTS, recorder)
-    costs, threads = _costs(experts, ring, options, notify) if layout.slots else (_NO_COSTS, options.threads)
+    ring = Ring(weight_copy, experts, slot_rows(experts[0]) if layout.slots else 64, SLOTS, recorder)
+    grouped = _grouped(device) if triton_kernels is not None else None
+    costs, threads = _NO_COSTS, options.threads
+    if layout.slots:
+        costs, threads = _costs(experts, ring, options, config.expert_used_count, grouped, notify)
     threads = kernels.set_threads(threads)
     placement = place(len(experts), config.expert_count, layout.residents, counts)
     residents = _load_residents(experts, placement, ring, progress)
     budget.settle()
-    grouped = _grouped(device) if triton_kernels is not None else None
     orchestrator = Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped)
     linear = GpuLinear(linears, triton_kernels, exact=options.exact)
     router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
@@ -120,15 +122,20 @@ def on_gpu(
 
 
 def _costs(
-    experts: Sequence[ExpertWeights], ring: Ring, options: LoadOptions, notify: Callable[[str], None]
+    experts: Sequence[ExpertWeights],
+    ring: Ring,
+    options: LoadOptions,
+    k: int,
+    grouped: Grouped | None,
+    notify: Callable[[str], None],
 ) -> tuple[Costs, int]:
     """The costs to plan with, which also say who computes missing experts, and the number of CPU threads."""
-    calibration = calibrated(experts, ring, options.threads, notify)
+    calibration = calibrated(experts, ring, options.threads, notify, k=k, grouped=grouped)
     costs = calibration.costs()
     if options.missing == "cpu":
         costs = replace(costs, copy=inf)
     elif options.missing == "stream":
-        costs = replace(costs, cpu=Curve((1,), (1e9,)))
+        costs = replace(costs, cpu=Curve((1,), (1e9,)), cpu_alone=None)
     return costs, calibration.threads
 
 
@@ -197,7 +204,7 @@ def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> Modu
 
 def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
     """Memory that the model will take on the GPU."""
-    config, (_, hidden, width) = model_file.config, experts[0].gate.shape
+    config, width = model_file.config, experts[0].gate.shape[2]
     width = max(width, config.head_count * config.head_dim)
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
@@ -206,7 +213,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
         token=width * _ACTIVATION_BYTES,
-        slots=Ring.nbytes(experts, slot_rows(hidden), SLOTS),
+        slots=Ring.nbytes(experts, slot_rows(experts[0]), SLOTS),
         expert=max(weights.expert_bytes for weights in experts),
         experts=len(experts) * config.expert_count,
         context=context,

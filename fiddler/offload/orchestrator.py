@@ -191,17 +191,24 @@ class Orchestrator:
         return self._complete[layer]
 
     def split(
-        self, layer: int, counts: np.ndarray, prefetched: Sequence[Part] = (), gpu_delay: float = 0.0, tokens: int = 1
+        self,
+        layer: int,
+        counts: np.ndarray,
+        prefetched: Sequence[Sequence[Part]] = (),
+        gpu_delay: float = 0.0,
+        tokens: int = 1,
     ) -> Split:
-        """Divide a layer whose experts have `counts` [E] tokens. prefetched: parts on the GPU or on their way.
+        """Divide a layer whose experts have `counts` [E] tokens.
 
+        prefetched: parts on the GPU or on their way, of one slot of the ring after the other.
         gpu_delay: of the GPU's begin after the CPU's [s]. tokens: of the layer; the CPU sends their sums.
         """
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         prefetched_rows = dict.fromkeys(missing, 0)
-        for part in prefetched:
-            if part.expert in prefetched_rows:
-                prefetched_rows[part.expert] += part.end - part.begin
+        for parts in prefetched:
+            for part in parts:
+                if part.expert in prefetched_rows:
+                    prefetched_rows[part.expert] += part.end - part.begin
         plan = self._plan(tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
@@ -222,9 +229,10 @@ class Orchestrator:
             cpu_rows[e] = self._hidden - rows
         return Split(gpu_rows, cpu_rows, plan.seconds, plan.lead)
 
-    def _copy_seconds_left(self, prefetched: Sequence[Part]) -> float:
-        """Seconds until these parts are copied; of the first one under way, half is left."""
-        rows = [part.end - part.begin for part in prefetched if not part.arrived.query()]
+    def _copy_seconds_left(self, prefetched: Sequence[Sequence[Part]]) -> float:
+        """Seconds until these parts are copied; of the first slot under way, half is left."""
+        under_way = [parts for parts in prefetched if not parts[0].arrived.query()]
+        rows = [sum(part.end - part.begin for part in parts) for parts in under_way]
         return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.copy if rows else 0.0
 
     def on_cpu(self, part: CpuPart, out: np.ndarray) -> bool:
