@@ -111,7 +111,7 @@ class CpuSide:
         while len(samples) < 5 or sum(map(sum, samples)) < _MIN_SECONDS:  # in turns: the memory's speed changes
             samples.append((self._seconds(1, whole), self._seconds(1, 2 * whole, self._half)))
         quickest, quickest_halves = map(min, zip(*samples, strict=True))  # others were disturbed, by more than a split
-        return max(0.0, quickest_halves / (2 * whole) - self._half / self._hidden * quickest / whole)
+        return float(max(0.0, quickest_halves / (2 * whole) - self._half / self._hidden * quickest / whole))
 
 
 class BothSides(CpuSide):
@@ -164,7 +164,7 @@ class BothSides(CpuSide):
         count, begin = max(2, round(_MIN_SECONDS / copy_alone)), self._hidden - self._half
         samples = [(self._copy_seconds(count), self._copy_seconds(count, begin)) for _ in range(5)]
         quickest, quickest_halves = map(min, zip(*samples, strict=True))
-        return max(0.0, quickest_halves - self._half / self._hidden * quickest) / count
+        return float(max(0.0, quickest_halves - self._half / self._hidden * quickest) / count)
 
     def together(self, tokens: int, copy_alone: float) -> tuple[float, float, float]:
         """Seconds an expert, of the CPU and of the copies at the same time, and of the CPU alone.
