@@ -31,12 +31,12 @@ def weights_of(kind, activations, seed=0):
 EXACT = weights_of("bf16", "f32")
 
 
-def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, recorder=SILENT):
+def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, recorder=SILENT, grouped=None):
     weight_copy = weight_copy or HostCopy()
     residents = Residents(layers, weight_copy.device)
     residents.load(placed, weight_copy, lambda nbytes: None)
     ring = Ring(weight_copy, layers, rows, slots)
-    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder)
+    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder, grouped)
 
 
 def compute_layer(experts, layer, *inputs):
