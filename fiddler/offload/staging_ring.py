@@ -7,7 +7,7 @@ compute stream reads others; the next ones into it wait for its last reader.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ RowRange = tuple[int, int, int]
 """An expert, and the first and the end of its hidden rows."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Hidden rows [begin, end) of one expert: on the GPU once `arrived` is reached."""
 
     expert: int
