@@ -18,10 +18,10 @@ from oracles import naive
 D, F, E, LAYERS, MAX_TOKENS = 48, 320, 5, 3, 70
 
 
-def weights_of(kind, activations, seed=0):
+def weights_of(kind, activations, seed=0, experts=E, hidden=F, width=D):
     rng = np.random.default_rng(seed)
     variant = KernelVariant(kernels.choose_tier(), kind, activations)
-    shapes = [(E, F, D), (E, F, D), (E, D, F)]
+    shapes = [(experts, hidden, width), (experts, hidden, width), (experts, width, hidden)]
     return [
         ExpertWeights(*(naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind) for shape in shapes), variant)
         for _ in range(LAYERS)
