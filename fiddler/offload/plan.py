@@ -122,7 +122,8 @@ def make_plan(
 
     hidden: F, the rows of an expert; the GPU's are a multiple of `step`, or all.
     prefetched: rows of each expert that are already on the GPU or on their way; they stay there and cost nothing.
-    margin: the CPU is left out where it saves no more than this fraction of the time.
+    margin: a side is left out where it saves no more than this fraction of the time: the other one alone has the memory
+    to itself, and needs no sums of the other.
     Exact where streaming costs the same for every expert, that is, where the GPU waits for the copies. Else experts
     go to the GPU in the order of their savings, a good one (Dantzig's for the continuous knapsack), and the rounding to
     whole experts or whole steps may miss the best. Takes E log E: some 10 us for a token, 100 us for a prompt.
@@ -130,16 +131,12 @@ def make_plan(
     on_gpu = tuple(prefetched) if prefetched is not None else (0,) * len(tokens)
     assert len(on_gpu) == len(tokens)
     assert not on_gpu or (min(on_gpu) >= 0 and max(on_gpu) <= hidden)
-    best = _on_both(tokens, costs, hidden, step, on_gpu)
-    if not any(on_gpu):
-        seconds = _on_cpu(tokens, costs)
-        if seconds < best.seconds:
-            best = Plan(on_gpu, seconds)
-    if costs.copy == inf:
-        return best
-    # saves the CPU's start, too, and the copies have the memory to themselves
-    seconds = _on_gpu(tokens, costs, hidden, on_gpu)
-    return Plan((hidden,) * len(tokens), seconds) if seconds < best.seconds * (1 + margin) else best
+    both = _on_both(tokens, costs, hidden, step, on_gpu)
+    cpu = inf if any(on_gpu) else _on_cpu(tokens, costs)
+    gpu = _on_gpu(tokens, costs, hidden, on_gpu)
+    if min(cpu, gpu) < both.seconds * (1 + margin):
+        return Plan(on_gpu, cpu) if cpu <= gpu else Plan((hidden,) * len(tokens), gpu)
+    return both
 
 
 def _on_cpu(tokens: Sequence[int], costs: Costs) -> float:
@@ -152,6 +149,8 @@ def _on_cpu(tokens: Sequence[int], costs: Costs) -> float:
 
 def _on_gpu(tokens: Sequence[int], costs: Costs, hidden: int, on_gpu: Sequence[int]) -> float:
     """Seconds where the GPU computes everything, and the CPU nothing."""
+    if costs.copy == inf:
+        return inf
     copy = min(costs.copy, costs.copy_alone)
     seconds_of = {count: max(copy, costs.gpu(count)) for count in set(tokens)}
     seconds = sum([seconds_of[count] for count in tokens])

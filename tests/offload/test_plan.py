@@ -114,6 +114,20 @@ def test_the_cpu_gets_no_rows_where_they_save_less_than_the_margin(margin, rows)
     assert plan.seconds == pytest.approx(8.0 if rows == 128 else 7.75)
 
 
+@pytest.mark.parametrize("margin,rows", [(0.0, 32), (0.05, 0)])
+def test_the_gpu_gets_no_rows_where_they_save_less_than_the_margin(margin, rows):
+    """The copy takes 20 times as long as the CPU: streaming a fifth of one of eight experts saves 2.5 %."""
+    costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 20.0, 0.0, cpu_alone=Curve((1,), (1.0,)))
+    assert make_plan([5] * 8, costs, 160, 32, margin=margin).gpu_rows == (rows,) + (0,) * 7
+
+
+def test_everything_is_left_to_the_cpu_where_copies_slow_it_by_more_than_they_save():
+    costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 5.0, 0.0, cpu_alone=Curve((1,), (0.8,)))
+    plan = make_plan([5] * 8, costs, 128, 32)
+    assert plan.gpu_rows == (0,) * 8
+    assert plan.seconds == pytest.approx(8 * 0.8)
+
+
 def test_the_cpu_gets_no_rows_where_it_slows_the_copy_by_more_than_it_saves():
     """A quarter of an expert on the CPU would save 3 %, and slow the copy by a tenth."""
     costs = Costs(Curve((1,), (31.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
