@@ -74,9 +74,8 @@ def on_gpu(
     progress: called with the bytes of experts loaded so far, and in all.
     Raises RequestError for a budget that is too small or too large; it names the smallest or largest that works.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    device, matmul = torch.device("cuda", torch.cuda.current_device()), torch.backends.cuda.matmul
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
     budget = Budget(device, options.gpu_memory)
     config = model_file.config
@@ -98,7 +97,7 @@ def on_gpu(
     if layout is None:
         raise _too_small(budget, sizes)
     ring = Ring(weight_copy, experts, slot_rows(experts[0]) if layout.slots else 64, SLOTS, recorder)
-    grouped = _grouped(device) if triton_kernels is not None else None
+    grouped = _grouped(device, triton_kernels)
     costs, threads = _NO_COSTS, options.threads
     if layout.slots:
         costs, threads = _costs(experts, ring, options, config.expert_used_count, grouped, notify)
@@ -158,8 +157,10 @@ def _load_residents(
     return residents
 
 
-def _grouped(device: torch.device) -> Grouped:
-    """Triton's kernels for several tokens."""
+def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs."""
+    if triton_kernels is None:
+        return None
     from fiddler.offload import grouped_kernels
 
     return grouped_kernels.Grouped(device)
