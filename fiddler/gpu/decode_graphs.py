@@ -142,10 +142,13 @@ class DecodeGraphs:
         number = cooperative_step.number()
         plans.put(LayerPlan(layer, expert_ids, split.gpu_rows, number))
         part = CpuPart(layer, graphs.x, np.array(expert_ids, np.int64)[None], graphs.routing_weights, split)
-        if orchestrator.on_cpu(part, graphs.cpu_sum):
-            if any(split.gpu_rows.values()):
-                orchestrator.balance.tell(gpu_first=graphs.streamed(layer))
-        else:
+        on_gpu = any(split.gpu_rows.values())
+        on_cpu = orchestrator.on_cpu(part, graphs.cpu_sum)
+        if on_cpu and on_gpu:
+            orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=split.lead)
+        elif split.gpu_rows:
+            orchestrator.balance.tell_alone()
+        if not on_cpu:
             graphs.cpu_sum[:] = 0
         cooperative_step.open(number)
 

@@ -106,6 +106,7 @@ class CapturedGraphs:
         self._host_sum = torch.zeros(1, width, pin_memory=True)
         self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
         self._host_jobs = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
+        self._job_numbers = self._host_jobs.numpy().reshape(-1)
         host_inputs = self._host_inputs.numpy()[None]
         self.x, self.expert_ids, self.routing_weights = np.split(host_inputs, [width, width + self._k], axis=1)
         self.cpu_sum = self._host_sum.numpy()
@@ -182,10 +183,12 @@ class CapturedGraphs:
                     rows += pending[count][2] - pending[count][1]
                     count += 1
                 parts = ring.send_together(layer, pending[:count])
-                jobs = self._host_jobs.numpy()
-                jobs[:] = 0
-                for job, part in zip(jobs, parts, strict=False):
-                    job[:] = (*part.addresses, part.end - part.begin, expert_ids.index(part.expert))
+                jobs = [
+                    number
+                    for part in parts
+                    for number in (*part.addresses, part.end - part.begin, expert_ids.index(part.expert))
+                ]
+                self._job_numbers[:] = jobs + [0] * (len(self._job_numbers) - len(jobs))
                 cuda_driver.copy_to_device(
                     self._jobs.data_ptr(), self._host_jobs.data_ptr(), self._host_jobs.nbytes, stream
                 )
@@ -273,7 +276,7 @@ class CapturedGraphs:
             self._streamed_inputs[None, :width],
             self._jobs,
             self._streamed_inputs[width:],
-            self._orchestrator.ring.rows * self._orchestrator.ring.slots,
+            min(weights.gate.shape[1], self._orchestrator.ring.rows * self._orchestrator.ring.slots),
             weights,
             expert_ids=None,
             into=self._y,

@@ -78,9 +78,8 @@ def on_gpu(
     Raises RequestError for a budget that is too small or too large; it names the smallest or largest that works.
     For a model without experts that does not fit: GpuStartError, as for a GPU that does not start.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    device, matmul = torch.device("cuda", torch.cuda.current_device()), torch.backends.cuda.matmul
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
     pinned.counted()
     budget = Budget(device, options.gpu_memory)
     config, main = model_file.config, main_variant(model_file, tier, exact=options.exact)
@@ -101,11 +100,12 @@ def on_gpu(
     layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
         raise _too_small(budget, sizes, config)
-    grouped = _grouped(device) if triton_kernels is not None else None
+    grouped = _grouped(device, triton_kernels)
     orchestrator, threads = None, kernels.set_threads(options.threads)
     if experts:
         orchestrator, threads = _orchestrated(
-            experts, weight_copy, layout, options, counts, grouped, notify, progress, recorder
+            *(experts, config.expert_used_count, weight_copy, layout, options, counts, grouped),
+            _Reports(notify, progress, recorder),
         )
     budget.settle()
     linear = GpuLinear(linears, triton_kernels, exact=options.exact)
@@ -125,40 +125,53 @@ def _no_experts(layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tens
     raise AssertionError("a model without experts has no layer that computes some")
 
 
+class _Reports(NamedTuple):
+    """Receivers of what happens while a model is loaded, and afterwards."""
+
+    notify: Callable[[str], None]
+    progress: Callable[[int, int], None]
+    recorder: Recorder
+
+
 def _orchestrated(
     experts: Sequence[ExpertWeights],
+    k: int,
     weight_copy: WeightCopy,
     layout: Layout,
     options: LoadOptions,
     counts: Sequence[Sequence[int]] | None,
     grouped: Grouped | None,
-    notify: Callable[[str], None],
-    progress: Callable[[int, int], None],
-    recorder: Recorder,
+    reports: _Reports,
 ) -> tuple[Orchestrator, int]:
     """The experts, with residents on the GPU and the staging ring for the others; and the number of CPU threads."""
-    rows = slot_rows(experts[0].gate.shape[1]) if layout.slots else 64
-    ring = Ring(weight_copy, experts, rows, SLOTS, recorder)
-    costs, threads = _costs(experts, ring, options, notify) if layout.slots else (_NO_COSTS, options.threads)
+    ring = Ring(weight_copy, experts, slot_rows(experts[0]) if layout.slots else 64, SLOTS, reports.recorder)
+    costs, threads = _NO_COSTS, options.threads
+    if layout.slots:
+        costs, threads = _costs(experts, ring, options, k, grouped, reports.notify)
     threads = kernels.set_threads(threads)
     placement = place(len(experts), len(experts[0].gate), layout.residents, counts)
-    residents = _load_residents(experts, placement, ring, progress)
+    residents = _load_residents(experts, placement, ring, reports.progress)
     return (
-        Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, recorder, grouped),
+        Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, reports.recorder, grouped),
         threads,
     )
 
 
 def _costs(
-    experts: Sequence[ExpertWeights], ring: Ring, options: LoadOptions, notify: Callable[[str], None]
+    experts: Sequence[ExpertWeights],
+    ring: Ring,
+    options: LoadOptions,
+    k: int,
+    grouped: Grouped | None,
+    notify: Callable[[str], None],
 ) -> tuple[Costs, int]:
     """The costs to plan with, which also say who computes missing experts, and the number of CPU threads."""
-    calibration = calibrated(experts, ring, options.threads, notify)
+    calibration = calibrated(experts, ring, options.threads, notify, k=k, grouped=grouped)
     costs = calibration.costs()
     if options.missing == "cpu":
         costs = replace(costs, copy=inf)
     elif options.missing == "stream":
-        costs = replace(costs, cpu=Curve((1,), (1e9,)))
+        costs = replace(costs, cpu=Curve((1,), (1e9,)), cpu_alone=None)
     return costs, calibration.threads
 
 
@@ -181,8 +194,10 @@ def _load_residents(
     return residents
 
 
-def _grouped(device: torch.device) -> Grouped:
-    """Triton's kernels for several tokens."""
+def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs."""
+    if triton_kernels is None:
+        return None
     from fiddler.offload import grouped_kernels
 
     return grouped_kernels.Grouped(device)
@@ -239,7 +254,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
-        slots=Ring.nbytes(experts, slot_rows(config.expert_feed_forward_length), SLOTS) if experts else 0,
+        slots=Ring.nbytes(experts, slot_rows(experts[0]), SLOTS) if experts else 0,
         expert=max((weights.expert_bytes for weights in experts), default=0),
         experts=len(experts) * config.expert_count,
         context=context,

@@ -22,7 +22,7 @@ __all__ = ["Calibration", "cache_folder", "check_store", "read_calibration", "st
 
 _LARGEST_FILE = 1 << 20  # [bytes]; a calibration takes 1 KB
 _LARGEST_COUNT = 1 << 62  # of tokens, threads or bytes
-_VERSION = 5  # of the kernels and of how they are measured; results of another version are measured again
+_VERSION = 6  # of the kernels and of how they are measured; results of another version are measured again
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,28 @@ class Calibration:
     expert_bytes: int
     cpu_tokens: tuple[int, ...]
     cpu_seconds: tuple[float, ...]  # while weights are copied to the GPU
-    cpu_alone: float  # for one token, without copies
+    cpu_alone: tuple[float, ...]  # for the same tokens, without copies
+    cpu_split: float  # more, for a part of an expert
     gpu_tokens: tuple[int, ...] = ()  # this and the rest are empty where there is no GPU
     gpu_seconds: tuple[float, ...] = ()
     copy_seconds: float | None = None  # while the CPU computes
     copy_alone: float | None = None
+    copy_split: float = 0.0
     version: int = _VERSION
 
     def costs(self) -> Costs:
         """The costs for `plan`. Those of the memory follow from both sides measured together."""
-        cpu = Curve(self.cpu_tokens, self.cpu_seconds)
+        cpu, cpu_alone = Curve(self.cpu_tokens, self.cpu_seconds), Curve(self.cpu_tokens, self.cpu_alone)
         if self.copy_seconds is None or self.copy_alone is None:
-            return Costs(cpu, Curve((1,), (inf,)), inf, 0.0)
+            return Costs(cpu, Curve((1,), (inf,)), inf, 0.0, cpu_alone=cpu_alone, cpu_split=self.cpu_split)
         gpu = Curve(self.gpu_tokens, self.gpu_seconds)
-        return Costs(cpu, gpu, self.copy_seconds, self._together(), copy_alone=self.copy_alone)
+        return Costs(
+            *(cpu, gpu, self.copy_seconds, self._together()),
+            copy_alone=self.copy_alone,
+            cpu_alone=cpu_alone,
+            cpu_split=self.cpu_split,
+            copy_split=self.copy_split,
+        )
 
     def copy_speeds(self) -> tuple[float, ...]:
         """Seconds to copy an expert, while the CPU computes and alone; empty where there is no GPU."""
@@ -69,11 +77,13 @@ class Calibration:
             return ", ".join(f"{t}: {s * 1e3:.2f}" for t, s in zip(tokens, seconds, strict=True))
 
         lines = [self.machine, f"  expert of {self.expert_bytes / 1e6:.1f} MB, {self.threads} threads"]
-        lines.append(f"  CPU, one token: {speed(self.cpu_alone)} alone")
+        lines.append(f"  CPU, one token: {speed(self.cpu_alone[0])} alone")
         if self.copy_seconds is not None and self.copy_alone is not None:
             lines[-1] += f", {speed(self.cpu_seconds[0])} during PCIe copies"
             beside = f"{speed(self.copy_seconds)} while the CPU computes; both {speed(self._together())}"
             lines.append(f"  PCIe copies: {speed(self.copy_alone)} alone, {beside}")
+            more = f"{self.cpu_split * 1e6:.0f} us more on the CPU, {self.copy_split * 1e6:.0f} us for its copy"
+            lines.append(f"  a part of an expert: {more}")
         lines.append(f"  CPU, ms an expert for tokens: {points(self.cpu_tokens, self.cpu_seconds)}")
         if self.gpu_tokens:
             lines.append(f"  GPU, ms an expert for tokens: {points(self.gpu_tokens, self.gpu_seconds)}")
@@ -126,13 +136,15 @@ def read_calibration(path: Path) -> Calibration | None:
             *calibration.cpu_seconds,
             *calibration.gpu_seconds,
             *calibration.copy_speeds(),
-            calibration.cpu_alone,
+            *calibration.cpu_alone,
         )
+        splits = calibration.cpu_split, calibration.copy_split
         counts = (*calibration.cpu_tokens, *calibration.gpu_tokens, calibration.threads, calibration.expert_bytes)
         valid = (
             calibration.version == _VERSION
             and isinstance(calibration.machine, str)
             and all(isinstance(value, float) and 0 < value < inf for value in seconds)
+            and all(isinstance(value, float) and 0 <= value < inf for value in splits)
             and all(type(value) is int and 0 < value < _LARGEST_COUNT for value in counts)
         )
         if valid:

@@ -21,6 +21,7 @@ class Residents:
         self._layers = layers
         self._device = device
         self._weights: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._addresses: dict[tuple[int, int], tuple[int, int, int]] = {}
         experts = len(layers[0].gate)
         # for kernels with expert ids on the device: addresses of gate, up, down, hidden rows, 0; zeros: not resident
         self.table = torch.zeros(len(layers), experts, 5, dtype=torch.int64, device=device)
@@ -36,8 +37,7 @@ class Residents:
 
     def addresses(self, layer: int, expert: int) -> tuple[int, int, int]:
         """Addresses of gate, up and down."""
-        gate, up, down = self._weights[layer, expert]
-        return gate.data_ptr(), up.data_ptr(), down.data_ptr()
+        return self._addresses[layer, expert]
 
     def complete(self, layer: int) -> bool:
         """Whether every expert of a layer is resident."""
@@ -57,7 +57,9 @@ class Residents:
                 for target, bits in zip(matrices, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
                     weight_copy.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
                 self._weights[layer, e] = matrices
-                table[layer, e] = torch.tensor([*(matrix.data_ptr() for matrix in matrices), hidden, 0])
+                addresses = matrices[0].data_ptr(), matrices[1].data_ptr(), matrices[2].data_ptr()
+                self._addresses[layer, e] = addresses
+                table[layer, e] = torch.tensor([*addresses, hidden, 0])
                 progress(memory.nbytes)
         arrived = weight_copy.event()
         weight_copy.arrive(arrived)

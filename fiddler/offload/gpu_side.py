@@ -18,7 +18,7 @@ from fiddler.offload.feed_forward import Job, feed_forward, torch_type
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["GpuSide", "Grouped"]
+__all__ = ["GpuSide", "Grouped", "SortedInputs"]
 
 
 class Grouped(Protocol):
@@ -42,7 +42,7 @@ class Grouped(Protocol):
         ...
 
 
-class _Layer(NamedTuple):
+class SortedInputs(NamedTuple):
     """A layer's inputs in the order by expert, and its output."""
 
     inputs: Tensor  # [T, D], in the weights' type where activations are rounded to it
@@ -54,6 +54,7 @@ class _Layer(NamedTuple):
     y: Tensor  # [T, D] float32
 
     def positions(self, expert: int) -> slice:
+        """Where an expert's tokens are."""
         return slice(self.first[expert], self.first[expert + 1])
 
 
@@ -76,25 +77,23 @@ class GpuSide:
         routing_weights: Tensor,
         first: np.ndarray,
         gpu_rows: dict[int, int],
-        prefetched: Sequence[Part],
+        prefetched: Sequence[Sequence[Part]],
         y: Tensor,
     ) -> None:
         """Add to y [T, D] the residents of the layer and the last `gpu_rows` hidden rows of each missing expert.
 
         x [T, D], expert_ids and routing_weights [T, K], on the GPU; first: see `tokens_by_expert`. prefetched: parts
-        of this layer that were sent before.
+        of this layer that were sent before, of one slot of the ring after the other.
         """
         rounded, dtype = w.variant.activations == "bf16", torch_type(w)
         order = torch.argsort(expert_ids.reshape(-1), stable=True)
         inputs = x.to(dtype) if rounded else x
         sorted_weights = routing_weights.reshape(-1)[order]
-        this = _Layer(inputs, order // expert_ids.shape[1], sorted_weights, first, dtype, rounded, y)
+        this = SortedInputs(inputs, order // expert_ids.shape[1], sorted_weights, first, dtype, rounded, y)
         self._add_residents(this, layer, w.gate.shape[1])
-        for part in prefetched:
-            if part.expert in gpu_rows:
-                self._add_part(this, part)
-            else:
-                self._ring.done(part)
+        for parts in prefetched:
+            self.add_parts(this, [part for part in parts if part.expert in gpu_rows])
+            self._ring.done(parts)
         self._add_streamed(this, w, layer, gpu_rows, prefetched)
 
     def add_host_sums(self, y: Tensor, pinned: Tensor) -> None:
@@ -104,7 +103,7 @@ class GpuSide:
         else:
             y += pinned.to(y.device, non_blocking=True)
 
-    def _add_residents(self, this: _Layer, layer: int, hidden: int) -> None:
+    def _add_residents(self, this: SortedInputs, layer: int, hidden: int) -> None:
         used = (e for e in range(len(this.first) - 1) if this.first[e + 1] > this.first[e])
         resident = [e for e in used if (layer, e) in self._residents]
         if this.rounded and self._grouped is not None:
@@ -116,30 +115,42 @@ class GpuSide:
             self._add_one(this, e, self._residents[layer, e])
 
     def _add_streamed(
-        self, this: _Layer, w: ExpertWeights, layer: int, gpu_rows: dict[int, int], prefetched: Sequence[Part]
+        self,
+        this: SortedInputs,
+        w: ExpertWeights,
+        layer: int,
+        gpu_rows: dict[int, int],
+        prefetched: Sequence[Sequence[Part]],
     ) -> None:
-        hidden = w.gate.shape[1]
-        sent = {e: sum(part.end - part.begin for part in prefetched if part.expert == e) for e in gpu_rows}
-        nbytes = sum(rows - sent[e] for e, rows in gpu_rows.items()) * w.hidden_row_bytes
-        with self._recorder.span("copy", nbytes):
-            for e, rows in gpu_rows.items():
-                for part in self._ring.send(layer, e, hidden - rows, hidden - sent[e]):
-                    self._add_part(this, part)
+        hidden: int = w.gate.shape[1]
+        ends = dict.fromkeys(gpu_rows, hidden)
+        for parts in prefetched:
+            for part in parts:
+                if part.expert in ends:
+                    ends[part.expert] -= part.end - part.begin
+        row_ranges = [(e, hidden - rows, ends[e]) for e, rows in gpu_rows.items() if hidden - rows < ends[e]]
+        with self._recorder.span("copy", sum(end - begin for _, begin, end in row_ranges) * w.hidden_row_bytes):
+            for parts in self._ring.send(layer, row_ranges):
+                self.add_parts(this, parts)
+                self._ring.done(parts)
 
-    def _add_part(self, this: _Layer, part: Part) -> None:
-        part.arrived.wait()
+    def add_parts(self, this: SortedInputs, parts: Sequence[Part]) -> None:
+        """Add parts of one slot, at once where kernels can."""
+        if not parts:
+            return
+        parts[0].arrived.wait()
         if this.rounded and self._grouped is not None:
-            rows = part.end - part.begin
-            self._add_grouped(this, [self._job(this, part.expert, part.addresses, rows)], rows)
-        else:
+            jobs = [self._job(this, part.expert, part.addresses, part.end - part.begin) for part in parts]
+            self._add_grouped(this, sorted(jobs, key=lambda job: job.first), max(job.rows for job in jobs))
+            return
+        for part in parts:
             self._add_one(this, part.expert, part.matrices(this.dtype))
-        self._ring.done(part)
 
     @staticmethod
-    def _job(this: _Layer, expert: int, addresses: tuple[int, int, int], rows: int) -> Job:
+    def _job(this: SortedInputs, expert: int, addresses: tuple[int, int, int], rows: int) -> Job:
         return Job(addresses, rows, int(this.first[expert]), int(this.first[expert + 1]))
 
-    def _add_grouped(self, this: _Layer, jobs: Sequence[Job], max_rows: int) -> None:
+    def _add_grouped(self, this: SortedInputs, jobs: Sequence[Job], max_rows: int) -> None:
         """Add several experts at once, in 16 bits."""
         assert self._grouped is not None
         with self._recorder.queued("experts"):
@@ -147,7 +158,7 @@ class GpuSide:
                 this.inputs, this.token, this.routing_weights, jobs, max_rows, this.y, self._workspace_bytes
             )
 
-    def _add_one(self, this: _Layer, expert: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _add_one(self, this: SortedInputs, expert: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add one expert, in plain torch."""
         positions = this.positions(expert)
         rows = this.token[positions]

@@ -17,7 +17,8 @@ from fiddler.offload.feed_forward import Job
 
 __all__ = ["Grouped"]
 
-_LISTS, _LONGEST = 1024, 512  # job lists that the GPU may not have read yet, and the numbers of one
+_NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
+_FETCH = 512  # numbers that a program reads
 
 
 @triton.jit
@@ -125,9 +126,10 @@ class Grouped:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._host_lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device_lists = torch.zeros(_LISTS, _LONGEST, dtype=torch.int64, device=device)
-        self._next = 0
+        self._host_lists = torch.zeros(_NUMBERS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device_lists = torch.zeros(_NUMBERS, dtype=torch.int64, device=device)
+        self._host_numbers = self._host_lists.numpy()
+        self._next = 0  # number of the next list
 
     def experts_of_many(
         self,
@@ -205,16 +207,21 @@ class Grouped:
         )
 
     def _to_device(self, numbers: list[int], device: torch.device) -> Tensor:
-        """Copy int64 numbers to the GPU."""
+        """Copy int64 numbers to the GPU: lists lie one after the other, and over again when the memory is full."""
         count = len(numbers)
-        if count > _LONGEST:
+        if count > _NUMBERS:
             return torch.tensor(numbers).to(device, non_blocking=True)
-        index, self._next = self._next, (self._next + 1) % _LISTS
-        if index == 0 and device.type == "cuda":  # the GPU must have read the lists of the last round
-            torch.cuda.current_stream().synchronize()
-        self._host_lists[index].numpy()[:count] = numbers
-        device_list = self._device_lists[index, :count]
-        _fetch[(1,)](self._host_lists[index].data_ptr(), device_list, count, tl.int64, False, _LONGEST, num_warps=4)
+        if self._next + count > _NUMBERS:
+            self._next = 0
+            if device.type == "cuda":  # the GPU must have read the lists of the last round
+                torch.cuda.current_stream().synchronize()
+        begin = self._next
+        self._next = -(-(begin + count) // 16) * 16  # kernels know of each list that it begins at such an address
+        self._host_numbers[begin : begin + count] = numbers
+        device_list = self._device_lists[begin : begin + count]
+        source = self._host_lists.data_ptr() + 8 * begin
+        programs = (triton.cdiv(count, _FETCH),)
+        _fetch[programs](source, device_list, count, tl.int64, False, _FETCH, num_warps=4)
         return device_list
 
 

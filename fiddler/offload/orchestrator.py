@@ -44,6 +44,7 @@ class Split(NamedTuple):
     gpu_rows: dict[int, int]  # of each missing expert with tokens
     cpu_rows: np.ndarray  # int64 [E], 0 for residents and experts without tokens
     seconds: float  # expected
+    lead: float  # by which the GPU is expected to end before the CPU [s], where both have a part
 
 
 class CpuPart(NamedTuple):
@@ -101,7 +102,8 @@ class Orchestrator:
         self._costs = costs
         sum_experts = 4 * self.layers[0].gate.shape[2] / self.layers[0].expert_bytes
         # not bound to self: counting references would never free that cycle
-        self._plan = lru_cache(maxsize=4096)(partial(_plan, costs, self._hidden, sum_experts))
+        self._plan = partial(_plan, costs, self._hidden, sum_experts)
+        self._plan_again = lru_cache(maxsize=4096)(self._plan)  # of evenly spread tokens: these plans come back
         self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,7 +161,7 @@ class Orchestrator:
             self._gpu_side.add_experts(
                 *(self.layers[layer], layer, x, expert_ids, routing_weights, first, split.gpu_rows, prefetched, y)
             )
-            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], self._plan)
+            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], self._plan_again)
         if number is not None:
             self.semaphore.wait(number)
             self._gpu_side.add_host_sums(y, self._y[:tokens])
@@ -189,17 +191,24 @@ class Orchestrator:
         return self._complete[layer]
 
     def split(
-        self, layer: int, counts: np.ndarray, prefetched: Sequence[Part] = (), gpu_delay: float = 0.0, tokens: int = 1
+        self,
+        layer: int,
+        counts: np.ndarray,
+        prefetched: Sequence[Sequence[Part]] = (),
+        gpu_delay: float = 0.0,
+        tokens: int = 1,
     ) -> Split:
-        """Divide a layer whose experts have `counts` [E] tokens. prefetched: parts on the GPU or on their way.
+        """Divide a layer whose experts have `counts` [E] tokens.
 
+        prefetched: parts on the GPU or on their way, of one slot of the ring after the other.
         gpu_delay: of the GPU's begin after the CPU's [s]. tokens: of the layer; the CPU sends their sums.
         """
         missing = [e for e in np.flatnonzero(counts).tolist() if (layer, e) not in self.residents]
         prefetched_rows = dict.fromkeys(missing, 0)
-        for part in prefetched:
-            if part.expert in prefetched_rows:
-                prefetched_rows[part.expert] += part.end - part.begin
+        for parts in prefetched:
+            for part in parts:
+                if part.expert in prefetched_rows:
+                    prefetched_rows[part.expert] += part.end - part.begin
         plan = self._plan(tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
@@ -209,19 +218,21 @@ class Orchestrator:
         The GPU has no part where copies block: they would begin when the CPU is done.
         """
         missing = [e for e in expert_ids if (layer, e) not in self.residents]
+        count = len(missing)
         if self.ring.weight_copy.blocks:
-            return self._as_split(missing, Plan((0,) * len(missing), 0.0))
-        return self._as_split(missing, self._plan((1,) * len(missing), (0,) * len(missing), self.balance.seconds, 1))
+            return self._as_split(missing, Plan((0,) * count, 0.0))
+        return self._as_split(missing, self._plan_again((1,) * count, (0,) * count, self.balance.seconds, 1))
 
     def _as_split(self, missing: Sequence[int], plan: Plan) -> Split:
         gpu_rows, cpu_rows = dict(zip(missing, plan.gpu_rows, strict=True)), np.zeros(self._experts, np.int64)
         for e, rows in gpu_rows.items():
             cpu_rows[e] = self._hidden - rows
-        return Split(gpu_rows, cpu_rows, plan.seconds)
+        return Split(gpu_rows, cpu_rows, plan.seconds, plan.lead)
 
-    def _copy_seconds_left(self, prefetched: Sequence[Part]) -> float:
-        """Seconds until these parts are copied; of the first one under way, half is left."""
-        rows = [part.end - part.begin for part in prefetched if not part.arrived.query()]
+    def _copy_seconds_left(self, prefetched: Sequence[Sequence[Part]]) -> float:
+        """Seconds until these parts are copied; of the first slot under way, half is left."""
+        under_way = [parts for parts in prefetched if not parts[0].arrived.query()]
+        rows = [sum(part.end - part.begin for part in parts) for parts in under_way]
         return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.copy if rows else 0.0
 
     def on_cpu(self, part: CpuPart, out: np.ndarray) -> bool:

@@ -4,20 +4,20 @@ An expert that is not on the GPU can be computed by the CPU where its weights li
 there, or split: the GPU takes some of its F hidden rows (of gate and up, and columns of down), the CPU the others,
 and their sums add. Both sides work at the same time and share the memory bandwidth, so a plan's cost is
 
-    max(cpu start + sum of (1 - s_e) cpu(t_e),                      where the CPU has any part
-        copy start + sum of s_e max(copy, gpu(t_e)),                where the GPU has any part
+    max(cpu start + sum of (1 - s_e) cpu(t_e) + cpu split * split experts,           where the CPU has any part
+        copy start + sum of s_e max(copy, gpu(t_e)) + copy split * split experts,    where the GPU has any part
         experts * memory)
 
-for s_e, the GPU's fraction of expert e, which has t_e tokens; all in seconds. Where the CPU has no part, the copies
-have the memory to themselves and cost less, as measured alone. The plan is the one with the least cost among those
-whose fractions are whole steps of rows.
+for s_e, the GPU's fraction of expert e, which has t_e tokens; all in seconds. A side that works alone has the memory to
+itself and costs less, as measured alone. Experts go to the GPU whole, and at most one is split: where experts are
+small, what a part costs beside its rows is more than a split saves, and the plan is two sets of experts.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor, inf
 
 __all__ = ["Balance", "Costs", "Curve", "Plan", "make_plan"]
@@ -29,6 +29,7 @@ class Curve:
 
     tokens: tuple[int, ...]  # ascending, the first is 1
     seconds: tuple[float, ...]
+    _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.seconds) >= 1
@@ -36,6 +37,12 @@ class Curve:
 
     def __call__(self, count: int) -> float:
         """Seconds for `count` tokens."""
+        seconds = self._known.get(count)
+        if seconds is None:
+            seconds = self._known[count] = self._between(count)
+        return seconds
+
+    def _between(self, count: int) -> float:
         if len(self.tokens) == 1 or count <= self.tokens[0]:
             return self.seconds[0]
         right = min(bisect_left(self.tokens, count), len(self.tokens) - 1)
@@ -54,6 +61,9 @@ class Costs:
     cpu_start: float = 0.0  # before the CPU begins, and for the transfer of its result
     copy_start: float = 0.0  # before the first weights move
     copy_alone: float = inf  # `copy` while the CPU does not compute, where that is less
+    cpu_alone: Curve | None = None  # `cpu` while nothing is copied, where that is less
+    cpu_split: float = 0.0  # more, where the CPU computes a part of an expert
+    copy_split: float = 0.0  # more, where a part of an expert is copied
 
 
 @dataclass(frozen=True)
@@ -62,28 +72,42 @@ class Plan:
 
     gpu_rows: tuple[int, ...]
     seconds: float
+    lead: float = 0.0  # by which the GPU is expected to end before the CPU [s], where both have a part
 
 
 class Balance:
     """Delay of the GPU's part after the CPU's [s], adjusted at run time by which side finishes first.
 
     Calibration cannot know it: queueing copies beside a busy CPU takes time, and the speed of each side varies. The
-    delay moves by one small step at a time: it follows changes, and one odd moment moves it little.
+    delay moves by one small step at a time: it follows changes, and one odd moment moves it little. Plans of whole
+    experts may leave one side waiting: then it moves only where the other side ends first than was expected.
     """
 
     _STEP, _MAX_STEPS = 25e-6, 40
+    _EVEN = 50e-6  # an expected lead [s] up to which either side may end first
+    _IDLE_LAYERS = 16  # of one side alone, after which the other may be tried again
 
     def __init__(self) -> None:
-        self._steps = 0
+        self._steps = self._idle_layers = 0
 
     @property
     def seconds(self) -> float:
         """The value for `Costs.copy_start`; negative where the GPU is the faster side."""
         return self._steps * self._STEP
 
-    def tell(self, *, gpu_first: bool) -> None:
-        """Adjust after a layer in which both sides had a part."""
+    def tell(self, *, gpu_first: bool, lead: float = 0.0) -> None:
+        """Adjust after a layer in which both sides had a part. lead: see `Plan`."""
+        self._idle_layers = 0
+        if abs(lead) > self._EVEN and gpu_first == (lead > 0):
+            return
         self._steps = max(-self._MAX_STEPS, min(self._MAX_STEPS, self._steps + (-1 if gpu_first else 1)))
+
+    def tell_alone(self) -> None:
+        """Adjust after a layer in which one side had no part: a delay that nobody measures any more is forgotten."""
+        self._idle_layers += 1
+        if self._idle_layers >= self._IDLE_LAYERS and self._steps:
+            self._idle_layers = 0
+            self._steps -= 1 if self._steps > 0 else -1
 
 
 def make_plan(
@@ -98,51 +122,85 @@ def make_plan(
 
     hidden: F, the rows of an expert; the GPU's are a multiple of `step`, or all.
     prefetched: rows of each expert that are already on the GPU or on their way; they stay there and cost nothing.
-    margin: the CPU is left out where it saves no more than this fraction of the time.
+    margin: a side is left out where it saves no more than this fraction of the time: the other one alone has the memory
+    to itself, and needs no sums of the other.
     Exact where streaming costs the same for every expert, that is, where the GPU waits for the copies. Else experts
-    go to the GPU in the order of their savings, a good one (Dantzig's for the continuous knapsack), and only the
-    rounding to whole steps may miss the best.
+    go to the GPU in the order of their savings, a good one (Dantzig's for the continuous knapsack), and the rounding to
+    whole experts or whole steps may miss the best. Takes E log E: some 10 us for a token, 100 us for a prompt.
     """
-    on_gpu = list(prefetched) if prefetched is not None else [0] * len(tokens)
+    on_gpu = tuple(prefetched) if prefetched is not None else (0,) * len(tokens)
     assert len(on_gpu) == len(tokens)
-    assert all(0 <= rows <= hidden for rows in on_gpu)
-    memory_seconds = len(tokens) * costs.memory
-    cpu = [costs.cpu(count) / hidden for count in tokens]  # seconds a row
-    gpu = [max(costs.copy, costs.gpu(count)) / hidden for count in tokens]
-    gpu_alone = [max(min(costs.copy, costs.copy_alone), costs.gpu(count)) / hidden for count in tokens]
+    assert not on_gpu or (min(on_gpu) >= 0 and max(on_gpu) <= hidden)
+    both = _on_both(tokens, costs, hidden, step, on_gpu)
+    cpu = inf if any(on_gpu) else _on_cpu(tokens, costs)
+    gpu = _on_gpu(tokens, costs, hidden, on_gpu)
+    if min(cpu, gpu) < both.seconds * (1 + margin):
+        return Plan(on_gpu, cpu) if cpu <= gpu else Plan((hidden,) * len(tokens), gpu)
+    return both
 
-    def cost(rows: Sequence[int]) -> float:
-        cpu_seconds = sum(c * (hidden - r) for c, r in zip(cpu, rows, strict=True))
-        row_seconds = gpu if cpu_seconds else gpu_alone
-        copy_seconds = sum(g * (r - h) for g, r, h in zip(row_seconds, rows, on_gpu, strict=True) if r > h)
-        return max(
-            cpu_seconds + costs.cpu_start if cpu_seconds else 0.0,
-            copy_seconds + costs.copy_start if copy_seconds else 0.0,
-            memory_seconds,
-        )
 
-    best, best_seconds = tuple(on_gpu), cost(on_gpu)
+def _on_cpu(tokens: Sequence[int], costs: Costs) -> float:
+    """Seconds where the CPU computes everything, and nothing is copied."""
+    if costs.cpu_alone is None or not tokens:
+        return inf
+    seconds_of = {count: min(costs.cpu(count), costs.cpu_alone(count)) for count in set(tokens)}
+    return max(sum([seconds_of[count] for count in tokens]) + costs.cpu_start, len(tokens) * costs.memory)
+
+
+def _on_gpu(tokens: Sequence[int], costs: Costs, hidden: int, on_gpu: Sequence[int]) -> float:
+    """Seconds where the GPU computes everything, and the CPU nothing."""
     if costs.copy == inf:
-        return Plan(best, best_seconds)
-    rows = list(on_gpu)
-    cpu_seconds = costs.cpu_start + sum(c * (hidden - h) for c, h in zip(cpu, on_gpu, strict=True))
-    copy_seconds = costs.copy_start
-    for e in sorted(range(len(tokens)), key=lambda e: cpu[e] / gpu[e], reverse=True):
+        return inf
+    copy = min(costs.copy, costs.copy_alone)
+    seconds_of = {count: max(copy, costs.gpu(count)) for count in set(tokens)}
+    seconds = sum([seconds_of[count] for count in tokens])
+    if any(on_gpu):
+        for count, rows in zip(tokens, on_gpu, strict=True):
+            if rows:
+                seconds -= seconds_of[count] * rows / hidden - (costs.copy_split if rows < hidden else 0.0)
+        if min(on_gpu) == hidden:
+            return len(tokens) * costs.memory
+    return max(seconds + costs.copy_start, len(tokens) * costs.memory) if tokens else 0.0
+
+
+def _on_both(tokens: Sequence[int], costs: Costs, hidden: int, step: int, on_gpu: Sequence[int]) -> Plan:
+    """The cheapest plan in which the CPU has a part: whole experts on the GPU, and at most one split.
+
+    Whole experts move to the GPU while that leaves the CPU the later side: each makes the plan cheaper. The next one is
+    left to the CPU, split, or moved as well, whichever costs the least.
+    """
+    memory = len(tokens) * costs.memory
+    rates = {count: (costs.cpu(count) / hidden, max(costs.copy, costs.gpu(count)) / hidden) for count in set(tokens)}
+    left = [e for e, rows in enumerate(on_gpu) if rows < hidden]
+    cpu, copy = costs.cpu_start, costs.copy_start  # seconds of each side
+    for e in left:
+        cpu += rates[tokens[e]][0] * (hidden - on_gpu[e]) + (costs.cpu_split if on_gpu[e] else 0.0)
+    if costs.copy == inf or not left:
+        return Plan(tuple(on_gpu), max(cpu if left else 0.0, memory))
+    if len(rates) > 1:
+        savings = {count: cpu_row / gpu_row for count, (cpu_row, gpu_row) in rates.items()}
+        left.sort(key=lambda e: savings[tokens[e]], reverse=True)
+    rows, moved = list(on_gpu), 0
+    for e in left:
+        cpu_row, gpu_row = rates[tokens[e]]
         rest = hidden - on_gpu[e]
-        # the rows at which both sides take the same time; a little more or less is worse
-        balanced = (cpu_seconds - copy_seconds) / (cpu[e] + gpu[e]) if rest else 0.0
-        for steps in {floor(balanced / step), ceil(balanced / step)}:
-            rows[e] = on_gpu[e] + min(max(steps * step, 0), rest)
-            if (seconds := cost(rows)) < best_seconds:
-                best, best_seconds = tuple(rows), seconds
-        rows[e] = hidden
-        if (seconds := cost(rows)) < best_seconds:
-            best, best_seconds = tuple(rows), seconds
-        cpu_seconds -= cpu[e] * rest
-        copy_seconds += gpu[e] * rest
-        if balanced < rest:
+        cpu_next = cpu - cpu_row * rest - (costs.cpu_split if on_gpu[e] else 0.0)
+        copy_next = copy + gpu_row * rest + (costs.copy_split if on_gpu[e] else 0.0)
+        if cpu_next < copy_next:
             break
-    all_on_gpu = (hidden,) * len(tokens)  # saves the CPU's start, too, and the copies have the memory to themselves
-    if (seconds := cost(all_on_gpu)) < best_seconds * (1 + margin):
-        best, best_seconds = all_on_gpu, seconds
-    return Plan(best, best_seconds)
+        rows[e], cpu, copy = hidden, cpu_next, copy_next
+        moved += 1
+    else:
+        return Plan(tuple(rows), max(copy, memory))
+    choices = [(max(cpu, copy if moved else 0.0, memory), 0, cpu - copy)]  # seconds, rows, lead
+    cpu_split, copy_split = cpu + (0.0 if on_gpu[e] else costs.cpu_split), copy + costs.copy_split
+    balanced = (cpu_split - copy_split) / (cpu_row + gpu_row) / step  # steps at which both sides end together
+    for more in (floor(balanced) * step, ceil(balanced) * step):
+        if 0 < more < rest:
+            cpu_part, copied = cpu_split - cpu_row * more, copy_split + gpu_row * more
+            choices.append((max(cpu_part, copied, memory), more, cpu_part - copied))
+    if moved + 1 < len(left):  # else the CPU has no part
+        choices.append((max(cpu_next, copy_next, memory), rest, cpu_next - copy_next))
+    seconds, more, lead = min(choices, key=lambda choice: choice[0])
+    rows[e] += more
+    return Plan(tuple(rows), seconds, lead)

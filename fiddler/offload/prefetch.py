@@ -1,4 +1,4 @@
-"""Prefetches an expert of the next layer before that layer's router has run.
+"""Prefetches experts of the next layer before that layer's router has run.
 
 Knows how many tokens each expert has had; not the plan's costs, which it is handed as a function.
 """
@@ -17,24 +17,24 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["Prefetcher"]
 
-_MIN_TOKENS = 8  # on average, for each expert of a layer for which one is prefetched
+_MIN_TOKENS = 8  # on average, for each expert of a layer for which some are prefetched
 
 PlanFor = Callable[[tuple[int, ...], tuple[int, ...], float, int], Plan]
 """Plans missing experts: tokens of each, prefetched rows of each, the GPU's delay [s], tokens of the layer."""
 
 
 class Prefetcher:
-    """Sends the missing expert that had the most tokens so far, one layer ahead."""
+    """Sends the missing experts that had the most tokens so far, one layer ahead: as many as the ring holds."""
 
     def __init__(self, layers: Sequence[ExpertWeights], residents: Residents, ring: Ring, recorder: Recorder) -> None:
         self._layers, self._residents, self._ring, self._recorder = layers, residents, ring, recorder
         self._counts = np.zeros((len(layers), len(layers[0].gate)), np.int64)  # tokens of each expert so far
         self._last_layer_tokens: int | None = None
-        self._sent: tuple[int, list[Part]] = (0, [])
+        self._sent: tuple[int, list[list[Part]]] = (0, [])
 
     @property
-    def sent(self) -> tuple[int, list[Part]]:
-        """The layer that the prefetched parts belong to, and these parts."""
+    def sent(self) -> tuple[int, list[list[Part]]]:
+        """The layer that the prefetched parts belong to, and these parts, of one slot of the ring after the other."""
         return self._sent
 
     def begin_step(self, last_layer_tokens: int) -> None:
@@ -42,13 +42,13 @@ class Prefetcher:
         self._last_layer_tokens = last_layer_tokens
         self._sent = (0, [])
 
-    def take(self, layer: int) -> list[Part]:
-        """The parts that were sent for `layer`; those for another one are dropped."""
-        (sent_for, parts), self._sent = self._sent, (0, [])
+    def take(self, layer: int) -> list[list[Part]]:
+        """The parts that were sent for `layer`, by slots; those for another one are dropped."""
+        (sent_for, slots), self._sent = self._sent, (0, [])
         if sent_for == layer:
-            return parts
-        for part in parts:
-            self._ring.done(part)
+            return slots
+        for parts in slots:
+            self._ring.done(parts)
         return []
 
     def count(self, layer: int, counts: np.ndarray) -> None:
@@ -56,9 +56,9 @@ class Prefetcher:
         self._counts[layer] += counts
 
     def start(self, layer: int, tokens: int, k: int, plan: PlanFor) -> None:
-        """Start sending an expert of `layer`, which will have about `tokens` tokens with k experts each.
+        """Start sending experts of `layer`, which will have about `tokens` tokens with k experts each.
 
-        It is sent if a plan with evenly spread tokens streams a whole expert.
+        They are no more than a plan with evenly spread tokens streams whole.
         """
         experts, layers = len(self._layers[0].gate), len(self._layers)
         if layer == layers - 1 and self._last_layer_tokens is not None:
@@ -66,11 +66,15 @@ class Prefetcher:
         if layer >= layers or tokens * k < _MIN_TOKENS * experts or self._residents.complete(layer):
             return
         missing = [e for e in range(experts) if (layer, e) not in self._residents]
-        hidden = self._layers[layer].gate.shape[1]
+        hidden, ring = self._layers[layer].gate.shape[1], self._ring
         evenly = (max(1, tokens * k // experts),) * len(missing)
-        if hidden not in plan(evenly, (0,) * len(missing), 0.0, tokens).gpu_rows:
+        streamed = plan(evenly, (0,) * len(missing), 0.0, tokens).gpu_rows.count(hidden)
+        if not streamed:
             return
-        expert = max(missing, key=lambda e: int(self._counts[layer, e]))
-        begin = max(0, hidden - self._ring.slots * self._ring.rows)
-        with self._recorder.span("copy", (hidden - begin) * self._layers[layer].hidden_row_bytes):
-            self._sent = (layer, list(self._ring.send(layer, expert, begin, hidden)))
+        room = max(1, ring.slots * (ring.rows // hidden))  # whole experts; or else the last rows of one
+        counts = self._counts[layer].tolist()
+        chosen = sorted(missing, key=lambda e: -counts[e])[: min(streamed, room)]
+        begin = max(0, hidden - ring.slots * ring.rows)
+        row_ranges = [(e, begin, hidden) for e in sorted(chosen)]
+        with self._recorder.span("copy", len(chosen) * (hidden - begin) * self._layers[layer].hidden_row_bytes):
+            self._sent = (layer, list(ring.send(layer, row_ranges)))

@@ -1,12 +1,13 @@
-"""Staging memory for streamed weights on the GPU: a ring of slots, each for a part of one expert. Knows no plan.
+"""Staging memory for streamed weights on the GPU: a ring of slots. Knows no plan.
 
-A copy fills a slot while the compute stream reads others; the next copy into it waits for its last reader.
+A slot holds a part of one large expert, or several small ones, one after the other. Copies fill a slot while the
+compute stream reads others; the next ones into it wait for its last reader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["SLOTS", "Part", "Ring", "slot_rows"]
+__all__ = ["SLOTS", "Part", "Ring", "in_slots", "slot_rows"]
 
-_SPARE = 2048  # bytes: matrices that are sent together begin at multiples of 16 bytes
+_MOST_PARTS = 32  # of a slot
+_SPARE = 48 * _MOST_PARTS  # bytes of a slot: the matrices of its parts begin at multiples of 16 bytes
+
+RowRange = tuple[int, int, int]
+"""An expert, and the first and the end of its hidden rows."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Hidden rows [begin, end) of one expert: on the GPU once `arrived` is reached."""
 
     expert: int
@@ -29,15 +33,15 @@ class Part:
     end: int
     arrived: Event
     slot: int
-    memory: Tensor  # bytes [3, those of one matrix of a slot]
+    memory: Tensor  # bytes of the ring
     addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows] in `memory`
-
     width: int  # D
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up [rows, D] and down [D, rows]."""
         rows, width = self.end - self.begin, self.width
-        gate, up, down = self.memory.view(dtype)[:, : rows * width]
+        first, size = self.memory.data_ptr(), rows * width * dtype.itemsize
+        gate, up, down = (self.memory[at - first : at - first + size].view(dtype) for at in self.addresses)
         return gate.view(rows, width), up.view(rows, width), down.view(width, rows)
 
 
@@ -58,11 +62,9 @@ class Ring:
         self.slots = slots
         _, self._hidden, self._width = layers[0].gate.shape
         self._mapped = [tuple(bits.ctypes.data for bits in (w.gate, w.up, w.down)) for w in layers]
-        self._formats = [w.format for w in layers]
-        size = self.nbytes(layers, rows, slots)
-        self._allocation = torch.empty(size + _SPARE, dtype=torch.uint8, device=weight_copy.device)
-        self._memory = self._allocation[:size].view(slots, 3, -1)
-        self._addresses = [tuple(matrix.data_ptr() for matrix in slot) for slot in self._memory]
+        self._row_bytes = [w.format.row_bytes for w in layers]
+        self._memory = torch.empty(self.nbytes(layers, rows, slots), dtype=torch.uint8, device=weight_copy.device)
+        self._slot_bytes = self._memory.nbytes // slots
         self._arrived = [weight_copy.event() for _ in range(slots)]
         self._free = [weight_copy.event() for _ in range(slots)]
         self._in_use = [False] * slots
@@ -71,63 +73,55 @@ class Ring:
     @staticmethod
     def nbytes(layers: Sequence[ExpertWeights], rows: int, slots: int) -> int:
         """GPU memory of such a ring [bytes]."""
-        return slots * rows * max(weights.hidden_row_bytes for weights in layers)
+        slot_bytes = rows * max(weights.hidden_row_bytes for weights in layers) + _SPARE
+        return slots * -(-slot_bytes // 16) * 16
 
-    def send(self, layer: int, expert: int, begin: int, end: int) -> Iterator[Part]:
-        """Start copying rows [begin, end) of an expert to the GPU, in parts that fit a slot.
+    def send(self, layer: int, row_ranges: Sequence[RowRange]) -> Iterator[list[Part]]:
+        """Start copying hidden rows of different experts to the GPU; yields the parts of one slot after the other.
 
-        Pass each part to `done` before `slots` more are sent.
+        Pass each list to `done` before `slots` more are sent.
         """
-        while begin < end:
-            last = min(begin + self.rows, end)
-            yield self._send(layer, expert, begin, last)
-            begin = last
+        for parts in in_slots(row_ranges, self.rows):
+            slot, self._next = self._next, (self._next + 1) % self.slots
+            assert not self._in_use[slot], "a slot is filled again before its parts were done with"
+            self._in_use[slot] = True
+            self.weight_copy.hold(self._free[slot])
+            yield self._copy(layer, parts, slot, self._slot_bytes)
 
-    def _send(self, layer: int, expert: int, begin: int, end: int) -> Part:
-        slot, self._next = self._next, (self._next + 1) % self.slots
-        assert not self._in_use[slot], "a slot is filled again before its part was done with"
-        self._in_use[slot] = True
-        weight_copy, rows, hidden, width = self.weight_copy, end - begin, self._hidden, self._width
-        weight_copy.hold(self._free[slot])
-        (gate, up, down), (to_gate, to_up, to_down) = self._mapped[layer], self._addresses[slot]
-        row_bytes = self._formats[layer].row_bytes
-        size, pitch = rows * row_bytes(width), row_bytes(hidden)
-        row = (expert * hidden + begin) * row_bytes(width)
-        columns = down + expert * width * pitch + row_bytes(begin)
-        with self._recorder.queued("copy", 3 * size, weight_copy.stream):
-            weight_copy.copy(to_gate, gate + row, size)
-            weight_copy.copy(to_up, up + row, size)
-            weight_copy.copy(to_down, columns, row_bytes(rows), width, pitch)
-        weight_copy.arrive(self._arrived[slot])
-        addresses = to_gate, to_up, to_down
-        return Part(expert, begin, end, self._arrived[slot], slot, self._memory[slot], addresses, width)
+    def send_together(self, layer: int, row_ranges: Sequence[RowRange]) -> list[Part]:
+        """Start copying rows that fit the ring together, without a bound between slots; one event is for all.
 
-    def send_together(self, layer: int, row_ranges: Sequence[tuple[int, int, int]]) -> list[Part]:
-        """Start copying several (expert, begin, end) that fit the ring together; to be followed by `done_together`.
-
-        They lie one after the other instead of each in slots of its own: fewer copies, and one event for all.
+        To be followed by `done_together`.
         """
         assert not any(self._in_use)
-        weight_copy, hidden, width = self.weight_copy, self._hidden, self._width
         for free in self._free:
-            weight_copy.hold(free)
-        row_bytes = self._formats[layer].row_bytes
-        pitch = row_bytes(hidden)
-        parts, address = [], self._memory.data_ptr()
-        for expert, begin, end in row_ranges:
-            (gate, up, down), size = self._mapped[layer], (end - begin) * row_bytes(width)
-            row = (expert * hidden + begin) * row_bytes(width)
-            aligned = -(-size // 16) * 16
-            addresses = address, address + aligned, address + 2 * aligned
-            columns = down + expert * width * pitch + row_bytes(begin)
-            with self._recorder.queued("copy", 3 * size, weight_copy.stream):
-                weight_copy.copy(addresses[0], gate + row, size)
-                weight_copy.copy(addresses[1], up + row, size)
-                weight_copy.copy(addresses[2], columns, row_bytes(end - begin), width, pitch)
-            parts.append(Part(expert, begin, end, self._arrived[0], 0, self._memory, addresses, width))
-            address += 3 * aligned
-        assert address <= self._allocation.data_ptr() + self._allocation.nbytes
-        weight_copy.arrive(self._arrived[0])
+            self.weight_copy.hold(free)
+        return self._copy(layer, row_ranges, 0, self._memory.nbytes)
+
+    def _copy(self, layer: int, row_ranges: Sequence[RowRange], slot: int, room: int) -> list[Part]:
+        """Start copying rows to where a slot begins, one expert after the other, and set the slot's event."""
+        weight_copy, hidden, width, row_bytes = self.weight_copy, self._hidden, self._width, self._row_bytes[layer]
+        copy, (gate, up, down) = weight_copy.copy, self._mapped[layer]
+        d_bytes, f_bytes = row_bytes(width), row_bytes(hidden)
+        begun = address = self._memory.data_ptr() + slot * self._slot_bytes
+        parts = []
+        with self._recorder.queued("copy", sum(e - b for _, b, e in row_ranges) * 3 * d_bytes, weight_copy.stream):
+            for expert, begin, end in row_ranges:
+                size, row = (end - begin) * d_bytes, (expert * hidden + begin) * d_bytes
+                aligned = -(-size // 16) * 16
+                to_gate, to_up, to_down = address, address + aligned, address + 2 * aligned
+                copy(to_gate, gate + row, size)
+                copy(to_up, up + row, size)
+                if end - begin == hidden:
+                    copy(to_down, down + row, size)
+                else:
+                    columns = down + expert * width * f_bytes + row_bytes(begin)
+                    copy(to_down, columns, row_bytes(end - begin), width, f_bytes)
+                addresses = to_gate, to_up, to_down
+                parts.append(Part(expert, begin, end, self._arrived[slot], slot, self._memory, addresses, width))
+                address += 3 * aligned
+        assert address <= begun + room
+        weight_copy.arrive(self._arrived[slot])
         return parts
 
     def done_together(self) -> None:
@@ -135,10 +129,11 @@ class Ring:
         for free in self._free:
             free.record()
 
-    def done(self, part: Part) -> None:
-        """Free the slot of `part` when the compute stream has done its work so far: all that reads `part`."""
-        self._free[part.slot].record()
-        self._in_use[part.slot] = False
+    def done(self, parts: Sequence[Part]) -> None:
+        """Free the slot of `parts` when the compute stream has done its work so far: all that reads them."""
+        slot = parts[0].slot
+        self._free[slot].record()
+        self._in_use[slot] = False
 
     def release(self) -> None:
         """Free all slots, after a step that was broken off: it left parts behind that nobody reads."""
@@ -148,9 +143,35 @@ class Ring:
                 self._in_use[slot] = False
 
 
+def in_slots(row_ranges: Sequence[RowRange], rows: int) -> Iterator[list[RowRange]]:
+    """Hidden rows of experts in order, divided among slots of `rows` rows; only what no slot can hold is cut."""
+    slot: list[RowRange] = []
+    room = rows
+    for expert, begin, end in row_ranges:
+        if slot and (end - begin > room or len(slot) == _MOST_PARTS):
+            yield slot
+            slot, room = [], rows
+        while end - begin > rows:
+            yield [(expert, begin, begin + rows)]
+            begin += rows
+        if begin < end:
+            slot.append((expert, begin, end))
+            room -= end - begin
+    if slot:
+        yield slot
+
+
 SLOTS = 3  # of the ring: one is being filled, one is ready, one is read
+_SLOT_BYTES = 32 << 20  # of small experts: each copy is some MB, and a kernel's launch is worth its time
+_LARGE_EXPERT = 64 << 20  # bytes
 
 
-def slot_rows(hidden: int) -> int:
-    """Hidden rows of a slot, such that the ring holds one whole expert."""
-    return -(-hidden // (64 * SLOTS)) * 64
+def slot_rows(weights: ExpertWeights) -> int:
+    """Hidden rows of a slot. A ring holds one large expert; of smaller ones each slot holds one or several.
+
+    So a ring of experts of up to 64 MiB takes at most 192 MiB.
+    """
+    experts, hidden = int(weights.gate.shape[0]), int(weights.gate.shape[1])
+    if weights.expert_bytes > _LARGE_EXPERT:
+        return -(-hidden // (64 * SLOTS)) * 64
+    return hidden * min(-(-_SLOT_BYTES // weights.expert_bytes), -(-experts // SLOTS), _MOST_PARTS)

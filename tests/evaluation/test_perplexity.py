@@ -16,22 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import fiddler
-from fiddler import kernels
-from fiddler.device.weight_copy import HostCopy
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.evaluation.perplexity import Estimate, cut, losses, measure
-from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import mapped_experts
-from fiddler.gpu.layers import GpuLinear
 from fiddler.loading import DEMO_MODEL
-from fiddler.models.architecture import EXPERTS
-from fiddler.models.transformer import Transformer
-from fiddler.offload.expert_cache import Residents
-from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.plan import Costs, Curve
-from fiddler.offload.staging_ring import Ring
-from fiddler.runtime.paged_runner import PagedRunner
 from fiddler.telemetry.expert_counts import ExpertCounts, read_counts
+from oracles.both_sides_runner import runner_of_both_sides
 from oracles.permissions import permissions_count_for_ever
 from oracles.reference import from_gguf
 from oracles.synthetic import write_random_mixtral
@@ -107,41 +96,13 @@ def chosen_by_transformers(path, windows, bos):
     ]
 
 
-class BothSidesRunner(PagedRunner):
-    """A `Runner` whose steps are an orchestrator's."""
-
-    def __init__(self, orchestrator, *arguments):
-        super().__init__(*arguments)
-        self._orchestrator = orchestrator
-
-    def _forward(self, ids, step, wanted):
-        return self._orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
-
-
-def runner_of_both_sides(path, recorder):
-    """A runner whose experts an orchestrator computes, some as residents, with the CPU on both sides."""
-    model_file = ModelFile.open(path)
-    config, layers, copy = model_file.config, mapped_experts(model_file, kernels.choose_tier(), exact=True), HostCopy()
-    weights = {}
-    tensors = config.tensors(tied=False)
-    for name in (name for name, tensor in tensors.items() if tensor.role not in EXPERTS):
-        values, kind = model_file.bits(name)
-        weights[name] = torch.from_numpy(values.copy()).view({"F32": torch.float32, "BF16": torch.bfloat16}[kind])
-    residents = Residents(layers, copy.device)
-    residents.load([[0, 2], [1]], copy, lambda nbytes: None)
-    costs = Costs(Curve((1, 64), (1.0, 4.0)), Curve((1,), (0.0,)), 1.0, 0.0)
-    # 100: fewer tokens than a step has, so that the orchestrator computes it in pieces
-    experts = Orchestrator(layers, residents, Ring(copy, layers, 64, 3), costs, 100, 1 << 20, recorder)
-    model = Transformer(config, weights, GpuLinear(weights, None, exact=True), experts.layer)
-    return BothSidesRunner(experts, model, config.context_length, torch.float32, kernels.thread_count())
-
-
 @pytest.mark.parametrize("executors", ["the CPU", "both sides"])
 def test_expert_counts_are_those_of_transformers_routers(path, engine, executors):
     """All tokens of the windows count, scored or not, wherever the experts are computed."""
     recorder, bos, windows = ExpertCounts(2, 5), engine.tokenizer.bos_id, cut(IDS, 90)
     if executors == "both sides":
-        runner = runner_of_both_sides(path, recorder)
+        # 100: fewer tokens than a step has, so that the orchestrator computes it in pieces
+        runner = runner_of_both_sides(path, recorder, [[0, 2], [1]], max_tokens=100)
     else:
         runner = fiddler.load(path, device="cpu", precision="exact", recorder=recorder).runner
     *_, estimate = measure(runner, windows, bos)

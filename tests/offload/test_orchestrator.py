@@ -117,16 +117,16 @@ def test_experts_prefetched_for_the_next_layer_are_used_there():
     def forward():  # as the model's step does
         x, expert_ids, routing_weights = step(rng, 60, 2)
         experts.layer(0, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
-        layer, parts = experts.prefetcher.sent
+        layer, slots = experts.prefetcher.sent
         assert layer == 1
-        assert sum(part.end - part.begin for part in parts) == F
+        assert sum(part.end - part.begin for parts in slots for part in parts) == F
         assert meter.nbytes["copy"] == (E + 1) * expert
         x, expert_ids, routing_weights = step(rng, 60, 2)
         output = experts.layer(1, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
         check(output.numpy(), EXACT, 1, x, expert_ids, routing_weights)
         assert meter.nbytes["copy"] == (2 * E + 1) * expert  # of layer 1 one was prefetched, of layer 2 one is now
         # a prefetched expert without tokens was copied in vain
-        prefetched = experts.prefetcher.sent[1][0].expert
+        prefetched = experts.prefetcher.sent[1][0][0].expert
         x, expert_ids, routing_weights = step(rng, 30, 1)
         expert_ids[expert_ids == prefetched] = (prefetched + 1) % E
         output = experts.layer(2, *(torch.from_numpy(array) for array in (x, expert_ids, routing_weights)))
@@ -220,7 +220,7 @@ class StalledCopy(HostCopy):
 def test_copies_still_under_way_leave_more_rows_to_the_cpu():
     """Two slots of 128 and 72 rows are under way, the first about half copied; F rows take one second."""
     experts = orchestrator(EXACT, [[], [], []], COSTS["split"], StalledCopy())
-    ahead = list(experts.ring.send(0, 2, 0, 200))
+    ahead = list(experts.ring.send(0, [(2, 0, 200)]))
     delay = experts._copy_seconds_left(ahead)
     assert delay == pytest.approx((128 / 2 + 72) / F)
     counts = np.array([1] * E)

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from math import inf
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from fiddler.offload.plan import Balance, Costs, Curve, make_plan
+from oracles.plans import brute_force, cost, greedy
 
 HIDDEN = 6
-
-
-def cost(tokens, rows, costs, ahead):
-    """The cost of a plan as its module defines it, written out independently."""
-    cpu = sum(costs.cpu(t) * (HIDDEN - r) / HIDDEN for t, r in zip(tokens, rows, strict=True))
-    copied = any(r > a for r, a in zip(rows, ahead, strict=True))
-    on_cpu = any(r < HIDDEN for r in rows)
-    copy = costs.copy if on_cpu else min(costs.copy, costs.copy_alone)
-    gpu = sum(max(copy, costs.gpu(t)) * (r - a) / HIDDEN for t, r, a in zip(tokens, rows, ahead, strict=True) if r > a)
-    return max(
-        cpu + costs.cpu_start if on_cpu else 0, gpu + costs.copy_start if copied else 0, costs.memory * len(tokens)
-    )
-
-
-def brute_force(tokens, costs, step, ahead):
-    choices = [sorted({*range(a, HIDDEN + 1, step), HIDDEN}) for a in ahead]
-    return min(cost(tokens, rows, costs, ahead) for rows in product(*choices))
 
 
 positive = st.floats(0.01, 10)
@@ -49,8 +32,8 @@ def test_plan_is_optimal_where_the_copy_limits_the_gpu(tokens, cpu, copy, alone,
     costs = Costs(Curve((1, 64), (cpu[0], cpu[0] + cpu[1])), Curve((1,), (0.0,)), copy, memory, *starts, alone)
     ahead = [step * data.draw(st.integers(0, HIDDEN // step)) for _ in tokens]
     plan = make_plan(tokens, costs, HIDDEN, step, ahead)
-    assert plan.seconds == pytest.approx(cost(tokens, plan.gpu_rows, costs, ahead))
-    assert plan.seconds == pytest.approx(brute_force(tokens, costs, step, ahead))
+    assert plan.seconds == pytest.approx(cost(tokens, plan.gpu_rows, costs, ahead, HIDDEN))
+    assert plan.seconds == pytest.approx(brute_force(tokens, costs, step, ahead, HIDDEN))
     assert all(a <= rows <= HIDDEN for rows, a in zip(plan.gpu_rows, ahead, strict=True))
 
 
@@ -60,10 +43,66 @@ def test_plan_is_within_a_row_of_the_optimum_and_no_worse_than_one_side_alone(to
     costs = Costs(Curve((1, 64), (cpu, 9 * cpu)), Curve((1, 64), (0.1 * gpu, 6 * gpu)), copy, 0.0)
     none = [0] * len(tokens)
     plan = make_plan(tokens, costs, HIDDEN, 1)
-    alone = min(cost(tokens, none, costs, none), cost(tokens, [HIDDEN] * len(tokens), costs, none))
+    alone = min(cost(tokens, none, costs, none, HIDDEN), cost(tokens, [HIDDEN] * len(tokens), costs, none, HIDDEN))
     assert plan.seconds <= alone * (1 + 1e-12)
     one_row = max(max(costs.cpu(t), costs.gpu(t), copy) for t in tokens) / HIDDEN
-    assert plan.seconds <= brute_force(tokens, costs, 1, none) + one_row * (1 + 1e-12)
+    assert plan.seconds <= brute_force(tokens, costs, 1, none, HIDDEN) + one_row * (1 + 1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 64), min_size=0, max_size=4),
+    cpu=st.tuples(positive, positive),
+    copy=positive,
+    alone=st.tuples(positive, positive),
+    starts=st.tuples(st.floats(0, 1), st.floats(-1, 1)),
+    splits=st.tuples(st.floats(0, 3), st.floats(0, 3)),
+    step=st.sampled_from([1, 2, 3]),
+)
+def test_a_plan_is_optimal_where_a_split_costs_seconds_and_each_side_alone_is_faster(
+    tokens, cpu, copy, alone, starts, splits, step
+):
+    alone = {"copy_alone": alone[0], "cpu_alone": Curve((1, 64), (alone[1], 9 * alone[1]))}
+    costs = Costs(Curve((1, 64), (cpu[0], cpu[0] + cpu[1])), Curve((1,), (0.0,)), copy, 0.0, *starts, **alone)
+    costs = replace(costs, cpu_split=splits[0], copy_split=splits[1])
+    none = [0] * len(tokens)
+    plan = make_plan(tokens, costs, HIDDEN, step)
+    assert plan.seconds == pytest.approx(cost(tokens, plan.gpu_rows, costs, none, HIDDEN))
+    assert plan.seconds == pytest.approx(brute_force(tokens, costs, step, none, HIDDEN))
+    assert sum(0 < rows < HIDDEN for rows in plan.gpu_rows) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 600), min_size=1, max_size=24),
+    cpu=st.tuples(positive, positive),
+    gpu=st.tuples(positive, positive),
+    copy=positive,
+    memory=st.floats(0, 3),
+    starts=st.tuples(st.floats(0, 1), st.floats(-1, 1)),
+    splits=st.sampled_from([(0.0, 0.0), (0.3, 0.1), (5.0, 5.0)]),
+    data=st.data(),
+)
+def test_a_plan_of_many_experts_costs_no_more_than_a_search_that_tries_each_step(
+    tokens, cpu, gpu, copy, memory, starts, splits, data
+):
+    """Also where some experts were prefetched, and where the GPU's products take longer than the copies."""
+    curves = Curve((1, 512), (cpu[0], cpu[0] + 20 * cpu[1])), Curve((1, 512), (0.1 * gpu[0], gpu[0] + gpu[1]))
+    costs = Costs(*curves, copy, memory, *starts, 0.9 * copy, cpu_split=splits[0], copy_split=splits[1])
+    hidden, step = 768, 64
+    ahead = [data.draw(st.sampled_from([0, 0, 0, 256, hidden])) for _ in tokens]
+    plan = make_plan(tokens, costs, hidden, step, ahead)
+    assert plan.seconds == pytest.approx(cost(tokens, plan.gpu_rows, costs, ahead, hidden))
+    assert plan.seconds <= greedy(tokens, costs, step, ahead, hidden) * (1 + 1e-9)
+
+
+def test_small_experts_are_shared_out_whole_where_a_split_costs_more_than_it_saves():
+    """Eight experts, 75 us on the CPU, 180 over the link: two of them and a twelfth more, or two sets of whole ones."""
+    costs = Costs(Curve((1,), (75e-6,)), Curve((1,), (10e-6,)), 180e-6, 53e-6)
+    assert make_plan([1] * 8, costs, 768, 64).gpu_rows == (768, 768, 256, 0, 0, 0, 0, 0)
+    plan = make_plan([1] * 8, replace(costs, cpu_split=30e-6, copy_split=60e-6), 768, 64)
+    assert plan.gpu_rows == (768, 768, 0, 0, 0, 0, 0, 0)
+    assert plan.lead == pytest.approx(6 * 75e-6 - 2 * 180e-6)
 
 
 @pytest.mark.parametrize("margin,rows", [(0.0, 96), (0.02, 96), (0.05, 128)])
@@ -73,6 +112,20 @@ def test_the_cpu_gets_no_rows_where_they_save_less_than_the_margin(margin, rows)
     plan = make_plan([5] * 8, costs, 128, 32, margin=margin)
     assert plan.gpu_rows == (128,) * 7 + (rows,)
     assert plan.seconds == pytest.approx(8.0 if rows == 128 else 7.75)
+
+
+@pytest.mark.parametrize("margin,rows", [(0.0, 32), (0.05, 0)])
+def test_the_gpu_gets_no_rows_where_they_save_less_than_the_margin(margin, rows):
+    """The copy takes 20 times as long as the CPU: streaming a fifth of one of eight experts saves 2.5 %."""
+    costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 20.0, 0.0, cpu_alone=Curve((1,), (1.0,)))
+    assert make_plan([5] * 8, costs, 160, 32, margin=margin).gpu_rows == (rows,) + (0,) * 7
+
+
+def test_everything_is_left_to_the_cpu_where_copies_slow_it_by_more_than_they_save():
+    costs = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 5.0, 0.0, cpu_alone=Curve((1,), (0.8,)))
+    plan = make_plan([5] * 8, costs, 128, 32)
+    assert plan.gpu_rows == (0,) * 8
+    assert plan.seconds == pytest.approx(8 * 0.8)
 
 
 def test_the_cpu_gets_no_rows_where_it_slows_the_copy_by_more_than_it_saves():
@@ -123,3 +176,32 @@ def test_balance_finds_how_late_the_gpu_begins():
             balance.tell(gpu_first=gpu < cpu)
         assert abs(balance.seconds - late) < 60e-6
         assert abs(cpu - gpu) < 100e-6
+
+
+def test_balance_rests_where_a_plan_of_whole_experts_leaves_the_gpu_waiting():
+    """Six experts on the CPU and two on the GPU: moving a third would make the GPU the later side by far."""
+    balance, costs = Balance(), Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0, cpu_split=1.0)
+    for _ in range(50):
+        plan = make_plan([1] * 8, replace(costs, copy_start=balance.seconds), 768, 64)
+        assert plan.gpu_rows == (768,) * 2 + (0,) * 6
+        balance.tell(gpu_first=True, lead=plan.lead)
+    assert balance.seconds == 0
+    balance.tell(gpu_first=False, lead=plan.lead)
+    assert balance.seconds > 0
+
+
+def test_balance_tries_the_gpu_again_after_a_time_in_which_copies_came_late():
+    """Some experts take less than the largest delay: without a part, the GPU would never be measured again."""
+    balance, costs = Balance(), Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0)
+    for _ in range(40):
+        balance.tell(gpu_first=False)
+    streamed = []
+    for _ in range(1000):
+        plan = make_plan([1] * 8, replace(costs, copy_start=balance.seconds), 768, 64)
+        streamed.append(any(plan.gpu_rows))
+        if any(plan.gpu_rows):
+            balance.tell(gpu_first=plan.lead > 0 or balance.seconds > 0, lead=plan.lead)
+        else:
+            balance.tell_alone()
+    assert not any(streamed[:100])
+    assert all(streamed[-100:])

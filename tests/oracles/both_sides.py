@@ -18,10 +18,10 @@ from oracles import naive
 D, F, E, LAYERS, MAX_TOKENS = 48, 320, 5, 3, 70
 
 
-def weights_of(kind, activations, seed=0):
+def weights_of(kind, activations, seed=0, experts=E, hidden=F, width=D):
     rng = np.random.default_rng(seed)
     variant = KernelVariant(kernels.choose_tier(), kind, activations)
-    shapes = [(E, F, D), (E, F, D), (E, D, F)]
+    shapes = [(experts, hidden, width), (experts, hidden, width), (experts, width, hidden)]
     return [
         ExpertWeights(*(naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind) for shape in shapes), variant)
         for _ in range(LAYERS)
@@ -31,12 +31,12 @@ def weights_of(kind, activations, seed=0):
 EXACT = weights_of("bf16", "f32")
 
 
-def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, recorder=SILENT):
+def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, recorder=SILENT, grouped=None):
     weight_copy = weight_copy or HostCopy()
     residents = Residents(layers, weight_copy.device)
     residents.load(placed, weight_copy, lambda nbytes: None)
     ring = Ring(weight_copy, layers, rows, slots)
-    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder)
+    return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder, grouped)
 
 
 def compute_layer(experts, layer, *inputs):

@@ -101,7 +101,14 @@ class Bench:
         if len(self.orchestrator.residents) < self.model.config.block_count * self.model.config.expert_count:
             threads = self.runner.threads
             started = time.perf_counter()
-            self.calibration = measure(self.orchestrator.layers, self.orchestrator.ring, threads, "this run")
+            self.calibration = measure(
+                self.orchestrator.layers,
+                self.orchestrator.ring,
+                threads,
+                "this run",
+                self.model.config.expert_used_count,
+                self.orchestrator._gpu_side._grouped,
+            )
             self.measured = time.perf_counter() - started
             self.costs = self.calibration.costs()
             self.ways = ["auto", "cpu", "stream", "torch"]
@@ -117,10 +124,10 @@ class Bench:
             if name in ("cpu", "torch"):
                 costs = replace(costs, copy=inf)
             elif name == "stream":
-                costs = replace(costs, cpu=Curve((1,), (1e9,)))
+                costs = replace(costs, cpu=Curve((1,), (1e9,)), cpu_alone=None)
             orchestrator.plan_by(costs)
-            self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator.balance
-        orchestrator._costs, orchestrator._plan, orchestrator.balance = self.plans[name]
+            self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance
+        (orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance) = self.plans[name]
         orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
 
     def record(self, recorder):
