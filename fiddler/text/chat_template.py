@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fiddler.errors import FileFormatError, RequestError, quoted
+from fiddler.errors import FiddlerError, FileFormatError, RequestError, quoted
 from fiddler.text.messages import Message, checked_messages, forms, system_in_user
 from fiddler.text.template_process import Limits, TemplateProcess
 from fiddler.text.template_variables import TemplateVariables
@@ -131,13 +131,13 @@ class ChatTemplate:
         self._process.close()
 
     def _rendered(self, messages: Sequence[Message], variables: dict[str, Any]) -> str:
-        """The text of the first of the messages' `forms` that the template does not fail on."""
+        """The text of the first of the messages' `forms` that the template neither fails on nor refuses."""
         source = self._source if variables["tools"] is None else self._tool_use
-        failure: FileFormatError | None = None
+        failure: FiddlerError | None = None
         for form in forms(messages):
             try:
                 return self._process.render(source, self._special | variables | {"messages": form})
-            except FileFormatError as error:
+            except (FileFormatError, RequestError) as error:
                 failure = failure or error
         assert failure is not None  # there is a first form
         raise failure

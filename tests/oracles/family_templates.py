@@ -101,6 +101,7 @@ _AS_GLM = r"""[G]<s>
 {%- if tc.function %}{%- set tc = tc.function %}{%- endif %}
 {{ '\n<c>' + tc.name }}
 {% set args = tc.arguments %}
+{% if args is not mapping %}{{ raise_exception('Invalid arguments: ' + args | string) }}{% endif %}
 {% for k, v in args.items() %}
 <k>{{ k }}</k>
 <v>{{ v | tojson(ensure_ascii=False) if v is not string else v }}</v>
