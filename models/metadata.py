@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fiddler.errors import FileFormatError, quoted
 from fiddler.models import ARCHITECTURES, MIXTRAL
@@ -21,8 +21,9 @@ from fiddler.models.config import Config, LatentWidths
 from fiddler.models.metadata_keys import MetadataKeys
 from fiddler.models.rope_metadata import TRUNCATE_KEY, read_rope_scaling, rope_scaling_metadata
 
-__all__ = ["read_config", "to_metadata"]
+__all__ = ["further_tensors", "read_config", "to_metadata"]
 
+_NEXTN = "nextn_predict_layers"
 _SCORINGS = {1: Scoring.SOFTMAX, 2: Scoring.SIGMOID}  # `expert_gating_func`, as in gguf's ExpertGatingFuncType
 # keys and attributes of the multipliers, which Granite alone has; 0 is none, as in llama.cpp
 _SCALES = {
@@ -45,6 +46,7 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         raise FileFormatError(f"general.architecture is {quoted(gguf_name)}; only {known} runs")
     architecture = ARCHITECTURES[gguf_name]
     keys = MetadataKeys(metadata, gguf_name)
+    tensors = set(tensors) - further_tensors(metadata, tensors)
     expert_count = keys.integer("expert_count", 0)
     if expert_count == 0:
         raise FileFormatError(f"{gguf_name}.expert_count is missing or 0: a dense model, not a mixture of experts")
@@ -84,6 +86,25 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         latent=latent,
         **{name: value for name, value in scales.items() if value},  # 0: none, as in llama.cpp
     )
+
+
+def further_tensors(metadata: Mapping[str, object], tensors: Iterable[str]) -> set[str]:
+    """Those of `tensors` that are in blocks after the model's, which predict further tokens and are not computed.
+
+    GLM-4.5's and DeepSeek-V3's multi-token prediction; such blocks count in `block_count` and stand last.
+    Raises FileFormatError where the key's number of them makes no sense.
+    """
+    keys = MetadataKeys(metadata, str(metadata.get("general.architecture")))
+    if _NEXTN not in keys:
+        return set()
+    end = keys.integer("block_count")
+    blocks = range(_block_count(keys), end)
+    numbers = ((name, name.split(".")[1]) for name in tensors if name.startswith("blk.") and name.count(".") > 1)
+    return {
+        name
+        for name, number in numbers
+        if number.isascii() and number.isdecimal() and len(number) < 10 and int(number) in blocks
+    }
 
 
 def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
@@ -214,8 +235,11 @@ def _window(keys: MetadataKeys, architecture: Architecture) -> int | None:
 
 
 def _block_count(keys: MetadataKeys) -> int:
-    """Layers without those that predict further tokens (`nextn_predict_layers`), which stand last in the file."""
-    return keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    """Layers without those that predict further tokens."""
+    count, further = keys.integer("block_count"), keys.integer(_NEXTN, 0)
+    if further and not 0 <= further < count:
+        raise FileFormatError(f"{keys.prefix}.{_NEXTN} is {further}; it must lie between 0 and {count - 1}")
+    return count - further
 
 
 def _absent(architecture: Architecture, tensors: Collection[str]) -> frozenset[Role]:

@@ -19,7 +19,7 @@ from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import Header
 from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
-from fiddler.models.metadata import read_config
+from fiddler.models.metadata import further_tensors, read_config
 from fiddler.models.rope_scaling import RopeKind
 from fiddler.text.vocabulary import TokenTable
 
@@ -143,7 +143,8 @@ def _checked(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) 
     """The hyper-parameters that these tensors and this vocabulary agree with, and whether the output is tied."""
     config = read_config(metadata, tensors)
     tied = config.architecture.tensor_name(Role.OUTPUT) not in tensors
-    _check_shapes(tensors, config, tied)
+    further = further_tensors(metadata, tensors)
+    _check_shapes({name: tensor for name, tensor in tensors.items() if name not in further}, config, tied)
     _check_vocabulary(metadata, config)
     return config, tied
 
