@@ -154,3 +154,15 @@ def test_a_block_that_predicts_further_tokens_is_skipped(tmp_path, family):
     expected = fiddler.load(tmp_path / "without.gguf", device="cpu").logits([1, 2, 3])
     for name in ("with", "again"):
         assert torch.equal(fiddler.load(tmp_path / f"{name}.gguf", device="cpu").logits([1, 2, 3]), expected)
+
+
+def test_a_vector_with_a_leading_one_in_its_shape_is_that_vector(tmp_path):
+    """llama.cpp's converter writes Qwen2-MoE's shared router as [1, D]."""
+    names = [f"blk.{layer}.ffn_gate_inp_shexp.weight" for layer in (0, 1)]
+    for path, shape in (("a", (32,)), ("b", (1, 32))):
+        write_random_model(tmp_path / f"{path}.gguf", GOOD["qwen2moe"], DEMO_MODEL, shapes=dict.fromkeys(names, shape))
+    assert ModelFile.open(tmp_path / "b.gguf").file.tensors[names[1]].shape == (1, 32)
+    convert(tmp_path / "b.gguf", tmp_path / "c.gguf")
+    expected = fiddler.load(tmp_path / "a.gguf", device="cpu").logits([1, 2, 3])
+    for path in ("b.gguf", "c.gguf"):
+        assert torch.equal(fiddler.load(tmp_path / path, device="cpu").logits([1, 2, 3]), expected)
