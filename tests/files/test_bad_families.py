@@ -14,29 +14,10 @@ from fiddler.errors import FileFormatError
 from fiddler.files.inspection import describe
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import DEMO_MODEL
-from fiddler.models import ARCHITECTURES
-from fiddler.models.architecture import Role, RouterRule, Scoring
-from fiddler.models.config import Config, LatentWidths
+from oracles.small_families import GOOD
 from tools.random_model import write_random_model
 
 NAN = math.nan
-PLAIN = Config(ARCHITECTURES["qwen3moe"], 4096, 128, 32, 2, 16, 4, 2, 8, 6, 2, 1e-6, 1e4)
-DENSE = {"feed_forward_length": 48, "leading_dense_block_count": 1, "expert_shared_feed_forward_length": 16}
-GOOD = {
-    "qwen3moe": PLAIN,
-    "qwen2moe": replace(PLAIN, architecture=ARCHITECTURES["qwen2moe"], router=RouterRule(renormalise=False),
-                        expert_shared_feed_forward_length=24),
-    "olmoe": replace(PLAIN, architecture=ARCHITECTURES["olmoe"], router=RouterRule(renormalise=False), clamp_kqv=2.0),
-    "granitemoe": replace(PLAIN, architecture=ARCHITECTURES["granitemoe"], expert_shared_feed_forward_length=24,
-                          attention_scale=0.5, embedding_scale=12.0, residual_scale=0.25, logit_scale=8.0),
-    "deepseek": replace(PLAIN, architecture=ARCHITECTURES["deepseek"], router=RouterRule(renormalise=False), **DENSE),
-    "glm4moe": replace(PLAIN, architecture=ARCHITECTURES["glm4moe"], rope_dimension_count=4, **DENSE,
-                       router=RouterRule(Scoring.SIGMOID, scale=1.5, groups=3, groups_used=2)),
-    "deepseek2": Config(ARCHITECTURES["deepseek2"], 4096, 128, 32, 2, 16, 4, 1, 20, 6, 2, 1e-6, 1e4, **DENSE,
-                        rope_dimension_count=4, latent=LatentWidths(latent=16, key=12, value=6, query=10),
-                        router=RouterRule(Scoring.SIGMOID, scale=2.5, groups=3, groups_used=2),
-                        absent=frozenset((Role.QUERY, Role.KEY_VALUE_UP))),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,12 +75,16 @@ BAD = {
         Bad("expert_used_count is 5, but 2 of 3 groups have only 4 experts", {"expert_used_count": 5}),
         Bad("blk.1.exp_probs_b.bias has shape (5,)", shapes={"blk.1.exp_probs_b.bias": (5,)}),
         Bad("blk.0.attn_q_norm.weight is missing", shapes={"blk.0.attn_q_norm.weight": None}),
+        Bad("no layer has attn_k.bias, but", shapes={f"blk.{layer}.attn_k.bias": None for layer in (0, 1)}),
+        Bad("no layer has attn_k_norm.weight", shapes={f"blk.{layer}.attn_k_norm.weight": None for layer in (0, 1)}),
         Bad("nextn_predict_layers is 3; it must lie between 0 and 1", {"nextn_predict_layers": 3}),
         Bad("nextn_predict_layers is 4294967295; it", {"nextn_predict_layers": 2**32 - 1}),
         Bad("blk.2.attn_q.weight is not part", shapes={"blk.2.attn_q.weight": (32, 32)}),
         Bad("expert_weights_scale is nan", {"expert_weights_scale": NAN}),
     ],
     "deepseek2": [
+        Bad("no layer has ffn_up_shexp.weight, but ffn_gate_shexp", shapes={"blk.1.ffn_up_shexp.weight": None}),
+        Bad("no layer has attn_q_a_norm", shapes={f"blk.{layer}.attn_q_a_norm.weight": None for layer in (0, 1)}),
         Bad("blk.1.attn_k_b.weight is missing", shapes={"blk.1.attn_k_b.weight": None}),
         Bad("blk.0.attn_v_b.weight has shape (4, 5, 16)", shapes={"blk.0.attn_v_b.weight": (4, 5, 16)}),
         Bad("key_length is 20; kv_lora_rank and rope.dimension_count make 19", {"attention.kv_lora_rank": 15}),
