@@ -6,10 +6,11 @@ but the checksums guards the contents: like a model, a file should come from som
 
 The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
 
-    header  8 bytes "fiddlrKV", uint32 version (1), bytes a number (2: float16, 4: float32), layers L, heads G,
+    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), bytes a number (2: float16, 4: float32), layers L, heads G,
             head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
     tokens  n int32
-    then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]
+    then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]; in latent attention the keys are the values,
+    and stand there once (version 1 had them twice, and is refused)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,7 @@ from fiddler.runtime.runner import Runner
 
 __all__ = ["PromptCache", "resume_from"]
 
-_MAGIC, _VERSION = b"fiddlrKV", 1
+_MAGIC = b"fiddlrKV"
 _HEADER = struct.Struct("<8s6I32s")
 _CRC = struct.Struct("<I")
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
@@ -77,6 +78,7 @@ class PromptCache:
             raise RequestError(f"{path} is {kind}; a prompt cache is read again: name a file")
         self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
         self._shape = config.block_count, config.head_count_kv, config.head_dim
+        self._version, self._tensors = (1, 2) if config.latent is None else (2, 1)  # of the format; of a layer
         self._max_positions, self._fingerprint = config.context_length, model_file.fingerprint
         self.tokens: tuple[int, ...] = ()
         with self._opened() as file:
@@ -87,7 +89,7 @@ class PromptCache:
         """Size of a file with `positions` positions [bytes]."""
         layers, heads, head_dim = self._shape
         block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
-        return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + 2 * layers * block
+        return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + self._tensors * layers * block
 
     def read(self, sequence: KVCache, count: int) -> None:
         """Fill an empty sequence with the first `count` positions of the file.
@@ -101,7 +103,7 @@ class PromptCache:
         with self._opened() as file:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
-            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
+            for tensor in self._stored(sequence):
                 data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
                 block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
                 if not np.isfinite(block).all():
@@ -124,11 +126,16 @@ class PromptCache:
                 output.write(data)
                 output.write(_CRC.pack(zlib.crc32(data)))
 
-            put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
+            put(_HEADER.pack(_MAGIC, self._version, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
             put(np.array(tokens, "<i4").tobytes())
-            for tensor in (tensor for layer in zip(*sequence.storage, strict=True) for tensor in layer):
+            for tensor in self._stored(sequence):
                 block = tensor[:, :positions].cpu().numpy()
                 put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
+
+    def _stored(self, sequence: KVCache) -> Iterator[torch.Tensor]:
+        """The tensors of the file, in its order."""
+        for layer in zip(*sequence.storage, strict=True):
+            yield from layer[: self._tensors]
 
     def _opened(self) -> BinaryIO:
         """The file, opened; an empty stream where there is none, since llama.cpp, too, takes an empty file for none."""
@@ -150,9 +157,9 @@ class PromptCache:
     def _read_tokens(self, file: BinaryIO) -> tuple[int, ...]:
         """The tokens, after a check of the header against the model and the size of the file."""
         _, version, itemsize, *shape, positions, fingerprint = _HEADER.unpack(self._part(file, _HEADER.size))
-        if version != _VERSION:
+        if version != self._version:
             raise FileFormatError(
-                f"{self._path}: is a prompt cache of version {version}, this is {_VERSION}; delete it or name another"
+                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; delete it or name another"
             )
         if fingerprint != self._fingerprint or tuple(shape) != self._shape:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")

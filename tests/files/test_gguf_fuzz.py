@@ -191,6 +191,16 @@ def test_the_undamaged_file_of_a_family_opens(path, family, byte_level):
     assert model.tokenizer.decode(model.tokenizer.encode("abc é")) == "abc é"
 
 
+@pytest.mark.parametrize("value", [ints([]), ints([1, 3]), floats([0.5]), texts([]), f32(float("nan"))], ids=repr)
+@pytest.mark.parametrize("family", ["qwen3moe", "deepseek2"])
+def test_a_value_of_another_type_under_any_key_is_opened_or_refused(path, family, value):
+    keys = [key for key, _ in drafted(family, byte_level=True).pairs]
+    for key in (*keys, *(f"{family}.{key}" for key in KEYS), "split.count", "split.no", "split.tensors.count"):
+        draft = drafted(family, byte_level=True)
+        draft.set(key, value)
+        open_all(path, draft.to_bytes())
+
+
 @settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_changed_keys_and_tensors_of_every_family_are_opened_or_refused(path, data):
