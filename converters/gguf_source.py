@@ -21,7 +21,7 @@ from fiddler.errors import CheckpointError, FileFormatError, quoted
 from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.models.config import Config
-from fiddler.models.metadata import read_config
+from fiddler.models.metadata import further_tensors, read_config
 from fiddler.text.vocabulary import TokenTable
 
 __all__ = ["GgufMatrix", "GgufSource"]
@@ -96,10 +96,16 @@ class GgufSource:
             yield GgufMatrix(self._file, self._file.tensors[source])
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
-        """Add every key of the file, with its type, but those that the target has of its own."""
+        """Add every key of the file, with its type, but those that the target has of its own.
+
+        The target has no blocks that predict further tokens.
+        """
+        prefix = self.config.architecture.gguf_name
         for key, value in self._file.metadata.items():
-            if key in _REWRITTEN or key.startswith("split."):
+            if key in _REWRITTEN or key.startswith("split.") or key == f"{prefix}.nextn_predict_layers":
                 continue
+            if key == f"{prefix}.block_count":
+                value = self.config.block_count
             kind, element = map(gguf.GGUFValueType, self._file.value_types[key])
             if isinstance(value, np.ndarray):
                 value = value.tolist()
@@ -119,7 +125,7 @@ def _sources(file: GgufFile, config: Config, tied: bool) -> dict[str, Sequence[s
             info = file.tensors.get(source)
             if info is None:
                 raise CheckpointError(f"{file.shown_path}: tensor {name} is missing; download the file again")
-            if info.shape != shape:
+            if not info.has_shape(shape):
                 raise CheckpointError(
                     f"{file.shown_path}: tensor {source} has shape {list(info.shape)}, the metadata imply {list(shape)}"
                 )
@@ -129,7 +135,7 @@ def _sources(file: GgufFile, config: Config, tied: bool) -> dict[str, Sequence[s
                     "convert the original bf16, f16 or f32 model"
                 )
     used = {source for names in sources.values() for source in names}
-    for source in file.tensors:
+    for source in file.tensors.keys() - further_tensors(file.metadata, file.tensors):
         if source not in used:
             raise CheckpointError(
                 f"{file.shown_path}: tensor {quoted(source)} is not part of a {config.architecture.name}; "

@@ -11,8 +11,9 @@ the new one always stay; a new one that does not fit even then is refused. `mess
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fiddler.engine import Engine
 from fiddler.errors import RequestError, quoted
@@ -22,7 +23,8 @@ from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
 from fiddler.text.chat_template import ChatTemplate
-from fiddler.text.messages import Message
+from fiddler.text.messages import Message, checked_messages
+from fiddler.text.template_variables import TemplateVariables
 
 __all__ = ["Chat"]
 
@@ -43,11 +45,15 @@ class Chat:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """`max_tokens`: of an answer; None for all that the context leaves. `template`: Jinja, in place of the model's.
-        `constraint`: of every answer.
+        `constraint`: of every answer. `tools`: functions that the model may call, as in OpenAI's API.
+        `chat_template_kwargs`: variables of the template, as `{"enable_thinking": False}`.
 
-        Raises FileFormatError where the template cannot be used, RequestError where it takes no system message.
+        Raises FileFormatError where the template cannot be used, RequestError where it takes no system message, or
+        where there is none for `tools` and `chat_template_kwargs`.
         """
         for name, value in (("the system message", system), ("the template", template)):
             if not isinstance(value, str | None):
@@ -55,6 +61,7 @@ class Chat:
         self._engine, self._max_tokens = engine, max_tokens
         self._request = Request("", sampling or Sampling(), max_tokens, stop, ignore_eos, constraint)  # of every answer
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
+        self._variables = TemplateVariables(tools, {} if chat_template_kwargs is None else chat_template_kwargs)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []  # messages of the user and of the model, alternating
         self._first = 0  # index of the first of them that prompts still hold
@@ -88,24 +95,26 @@ class Chat:
         """Turns that prompts no longer hold."""
         return self._first // 2
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str | Message) -> Iterator[str]:
         """The answer to `text`, as pieces of text, computed as the caller iterates.
 
+        text: of the user; or a message, as `{"role": "tool", "content": ...}` with what a called tool returned.
         If the iterator is closed before its end, the pieces so far are the answer; if there are none, `text` is
         forgotten as well, and the conversation is as before. Where there is a template, one space at an answer's
         beginning is left out: it belongs to the tokenizer. Raises RequestError at once for a message that is too long,
         or that the template refuses.
         """
-        if not isinstance(text, str):
+        if not isinstance(text, str | Mapping):
             raise RequestError(f"the message is {quoted(text)}; give a text")
+        message: Message = {"role": "user", "content": text} if isinstance(text, str) else checked_messages([text])[0]
         engine = self._engine
-        check_text("the message", text, engine.tokenizer, engine.config, engine.context)
-        first, ids = self._prompt({"role": "user", "content": text})
+        check_text("the message", message.get("content") or "", engine.tokenizer, engine.config, engine.context)
+        first, ids = self._prompt(message)
         available = self._engine.context - len(ids)
         limit = available if self._max_tokens is None else min(available, self._max_tokens)
         request = replace(self._request, prompt=ids, max_tokens=limit)
         generation = self._engine.start(request, on_chunk=self.on_chunk)
-        return self._answer(text, first, len(ids), generation)
+        return self._answer(message, first, len(ids), generation)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -117,7 +126,7 @@ class Chat:
         if self._template is not None:
             self._template.close()
 
-    def _answer(self, text: str, first: int, prompt_tokens: int, generation: Generation) -> Iterator[str]:
+    def _answer(self, message: Message, first: int, prompt_tokens: int, generation: Generation) -> Iterator[str]:
         pieces: list[str] = []
         unprefixed = self._template is not None and self._engine.tokenizer.add_space_prefix
         self.completion = None
@@ -133,7 +142,7 @@ class Chat:
             if pieces:
                 answer = "".join(pieces)
                 self._first = first
-                self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                self._turns += [message, {"role": "assistant", "content": answer}]
                 count = len(self._engine.tokenizer.encode(answer)) if self.completion is None else 0
                 self.context_used = prompt_tokens + (count if self.completion is None else len(self.completion.tokens))
 
@@ -160,7 +169,7 @@ class Chat:
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self._template is not None:
-            return self._template.ids(messages)
+            return self._template.ids(messages, self._variables)
         tokenizer = self._engine.tokenizer
         return tokenizer.encode("\n".join(message["content"] for message in messages), add_bos=tokenizer.add_bos)
 
@@ -169,6 +178,8 @@ class Chat:
         if self._template is None:
             if self._system:
                 raise RequestError("the model has no chat template, so there is no place for a system message")
+            if self._variables != TemplateVariables():
+                raise RequestError("the model has no chat template, so nothing reads tools or chat_template_kwargs")
             return
-        self._template.ids([_PROBE])
-        self._template.ids([*self._system, _PROBE])
+        self._template.ids([_PROBE], self._variables)
+        self._template.ids([*self._system, _PROBE], self._variables)

@@ -147,7 +147,10 @@ class CompiledDecodeStep:
         """The tokens' embeddings as float32 [T, D]."""
         rows: np.ndarray = self._embeddings[np.array(tokens)]
         wide = (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
-        return wide if self._parts.embedding_scale == 1.0 else wide * np.float32(self._parts.embedding_scale)
+        if self._parts.embedding_scale == 1.0:
+            return wide
+        with np.errstate(all="ignore"):  # as torch: a damaged file's numbers may be infinite
+            return wide * np.float32(self._parts.embedding_scale)
 
     def spans(self, step_spans: StepSpans) -> Iterator[tuple[str, float, float, int]]:
         """For each large product of a step: its kind, begin [s], end [s] and the weights that it read [bytes].

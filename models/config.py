@@ -25,6 +25,12 @@ from fiddler.models.rope_scaling import RopeKind, RopeScaling
 
 __all__ = ["Config", "LatentWidths"]
 
+_TOGETHER = (  # optional tensors that a model has all of, or none
+    (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+    (Role.QUERY_NORM, Role.KEY_NORM),
+    (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
+    (Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP),
+)
 _MAX_DIMENSION = 1 << 24  # keeps the product of any three dimensions far from 2**63
 
 
@@ -123,6 +129,7 @@ class Config:
         self._check_rope()
         self._check_latent()
         self._check_router()
+        self._check_absent()
 
     def _check_range(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -176,6 +183,16 @@ class Config:
             (Role.KEY_UP in self.absent) == (Role.KEY_VALUE_UP in self.absent)
         ):
             raise FileFormatError("attn_kv_b, or both of attn_k_b and attn_v_b, must be there; convert the model again")
+
+    def _check_absent(self) -> None:
+        for roles in _TOGETHER:
+            missing = next((role for role in roles if role in self.absent), None)
+            present = next((role for role in roles if role not in self.absent and self.has(role)), None)
+            if missing is not None and present is not None:
+                names = [
+                    each.name for role in (missing, present) for each in self.architecture.block if each.role is role
+                ]
+                raise FileFormatError(f"no layer has {names[0]}, but {names[1]} is there; convert the model again")
 
     def _check_router(self) -> None:
         rule, experts = self.router, self.expert_count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fiddler.errors import FileFormatError, quoted
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES, MIXTRAL
@@ -22,8 +22,9 @@ from fiddler.models.dbrx import DBRX
 from fiddler.models.metadata_keys import MetadataKeys
 from fiddler.models.rope_metadata import TRUNCATE_KEY, read_rope_scaling, rope_scaling_metadata
 
-__all__ = ["read_config", "to_metadata"]
+__all__ = ["further_tensors", "read_config", "to_metadata"]
 
+_NEXTN = "nextn_predict_layers"
 _SCORINGS = {1: Scoring.SOFTMAX, 2: Scoring.SIGMOID}  # `expert_gating_func`, as in gguf's ExpertGatingFuncType
 # keys and attributes of the multipliers, which Granite alone has; 0 is none, as in llama.cpp
 _SCALES = {
@@ -41,6 +42,7 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
     known one or lacks its experts, and where attention or RoPE are of a kind that does not run.
     """
     architecture, keys = _architecture(metadata)
+    tensors = set(tensors) - further_tensors(metadata, tensors)
     _reject_unsupported(metadata, architecture)
     width, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     if heads < 1 or width < 1:
@@ -77,6 +79,25 @@ def read_config(metadata: Mapping[str, object], tensors: Collection[str]) -> Con
         latent=latent,
         **{name: value for name, value in scales.items() if value},  # 0: none, as in llama.cpp
     )
+
+
+def further_tensors(metadata: Mapping[str, object], tensors: Iterable[str]) -> set[str]:
+    """Those of `tensors` that are in blocks after the model's, which predict further tokens and are not computed.
+
+    GLM-4.5's and DeepSeek-V3's multi-token prediction; such blocks count in `block_count` and stand last.
+    Raises FileFormatError where the key's number of them makes no sense.
+    """
+    keys = MetadataKeys(metadata, str(metadata.get("general.architecture")))
+    if _NEXTN not in keys:
+        return set()
+    end = keys.integer("block_count")
+    blocks = range(_block_count(keys), end)
+    numbers = ((name, name.split(".")[1]) for name in tensors if name.startswith("blk.") and name.count(".") > 1)
+    return {
+        name
+        for name, number in numbers
+        if number.isascii() and number.isdecimal() and len(number) < 10 and int(number) in blocks
+    }
 
 
 def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
@@ -222,8 +243,11 @@ def _window(keys: MetadataKeys, architecture: Architecture) -> int | None:
 
 
 def _block_count(keys: MetadataKeys) -> int:
-    """Layers without those that predict further tokens (`nextn_predict_layers`), which stand last in the file."""
-    return keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    """Layers without those that predict further tokens."""
+    count, further = keys.integer("block_count"), keys.integer(_NEXTN, 0)
+    if further and not 0 <= further < count:
+        raise FileFormatError(f"{keys.prefix}.{_NEXTN} is {further}; it must lie between 0 and {count - 1}")
+    return count - further
 
 
 def _absent(architecture: Architecture, tensors: Collection[str]) -> frozenset[Role]:

@@ -153,3 +153,25 @@ def test_without_a_template_each_message_continues_the_text():
     assert second == plain.generate(f"Once upon a time\n{first}\nThen the bear", GREEDY, 10).text
     with pytest.raises(RequestError, match="no chat template"):
         Chat(plain, "Be nice.")
+
+
+def test_tools_variables_and_their_results_reach_the_template(engine):
+    written = "{{ tools | length }}{{ note }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tools, kwargs = [{"type": "function", "function": {"name": "clock"}}], {"note": "!"}
+    chat = Chat(engine, None, GREEDY, 4, template=written, tools=tools, chat_template_kwargs=kwargs)
+    first = "".join(chat.send("What time is it?"))
+    assert first == engine.generate(engine.tokenizer.encode("1![user]What time is it?"), GREEDY, 4).text.removeprefix(
+        " "
+    )
+    result = {"role": "tool", "content": "12:00", "name": "clock"}
+    second = "".join(chat.send(result))
+    prompt = engine.tokenizer.encode(f"1![user]What time is it?[assistant]{first}[tool]12:00")
+    assert second == engine.generate(prompt, GREEDY, 4).text.removeprefix(" ")
+    assert chat.messages[2:] == [result, message("assistant", second)]
+    with pytest.raises(RequestError, match="it must have a role and a content"):
+        chat.send({"role": "tool"})
+
+
+def test_tools_for_a_model_without_a_template_are_refused():
+    with pytest.raises(RequestError, match="nothing reads tools or chat_template_kwargs"):
+        Chat(fiddler.load(), chat_template_kwargs={"enable_thinking": True})

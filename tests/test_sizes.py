@@ -15,6 +15,7 @@ TRITON = "a Triton kernel: pointers, sizes and strides are its only kinds of arg
 INSTRUCTIONS = "writes the instructions of one tile; what it computes at the top is used down to the last line"
 
 EXCEPTIONS = {
+    "fiddler.chat.Chat.__init__": "the Python API: its parameters are its options",
     "fiddler.cli.run.run": "a command: its parameters are its options",
     "fiddler.gpu.attention_kernels._attend": TRITON,
     "fiddler.gpu.attention_kernels._rotate_store": TRITON,

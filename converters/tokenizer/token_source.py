@@ -92,7 +92,7 @@ def _prefix_warnings(settings: TokenizerSettings, pieces: Pieces, file: str) -> 
     if wanted != pieces.add_space_prefix:
         yield (
             f"tokenizer_config.json says add_prefix_space {str(wanted).lower()}, which transformers does not read for "
-            f"a Mixtral; {file} is followed"
+            f"a SentencePiece vocabulary; {file} is followed"
         )
     after_special = pieces.add_space_prefix and pieces.prepend_scheme != "first"
     if pieces.add_space_prefix and settings.legacy is not None and settings.legacy != after_special:

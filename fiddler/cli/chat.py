@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fiddler.chat import Chat
     from fiddler.files.model_file import ModelFile
     from fiddler.generation.completion import Stats
+    from fiddler.text.template_variables import TemplateVariables
 
 __all__ = ["open_chat", "templated"]
 
@@ -37,7 +38,9 @@ _NO_TEMPLATE = (
 _MERGED = "the chat template takes no system message: it stands before the first user message instead"
 
 
-def templated(model_file: ModelFile, text: str, system: str | None, template: str | None) -> list[int]:
+def templated(
+    model_file: ModelFile, text: str, system: str | None, template: str | None, variables: TemplateVariables
+) -> list[int]:
     """A prompt's ids that ask for an answer to `text`; `template`: Jinja, in place of the model's.
 
     Raises RequestError where there is no template, or it refuses the messages.
@@ -49,7 +52,7 @@ def templated(model_file: ModelFile, text: str, system: str | None, template: st
         raise RequestError("this model has no chat template; give --chat-template-file, or continue a plain text")
     messages = [] if system is None else [{"role": "system", "content": system}]
     try:
-        ids = chat_template.ids([*messages, {"role": "user", "content": text}])
+        ids = chat_template.ids([*messages, {"role": "user", "content": text}], variables)
     finally:
         chat_template.close()
     if chat_template.merges_system:

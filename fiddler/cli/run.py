@@ -29,10 +29,12 @@ from fiddler.errors import RequestError
 from fiddler.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from fiddler.chat import Chat
     from fiddler.engine import Engine
     from fiddler.files.atomic_file import OutputFile
     from fiddler.generation.completion import Stats
     from fiddler.generation.request import Request
+    from fiddler.text.template_variables import TemplateVariables
 
 __all__ = ["run"]
 
@@ -60,6 +62,10 @@ def run(
     chat_template_file: Annotated[
         Path | None, typer.Option(readable=False, help="Jinja chat template, instead of the model's.")
     ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Variables of the chat template, as '{\"enable_thinking\": false}'."),
+    ] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Names of control tokens in the prompt, as </s>, are these tokens.")
     ] = False,
@@ -77,7 +83,8 @@ def run(
     beams.check(command, _NOT_FOR_BEAMS)
     search = beams.to_search()
     chatting = prompt is None and prompt_file is None and _on_terminal()
-    answering = not chatting and (chat or system is not None or chat_template_file is not None)
+    for_template = (system, chat_template_file, chat_template_kwargs)
+    answering = not chatting and (chat or any(value is not None for value in for_template))
     if special and (chatting or answering):
         raise typer.BadParameter(
             "--special is for a prompt that is continued; messages of a chat have no control tokens"
@@ -87,6 +94,7 @@ def run(
     if not chatting:
         check_prompt(prompt, prompt_file)
     template = None if chat_template_file is None else read_utf8(chat_template_file, "a chat template in Jinja")
+    variables = _variables(chat_template_kwargs)
     values = sampling.to_sampling()
     if probs_file is not None and not sampling.n_probs:
         raise typer.BadParameter("--probs-file needs --n-probs, how many tokens to write at every step")
@@ -103,11 +111,13 @@ def run(
     text = "" if chatting else prompt
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
-    request = replace(request, prompt=templated(model_file, text, system, template) if answering else text)
+    ids = templated(model_file, text, system, template, variables) if answering else None
+    request = replace(request, prompt=text if ids is None else ids)
     with open_output(probs_file) as probs:
         engine = loaded(model_file, loading)
         if chatting:
-            _chat(engine, request, system, template, str(model or "the demo model"), show_stats=stats)
+            conversation = _chat(engine, request, system, template, variables)
+            open_chat(conversation, str(model or "the demo model"), _stats_text, show_stats=stats)
             return
         if prompt_cache is not None and callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
@@ -119,13 +129,23 @@ def run(
         say(f"{engine.where} | {_stats_text(measured)}")
 
 
+def _variables(chat_template_kwargs: str | None) -> TemplateVariables:
+    """The value of --chat-template-kwargs. Raises BadParameter (usage error) for anything but a JSON object."""
+    from fiddler.text.template_variables import TemplateVariables, parse_variables
+
+    try:
+        return TemplateVariables() if chat_template_kwargs is None else parse_variables(chat_template_kwargs)
+    except RequestError as error:
+        raise typer.BadParameter(f"--chat-template-kwargs: {error}") from None
+
+
 def _chat(
-    engine: Engine, request: Request, system: str | None, template: str | None, name: str, *, show_stats: bool
-) -> None:
-    """Open a chat on the terminal; the request's prompt has no meaning."""
+    engine: Engine, request: Request, system: str | None, template: str | None, variables: TemplateVariables
+) -> Chat:
+    """A conversation whose answers are as the request says; its prompt has no meaning."""
     from fiddler.chat import Chat
 
-    chat = Chat(
+    return Chat(
         engine,
         system,
         request.sampling,
@@ -134,8 +154,9 @@ def _chat(
         stop=request.stop,
         ignore_eos=request.ignore_eos,
         constraint=request.constraint,
+        tools=variables.tools,
+        chat_template_kwargs=variables.kwargs,
     )
-    open_chat(chat, name, _stats_text, show_stats=show_stats)
 
 
 def _print_text(

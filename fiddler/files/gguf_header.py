@@ -50,6 +50,10 @@ _MAX_ALIGNMENT = 1 << 20  # bytes
 _U64 = struct.Struct("<Q")
 
 
+def _less_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[next((index for index, size in enumerate(shape) if size != 1), len(shape)) :]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Location of one tensor. `shape` has the slowest dimension first, as in numpy; GGUF stores the reverse."""
@@ -60,6 +64,10 @@ class TensorInfo:
     nbytes: int
     offset: int  # bytes from the start of its file
     part: int  # index of its file in a split model, from 0
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether the shape is `shape`, but for leading ones: ggml has four dimensions, [1, D] is a vector to it."""
+        return self.shape == shape or _less_ones(self.shape) == _less_ones(shape)
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,11 @@ def _checked(file: GgufFile) -> tuple[ModelFile | None, bool | str]:
 def _expert_bytes(model: ModelFile) -> dict[str, int]:
     config, file = model.config, model.file
     roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
-    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles[t.name] in EXPERTS)
+    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles.get(t.name) in EXPERTS)
     per_expert = expert_bytes // max(1, len(config.sparse_layers) * config.expert_count)
     return {
         "experts": expert_bytes,
-        "dense": sum(t.nbytes for t in file.tensors.values()) - expert_bytes,
+        "dense": sum(t.nbytes for t in file.tensors.values() if t.name in roles) - expert_bytes,
         "one_expert": per_expert,
         "experts_read_per_token": per_expert * config.expert_used_count * len(config.sparse_layers),
     }

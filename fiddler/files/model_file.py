@@ -19,7 +19,7 @@ from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import Header
 from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
-from fiddler.models.metadata import read_config
+from fiddler.models.metadata import further_tensors, read_config
 from fiddler.models.rope_scaling import RopeKind
 from fiddler.text.vocabulary import TokenTable
 
@@ -113,18 +113,25 @@ class ModelFile:
         return sha256.digest()
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor's view (see `GgufFile.array`) and its type; a tied model's output matrix is its embedding."""
+        """A tensor's view (see `GgufFile.array`) and its type, in the shape that the hyper-parameters imply.
+
+        A tied model's output matrix is its embedding.
+        """
         architecture = self.config.architecture
         if self.tied and name == architecture.tensor_name(Role.OUTPUT):
             name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
-        return self.file.array(name), self.file.tensors[name].type
+        return self.file.array(name).reshape(self._shapes[name]), self.file.tensors[name].type
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.config.shape(tensor) for name, tensor in self.config.tensors(tied=self.tied).items()}
 
 
 def _numbers(file: GgufFile, name: str) -> tuple[float, ...]:
     """The numbers in a float32 tensor of the file; raises FileFormatError where it has another type."""
     if file.tensors[name].type != "F32":
         raise FileFormatError(f"tensor {name} is {file.tensors[name].type}; it must be F32")
-    return tuple(file.array(name).tolist())
+    return tuple(file.array(name).reshape(-1).tolist())
 
 
 def check_header(header: bytes, nbytes: int) -> None:
@@ -143,7 +150,8 @@ def _checked(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) 
     """The hyper-parameters that these tensors and this vocabulary agree with, and whether the output is tied."""
     config = read_config(metadata, tensors)
     tied = config.architecture.tensor_name(Role.OUTPUT) not in tensors
-    _check_shapes(tensors, config, tied)
+    further = further_tensors(metadata, tensors)
+    _check_shapes({name: tensor for name, tensor in tensors.items() if name not in further}, config, tied)
     _check_vocabulary(metadata, config)
     return config, tied
 
@@ -162,7 +170,7 @@ def _check_shapes(tensors: Mapping[str, TensorInfo], config: Config, tied: bool)
         info, shape = tensors.get(name), config.shape(tensor)
         if info is None:
             raise FileFormatError(f"tensor {name} is missing; convert the model again")
-        if info.shape != shape:
+        if not info.has_shape(shape):
             raise FileFormatError(f"tensor {name} has shape {info.shape}, the metadata imply {shape}")
     for name in tensors:
         if name not in expected:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

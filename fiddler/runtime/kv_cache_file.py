@@ -6,10 +6,11 @@ but the checksums guards the contents: like a model, a file should come from som
 
 The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
 
-    header  8 bytes "fiddlrKV", uint32 version (1), bytes a number (2: float16, 4: float32), layers L, heads G,
-            head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
+    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), bytes a number (2: float16, 4: float32),
+            layers L, heads G, head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
     tokens  n int32
-    then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]
+    then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]; in latent attention the keys are the values,
+    and stand there once (version 1 had them twice, and is refused)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fiddler.runtime.runner import Runner
 
 __all__ = ["PromptCache", "resume_from"]
 
-_MAGIC, _VERSION = b"fiddlrKV", 1
+_MAGIC = b"fiddlrKV"
 _HEADER = struct.Struct("<8s6I32s")
 _CRC = struct.Struct("<I")
 _TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
@@ -77,6 +78,7 @@ class PromptCache:
             raise RequestError(f"{path} is {kind}; a prompt cache is read again: name a file")
         self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
         self._shape = config.block_count, config.head_count_kv, config.head_dim
+        self._version, self._tensors = (1, 2) if config.latent is None else (2, 1)  # of the format; of a layer
         self._max_positions, self._fingerprint = config.context_length, model_file.fingerprint
         self.tokens: tuple[int, ...] = ()
         with self._opened() as file:
@@ -87,7 +89,7 @@ class PromptCache:
         """Size of a file with `positions` positions [bytes]."""
         layers, heads, head_dim = self._shape
         block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
-        return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + 2 * layers * block
+        return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + self._tensors * layers * block
 
     def read(self, sequence: KVCache, count: int) -> None:
         """Fill an empty sequence with the first `count` positions of the file.
@@ -102,8 +104,9 @@ class PromptCache:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
             for layer in range(layers):
-                memories = [self._block(file, heads, positions, head_dim, count) for _ in range(2)]
-                sequence.write(layer, *(memory.to(sequence.device) for memory in memories))
+                memories = [self._block(file, heads, positions, head_dim, count) for _ in range(self._tensors)]
+                keys, values = memories[0].to(sequence.device), memories[-1].to(sequence.device)
+                sequence.write(layer, keys, values)
         sequence.advance(count)
 
     def write(self, sequence: KVCache, tokens: Sequence[int]) -> None:
@@ -121,11 +124,10 @@ class PromptCache:
                 output.write(data)
                 output.write(_CRC.pack(zlib.crc32(data)))
 
-            put(_HEADER.pack(_MAGIC, _VERSION, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
+            put(_HEADER.pack(_MAGIC, self._version, self._dtype.itemsize, *self._shape, positions, self._fingerprint))
             put(np.array(tokens, "<i4").tobytes())
             for layer in range(self._shape[0]):
-                memories = sequence.stored(layer)
-                for memory in (memories[0], memories[-1]):
+                for memory in sequence.stored(layer):
                     block = memory[:positions].transpose(0, 1).cpu().numpy()
                     put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
 
@@ -157,9 +159,10 @@ class PromptCache:
     def _read_tokens(self, file: BinaryIO) -> tuple[int, ...]:
         """The tokens, after a check of the header against the model and the size of the file."""
         _, version, itemsize, *shape, positions, fingerprint = _HEADER.unpack(self._part(file, _HEADER.size))
-        if version != _VERSION:
+        if version != self._version:
             raise FileFormatError(
-                f"{self._path}: is a prompt cache of version {version}, this is {_VERSION}; delete it or name another"
+                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; delete it or name "
+                "another"
             )
         if fingerprint != self._fingerprint or tuple(shape) != self._shape:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")

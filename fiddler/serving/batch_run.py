@@ -28,7 +28,7 @@ class Prompts:
         """A job's generation. Raises FiddlerError for a prompt too long, or messages that the chat template refuses."""
         request = job.request
         if job.messages:
-            request = replace(request, prompt=self._chat_template().ids(job.messages))
+            request = replace(request, prompt=self._chat_template().ids(job.messages, job.variables))
             self._chat_ids.add(job.id)
         return self._engine.start(request)
 

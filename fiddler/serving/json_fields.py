@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fiddler.errors import RequestError, quoted
@@ -15,6 +15,7 @@ from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
 from fiddler.serving.openai_batch import from_openai, is_openai, schema_of
 from fiddler.text.messages import Message, checked_messages
+from fiddler.text.template_variables import TemplateVariables
 
 if TYPE_CHECKING:
     from fiddler.sampling.logprobs import LogProbs
@@ -24,11 +25,13 @@ __all__ = ["Id", "Job", "as_id", "job_of", "parse_object", "probs_of"]
 
 Id = str | int | float
 
-_SAMPLING = [field.name for field in fields(Sampling)]
+_SAMPLING = [each.name for each in fields(Sampling)]
+_OF_TEMPLATES = ["tools", "chat_template_kwargs"]
 _FIELDS = [
     "id",
     "prompt",
     "messages",
+    *_OF_TEMPLATES,
     "max_tokens",
     "stop",
     "ignore_eos",
@@ -45,6 +48,7 @@ class Job:
     id: Id
     request: Request
     messages: tuple[Message, ...] = ()
+    variables: TemplateVariables = field(default_factory=TemplateVariables)  # of the template, beside the messages
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def job_of(line: dict[str, Any], defaults: Request) -> Job:
         defaults.constraint if schema is None else Constraint.json_schema(schema),
         reuse=reuse,
     )
-    return Job(identity, request, messages)
+    return Job(identity, request, messages, _variables(values))
 
 
 def _boolean(values: dict[str, Any], name: str, default: bool) -> bool:
@@ -127,6 +131,13 @@ def _prompt(values: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:
             raise RequestError(f"the prompt is {quoted(prompt)}; give a string")
         return prompt, ()
     return "", tuple(checked_messages(values["messages"]))
+
+
+def _variables(values: dict[str, Any]) -> TemplateVariables:
+    given = next((name for name in _OF_TEMPLATES if name in values), None)
+    if given is not None and "prompt" in values:
+        raise RequestError(f"{given} are for messages, which a chat template reads; a prompt has none")
+    return TemplateVariables(values.get("tools"), values.get("chat_template_kwargs", {}))
 
 
 def _stop(value: object) -> tuple[str, ...]:

@@ -15,9 +15,11 @@ __all__ = ["from_openai", "is_openai", "schema_of"]
 
 _SAME = (
     *("prompt", "messages", "max_tokens", "stop", "temperature", "top_p", "seed", "logit_bias"),
-    *("presence_penalty", "frequency_penalty", "response_format"),
+    *("presence_penalty", "frequency_penalty", "response_format", "tools", "chat_template_kwargs"),
 )
-_IGNORED = frozenset({"model", "user", "store", "metadata", "service_tier", "stream", "stream_options"})
+_IGNORED = frozenset(
+    {"model", "user", "store", "metadata", "service_tier", "stream", "stream_options", "parallel_tool_calls"}
+)
 _OURS = frozenset({"top_k", "min_p", "typical_p", "repeat_penalty", "ignore_eos"})  # other servers take these as well
 _PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -42,12 +44,17 @@ def from_openai(line: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in _SAME or name in _OURS:
             fields[name] = value
+        elif name == "tool_choice":
+            if value not in ("auto", "none"):
+                raise RequestError(f"tool_choice is {quoted(value)}; give auto or none: the model chooses")
         elif name == "max_completion_tokens":
             fields["max_tokens"] = value
         elif name == "logprobs":
             fields["n_probs"] = body.get("top_logprobs", 1) if value is True else value or None
         elif name != "top_logprobs":
             raise RequestError(f"the field {quoted(name)} of a body is not known here; leave it out")
+    if body.get("tool_choice") == "none":
+        fields.pop("tools", None)
     return fields
 
 

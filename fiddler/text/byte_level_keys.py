@@ -57,10 +57,10 @@ class ByteLevelKeys:
                 f"tokenizer.ggml.merges holds {len(merges)} merges; at most {most_merges} are accepted"
             )
         normalizer = metadata.get(NORMALIZER)
-        if normalizer not in (None, "NFC"):
+        if normalizer is not None and not (isinstance(normalizer, str) and normalizer == "NFC"):
             raise FileFormatError(f"{NORMALIZER} is {quoted(normalizer)}; it must be 'NFC'")
         ignore_merges = flag(metadata, IGNORE_MERGES, PRE_TOKENIZERS[pre].ignore_merges)
-        return cls(pre, merges, ignore_merges, normalizer == "NFC")
+        return cls(pre, merges, ignore_merges, normalizer is not None)
 
     def to_metadata(self) -> dict[str, str | bool | list[str]]:
         """The keys; ours only where they say more than llama.cpp's."""

@@ -8,18 +8,22 @@ recognises no special token across a bar, and drops the bar. A message without s
 templates that strip, cut or test it behave as in transformers. A template that itself rewrites a message's letters
 (`lower`, `replace`) can still create a name.
 
+Tools and a template's own variables, as `enable_thinking`, are text of the same kind: `template_variables`.
+
 A template that writes no BOS gets none, as in transformers, whatever `add_bos` says; one that writes it gets that one.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from fiddler.errors import FileFormatError, RequestError, quoted
-from fiddler.text.messages import Message, checked_messages, system_in_user
+from fiddler.errors import FiddlerError, FileFormatError, RequestError, quoted
+from fiddler.text.messages import Message, checked_messages, forms, system_in_user
 from fiddler.text.template_process import Limits, TemplateProcess
+from fiddler.text.template_variables import TemplateVariables
 from fiddler.text.tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate", "barred", "special_tokens"]
@@ -28,6 +32,8 @@ T = TypeVar("T")
 
 _SPECIAL = ("bos", "eos", "unknown", "padding")  # as in `tokenizer.ggml.bos_token_id`
 _TEMPLATE_NAMES = {"unknown": "unk_token", "padding": "pad_token"}
+_TOOL_USE = "tokenizer.chat_template.tool_use"  # transformers' name of the template for tools, where there are several
+_NO_VARIABLES = TemplateVariables()
 _PRIVATE_PLANE, _PRIVATE_COUNT = 0x100000, 0xFFFE
 
 
@@ -35,10 +41,20 @@ class ChatTemplate:
     """A chat template with its tokenizer. Renders in a process of its own, which `close` ends."""
 
     def __init__(
-        self, source: str, tokenizer: Tokenizer, special: Mapping[str, str], limits: Limits | None = None
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        special: Mapping[str, str],
+        limits: Limits | None = None,
+        *,
+        tool_use: str | None = None,
     ) -> None:
-        """`special`: the template's variables `bos_token`, `eos_token`, ...; `limits`: of one rendering."""
+        """`special`: the template's variables `bos_token`, `eos_token`, ...; `limits`: of one rendering.
+
+        tool_use: the source that renders conversations with tools; None: `source` does.
+        """
         self._source, self._tokenizer, self._special = source, tokenizer, dict(special)
+        self._tool_use = source if tool_use is None else tool_use
         self._names = tokenizer.control_names
         self._process = TemplateProcess(limits or Limits())
         self.merges_system = False
@@ -46,22 +62,45 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, metadata: Mapping[str, object], source: str | None = None) -> ChatTemplate | None:
-        """The template in a GGUF's metadata, or `source` instead of it; None where there is neither."""
-        source = tokenizer.chat_template if source is None else source
-        return None if source is None else cls(source, tokenizer, special_tokens(tokenizer, metadata))
+        """The template in a GGUF's metadata, or `source` instead of it; None where there is neither.
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        Raises FileFormatError where the metadata's template for tools is no text.
+        """
+        special = special_tokens(tokenizer, metadata)
+        if source is not None:
+            return cls(source, tokenizer, special)
+        tool_use = metadata.get(_TOOL_USE)
+        if not isinstance(tool_use, str | None):
+            raise FileFormatError(f"{_TOOL_USE} is {quoted(tool_use)}; it must be one string")
+        source = tokenizer.chat_template
+        return None if source is None else cls(source, tokenizer, special, tool_use=tool_use)
+
+    def text(
+        self,
+        messages: Sequence[Message],
+        variables: TemplateVariables = _NO_VARIABLES,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The text that the template renders for `messages`. Raises as `ids` does."""
-        return self._merging(messages, lambda merged: self._rendered(merged, add_generation_prompt))
+        prompt = {"add_generation_prompt": add_generation_prompt}
+        return self._merging(messages, lambda merged: self._rendered(merged, variables.to_dict() | prompt))
 
-    def ids(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def ids(
+        self,
+        messages: Sequence[Message],
+        variables: TemplateVariables = _NO_VARIABLES,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """The prompt's ids, BOS included where the template writes it; `add_generation_prompt`: begin an answer.
 
         A system message that the template refuses goes into the first user message: see `merges_system`.
         Raises RequestError where `messages` are malformed or the template refuses them, and FileFormatError where
         the template is malformed, fails or exceeds the limits, in one line.
         """
-        return self._merging(messages, lambda merged: self._ids(merged, add_generation_prompt))
+        prompt = {"add_generation_prompt": add_generation_prompt}
+        return self._merging(messages, lambda merged: self._ids(merged, variables.to_dict() | prompt))
 
     def _merging(self, messages: Sequence[Message], render: Callable[[Sequence[Message]], T]) -> T:
         """`render` of the messages; of those that `system_in_user` gives, if the template refuses the others."""
@@ -81,22 +120,48 @@ class ChatTemplate:
         self.merges_system = True
         return rendered
 
-    def _ids(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        texts = [text for message in messages for pair in message.items() for text in pair]
-        bar = _unused_character((self._source, *self._special.values(), *texts))
-        marked = [
-            {barred(key, self._names, bar): barred(value, self._names, bar) for key, value in message.items()}
-            for message in messages
-        ]
-        return self._tokenizer.encode(self._rendered(marked, add_generation_prompt), parse_special=True, bar=bar)
+    def _ids(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
+        bar = _unused_character((self._source, self._tool_use, *self._special.values(), *_texts([messages, variables])))
+        marked = _barred([list(messages), variables], self._names, bar)
+        rendered = self._rendered(*marked).replace(json.dumps(bar)[1:-1], bar)  # where `tojson` escapes it
+        return self._tokenizer.encode(rendered, parse_special=True, bar=bar)
 
     def close(self) -> None:
         """End the rendering process; the next rendering starts another."""
         self._process.close()
 
-    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        variables = {"messages": messages, "tools": None, "documents": None} | self._special
-        return self._process.render(self._source, variables | {"add_generation_prompt": add_generation_prompt})
+    def _rendered(self, messages: Sequence[Message], variables: dict[str, Any]) -> str:
+        """The text of the first of the messages' `forms` that the template neither fails on nor refuses."""
+        source = self._source if variables["tools"] is None else self._tool_use
+        failure: FiddlerError | None = None
+        for form in forms(messages):
+            try:
+                return self._process.render(source, self._special | variables | {"messages": form})
+            except (FileFormatError, RequestError) as error:
+                failure = failure or error
+        assert failure is not None  # there is a first form
+        raise failure
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in lists and objects in each other."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.items():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def _barred(value: Any, names: Sequence[str], bar: str) -> Any:
+    """`value` with every text in it `barred`."""
+    if isinstance(value, str):
+        return barred(value, names, bar)
+    if isinstance(value, Mapping):
+        return {barred(key, names, bar): _barred(each, names, bar) for key, each in value.items()}
+    return [_barred(each, names, bar) for each in value] if isinstance(value, list | tuple) else value
 
 
 def special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> dict[str, str]:

@@ -109,8 +109,14 @@ def _now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+class _Dict:
+    """`dict()` and `dict.fromkeys()`, without the attributes of a class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 def _environment() -> _Environment:
@@ -118,7 +124,7 @@ def _environment() -> _Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now, dict=_dict, namespace=_Namespace)
+    environment.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
     return environment
 
 

@@ -236,10 +236,22 @@ def test_a_system_message_that_the_template_refuses_is_told_of(tmp_path):
     assert "it stands before the first user message instead" in done.stderr.decode()
 
 
+def test_variables_of_the_command_line_reach_the_template(tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ raise_exception(enable_thinking ~ tools[0].name) }}")
+    done = run(
+        *("run", "-p", "Hi", "--chat-template-file", tmp_path / "a.jinja"),
+        *("--chat-template-kwargs", '{"enable_thinking": false, "tools": [{"name": "clock"}]}'),
+    )
+    assert done.returncode == 1
+    assert "refuses these messages: 'Falseclock'" in done.stderr.decode()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("-p", "x", "--chat"), 1, "no chat template"),
+        (("-p", "x", "--chat-template-kwargs", "{}"), 1, "no chat template"),
+        (("-p", "x", "--chat-template-kwargs", "thinking"), 2, "'thinking' is no JSON object; give one, as"),
         (("-p", "x", "--chat", "--special"), 2, "--special is for a prompt that is continued"),
         (("--system", "y"), 1, "no chat template"),  # standard input is empty here
     ],

@@ -55,6 +55,8 @@ def right(path: Path) -> None:
         assert_type(next(engine.batch(request for _ in range(3)))[0], int)
         chat = Chat(engine, "Be brief.", greedy, 64)
         assert_type(chat.send("Hello"), Iterator[str])
+        chat = Chat(engine, tools=[{"type": "function"}], chat_template_kwargs={"enable_thinking": False})
+        assert_type(chat.send({"role": "tool", "content": "12:00"}), Iterator[str])
         assert_type(fiddler.convert(path, path, "bf16", force=True).nbytes, int)
     errors: list[type[FiddlerError]] = [CheckpointError, FileFormatError, RequestError, ResourceError]
     assert_type(errors[0](), FiddlerError)

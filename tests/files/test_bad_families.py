@@ -6,32 +6,18 @@ import math
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 
+import fiddler
+from fiddler.converters.conversion import convert
 from fiddler.errors import FileFormatError
+from fiddler.files.inspection import describe
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import DEMO_MODEL
-from fiddler.models import ARCHITECTURES, LLAMA
-from fiddler.models.architecture import RouterRule, Scoring
-from fiddler.models.config import Config
+from oracles.small_families import GOOD
 from tools.random_model import write_random_model
 
 NAN = math.nan
-PLAIN = Config(ARCHITECTURES["qwen3moe"], 4096, 128, 32, 2, 16, 4, 2, 8, 6, 2, 1e-6, 1e4)
-DENSE = {"feed_forward_length": 48, "leading_dense_block_count": 1, "expert_shared_feed_forward_length": 16}
-GOOD = {
-    "qwen3moe": PLAIN,
-    "qwen2moe": replace(PLAIN, architecture=ARCHITECTURES["qwen2moe"], router=RouterRule(renormalise=False),
-                        expert_shared_feed_forward_length=24),
-    "olmoe": replace(PLAIN, architecture=ARCHITECTURES["olmoe"], router=RouterRule(renormalise=False), clamp_kqv=2.0),
-    "granitemoe": replace(PLAIN, architecture=ARCHITECTURES["granitemoe"], expert_shared_feed_forward_length=24,
-                          attention_scale=0.5, embedding_scale=12.0, residual_scale=0.25, logit_scale=8.0),
-    "deepseek": replace(PLAIN, architecture=ARCHITECTURES["deepseek"], router=RouterRule(renormalise=False), **DENSE),
-    "glm4moe": replace(PLAIN, architecture=ARCHITECTURES["glm4moe"], rope_dimension_count=4, **DENSE,
-                       router=RouterRule(Scoring.SIGMOID, scale=1.5, groups=3, groups_used=2)),
-    "dbrx": replace(PLAIN, architecture=ARCHITECTURES["dbrx"], clamp_kqv=8.0),
-    "llama": Config(LLAMA, 4096, 128, 32, 2, 0, 4, 2, 8, 0, 0, 1e-6, 1e4, sliding_window=12, feed_forward_length=48,
-                    leading_dense_block_count=2),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,8 @@ BAD = {
         Bad("expert_weights_norm is 1; it must be true or false", {"expert_weights_norm": 1}),
         Bad("expert_gating_func is 4; only 1", {"expert_gating_func": 4}),
         Bad("rope.dimension_count is 10", {"rope.dimension_count": 10}),
+        Bad("expert_weights_scale is nan", {"expert_weights_scale": NAN}),
+        Bad("rope.scaling.factor is nan", {"rope.scaling.type": "yarn", "rope.scaling.factor": NAN}),
     ],
     "qwen2moe": [
         Bad("blk.0.attn_v.bias is missing", shapes={"blk.0.attn_v.bias": None}),
@@ -57,6 +45,7 @@ BAD = {
         Bad("blk.1.ffn_gate_inp_shexp.weight has shape (24,)", shapes={"blk.1.ffn_gate_inp_shexp.weight": (24,)}),
         Bad("expert_shared_feed_forward_length is 0", {"expert_shared_feed_forward_length": 0}),
         Bad("ffn_gate_shexp.weight has shape", {"expert_shared_feed_forward_length": 1 << 20}),
+        Bad("expert_weights_scale is nan", {"expert_weights_scale": NAN}),
     ],
     "olmoe": [
         Bad("shape (8,), the metadata imply (32,)", shapes={"blk.0.attn_q_norm.weight": (8,)}),
@@ -64,6 +53,7 @@ BAD = {
         Bad("clamp_kqv is nan", {"attention.clamp_kqv": NAN}),
         Bad("clamp_kqv is -1.0", {"attention.clamp_kqv": -1.0}),
         Bad("expert_used_count is 7", {"expert_used_count": 7}),
+        Bad("layer_norm_rms_epsilon is nan", {"attention.layer_norm_rms_epsilon": NAN}),
     ],
     "granitemoe": [
         Bad("logit_scale is nan", {"logit_scale": NAN}),
@@ -85,7 +75,25 @@ BAD = {
         Bad("expert_used_count is 5, but 2 of 3 groups have only 4 experts", {"expert_used_count": 5}),
         Bad("blk.1.exp_probs_b.bias has shape (5,)", shapes={"blk.1.exp_probs_b.bias": (5,)}),
         Bad("blk.0.attn_q_norm.weight is missing", shapes={"blk.0.attn_q_norm.weight": None}),
-        Bad("block_count is -1", {"nextn_predict_layers": 3}),
+        Bad("no layer has attn_k.bias, but", shapes={f"blk.{layer}.attn_k.bias": None for layer in (0, 1)}),
+        Bad("no layer has attn_k_norm.weight", shapes={f"blk.{layer}.attn_k_norm.weight": None for layer in (0, 1)}),
+        Bad("nextn_predict_layers is 3; it must lie between 0 and 1", {"nextn_predict_layers": 3}),
+        Bad("nextn_predict_layers is 4294967295; it", {"nextn_predict_layers": 2**32 - 1}),
+        Bad("blk.2.attn_q.weight is not part", shapes={"blk.2.attn_q.weight": (32, 32)}),
+        Bad("expert_weights_scale is nan", {"expert_weights_scale": NAN}),
+    ],
+    "deepseek2": [
+        Bad("no layer has ffn_up_shexp.weight, but ffn_gate_shexp", shapes={"blk.1.ffn_up_shexp.weight": None}),
+        Bad("no layer has attn_q_a_norm", shapes={f"blk.{layer}.attn_q_a_norm.weight": None for layer in (0, 1)}),
+        Bad("blk.1.attn_k_b.weight is missing", shapes={"blk.1.attn_k_b.weight": None}),
+        Bad("blk.0.attn_v_b.weight has shape (4, 5, 16)", shapes={"blk.0.attn_v_b.weight": (4, 5, 16)}),
+        Bad("key_length is 20; kv_lora_rank and rope.dimension_count make 19", {"attention.kv_lora_rank": 15}),
+        Bad("blk.0.attn_q_a.weight has shape (10, 32), the metadata imply (12, 32)", {"attention.q_lora_rank": 12}),
+        Bad("blk.0.attn_kv_a_norm.weight has shape (20,)", shapes={"blk.0.attn_kv_a_norm.weight": (20,)}),
+        Bad("expert_weights_scale is nan", {"expert_weights_scale": NAN}),
+        Bad("yarn_log_multiplier is nan", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                                           "rope.scaling.yarn_log_multiplier": NAN}),
+        Bad("nextn_predict_layers is 2", {"nextn_predict_layers": 2}),
     ],
     "dbrx": [
         Bad("attn_qkv.weight has shape (64, 32), the metadata imply (48, 32)", {"attention.head_count_kv": 1}),
@@ -105,7 +113,7 @@ BAD = {
         Bad("feed_forward_length is 0", {"feed_forward_length": 0}),
         Bad("head_count_kv 3", {"attention.head_count_kv": 3}),
     ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", GOOD)
@@ -130,3 +138,34 @@ def test_a_bad_file_is_refused_in_one_line_that_names_the_value(tmp_path, family
     assert message.startswith(f"{path}: ")
     assert bad.says in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("family", ["glm4moe", "deepseek2"])
+def test_a_block_that_predicts_further_tokens_is_skipped(tmp_path, family):
+    config = replace(GOOD[family], vocab_size=2048)
+    shapes = {tensor: config.shape(each) for tensor, each in config.tensors(tied=False).items()}
+    further = {name.replace("blk.1.", "blk.2."): shape for name, shape in shapes.items() if name.startswith("blk.1.")}
+    further |= {"blk.2.nextn.eh_proj.weight": (32, 64), "blk.2.nextn.enorm.weight": (32,)}
+    further |= {"blk.2.attn_q.weight": (4, 32), "blk.2.exp_probs_b.bias": (5,)}  # not even looked at
+    keys = {"block_count": 3, "nextn_predict_layers": 1}
+    write_random_model(tmp_path / "without.gguf", config, DEMO_MODEL)
+    write_random_model(tmp_path / "with.gguf", config, DEMO_MODEL, metadata=keys, shapes=further)
+    assert any(".nextn." in name for name in ModelFile.open(tmp_path / "with.gguf").file.tensors)
+    assert describe(tmp_path / "with.gguf")["bytes"]["dense"] == describe(tmp_path / "without.gguf")["bytes"]["dense"]
+    convert(tmp_path / "with.gguf", tmp_path / "again.gguf")
+    assert ModelFile.open(tmp_path / "again.gguf").file.tensors.keys() == shapes.keys()
+    expected = fiddler.load(tmp_path / "without.gguf", device="cpu").logits([1, 2, 3])
+    for name in ("with", "again"):
+        assert torch.equal(fiddler.load(tmp_path / f"{name}.gguf", device="cpu").logits([1, 2, 3]), expected)
+
+
+def test_a_vector_with_a_leading_one_in_its_shape_is_that_vector(tmp_path):
+    """llama.cpp's converter writes Qwen2-MoE's shared router as [1, D]."""
+    names = [f"blk.{layer}.ffn_gate_inp_shexp.weight" for layer in (0, 1)]
+    for path, shape in (("a", (32,)), ("b", (1, 32))):
+        write_random_model(tmp_path / f"{path}.gguf", GOOD["qwen2moe"], DEMO_MODEL, shapes=dict.fromkeys(names, shape))
+    assert ModelFile.open(tmp_path / "b.gguf").file.tensors[names[1]].shape == (1, 32)
+    convert(tmp_path / "b.gguf", tmp_path / "c.gguf")
+    expected = fiddler.load(tmp_path / "a.gguf", device="cpu").logits([1, 2, 3])
+    for path in ("b.gguf", "c.gguf"):
+        assert torch.equal(fiddler.load(tmp_path / path, device="cpu").logits([1, 2, 3]), expected)

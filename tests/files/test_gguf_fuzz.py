@@ -1,4 +1,4 @@
-"""Random damage to a small model file: it is opened or refused in one line; nothing else happens."""
+"""Random damage to small model files of every family: it is opened or refused in one line; nothing else happens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ from hypothesis import given, settings, strategies as st
 from fiddler.errors import FiddlerError
 from fiddler.files.inspection import describe, to_text
 from fiddler.files.model_file import ModelFile
-from oracles.bad_gguf import Draft, dense_llama, mixtral
+from oracles.bad_gguf import (
+    BF16,
+    F16,
+    F32,
+    Draft,
+    Entry,
+    boolean,
+    dense_llama,
+    f32,
+    floats,
+    i32,
+    ints,
+    mixtral,
+    text,
+    texts,
+    u32,
+    u64,
+)
+from oracles.small_families import GOOD, drafted
 
 DRAFT = mixtral()
 CONTENT = DRAFT.to_bytes()
@@ -96,3 +114,96 @@ def test_other_values_under_known_keys_are_opened_or_refused(path, data):
     for _ in range(data.draw(st.integers(1, 2))):
         draft.set(data.draw(st.sampled_from(keys + extra)), data.draw(st.sampled_from(values)))
     open_all(path, draft.to_bytes())
+
+
+NUMBERS = (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 31, 32, 33, 262, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1)
+REALS = (0.0, -0.0, 1e-45, 0.5, 1.0, -1.0, 2.5, 1e38, float("inf"), float("-inf"), float("nan"))
+VALUES = (
+    *(kind(number) for number in NUMBERS for kind in (u32, u64)),
+    *(i32(number) for number in (-1, 0, 1, -(2**31))),
+    *map(f32, REALS),
+    *map(text, ("", "none", "linear", "yarn", "longrope", "llama", "gpt2", "qwen2", "deepseek-v3", "NFC", *GOOD)),
+    *map(boolean, (0, 1, 2)),
+    *(ints([]), ints([1, 3]), ints([258] * 262), floats([0.5, float("nan")]), texts([]), texts(["a b", "b c"])),
+)
+KEYS = (
+    *("nextn_predict_layers", "expert_gating_func", "expert_group_count", "expert_group_used_count"),
+    *("expert_weights_scale", "expert_weights_norm", "expert_shared_count", "expert_shared_feed_forward_length"),
+    *("leading_dense_block_count", "feed_forward_length", "expert_feed_forward_length", "logit_scale"),
+    *("embedding_scale", "residual_scale", "attention.scale", "attention.clamp_kqv", "attention.sliding_window"),
+    *("attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.attn_factor", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast"),
+)
+VOCABULARY_KEYS = ("merges", "pre", "model", "token_type", "tokens", "scores", "eos_token_id", "eot_token_id")
+NAMES = ("rope_freqs.weight", "blk.0.attn_kv_b.weight", "blk.0.ffn_gate.0.weight", "blk.2.nextn.eh_proj.weight")
+
+
+def changed_value(draft: Draft, family: str, draw) -> None:
+    """Another value under a key that the file has, or that some family has; or a key less."""
+    keys = [key for key, _ in draft.pairs]
+    keys += [*(f"{family}.{key}" for key in KEYS), *(f"tokenizer.ggml.{key}" for key in VOCABULARY_KEYS)]
+    keys += ["fiddler.rope.yarn_truncate", "fiddler.tokenizer.ignore_merges", "fiddler.tokenizer.normalizer"]
+    key = draw(st.sampled_from(keys))
+    if key in dict(draft.pairs) and draw(st.integers(0, 9)) == 0:
+        draft.drop(key)
+    else:
+        draft.set(key, draw(st.sampled_from(VALUES + tuple(value for _, value in draft.pairs))))
+
+
+def changed_tensor(draft: Draft, draw) -> None:
+    """A tensor of another shape, type or name; one more, one less, or two exchanged."""
+    entry = draw(st.sampled_from(draft.entries))
+    kind = draw(st.integers(0, 5))
+    if kind == 0:
+        draft.entries.remove(entry)
+    elif kind == 1:
+        size = st.sampled_from((1, 2, 4, 6, 8, 16, 24, 32, 48, 262))
+        entry.shape = draw(st.lists(size, min_size=1, max_size=4))
+    elif kind == 2:
+        entry.kind = draw(st.sampled_from((F32, F16, BF16)))
+    elif kind == 3:
+        layer = draw(st.sampled_from(("blk.0.", "blk.1.", "blk.2.", "blk.01.", "blk.4294967295.", "blk..", "")))
+        entry.name = layer + str(entry.name).split(".", 2)[-1]
+    elif kind == 4:
+        draft.entries.append(Entry(draw(st.sampled_from(NAMES)), list(entry.shape), entry.kind))
+    else:
+        other = draw(st.sampled_from(draft.entries))
+        entry.name, other.name = other.name, entry.name
+
+
+def damaged(data) -> Draft:
+    """The smallest model of a family with one to three changes."""
+    family = data.draw(st.sampled_from(sorted(GOOD)))
+    draft = drafted(family, byte_level=data.draw(st.booleans()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.integers(0, 2)):
+            changed_value(draft, family, data.draw)
+        else:
+            changed_tensor(draft, data.draw)
+    return draft
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("family", GOOD)
+def test_the_undamaged_file_of_a_family_opens(path, family, byte_level):
+    path.write_bytes(drafted(family, byte_level=byte_level).to_bytes())
+    model = ModelFile.open(path)
+    model.check_runnable()
+    assert model.tokenizer.decode(model.tokenizer.encode("abc é")) == "abc é"
+
+
+@pytest.mark.parametrize("value", [ints([]), ints([1, 3]), floats([0.5]), texts([]), f32(float("nan"))], ids=repr)
+@pytest.mark.parametrize("family", ["qwen3moe", "deepseek2"])
+def test_a_value_of_another_type_under_any_key_is_opened_or_refused(path, family, value):
+    keys = [key for key, _ in drafted(family, byte_level=True).pairs]
+    for key in (*keys, *(f"{family}.{key}" for key in KEYS), "split.count", "split.no", "split.tensors.count"):
+        draft = drafted(family, byte_level=True)
+        draft.set(key, value)
+        open_all(path, draft.to_bytes())
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_changed_keys_and_tensors_of_every_family_are_opened_or_refused(path, data):
+    open_all(path, damaged(data).to_bytes())

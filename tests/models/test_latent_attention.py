@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 
@@ -63,6 +65,24 @@ def test_the_kv_cache_holds_one_vector_a_position_and_layer(model):
     positions = len(sequence.blocks) * POSITIONS
     held = positions * width * config.block_count * engine.runner.cache_dtype.itemsize
     assert engine.runner.kv_bytes(len(IDS)) == held
+
+
+def test_a_prompt_cache_holds_the_latents_once_and_refuses_the_old_form(model, tmp_path):
+    engine, path = loaded(model), tmp_path / "cache"
+    config, request = engine.config, fiddler.Request(IDS, fiddler.Sampling(temperature=0.0), 4)
+    first = engine.start(request, prompt_cache=path)
+    text = "".join(first)
+    layer = len(IDS) * config.head_dim * 4 + 4  # float32, and a checksum
+    assert path.stat().st_size == 64 + 4 + 4 * len(IDS) + 4 + config.block_count * layer
+    again = loaded(model).start(request, prompt_cache=path)
+    assert "".join(again) == text
+    assert again.completion.stats.cached_tokens == len(IDS) - 1
+    content = bytearray(path.read_bytes())
+    content[8] = 1
+    content[64:68] = zlib.crc32(content[:64]).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match="is a prompt cache of version 1, this is 2; delete it"):
+        loaded(model).start(request, prompt_cache=path)
 
 
 def test_a_copy_and_a_cut_sequence_continue_as_the_whole_one(model):

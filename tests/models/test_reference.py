@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fiddler
-from fiddler.telemetry.recorder import SilentRecorder
+from oracles.flipped_experts import ChosenExperts
 from oracles.reference import Reference, Shape, make_checkpoint
 
 SHAPES = {
@@ -29,18 +29,6 @@ SHAPES = {
     "f16 tied, fused": Shape(dtype="f16", tied=True, fused=True, E=4, K=1, theta=1e4),
 }
 EXACT, FAST = 1e-4, 1.5e-2  # relative L2 error of a sequence's logits
-
-
-class ChosenExperts(SilentRecorder):
-    """Records which experts are chosen: layer -> [T, K] of each step."""
-
-    wants_expert_ids = True
-
-    def __init__(self):
-        self.by_layer = {}
-
-    def chosen(self, layer, expert_ids):
-        self.by_layer.setdefault(layer, []).append(expert_ids.clone())
 
 
 def first_jump(engine, router_logits, k, chosen):

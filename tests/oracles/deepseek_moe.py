@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from oracles.flipped_experts import RouterStep
 from oracles.reference import TINY
 
 __all__ = ["DeepSeekReference", "DeepSeekShape", "make_deepseek_checkpoint"]
@@ -111,10 +112,13 @@ class DeepSeekReference:
     def __init__(self, folder: Path) -> None:
         self._config = json.loads((folder / "config.json").read_text())
         self._weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        self.routers: list[RouterStep] = []
+        """Of the last call, layer by layer."""
 
     def __call__(self, ids: list[int]) -> Tensor:
         """Logits [T, V]."""
         config, w = self._config, self._weights
+        self.routers = []
         h = w["model.embed_tokens.weight"][torch.tensor(ids)]
         for layer in range(config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
@@ -135,11 +139,14 @@ class DeepSeekReference:
         return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
     def _experts(self, x: Tensor, prefix: str) -> Tensor:
-        scores = torch.softmax(x @ self._weights[f"{prefix}.gate.weight"].T, -1)
+        logits = x @ self._weights[f"{prefix}.gate.weight"].T
+        used = self._config["num_experts_per_tok"]
+        self.routers.append(RouterStep(logits, lambda changed: torch.topk(changed, used).indices))
+        scores = torch.softmax(logits, -1)
         y = self._feed_forward(x, f"{prefix}.shared_experts")
         for token, row in enumerate(scores):
             chosen = sorted(range(len(row)), key=lambda expert: -float(row[expert]))
-            chosen = chosen[: self._config["num_experts_per_tok"]]
+            chosen = chosen[:used]
             total = float(row[chosen].sum()) if self._config["norm_topk_prob"] else 1.0
             for expert in chosen:
                 y[token] += row[expert] / total * self._feed_forward(x[token], f"{prefix}.experts.{expert}")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from oracles.flipped_experts import RouterStep
 from oracles.reference import TINY
 
 __all__ = ["CASES", "Case", "FamilyReference", "make_family_checkpoint"]
@@ -271,7 +272,8 @@ CASES = {
 def make_family_checkpoint(case: Case, folder: Path) -> Path:
     """Save a random model of transformers and the tokenizer of tests/data/tiny; return the folder.
 
-    Weights are large enough that every part matters, as in `reference.make_checkpoint`.
+    Weights are large enough that every part matters, as in `reference.make_checkpoint`. A scale of the routed experts
+    divides their last matrices: trained ones add as much as attention does with it, not without it.
     """
     config = getattr(transformers, f"{case.kind}Config")(**_SIZES, **case.options)
     torch.manual_seed(zlib.crc32(repr(case).encode()))
@@ -286,6 +288,8 @@ def make_family_checkpoint(case: Case, folder: Path) -> Path:
                 tensor.normal_(0.0, 0.3)
             elif tensor.dim() > 1:
                 gain = 2.0 if ".gate." in name or ".router." in name else 1.0
+                if name.endswith(".experts.down_proj"):
+                    gain /= getattr(config, "routed_scaling_factor", None) or 1.0
                 tensor.normal_(0.0, gain / tensor.shape[-1] ** 0.5)
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float16
     model.to(dtype).save_pretrained(folder, max_shard_size=case.shard, save_original_format=not case.fused)
@@ -303,9 +307,25 @@ class FamilyReference:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
             ).eval()
+        self.routers: list[RouterStep] = []
+        """Of the last call, layer by layer."""
+        for name, module in self.model.named_modules():
+            if name.endswith((".mlp.gate", ".router")):
+                module.register_forward_hook(self._add_router)
 
     def __call__(self, ids: list[int]) -> Tensor:
         """Logits [T, V]."""
+        self.routers = []
         with torch.inference_mode():
             logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0]
         return logits
+
+    def _add_router(self, module: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, logits = inputs[0].reshape(-1, inputs[0].shape[-1]), outputs[0]
+
+        def choose(changed: Tensor) -> Tensor:
+            """The module's own choice for an input whose product with its matrix is `changed`."""
+            chosen: Tensor = module.forward(x + (changed - logits) @ torch.linalg.pinv(module.weight).T)[2]
+            return chosen
+
+        self.routers.append(RouterStep(logits, choose, getattr(module, "num_group", None) or 1))

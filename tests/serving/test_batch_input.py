@@ -12,6 +12,7 @@ from fiddler.errors import RequestError
 from fiddler.generation.request import Request
 from fiddler.sampling.constraint import Constraint
 from fiddler.serving.batch_input import JobFile
+from fiddler.text.template_variables import TemplateVariables
 from oracles.job_file import DEFAULTS, job_file
 
 
@@ -110,19 +111,24 @@ def test_a_bad_line_fails_alone_with_its_id_or_number(tmp_path, line, message):
 def test_lines_of_openais_batches_are_read(tmp_path):
     chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "stream": False}
     options = {"max_completion_tokens": 5, "temperature": 0, "top_p": 0.5, "stop": "x", "seed": 3, "n": 1}
+    tools = [{"type": "function", "function": {"name": "clock"}}]
     wrapped = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}
     lines = [
         {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat | options},
         {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Once", "logprobs": 4, "max_tokens": 2}},
         {"custom_id": "c", "body": chat | {"logprobs": True, "top_logprobs": 2, "response_format": wrapped}},
         {"custom_id": "d", "body": chat | {"response_format": {"type": "text"}, "user": "me"}},
+        {"custom_id": "t", "body": chat | {"tools": tools, "chat_template_kwargs": {"enable_thinking": False}}},
+        {"custom_id": "u", "body": chat | {"tools": tools, "tool_choice": "none", "parallel_tool_calls": True}},
         {"custom_id": "e", "body": chat | {"n": 2}},
-        {"custom_id": "f", "body": chat | {"tools": []}},
+        {"custom_id": "f", "body": chat | {"tools": "x"}},
+        {"custom_id": "f1", "body": chat | {"tools": [], "tool_choice": "required"}},
+        {"custom_id": "f2", "body": {"prompt": "a", "tools": []}},
         {"custom_id": "g", "url": "/v1/embeddings", "body": chat},
         {"custom_id": "h", "body": 1},
         {"custom_id": "i", "body": chat | {"response_format": {"type": "xml"}}},
     ]
-    a, b, c, d, *errors = (entry for _, entry in job_file(tmp_path, *lines).jobs(set()))
+    a, b, c, d, t, u, *errors = (entry for _, entry in job_file(tmp_path, *lines).jobs(set()))
     assert [job.id for job in (a, b, c, d)] == ["a", "b", "c", "d"]
     sampling = Sampling(temperature=0, top_p=0.5, seed=3)
     assert a.request == Request("", sampling, 5, ("x",), ignore_eos=True)
@@ -131,8 +137,12 @@ def test_lines_of_openais_batches_are_read(tmp_path):
     assert c.request.sampling.n_probs == 2
     assert c.request.constraint == Constraint.json_schema({"type": "array"})
     assert d.request.constraint is None
+    assert t.variables == TemplateVariables(tools, {"enable_thinking": False})
+    assert u.variables == d.variables == TemplateVariables()
     for error, words in zip(
-        errors, ("n is 2", "'tools'", "/v1/embeddings", "body is 1", "response_format"), strict=True
+        errors,
+        ("n is 2", "tools are 'x'", "tool_choice", "tools are for messages", "embeddings", "body is 1", "response_fo"),
+        strict=True,
     ):
         assert words in str(error)
 
