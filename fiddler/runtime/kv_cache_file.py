@@ -6,8 +6,8 @@ but the checksums guards the contents: like a model, a file should come from som
 
 The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
 
-    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), bytes a number (2: float16, 4: float32), layers L, heads G,
-            head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
+    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), bytes a number (2: float16, 4: float32),
+            layers L, heads G, head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
     tokens  n int32
     then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]; in latent attention the keys are the values,
     and stand there once (version 1 had them twice, and is refused)
@@ -159,7 +159,8 @@ class PromptCache:
         _, version, itemsize, *shape, positions, fingerprint = _HEADER.unpack(self._part(file, _HEADER.size))
         if version != self._version:
             raise FileFormatError(
-                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; delete it or name another"
+                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; "
+                "delete it or name another"
             )
         if fingerprint != self._fingerprint or tuple(shape) != self._shape:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")
