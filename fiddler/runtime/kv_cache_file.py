@@ -161,8 +161,8 @@ class PromptCache:
         _, version, itemsize, *shape, positions, fingerprint = _HEADER.unpack(self._part(file, _HEADER.size))
         if version != self._version:
             raise FileFormatError(
-                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; delete it or name "
-                "another"
+                f"{self._path}: is a prompt cache of version {version}, this is {self._version}; "
+                "delete it or name another"
             )
         if fingerprint != self._fingerprint or tuple(shape) != self._shape:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")

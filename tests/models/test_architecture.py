@@ -80,7 +80,12 @@ LATENT = {
     "head_dim": 24,
     "head_count_kv": 1,
     "rope_dimension_count": 8,
-    "absent": frozenset((Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP, Role.KEY_VALUE_UP, Role.SHARED_GATE)),
+    "absent": frozenset(
+        (
+            *(Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP, Role.KEY_VALUE_UP),
+            *(Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
+        )
+    ),
 }
 OTHERS = [
     dataclasses.replace(MIXTRAL, qk_norm=QkNorm.HEAD),
