@@ -104,7 +104,7 @@ def test_more_beams_than_the_vocabulary_or_memory_holds_are_refused_at_once(monk
         engine.start_beams(Request("hi"), BeamOptions(4097))
     engine.start_beams(Request("hi"), BeamOptions(4096))
     monkeypatch.setattr(type(engine.runner), "room", lambda self, weights: 64 << 20)
-    with pytest.raises(ResourceError, match=r"4096 beams need 4\.4 GiB at least, and 0\.1 GiB are available"):
+    with pytest.raises(ResourceError, match=r"4096 beams need 0\.9 GiB at least, and 0\.1 GiB are available"):
         engine.start_beams(Request("hi"), BeamOptions(4096))
     engine.start_beams(Request("hi"), BeamOptions(4))
 

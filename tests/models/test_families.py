@@ -71,7 +71,7 @@ def test_fast_logits_are_those_of_transformers_but_for_roundings(converted, requ
         ids = torch.randint(0, 512, (length,), generator=generator).tolist()
         recorder.by_layer.clear()
         expected, actual = reference(ids), engine.logits(ids)
-        clean, clear = flips(reference.routers, recorder.by_layer, FAST)
+        clean, clear = flips(reference.routers, recorder.by_layer, FAST, length)
         assert clear is None, f"flipped against a clear margin: {clear}"
         total, compared = total + length, compared + int(clean.sum())
         if not clean.any():
@@ -92,10 +92,15 @@ def test_a_flip_counts_as_a_rounding_only_where_the_margin_is_as_small():
     step = RouterStep(logits, lambda changed: torch.topk(changed, 2).indices)
     same, rounded, clear = torch.tensor([[0, 1]]), torch.tensor([[2, 0]]), torch.tensor([[0, 3]])
     ids = torch.cat([same, rounded, same, same])
-    assert flips([step], {0: [ids]}, FAST).clean.tolist() == [True, False, True, True]  # in the last layer
-    assert flips([step, step], {0: [ids], 1: [same.repeat(4, 1)]}, FAST).clean.tolist() == [True, False, False, False]
-    assert flips([step], {0: [ids]}, FAST).clear is None
+    assert flips([step], {0: [ids]}, FAST, 4).clean.tolist() == [True, False, True, True]  # in the last layer
+    assert flips([step, step], {0: [ids], 1: [same.repeat(4, 1)]}, FAST, 4).clean.tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert flips([step], {0: [ids]}, FAST, 4).clear is None
     assert (
-        flips([step], {0: [torch.cat([same, same, clear, same])]}, FAST).clear
+        flips([step], {0: [torch.cat([same, same, clear, same])]}, FAST, 4).clear
         == "other experts at position 2 in layer 0"
     )

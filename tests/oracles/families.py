@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +312,10 @@ class FamilyReference:
         self.routers: list[RouterStep] = []
         """Of the last call, layer by layer."""
         for name, module in self.model.named_modules():
-            if name.endswith((".mlp.gate", ".router")):
+            if name.endswith(".ffn.router"):  # DBRX
+                rule = self.model.get_submodule(name.removesuffix(".router")).route_tokens_to_experts
+                module.register_forward_hook(partial(self._add_router_of_logits, rule))
+            elif name.endswith((".mlp.gate", ".router")):
                 module.register_forward_hook(self._add_router)
 
     def __call__(self, ids: list[int]) -> Tensor:
@@ -319,6 +324,9 @@ class FamilyReference:
         with torch.inference_mode():
             logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0]
         return logits
+
+    def _add_router_of_logits(self, rule: Callable[[Tensor], Any], module: Any, inputs: Any, logits: Tensor) -> None:
+        self.routers.append(RouterStep(logits, lambda changed: rule(changed)[1]))
 
     def _add_router(self, module: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, logits = inputs[0].reshape(-1, inputs[0].shape[-1]), outputs[0]

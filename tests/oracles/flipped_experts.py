@@ -49,13 +49,14 @@ class Flips(NamedTuple):
     clear: str | None
 
 
-def flips(steps: Sequence[RouterStep], chosen: Mapping[int, Sequence[Tensor]], relative: float) -> Flips:
-    """Compare a sequence's chosen experts with the reference's.
+def flips(steps: Sequence[RouterStep], chosen: Mapping[int, Sequence[Tensor]], relative: float, tokens: int) -> Flips:
+    """Compare the chosen experts of a sequence of `tokens` with the reference's; a model without routers flips nowhere.
 
     A rounding changes two logits against each other by no more than `relative` of the norm of the position's logits.
     A flip reaches all later positions by attention, but for one in the last layer, which reaches its own only.
     """
-    clean, clear = torch.ones(len(steps[0].logits), dtype=torch.bool), None
+    clean, clear = torch.ones(tokens, dtype=torch.bool), None
+    assert len(steps) == len(chosen), f"{len(steps)} routers of the reference, {len(chosen)} of the model"
     for layer, step in enumerate(steps):
         actual = torch.cat(list(chosen[layer])).sort(-1).values
         differs = (actual != step.choose(step.logits).sort(-1).values).any(-1)
