@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fiddler.errors import RequestError, path_of, quoted
 from fiddler.files.model_file import ModelFile
-from fiddler.generation.batch_size import batch_size
 from fiddler.generation.beam_hypotheses import BeamOptions, EarlyStopping
 from fiddler.generation.beam_search import Beam, BeamSearch
 from fiddler.generation.completion import Completion
-from fiddler.generation.drivers import Outcome, run_all
+from fiddler.generation.drivers import Outcome, new_scheduler, run_all
 from fiddler.generation.request import (
     CheckedPrompt,
     Request,
@@ -134,8 +133,7 @@ class Engine:
         check_request(request)
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         new_sampler = self._samplers(request)
-        reuse = request.reuse or prompt_cache is not None
-        checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
+        checked = self._checked(request, ids, limit, prompt_cache)
         return Generation(self.runner, self.tokenizer, checked, new_sampler, self.load_seconds, on_chunk)
 
     def _samplers(self, request: Request) -> Callable[[], Sampler]:
@@ -200,8 +198,7 @@ class Engine:
 
         Their texts do not depend on each other, beyond rounding; an expert that several chose is read once a step.
         They are taken from the iterable when there is memory for them, so it may prepare them one by one.
-        parallel: limit of the sequences at once; None starts at the batch size where every expert is read each step,
-        and doubles it as long as that gives more tokens a second. Fewer run where the KV caches of all would exceed
+        parallel: limit of the sequences at once, see `scheduler`. Fewer run where the KV caches of all would exceed
         half of the memory beside the model. on_step: called after each step with the tokens generated so far and the
         number of sequences in the step.
         Raises RequestError when `parallel`, `sampling`, `max_tokens` or `stop` make no sense.
@@ -211,9 +208,12 @@ class Engine:
         if parallel is not None and whole_number("parallel", parallel) < 1:
             raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
         defaults = Request("", _or_default(sampling), max_tokens, stop, ignore_eos)
-        size = batch_size(parallel, self.runner.chunk, self.config.expert_count, self.config.expert_used_count)
-        scheduler = Scheduler(self.runner, size, self.runner.room(self._mapped_bytes))
+        scheduler = self.scheduler(parallel)
         return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
+
+    def scheduler(self, parallel: int | None = None) -> Scheduler:
+        """Runs requests side by side that are added to it, as `batch` does; see `drivers.new_scheduler`."""
+        return new_scheduler(self.runner, parallel, self._mapped_bytes)
 
     def _prepared(
         self, request: str | Sequence[int] | Request | Generation | BeamSearch, defaults: Request
@@ -257,8 +257,7 @@ class Engine:
             raise RequestError("a beam search has no constraint; leave it out, or sample")
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         options.check(self.config.vocab_size, self.runner.kv_bytes(len(ids) + 1), self.runner.room(self._mapped_bytes))
-        reuse = request.reuse or prompt_cache is not None
-        checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
+        checked = self._checked(request, ids, limit, prompt_cache)
         return BeamSearch(self.runner, self.tokenizer, checked, options, request.ignore_eos, self.load_seconds)
 
     def beam_search(
@@ -282,6 +281,10 @@ class Engine:
         options = BeamOptions(width, length_penalty, early_stopping)
         request = Request(prompt, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, special=special, reuse=reuse)
         return self.start_beams(request, options).run()
+
+    def _checked(self, request: Request, ids: list[int], limit: int, prompt_cache: str | Path | None) -> CheckedPrompt:
+        reuse, interactive = request.reuse or prompt_cache is not None, request.priority == "interactive"
+        return CheckedPrompt(ids, limit, request.stop, reuse, interactive, self._after_prompt(prompt_cache, ids))
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[KVCache], None]:
         if prompt_cache is None:

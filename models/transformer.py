@@ -64,17 +64,21 @@ class Transformer:
         rows, and computes only these W after its attention: nothing where W is 0.
         """
         h = self.embed(ids)
-        for layer, block in enumerate(self.blk):
-            last = layer == len(self.blk) - 1
-            with self._dense_span():
-                if last and wanted is not None and not len(wanted):
-                    return block.attention(h, cache, wanted)
-                if block.dense:
-                    h = block.without_experts(h, cache, wanted if last else None)
-                    continue
-                h, x, expert_ids, routing_weights = block.before_experts(h, cache, wanted if last else None)
-            h = h + self.experts(layer - self.config.leading_dense_block_count, x, expert_ids, routing_weights)
-        return h
+        last = len(self.blk) - 1
+        for layer in range(last):
+            h = self.layer(layer, h, cache)
+        return self.layer(last, h, cache, wanted)
+
+    def layer(self, layer: int, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
+        """One block: hidden states [T, D] -> [T, D], or after its attention only the rows in `wanted`, [W, D]."""
+        block = self.blk[layer]
+        with self._dense_span():
+            if wanted is not None and not len(wanted):
+                return block.attention(h, cache, wanted)
+            if block.dense:
+                return block.without_experts(h, cache, wanted)
+            h, x, expert_ids, routing_weights = block.before_experts(h, cache, wanted)
+        return h + self.experts(layer - self.config.leading_dense_block_count, x, expert_ids, routing_weights)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [T] -> hidden states before the first block, [T, D] float32."""

@@ -46,7 +46,7 @@ def batch(
     parallel: Annotated[
         int | None,
         typer.Option(
-            "-np", "--parallel", min=1, help="Maximum batch size; if not given, it grows while throughput does."
+            "-np", "--parallel", min=1, help="Prompts at once; if not given, as many as this machine has a use for."
         ),
     ] = None,
     count: Annotated[

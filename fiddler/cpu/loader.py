@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
+from fiddler.cpu.step_timing import step_curve
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Norm, Role, Rotary, first_unknown
 from fiddler.models.config import Config
@@ -88,7 +92,21 @@ def on_cpu(
     for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
         kernels.precompile(variant, notify, decode=decoder is not None)
     cache_dtype = torch.float16 if main is not None and main.activations == "bf16" else torch.float32
-    return CpuRunner(model, context, cache_dtype, threads, decoder, recorder)
+    variants = {each.variant for each in (*linears.values(), *experts) if not isinstance(each, Tensor)}
+    timed = Transformer(config, weights, CpuLinear(linears), CpuExperts(list(experts)), route, rms_norm)
+
+    def measure(runner: Runner) -> Curve:
+        return step_curve(runner, timed, _setup(config, threads, variants), notify)
+
+    return CpuRunner(model, context, cache_dtype, threads, decoder, recorder, measure)
+
+
+def _setup(config: Config, threads: int, variants: Collection[KernelVariant]) -> str:
+    """What the seconds of a step depend on, in one line: machine, kernels, and the model's shape."""
+    kinds = sorted(f"{each.tier.name} {each.weights} {each.activations} {each.tuning.name}" for each in variants)
+    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    shape = ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float))
+    return f"{cpu_model()}, {threads} threads; {'; '.join(kinds)}; {config.architecture.name}, {shape}"
 
 
 def _tensor(values: np.ndarray, kind: str) -> Tensor:

@@ -5,17 +5,18 @@ Knows runners and KV caches; not weights, nor how either way computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.cpu.layers import MAX_KERNEL_TOKENS
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 from fiddler.runtime.paged_runner import PagedRunner
-from fiddler.runtime.runner import StepOutput, out_of_memory
+from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["CpuRunner"]
@@ -32,10 +33,21 @@ class CpuRunner(PagedRunner):
         threads: int,
         decoder: kernels.CompiledDecodeStep | None,
         recorder: Recorder,
+        measure: Callable[[Runner], Curve],
     ) -> None:
-        """decoder: the compiled decode step; None: single tokens go through the model, as all others."""
+        """decoder: the compiled decode step; None: single tokens go through the model, as all others.
+
+        measure: the seconds of its steps, see `step_timing`.
+        """
         super().__init__(model, context, cache_dtype, threads)
-        self._decoder, self._recorder = decoder, recorder
+        self._decoder, self._recorder, self._measure = decoder, recorder, measure
+        self._curve: Curve | None = None
+
+    def step_seconds(self) -> Curve:
+        """Implements `Runner.step_seconds`: measured where nobody did so before, on this machine."""
+        if self._curve is None:
+            self._curve = self._measure(self)
+        return self._curve
 
     def step(
         self,

@@ -43,6 +43,7 @@ class BeamSearch:
         load_seconds: float,
     ) -> None:
         self.prompt, self.options, self.limit, self.reuse = prompt.ids, options, prompt.limit, prompt.reuse
+        self.interactive = prompt.interactive
         self.after_prompt, self.load_seconds = prompt.after_prompt, load_seconds
         self._runner, self._tokenizer, self._stop = runner, tokenizer, prompt.stop
         self.end_ids = frozenset[int]() if ignore_eos else tokenizer.end_ids
@@ -93,7 +94,7 @@ class BeamGroup:
     """The `SequenceGroup` of a beam search: one sequence for each living beam, in the beams' order."""
 
     def __init__(self, search: BeamSearch) -> None:
-        self.prompt, self.reuse = search.prompt, search.reuse
+        self.prompt, self.reuse, self.interactive = search.prompt, search.reuse, search.interactive
         self.max_positions, self.max_sequences = len(search.prompt) + search.limit, search.options.num_beams
         self.sequences, self.free = [RunningSequence(list(search.prompt))], list[RunningSequence]()
         self._search = search

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator
 
 from fiddler.errors import FiddlerError
-from fiddler.generation.batch_size import BatchSize
+from fiddler.generation.batch_size import BatchSize, batch_size
 from fiddler.generation.events import Event, Failed, Finished, Result, Token
 from fiddler.generation.scheduler import Scheduler
 from fiddler.generation.sequence_group import PreparedRequest
 from fiddler.runtime.runner import Runner
 
-__all__ = ["Outcome", "run_all", "run_alone"]
+__all__ = ["Outcome", "new_scheduler", "run_all", "run_alone"]
 
 Outcome = Result | FiddlerError
 
@@ -21,7 +21,7 @@ def run_alone(runner: Runner, request: PreparedRequest) -> Generator[Event]:
 
     Raises the request's error. To close the iterator cancels the request.
     """
-    scheduler = Scheduler(runner, BatchSize(1, 1))
+    scheduler = Scheduler(runner, BatchSize(1))
     try:
         scheduler.add(request)
         while not scheduler.idle:
@@ -31,6 +31,19 @@ def run_alone(runner: Runner, request: PreparedRequest) -> Generator[Event]:
                 yield event
     finally:
         scheduler.close()
+
+
+def new_scheduler(runner: Runner, parallel: int | None, weights: int) -> Scheduler:
+    """A scheduler of at most `parallel` sequences; None: as many as use nearly all of the machine's speed.
+
+    That is told by measured costs, which are measured now where nobody did so before. weights: bytes of mapped files
+    that memory must hold beside the KV caches.
+    """
+    config = runner.model.config
+    costs = None if parallel is not None else runner.step_seconds()
+    size = batch_size(parallel, runner.chunk, config.expert_count, config.expert_used_count, costs)
+    step_tokens = None if costs is None else costs.efficient(runner.chunk)
+    return Scheduler(runner, size, runner.room(weights), step_tokens)
 
 
 def run_all(

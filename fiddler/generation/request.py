@@ -31,6 +31,7 @@ __all__ = [
     "whole_number",
 ]
 
+_PRIORITIES = ("interactive", "batch")
 _MOST_STOPS = 1024  # each is searched in every piece of text
 
 
@@ -39,13 +40,14 @@ class CheckedPrompt:
     """A prompt that fits the context, and what follows from it.
 
     after_prompt: called with the sequence when it holds just the prompt. reuse: resume what past sequences
-    have of the prompt's beginning.
+    have of the prompt's beginning. interactive: see `Request.priority`.
     """
 
     ids: Sequence[int]
     limit: int  # of tokens to generate
     stop: Sequence[str] = ()  # strings that end the text
     reuse: bool = True
+    interactive: bool = True
     after_prompt: Callable[[KVCache], None] = lambda sequence: None
 
 
@@ -59,6 +61,7 @@ class Request:
     is complete. special: names of control tokens in a text prompt, as `<s>`, are read as these tokens; only for text
     that no stranger wrote. reuse: what earlier sequences have in common with the prompt's beginning is not computed
     again, which may change roundings; without it a request with temperature 0 or a seed gives the same bits each time.
+    priority: "interactive" requests, for whose tokens someone waits, come before those of a "batch".
     Raises RequestError for a value of another type, or an empty stop string.
     """
 
@@ -70,6 +73,7 @@ class Request:
     constraint: Constraint | None = None
     special: bool = False
     reuse: bool = True
+    priority: str = "interactive"
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -82,6 +86,8 @@ class Request:
         for name in ("ignore_eos", "special", "reuse"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {quoted(getattr(self, name))}; give True or False")
+        if self.priority not in _PRIORITIES:
+            raise RequestError(f"priority is {quoted(self.priority)}; give {' or '.join(_PRIORITIES)}")
 
 
 def whole_number(name: str, value: object) -> int:

@@ -39,6 +39,7 @@ class Generation:
         It may raise to cancel. A scheduler's events tell the same.
         """
         self.prompt, self.limit, self.reuse = prompt.ids, prompt.limit, prompt.reuse
+        self.interactive = prompt.interactive
         self.after_prompt, self.load_seconds = prompt.after_prompt, load_seconds
         self._runner, self._tokenizer = runner, tokenizer
         self._new_sampler, self._stop = new_sampler, prompt.stop
@@ -80,7 +81,7 @@ class SampledText:
     """The `SequenceGroup` of a text whose tokens a sampler chooses."""
 
     def __init__(self, generation: Generation, reply: Reply, sampler: Sampler) -> None:
-        self.prompt, self.reuse = generation.prompt, generation.reuse
+        self.prompt, self.reuse, self.interactive = generation.prompt, generation.reuse, generation.interactive
         self.max_positions, self.max_sequences = len(generation.prompt) + generation.limit, 1
         self.sequences, self.free = [RunningSequence(list(generation.prompt))], list[RunningSequence]()
         self._generation, self._reply, self._sampler = generation, reply, sampler

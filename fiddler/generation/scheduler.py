@@ -1,20 +1,22 @@
 """The decoding loop: schedules requests, runs one step for all their sequences, reports events.
 
 All tokens of a step go through the model together, so that an expert that several sequences chose is read once. Groups
-join and leave at every step; one request by itself is a batch of one. Knows no files and no text: each group chooses
-its tokens and decides when it has ended.
+join and leave at every step; one request by itself is a batch of one. Interactive requests join first, and a batch
+gives way to them. Knows no files and no text: each group chooses its tokens and decides when it has ended.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fiddler.errors import FiddlerError, ResourceError
-from fiddler.generation.batch_size import BatchSize, tokens_per_sequence
+from fiddler.generation.batch_size import BatchSize
 from fiddler.generation.events import Event, Failed, Finished, PromptRead, Token
-from fiddler.generation.sequence_group import Advance, PreparedRequest, RunningSequence, SequenceGroup
+from fiddler.generation.kv_budget import KVBudget
+from fiddler.generation.sequence_group import Advance, PreparedRequest, SequenceGroup
+from fiddler.generation.sequence_step import compute, tokens_per_sequence
+from fiddler.generation.turns import Turns
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 
@@ -29,15 +31,23 @@ class Scheduler:
     `stepped`: number of sequences in the last step; 0 where none ran, or where memory did not suffice.
     """
 
-    def __init__(self, runner: Runner, batch_size: BatchSize, max_kv_bytes: int | None = None) -> None:
-        """max_kv_bytes: of the KV caches of all sequences, each at its full length; None for no limit.
+    def __init__(
+        self,
+        runner: Runner,
+        batch_size: BatchSize,
+        max_kv_bytes: int | None = None,
+        step_tokens: int | None = None,
+    ) -> None:
+        """max_kv_bytes: of the KV caches of all sequences; None for no limit. See `KVBudget`.
 
-        Where the batch size may exceed 1, sequences reserve their full length when they join, so that a batch does not
-        run out of memory midway; else they grow.
+        step_tokens: the most tokens of a step that reads prompts; None: the runner's `chunk`. Where the batch size may
+        exceed 1, sequences that are not paged reserve their full length when they join; else they grow.
         """
-        self._runner, self._batch_size, self._max_kv_bytes = runner, batch_size, max_kv_bytes
+        self._runner, self._batch_size = runner, batch_size
+        self._kv_budget, self._turns = KVBudget(runner, max_kv_bytes), Turns()
+        self._step_tokens = runner.chunk if step_tokens is None else min(step_tokens, runner.chunk)
         self._grows = batch_size.maximum == 1
-        self._waiting: deque[tuple[int, SequenceGroup]] = deque()  # without memory: not yet, or not any more
+        self._waiting: list[tuple[int, SequenceGroup]] = []  # without memory: not yet, or not any more
         self._running: dict[int, SequenceGroup] = {}
         self._events: list[Event] = []  # not yet returned by `step`
         self._added = 0
@@ -58,7 +68,7 @@ class Scheduler:
         handle = self._added
         self._added += 1
         try:
-            self._waiting.append((handle, request.begin()))
+            self._wait(handle, request.begin())
         except FiddlerError as error:
             self._events.append(Failed(handle, error))
         self._join()
@@ -66,7 +76,7 @@ class Scheduler:
 
     def cancel(self, handle: int) -> None:
         """End a request: it has no more events, and its memory is free for others. Nothing happens if it has ended."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != handle)
+        self._waiting = [entry for entry in self._waiting if entry[0] != handle]
         self._events = [event for event in self._events if event.handle != handle]
         if handle in self._running:
             self._leave(handle)
@@ -92,55 +102,34 @@ class Scheduler:
         return events
 
     def _run_step(self) -> None:
-        sequences = [sequence for group in self._running.values() for sequence in group.sequences]
+        while len(self._running) > 1 and self._kv_budget.exceeded():
+            self._pause(self._last_joined())
+        interactive = {handle: group for handle, group in self._running.items() if group.interactive}
+        batch = {handle: group for handle, group in self._running.items() if not group.interactive}
+        reading = any(sequence.lacking > 1 for group in interactive.values() for sequence in group.sequences)
+        mixed = bool(interactive and batch)
+        alone = mixed and self._turns.alone(reading=reading)
+        groups = interactive if alone else batch | interactive  # the batch first: it has waited
+        sequences = [sequence for group in groups.values() for sequence in group.sequences]
         began = time.perf_counter()
-        counts = tokens_per_sequence([sequence.lacking for sequence in sequences], self._runner.chunk)
+        counts = tokens_per_sequence([sequence.lacking for sequence in sequences], self._step_tokens)
         error = None
         try:
-            self._compute(sequences, counts)
+            compute(self._runner, sequences, counts)
         except (ResourceError, MemoryError) as raised:
             error = _without_traceback(raised)
         if error is not None:
-            self._make_room(error)
+            self._give_way(self._last_joined(), error)
             return
+        if mixed:
+            self._turns.took(time.perf_counter() - began, alone=alone, reading=reading)
         self.stepped, end = len(sequences), 0
-        for handle, group in list(self._running.items()):
+        for handle, group in groups.items():
             begin, end = end, end + len(group.sequences)
             self._report_prompt(handle, group, counts[begin:end])
             if not [sequence for sequence in group.sequences if sequence.logits is None]:
                 self._share_prompt(group)
                 self._advance(handle, group)
-        if counts == [1] * len(sequences):
-            self._batch_size.measured(len(sequences), time.perf_counter() - began)
-
-    def _compute(self, sequences: Sequence[RunningSequence], counts: Sequence[int]) -> None:
-        """Run `counts` tokens of the sequences through the model; those that lack none afterwards get their logits.
-
-        Where that fails, nothing has changed.
-        """
-        parts, rows, complete, end = [], [], [], 0
-        for sequence, count in zip(sequences, counts, strict=True):
-            if not count:
-                continue
-            assert sequence.cache is not None, "the sequence has not joined"
-            cached = sequence.cache.length
-            parts.append((sequence.cache, sequence.tokens[cached : cached + count]))
-            end += count
-            if cached + count == len(sequence.tokens):
-                complete.append(sequence)
-                rows.append(end - 1)
-        if not parts:
-            return
-        lengths = [cache.length for cache, _ in parts]
-        try:
-            logits = self._runner.step(parts, rows).logits
-        except BaseException:
-            for (cache, _), length in zip(parts, lengths, strict=True):
-                cache.truncate(length)
-            raise
-        assert logits is not None
-        for sequence, row in zip(complete, logits.numpy(), strict=True):
-            sequence.logits = row
 
     def _report_prompt(self, handle: int, group: SequenceGroup, counts: Sequence[int]) -> None:
         cache, total = group.sequences[0].cache, len(group.prompt)
@@ -159,8 +148,10 @@ class Scheduler:
         """Let a group choose its next tokens; copy caches for its forks; it leaves if it has ended."""
         try:
             advance = group.advance()
-        except FiddlerError as error:
+        except Exception as raised:  # noqa: BLE001 - the others go on, whatever is wrong with one
             self._leave(handle)
+            error = raised if isinstance(raised, FiddlerError) else FiddlerError(f"internal error: {raised!r}")
+            error.__cause__ = raised if error is not raised else raised.__cause__
             self._events.append(Failed(handle, error))
             return
         for sequence in group.sequences:
@@ -185,17 +176,23 @@ class Scheduler:
         if error is not None:
             self._give_way(handle, error)
 
+    def _wait(self, handle: int, group: SequenceGroup, *, first: bool = False) -> None:
+        """Let a group wait, the last of its priority or the `first`: interactive ones before the others."""
+        end = sum([each.interactive for _, each in self._waiting])
+        begin, end = (0, end) if group.interactive else (end, len(self._waiting))
+        self._waiting.insert(begin if first else end, (handle, group))
+
     def _join(self) -> None:
         """Let as many waiting groups join as memory and the batch size allow, at least one. Some may fail."""
         passed = 0  # groups that wait for another one's prompt
         while passed < len(self._waiting):
             handle, group = self._waiting[passed]
-            if self._running and not self._fits(group):
+            if self._running and not self._fits(group, self._running) and not self._batch_pauses_for(group):
                 return
             if self._awaits_prefix(group):
                 passed += 1
                 continue
-            del self._waiting[passed]
+            self._waiting.remove((handle, group))
             error = None
             try:
                 self._allocate(group)
@@ -206,6 +203,16 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
+
+    def _batch_pauses_for(self, group: SequenceGroup) -> bool:
+        """Whether this group fits once requests of a batch gave their memory back; as many of them do as it takes."""
+        if not group.interactive:
+            return False
+        while any(not each.interactive for each in self._running.values()):
+            self._pause(self._last_joined())
+            if not self._running or self._fits(group, self._running):
+                return True
+        return False
 
     def _awaits_prefix(self, group: SequenceGroup) -> bool:
         """Whether a running group reads a prompt whose beginning is this one's, too: it need not be computed twice."""
@@ -230,36 +237,38 @@ class Scheduler:
                 sequence.cache = self._runner.resume(sequence.tokens if group.reuse else (), positions)
                 group.joined(sequence.cache.length)
 
-    def _fits(self, group: SequenceGroup) -> bool:
-        """Whether this group fits beside the running ones, each with all its sequences at their full length."""
-        if self._sequences() + group.max_sequences > self._batch_size.now:
-            return False
-        groups = (*self._running.values(), group)
-        return self._max_kv_bytes is None or self._max_kv_bytes >= sum(
-            each.max_sequences * self._runner.kv_bytes(each.max_positions) for each in groups
-        )
+    def _fits(self, group: SequenceGroup, running: Mapping[int, SequenceGroup]) -> bool:
+        """Whether this group fits beside `running` ones. The batch size counts for those of its priority or above."""
+        beside = [each for each in running.values() if each.interactive or not group.interactive]
+        sequences = group.max_sequences + sum([each.max_sequences for each in beside])
+        return sequences <= self._batch_size.now and self._kv_budget.fits(group, running.values())
 
     def _sequences(self) -> int:
         return sum([group.max_sequences for group in self._running.values()])
 
-    def _make_room(self, error: FiddlerError) -> None:
-        """After a step that did not fit, the group that joined last gives way."""
-        self._give_way(next(reversed(self._running)), error)
+    def _last_joined(self) -> int:
+        """The running group that gives way first: one of a batch where there is any."""
+        batch = [handle for handle, group in self._running.items() if not group.interactive]
+        return batch[-1] if batch else next(reversed(self._running))
 
     def _give_way(self, handle: int, error: FiddlerError) -> None:
-        """A group gives its memory back and waits, to compute its tokens again later; a lone one fails."""
+        """Where memory did not suffice, a group waits, and no more run at once from now on; a lone one fails."""
         if len(self._running) == 1:
             self._leave(handle)
             self._events.append(Failed(handle, error))
             return
+        self._pause(handle)
+        self._batch_size.limit(self._sequences())
+
+    def _pause(self, handle: int) -> None:
+        """A group gives its memory back and waits: later it computes again what `resume` does not find by then."""
         group = self._running.pop(handle)
         for sequence in group.sequences:
             if sequence.cache is not None:
                 self._runner.share(sequence.cache, sequence.tokens)
             sequence.cache = sequence.logits = None
         group.free.clear()
-        self._waiting.appendleft((handle, group))
-        self._batch_size.limit(self._sequences())
+        self._wait(handle, group, first=True)
 
     def _leave(self, handle: int) -> None:
         """Remove a group. Its sequences are remembered."""

@@ -62,12 +62,14 @@ class Advance(NamedTuple):
 class SequenceGroup(Protocol):
     """The sequences of one request.
 
-    `reuse`: whether the prompt may begin with a cached prefix. `max_sequences`, and `max_positions` of each of them,
-    are limits for its whole life. `sequences`: those that run. `free`: dropped ones, whose caches a fork may take.
+    `reuse`: whether the prompt may begin with a cached prefix. `interactive`: someone waits for each token.
+    `max_sequences`, and `max_positions` of each of them, are limits for its whole life. `sequences`: those that run.
+    `free`: dropped ones, whose caches a fork may take.
     """
 
     prompt: Sequence[int]
     reuse: bool
+    interactive: bool
     max_positions: int
     max_sequences: int
     sequences: list[RunningSequence]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.device.memory_budget import Budget, GpuStartError, at_least, shown
 from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.weight_copy import WeightCopy, fastest_copy
@@ -40,7 +41,7 @@ from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.gpu_side import Grouped
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.telemetry.recorder import Recorder

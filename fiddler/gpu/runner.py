@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
 from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuRunner"]
 
+_CURVE_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 _LOGITS_CHUNK = 256  # tokens per product with the output weight
 
 
@@ -144,6 +146,14 @@ class GpuRunner(Runner):
     def room(self, weights: int) -> int | None:
         """Implements `Runner.room`: bytes left of the budget; the preallocated KV cache is part of what is used."""
         return max(0, self.budget.room())
+
+    def step_seconds(self) -> Curve | None:
+        """Implements `Runner.step_seconds`: the plans' seconds of the experts; None for a model without any."""
+        if self.orchestrator is None:
+            return None
+        counts = [count for count in _CURVE_TOKENS if count < self.chunk] + [self.chunk]
+        k = self.model.config.expert_used_count
+        return Curve(tuple(counts), tuple(self.orchestrator.step_seconds(count, k) for count in counts))
 
     def matched(self, ids: Sequence[int]) -> int:
         """Implements `Runner.matched`."""

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
+from fiddler.cost_curve import Curve
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.files.atomic_file import check_target, whole_file
 from fiddler.input_file import read_regular
 from fiddler.kernels.machine.tuning import tuning_store
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 
 __all__ = ["Calibration", "cache_folder", "check_store", "read_calibration", "store", "stored"]
 

@@ -223,6 +223,20 @@ class Orchestrator:
             return self._as_split(missing, Plan((0,) * count, 0.0))
         return self._as_split(missing, self._plan_again((1,) * count, (0,) * count, self.balance.seconds, 1))
 
+    def step_seconds(self, tokens: int, k: int) -> float:
+        """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.
+
+        What the dense part takes comes on top.
+        """
+        used = max(k, round(self._experts * (1 - (1 - k / self._experts) ** tokens)))
+        counts, total = np.zeros(self._experts, np.int64), 0.0
+        counts[np.linspace(0, self._experts - 1, used).round().astype(np.int64)] = max(1, round(tokens * k / used))
+        for layer in range(len(self.layers)):
+            here = [e for e in np.flatnonzero(counts).tolist() if (layer, e) in self.residents]
+            residents = sum([self._costs.gpu(int(counts[e])) for e in here])
+            total += max(residents, self.split(layer, counts, tokens=tokens).seconds)
+        return total
+
     def _as_split(self, missing: Sequence[int], plan: Plan) -> Split:
         gpu_rows, cpu_rows = dict(zip(missing, plan.gpu_rows, strict=True)), np.zeros(self._experts, np.int64)
         for e, rows in gpu_rows.items():

@@ -15,39 +15,13 @@ small, what a part costs beside its rows is more than a split saves, and the pla
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, floor, inf
 
-__all__ = ["Balance", "Costs", "Curve", "Plan", "make_plan"]
+from fiddler.cost_curve import Curve
 
-
-@dataclass(frozen=True)
-class Curve:
-    """Seconds by number of tokens: straight lines between points, the last one extended."""
-
-    tokens: tuple[int, ...]  # ascending, the first is 1
-    seconds: tuple[float, ...]
-    _known: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        assert len(self.tokens) == len(self.seconds) >= 1
-        assert list(self.tokens) == sorted(set(self.tokens))
-
-    def __call__(self, count: int) -> float:
-        """Seconds for `count` tokens."""
-        seconds = self._known.get(count)
-        if seconds is None:
-            seconds = self._known[count] = self._between(count)
-        return seconds
-
-    def _between(self, count: int) -> float:
-        if len(self.tokens) == 1 or count <= self.tokens[0]:
-            return self.seconds[0]
-        right = min(bisect_left(self.tokens, count), len(self.tokens) - 1)
-        (t0, t1), (s0, s1) = self.tokens[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        return s0 + (s1 - s0) * (count - t0) / (t1 - t0)
+__all__ = ["Balance", "Costs", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)

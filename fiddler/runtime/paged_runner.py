@@ -50,6 +50,10 @@ class PagedRunner(Runner):
         """Implements `Runner.room`."""
         return memory_for_sequences(available_memory(), weights)
 
+    def kv_used(self) -> int:
+        """Implements `Runner.kv_used`."""
+        return (self.pool.used - self.prefix_cache.unused) * self.kv_bytes(1)
+
     def matched(self, ids: Sequence[int]) -> int:
         """Implements `Runner.matched`."""
         return self.prefix_cache.matched(ids)

@@ -45,6 +45,11 @@ class PrefixCache:
         """Number of blocks in the tree."""
         return len(self._nodes)
 
+    @property
+    def unused(self) -> int:
+        """Number of blocks that nobody has beside the tree."""
+        return sum(node.block is not None and node.block.holders == 1 for node in self._nodes)
+
     def matched(self, ids: Sequence[int]) -> int:
         """The tokens of the longest common prefix of `ids` and a past sequence."""
         path, last, count = self._find(tuple(ids))

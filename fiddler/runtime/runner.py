@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.errors import ResourceError
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.kv_cache import KVCache
@@ -74,6 +75,13 @@ class Runner(ABC):
         positions: that it will have, or more.
         """
 
+    def kv_used(self) -> int | None:
+        """KV cache of the sequences in use [bytes], a shared part once; None where each has its own from the start.
+
+        What `resume` alone might find is not in it: that gives way.
+        """
+        return None
+
     @abstractmethod
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Remember `sequence`, which its user gives up, for `resume`; it holds the first of `tokens`."""
@@ -123,6 +131,17 @@ class Runner(ABC):
     def _place(self, parts: Sequence[tuple[KVCache, int]]) -> Step:
         """A `Step` of sequences and the numbers of their new tokens, with memory reserved for them."""
         return Step(parts, self.model.config)
+
+    def step_seconds(self) -> Curve | None:
+        """Seconds of a step by its number of tokens, from measured costs; None where nothing was measured."""
+        return None
+
+    @contextmanager
+    def timing(self, parts: Sequence[tuple[KVCache, int]]) -> Iterator[Step]:
+        """A step of sequences and the numbers of their new tokens that is never committed, on this runner's threads."""
+        step = self._place(parts)
+        with torch.inference_mode(), self._on_threads(0):
+            yield step
 
     def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:
         """Append a prompt, chunk by chunk: float32 logits [V] after its last token."""

@@ -89,7 +89,8 @@ def test_a_value_of_another_type_is_one_request_error(engine, call, message):
     assert "\n" not in str(error.value)
 
 
-def test_batch_takes_texts_ids_and_requests_and_one_that_cannot_run_fails_alone(engine):
+def test_batch_takes_texts_ids_and_requests_and_one_that_cannot_run_fails_alone():
+    engine = fiddler.load(device="cpu", context=200, precision="exact")  # the same text, alone and beside others
     requests = ["Once upon a time", [1, 300], fiddler.Request("A cat", GREEDY, 2), "long " * 300, [1.5], [10**9]]
     outcomes = dict(engine.batch(requests, GREEDY, 4, ignore_eos=True))
     assert sorted(outcomes) == list(range(6))

@@ -27,7 +27,7 @@ def engine():
 
 
 def scheduler_of(engine, batch_size=16, max_kv_bytes=None):
-    return Scheduler(engine.runner, BatchSize(batch_size, batch_size), max_kv_bytes)
+    return Scheduler(engine.runner, BatchSize(batch_size), max_kv_bytes)
 
 
 def finish(scheduler):

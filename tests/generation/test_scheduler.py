@@ -5,14 +5,17 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 import fiddler
 from fiddler import Sampling
+from fiddler.cost_curve import Curve
 from fiddler.errors import FileFormatError, RequestError, ResourceError
-from fiddler.generation.batch_size import BatchSize, first_batch_size, tokens_per_sequence
+from fiddler.generation.batch_size import BatchSize, batch_size, first_batch_size
 from fiddler.generation.drivers import run_all
 from fiddler.generation.request import Request
 from fiddler.generation.scheduler import Scheduler
+from fiddler.generation.sequence_step import tokens_per_sequence
 from fiddler.host_memory import memory_for_sequences
 from fiddler.runtime.paged_runner import PagedRunner
 from fiddler.sampling.sampler import Sampler
@@ -73,34 +76,38 @@ def test_decoding_sequences_get_a_token_each_and_prompts_get_the_rest_of_a_step_
     assert tokens_per_sequence(missing, max_tokens) == expected
 
 
-@pytest.mark.parametrize(
-    "limit, seconds, expected",
-    [
-        (64, {16: 1.0, 32: 1.2, 64: 1.5}, [16, 32, 64, 64]),
-        (512, {16: 1.0, 32: 1.2, 64: 2.3}, [16, 32, 64, 32, 32]),  # 64 in 2.3 s are no more than 32 in 1.2 s
-        (512, {16: 1.0, 32: 1.9, 64: 1.9}, [16, 32, 16, 16]),
-        (40, {16: 1.0, 32: 1.0, 40: 1.0}, [16, 32, 40, 40]),
-        (16, {16: 1.0}, [16, 16]),
-    ],
+def slow(curve, maximum, share):
+    """`Curve.efficient` by its definition: all numbers of tokens are tried."""
+    speeds = {count: count / curve(count) for count in range(1, maximum + 1)}
+    return min(count for count, speed in speeds.items() if speed >= share * max(speeds.values()) * (1 - 1e-9))
+
+
+@given(
+    seconds=st.lists(st.floats(1e-3, 10), min_size=4, max_size=4),
+    maximum=st.integers(1, 300),
+    share=st.sampled_from([0.5, 0.9, 0.95, 1.0]),
 )
-def test_a_batch_doubles_as_long_as_that_gives_more_tokens_a_second(limit, seconds, expected):
-    size, sizes = BatchSize(16, limit), []
-    for _ in expected:
-        sizes.append(size.now)
-        for step in range(8):
-            size.measured(size.now - 1, 1e-9)  # a step that does not fill it does not count
-            size.measured(size.now, seconds[size.now] * (50 if step == 3 else 1))  # nor does one slow step
-    assert sizes == expected
+def test_an_efficient_step_has_the_fewest_tokens_that_give_nearly_the_best_speed(seconds, maximum, share):
+    curve = Curve((1, 8, 64, 256), tuple(sorted(seconds)))
+    assert curve.efficient(maximum, share) == slow(curve, maximum, share)
+
+
+def test_a_batch_is_as_large_as_the_costs_of_steps_make_worth_while():
+    curve = Curve((1, 32, 128, 512), (1.0, 1.2, 2.0, 8.0))  # 27, 64 and 64 tokens a second
+    assert batch_size(None, 512, 8, 2, curve).now == curve.efficient(512) == 116
+    assert batch_size(None, 100, 8, 2, curve).now == slow(curve, 100, 0.95)
+    assert batch_size(None, 512, 8, 2, None).now == 32  # unknown costs
+    assert batch_size(None, 512, 128, 8, Curve((1, 512), (1.0, 512.0))).now == 128  # no less than reads each expert
+    assert batch_size(7, 512, 8, 2, curve).now == 7
+    assert batch_size(700, 512, 8, 2, None).now == 512
 
 
 def test_a_batch_stays_within_its_limit_of_at_least_one_sequence():
-    batch_size = BatchSize(16, 64)
-    batch_size.limit(5)
-    for _ in range(20):
-        batch_size.measured(5, 1.0)
-    assert batch_size.now == 5
-    batch_size.limit(0)
-    assert batch_size.now == 1
+    size = BatchSize(16)
+    for limit, expected in ((20, 16), (5, 5), (8, 5), (0, 1)):
+        size.limit(limit)
+        assert size.now == expected
+    assert size.maximum == 16
 
 
 def ragged(engine, temperature):
@@ -163,7 +170,7 @@ def run_batch(engine, runner, prompts, max_tokens, kv_bytes=None, batch_size=16)
     generations = (
         engine.start(Request(prompt, Sampling(1.0, seed=5), max_tokens, ignore_eos=True)) for prompt in prompts
     )
-    scheduler = Scheduler(runner, BatchSize(batch_size, batch_size), kv_bytes)
+    scheduler = Scheduler(runner, BatchSize(batch_size), kv_bytes)
     return dict(run_all(scheduler, generations, lambda generated, sequences: None))
 
 
@@ -191,7 +198,7 @@ def test_where_memory_runs_out_fewer_sequences_run_and_no_token_is_lost(demo):
         if len(steps) == 4:
             runner.max_sequences = 3
 
-    completions = dict(run_all(Scheduler(runner, BatchSize(7, 7)), generations, on_step))
+    completions = dict(run_all(Scheduler(runner, BatchSize(7)), generations, on_step))
     assert steps[:4] == [7] * 4
     assert max(steps[4:]) == 3
     assert [completions[index].tokens for index in range(7)] == expected
@@ -212,6 +219,7 @@ def test_kv_caches_stay_within_their_memory(demo, sequences):
         sequence = runner.sequence(positions)
         sequence.reserve(positions)
         assert runner.kv_bytes(positions) == len(sequence.blocks) * runner.pool.memory[0].nbytes
+    del sequence
     bytes_each = runner.kv_bytes(5)
     assert len(run_batch(demo, runner, [[1, 40, 50]] * 5, 2, kv_bytes=sequences * bytes_each + bytes_each // 2)) == 5
     assert max(len(step) for step in runner.steps) == sequences

@@ -56,12 +56,18 @@ def machine(path):
     runner, used = engine.runner, itertools.count()
 
     class Machine(RuleBasedStateMachine):
-        @initialize(capacity=st.sampled_from([BLOCKS, 40]), batch_size=st.integers(1, 6), chunk=st.integers(5, 70))
-        def begin(self, capacity, batch_size, chunk):
+        @initialize(
+            capacity=st.sampled_from([BLOCKS, 40]),
+            batch_size=st.integers(1, 6),
+            chunk=st.integers(5, 70),
+            limit=st.sampled_from([None, 3, 8]),
+        )
+        def begin(self, capacity, batch_size, chunk, limit):
             runner.pool = BlockPool(engine.config, runner.cache_dtype, runner.pool.memory.device, capacity)
             runner.prefix_cache = PrefixCache(runner.pool, capacity // 2)
             runner.chunk = chunk
-            self.scheduler = Scheduler(runner, BatchSize(batch_size, batch_size))
+            nbytes = None if limit is None else limit * runner.kv_bytes(1)
+            self.scheduler = Scheduler(runner, BatchSize(batch_size), nbytes)
             self.requests = {}  # handle -> prompt and number of tokens
             self.cancelled, self.ended = set(), {}
 
@@ -69,11 +75,12 @@ def machine(path):
             runs=st.lists(st.tuples(st.integers(20, 22), st.integers(1, 50)), min_size=1, max_size=3),
             count=st.integers(0, 40),
             reuse=st.booleans(),
+            priority=st.sampled_from(["interactive", "batch"]),
         )
-        def add(self, runs, count, reuse):
+        def add(self, runs, count, reuse, priority):
             prompt = tuple(token for token, length in runs for _ in range(length))
             next(used)
-            request = Request(prompt, GREEDY, count, ignore_eos=True, reuse=reuse)
+            request = Request(prompt, GREEDY, count, ignore_eos=True, reuse=reuse, priority=priority)
             self.requests[self.scheduler.add(engine.start(request))] = prompt, count
 
         @rule(count=st.integers(1, 6), beams=st.integers(2, 3))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fiddler.cost_curve import Curve
 from fiddler.gpu.decode_graphs import DecodeGraphs
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
 from oracles import naive

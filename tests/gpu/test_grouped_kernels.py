@@ -17,7 +17,8 @@ import torch
 from fiddler.offload import grouped_kernels
 from fiddler.offload.feed_forward import tokens_by_expert
 from fiddler.offload.gpu_side import SortedInputs
-from fiddler.offload.plan import Costs, Curve
+from fiddler.cost_curve import Curve
+from fiddler.offload.plan import Costs
 from oracles.both_sides import D, E, F, LAYERS, orchestrator, weights_of
 
 grouped_kernels._NUMBERS = 160  # job lists are written over each other after a few launches

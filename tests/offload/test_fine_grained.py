@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from fiddler.cost_curve import Curve
 from fiddler.offload.feed_forward import feed_forward
 from fiddler.offload.orchestrator import CpuPart
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.offload.staging_ring import SLOTS, slot_rows
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
@@ -131,3 +132,18 @@ def test_planning_a_layer_of_128_experts_takes_little_time(tokens, limit):
             experts.split(0, counts, (), 1e-4 * rng.random(), tokens)
         samples.append(time.perf_counter() - begun)
     assert median(samples) < limit
+
+
+def test_the_expected_seconds_of_a_step_grow_with_tokens_and_missing_experts():
+    """One token: eight experts by the CPU. Many: each expert once, on the side that is later by the plan."""
+    none, half, every = (
+        orchestrator(EXACT, [list(range(0, E, step)) if step else [] for _ in range(LAYERS)], COSTS["sets"], rows=4 * F)
+        for step in (0, 2, 1)
+    )
+    one = none.step_seconds(1, K)
+    assert one == pytest.approx(LAYERS * none.split_one(0, list(range(K))).seconds, rel=0.3)
+    assert every.step_seconds(512, K) == pytest.approx(LAYERS * E * GPU(round(512 * K / E)))
+    for tokens in (1, 16, 512):
+        assert none.step_seconds(tokens, K) >= half.step_seconds(tokens, K) >= every.step_seconds(tokens, K) > 0
+    seconds = [none.step_seconds(tokens, K) for tokens in (1, 8, 64, 512)]
+    assert seconds == sorted(seconds)

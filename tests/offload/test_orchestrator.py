@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from fiddler.cost_curve import Curve
 from fiddler.device.weight_copy import HostCopy
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
 from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, compute_layer, orchestrator, weights_of

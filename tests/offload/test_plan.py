@@ -8,7 +8,8 @@ from math import inf
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fiddler.offload.plan import Balance, Costs, Curve, make_plan
+from fiddler.cost_curve import Curve
+from fiddler.offload.plan import Balance, Costs, make_plan
 from oracles.plans import brute_force, cost, greedy
 
 HIDDEN = 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.device.weight_copy import HostCopy
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
@@ -13,7 +14,7 @@ from fiddler.models.architecture import EXPERTS
 from fiddler.models.transformer import Transformer
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.offload.staging_ring import Ring
 from fiddler.runtime.paged_runner import PagedRunner
 

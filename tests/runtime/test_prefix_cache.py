@@ -9,11 +9,12 @@ import torch
 
 import fiddler
 from fiddler import Sampling
+from fiddler.cost_curve import Curve
 from fiddler.engine import Engine
 from fiddler.generation.request import Request
 from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.runner import GpuRunner
-from fiddler.offload.plan import Costs, Curve
+from fiddler.offload.plan import Costs
 from fiddler.runtime.prefix_cache import common
 from fiddler.telemetry.recorder import SilentRecorder
 from oracles.both_sides import EXACT, orchestrator

@@ -26,12 +26,12 @@ from statistics import median
 import torch
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
 from fiddler.loading import load
 from fiddler.models.architecture import EXPERTS, Role
 from fiddler.offload.cost_benchmark import measure
-from fiddler.offload.plan import Curve
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import slot_rows
 from fiddler.telemetry.recorder import SilentRecorder

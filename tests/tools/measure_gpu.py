@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from fiddler import kernels
+from fiddler.cost_curve import Curve
 from fiddler.files.model_file import ModelFile
 from fiddler.host_memory import peak_memory
 from fiddler.loading import load
 from fiddler.offload.cost_benchmark import measure
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.plan import Curve
 from fiddler.telemetry.gpu_timeline import GpuTracer
 from fiddler.telemetry.recorder import Meter
 

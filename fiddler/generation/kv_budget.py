@@ -1,0 +1,55 @@
+"""Whether the KV caches of requests fit in memory. Knows lengths of sequences and bytes; no blocks and no devices.
+
+Paged caches take memory as they grow, and a prefix that several have is there once. So a request joins where what it
+needs soon is free; where all have grown beyond the memory, one gives way, and its blocks are found again later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fiddler.generation.sequence_group import SequenceGroup
+from fiddler.runtime.runner import Runner
+
+__all__ = ["KVBudget"]
+
+_AHEAD = 256  # positions by which each sequence must have room to grow when another one joins
+
+
+class KVBudget:
+    """The KV caches of all running groups, of at most `limit` bytes; None for no limit."""
+
+    def __init__(self, runner: Runner, limit: int | None) -> None:
+        self._runner, self._limit = runner, limit
+
+    def fits(self, group: SequenceGroup, running: Iterable[SequenceGroup]) -> bool:
+        """Whether this group fits beside the running ones: as far as all of them grow soon, or to their full length."""
+        if self._limit is None:
+            return True
+        used = self._runner.kv_used()
+        if used is None:
+            return self._limit >= sum(
+                each.max_sequences * self._runner.kv_bytes(each.max_positions) for each in (*running, group)
+            )
+        known = self._runner.matched(group.sequences[0].tokens) if group.reuse else 0
+        shared = max(0, self._runner.kv_bytes(known) - self._runner.kv_bytes(1))  # it writes to the last block
+        growth = self._growth(group, shared)
+        for each in running:
+            growth += self._growth(each, self._runner.kv_bytes(_cached(each)))
+        return self._limit >= used + growth
+
+    def exceeded(self) -> bool:
+        """Whether the running groups have grown beyond the limit."""
+        used = None if self._limit is None else self._runner.kv_used()
+        return used is not None and self._limit is not None and used > self._limit
+
+    def _growth(self, group: SequenceGroup, there: int) -> int:
+        """Bytes that a group needs soon, beside those that are `there`. Beams have the prompt once."""
+        kv_bytes, longest = self._runner.kv_bytes, max(len(sequence.tokens) for sequence in group.sequences)
+        end = kv_bytes(min(longest + _AHEAD, group.max_positions))
+        beside = end - kv_bytes(longest) + kv_bytes(1)
+        return max(0, end - there) + (group.max_sequences - 1) * max(0, beside)
+
+
+def _cached(group: SequenceGroup) -> int:
+    return min(0 if sequence.cache is None else sequence.cache.length for sequence in group.sequences)
