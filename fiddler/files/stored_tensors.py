@@ -18,7 +18,7 @@ def stored_names(config: Config, tensors: Collection[str], *, tied: bool) -> dic
     """The tensors of the file that hold each tensor of the model: the one of that name, or one an expert of a stack.
 
     tensors: the names in the file, which may lack some of the result.
-    Raises FileFormatError where the file has stacks and single experts, and where it has fewer tensors than experts.
+    Raises FileFormatError where the file has stacks and single experts, or far fewer tensors than experts.
     """
     expected = config.tensors(tied=tied)
     # of each stack, the name of a single expert's tensor
@@ -30,13 +30,13 @@ def stored_names(config: Config, tensors: Collection[str], *, tied: bool) -> dic
         found = next((name for name in tensors if _of_any_expert(name) in of_any), None)
     if found is None:
         return {name: (name,) for name in expected}
-    if config.expert_count > len(tensors):
+    if config.expert_count * len(singles) > len(tensors):  # some are missing: the result would be large
         raise FileFormatError(f"expert_count is {config.expert_count}, but there are only {len(tensors)} tensors")
     stack = next((name for name in singles if name in tensors), None)
     if stack is not None:
         raise FileFormatError(
-            f"tensor {stack} holds all experts of a layer, tensor {found} a single one; a file must have experts of one "
-            "kind: convert the model again"
+            f"tensor {stack} holds all experts of a layer, tensor {found} a single one; a file must have one kind of "
+            "them: convert the model again"
         )
     experts = range(config.expert_count)
     return {

@@ -40,7 +40,7 @@ class ExpertWeights:
     @cached_property
     def hidden_row_bytes(self) -> int:
         """An expert's size for each of its F hidden rows [bytes]: rows of gate and up, a column of down."""
-        return self.expert_bytes // len(self.gate[0])
+        return self.expert_bytes // self.gate.shape[1]
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, heads_per_g
             attn_output=bits(width, queries),
             ffn_norm=floats(width),
             ffn_gate_inp=floats(experts, width),
-            gate=bits(experts, hidden, width),
-            up=bits(experts, hidden, width),
-            down=bits(experts, width, hidden),
+            gate=kernels.ExpertMatrices.of(bits(experts, hidden, width)),
+            up=kernels.ExpertMatrices.of(bits(experts, hidden, width)),
+            down=kernels.ExpertMatrices.of(bits(experts, width, hidden)),
         )
         for _ in range(layers)
     ]
@@ -287,7 +287,12 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
     wrong["blocks"] += [[dataclasses.replace(blocks[0], gate=None, dense_gate=None), blocks[1]]]
     for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
         array = getattr(blocks[1], name)
-        spoiled = array[..., :1], array.astype(np.int32), np.asfortranarray(array) if array.ndim > 1 else array[::2]
+        if isinstance(array, kernels.ExpertMatrices):
+            stack = array.memory
+            spoiled = None, *map(kernels.ExpertMatrices.of, (stack[..., :1].copy(), stack[:1], stack.astype(np.int16)))
+        else:
+            unordered = np.asfortranarray(array) if array.ndim > 1 else array[::2]
+            spoiled = array[..., :1], array.astype(np.int32), unordered
         wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], **{name: bad})] for bad in spoiled]
     for name, values in wrong.items():
         for value in values:
