@@ -133,9 +133,8 @@ def test_a_step_of_dense_layers_equals_that_of_layers_with_one_expert(name, laye
     frequencies, results = np.array([1, 0.1, 0.01, 0.001], np.float32), []
     for used, each in ((1, blocks), (0, dense)):
         step = kernels.CompiledDecodeStep(table, each, output_norm, output, variant, frequencies, EPSILON, used, 3)
-        caches = [np.zeros((2, layers, 2, 6, 8), kind) for _ in range(4)]
-        pointers = [kernels.KVPointers(list(keys), list(values)) for keys, values in caches]
-        outputs = [step.step([1, 4, 7, 8], pointers, [position] * 4) for position in range(6)]
+        pool, tables = np.zeros((4, layers, 2, 2, 6, 8), kind), [np.array([sequence]) for sequence in range(4)]
+        outputs = [step.step([1, 4, 7, 8], pool, tables, [position] * 4) for position in range(6)]
         assert sum(nbytes for *_, nbytes in step.spans(outputs[-1][2])) > 0
         results.append([array for *arrays, _ in outputs for array in arrays])
     for sparse, own in zip(*results, strict=True):
