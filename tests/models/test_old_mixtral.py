@@ -133,6 +133,13 @@ def test_a_float16_file_with_a_float16_router_runs_as_what_convert_makes_of_it(t
     assert engines[0].tokenizer.encode("Once upon a time") == engines[1].tokenizer.encode("Once upon a time")
 
 
+def test_an_old_file_in_parts_gives_the_same_bits(paths, tmp_path):
+    write_old_mixtral(paths[0], tmp_path / "old.gguf", router=False, split=9)
+    parts = sorted(tmp_path.glob("old-*.gguf"))
+    assert len(parts) > 5
+    equal([[fiddler.load(path, device="cpu").logits(ids_of(40))] for path in (paths[0], parts[0])])
+
+
 RSS = """
 import sys, torch, fiddler
 engine = fiddler.load(sys.argv[1], device="cpu")

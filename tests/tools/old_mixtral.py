@@ -16,14 +16,15 @@ import numpy as np
 _LATER = ("vocab_size", "attention.key_length", "attention.value_length", "attention.sliding_window")
 
 
-def write_old_mixtral(source: Path, target: Path, *, router: bool = True) -> Path:
+def write_old_mixtral(source: Path, target: Path, *, router: bool = True, split: int = 0) -> Path:
     """Write `source`, a file with stacks of experts, to `target`, and return that.
 
-    router: of a float16 file as float16, which rounds it; False: as it is.
+    router: of a float16 file as float16, which rounds it; False: as it is. split: tensors of a part of a split file; 0:
+    one file.
     """
     reader = gguf.GGUFReader(source)
     later = {*(f"llama.{key}" for key in _LATER), "tokenizer.ggml.pre", "general.quantization_version"}
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, "llama", split_max_tensors=split)
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture" and key not in later:
             element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
