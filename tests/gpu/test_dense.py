@@ -11,13 +11,13 @@ import fiddler
 from fiddler.device.memory_budget import GpuStartError
 from fiddler.files.model_file import ModelFile
 from fiddler.gpu import loader
+from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.decode_graphs import DecodeGraphs
 from fiddler.gpu.memory_layout import Layout, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import LLAMA
 from fiddler.models.config import Config
-from fiddler.runtime.kv_cache import KVCache
 from fiddler.telemetry.expert_counts import ExpertCounts
 from tools.random_model import write_random_model
 
@@ -54,7 +54,7 @@ def test_steps_without_an_orchestrator_are_those_of_the_cpu(path):
     """The runner of a GPU, with a CPU as its device: prompts, single tokens and several sequences."""
     engine = fiddler.load(path, device="cpu", precision="exact")
     config, budget = engine.config, SimpleNamespace(total=1 << 40, room=lambda: 1 << 39)
-    cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
+    cache = ContiguousKVCache(config, 64, torch.float32, torch.device("cpu"))
     cache.reserve(64)
     runner = GpuRunner(engine.runner.model, None, 64, torch.float32, 1, 8, cache, budget)
     ids = list(range(5, 25))
