@@ -1,6 +1,6 @@
 """A GGUF as a source of conversion: its tensors in float32, float16 or bfloat16, its metadata as it is.
 
-Stacks the experts of files from before 2024, which hold one tensor an expert (`blk.N.ffn_gate.E.weight`). Rows of
+Stacks the experts of files from before April 2024, which hold one tensor an expert (`blk.N.ffn_gate.E.weight`). Rows of
 queries and keys stay in GGUF's order. Changes no value; does not know where the weights are written to.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from fiddler.converters.checkpoint import Dtype
 from fiddler.converters.safetensors_file import Array
 from fiddler.errors import CheckpointError, FileFormatError, quoted
 from fiddler.files.gguf_file import GgufFile, TensorInfo
-from fiddler.models.architecture import EXPERTS, Role
+from fiddler.files.stored_tensors import stored_names
+from fiddler.models.architecture import Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import further_tensors, read_config
 from fiddler.text.vocabulary import TokenTable
@@ -56,7 +57,7 @@ class GgufSource:
     interleaves = False
     warnings: tuple[str, ...] = ()
 
-    def __init__(self, file: GgufFile, config: Config, tied: bool, sources: dict[str, Sequence[str]]) -> None:
+    def __init__(self, file: GgufFile, config: Config, tied: bool, sources: dict[str, tuple[str, ...]]) -> None:
         self.config = config
         self.tied = tied
         self._file = file
@@ -112,19 +113,19 @@ class GgufSource:
             writer.add_key_value(key, value, kind, sub_type=element if kind == gguf.GGUFValueType.ARRAY else None)
 
 
-def _sources(file: GgufFile, config: Config, tied: bool) -> dict[str, Sequence[str]]:
+def _sources(file: GgufFile, config: Config, tied: bool) -> dict[str, tuple[str, ...]]:
     """Of each tensor of the model, the tensors of the file that hold it; raises CheckpointError for any other."""
-    sources: dict[str, Sequence[str]] = {}
-    for name, tensor in config.tensors(tied=tied).items():
-        shape = config.shape(tensor)
-        sources[name] = [name]
-        if tensor.role in EXPERTS and name not in file.tensors:
-            sources[name] = [name.replace("_exps.", f".{expert}.") for expert in range(shape[0])]
-            shape = shape[1:]
-        for source in sources[name]:
-            info = file.tensors.get(source)
+    tensors = config.tensors(tied=tied)
+    try:
+        sources = stored_names(config, file.tensors, tied=tied)
+    except FileFormatError as error:
+        raise FileFormatError(f"{file.shown_path}: {error}") from None
+    for name, names in sources.items():
+        whole = config.shape(tensors[name])
+        for source in names:
+            info, shape = file.tensors.get(source), whole if source == name else whole[1:]
             if info is None:
-                raise CheckpointError(f"{file.shown_path}: tensor {name} is missing; download the file again")
+                raise CheckpointError(f"{file.shown_path}: tensor {source} is missing; download the file again")
             if not info.has_shape(shape):
                 raise CheckpointError(
                     f"{file.shown_path}: tensor {source} has shape {list(info.shape)}, the metadata imply {list(shape)}"

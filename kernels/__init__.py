@@ -9,6 +9,7 @@ from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
 from fiddler.kernels.expert_ffn import expert_ffn
+from fiddler.kernels.expert_matrices import ExpertMatrices
 from fiddler.kernels.linear import linear, linears, per_head
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
@@ -20,6 +21,7 @@ __all__ = [
     "BlockParts",
     "BlockWeights",
     "CompiledDecodeStep",
+    "ExpertMatrices",
     "KernelVariant",
     "Routing",
     "Tier",

@@ -161,9 +161,9 @@ class CompiledDecodeStep:
         for layer, block in enumerate(self._blocks):
             products = [("dense", block.attn_q.nbytes + block.attn_k.nbytes + block.attn_v.nbytes)]
             products.append(("dense", block.attn_output.nbytes))
-            products.append(("dense", sum(bits.nbytes for bits in block.matrices[7:] if bits is not None)))
+            products.append(("dense", sum(bits.nbytes for bits in block.matrices[4:] if bits is not None)))
             experts_read = len({expert for ids in next(expert_ids) for expert in ids}) if block.sparse else 0
-            expert_bytes = sum(bits.nbytes // len(bits) for bits in block.matrices[4:7] if bits is not None)
+            expert_bytes = sum(each[0].nbytes for each in block.experts)
             products.append(("experts", experts_read * expert_bytes))
             for (name, nbytes), (began, ended) in zip(products, times[SPANS * layer :], strict=False):
                 if nbytes:  # else the block has no such product
@@ -174,7 +174,8 @@ class CompiledDecodeStep:
 def _stacked(blocks: Sequence[BlockWeights], output_norm: np.ndarray, output: np.ndarray) -> tuple[Any, ...]:
     """The weights as `decode` takes them."""
     sparse = [block for block in blocks if block.sparse]
-    addresses_of = [[0 if bits is None else address_of(bits) for bits in block.matrices] for block in blocks]
+    addresses_of = [[[0 if bits is None else address_of(bits)] for bits in block.matrices] for block in blocks]
+    experts_of = [[each.addresses for each in block.experts] for block in sparse]
 
     def stack(name: str, of: Sequence[BlockWeights]) -> np.ndarray:
         return np.stack([getattr(block, name) for block in of])
@@ -188,6 +189,7 @@ def _stacked(blocks: Sequence[BlockWeights], output_norm: np.ndarray, output: np
         stack("selection_bias", sparse) if sparse else no_vector,
         stack("shared_gate", sparse) if sparse else no_vector,  # a dense layer reads the first one's size
         np.array(addresses_of),
+        np.array(experts_of) if sparse else np.empty((0, 3, 0), np.int64),
         output_norm,
-        np.array([address_of(output)]),
+        np.array([[address_of(output)]]),
     )

@@ -37,7 +37,18 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
     """Compile `CompiledDecodeStep.step` for KV caches of this type, or read it from the cache; computes nothing."""
     empty, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
     no_ints = np.empty(0, np.int64)
-    weights = empty, (empty,) * 3, empty, empty[None], empty, empty, no_ints.reshape(0, 10), row, no_ints
+    weights = (
+        empty,
+        (empty,) * 3,
+        empty,
+        empty[None],
+        empty,
+        empty,
+        no_ints.reshape(0, 7, 1),
+        no_ints.reshape(0, 3, 1),
+        row,
+        no_ints[None],
+    )
     needed_words = decode(
         variant,
         (0,) * 9,
@@ -155,6 +166,7 @@ def decode(
     selection_bias: np.ndarray,
     shared_gate: np.ndarray,
     matrices: np.ndarray,
+    expert_matrices: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
     shapes: tuple[np.ndarray, ...],
@@ -178,11 +190,11 @@ def decode(
     """`CompiledDecodeStep.step`: x -> h, logits. Returns 0, or the words that `memory`, a workspace, needs: call again.
 
     head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
-    none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
-    addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
-    where there is none. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals, see
-    `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`. window: 0 for none.
-    all_expert_ids: int64 [layers with routed experts, T, K], written.
+    none. ffn_gate_inp, selection_bias: of the S layers with routed experts, the last ones. Addresses, int64: matrices
+    [L, 7, 1], 4 of attention, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0 where there is none;
+    expert_matrices [S, 3, E]; output [1, 1]. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of
+    residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`. window: 0
+    for none. all_expert_ids: int64 [S, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
@@ -243,14 +255,14 @@ def decode(
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            arguments = variant, normed, dense_ids, shared_weights, rows[:1], layer_matrices[7:], rows, gated, flat
+            arguments = variant, normed, dense_ids, shared_weights, rows[:1], layer_matrices[4:], rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
             expert_ids = all_expert_ids[sparse]
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
             _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
-            experts = layer_matrices[4:7]
+            experts = expert_matrices[sparse]
             arguments = variant, normed, expert_ids, routing_weights, hidden, experts, ffn_rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
             _add(h, added, residual_scale)

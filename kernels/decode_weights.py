@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fiddler.kernels.expert_matrices import ExpertMatrices
 from fiddler.kernels.norm_router import Routing, check_rule
 
 __all__ = ["BlockParts", "BlockWeights", "check_blocks"]
@@ -32,9 +33,9 @@ class BlockWeights:
     attn_output: np.ndarray  # [D, H * head_dim]
     ffn_norm: np.ndarray  # float32 [D]
     ffn_gate_inp: np.ndarray | None = None  # float32 [E, D]
-    gate: np.ndarray | None = None  # [E, F, D]
-    up: np.ndarray | None = None  # [E, F, D]
-    down: np.ndarray | None = None  # [E, D, F]
+    gate: ExpertMatrices | None = None  # [E, F, D]
+    up: ExpertMatrices | None = None  # [E, F, D]
+    down: ExpertMatrices | None = None  # [E, D, F]
     attn_bias: np.ndarray = field(default_factory=_none)  # float32 [(H + 2 G) * head_dim], of queries, keys and values
     q_norm: np.ndarray = field(default_factory=_none)  # float32 [head_dim], each head; or [H * head_dim], all together
     k_norm: np.ndarray = field(default_factory=_none)  # float32 [head_dim] or [G * head_dim]
@@ -51,9 +52,14 @@ class BlockWeights:
 
     @cached_property
     def matrices(self) -> tuple[np.ndarray | None, ...]:
-        """All matrices of 16 bits, in the order in which `decode_step.decode` takes their addresses."""
+        """All matrices of 16 bits but experts, in the order in which `decode_step.decode` takes their addresses."""
         attention = self.attn_q, self.attn_k, self.attn_v, self.attn_output
-        return *attention, self.gate, self.up, self.down, self.dense_gate, self.dense_up, self.dense_down
+        return *attention, self.dense_gate, self.dense_up, self.dense_down
+
+    @property
+    def experts(self) -> tuple[ExpertMatrices, ...]:
+        """gate, up and down of the routed experts, or nothing."""
+        return tuple(each for each in (self.gate, self.up, self.down) if each is not None)
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,10 @@ def check_blocks(
         raise ValueError("no blocks")
     last, head_dim = blocks[-1], 2 * frequencies.size
     gate_shape = (0, 0, 0) if last.gate is None else last.gate.shape
-    if output.ndim != 2 or len(gate_shape) != 3 or last.attn_q.ndim != 2 or last.attn_k.ndim != 2:
+    if output.ndim != 2 or last.attn_q.ndim != 2 or last.attn_k.ndim != 2:
         raise ValueError(
-            f"output is {output.shape}, gate {gate_shape}, attn_q {last.attn_q.shape}, attn_k "
-            f"{last.attn_k.shape}; expected [V, D], [E, F, D], [H * head_dim, D], [G * head_dim, D]"
+            f"output is {output.shape}, attn_q {last.attn_q.shape}, attn_k {last.attn_k.shape}; expected [V, D], "
+            "[H * head_dim, D], [G * head_dim, D]"
         )
     queries, keys, experts = len(last.attn_q), len(last.attn_k), gate_shape[0]
     if frequencies.ndim != 1 or not head_dim or queries % head_dim or not keys or keys % head_dim or queries % keys:
@@ -123,10 +129,15 @@ def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: 
     floats["k_norm"] = _like(last.k_norm, keys, head_dim)
     bits: dict[str, tuple[int, ...]] = {"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)}
     bits["attn_output"] = (width, queries)
+    of_experts: dict[str, tuple[int, ...]] = {}
     if block.sparse:
         floats |= {"ffn_gate_inp": (experts, width), "selection_bias": _like(last.selection_bias, experts)}
         floats["shared_gate"] = _like(last.shared_gate, width)
-        bits |= {"gate": (experts, hidden, width), "up": (experts, hidden, width), "down": (experts, width, hidden)}
+        of_experts |= {
+            "gate": (experts, hidden, width),
+            "up": (experts, hidden, width),
+            "down": (experts, width, hidden),
+        }
     if block.dense_gate is not None:
         inner = len(block.dense_gate)
         bits |= {"dense_gate": (inner, width), "dense_up": (inner, width), "dense_down": (width, inner)}
@@ -136,6 +147,11 @@ def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: 
         _check(name, getattr(block, name), shape, np.float32)
     for name, shape in bits.items():
         _check(name, getattr(block, name), shape, np.uint16)
+    for name, shape in of_experts.items():
+        matrices = getattr(block, name)
+        if matrices is None or matrices.shape != shape or matrices.dtype != np.uint16:
+            kind = "missing" if matrices is None else f"{matrices.dtype} {matrices.shape}"
+            raise ValueError(f"{name} is {kind}; expected uint16 {shape}")
 
 
 def _like(array: np.ndarray, *sizes: int) -> tuple[int, ...]:

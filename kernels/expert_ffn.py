@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.machine.workspace import address_of
+from fiddler.kernels.expert_matrices import ExpertMatrices
 from fiddler.kernels.matmul.grouped import run
 
 __all__ = ["expert_ffn"]
@@ -24,9 +24,9 @@ def expert_ffn(
     x: np.ndarray,
     expert_ids: np.ndarray,
     routing_weights: np.ndarray,
-    gate: np.ndarray,
-    up: np.ndarray,
-    down: np.ndarray,
+    gate: ExpertMatrices | np.ndarray,
+    up: ExpertMatrices | np.ndarray,
+    down: ExpertMatrices | np.ndarray,
     variant: KernelVariant,
     hidden_rows: np.ndarray | None = None,
     out: np.ndarray | None = None,
@@ -34,7 +34,8 @@ def expert_ffn(
     """Weighted sum of each token's experts: float32 [T, D].
 
     x: float32 [T, D]; expert_ids: integer [T, K]; routing_weights: float32 [T, K].
-    gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; any of them may be a read-only mapping.
+    gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; as one array, possibly a read-only mapping, or as
+    `ExpertMatrices`, whose experts may lie apart.
     `variant` says how the bits are read and to which type activations are rounded: x before the first products, the
     SwiGLU product before the second.
     hidden_rows: int64 [E], even numbers: how many of each expert's F hidden rows are computed, from the first on, that
@@ -42,12 +43,15 @@ def expert_ffn(
     out: float32 [T, D], written and returned in place of a new array.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
+    gate, up, down = (
+        each if isinstance(each, ExpertMatrices) else ExpertMatrices.of(each) for each in (gate, up, down)
+    )
     tokens, width, hidden = _validate(x, expert_ids, routing_weights, gate, up, down)
     if hidden_rows is None:
-        hidden_rows = _all_rows(gate.shape[0], hidden)
+        hidden_rows = _all_rows(len(gate), hidden)
     else:
-        _validate_rows(hidden_rows, gate.shape[0], hidden)
-    matrices = np.array([address_of(bits) for bits in (gate, up, down)])
+        _validate_rows(hidden_rows, len(gate), hidden)
+    matrices = np.array((gate.addresses, up.addresses, down.addresses))
     multiplications = 3 * x.shape[0] * expert_ids.shape[1] * width * hidden
     expert_ids, routing_weights = (
         np.ascontiguousarray(expert_ids, np.int64),
@@ -68,7 +72,7 @@ def expert_ffn(
         y.reshape(-1),
         multiplications,
     ):
-        raise ValueError(f"an expert id lies outside 0..{gate.shape[0] - 1}")
+        raise ValueError(f"an expert id lies outside 0..{len(gate) - 1}")
     return y
 
 
@@ -86,13 +90,13 @@ def _validate(
     x: np.ndarray,
     expert_ids: np.ndarray,
     routing_weights: np.ndarray,
-    gate: np.ndarray,
-    up: np.ndarray,
-    down: np.ndarray,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> tuple[int, int, int]:
     if x.ndim != 2 or x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, D]")
-    if gate.ndim != 3 or gate.shape[2] != x.shape[1]:
+    if gate.shape[2] != x.shape[1]:
         raise ValueError(f"gate is {gate.shape}; expected [E, F, {x.shape[1]}]")
     experts, hidden, width = gate.shape
     if up.shape != gate.shape or down.shape != (experts, width, hidden):
@@ -100,8 +104,8 @@ def _validate(
             f"up is {up.shape} and down {down.shape}; expected {gate.shape} and {(experts, width, hidden)}"
         )
     for name, bits in (("gate", gate), ("up", up), ("down", down)):
-        if bits.dtype != np.uint16 or not bits.flags.c_contiguous:
-            raise ValueError(f"{name} is {bits.dtype}; expected contiguous uint16 bits")
+        if bits.dtype != np.uint16:
+            raise ValueError(f"{name} is {bits.dtype}; expected uint16 bits")
     if (
         expert_ids.ndim != 2
         or expert_ids.shape[0] != x.shape[0]

@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.expert_matrices import ExpertMatrices
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import run
 
@@ -37,7 +38,7 @@ def linears(x: np.ndarray, weights: Sequence[np.ndarray], variant: KernelVariant
         return [np.empty((0, w.shape[0]), np.float32) for w in weights]
     outputs = [w.shape[0] for w in weights]
     y = np.empty(tokens * sum(outputs), np.float32)
-    matrices = np.array([address_of(w) for w in weights])
+    matrices = np.array([[address_of(w)] for w in weights])
     expert_ids, routing_weights, columns = _one_expert(tokens, width)
     run(variant, x, expert_ids, routing_weights, columns, matrices, np.array(outputs), False, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
@@ -58,7 +59,8 @@ def per_head(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray
     y = np.empty(tokens * heads * w.shape[1], np.float32)
     if tokens:  # a head is the expert of its rows
         rows, columns, ones = np.tile(np.arange(heads), tokens)[:, None], np.full(heads, width), _ones(tokens * heads)
-        x, matrices, outputs = x.reshape(-1, width), np.array([address_of(w)]), np.array([w.shape[1]])
+        matrices = ExpertMatrices.of(w).addresses[None]
+        x, outputs = x.reshape(-1, width), np.array([w.shape[1]])
         run(variant, x, rows, ones, columns, matrices, outputs, False, y, y.size * width)
     return y.reshape(tokens, heads, w.shape[1])
 

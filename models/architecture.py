@@ -197,6 +197,7 @@ class ModelTensor:
 
     shape: letters as in `config.py` and `head_dim`, or a product of them, slowest dimension first as in numpy.
     optional: some models of the architecture do without it, in all layers.
+    of_expert: of a stack of experts, the name of a tensor with expert `{}` alone, which some files have in its place.
     """
 
     role: Role
@@ -204,6 +205,7 @@ class ModelTensor:
     shape: tuple[str, ...]
     layers: Layers = Layers.ALL
     optional: bool = False
+    of_expert: str | None = None
 
 
 ROPE_DIVISORS = ModelTensor(Role.ROPE_DIVISORS, "rope_freqs.weight", ("pairs",))

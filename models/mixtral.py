@@ -14,7 +14,7 @@ from fiddler.models.architecture import (
     SharedExperts,
     Window,
 )
-from fiddler.models.parts import ATTENTION, EXPERTS, INPUTS, OUTPUTS
+from fiddler.models.parts import ATTENTION, EXPERTS_OR_SINGLE, INPUTS, OUTPUTS
 
 __all__ = ["MIXTRAL"]
 
@@ -31,6 +31,6 @@ MIXTRAL = Architecture(
     shared_experts=SharedExperts.NONE,
     dense_layers=DenseLayers.NONE,
     inputs=INPUTS,
-    block=(*ATTENTION, *EXPERTS),
+    block=(*ATTENTION, *EXPERTS_OR_SINGLE),
     outputs=OUTPUTS,
 )

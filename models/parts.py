@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fiddler.models.architecture import Layers, ModelTensor, Role
 
 __all__ = [
@@ -9,6 +11,7 @@ __all__ = [
     "BIASES",
     "DENSE",
     "EXPERTS",
+    "EXPERTS_OR_SINGLE",
     "HEAD_NORMS",
     "INPUTS",
     "LATENT_ATTENTION",
@@ -65,6 +68,12 @@ EXPERTS = (
     ModelTensor(Role.GATE, "ffn_gate_exps.weight", ("E", "F", "D"), Layers.SPARSE),
     ModelTensor(Role.UP, "ffn_up_exps.weight", ("E", "F", "D"), Layers.SPARSE),
     ModelTensor(Role.DOWN, "ffn_down_exps.weight", ("E", "D", "F"), Layers.SPARSE),
+)
+
+# files from before April 2024 may have a tensor an expert
+EXPERTS_OR_SINGLE = tuple(
+    replace(tensor, of_expert=tensor.name.replace("_exps.", ".{}.")) if "_exps." in tensor.name else tensor
+    for tensor in EXPERTS
 )
 
 SHARED = (

@@ -179,10 +179,10 @@ def _block_weights(
     if Role.QUERY_BIAS in roles:
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         arrays["attn_bias"] = np.concatenate([weights[tensor_name(role)].numpy() for role in biases])
-    if sparse:
-        expert = experts[layer - config.leading_dense_block_count]
-        arrays |= {"gate": expert.gate, "up": expert.up, "down": expert.down}
-    return kernels.BlockWeights(**arrays)
+    if not sparse:
+        return kernels.BlockWeights(**arrays, gate=None, up=None, down=None)
+    expert = experts[layer - config.leading_dense_block_count]
+    return kernels.BlockWeights(**arrays, gate=expert.gate, up=expert.up, down=expert.down)
 
 
 def _block_parts(config: Config) -> kernels.BlockParts:

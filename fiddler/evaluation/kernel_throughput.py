@@ -24,8 +24,8 @@ from torch import Tensor
 from fiddler import kernels
 from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import expert_stacks
-from fiddler.kernels import KernelVariant, Tier
+from fiddler.files.weights import expert_matrices
+from fiddler.kernels import ExpertMatrices, KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.machine.cpu import last_level_cache
 
@@ -36,7 +36,7 @@ _CACHES = 4  # multiples of the last-level cache to read before a byte is read a
 _TOLERANCE = 5e-3  # relative to the result's norm: bf16 roundings may fall the other way
 _PLAIN_READS = 2  # a round, of which the faster one counts
 
-Experts = tuple[np.ndarray, ...]  # gate [N, F, D], up [N, F, D], down [N, D, F]: uint16 bits of N experts
+Experts = tuple[ExpertMatrices, ...]  # gate [N, F, D], up [N, F, D], down [N, D, F]: uint16 bits of N experts
 Layer = Callable[[np.ndarray, Experts], np.ndarray]  # x [T, D], every token to every expert -> their mean [T, D]
 
 
@@ -85,7 +85,7 @@ def kernel_rows(
     Raises ResourceError where the model's experts are too few to keep them out of the cache, RequestError for none.
     """
     groups = _groups(model_file)
-    nbytes = sum(bits.nbytes for bits in groups[0])
+    nbytes = sum(bits.nbytes for each in groups[0] for bits in each)
     between, least = (len(groups) - 1) * nbytes, _CACHES * last_level_cache()
     if between < least:
         raise ResourceError(
@@ -120,7 +120,7 @@ def kernel_rows(
                     for name in seconds:
                         seconds[name].append(durations[name])
             # a multiplication and an addition of each weight
-            operations = 2 * count * sum(bits.size for bits in groups[0])
+            operations = 2 * count * sum(bits.size for each in groups[0] for bits in each)
             for name, spent in seconds.items():
                 of_reads = median(plain / own for plain, own in zip(seconds["reads"], spent, strict=True))
                 speedup = median(reference / own for reference, own in zip(seconds["torch"], spent, strict=True))
@@ -136,15 +136,16 @@ def _groups(model_file: ModelFile) -> list[Experts]:
         raise RequestError(f"{model_file.file.shown_path} has no experts; --kernels measures them: leave it out")
     groups: list[Experts] = []
     for layer in model_file.config.sparse_layers:
-        stacks, _ = expert_stacks(model_file, layer)
-        for begin in range(0, len(stacks[0]) - _EXPERTS + 1, _EXPERTS):
-            groups.append(tuple(stack[begin : begin + _EXPERTS] for stack in stacks))
+        matrices, _ = expert_matrices(model_file, layer)
+        for begin in range(0, len(matrices[0]) - _EXPERTS + 1, _EXPERTS):
+            ids = range(begin, begin + _EXPERTS)
+            groups.append(tuple(ExpertMatrices.of([each[expert] for expert in ids]) for each in matrices))
     return groups
 
 
 def _read(experts: Experts) -> float:
     """Duration of plain reads of these weights [s]."""
-    return sum(bits.nbytes / kernels.read_bandwidth(bits, 1) for bits in experts)
+    return sum(bits.nbytes / kernels.read_bandwidth(bits, 1) for each in experts for bits in each)
 
 
 def _kernel_layer(variant: KernelVariant) -> Layer:
@@ -169,7 +170,7 @@ def _torch_layer(kind: str) -> Layer:
         with torch.inference_mode():
             inputs = torch.from_numpy(x).to(dtype)
             y = torch.zeros(x.shape)
-            for gate, up, down in zip(*(tensor(bits) for bits in experts), strict=True):
+            for gate, up, down in zip(*(map(tensor, each) for each in experts), strict=True):
                 y += F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down).float() / len(experts[0])
             return y.numpy()
 
@@ -182,8 +183,8 @@ def _error(layer: Layer, variant: KernelVariant, experts: Experts, tokens: Seque
     Other numbers of tokens take other paths through a kernel; every token is the same one.
     Raises RuntimeError where the error is larger than roundings explain: the kernel computes something else.
     """
-    first = tuple(bits[:1] for bits in experts)
-    gate, up, down = (bits[0] for bits in first)
+    gate, up, down = (each[0] for each in experts)
+    first = tuple(ExpertMatrices.of([bits]) for bits in (gate, up, down))
     x = np.random.default_rng(0).standard_normal((1, gate.shape[1]), dtype=np.float32) * np.float32(0.01)
     rounded = variant.activations == "bf16"
     token = (_to_bf16(x[0]) if rounded else x[0]).astype(np.float64)

@@ -72,13 +72,14 @@ def _checked(file: GgufFile) -> tuple[ModelFile | None, bool | str]:
 
 
 def _expert_bytes(model: ModelFile) -> dict[str, int]:
-    config, file = model.config, model.file
-    roles = {name: tensor.role for name, tensor in config.tensors(tied=model.tied).items()}
-    expert_bytes = sum(t.nbytes for t in file.tensors.values() if roles.get(t.name) in EXPERTS)
+    config = model.config
+    tensors = config.tensors(tied=model.tied)
+    stored = {name: sum(each.nbytes for each in model.stored(name)) for name in tensors}
+    expert_bytes = sum(nbytes for name, nbytes in stored.items() if tensors[name].role in EXPERTS)
     per_expert = expert_bytes // max(1, len(config.sparse_layers) * config.expert_count)
     return {
         "experts": expert_bytes,
-        "dense": sum(t.nbytes for t in file.tensors.values() if t.name in roles) - expert_bytes,
+        "dense": sum(stored.values()) - expert_bytes,
         "one_expert": per_expert,
         "experts_read_per_token": per_expert * config.expert_used_count * len(config.sparse_layers),
     }
@@ -92,6 +93,7 @@ def _architecture(model: ModelFile) -> dict[str, Any]:
         "expert_width": config.expert_feed_forward_length,
         "experts": config.expert_count,
         "experts_per_token": config.expert_used_count,
+        "one_tensor_an_expert": model.single_experts,
         "heads": config.head_count,
         "kv_heads": config.head_count_kv,
         "head_dim": config.head_dim,
@@ -175,6 +177,7 @@ def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
     expert_sizes = [
         f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
         f"all other weights {sizes['dense'] / 1e9:.2f} GB",
+        *(["  one tensor an expert, as in files from before April 2024"] if a["one_tensor_an_expert"] else []),
         f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
     ]
     return [

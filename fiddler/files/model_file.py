@@ -17,6 +17,7 @@ import numpy as np
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import Header
+from fiddler.files.stored_tensors import stored_names
 from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import further_tensors, read_config
@@ -63,9 +64,10 @@ class ModelFile:
         """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
         from fiddler.kernels.formats import FORMATS  # late: inspecting a file needs no kernels
 
-        for name, tensor in self.config.tensors(tied=self.tied).items():
+        tensors = self.config.tensors(tied=self.tied)
+        for name, role in ((each, tensors[name].role) for name, names in self._stored.items() for each in names):
             kind = self.file.tensors[name].type
-            if kind.lower() in FORMATS or (kind == "F32" and tensor.role not in EXPERTS):
+            if kind.lower() in FORMATS or (kind == "F32" and role not in EXPERTS):
                 continue
             remedy = "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
             if kind == "F32":
@@ -73,7 +75,7 @@ class ModelFile:
             raise FileFormatError(f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; {remedy}")
         for layer in self.config.sparse_layers:
             names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-            kinds = {self.file.tensors[name].type for name in names}
+            kinds = {self.file.tensors[each].type for name in names for each in self._stored[name]}
             if len(kinds) > 1:
                 raise FileFormatError(
                     f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
@@ -115,16 +117,35 @@ class ModelFile:
     def bits(self, name: str) -> tuple[np.ndarray, str]:
         """A tensor's view (see `GgufFile.array`) and its type, in the shape that the hyper-parameters imply.
 
-        A tied model's output matrix is its embedding.
+        A tied model's output matrix is its embedding. Experts may be stored in another way: see `experts`.
         """
         architecture = self.config.architecture
         if self.tied and name == architecture.tensor_name(Role.OUTPUT):
             name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
         return self.file.array(name).reshape(self._shapes[name]), self.file.tensors[name].type
 
+    def experts(self, name: str) -> np.ndarray | list[np.ndarray]:
+        """Views of a stack of experts [E, rows, columns], or of each one where the file has a tensor an expert."""
+        if not self.single_experts:
+            return self.bits(name)[0]
+        return [self.file.array(each).reshape(self._shapes[name][1:]) for each in self._stored[name]]
+
+    def stored(self, name: str) -> list[TensorInfo]:
+        """The tensors of the file that hold a tensor of the model: one, or one an expert of a stack."""
+        return [self.file.tensors[each] for each in self._stored[name]]
+
+    @cached_property
+    def single_experts(self) -> bool:
+        """Whether the file has a tensor an expert, as those from before April 2024."""
+        return any(names != (name,) for name, names in self._stored.items())
+
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.config.shape(tensor) for name, tensor in self.config.tensors(tied=self.tied).items()}
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, ...]]:
+        return stored_names(self.config, self.file.tensors, tied=self.tied)
 
 
 def _numbers(file: GgufFile, name: str) -> tuple[float, ...]:
@@ -159,21 +180,18 @@ def _checked(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) 
 def _check_shapes(tensors: Mapping[str, TensorInfo], config: Config, tied: bool) -> None:
     if config.block_count > len(tensors):
         raise FileFormatError(f"block_count is {config.block_count}, but there are only {len(tensors)} tensors")
-    expected = config.tensors(tied=tied)
-    old = next((name for name in tensors if ".ffn_gate.0." in name or ".ffn_up.0." in name), None)
-    if old is not None:
-        raise FileFormatError(
-            f"tensor {old} is one expert by itself, a layout from before 2024; "
-            "`fiddler convert` of this file to a new one stacks them"
-        )
-    for name, tensor in expected.items():
-        info, shape = tensors.get(name), config.shape(tensor)
-        if info is None:
-            raise FileFormatError(f"tensor {name} is missing; convert the model again")
-        if not info.has_shape(shape):
-            raise FileFormatError(f"tensor {name} has shape {info.shape}, the metadata imply {shape}")
+    expected, stored = config.tensors(tied=tied), stored_names(config, tensors, tied=tied)
+    for name, names in stored.items():
+        shape = config.shape(expected[name])
+        for each in names:
+            info, own = tensors.get(each), shape if each == name else shape[1:]
+            if info is None:
+                raise FileFormatError(f"tensor {each} is missing; convert the model again")
+            if not info.has_shape(own):
+                raise FileFormatError(f"tensor {each} has shape {info.shape}, the metadata imply {own}")
+    known = {each for names in stored.values() for each in names}
     for name in tensors:
-        if name not in expected:
+        if name not in known:
             raise FileFormatError(
                 f"tensor {name} is not part of a {config.architecture.name}; this variant does not run"
             )

@@ -8,21 +8,21 @@ from functools import cached_property
 import numpy as np
 
 from fiddler.files.model_file import ModelFile
-from fiddler.kernels import KernelVariant, Tier
+from fiddler.kernels import ExpertMatrices, KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models.architecture import EXPERTS, Role
 
-__all__ = ["ExpertWeights", "LinearWeight", "expert_stacks", "main_variant", "mapped_experts", "variant_for"]
+__all__ = ["ExpertWeights", "LinearWeight", "expert_matrices", "main_variant", "mapped_experts", "variant_for"]
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """One layer's experts: uint16 bits and the kernel variant that reads them."""
 
-    gate: np.ndarray  # [E, F, D]
-    up: np.ndarray  # [E, F, D]
-    down: np.ndarray  # [E, D, F]
+    gate: ExpertMatrices  # [E, F, D]
+    up: ExpertMatrices  # [E, F, D]
+    down: ExpertMatrices  # [E, D, F]
     variant: KernelVariant
 
     @cached_property
@@ -40,7 +40,7 @@ class ExpertWeights:
     @cached_property
     def hidden_row_bytes(self) -> int:
         """An expert's size for each of its F hidden rows [bytes]: rows of gate and up, a column of down."""
-        return self.expert_bytes // len(self.gate[0])
+        return self.expert_bytes // self.gate.shape[1]
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,19 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
     """The experts of every layer that has some; `exact`: float32 activations for bf16 weights, too."""
     experts = []
     for layer in model_file.config.sparse_layers:
-        (gate, up, down), kind = expert_stacks(model_file, layer)
+        (gate, up, down), kind = expert_matrices(model_file, layer)
         experts.append(ExpertWeights(gate, up, down, variant_for(tier, kind, exact)))
     return experts
 
 
-def expert_stacks(model_file: ModelFile, layer: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], str]:
+def expert_matrices(
+    model_file: ModelFile, layer: int
+) -> tuple[tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices], str]:
     """gate, up [E, F, D] and down [E, D, F] of a layer, and their GGUF type."""
-    names = [model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-    (gate, kind), (up, _), (down, _) = (model_file.bits(name) for name in names)
-    return (gate, up, down), kind
+    gate, up, down = (model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS)
+    kind = model_file.stored(gate)[0].type
+    of = ExpertMatrices.of
+    return (of(model_file.experts(gate)), of(model_file.experts(up)), of(model_file.experts(down))), kind
 
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
@@ -82,5 +85,5 @@ def main_variant(model_file: ModelFile, tier: Tier, *, exact: bool) -> KernelVar
     """The kernel variant of the first experts; without experts, of the first feed-forward. None: float32 weights."""
     config = model_file.config
     role, layer = (Role.GATE, config.sparse_layers[0]) if config.sparse_layers else (Role.DENSE_GATE, 0)
-    kind = model_file.file.tensors[config.architecture.tensor_name(role, layer)].type
+    kind = model_file.stored(config.architecture.tensor_name(role, layer))[0].type
     return variant_for(tier, kind, exact) if kind.lower() in FORMATS else None

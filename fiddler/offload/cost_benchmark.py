@@ -22,7 +22,7 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, mapped_experts
 from fiddler.host_memory import available_memory
-from fiddler.kernels import KernelVariant
+from fiddler.kernels import ExpertMatrices, KernelVariant
 from fiddler.kernels.fit_tuning import fit_unknown_cpu
 from fiddler.kernels.formats.half import BF16
 from fiddler.kernels.machine.cpu import cpu_model
@@ -159,7 +159,9 @@ def calibrate_alone(
         memory = mmap.mmap(-1, 3 * matrix_bytes)  # shared, as a file's mapping is: else it cannot be pinned read-only
         bits = np.frombuffer(memory, np.uint16).reshape(3, *_SHAPE)
         bits[:] = 0x3C00
-        experts = [ExpertWeights(bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1]), variant)]
+        stacks = bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1])
+        gate, up, down = map(ExpertMatrices.of, stacks)
+        experts = [ExpertWeights(gate, up, down, variant)]
     kernels.precompile(experts[0].variant, notify)
     ring = grouped = None
     if gpu:

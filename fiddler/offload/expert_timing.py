@@ -50,9 +50,9 @@ def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights]
         layers = layers[: max_experts // experts]
     for weights in layers:
         for matrices in (weights.gate, weights.up, weights.down):
-            first, last = (matrices[e].ctypes.data for e in (0, experts - 1))
-            begin = first - first % mmap.PAGESIZE
-            populate(begin, last + matrices[0].nbytes - begin)
+            for address in matrices.addresses[:experts].tolist():
+                begin = address - address % mmap.PAGESIZE
+                populate(begin, address + matrices[0].nbytes - begin)
     return layers, experts
 
 

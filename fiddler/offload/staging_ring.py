@@ -61,7 +61,8 @@ class Ring:
         self.rows = rows
         self.slots = slots
         _, self._hidden, self._width = layers[0].gate.shape
-        self._mapped = [tuple(bits.ctypes.data for bits in (w.gate, w.up, w.down)) for w in layers]
+        # addresses of gate, up and down of each layer's experts
+        self._mapped = [tuple(each.addresses.tolist() for each in (w.gate, w.up, w.down)) for w in layers]
         self._row_bytes = [w.format.row_bytes for w in layers]
         self._memory = torch.empty(self.nbytes(layers, rows, slots), dtype=torch.uint8, device=weight_copy.device)
         self._slot_bytes = self._memory.nbytes // slots
@@ -107,16 +108,15 @@ class Ring:
         parts = []
         with self._recorder.queued("copy", sum(e - b for _, b, e in row_ranges) * 3 * d_bytes, weight_copy.stream):
             for expert, begin, end in row_ranges:
-                size, row = (end - begin) * d_bytes, (expert * hidden + begin) * d_bytes
+                size, row = (end - begin) * d_bytes, begin * d_bytes
                 aligned = -(-size // 16) * 16
                 to_gate, to_up, to_down = address, address + aligned, address + 2 * aligned
-                copy(to_gate, gate + row, size)
-                copy(to_up, up + row, size)
+                copy(to_gate, gate[expert] + row, size)
+                copy(to_up, up[expert] + row, size)
                 if end - begin == hidden:
-                    copy(to_down, down + row, size)
+                    copy(to_down, down[expert], size)
                 else:
-                    columns = down + expert * width * f_bytes + row_bytes(begin)
-                    copy(to_down, columns, row_bytes(end - begin), width, f_bytes)
+                    copy(to_down, down[expert] + row_bytes(begin), row_bytes(end - begin), width, f_bytes)
                 addresses = to_gate, to_up, to_down
                 parts.append(Part(expert, begin, end, self._arrived[slot], slot, self._memory, addresses, width))
                 address += 3 * aligned

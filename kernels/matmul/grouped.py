@@ -28,17 +28,17 @@ __all__ = ["addresses", "compile_grouped_products", "grouped_products", "product
 
 
 @njit(**OPTIONS)
-def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int, expert_bytes: int) -> int:
+def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int) -> int:
     """Bytes from the rows of group g's expert in matrix i to the rows that a task reads next, 0 if none.
 
-    These are in the other matrix of the pair, or of the next group with hidden rows from `begin` on. expert_bytes: size
-    of an expert's matrix.
+    These are in the other matrix of the pair, or of the next group with hidden rows from `begin` on.
     """
+    expert = groups.expert[g]
     if i + 1 < pair:
-        return int(matrices[i + 1] - matrices[i])
+        return int(matrices[i + 1, expert] - matrices[i, expert])
     for next_group in range(g + 1, groups.expert.size):
         if groups.hidden[next_group] > begin:
-            return int(matrices[0] - matrices[i] + (groups.expert[next_group] - groups.expert[g]) * expert_bytes)
+            return int(matrices[0, groups.expert[next_group]] - matrices[i, expert])
     return 0
 
 
@@ -65,9 +65,9 @@ def _take_tasks(
 ) -> None:
     """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
-    The names are those of `grouped_products`. matrices: from this one on, each [outputs, width]; at: offsets of the
-    groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the
-    output is hidden activations.
+    The names are those of `grouped_products`. matrices: from this one on, addresses of [outputs, width]; at: offsets
+    of the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
+    the output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
@@ -83,11 +83,14 @@ def _take_tasks(
                 rows, k = min(rows, hidden_rows - begin), width
                 if rows <= 0:
                     continue
-            expert_bytes, needed_from = stored_bytes(variant, outputs * width), begin if gate_up else 0
-            offset = groups.expert[g] * expert_bytes + stored_bytes(variant, begin * width)
+            expert, needed_from, offset = (
+                groups.expert[g],
+                begin if gate_up else 0,
+                stored_bytes(variant, begin * width),
+            )
             for i in range(pair):
-                next_offset = _next_offset(matrices, pair, i, groups, g, needed_from, expert_bytes)
-                w, x, c_at = matrices[i] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
+                next_offset = _next_offset(matrices, pair, i, groups, g, needed_from)
+                w, x, c_at = matrices[i, expert] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
                 call_block_product(
                     multiply,
                     (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
@@ -105,10 +108,10 @@ def _take_tasks(
         begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
 
 
-_INTS, _FLOATS, _INT = types.intp[::1], types.float32[::1], types.intp
+_INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, _INT, types.boolean, _INTS, GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
+    *(None, _INT, types.boolean, _ADDRESSES, GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
 _call_tasks = _tasks.call
@@ -147,9 +150,9 @@ def run(
 def compile_grouped_products(variant: KernelVariant) -> None:
     """Compile `grouped_products`, or read it from the cache; computes nothing."""
     x, expert_ids, routing_weights = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
-    one = np.ones(1, np.int64)
+    one, y = np.ones(1, np.int64), x.reshape(-1)
     needed_words = grouped_products(
-        variant, x, expert_ids, routing_weights, one, one, one, False, x.reshape(-1), workspace.words, 1, (0, 0, 0)
+        variant, x, expert_ids, routing_weights, one, one[None], one, False, y, workspace.words, 1, (0, 0, 0)
     )
     assert needed_words == -1
 
@@ -172,7 +175,7 @@ def grouped_products(
     threads: int,
     addresses: tuple[int, int, int],
 ) -> int:
-    """Products of each token's experts with its x [T, K], for stacks of matrices [E, outputs, K] at these addresses.
+    """Products of each token's experts with its x [T, K], for matrices [outputs, K] at addresses [matrices, E].
 
     Gated, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first . x) *
     (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert. Otherwise for every
@@ -240,7 +243,7 @@ def grouped_products(
 _MATRIX = types.float32[:, ::1]
 products = FunctionPointer(
     grouped_products,
-    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _INTS, _INTS, types.boolean, _FLOATS, _FLOATS),
+    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, _INTS, types.boolean, _FLOATS, _FLOATS),
     *(_INT, types.UniTuple(_INT, 3)),
     returns=_INT,
 )

@@ -31,6 +31,7 @@ BAD = {
     "qwen3moe": [
         Bad("blk.1.attn_q_norm.weight is missing", shapes={"blk.1.attn_q_norm.weight": None}),
         Bad("shape (32,), the metadata imply (8,)", shapes={"blk.0.attn_k_norm.weight": (32,)}),
+        Bad("blk.0.ffn_gate.0.weight is not part of a Qwen3-MoE", shapes={"blk.0.ffn_gate.0.weight": (16, 32)}),
         Bad("blk.0.attn_q.bias is not part of a Qwen3-MoE", shapes={"blk.0.attn_q.bias": (32,)}),
         Bad("metadata imply (6, 20, 32)", {"expert_feed_forward_length": 20}),
         Bad("expert_weights_norm is 1; it must be true or false", {"expert_weights_norm": 1}),

@@ -40,6 +40,7 @@ def test_json_agrees_with_the_gguf_package(tmp_path, tied):
         "expert_width": 96,
         "experts": 4,
         "experts_per_token": 2,
+        "one_tensor_an_expert": False,
         "heads": 4,
         "kv_heads": 2,
         "head_dim": 16,

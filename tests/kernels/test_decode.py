@@ -44,9 +44,9 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, heads_per_g
             attn_output=bits(width, queries),
             ffn_norm=floats(width),
             ffn_gate_inp=floats(experts, width),
-            gate=bits(experts, hidden, width),
-            up=bits(experts, hidden, width),
-            down=bits(experts, width, hidden),
+            gate=kernels.ExpertMatrices.of(bits(experts, hidden, width)),
+            up=kernels.ExpertMatrices.of(bits(experts, hidden, width)),
+            down=kernels.ExpertMatrices.of(bits(experts, width, hidden)),
         )
         for _ in range(layers)
     ]
@@ -133,8 +133,7 @@ def test_a_step_of_dense_layers_equals_that_of_layers_with_one_expert(name, laye
     frequencies, results = np.array([1, 0.1, 0.01, 0.001], np.float32), []
     for used, each in ((1, blocks), (0, dense)):
         step = kernels.CompiledDecodeStep(table, each, output_norm, output, variant, frequencies, EPSILON, used, 3)
-        empty = [np.zeros((layers, 2, 6, 8), kind) for _ in range(4)]
-        pool, tables = to_pool(empty, empty, 4)
+        pool, tables = np.zeros((4, layers, 2, 2, 6, 8), kind), [np.array([sequence]) for sequence in range(4)]
         outputs = [step.step([1, 4, 7, 8], pool, tables, [position] * 4) for position in range(6)]
         assert sum(nbytes for *_, nbytes in step.spans(outputs[-1][2])) > 0
         results.append([array for *arrays, _ in outputs for array in arrays])
@@ -287,7 +286,12 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
     wrong["blocks"] += [[dataclasses.replace(blocks[0], gate=None, dense_gate=None), blocks[1]]]
     for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
         array = getattr(blocks[1], name)
-        spoiled = array[..., :1], array.astype(np.int32), np.asfortranarray(array) if array.ndim > 1 else array[::2]
+        if isinstance(array, kernels.ExpertMatrices):
+            stack = array.memory
+            spoiled = None, *map(kernels.ExpertMatrices.of, (stack[..., :1].copy(), stack[:1], stack.astype(np.int16)))
+        else:
+            unordered = np.asfortranarray(array) if array.ndim > 1 else array[::2]
+            spoiled = array[..., :1], array.astype(np.int32), unordered
         wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], **{name: bad})] for bad in spoiled]
     for name, values in wrong.items():
         for value in values:

@@ -32,7 +32,12 @@ class BlockingCopy(HostCopy):
     blocks = True
 
 
-KINDS = {"exact": EXACT, "f16": weights_of("f16", "f32"), "fast": weights_of("bf16", "bf16")}
+KINDS = {
+    "exact": EXACT,
+    "f16": weights_of("f16", "f32"),
+    "fast": weights_of("bf16", "bf16"),
+    "apart": weights_of("bf16", "f32", apart=True),
+}
 
 
 def step(rng, tokens, k):

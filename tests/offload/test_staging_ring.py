@@ -9,13 +9,15 @@ from hypothesis import given, strategies as st
 
 from fiddler.device.weight_copy import HostCopy
 from fiddler.files.weights import ExpertWeights
+from fiddler.kernels import ExpertMatrices
 from fiddler.offload.staging_ring import SLOTS, Ring, in_slots, slot_rows
-from oracles.both_sides import EXACT, F
+from oracles.both_sides import EXACT, F, weights_of
 
 
-def test_the_staging_ring_delivers_the_rows_of_the_mapping_in_order():
-    ring = Ring(HostCopy(), EXACT, 64, 3)
-    w = EXACT[1]
+@pytest.mark.parametrize("layers", [EXACT, weights_of("bf16", "f32", apart=True)], ids=["stacks", "apart"])
+def test_the_staging_ring_delivers_the_rows_of_the_mapping_in_order(layers):
+    ring = Ring(HostCopy(), layers, 64, 3)
+    w = layers[1]
     for begin, end in ((0, F), (64, 250), (F - 64, F)):
         row = begin
         for (part,) in ring.send(1, [(2, begin, end)]):
@@ -34,7 +36,7 @@ def test_the_staging_ring_delivers_the_rows_of_the_mapping_in_order():
 
 def holds_the_mapping(part, w):
     rows = slice(part.begin, part.end)
-    expected = w.gate[part.expert, rows], w.up[part.expert, rows], w.down[part.expert, :, rows]
+    expected = w.gate[part.expert][rows], w.up[part.expert][rows], w.down[part.expert][:, rows]
     for matrix, bits in zip(part.matrices(torch.float16), expected, strict=True):
         assert matrix.data_ptr() % 16 == 0
         np.testing.assert_array_equal(matrix.view(torch.uint16).numpy(), bits)
@@ -86,7 +88,8 @@ def test_slots_hold_every_row_once_and_only_cut_an_expert_that_fits_none(ranges,
     ],
 )
 def test_slots_of_small_experts_are_some_megabytes_and_the_ring_stays_small(shape, slot, ring_bytes):
-    bits = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint16), shape, (0, 0, 0))
-    w = ExpertWeights(bits, bits, bits.transpose(0, 2, 1), EXACT[0].variant)
+    nowhere, (experts, hidden, width) = np.zeros(shape[0], np.int64), shape
+    up, down = (ExpertMatrices((), nowhere, each, np.dtype(np.uint16)) for each in (shape, (experts, width, hidden)))
+    w = ExpertWeights(up, up, down, EXACT[0].variant)
     assert slot_rows(w) == slot
     assert Ring.nbytes([w], slot, SLOTS) == pytest.approx(ring_bytes, rel=0.01)

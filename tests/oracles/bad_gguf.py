@@ -191,6 +191,18 @@ def mixtral() -> Draft:
     return Draft(pairs, entries)
 
 
+def old_mixtral() -> Draft:
+    """`mixtral` with a tensor an expert, as in files from before April 2024."""
+    draft = mixtral()
+    for index in range(len(draft.entries) - 1, -1, -1):
+        name, shape = draft.entries[index].name, draft.entries[index].shape
+        if isinstance(name, str) and "_exps." in name:
+            draft.entries[index : index + 1] = [
+                Entry(name.replace("_exps.", f".{expert}."), shape[1:]) for expert in range(E)
+            ]
+    return draft
+
+
 def dense_llama() -> Draft:
     """`mixtral` with a feed-forward in place of the experts."""
     draft = mixtral()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from oracles.bad_files import GATE, NORM, TOP, Case, drafted, key, tensor, written
+from oracles.bad_files import GATE, NORM, TOP, UP, Case, drafted, key, tensor, written
 from oracles.bad_gguf import (
     F16,
     F32,
@@ -22,6 +23,7 @@ from oracles.bad_gguf import (
     i32,
     ints,
     mixtral,
+    old_mixtral,
     text,
     texts,
     u32,
@@ -67,7 +69,59 @@ def vocabulary_and_embedding_differ(folder: Path) -> Path:
     return written(folder, draft.to_bytes())
 
 
+def old_with(name: str, says: str, change: Callable[[Draft], object], inspectable: bool = False) -> Case:
+    """The smallest Mixtral with a tensor an expert, and one change."""
+
+    def make(folder: Path) -> Path:
+        draft = old_mixtral()
+        change(draft)
+        return written(folder, draft.to_bytes())
+
+    return Case(f"one_tensor_an_expert_{name}", says, make, inspectable)
+
+
+def old(name: str, says: str, target: str, inspectable: bool = False, /, **changes: object) -> Case:
+    """Likewise, with other attributes of a tensor's `Entry`."""
+    return old_with(name, says, lambda draft: vars(draft.entry(target)).update(changes), inspectable)
+
+
+UP_2 = "blk.0.ffn_up.2.weight"
+OLD = [
+    old("missing", f"{UP_2} is missing", UP_2, name="blk.0.ffn_up.2.weigh"),
+    old("first_missing", "blk.0.ffn_gate.0.weight is missing", "blk.0.ffn_gate.0.weight", name="blk.0.ffn_gate.0.bias"),
+    old("beyond_the_last", "blk.0.ffn_up.3.weight is missing", "blk.0.ffn_up.3.weight", name="blk.0.ffn_up.4.weight"),
+    old("twice", f"{UP_2} appears twice", "blk.0.ffn_up.3.weight", name=UP_2),
+    old("with_a_row_too_many", f"{UP_2} has shape (33, 32), the metadata imply (32, 32)", UP_2, shape=[F + 1, D]),
+    old("stack_in_its_place", f"{UP_2} has shape (4, 32, 32), the metadata imply (32, 32)", UP_2, shape=[E, F, D]),
+    old("of_two_types", "experts of layer 0 mix BF16 and F16", UP_2, True, kind=F16),
+    old("of_float32", f"{UP_2} is F32", UP_2, True, kind=F32),
+    old("quantised", f"{UP_2} is Q4_0", UP_2, True, kind=Q4_0, nbytes=F * D // 32 * Q4_0_BLOCK),
+    old_with(
+        "one_too_many",
+        "blk.0.ffn_up.4.weight is not part of a Mixtral",
+        lambda d: d.entries.append(Entry("blk.0.ffn_up.4.weight", [F, D])),
+    ),
+    old_with(
+        "numbered_oddly",
+        "blk.0.ffn_up.02.weight is not part of a Mixtral",
+        lambda d: d.entries.append(Entry("blk.0.ffn_up.02.weight", [F, D])),
+    ),
+    old_with(
+        "and_stacks",
+        f"{GATE} holds all experts of a layer, tensor blk.0.ffn_gate.0.weight a single one",
+        lambda d: d.entries.append(Entry(GATE, [E, F, D])),
+    ),
+    old_with(
+        "and_millions_more",
+        "expert_count is 16000000, but there are only 22 tensors",
+        lambda d: d.set("llama.expert_count", u32(16_000_000)),
+    ),
+    old_with("of_a_dense_model", "blk.0.ffn_gate.weight is missing", without_counts),
+    tensor("one_expert_beside_stacks", f"{UP} holds all experts of a layer", GATE, name="blk.0.ffn_gate.0.weight"),
+]
+
 MODELS = [
+    *OLD,
     drafted("architecture_missing", "architecture is None", lambda d: d.drop("general.architecture")),
     key("architecture_other", "architecture is 'gemma4'", "general.architecture", text("gemma4")),
     key(
@@ -139,7 +193,6 @@ MODELS = [
     ),
     extra("attention_bias", "blk.0.attn_q.bias"),
     extra("layer_too_many", "blk.1.attn_norm.weight"),
-    drafted("one_tensor_an_expert", "before 2024", lambda d: setattr(d.entry(GATE), "name", "blk.0.ffn_gate.0.weight")),
     tensor("quantised_experts", f"{GATE} is Q4_0", GATE, True, kind=Q4_0, nbytes=E * F * D // 32 * Q4_0_BLOCK),
     tensor("float32_experts", f"{GATE} is F32", GATE, True, kind=F32),
     tensor("mixed_experts", "mix BF16 and F16", GATE, True, kind=F16),

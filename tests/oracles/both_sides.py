@@ -8,7 +8,7 @@ import torch
 from fiddler import kernels
 from fiddler.device.weight_copy import HostCopy
 from fiddler.files.weights import ExpertWeights
-from fiddler.kernels import KernelVariant
+from fiddler.kernels import ExpertMatrices, KernelVariant
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Ring
@@ -18,14 +18,17 @@ from oracles import naive
 D, F, E, LAYERS, MAX_TOKENS = 48, 320, 5, 3, 70
 
 
-def weights_of(kind, activations, seed=0, experts=E, hidden=F, width=D):
+def weights_of(kind, activations, seed=0, experts=E, hidden=F, width=D, *, apart=False):
+    """apart: each expert in a memory of its own, the last one first."""
     rng = np.random.default_rng(seed)
     variant = KernelVariant(kernels.choose_tier(), kind, activations)
     shapes = [(experts, hidden, width), (experts, hidden, width), (experts, width, hidden)]
-    return [
-        ExpertWeights(*(naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind) for shape in shapes), variant)
-        for _ in range(LAYERS)
-    ]
+
+    def matrices(shape):
+        stack = naive.to_bits(rng.normal(size=shape) / shape[-1] ** 0.5, kind)
+        return ExpertMatrices.of([matrix.copy() for matrix in stack[::-1]][::-1] if apart else stack)
+
+    return [ExpertWeights(*map(matrices, shapes), variant) for _ in range(LAYERS)]
 
 
 EXACT = weights_of("bf16", "f32")

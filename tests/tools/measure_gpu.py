@@ -43,7 +43,9 @@ def torch_on_cpu(orchestrator):
     def weights(layer):
         if layer not in tensors:
             w = orchestrator.layers[layer]
-            tensors[layer] = [torch.from_numpy(bits).view(torch.bfloat16) for bits in (w.gate, w.up, w.down)]
+            tensors[layer] = [
+                [torch.from_numpy(bits).view(torch.bfloat16) for bits in each] for each in (w.gate, w.up, w.down)
+            ]
         return tensors[layer]
 
     def on_cpu(part, out):
