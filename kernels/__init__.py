@@ -14,6 +14,7 @@ from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tie
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
 from fiddler.kernels.norm_router import Routing, rms_norm, route
 from fiddler.kernels.precompile import precompile
+from fiddler.kernels.stored_rows import decode_stored
 
 __all__ = [
     "TIERS",
@@ -26,6 +27,7 @@ __all__ = [
     "attend_each",
     "available_tiers",
     "choose_tier",
+    "decode_stored",
     "expert_ffn",
     "linear",
     "linears",

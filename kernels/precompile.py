@@ -21,7 +21,7 @@ from fiddler.kernels.decode_step import compile_decode
 from fiddler.kernels.machine.isa import choose_tier
 from fiddler.kernels.machine.threads import check_process, end_with_parent, thread_count, usable_cores
 from fiddler.kernels.machine.tuning import TUNINGS
-from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
+from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products, stored_as
 from fiddler.kernels.norm_router import rms_norm, route
 
 __all__ = ["COMPILING", "compile_for_parent", "precompile"]
@@ -77,21 +77,22 @@ def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = No
 
 
 def _compile_first_half(variant: KernelVariant) -> None:
-    compile_grouped_products(variant)
+    compile_grouped_products(variant.grouping)
     x, pool = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2, 1, 1, 2), _kv_dtype(variant))
     attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, :1])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
 
 
 def _compile_second_half(variant: KernelVariant, decode: bool) -> None:
-    addresses(variant)
+    addresses(variant.grouping)
+    stored_as(variant, 0)
     if decode:
-        compile_decode(variant, _kv_dtype(variant))
+        compile_decode(variant.grouping, _kv_dtype(variant))
 
 
 def _kv_dtype(variant: KernelVariant) -> type[np.generic]:
     """The KV cache's type beside this variant."""
-    return np.uint16 if variant.activations == "bf16" else np.float32
+    return np.float32 if variant.activations == "f32" else np.uint16
 
 
 @contextmanager
