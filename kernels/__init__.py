@@ -9,12 +9,12 @@ from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
 from fiddler.kernels.expert_ffn import expert_ffn
-from fiddler.kernels.linear import linear, linears, per_head
+from fiddler.kernels.linear import linear, linears, per_expert, per_head
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
 from fiddler.kernels.norm_router import Routing, rms_norm, route
 from fiddler.kernels.precompile import precompile
-from fiddler.kernels.stored_rows import decode_stored
+from fiddler.kernels.stored_rows import StoredRows, decode_stored
 
 __all__ = [
     "TIERS",
@@ -23,6 +23,7 @@ __all__ = [
     "CompiledDecodeStep",
     "KernelVariant",
     "Routing",
+    "StoredRows",
     "Tier",
     "attend_each",
     "available_tiers",
@@ -31,6 +32,7 @@ __all__ = [
     "expert_ffn",
     "linear",
     "linears",
+    "per_expert",
     "per_head",
     "precompile",
     "read_bandwidth",

@@ -38,7 +38,19 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
     empty, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
     no_ints = np.empty(0, np.int64)
     matrices, stored = no_ints.reshape(0, 10), no_ints.reshape(0, 10, 2)
-    weights = empty, (empty,) * 3, empty, empty[None], empty, empty, matrices, stored, row, no_ints, no_ints.reshape(0, 2)
+    weights = (
+        empty,
+        (empty,) * 3,
+        empty,
+        empty[None],
+        empty,
+        empty,
+        matrices,
+        stored,
+        row,
+        no_ints,
+        no_ints.reshape(0, 2),
+    )
     needed_words = decode(
         variant,
         (0,) * 8,
@@ -183,8 +195,9 @@ def decode(
     head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
     none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
     addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
-    where there is none. stored, output_stored: `grouped.stored_as` of each. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals, see
-    `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`. window: 0 for none.
+    where there is none. stored, output_stored: `grouped.stored_as` of each. rule: `Routing.values`. parts: clamp,
+    halves, scale of queries, scale of residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see
+    `attention_kernels.attend`. window: 0 for none.
     all_expert_ids: int64 [layers with routed experts, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
@@ -226,7 +239,18 @@ def decode(
         span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
         kinds = stored[layer]
         _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
-        arguments = variant, normed, dense_ids, dense_weights, qkv_columns, layer_matrices[:3], kinds[:3], qkv_rows, dense, qkv
+        arguments = (
+            variant,
+            normed,
+            dense_ids,
+            dense_weights,
+            qkv_columns,
+            layer_matrices[:3],
+            kinds[:3],
+            qkv_rows,
+            dense,
+            qkv,
+        )
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         bias = biases[layer]
         q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
@@ -240,14 +264,36 @@ def decode(
             (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], kinds[3:4], out_rows, dense, flat
+        arguments = (
+            variant,
+            x_out,
+            dense_ids,
+            dense_weights,
+            out_columns,
+            layer_matrices[3:4],
+            kinds[3:4],
+            out_rows,
+            dense,
+            flat,
+        )
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         _add(h, added, residual_scale)
         _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            arguments = variant, normed, dense_ids, shared_weights, rows[:1], layer_matrices[7:], kinds[7:], rows, gated, flat
+            arguments = (
+                variant,
+                normed,
+                dense_ids,
+                shared_weights,
+                rows[:1],
+                layer_matrices[7:],
+                kinds[7:],
+                rows,
+                gated,
+                flat,
+            )
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
@@ -255,11 +301,33 @@ def decode(
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
             _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
             experts, experts_stored = layer_matrices[4:7], kinds[4:7]
-            arguments = variant, normed, expert_ids, routing_weights, hidden, experts, experts_stored, ffn_rows, gated, flat
+            arguments = (
+                variant,
+                normed,
+                expert_ids,
+                routing_weights,
+                hidden,
+                experts,
+                experts_stored,
+                ffn_rows,
+                gated,
+                flat,
+            )
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
             _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
     _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
-    arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, output_stored, logit_rows, dense, logits
+    arguments = (
+        variant,
+        normed,
+        dense_ids,
+        dense_weights,
+        logit_columns,
+        output,
+        output_stored,
+        logit_rows,
+        dense,
+        logits,
+    )
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

@@ -39,8 +39,8 @@ def expert_ffn(
     gate, up: stored weights [E, F, D], as `WeightFormat.stored_shape`; down: [E, D, F]; any of them may be a read-only
     mapping. `variant` says how they are read and to which type activations are rounded: x before the first products,
     the SwiGLU product before the second; three variants where gate, up and down have quantised formats of their own.
-    hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed, from the first on, that
-    is, rows of gate and up and columns of down. Another device computes the rest of the same sum.
+    hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed,
+    from the first on, that is, rows of gate and up and columns of down. Another device computes the rest of the sum.
     out: float32 [T, D], written and returned in place of a new array.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """

@@ -12,7 +12,7 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.grouped import check_stored, run, stored_kinds
 
-__all__ = ["linear", "linears", "per_head"]
+__all__ = ["linear", "linears", "per_expert", "per_head"]
 
 
 def linear(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
@@ -63,13 +63,33 @@ def per_head(x: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, H, K]")
     tokens, heads, width = x.shape
     check_stored("w", w, (heads, *w.shape[1:2], width), variant)
-    y = np.empty(tokens * heads * w.shape[1], np.float32)
-    if tokens:  # a head is the expert of its rows
-        rows, columns, ones = np.tile(np.arange(heads), tokens)[:, None], np.full(heads, width), _ones(tokens * heads)
-        x, matrices, outputs = x.reshape(-1, width), np.array([address_of(w)]), np.array([w.shape[1]])
-        stored = stored_kinds((variant,), (width,))
-        run(variant.grouping, x, rows, ones, columns, matrices, stored, outputs, False, y, y.size * width)
-    return y.reshape(tokens, heads, w.shape[1])
+    rows = np.tile(np.arange(heads), tokens)  # a head is the expert of its rows
+    return per_expert(x.reshape(-1, width), rows, w, variant).reshape(tokens, heads, w.shape[1])
+
+
+def per_expert(x: np.ndarray, expert_ids: np.ndarray, w: np.ndarray, variant: KernelVariant) -> np.ndarray:
+    """Each row's x . its own expert's w transposed: float32 [T, N].
+
+    x: float32 [T, K]; expert_ids: int64 [T]; w: stored weights [E, N, K], possibly a read-only mapping; `variant` as in
+    `linear`.
+    Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
+    """
+    if x.ndim != 2 or x.dtype != np.float32 or expert_ids.shape != x.shape[:1] or w.ndim != 3:
+        raise ValueError(f"x is {x.dtype} {x.shape}, expert_ids {expert_ids.shape}, w {w.shape}")
+    width = x.shape[1]
+    check_stored("w", w, (*w.shape[:2], width), variant)
+    y = np.empty(len(x) * w.shape[1], np.float32)
+    if len(x):
+        rows, columns = np.ascontiguousarray(expert_ids, np.int64)[:, None], np.full(len(w), width)
+        matrices, outputs, stored = (
+            np.array([address_of(w)]),
+            np.array([w.shape[1]]),
+            stored_kinds((variant,), (width,)),
+        )
+        ones, grouping, work = _ones(len(x)), variant.grouping, y.size * width
+        if not run(grouping, x, rows, ones, columns, matrices, stored, outputs, False, y, work):
+            raise ValueError(f"an expert id lies outside 0..{len(w) - 1}")
+    return y.reshape(len(x), w.shape[1])
 
 
 @lru_cache(maxsize=64)

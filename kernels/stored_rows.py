@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fiddler.kernels.codegen.jit import kernel
@@ -12,7 +14,7 @@ from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul.decoded_rows import decode_row
 from fiddler.kernels.matmul.outer_tiles import widen_row
 
-__all__ = ["decode_stored"]
+__all__ = ["StoredRows", "decode_stored"]
 
 
 @kernel(parallel=False)
@@ -27,6 +29,27 @@ def _widen(variant: KernelVariant, source: int, target: int, rows: int, columns:
     row_bytes = stored_bytes(variant, columns)
     for r in range(rows):
         widen_row(variant, source + r * row_bytes, target + 4 * r * columns, columns, row_bytes)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A matrix of stored weights whose rows are decoded as they are looked up: embeddings."""
+
+    stored: np.ndarray
+    kind: str
+    tier: Tier
+
+    dtype = np.dtype(np.float32)
+    """Of the rows that it returns."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+        return FORMATS[self.kind].shape(self.stored)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """These rows as float32 [rows, K]."""
+        return decode_stored(self.stored[rows], self.kind, self.tier)
 
 
 def decode_stored(stored: np.ndarray, kind: str, tier: Tier) -> np.ndarray:

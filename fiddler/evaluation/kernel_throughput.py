@@ -136,7 +136,13 @@ def _groups(model_file: ModelFile) -> list[Experts]:
         raise RequestError(f"{model_file.file.shown_path} has no experts; --kernels measures them: leave it out")
     groups: list[Experts] = []
     for layer in model_file.config.sparse_layers:
-        stacks, _ = expert_stacks(model_file, layer)
+        stacks, kinds = expert_stacks(model_file, layer)
+        other = next((kind for kind in kinds if kind not in ("BF16", "F16")), None)
+        if other is not None:
+            raise RequestError(
+                f"{model_file.file.shown_path} has {other} experts; --kernels compares 16-bit ones with torch: give an "
+                "F16 or BF16 file, or leave it out"
+            )
         for begin in range(0, len(stacks[0]) - _EXPERTS + 1, _EXPERTS):
             groups.append(tuple(stack[begin : begin + _EXPERTS] for stack in stacks))
     return groups

@@ -16,7 +16,7 @@ import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile, TensorInfo
-from fiddler.files.gguf_header import Header
+from fiddler.files.gguf_header import VIEW_TYPES, Header
 from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import further_tensors, read_config
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelFile", "check_header"]
 
+_PLAIN = frozenset(name for name, _ in VIEW_TYPES.values())
 _SAMPLES, _SAMPLE_SIZE = 8, 32  # samples of a tensor in the fingerprint, elements of a sample
 
 
@@ -60,25 +61,31 @@ class ModelFile:
         return cls(file, config, tied)
 
     def check_runnable(self) -> None:
-        """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
+        """Raise FileFormatError unless the kernels read every weight's type."""
         from fiddler.kernels.formats import FORMATS  # late: inspecting a file needs no kernels
 
+        for name in self.config.tensors(tied=self.tied):
+            kind = self.file.tensors[name].type
+            if kind.lower() not in FORMATS:
+                raise FileFormatError(
+                    f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; use a file of "
+                    f"{', '.join(FORMATS).upper()}, or make one from the original with `fiddler convert`"
+                )
+
+    @cached_property
+    def gpu_obstacle(self) -> str | None:
+        """Why the model runs on the CPU only, in a few words; None where a GPU can run it."""
         for name, tensor in self.config.tensors(tied=self.tied).items():
             kind = self.file.tensors[name].type
-            if kind.lower() in FORMATS or (kind == "F32" and tensor.role not in EXPERTS):
-                continue
-            remedy = "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
-            if kind == "F32":
-                remedy = f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` rounds it to 16 bits"
-            raise FileFormatError(f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; {remedy}")
+            if kind not in _PLAIN:
+                return f"{kind} weights run on the CPU only"
+            if kind == "F32" and tensor.role in EXPERTS:
+                return "F32 experts run on the CPU only"
         for layer in self.config.sparse_layers:
             names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-            kinds = {self.file.tensors[name].type for name in names}
-            if len(kinds) > 1:
-                raise FileFormatError(
-                    f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
-                    f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` gives them one type"
-                )
+            if len({self.file.tensors[name].type for name in names}) > 1:
+                return f"the experts of layer {layer} mix types, which run on the CPU only"
+        return None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -106,21 +113,27 @@ class ModelFile:
                 sha256.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
         for tensor in self.file.tensors.values():
             sha256.update(f"{tensor.name!a} {tensor.type} {tensor.shape};".encode())
-            flat = self.file.array(tensor.name).reshape(-1)
+            flat = self._values(tensor.name).reshape(-1)
             for sample in range(_SAMPLES):
                 begin = (flat.size - 1) * sample // (_SAMPLES - 1)
                 sha256.update(flat[begin : begin + _SAMPLE_SIZE].tobytes())
         return sha256.digest()
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor's view (see `GgufFile.array`) and its type, in the shape that the hyper-parameters imply.
+        """A tensor's view and its type, in the shape that the hyper-parameters imply.
 
+        float32 for F32, uint16 bits for F16 and BF16, of other types uint8 blocks with a row's bytes as last dimension.
         A tied model's output matrix is its embedding.
         """
         architecture = self.config.architecture
         if self.tied and name == architecture.tensor_name(Role.OUTPUT):
             name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
-        return self.file.array(name).reshape(self._shapes[name]), self.file.tensors[name].type
+        kind, shape = self.file.tensors[name].type, self._shapes[name]
+        return self._values(name).reshape(shape if kind in _PLAIN else (*shape[:-1], -1)), kind
+
+    def _values(self, name: str) -> np.ndarray:
+        plain = self.file.tensors[name].type in _PLAIN
+        return self.file.array(name) if plain else self.file.stored(name)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -137,9 +136,7 @@ class BlockFormat(WeightFormat):
         result = []
         for part in range(GROUP // lanes):
             at = [self.lanes_of(group, lanes, part)] * lanes
-            values = block.floats(
-                picked(b, codes, range(lanes * part, lanes * part + lanes)), signed=bool(self.offset)
-            )
+            values = block.floats(picked(b, codes, range(lanes * part, lanes * part + lanes)), signed=bool(self.offset))
             weights = exact_product(b, picked(b, scales.scale, at), values)
             if scales.minimum is not None:
                 weights = b.fsub(weights, picked(b, scales.minimum, at), flags=_STRICT)
@@ -152,5 +149,3 @@ class BlockFormat(WeightFormat):
         out = np.empty(self.stored_shape(flat.shape), np.uint8)
         self.encoder(flat.reshape(-1), out.reshape(-1))
         return out
-
-

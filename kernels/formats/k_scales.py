@@ -37,9 +37,7 @@ def k_scales(block: Block) -> Scales:
 
 
 @njit(**OPTIONS)
-def encode_scales(
-    x: np.ndarray, largest: int, first: float, steps: int, block: np.ndarray, codes: np.ndarray
-) -> None:
+def encode_scales(x: np.ndarray, largest: int, first: float, steps: int, block: np.ndarray, codes: np.ndarray) -> None:
     """Choose and write the first 16 bytes of a block of 256 values, and each value's code, 0 to `largest`."""
     scales, minimums = np.empty(8, np.float32), np.empty(8, np.float32)
     weights, work = np.empty(32, np.float32), np.empty(32, np.float32)

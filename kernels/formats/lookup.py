@@ -21,9 +21,7 @@ def looked_up(block: Block, index: ir.Value, table: Sequence[int]) -> ir.Value:
     b, entries = block.b, [entry - (256 if entry > 127 else 0) for entry in table]
     if "avx2" in block.variant.tier.needs:
         kind = ir.VectorType(I8, 32)
-        shuffle = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(kind, [kind, kind]), "llvm.x86.avx2.pshuf.b"
-        )
+        shuffle = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind, kind]), "llvm.x86.avx2.pshuf.b")
         return b.call(shuffle, [ir.Constant(kind, entries * 2), index])
     memory = ir.Constant(ir.ArrayType(I8, 16), entries)
     pointer, zero = cgutils.global_constant(b.module, "lookup_table", memory), ir.Constant(I32, 0)

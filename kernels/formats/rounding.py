@@ -84,12 +84,9 @@ def search_range(
         sum_x += weights[i] * x[i]
     if not greatest > least:
         return np.float32(0), -least
-    span = greatest - least
-    best_scale, best_least, best_error = span / np.float32(largest), least, np.float32(np.inf)
-    for step in range(-1, steps + 1):  # the first candidate is not refined
-        inverse = np.float32(largest) / span
-        if step >= 0:
-            inverse = np.float32(largest + first + 0.1 * step) / span
+    best_scale, best_error = (greatest - least) / np.float32(largest), np.float32(np.inf)
+    for step in range(-1, steps + 1):  # the first candidate is not refined; a better one's minimum is the next one's
+        inverse = np.float32(largest + (first + 0.1 * step if step >= 0 else 0.0)) / (greatest - least)
         sum_l, sum_l2, sum_xl = np.float32(0), np.float32(0), np.float32(0)
         for i in range(x.size):
             code = np.rint(min(max(inverse * (x[i] - least), np.float32(0)), np.float32(largest)))
@@ -97,7 +94,7 @@ def search_range(
             sum_l += weights[i] * code
             sum_l2 += weights[i] * code * code
             sum_xl += weights[i] * code * x[i]
-        scale, bottom = best_scale, best_least
+        scale, bottom = best_scale, least
         if step >= 0:
             determinant = sum_w * sum_l2 - sum_l * sum_l
             if not determinant > 0:
@@ -111,8 +108,8 @@ def search_range(
             difference = abs(scale * codes[i] + bottom - x[i])
             error += weights[i] * (difference if absolute else difference * difference)
         if error < best_error:
-            best_scale, best_least, best_error = scale, bottom, error
-    return best_scale, -best_least
+            best_scale, least, best_error = scale, bottom, error
+    return best_scale, -least
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)

@@ -57,7 +57,8 @@ TIERS = (
     Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
     Tier("portable", frozenset(), 8, 8, 3, 16, half_convert="f16c" in cpu_features()),
 )
-"""Best first. An AVX512 tier uses VNNI where the CPU has it. The last tier runs on any CPU that LLVM compiles for, and uses F16C where the CPU has it."""
+"""Best first. An AVX512 tier uses VNNI where the CPU has it. The last tier runs on any CPU that LLVM compiles for, and
+uses F16C where the CPU has it."""
 
 
 @cache

@@ -188,9 +188,7 @@ class _FloatTile(_Tile):
 
     def totals(self, sums: list[ir.Value]) -> list[ir.Value]:
         b = self.b
-        return [
-            horizontal_sum(b, reduce(b.fadd, sums[m * _CHAINS : (m + 1) * _CHAINS])) for m in range(self.tokens)
-        ]
+        return [horizontal_sum(b, reduce(b.fadd, sums[m * _CHAINS : (m + 1) * _CHAINS])) for m in range(self.tokens)]
 
 
 class _Int8Tile(_Tile):
@@ -225,7 +223,9 @@ class _Int8Tile(_Tile):
         scaled = []
         for m in range(self.tokens):
             d = picked(
-                b, self.floats(self.scales_at[m], first, groups), [lane * groups // self.lanes for lane in range(self.lanes)]
+                b,
+                self.floats(self.scales_at[m], first, groups),
+                [lane * groups // self.lanes for lane in range(self.lanes)],
             )
             scaled.append(b.fmul(scales.scale, d))
             if subtracted is not None:

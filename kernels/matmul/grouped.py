@@ -75,9 +75,9 @@ def _take_tasks(
 ) -> None:
     """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
-    The names are those of `grouped_products`. matrices, stored: from this one on, each [outputs, width]; at: offsets of the
-    groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the
-    output is hidden activations.
+    The names are those of `grouped_products`. matrices, stored: from this one on, each [outputs, width]; at: offsets of
+    the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
+    the output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
@@ -151,10 +151,12 @@ def stored_kinds(variants: tuple[KernelVariant, ...], columns: tuple[int, ...]) 
 def check_stored(name: str, stored: np.ndarray, shape: tuple[int, ...], variant: KernelVariant) -> None:
     """Raise ValueError unless `stored` holds weights of this shape in the variant's format, contiguously."""
     kind = format_of(variant)
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(f"{name} is {stored!r}; expected {kind.name} weights {shape}")
     if stored.dtype != kind.dtype or not stored.flags.c_contiguous or stored.shape != kind.stored_shape(shape):
         raise ValueError(
-            f"{name} is {stored.dtype} {stored.shape}; expected {kind.name} weights {shape}: contiguous {kind.dtype.name} "
-            f"{kind.stored_shape(shape)}"
+            f"{name} is {stored.dtype} {stored.shape}; expected {kind.name} weights {shape}: contiguous "
+            f"{kind.dtype.name} {kind.stored_shape(shape)}"
         )
 
 

@@ -62,7 +62,7 @@ def _call(b: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> 
 
 
 def _store(b: ir.IRBuilder, row: ir.Value, width: ir.Value, index: ir.Value, values: ir.Value) -> None:
-    """Largest magnitude / 127 is the scale. Among bits of magnitudes, infinities and NaN are largest, and make it so."""
+    """Largest magnitude / 127 is the scale. Among bits of magnitudes, infinities and NaN are largest."""
     words = ir.VectorType(I32, 32)
     magnitudes = b.and_(b.bitcast(values, words), ir.Constant(words, [0x7FFFFFFF] * 32))
     largest = b.bitcast(_call(b, "llvm.vector.reduce.umax.v32i32", I32, magnitudes), F32)
@@ -81,7 +81,9 @@ def _store(b: ir.IRBuilder, row: ir.Value, width: ir.Value, index: ir.Value, val
     half = ir.VectorType(I32, 16)
     sums = []
     for begin in (0, 16):
-        part = b.shuffle_vector(integers, ir.Constant(words, ir.Undefined), ir.Constant(half, list(range(begin, begin + 16))))
+        part = b.shuffle_vector(
+            integers, ir.Constant(words, ir.Undefined), ir.Constant(half, list(range(begin, begin + 16)))
+        )
         total = _call(b, "llvm.vector.reduce.add.v16i32", I32, part)
         sums.append(b.fmul(scale, b.sitofp(total, F32)))
     group, scales_at = b.udiv(index, ir.Constant(I64, 32)), b.add(row, width)
