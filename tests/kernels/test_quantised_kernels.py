@@ -119,8 +119,8 @@ def test_formats_that_do_not_go_together_and_wrong_shapes_are_refused():
     x = np.ones((1, K), np.float32)
     with pytest.raises(ValueError, match="w is uint8"):
         kernels.linear(x, stored, variant_of(None, "q8_0", "q8"))
+    mixed = variant_of(None, "q4_k", "q8"), variant_of(None, "bf16", "bf16")
     with pytest.raises(ValueError, match="one call cannot multiply"):
-        mixed = variant_of(None, "q4_k", "q8"), variant_of(None, "bf16", "bf16")
         kernels.linears(x, [stored, np.zeros((N, K), np.uint16)], mixed)
     with pytest.raises(ValueError, match="no kernel multiplies these"):
         variant_of(None, "q4_k", "bf16")
