@@ -99,8 +99,8 @@ def convert(
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
     (bf16 for a float32 one); norms and routers are float32. `quantisation` in its place: llama-quantize's name of a
     mixture of quantised types (`MIXTURES`), which all cores encode. `progress(done, total)` receives the tensor bytes
-    written. The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for DBRX: one of
-    its experts' matrices, 132 MB.
+    written. The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for
+    DBRX: one of its experts' matrices, 132 MB.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
