@@ -1,4 +1,4 @@
-"""Converts a model, a Hugging Face folder or a GGUF, to a GGUF in 16 bits: each tensor from file to file.
+"""Converts a model, a Hugging Face folder or a GGUF, to a GGUF in 16 bits or quantised: each tensor from file to file.
 
 Knows what llama.cpp expects of a model in GGUF (types, row order); does not print, and does not know the source's
 layout and metadata (`checkpoint`, `gguf_source`) or atomic writes (`atomic_file`).
@@ -12,9 +12,11 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, BinaryIO, get_args
 
 import gguf
 import numpy as np
@@ -23,6 +25,7 @@ from gguf.gguf_writer import WriterState
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Source
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
+from fiddler.converters.mixtures import Mixture, mixture_of, tensor_type
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
 from fiddler.converters.tensor_lookup import Transposed
@@ -32,21 +35,22 @@ from fiddler.files.gguf_header import MAGIC
 from fiddler.files.model_file import check_header
 from fiddler.models.architecture import FLOATS, Role, Rotary
 
+if TYPE_CHECKING:
+    from fiddler.converters.quantisation import Quantiser
+
 __all__ = ["ConversionReport", "convert", "interleave"]
 
 _ALIGNMENT = 64  # of tensor data [bytes]: a cache line. With GGUF's 32, vectors straddle lines: up to 1/4 slower
 _PIECE = 1 << 17  # elements converted at once: all temporaries, some MB, fit a cache (3x faster than 1 << 20)
 _PART = re.compile(r"(.*)-\d{5}(-of-\d{5}\.gguf)", re.DOTALL)  # of a split GGUF
-_TYPES = {
-    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-}
+_FILE_TYPES = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "f16": gguf.LlamaFileType.MOSTLY_F16}
 
 
 @dataclass(frozen=True)
 class ConversionReport:
     """Result of `convert`: a file of `nbytes` bytes and `tensors` tensors, written in `seconds`.
 
+    `dtype`: "bf16", "f16", or the name of a mixture of quantised types.
     `overflowed` finite values became infinite and `flushed` non-zero values became zero: the chosen type cannot
     hold them. `warnings` are lines for the user.
     """
@@ -54,7 +58,7 @@ class ConversionReport:
     path: Path
     nbytes: int
     tensors: int
-    dtype: Dtype
+    dtype: str
     overflowed: int
     flushed: int
     seconds: float
@@ -67,12 +71,18 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Dtype | None  # None: float32
+    kind: str  # as `kernels.formats` names them: "f32", "bf16", "q4_k" and so on
     heads: int  # whose rows are interleaved for RoPE; 0: the order of rows stays
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.dtype is None else 2)
+        length, nbytes = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // length * nbytes
+
+    @property
+    def type(self) -> gguf.GGMLQuantizationType:
+        """GGUF's type of the tensor."""
+        return gguf.GGMLQuantizationType[self.kind.upper()]
 
 
 def convert(
@@ -80,15 +90,17 @@ def convert(
     target: str | Path,
     dtype: Dtype | None = None,
     *,
+    quantisation: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Convert `source`, a Hugging Face folder or a GGUF, to the GGUF file `target`, as llama.cpp reads it.
 
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
-    (bf16 for a float32 one); norms and routers are float32. `progress(done, total)` receives the tensor bytes written.
-    The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for DBRX: one of
-    its experts' matrices, 132 MB.
+    (bf16 for a float32 one); norms and routers are float32. `quantisation` in its place: llama-quantize's name of a
+    mixture of quantised types (`MIXTURES`), which all cores encode. `progress(done, total)` receives the tensor bytes
+    written. The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for
+    DBRX: one of its experts' matrices, 132 MB.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
@@ -98,37 +110,31 @@ def convert(
     """
     started = time.perf_counter()
     source, target = path_of("the source", source), path_of("the target", target)
-    _check_options(dtype, force)
+    _check_options(dtype, quantisation, force)
+    mixture = None if quantisation is None else mixture_of(quantisation)
     out = check_target(target, force=force)
     checkpoint = _open(source, out.path)
     dtype = dtype or checkpoint.dtype
-    tensors = _plan(checkpoint, dtype)
-    total = sum(tensor.nbytes for tensor in tensors)
-    header = _header(checkpoint, dtype, tensors)
+    tensors = _plan(checkpoint, mixture or dtype)
+    header = _header(checkpoint, mixture or dtype, tensors)
     nbytes = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
     _check_opens(source, header, nbytes)
     check_space(target, nbytes)
 
-    loss, done = RangeLoss(), 0
-    with whole_file(target, force=force) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(whole_file(target, force=force))
+        quantiser = None
+        if mixture is not None:
+            from fiddler.converters.quantisation import Quantiser  # late: imports Numba
+
+            quantiser = stack.enter_context(Quantiser())
         file.write(header)
-        size = len(header)
-        for tensor in tensors:
-            begin = done
-            for matrix in checkpoint.matrices(tensor.name):
-                for piece, piece_loss in _pieces(matrix, tensor):
-                    file.write(piece.data)
-                    loss, done = loss + piece_loss, done + piece.nbytes
-                    if progress is not None:
-                        progress(done, total)
-            assert done - begin == tensor.nbytes
-            file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
-            size += _padded(tensor.nbytes)
+        loss = _write(file, checkpoint, tensors, quantiser, progress)
     return ConversionReport(
         path=target,
-        nbytes=size,
+        nbytes=nbytes,
         tensors=len(tensors),
-        dtype=dtype,
+        dtype=dtype if mixture is None else mixture.name,
         overflowed=loss.overflowed,
         flushed=loss.flushed,
         seconds=time.perf_counter() - started,
@@ -136,7 +142,31 @@ def convert(
     )
 
 
-def _check_options(dtype: object, force: object) -> None:
+def _write(
+    file: BinaryIO,
+    checkpoint: Checkpoint | GgufSource,
+    tensors: list[_Tensor],
+    quantiser: Quantiser | None,
+    progress: Callable[[int, int], None] | None,
+) -> RangeLoss:
+    """Write the tensors' data; returns what that lost."""
+    total, loss, done = sum(tensor.nbytes for tensor in tensors), RangeLoss(), 0
+    for tensor in tensors:
+        begin = done
+        for matrix in checkpoint.matrices(tensor.name):
+            for piece, piece_loss in _pieces(matrix, tensor, quantiser):
+                file.write(piece.data)
+                loss, done = loss + piece_loss, done + piece.nbytes
+                if progress is not None:
+                    progress(done, total)
+        assert done - begin == tensor.nbytes
+        file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+    return loss
+
+
+def _check_options(dtype: object, quantisation: object, force: object) -> None:
+    if dtype is not None and quantisation is not None:
+        raise RequestError(f"dtype is {quoted(dtype)} and the quantised type {quoted(quantisation)}; give one of them")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
         raise RequestError(f"dtype is {quoted(dtype)}; choose 'bf16' or 'f16'")
     if not isinstance(force, bool):
@@ -165,27 +195,33 @@ def _is_gguf(source: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype) -> list[_Tensor]:
+def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture) -> list[_Tensor]:
     config = checkpoint.config
     heads = {}
     if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS and config.latent is None:
         heads = {Role.QUERY: config.head_count, Role.KEY: config.head_count_kv}
-    return [
-        _Tensor(name, config.shape(tensor), None if tensor.role in FLOATS else dtype, heads.get(tensor.role, 0))
-        for name, tensor in config.tensors(tied=checkpoint.tied).items()
-    ]
+    tensors = []
+    for name, tensor in config.tensors(tied=checkpoint.tied).items():
+        shape, kind = config.shape(tensor), "f32"
+        if tensor.role not in FLOATS:
+            kind = (
+                tensor_type(dtype, name, shape, config, tied=checkpoint.tied) if isinstance(dtype, Mixture) else dtype
+            )
+        tensors.append(_Tensor(name, shape, kind, heads.get(tensor.role, 0)))
+    return tensors
 
 
-def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype, tensors: list[_Tensor]) -> bytes:
+def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture, tensors: list[_Tensor]) -> bytes:
     """Everything before the tensor data, padded to the alignment."""
     writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
-    writer.add_file_type(_TYPES[dtype][1])
+    writer.add_file_type(dtype.file_type if isinstance(dtype, Mixture) else _FILE_TYPES[dtype])
+    if isinstance(dtype, Mixture):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_custom_alignment(_ALIGNMENT)
     checkpoint.write_metadata(writer)
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType.F32 if tensor.dtype is None else _TYPES[tensor.dtype][0]
         unused = np.dtype(np.uint16)  # next to a raw_dtype, only uint8 has a meaning
-        writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.nbytes, raw_dtype=kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.nbytes, raw_dtype=tensor.type)
     # A pipe has no position, and a file without a name has no path: the writer gets an open file instead of a path.
     header = io.BytesIO()
     writer.fout, writer.state = [io.BufferedWriter(header)], WriterState.EMPTY
@@ -210,20 +246,30 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pieces(matrix: Source | GgufMatrix, tensor: _Tensor) -> Iterator[tuple[Array, RangeLoss]]:
+def _pieces(
+    matrix: Source | GgufMatrix, tensor: _Tensor, quantiser: Quantiser | None
+) -> Iterator[tuple[Array, RangeLoss]]:
     """The rows of `matrix` as contiguous arrays of `tensor`'s type, in GGUF's order, and each array's loss."""
     group = 1 if not tensor.heads else matrix.count // tensor.heads  # rows that must stay in one piece
     step = max(1, _PIECE // (matrix.width * group)) * group
     read = _reader(matrix)
-    for start in range(0, matrix.count, step):
+
+    def rows_from(start: int) -> Array:
         rows = read(start, min(start + step, matrix.count))
-        if tensor.heads:
-            rows = interleave(rows, group)
-        if tensor.dtype is None:
+        return interleave(rows, group) if tensor.heads else rows
+
+    starts = range(0, matrix.count, step)
+    if tensor.kind not in ("f32", "f16", "bf16"):
+        assert quantiser is not None
+        yield from quantiser.encoded((partial(rows_from, start) for start in starts), tensor.kind)
+        return
+    for start in starts:
+        rows = rows_from(start)
+        if tensor.kind == "f32":
             wide = np.ascontiguousarray(to_float32(rows))
             yield wide, RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))
         else:
-            bits, loss = to_bits(rows, tensor.dtype)
+            bits, loss = to_bits(rows, "f16" if tensor.kind == "f16" else "bf16")
             yield np.ascontiguousarray(bits), loss
 
 

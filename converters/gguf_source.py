@@ -27,7 +27,7 @@ from fiddler.text.vocabulary import TokenTable
 
 __all__ = ["GgufMatrix", "GgufSource"]
 
-_REWRITTEN = ("general.architecture", "general.file_type", "general.alignment")
+_REWRITTEN = "general.architecture", "general.file_type", "general.quantization_version", "general.alignment"
 _VIEWS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,7 @@ def load_engine(
         path = ModelFile.open(DEMO_MODEL if path is None else path_of("the model", path))
     model_file = path
     model_file.check_runnable()
+    requested, options = options, _on_cpu_only(model_file, options, notify)
     pinned = _pin(model_file) if options.device != "cpu" and torch_for_gpus() else None
     tokenizer = model_file.tokenizer
     from fiddler import kernels
@@ -113,6 +115,8 @@ def load_engine(
     if options.expert_counts is not None and has_experts:  # without a GPU no effect, but they must be what they should
         counts = read_counts(options.expert_counts, len(config.sparse_layers), config.expert_count)
     gpu, why_not = wants_gpu(options.device, options.gpu_memory, notify)
+    if options != requested:
+        why_not = f"CPU: {model_file.gpu_obstacle}"
     tier = kernels.choose_tier(kernel)
     if options.threads is not None:
         kernels.set_threads(options.threads)
@@ -120,8 +124,8 @@ def load_engine(
     experts = mapped_experts(model_file, tier, exact=options.exact)
     if options.of_gpu_only and not has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
-    for variant in {layer.variant for layer in experts}:
-        kernels.precompile(variant, notify, decode=not gpu)
+    if gpu:
+        kernels.precompile({layer.variant for layer in experts}, notify)
     if gpu:
         pinned = pinned or _pin(model_file)
         loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)
@@ -135,6 +139,21 @@ def load_engine(
     threads, capacity = kernels.set_threads(options.threads), options.capacity(config.context_length)
     runner = on_cpu(model_file, experts, tier, threads, capacity, options.exact, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
+
+
+def _on_cpu_only(model_file: ModelFile, options: LoadOptions, notify: Notify) -> LoadOptions:
+    """The options, with "cpu" in place of "auto" for a model that no GPU runs; `notify` says so where there is one."""
+    obstacle = model_file.gpu_obstacle
+    if obstacle is None or options.device == "cpu":
+        return options
+    if options.needs_gpu:
+        raise RequestError(f"{model_file.file.shown_path}: {obstacle}; use --device cpu, without --gpu-memory")
+    if torch_for_gpus():
+        from fiddler.device.detection import has_nvidia_gpu  # late: imports torch
+
+        if has_nvidia_gpu():
+            notify(f"computing on the CPU: {obstacle}")
+    return replace(options, device="cpu")
 
 
 def _on_gpu(

@@ -10,11 +10,12 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
 from fiddler.kernels.expert_ffn import expert_ffn
 from fiddler.kernels.expert_matrices import ExpertMatrices
-from fiddler.kernels.linear import linear, linears, per_head
+from fiddler.kernels.linear import linear, linears, per_expert, per_head
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
 from fiddler.kernels.machine.threads import set_threads, thread_count, threading_layer, usable_cores
 from fiddler.kernels.norm_router import Routing, rms_norm, route
 from fiddler.kernels.precompile import precompile
+from fiddler.kernels.stored_rows import StoredRows, decode_stored
 
 __all__ = [
     "TIERS",
@@ -24,13 +25,16 @@ __all__ = [
     "ExpertMatrices",
     "KernelVariant",
     "Routing",
+    "StoredRows",
     "Tier",
     "attend_each",
     "available_tiers",
     "choose_tier",
+    "decode_stored",
     "expert_ffn",
     "linear",
     "linears",
+    "per_expert",
     "per_head",
     "precompile",
     "read_bandwidth",

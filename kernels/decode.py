@@ -13,10 +13,11 @@ import numpy as np
 from fiddler.kernels.attention import check_tables, joined
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import SPANS, addresses, decode
-from fiddler.kernels.decode_weights import BlockParts, BlockWeights, check_blocks
+from fiddler.kernels.decode_weights import MATRICES, BlockParts, BlockWeights, check_blocks
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
+from fiddler.kernels.stored_rows import StoredRows
 
 __all__ = ["BlockParts", "BlockWeights", "CompiledDecodeStep", "StepSpans"]
 
@@ -33,7 +34,7 @@ class CompiledDecodeStep:
 
     def __init__(
         self,
-        token_embd: np.ndarray,
+        token_embd: np.ndarray | StoredRows,
         blocks: Sequence[BlockWeights],
         output_norm: np.ndarray,
         output: np.ndarray,
@@ -43,23 +44,27 @@ class CompiledDecodeStep:
         experts_used: int,
         window: int | None,
         parts: BlockParts | None = None,
+        output_variant: KernelVariant | None = None,
     ) -> None:
-        """token_embd: [V, D], float32, float16 or the uint16 bits of bf16; output_norm: float32 [D].
+        """token_embd: [V, D], float32, float16 or the uint16 bits of bf16, or `StoredRows`; output_norm: float32 [D].
 
-        output: uint16 bits [V, D]; variant: how the blocks' and output's bits are read.
+        output: stored [V, D]; variant: how the blocks' and output's weights are read, unless `BlockWeights.variants`
+        or output_variant say otherwise.
         frequencies: float32 [head_dim / 2], in radians a position (RoFormer); window: as in `attend_each`.
         experts_used: 0 where no block has routed experts.
         parts: how the blocks compute; None: as Mixtral's.
         Raises ValueError when a shape, a data type or the memory order does not fit.
         """
         parts = parts or BlockParts()
-        check_blocks(blocks, output_norm, output, frequencies, experts_used, window, parts)
-        if token_embd.shape != output.shape or token_embd.dtype not in (np.float32, np.float16, np.uint16):
-            raise ValueError(
-                f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits or float32 {output.shape}"
-            )
+        output_variant = output_variant or variant
+        variants = variant, output_variant
+        check_blocks(blocks, output_norm, output, variants, frequencies, experts_used, window, parts)
         last = blocks[-1]
-        vocabulary, width = output.shape
+        vocabulary, width = len(output), output_norm.size
+        if token_embd.shape != (vocabulary, width) or token_embd.dtype not in (np.float32, np.float16, np.uint16):
+            raise ValueError(
+                f"token_embd is {token_embd.dtype} {token_embd.shape}; expected 16 bits or float32 {vocabulary, width}"
+            )
         experts, hidden, _ = (0, 0, 0) if last.gate is None else last.gate.shape
         queries, keys = len(last.attn_q), len(last.attn_k)
         self._embeddings, self._parts = token_embd, parts
@@ -68,7 +73,7 @@ class CompiledDecodeStep:
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
         self._width, self._vocabulary = width, vocabulary
         self._sparse = [block for block in blocks if block.sparse]
-        self._weights = _stacked(blocks, output_norm, output)
+        self._weights = _stacked(blocks, output_norm, output, variants)
         rows = [queries, keys, keys], [width], [hidden, hidden, width], [vocabulary]
         elements = [width], [queries], [hidden] * experts, [width]
         self._shapes = tuple(np.array(each, np.int64) for each in (*rows, *elements))
@@ -102,8 +107,8 @@ class CompiledDecodeStep:
             needed_words = 1
             while needed_words > 0:
                 needed_words = decode(
-                    self._variant,
-                    addresses(self._variant, pool.dtype),
+                    self._variant.grouping,
+                    addresses(self._variant.grouping, pool.dtype),
                     x,
                     *self._weights,
                     self._shapes,
@@ -145,7 +150,7 @@ class CompiledDecodeStep:
 
     def _embedded(self, tokens: Sequence[int]) -> np.ndarray:
         """The tokens' embeddings as float32 [T, D]."""
-        rows: np.ndarray = self._embeddings[np.array(tokens)]
+        rows = self._embeddings[np.array(tokens)]
         wide = (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
         if self._parts.embedding_scale == 1.0:
             return wide
@@ -171,7 +176,12 @@ class CompiledDecodeStep:
         yield "dense", *times[-1], self._output.nbytes
 
 
-def _stacked(blocks: Sequence[BlockWeights], output_norm: np.ndarray, output: np.ndarray) -> tuple[Any, ...]:
+def _stacked(
+    blocks: Sequence[BlockWeights],
+    output_norm: np.ndarray,
+    output: np.ndarray,
+    variants: tuple[KernelVariant, KernelVariant],
+) -> tuple[Any, ...]:
     """The weights as `decode` takes them."""
     sparse = [block for block in blocks if block.sparse]
     addresses_of = [[[0 if bits is None else address_of(bits)] for bits in block.matrices] for block in blocks]
@@ -190,6 +200,23 @@ def _stacked(blocks: Sequence[BlockWeights], output_norm: np.ndarray, output: np
         stack("shared_gate", sparse) if sparse else no_vector,  # a dense layer reads the first one's size
         np.array(addresses_of),
         np.array(experts_of) if sparse else np.empty((0, 3, 0), np.int64),
+        np.array([_stored_kinds(block, output_norm.size, variants[0]) for block in blocks]),
         output_norm,
         np.array([[address_of(output)]]),
+        grouped.stored_kinds(variants[1:], (output_norm.size,)),
     )
+
+
+def _stored_kinds(block: BlockWeights, width: int, variant: KernelVariant) -> list[tuple[int, int]]:
+    """`grouped.stored_as` of each matrix of a block; of one that it lacks, zeros."""
+    columns = {
+        "attn_output": len(block.attn_q),
+        "down": 0 if block.gate is None else block.gate.shape[1],
+        "dense_down": 0 if block.dense_gate is None else len(block.dense_gate),
+    }
+    return [
+        (0, 0)
+        if getattr(block, name) is None
+        else grouped.stored_as(block.variants.get(name, variant), columns.get(name, width))
+        for name in MATRICES
+    ]

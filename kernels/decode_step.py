@@ -46,12 +46,14 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
         empty,
         no_ints.reshape(0, 7, 1),
         no_ints.reshape(0, 3, 1),
+        no_ints.reshape(0, 10, 2),
         row,
         no_ints[None],
+        no_ints.reshape(0, 2),
     )
     needed_words = decode(
         variant,
-        (0,) * 9,
+        (0,) * 8,
         empty,
         *weights,
         (np.ones(3, np.int64),) * 8,
@@ -167,8 +169,10 @@ def decode(
     shared_gate: np.ndarray,
     matrices: np.ndarray,
     expert_matrices: np.ndarray,
+    stored: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
+    output_stored: np.ndarray,
     shapes: tuple[np.ndarray, ...],
     dense_rows: np.ndarray,
     rule: tuple[Any, ...],
@@ -192,9 +196,10 @@ def decode(
     head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
     none. ffn_gate_inp, selection_bias: of the S layers with routed experts, the last ones. Addresses, int64: matrices
     [L, 7, 1], 4 of attention, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0 where there is none;
-    expert_matrices [S, 3, E]; output [1, 1]. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of
-    residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`. window: 0
-    for none. all_expert_ids: int64 [S, T, K], written.
+    expert_matrices [S, 3, E]; output [1, 1]. stored [L, 10, 2]: `grouped.stored_as` of each, the experts' before those
+    of the dense feed-forward; output_stored [1, 2]. rule: `Routing.values`. parts: clamp, halves, scale of queries,
+    scale of residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`.
+    window: 0 for none. all_expert_ids: int64 [S, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
@@ -233,8 +238,20 @@ def decode(
     needed_words: int = 0
     for layer in range(len(matrices)):
         span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
+        kinds = stored[layer]
         _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
-        arguments = variant, normed, dense_ids, dense_weights, qkv_columns, layer_matrices[:3], qkv_rows, dense, qkv
+        arguments = (
+            variant,
+            normed,
+            dense_ids,
+            dense_weights,
+            qkv_columns,
+            layer_matrices[:3],
+            kinds[:3],
+            qkv_rows,
+            dense,
+            qkv,
+        )
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         bias = biases[layer]
         q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
@@ -248,26 +265,52 @@ def decode(
             (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        arguments = variant, x_out, dense_ids, dense_weights, out_columns, layer_matrices[3:4], out_rows, dense, flat
+        arguments = (
+            variant,
+            x_out,
+            dense_ids,
+            dense_weights,
+            out_columns,
+            layer_matrices[3:4],
+            kinds[3:4],
+            out_rows,
+            dense,
+            flat,
+        )
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         _add(h, added, residual_scale)
         _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            arguments = variant, normed, dense_ids, shared_weights, rows[:1], layer_matrices[4:], rows, gated, flat
+            of_dense = layer_matrices[4:], kinds[7:]
+            arguments = variant, normed, dense_ids, shared_weights, rows[:1], *of_dense, rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
             expert_ids = all_expert_ids[sparse]
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
             _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
-            experts = expert_matrices[sparse]
-            arguments = variant, normed, expert_ids, routing_weights, hidden, experts, ffn_rows, gated, flat
+            experts, of_experts = expert_matrices[sparse], kinds[4:7]
+            arguments = (
+                *(variant, normed, expert_ids, routing_weights, hidden),
+                *(experts, of_experts, ffn_rows, gated, flat),
+            )
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
             _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
     _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
-    arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, logit_rows, dense, logits
+    arguments = (
+        variant,
+        normed,
+        dense_ids,
+        dense_weights,
+        logit_columns,
+        output,
+        output_stored,
+        logit_rows,
+        dense,
+        logits,
+    )
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

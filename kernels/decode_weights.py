@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from fiddler.kernels.expert_matrices import ExpertMatrices
+from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
+from fiddler.kernels.matmul.grouped import check_stored
 from fiddler.kernels.norm_router import Routing, check_rule
 
-__all__ = ["BlockParts", "BlockWeights", "check_blocks"]
+__all__ = ["EXPERT_MATRICES", "MATRICES", "BlockParts", "BlockWeights", "check_blocks"]
+
+
+MATRICES = (
+    *("attn_q", "attn_k", "attn_v", "attn_output"),
+    *("gate", "up", "down", "dense_gate", "dense_up", "dense_down"),
+)
+"""Names of a block's stored matrices."""
+EXPERT_MATRICES = ("gate", "up", "down")
 
 
 def _none() -> np.ndarray:
@@ -20,7 +30,9 @@ def _none() -> np.ndarray:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One transformer block's weights: float32, or uint16 bits where no type is noted; read-only mappings will do.
+    """One transformer block's weights: float32, or stored as a `WeightFormat` where no type is noted.
+
+    Read-only mappings will do.
 
     A block has routed experts (`ffn_gate_inp`, `gate`, `up`, `down`), or a dense feed-forward of width I, or both: then
     that is the shared experts.
@@ -44,6 +56,7 @@ class BlockWeights:
     dense_up: np.ndarray | None = None  # [I, D]
     dense_down: np.ndarray | None = None  # [D, I]
     shared_gate: np.ndarray = field(default_factory=_none)  # float32 [D], whose sigmoid weighs the shared experts
+    variants: Mapping[str, KernelVariant] = field(default_factory=dict)  # of matrices by name, where not the step's
 
     @property
     def sparse(self) -> bool:
@@ -52,9 +65,8 @@ class BlockWeights:
 
     @cached_property
     def matrices(self) -> tuple[np.ndarray | None, ...]:
-        """All matrices of 16 bits but experts, in the order in which `decode_step.decode` takes their addresses."""
-        attention = self.attn_q, self.attn_k, self.attn_v, self.attn_output
-        return *attention, self.dense_gate, self.dense_up, self.dense_down
+        """All stored matrices but experts, in the order in which `decode_step.decode` takes their addresses."""
+        return tuple(getattr(self, name) for name in MATRICES if name not in EXPERT_MATRICES)
 
     @property
     def experts(self) -> tuple[ExpertMatrices, ...]:
@@ -85,12 +97,16 @@ def check_blocks(
     blocks: Sequence[BlockWeights],
     output_norm: np.ndarray,
     output: np.ndarray,
+    variants: tuple[KernelVariant, KernelVariant],
     frequencies: np.ndarray,
     experts_used: int,
     window: int | None,
     parts: BlockParts,
 ) -> None:
-    """Raise ValueError where a shape, a data type, the memory order or a number does not fit."""
+    """Raise ValueError where a shape, a data type, the memory order or a number does not fit.
+
+    variants: of the blocks' matrices, where they name no other, and of `output`.
+    """
     if not blocks:
         raise ValueError("no blocks")
     last, head_dim = blocks[-1], 2 * frequencies.size
@@ -114,14 +130,18 @@ def check_blocks(
     dense = [not block.sparse for block in blocks]
     if dense != sorted(dense, reverse=True) or (dense[0] and last.shared_gate.size):
         raise ValueError("layers without routed experts must be the first ones, and have no shared gate")
+    width, (variant, of_output) = output_norm.size, variants
     for block in blocks:
-        _check_block(block, last, output.shape[1], head_dim)
-    _check("output_norm", output_norm, (output.shape[1],), np.float32)
-    _check("output", output, output.shape, np.uint16)
+        _check_block(block, last, width, head_dim, variant)
+    _check("output_norm", output_norm, (width,), np.float32)
+    check_stored("output", output, (len(output), width), of_output)
+    groupings = {each.grouping for block in blocks for each in block.variants.values()}
+    if groupings | {of_output.grouping} != {variant.grouping}:
+        raise ValueError("the matrices have formats that one step cannot multiply")
     _check("frequencies", frequencies, frequencies.shape, np.float32)
 
 
-def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: int) -> None:
+def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: int, variant: KernelVariant) -> None:
     queries, keys = len(last.attn_q), len(last.attn_k)
     experts, hidden, _ = (0, 0, 0) if last.gate is None else last.gate.shape
     floats: dict[str, tuple[int, ...]] = {"attn_norm": (width,), "ffn_norm": (width,)}
@@ -129,7 +149,7 @@ def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: 
     floats["k_norm"] = _like(last.k_norm, keys, head_dim)
     bits: dict[str, tuple[int, ...]] = {"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)}
     bits["attn_output"] = (width, queries)
-    of_experts: dict[str, tuple[int, ...]] = {}
+    of_experts: dict[str, tuple[int, int, int]] = {}
     if block.sparse:
         floats |= {"ffn_gate_inp": (experts, width), "selection_bias": _like(last.selection_bias, experts)}
         floats["shared_gate"] = _like(last.shared_gate, width)
@@ -146,12 +166,9 @@ def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: 
     for name, shape in floats.items():
         _check(name, getattr(block, name), shape, np.float32)
     for name, shape in bits.items():
-        _check(name, getattr(block, name), shape, np.uint16)
+        check_stored(name, getattr(block, name), shape, block.variants.get(name, variant))
     for name, shape in of_experts.items():
-        matrices = getattr(block, name)
-        if matrices is None or matrices.shape != shape or matrices.dtype != np.uint16:
-            kind = "missing" if matrices is None else f"{matrices.dtype} {matrices.shape}"
-            raise ValueError(f"{name} is {kind}; expected uint16 {shape}")
+        check_experts(name, getattr(block, name), shape, block.variants.get(name, variant))
 
 
 def _like(array: np.ndarray, *sizes: int) -> tuple[int, ...]:

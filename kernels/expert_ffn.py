@@ -1,4 +1,4 @@
-"""The feed-forward of all selected experts of one layer at once, from 16-bit weights in place.
+"""The feed-forward of all selected experts of one layer at once, from weights in place.
 
 y[t] = sum over j of routing_weights[t, j] * down_e . (silu(gate_e . x[t]) * (up_e . x[t])),  e = expert_ids[t, j].
 
@@ -9,13 +9,15 @@ order, so the result does not depend on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.expert_matrices import ExpertMatrices
-from fiddler.kernels.matmul.grouped import run
+from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
+from fiddler.kernels.formats import format_of
+from fiddler.kernels.matmul.grouped import run, stored_kinds
 
 __all__ = ["expert_ffn"]
 
@@ -27,30 +29,31 @@ def expert_ffn(
     gate: ExpertMatrices | np.ndarray,
     up: ExpertMatrices | np.ndarray,
     down: ExpertMatrices | np.ndarray,
-    variant: KernelVariant,
+    variant: KernelVariant | tuple[KernelVariant, KernelVariant, KernelVariant],
     hidden_rows: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
     x: float32 [T, D]; expert_ids: integer [T, K]; routing_weights: float32 [T, K].
-    gate, up: uint16 bits [E, F, D]; down: uint16 bits [E, D, F]; as one array, possibly a read-only mapping, or as
-    `ExpertMatrices`, whose experts may lie apart.
-    `variant` says how the bits are read and to which type activations are rounded: x before the first products, the
-    SwiGLU product before the second.
-    hidden_rows: int64 [E], even numbers: how many of each expert's F hidden rows are computed, from the first on, that
-    is, rows of gate and up and columns of down. Another device computes the rest of the same sum.
+    gate, up: stored weights [E, F, D], as `WeightFormat.stored_shape`; down: [E, D, F]; each as one array, possibly a
+    read-only mapping, or as `ExpertMatrices`, whose experts may lie apart. `variant` says how they are read and to
+    which type activations are rounded: x before the first products, the SwiGLU product before the second; three
+    variants where gate, up and down have quantised formats of their own.
+    hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed,
+    from the first on, that is, rows of gate and up and columns of down. Another device computes the rest of the sum.
     out: float32 [T, D], written and returned in place of a new array.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     gate, up, down = (
         each if isinstance(each, ExpertMatrices) else ExpertMatrices.of(each) for each in (gate, up, down)
     )
-    tokens, width, hidden = _validate(x, expert_ids, routing_weights, gate, up, down)
+    variants = (variant,) * 3 if isinstance(variant, KernelVariant) else variant
+    tokens, width, hidden = _validate(x, expert_ids, routing_weights, (gate, up, down), variants)
     if hidden_rows is None:
         hidden_rows = _all_rows(len(gate), hidden)
     else:
-        _validate_rows(hidden_rows, len(gate), hidden)
+        _validate_rows(hidden_rows, len(gate), hidden, format_of(variants[2]).block_length)
     matrices = np.array((gate.addresses, up.addresses, down.addresses))
     multiplications = 3 * x.shape[0] * expert_ids.shape[1] * width * hidden
     expert_ids, routing_weights = (
@@ -61,12 +64,13 @@ def expert_ffn(
     if y.shape != (tokens, width) or y.dtype != np.float32 or not y.flags.c_contiguous:
         raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {(tokens, width)}")
     if not run(
-        variant,
+        variants[0].grouping,
         x,
         expert_ids,
         routing_weights,
         hidden_rows,
         matrices,
+        stored_kinds(variants, (width, width, hidden)),
         _outputs(hidden, width),
         True,
         y.reshape(-1),
@@ -90,22 +94,17 @@ def _validate(
     x: np.ndarray,
     expert_ids: np.ndarray,
     routing_weights: np.ndarray,
-    gate: ExpertMatrices,
-    up: ExpertMatrices,
-    down: ExpertMatrices,
+    matrices: tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices],
+    variants: Sequence[KernelVariant],
 ) -> tuple[int, int, int]:
     if x.ndim != 2 or x.dtype != np.float32:
         raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, D]")
-    if gate.shape[2] != x.shape[1]:
-        raise ValueError(f"gate is {gate.shape}; expected [E, F, {x.shape[1]}]")
-    experts, hidden, width = gate.shape
-    if up.shape != gate.shape or down.shape != (experts, width, hidden):
-        raise ValueError(
-            f"up is {up.shape} and down {down.shape}; expected {gate.shape} and {(experts, width, hidden)}"
-        )
-    for name, bits in (("gate", gate), ("up", up), ("down", down)):
-        if bits.dtype != np.uint16:
-            raise ValueError(f"{name} is {bits.dtype}; expected uint16 bits")
+    (experts, hidden, _), width = matrices[0].shape, x.shape[1]
+    shapes = (experts, hidden, width), (experts, hidden, width), (experts, width, hidden)
+    for name, stored, each, shape in zip(("gate", "up", "down"), matrices, variants, shapes, strict=True):
+        check_experts(name, stored, shape, each)
+    if len({each.grouping for each in variants}) > 1:
+        raise ValueError("gate, up and down have formats that one call cannot multiply")
     if (
         expert_ids.ndim != 2
         or expert_ids.shape[0] != x.shape[0]
@@ -119,10 +118,12 @@ def _validate(
     return x.shape[0], width, hidden
 
 
-def _validate_rows(hidden_rows: np.ndarray, experts: int, hidden: int) -> None:
+def _validate_rows(hidden_rows: np.ndarray, experts: int, hidden: int, block_length: int) -> None:
     if hidden_rows.shape != (experts,) or hidden_rows.dtype != np.int64:
         raise ValueError(f"hidden_rows are {hidden_rows.dtype} {hidden_rows.shape}; expected int64 [{experts}]")
     if not (hidden_rows.min() >= 0 and hidden_rows.max() <= hidden):
         raise ValueError(f"hidden_rows lie outside 0..{hidden}")
+    if block_length > 1 and (hidden_rows % block_length).any():
+        raise ValueError(f"hidden_rows split blocks of {block_length} weights; give multiples")
     if ((hidden_rows % 2 != 0) & (hidden_rows != hidden)).any():
         raise ValueError("hidden_rows are odd, which splits bf16 pairs; give even numbers")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fiddler.kernels.codegen.variant import KernelVariant
+from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.workspace import address_of
 
-__all__ = ["ExpertMatrices"]
+__all__ = ["ExpertMatrices", "check_experts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,3 +63,13 @@ class ExpertMatrices:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter(self.memory)
+
+
+def check_experts(name: str, matrices: object, shape: tuple[int, int, int], variant: KernelVariant) -> None:
+    """Raise ValueError unless `matrices` are `ExpertMatrices` of weights of this shape in the variant's format."""
+    kind = format_of(variant)
+    expected = kind.stored_shape(shape)
+    if isinstance(matrices, ExpertMatrices) and (matrices.shape, matrices.dtype) == (expected, kind.dtype):
+        return
+    there = f"{matrices.dtype} {matrices.shape}" if isinstance(matrices, ExpertMatrices) else "missing"
+    raise ValueError(f"{name} is {there}; expected {kind.name} weights {shape}: {kind.dtype.name} {expected}")

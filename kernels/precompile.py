@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fiddler.kernels.decode_step import compile_decode
 from fiddler.kernels.machine.isa import choose_tier
 from fiddler.kernels.machine.threads import check_process, end_with_parent, thread_count, usable_cores
 from fiddler.kernels.machine.tuning import TUNINGS
-from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
+from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products, stored_as
 from fiddler.kernels.norm_router import rms_norm, route
 
 __all__ = ["COMPILING", "compile_for_parent", "precompile"]
@@ -46,14 +46,23 @@ class _FirstCompilation(event.Listener):
         """Implements `Listener.on_end`."""
 
 
-def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = None, decode: bool = False) -> None:
-    """Compile the kernels of `variant`, attention, norm and router, or read them from the cache.
+def precompile(
+    variants: KernelVariant | Collection[KernelVariant],
+    notify: Callable[[str], None] | None = None,
+    decode: bool = False,
+) -> None:
+    """Compile the kernels of these variants, attention, norm and router, or read them from the cache.
 
     Takes seconds the first time, then a moment. A helper process compiles half of them, where it has a core.
     notify: called with one line if anything must be compiled, and with a warning where that cannot be cached. decode:
     also compile `CompiledDecodeStep.step`.
     Raises RequestError where Numba has no threading layer of the environment's choice, or in a forked process.
     """
+    if isinstance(variants, KernelVariant):
+        variants = [variants]
+    variants = sorted(set(variants), key=repr)
+    if not variants:
+        return
     check_process()
     thread_count()  # starts the threading layer: loading a parallel kernel fails without one
     compiled: list[bool] = []
@@ -64,9 +73,9 @@ def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = No
             notify(COMPILING if cached_on_disk() else COMPILING.partition(";")[0])
 
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
-        with _with_helper(variant, decode):
-            _compile_first_half(variant)
-        _compile_second_half(variant, decode)
+        with _with_helper(variants, decode):
+            _compile_first_half(variants)
+        _compile_second_half(variants, decode)
     if notify is None:
         return
     failure = take_write_failure()
@@ -76,26 +85,36 @@ def precompile(variant: KernelVariant, notify: Callable[[str], None] | None = No
         notify(f"warning: kernels cannot be cached: no folder for them can be written; {_UNCACHED}")
 
 
-def _compile_first_half(variant: KernelVariant) -> None:
-    compile_grouped_products(variant)
-    x, pool = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2, 1, 1, 2), _kv_dtype(variant))
-    attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, :1])
+def _compile_first_half(variants: Sequence[KernelVariant]) -> None:
+    for grouping in _groupings(variants):
+        compile_grouped_products(grouping)
+        x, pool = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2, 1, 1, 2), _kv_dtype(grouping))
+        attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, :1])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
+    for variant in variants[1::2]:
+        stored_as(variant, 0)
 
 
-def _compile_second_half(variant: KernelVariant, decode: bool) -> None:
-    addresses(variant)
-    if decode:
-        compile_decode(variant, _kv_dtype(variant))
+def _compile_second_half(variants: Sequence[KernelVariant], decode: bool) -> None:
+    for grouping in _groupings(variants):
+        addresses(grouping)
+        if decode:
+            compile_decode(grouping, _kv_dtype(grouping))
+    for variant in (*variants[::2], *variants[1::2]):  # the last ones are in the cache
+        stored_as(variant, 0)
+
+
+def _groupings(variants: Sequence[KernelVariant]) -> list[KernelVariant]:
+    return sorted({variant.grouping for variant in variants}, key=repr)
 
 
 def _kv_dtype(variant: KernelVariant) -> type[np.generic]:
     """The KV cache's type beside this variant."""
-    return np.uint16 if variant.activations == "bf16" else np.float32
+    return np.float32 if variant.activations == "f32" else np.uint16
 
 
 @contextmanager
-def _with_helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
+def _with_helper(variants: Sequence[KernelVariant], decode: bool) -> Iterator[None]:
     """Start a helper process at the first compilation inside the context; it compiles the second half into the cache.
 
     This process compiles whatever the helper did not, for any reason.
@@ -103,18 +122,19 @@ def _with_helper(variant: KernelVariant, decode: bool) -> Iterator[None]:
     with (
         ExitStack() as helpers,
         event.install_listener(
-            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper_process(variant, decode)))
+            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper_process(variants, decode)))
         ),
     ):
         yield
 
 
 @contextmanager
-def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
+def _helper_process(variants: Sequence[KernelVariant], decode: bool) -> Iterator[None]:
     """Compile the second half in another process, where a core is free; it has ended when the context ends."""
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
-        arguments = os.getpid(), variant.tier.name, variant.weights, variant.activations, variant.tuning.name, decode
+        names = [(each.tier.name, each.weights, each.activations, each.tuning.name) for each in variants]
+        arguments = os.getpid(), names, decode
         package = sys.modules[
             __name__.partition(".")[0]
         ]  # first: the cache is by file, and the current folder may have it
@@ -145,10 +165,19 @@ def _helper_process(variant: KernelVariant, decode: bool) -> Iterator[None]:
             process.wait()
 
 
-def compile_for_parent(parent: int, tier: str, weights: str, activations: str, tuning: str, decode: bool) -> None:
-    """The helper process's half of `precompile`, for this variant. It ends when its parent does, however that ends."""
+def compile_for_parent(parent: int, names: Sequence[tuple[str, str, str, str]], decode: bool) -> None:
+    """The helper process's half of `precompile`. It ends when its parent does, however that ends.
+
+    names: of each variant's tier, weights, activations and tuning.
+    """
     end_with_parent(parent)
-    _compile_second_half(KernelVariant(choose_tier(tier), weights, activations, TUNINGS[tuning]), decode)
+    variants = [KernelVariant(choose_tier(tier), *kinds, TUNINGS[tuning]) for tier, *kinds, tuning in names]
+    for variant in variants[::2]:  # the parent begins with the others
+        stored_as(variant, 0)
+    for grouping in _groupings(variants):
+        addresses(grouping)
+        if decode:
+            compile_decode(grouping, _kv_dtype(grouping))
 
 
 COMPILING = "compiling kernels for this CPU; the next start finds them on disk"

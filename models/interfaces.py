@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fiddler.models.architecture import RouterRule
 
-__all__ = ["Cache", "Experts", "Linear", "Norm", "Router", "RouterWeights"]
+__all__ = ["Cache", "Embeddings", "Experts", "Linear", "Norm", "Router", "RouterWeights"]
 
 
 class Experts(Protocol):
@@ -21,6 +22,19 @@ class Experts(Protocol):
 
         layer: the number among the layers with routed experts.
         """
+        ...
+
+
+class Embeddings(Protocol):
+    """The embeddings [V, D], a tensor or what looks rows up as one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be."""
+        ...
+
+    def __getitem__(self, ids: Tensor, /) -> Tensor:
+        """Token ids [T] -> their rows [T, D]."""
         ...
 
 

@@ -19,7 +19,7 @@ from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import Role, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.head_attention import Attention
-from fiddler.models.interfaces import Cache, Experts, Linear, Norm, Router, RouterWeights
+from fiddler.models.interfaces import Cache, Embeddings, Experts, Linear, Norm, Router, RouterWeights
 from fiddler.models.latent_attention import LatentAttention
 from fiddler.models.router import centred, rms_norm, route
 
@@ -40,10 +40,12 @@ class Transformer:
         router: Router = route,
         norm: Norm = rms_norm,
         dense_span: Callable[[], AbstractContextManager[None]] = nullcontext,
+        token_embd: Embeddings | None = None,
     ) -> None:
         """weights: the tensors that `linear` does not multiply by: embeddings, norms and routers.
 
-        dense_span: its context surrounds the dense half of each block: all but the experts.
+        dense_span: its context surrounds the dense half of each block: all but the experts. token_embd: embeddings that
+        are not in `weights`.
         Raises FileFormatError for an architecture with a part that does not run.
         """
         unknown = first_unknown(config.architecture, _RUNS)
@@ -51,7 +53,9 @@ class Transformer:
             raise FileFormatError(f"{config.architecture.name} has {unknown}, which does not run")
         name = config.architecture.tensor_name
         self.config = config
-        self.token_embd = weights[name(Role.TOKEN_EMBEDDING)]  # [V, D]
+        self.token_embd: Embeddings = (
+            weights[name(Role.TOKEN_EMBEDDING)] if token_embd is None else token_embd
+        )  # [V, D]
         self.blk = [Block(config, index, weights, linear, router, norm) for index in range(config.block_count)]
         self.output_norm, self._output = weights[name(Role.OUTPUT_NORM)], name(Role.OUTPUT)
         self._linear, self._norm, self._dense_span = linear, norm, dense_span

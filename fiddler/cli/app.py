@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -20,15 +19,16 @@ from fiddler.cli.batch import batch
 from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
-from fiddler.cli.interrupts import exit_on_interrupt, leave_at_once
-from fiddler.cli.options import DType, check_local, exit_where_a_file_is_cut_short, say, shown
+from fiddler.cli.interrupts import exit_on_interrupt
+from fiddler.cli.options import check_local, say
 from fiddler.cli.perplexity import perplexity
+from fiddler.cli.quantize import convert, quantize
 from fiddler.cli.run import run
 from fiddler.cli.standard_streams import open_closed
 from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
 
-__all__ = ["app", "convert", "inspect", "main"]
+__all__ = ["app", "inspect", "main"]
 
 app = typer.Typer(
     cls=Group,
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 
-for _command in (run, batch, bench, calibrate, perplexity):
+for _command in (run, batch, bench, calibrate, perplexity, convert, quantize):
     app.command(cls=Command)(_command)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,56 +90,6 @@ def _options(
     ] = False,
 ) -> None:
     check_environment()
-
-
-@app.command(cls=Command)
-def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", readable=False, help="Folder of a Hugging Face checkpoint, or a GGUF."),
-    ],
-    target: Annotated[
-        Path | None,
-        typer.Argument(metavar="OUT.gguf", readable=False, help="File to write; beside SOURCE if not given."),
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="16-bit type of the weights; the checkpoint's if not given.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
-) -> None:
-    """Convert a Hugging Face folder, or a float32 or old GGUF, to a GGUF in 16 bits."""
-    from tqdm import tqdm
-
-    check_local(source)
-    target = _beside(source) if target is None else target
-    if source.is_file():  # a GGUF: its header is mapped
-        exit_where_a_file_is_cut_short()
-    from fiddler.converters import convert as run_conversion
-
-    if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
-    shown_name = shown(target.name)
-    with tqdm(unit="B", unit_scale=True, desc=shown_name, leave=False, disable=None) as bar:  # on terminals only
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = run_conversion(source, target, dtype, force=force, progress=progress)
-    for warning in report.warnings:
-        say(f"warning: {warning}")
-    say(
-        f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
-        f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
-    )
-
-
-def _beside(source: Path) -> Path:
-    """NAME.gguf beside the folder NAME. Raises BadParameter (usage error) where SOURCE is a file."""
-    if source.is_file():
-        raise typer.BadParameter(f"{source} is a file: name OUT.gguf, the file to write, too")
-    folder = source.resolve()
-    return folder.with_name(f"{folder.name}.gguf")
 
 
 @app.command(cls=Command)

@@ -21,7 +21,7 @@ from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "rms_norm", "route", "routing_of"]
+__all__ = ["MAX_KERNEL_TOKENS", "CpuExperts", "CpuLinear", "EmbeddingRows", "rms_norm", "route", "routing_of"]
 
 _WIDENED = 1 << 18  # elements of a weight that one product widens to float32: 1 MB, which a core's cache holds
 MAX_KERNEL_TOKENS = 32  # tokens that our routing, norm and decode-step kernels take; torch computes larger steps
@@ -39,10 +39,34 @@ class CpuExperts:
         self._recorder.chosen(layer, expert_ids)
         w = self._layers[layer]
         with self._recorder.span("experts", len(set(expert_ids.reshape(-1).tolist())) * w.expert_bytes):
-            y = kernels.expert_ffn(
-                x.numpy(), expert_ids.numpy(), routing_weights.numpy(), w.gate, w.up, w.down, w.variant
-            )
+            if len({variant.grouping for variant in w.variants}) > 1:
+                return _product_by_product(x, expert_ids, routing_weights, w)
+            arrays = x.numpy(), expert_ids.numpy(), routing_weights.numpy()
+            y = kernels.expert_ffn(*arrays, w.gate, w.up, w.down, w.variants)
         return torch.from_numpy(y)
+
+
+def _product_by_product(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, w: ExpertWeights) -> Tensor:
+    """`CpuExperts` where gate, up and down have formats that one kernel does not multiply: a call for each."""
+    ids, (of_gate, of_up, of_down) = expert_ids.reshape(-1).numpy(), w.variants
+    rows = x.repeat_interleave(expert_ids.shape[1], 0).numpy()  # [T * K, D]
+    gated, linear = kernels.per_expert(rows, ids, w.gate, of_gate), kernels.per_expert(rows, ids, w.up, of_up)
+    hidden = F.silu(torch.from_numpy(gated)) * torch.from_numpy(linear)
+    y = torch.from_numpy(kernels.per_expert(hidden.numpy(), ids, w.down, of_down))
+    return (y.view(*expert_ids.shape, -1) * routing_weights[..., None]).sum(1)
+
+
+class EmbeddingRows:
+    """Implements `Embeddings` for quantised embeddings: rows are decoded as they are looked up."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rows: kernels.StoredRows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """Implements `Embeddings`."""
+        return torch.from_numpy(self._rows[ids.numpy()])
 
 
 class CpuLinear:
@@ -58,29 +82,31 @@ class CpuLinear:
         return y if onto is None else y.add_(onto)
 
     def together(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """Implements `Linear.together`: one kernel call for consecutive weights of one kernel variant."""
+        """Implements `Linear.together`: one kernel call for consecutive weights that it can multiply together."""
         outputs: list[Tensor] = []
-        for variant, group in groupby((self._weights[name] for name in names), key=_variant_of):
+        for grouping, group in groupby((self._weights[name] for name in names), key=_grouping_of):
             weights = list(group)
             with self._recorder.span("dense", sum(_bits(weight).nbytes for weight in weights)):
-                if variant is None:
+                if grouping is None:
                     outputs += (F.linear(x, weight) for weight in weights if isinstance(weight, Tensor))
                 else:
-                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], variant)
+                    variants = [weight.variant for weight in weights if isinstance(weight, LinearWeight)]
+                    results = kernels.linears(x.numpy(), [_bits(weight) for weight in weights], variants)
                     outputs += (torch.from_numpy(y) for y in results)
         return outputs
 
     def feed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """Implements `Linear.feed_forward`: the kernel of one expert, where all weights have one variant."""
+        """Implements `Linear.feed_forward`: the kernel of one expert, where it can multiply all weights."""
         weights = [self._weights[name] for name in names]
-        variant = _variant_of(weights[0])
-        if variant is None or any(_variant_of(weight) != variant for weight in weights):
+        variants = tuple(weight.variant for weight in weights if isinstance(weight, LinearWeight))
+        if len(variants) < 3 or len({variant.grouping for variant in variants}) > 1:
             gated, linear = self.together(x, names[:2])
             return self(F.silu(gated) * linear, names[2])
         expert_ids, routing_weights = np.zeros((len(x), 1), np.int64), np.ones((len(x), 1), np.float32)
         gate, up, down = (_bits(weight)[None] for weight in weights)
         with self._recorder.span("dense", gate.nbytes + up.nbytes + down.nbytes):
-            y = kernels.expert_ffn(x.numpy(), expert_ids, routing_weights, gate, up, down, variant)
+            of_gate, of_up, of_down = variants
+            y = kernels.expert_ffn(x.numpy(), expert_ids, routing_weights, gate, up, down, (of_gate, of_up, of_down))
         return torch.from_numpy(y)
 
     def per_head(self, x: Tensor, name: str) -> Tensor:
@@ -121,8 +147,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.from_numpy(kernels.rms_norm(x.numpy(), weight.numpy(), epsilon))
 
 
-def _variant_of(weight: LinearWeight | Tensor) -> KernelVariant | None:
-    return None if isinstance(weight, Tensor) else weight.variant
+def _grouping_of(weight: LinearWeight | Tensor) -> KernelVariant | None:
+    return None if isinstance(weight, Tensor) else weight.variant.grouping
 
 
 def _bits(weight: LinearWeight | Tensor) -> np.ndarray:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler import kernels
-from fiddler.cost_curve import Curve
-from fiddler.cpu.layers import CpuExperts, CpuLinear, rms_norm, route, routing_of
+from fiddler.cpu.layers import CpuExperts, CpuLinear, EmbeddingRows, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.cpu.step_timing import step_curve
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
 from fiddler.kernels import KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS
+from fiddler.kernels.formats.block_format import BlockFormat
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
@@ -36,6 +37,7 @@ __all__ = ["can_decode", "decoder_of", "on_cpu"]
 _DECODES = tuple(
     each for each in (*ARCHITECTURES.values(), *DENSE_ARCHITECTURES.values()) if each.attention is AttentionKind.HEADS
 )
+_TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # `BlockWeights`' names of a block's small tensors and matrices; biases and routed experts apart
 _SMALL = {
     "attn_norm": Role.ATTENTION_NORM,
@@ -73,31 +75,36 @@ def on_cpu(
     config, main = model_file.config, main_variant(model_file, tier, exact=exact)
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
+    embeddings: kernels.StoredRows | None = None
     for name, tensor in config.tensors(tied=False).items():
         if tensor.role in EXPERTS:
             continue
         values, kind = model_file.bits(name)
-        if tensor.role in FLOATS:
-            weights[name] = _tensor(values, kind).float()
+        if tensor.role is Role.TOKEN_EMBEDDING and kind not in _TORCH_TYPES:
+            embeddings = kernels.StoredRows(values, kind.lower(), tier)
+        elif tensor.role in FLOATS:
+            weights[name] = _tensor(values, kind, tier).float()
         elif tensor.role is Role.TOKEN_EMBEDDING:
-            weights[name] = _tensor(values, kind)
+            weights[name] = _tensor(values, kind, tier)
         elif tensor.role is Role.KEY_VALUE_UP:
-            linears |= per_head_matrices(config, int(name.split(".")[1]), _tensor(values, kind))
+            linears |= per_head_matrices(config, int(name.split(".")[1]), _tensor(values, kind, tier))
+        elif kind == "F32":
+            linears[name] = _tensor(values, kind, tier)
         else:
-            weight = _tensor(values, kind) if kind == "F32" else LinearWeight(values, variant_for(tier, kind, exact))
-            linears[name] = weight
+            linears[name] = LinearWeight(values, variant_for(tier, kind, exact))
     linear, cpu_experts = CpuLinear(linears, recorder), CpuExperts(list(experts), recorder)
-    model = Transformer(config, weights, linear, cpu_experts, route, rms_norm)
-    decoder = None if main is None else decoder_of(model, weights, linears, experts, main)
-    for variant in {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}:
-        kernels.precompile(variant, notify, decode=decoder is not None)
-    cache_dtype = torch.float16 if main is not None and main.activations == "bf16" else torch.float32
-    variants = {each.variant for each in (*linears.values(), *experts) if not isinstance(each, Tensor)}
-    timed = Transformer(config, weights, CpuLinear(linears), CpuExperts(list(experts)), route, rms_norm)
-
-    def measure(runner: Runner) -> Curve:
-        return step_curve(runner, timed, _setup(config, threads, variants), notify)
-
+    table = None if embeddings is None else EmbeddingRows(embeddings)
+    model = Transformer(config, weights, linear, cpu_experts, route, rms_norm, token_embd=table)
+    variants = {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}
+    variants |= {variant for expert in experts for variant in expert.variants}
+    decodes = main is not None and _decodes(config, linears, experts)
+    kernels.precompile(variants, notify, decode=decodes)
+    decoder = decoder_of(model, weights, linears, experts, main, embeddings) if main is not None and decodes else None
+    cache_dtype = torch.float16 if main is not None and main.activations != "f32" else torch.float32
+    silent = CpuLinear(linears), CpuExperts(list(experts)), route, rms_norm
+    timed = Transformer(config, weights, *silent, token_embd=table)
+    setup = _setup(config, threads, variants)
+    measure = partial(step_curve, model=timed, setup=setup, notify=notify)
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder, measure)
 
 
@@ -109,18 +116,28 @@ def _setup(config: Config, threads: int, variants: Collection[KernelVariant]) ->
     return f"{cpu_model()}, {threads} threads; {'; '.join(kinds)}; {config.architecture.name}, {shape}"
 
 
-def _tensor(values: np.ndarray, kind: str) -> Tensor:
-    """A torch tensor over the mapped memory of `values`, whose GGUF type is `kind`."""
+def _tensor(values: np.ndarray, kind: str, tier: Tier) -> Tensor:
+    """A torch tensor over the mapped memory of `values`, whose GGUF type is `kind`; quantised ones are decoded."""
+    if kind not in _TORCH_TYPES:
+        return torch.from_numpy(kernels.decode_stored(values, kind.lower(), tier))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch cannot mark a tensor read-only; nothing writes to weights
         tensor = torch.from_numpy(values)
-    return tensor.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+    return tensor.view(_TORCH_TYPES[kind])
 
 
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
-    """Whether the compiled decode step runs a model whose matrices have these formats: one, for all of them."""
-    known = len(set(formats)) == 1 and all(each.name in FORMATS for each in formats)
+    """Whether the compiled decode step runs a model whose matrices have these formats: one, or any quantised ones."""
+    together = len(set(formats)) == 1 or all(isinstance(each, BlockFormat) for each in formats)
+    known = together and all(FORMATS.get(each.name) is each for each in formats)
     return known and config.rotated_scale == 1.0 and first_unknown(config.architecture, _DECODES) is None
+
+
+def _decodes(config: Config, linears: Mapping[str, LinearWeight | Tensor], experts: Sequence[ExpertWeights]) -> bool:
+    """Whether the compiled decode step runs this model: `can_decode`, and no matrix is a tensor of torch's."""
+    formats = {weight.format for weight in linears.values() if isinstance(weight, LinearWeight)}
+    formats = formats.union(*(expert.formats for expert in experts))
+    return not any(isinstance(weight, Tensor) for weight in linears.values()) and can_decode(config, formats)
 
 
 def decoder_of(
@@ -129,18 +146,22 @@ def decoder_of(
     linears: Mapping[str, LinearWeight | Tensor],
     experts: Sequence[ExpertWeights],
     variant: KernelVariant,
+    embeddings: kernels.StoredRows | None = None,
 ) -> kernels.CompiledDecodeStep | None:
-    """The compiled decode step of this model; None where `can_decode` says no, or a matrix is float32.
+    """The compiled decode step of this model; None where it does not run it.
 
-    variant: of the experts, or of the feed-forwards of a model without any.
+    variant: of the experts, or of the feed-forwards of a model without any. embeddings: where they are quantised.
     """
     config, name = model.config, model.config.architecture.tensor_name
     mapped = {key: weight for key, weight in linears.items() if isinstance(weight, LinearWeight)}
-    formats = {weight.format for weight in mapped.values()} | {expert.format for expert in experts}
-    if len(mapped) < len(linears) or not can_decode(config, formats):
+    if not _decodes(config, linears, experts):
         return None
-    table = weights[name(Role.TOKEN_EMBEDDING)]
-    rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
+    rows: np.ndarray | kernels.StoredRows
+    if embeddings is not None:
+        rows = embeddings
+    else:
+        table = weights[name(Role.TOKEN_EMBEDDING)]
+        rows = table.view(torch.uint16).numpy() if table.dtype == torch.bfloat16 else table.numpy()
     return kernels.CompiledDecodeStep(
         rows,
         [_block_weights(config, layer, weights, mapped, experts) for layer in range(config.block_count)],
@@ -152,6 +173,7 @@ def decoder_of(
         config.expert_used_count,
         config.sliding_window,
         _block_parts(config),
+        mapped[name(Role.OUTPUT)].variant,
     )
 
 
@@ -170,19 +192,25 @@ def _block_weights(
         return config.architecture.tensor_name(role, layer)
 
     arrays = {field: weights[tensor_name(role)].numpy() for field, role in _SMALL.items() if role in roles}
+    variants: dict[str, KernelVariant] = {}
     for fields in (_MATRICES, *_FEED_FORWARDS):
-        arrays |= {field: linears[tensor_name(role)].bits for field, role in fields.items() if role in roles}
+        mapped = {field: linears[tensor_name(role)] for field, role in fields.items() if role in roles}
+        arrays |= {field: weight.bits for field, weight in mapped.items()}
+        variants |= {field: weight.variant for field, weight in mapped.items()}
     if Role.QUERY_KEY_VALUE in roles:
         queries, keys = config.head_count * config.head_dim, config.head_count_kv * config.head_dim
-        parts = np.split(linears[tensor_name(Role.QUERY_KEY_VALUE)].bits, (queries, queries + keys))
+        weight = linears[tensor_name(Role.QUERY_KEY_VALUE)]
+        parts = np.split(weight.bits, (queries, queries + keys))
         arrays |= dict(zip(("attn_q", "attn_k", "attn_v"), parts, strict=True))
+        variants |= dict.fromkeys(("attn_q", "attn_k", "attn_v"), weight.variant)
     if Role.QUERY_BIAS in roles:
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         arrays["attn_bias"] = np.concatenate([weights[tensor_name(role)].numpy() for role in biases])
     if not sparse:
-        return kernels.BlockWeights(**arrays, gate=None, up=None, down=None)
+        return kernels.BlockWeights(**arrays, gate=None, up=None, down=None, variants=variants)
     expert = experts[layer - config.leading_dense_block_count]
-    return kernels.BlockWeights(**arrays, gate=expert.gate, up=expert.up, down=expert.down)
+    variants |= dict(zip(("gate", "up", "down"), expert.variants, strict=True))
+    return kernels.BlockWeights(**arrays, gate=expert.gate, up=expert.up, down=expert.down, variants=variants)
 
 
 def _block_parts(config: Config) -> kernels.BlockParts:

@@ -136,7 +136,13 @@ def _groups(model_file: ModelFile) -> list[Experts]:
         raise RequestError(f"{model_file.file.shown_path} has no experts; --kernels measures them: leave it out")
     groups: list[Experts] = []
     for layer in model_file.config.sparse_layers:
-        matrices, _ = expert_matrices(model_file, layer)
+        matrices, kinds = expert_matrices(model_file, layer)
+        other = next((kind for kind in kinds if kind not in ("BF16", "F16")), None)
+        if other is not None:
+            raise RequestError(
+                f"{model_file.file.shown_path} has {other} experts; --kernels compares 16-bit ones with torch: give an "
+                "F16 or BF16 file, or leave it out"
+            )
         for begin in range(0, len(matrices[0]) - _EXPERTS + 1, _EXPERTS):
             ids = range(begin, begin + _EXPERTS)
             groups.append(tuple(ExpertMatrices.of([each[expert] for expert in ids]) for each in matrices))

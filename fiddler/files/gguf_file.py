@@ -100,6 +100,17 @@ class GgufFile:
         flat = np.frombuffer(self._maps[info.part], dtype, math.prod(info.shape), info.offset)
         return flat.reshape(info.shape)
 
+    def stored(self, name: str) -> np.ndarray:
+        """A read-only view of one tensor of any type: uint8 [..., bytes of a row].
+
+        Raises FileFormatError if the tensor does not exist.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise self._missing(name)
+        flat = np.frombuffer(self._maps[info.part], np.uint8, info.nbytes, info.offset)
+        return flat.reshape(*info.shape[:-1], info.row_bytes)
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a tensor viewed as a matrix [rows, last dimension]; types and errors as of `array`.
 
@@ -122,11 +133,14 @@ class GgufFile:
         rows.flags.writeable = False
         return rows
 
+    def _missing(self, name: str) -> FileFormatError:
+        return FileFormatError(f"{self.shown_path}: has no tensor {printable(name)}; convert the model again")
+
     def _info(self, name: str) -> tuple[TensorInfo, str]:
         """A tensor and the numpy type of its values."""
         info = self.tensors.get(name)
         if info is None:
-            raise FileFormatError(f"{self.shown_path}: has no tensor {printable(name)}; convert the model again")
+            raise self._missing(name)
         dtype = next((dtype for type_name, dtype in VIEW_TYPES.values() if type_name == info.type), None)
         if dtype is None:
             raise FileFormatError(

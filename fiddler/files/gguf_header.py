@@ -65,6 +65,11 @@ class TensorInfo:
     offset: int  # bytes from the start of its file
     part: int  # index of its file in a split model, from 0
 
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row, the last dimension [bytes]."""
+        return self.nbytes * self.shape[-1] // math.prod(self.shape)
+
     def has_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether the shape is `shape`, but for leading ones: ggml has four dimensions, [1, D] is a vector to it."""
         return self.shape == shape or _less_ones(self.shape) == _less_ones(shape)

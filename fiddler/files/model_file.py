@@ -16,7 +16,7 @@ import numpy as np
 
 from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile, TensorInfo
-from fiddler.files.gguf_header import Header
+from fiddler.files.gguf_header import VIEW_TYPES, Header
 from fiddler.files.stored_tensors import stored_names
 from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelFile", "check_header"]
 
+_PLAIN = frozenset(name for name, _ in VIEW_TYPES.values())
 _SAMPLES, _SAMPLE_SIZE = 8, 32  # samples of a tensor in the fingerprint, elements of a sample
 
 
@@ -61,26 +62,38 @@ class ModelFile:
         return cls(file, config, tied)
 
     def check_runnable(self) -> None:
-        """Raise FileFormatError unless the kernels read every weight's type and each layer's experts have one type."""
+        """Raise FileFormatError unless the kernels read every weight's type."""
         from fiddler.kernels.formats import FORMATS  # late: inspecting a file needs no kernels
 
-        tensors = self.config.tensors(tied=self.tied)
-        for name, role in ((each, tensors[name].role) for name, names in self._stored.items() for each in names):
-            kind = self.file.tensors[name].type
-            if kind.lower() in FORMATS or (kind == "F32" and role not in EXPERTS):
-                continue
-            remedy = "use an F16 or BF16 file, or convert the original checkpoint with `fiddler convert`"
-            if kind == "F32":
-                remedy = f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` rounds it to 16 bits"
-            raise FileFormatError(f"{self.file.shown_path}: tensor {name} is {kind}, which does not run; {remedy}")
-        for layer in self.config.sparse_layers:
-            names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-            kinds = {self.file.tensors[each].type for name in names for each in self._stored[name]}
+        for name, names in self._stored.items():
+            for each in names:
+                kind = self.file.tensors[each].type
+                if kind.lower() not in FORMATS:
+                    raise FileFormatError(
+                        f"{self.file.shown_path}: tensor {each} is {kind}, which does not run; use a file of "
+                        f"{', '.join(FORMATS).upper()}, or make one from the original with `fiddler convert`"
+                    )
+            kinds = {tensor.type for tensor in self.stored(name)}
             if len(kinds) > 1:
                 raise FileFormatError(
-                    f"{self.file.shown_path}: the experts of layer {layer} mix {' and '.join(sorted(kinds))}; "
+                    f"{self.file.shown_path}: the experts of {name} mix {' and '.join(sorted(kinds))}; "
                     f"`fiddler convert {self.file.shown_path} OUT.gguf --dtype bf16` gives them one type"
                 )
+
+    @cached_property
+    def gpu_obstacle(self) -> str | None:
+        """Why the model runs on the CPU only, in a few words; None where a GPU can run it."""
+        for name, tensor in self.config.tensors(tied=self.tied).items():
+            kind = self.stored(name)[0].type
+            if kind not in _PLAIN:
+                return f"{kind} weights run on the CPU only"
+            if kind == "F32" and tensor.role in EXPERTS:
+                return "F32 experts run on the CPU only"
+        for layer in self.config.sparse_layers:
+            names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
+            if len({self.stored(name)[0].type for name in names}) > 1:
+                return f"the experts of layer {layer} mix types, which run on the CPU only"
+        return None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,27 +121,34 @@ class ModelFile:
                 sha256.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
         for tensor in self.file.tensors.values():
             sha256.update(f"{tensor.name!a} {tensor.type} {tensor.shape};".encode())
-            flat = self.file.array(tensor.name).reshape(-1)
+            plain = tensor.type in _PLAIN
+            flat = (self.file.array(tensor.name) if plain else self.file.stored(tensor.name)).reshape(-1)
             for sample in range(_SAMPLES):
                 begin = (flat.size - 1) * sample // (_SAMPLES - 1)
                 sha256.update(flat[begin : begin + _SAMPLE_SIZE].tobytes())
         return sha256.digest()
 
     def bits(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor's view (see `GgufFile.array`) and its type, in the shape that the hyper-parameters imply.
+        """A tensor's view and its type, in the shape that the hyper-parameters imply.
 
+        float32 for F32, uint16 bits for F16 and BF16, of other types uint8 blocks with a row's bytes as last dimension.
         A tied model's output matrix is its embedding. Experts may be stored in another way: see `experts`.
         """
         architecture = self.config.architecture
         if self.tied and name == architecture.tensor_name(Role.OUTPUT):
             name = architecture.tensor_name(Role.TOKEN_EMBEDDING)
-        return self.file.array(name).reshape(self._shapes[name]), self.file.tensors[name].type
+        return self._values(name, self._shapes[name]), self.file.tensors[name].type
+
+    def _values(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if self.file.tensors[name].type in _PLAIN:
+            return self.file.array(name).reshape(shape)
+        return self.file.stored(name).reshape(*shape[:-1], -1)
 
     def experts(self, name: str) -> np.ndarray | list[np.ndarray]:
         """Views of a stack of experts [E, rows, columns], or of each one where the file has a tensor an expert."""
         if not self.single_experts:
             return self.bits(name)[0]
-        return [self.file.array(each).reshape(self._shapes[name][1:]) for each in self._stored[name]]
+        return [self._values(each, self._shapes[name][1:]) for each in self._stored[name]]
 
     def stored(self, name: str) -> list[TensorInfo]:
         """The tensors of the file that hold a tensor of the model: one, or one an expert of a stack."""

@@ -18,24 +18,33 @@ __all__ = ["ExpertWeights", "LinearWeight", "expert_matrices", "main_variant", "
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One layer's experts: uint16 bits and the kernel variant that reads them."""
+    """One layer's experts, stored as the file has them, and the kernel variants that read them."""
 
-    gate: ExpertMatrices  # [E, F, D]
+    gate: ExpertMatrices  # [E, F, D], in elements of its format
     up: ExpertMatrices  # [E, F, D]
     down: ExpertMatrices  # [E, D, F]
-    variant: KernelVariant
+    variant: KernelVariant  # of gate
+    others: tuple[KernelVariant, KernelVariant] | None = None  # of up and down; None: as of gate
+
+    @property
+    def variants(self) -> tuple[KernelVariant, KernelVariant, KernelVariant]:
+        """The kernel variants of gate, up and down."""
+        return (self.variant, *(self.others or (self.variant, self.variant)))
 
     @cached_property
     def format(self) -> WeightFormat:
-        """How the weights are stored."""
+        """How gate is stored."""
         return format_of(self.variant)
+
+    @cached_property
+    def formats(self) -> frozenset[WeightFormat]:
+        """How the three are stored."""
+        return frozenset(format_of(each) for each in self.variants)
 
     @cached_property
     def expert_bytes(self) -> int:
         """Size of one expert [bytes]."""
-        _, hidden, width = self.gate.shape
-        nbytes: int = 2 * hidden * self.format.row_bytes(width) + width * self.format.row_bytes(hidden)
-        return nbytes
+        return sum(matrices[0].nbytes for matrices in (self.gate, self.up, self.down))
 
     @cached_property
     def hidden_row_bytes(self) -> int:
@@ -45,7 +54,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """One dense weight: uint16 bits [out, in], or [heads, out, in], and the kernel variant that reads them."""
+    """One dense weight, stored as the file has it, [out, in] or [heads, out, in], and its kernel variant."""
 
     bits: np.ndarray
     variant: KernelVariant
@@ -57,32 +66,34 @@ class LinearWeight:
 
 
 def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[ExpertWeights]:
-    """The experts of every layer that has some; `exact`: float32 activations for bf16 weights, too."""
+    """The experts of every layer that has some; `exact`: float32 activations for all types."""
     experts = []
     for layer in model_file.config.sparse_layers:
-        (gate, up, down), kind = expert_matrices(model_file, layer)
-        experts.append(ExpertWeights(gate, up, down, variant_for(tier, kind, exact)))
+        (gate, up, down), kinds = expert_matrices(model_file, layer)
+        of_gate, *others = (variant_for(tier, kind, exact) for kind in kinds)
+        same = all(each == of_gate for each in others)
+        experts.append(ExpertWeights(gate, up, down, of_gate, None if same else (others[0], others[1])))
     return experts
 
 
 def expert_matrices(
     model_file: ModelFile, layer: int
-) -> tuple[tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices], str]:
-    """gate, up [E, F, D] and down [E, D, F] of a layer, and their GGUF type."""
-    gate, up, down = (model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS)
-    kind = model_file.stored(gate)[0].type
-    of = ExpertMatrices.of
-    return (of(model_file.experts(gate)), of(model_file.experts(up)), of(model_file.experts(down))), kind
+) -> tuple[tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices], tuple[str, str, str]]:
+    """gate, up [E, F, D] and down [E, D, F] of a layer, and their GGUF types."""
+    names = [model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS]
+    gate, up, down = (ExpertMatrices.of(model_file.experts(name)) for name in names)
+    of_gate, of_up, of_down = (model_file.stored(name)[0].type for name in names)
+    return (gate, up, down), (of_gate, of_up, of_down)
 
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:
-    """The kernel variant for weights of a GGUF type; `exact`: float32 activations for bf16 weights, too."""
+    """The kernel variant for weights of a GGUF type; `exact`: float32 activations for all."""
     weight_format = FORMATS[kind.lower()]
     return KernelVariant(tier, weight_format.name, "f32" if exact else weight_format.partner)
 
 
 def main_variant(model_file: ModelFile, tier: Tier, *, exact: bool) -> KernelVariant | None:
-    """The kernel variant of the first experts; without experts, of the first feed-forward. None: float32 weights."""
+    """The kernel variant of the first experts; without experts, of the first feed-forward. None: unknown weights."""
     config = model_file.config
     role, layer = (Role.GATE, config.sparse_layers[0]) if config.sparse_layers else (Role.DENSE_GATE, 0)
     kind = model_file.stored(config.architecture.tensor_name(role, layer))[0].type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from numba import config, njit
@@ -25,18 +26,21 @@ A division by 0 raises nothing: floats give infinities or NaN, integers 0.
 _kernels: list[Any] = []
 
 
-def kernel(function: Callable[..., Any], parallel: bool = True) -> Any:
+def kernel(function: Callable[..., Any] | None = None, parallel: bool = True, fastmath: bool = True) -> Any:
     """Compile a function with parallel loops on its first call, without the GIL and without bounds checks.
 
-    parallel=False makes its loops serial, which compile in a fraction of the time.
+    parallel=False makes its loops serial, which compile in a fraction of the time. fastmath=False keeps the order of
+    float32 sums and rounds each product.
 
     Machine code is cached beside the source, or in the user's cache directory where the source's folder is read-only;
     where both are, every process compiles again.
     Raises RequestError where Numba's compiler is switched off.
     """
+    if function is None:
+        return partial(kernel, parallel=parallel, fastmath=fastmath)
     if config.DISABLE_JIT:
         raise RequestError("Numba compiles nothing: unset NUMBA_DISABLE_JIT, or disable_jit in .numba_config.yaml")
-    compiled = njit(**OPTIONS, parallel=parallel, fastmath=FASTMATH)(function)
+    compiled = njit(**OPTIONS, parallel=parallel, fastmath=FASTMATH if fastmath else False)(function)
     with suppress(RuntimeError):  # no folder for the cache
         compiled._cache = KernelCache(function)  # Numba has no public way to choose a cache
     _kernels.append(compiled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers
 from fiddler.kernels.machine.tuning import TUNINGS, Tuning, current_tuning
 
 __all__ = [
+    "BLOCKS",
     "WEIGHTS",
     "KernelVariant",
     "activation_bytes",
@@ -27,23 +28,33 @@ __all__ = [
     "bf16_pairs",
     "compiled",
     "constant_of",
+    "int8_rows",
     "k_blocked",
     "outer_rows",
     "outer_tokens",
     "panel_tokens",
+    "quantised",
     "tuned",
 ]
 
-WEIGHTS = ("bf16", "f16")
+_PLAIN = "bf16", "f16", "f32"
+_QUANTISED = *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"), *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+_QUANTISED += "iq4_nl", "iq4_xs", "mxfp4"
+WEIGHTS = _PLAIN + _QUANTISED
 """Names of the weight formats that kernels read; `kernels.formats.FORMATS` has the formats themselves."""
+
+BLOCKS = "blocks"
+"""Stands for every quantised format in kernels that read no weights: one compilation serves files of mixed types."""
 
 
 @dataclass(frozen=True)
 class KernelVariant:
     """The types and the instructions that a kernel multiplies with.
 
-    `weights`: the format's name, one of `WEIGHTS`. `activations`: "f32", or "bf16": each is rounded to bf16 once,
-    before the products. Sums are float32 in either case. `tuning`: block sizes and thresholds; the row for this CPU
+    `weights`: the format's name, one of `WEIGHTS`. `activations`: "f32"; or "bf16": each is rounded to bf16 once,
+    before the products; or "q8", of quantised weights: few tokens are rounded to int8 with a scale for each 32, for
+    products of integers, and many to bf16 as the weights are, where the CPU multiplies bf16 pairs. Sums are float32 in
+    any case. `tuning`: block sizes and thresholds; the row for this CPU
     unless given.
     """
 
@@ -53,10 +64,26 @@ class KernelVariant:
     tuning: Tuning = field(default_factory=current_tuning)
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS or self.activations not in ("bf16", "f32"):
+        partners = ("q8", "f32") if self.weights in (*_QUANTISED, BLOCKS) else ("bf16", "f32")
+        if self.weights not in (*WEIGHTS, BLOCKS) or self.activations not in partners:
             raise ValueError(f"{self.weights} weights with {self.activations} activations: no kernel multiplies these")
         if self.tier not in available_tiers():
             raise ValueError(f"this CPU does not run the tier {self.tier.name}")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights lie in blocks with scales."""
+        return self.weights not in _PLAIN
+
+    @property
+    def grouping(self) -> KernelVariant:
+        """The variant for which kernels that read no weights are compiled: one for all quantised formats."""
+        return replace(self, weights=BLOCKS) if self.quantised else self
+
+    @property
+    def int8_rows(self) -> bool:
+        """The rows layout (few tokens) stores activations as int8 with scales."""
+        return self.activations == "q8"
 
     @property
     def bf16_rows(self) -> bool:
@@ -66,12 +93,12 @@ class KernelVariant:
     @property
     def bf16_pairs(self) -> bool:
         """The packed layout (many tokens) stores bf16 pairs too, and the CPU multiplies these (`vdpbf16ps`)."""
-        return self.bf16_rows and self.tier.dot_bf16
+        return (self.bf16_rows or self.int8_rows) and self.tier.dot_bf16
 
     @property
     def k_blocked(self) -> bool:
         """Several tokens in bf16 pairs are multiplied K-block by K-block: a block fits the first-level cache."""
-        return self.bf16_pairs and self.tuning.k_blocked
+        return self.bf16_rows and self.tier.dot_bf16 and self.tuning.k_blocked
 
     @property
     def amx(self) -> bool:
@@ -140,11 +167,13 @@ def tuned(name: str) -> Any:
 
 bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)
 k_blocked = constant_of(lambda variant: variant.k_blocked, types.boolean)
+quantised = constant_of(lambda variant: variant.quantised, types.boolean)
+int8_rows = constant_of(lambda variant: variant.int8_rows, types.boolean)
 amx = constant_of(lambda variant: variant.amx, types.boolean)
 outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
 # with AMX, outer products compute only the remainders: the 32- and 48-token tiles need not be compiled
 outer_tokens = constant_of(lambda variant: 16 if variant.amx else variant.tier.outer_tokens, types.intp)
-activation_bytes = constant_of(lambda variant: 2 if variant.bf16_rows else 4, types.intp)
+activation_bytes = constant_of(lambda variant: 1 if variant.int8_rows else 2 if variant.bf16_rows else 4, types.intp)
 """Size of an activation in the rows layout [bytes]."""
 panel_tokens = constant_of(lambda variant: 32 if variant.amx else 48, types.intp)
 """Tokens of a panel in the packed layout: those of the widest tile."""

@@ -7,7 +7,7 @@ from llvmlite import ir
 from fiddler.kernels.codegen import llvm
 from fiddler.kernels.codegen.llvm import F32, I32
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.kernels.formats.weight_format import PlainFormat
 
 __all__ = ["BF16", "F16", "halves"]
 
@@ -37,8 +37,8 @@ def _decode_f16(b: ir.IRBuilder, variant: KernelVariant, bits: ir.Value) -> ir.V
     return b.bitcast(b.or_(scaled, b.and_(special, constant(0x7F800000))), floats)
 
 
-BF16 = WeightFormat("bf16", 1, 2, "bf16", _decode_bf16)
-F16 = WeightFormat("f16", 1, 2, "f32", _decode_f16)
+BF16 = PlainFormat("bf16", 1, 2, "bf16", _decode_bf16)
+F16 = PlainFormat("f16", 1, 2, "f32", _decode_f16)
 
 
 def halves(b: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]:

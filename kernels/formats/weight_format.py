@@ -1,16 +1,20 @@
-"""A weight format as a value: how a row of weights is stored, decoded and multiplied. Knows no format by name."""
+"""A weight format as a value: how a row of weights is stored. Knows no format by name, and no instructions.
+
+`PlainFormat` stores each weight by itself, `BlockFormat` (in `block_format.py`) blocks of weights with scales.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
 
 from fiddler.kernels.codegen.llvm import I32
 from fiddler.kernels.codegen.variant import KernelVariant
 
-__all__ = ["WeightFormat"]
+__all__ = ["PlainFormat", "WeightFormat"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,8 @@ class WeightFormat:
     block_length: int
     block_bytes: int
     partner: str
-    """The activations that it is multiplied with unless more exact ones are wanted: "bf16" (in pairs) or "f32"."""
-    decode: Callable[[ir.IRBuilder, KernelVariant, ir.Value], ir.Value]
-    """Generates the code that decodes a vector of stored weights to a vector of float32."""
+    """The activations that it is multiplied with unless more exact ones are wanted: "bf16" (in pairs), "f32" or "q8"
+    (blocks of int8)."""
 
     def row_bytes(self, columns: int) -> int:
         """Size of a row of `columns` weights [bytes]; raises ValueError where they are no whole blocks."""
@@ -38,10 +41,29 @@ class WeightFormat:
         return blocks * self.block_bytes
 
     @property
+    def dtype(self) -> np.dtype:
+        """The numpy type of a view of stored weights: float32, uint16 bits, or uint8 of whole blocks."""
+        return np.dtype({"f32": np.float32, "bf16": np.uint16, "f16": np.uint16}.get(self.name, np.uint8))
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a view of weights [..., K] in elements of `dtype`; raises ValueError as `row_bytes`."""
+        return (*shape[:-1], self.row_bytes(shape[-1]) // self.dtype.itemsize)
+
+    def shape(self, stored: np.ndarray) -> tuple[int, ...]:
+        """The shape of the weights of a view: the opposite of `stored_shape`."""
+        return (*stored.shape[:-1], stored.shape[-1] * self.dtype.itemsize // self.block_bytes * self.block_length)
+
+
+@dataclass(frozen=True)
+class PlainFormat(WeightFormat):
+    """Each weight is a number by itself."""
+
+    decode: Callable[[ir.IRBuilder, KernelVariant, ir.Value], ir.Value]
+    """Generates the code that decodes a vector of stored weights to a vector of float32."""
+
+    @property
     def weight_bytes(self) -> int:
-        """Size of one weight [bytes]; raises ValueError where a block has several: none lies by itself."""
-        if self.block_length > 1:
-            raise ValueError(f"{self.name} stores {self.block_length} weights together")
+        """Size of a weight [bytes]."""
         return self.block_bytes
 
     def decode_one(self, b: ir.IRBuilder, variant: KernelVariant, stored: ir.Value) -> ir.Value:

@@ -29,6 +29,7 @@ class Tier:
     dot_bf16: bool = False  # multiplies bf16 pairs and adds in float32 (`vdpbf16ps`)
     half_convert: bool = False  # converts binary16 in hardware
     tiles: bool = False  # multiplies bf16 matrices in tile registers (AMX)
+    dot_int8: bool = False  # multiplies bytes and adds in int32 (`vpdpbusd`)
 
 
 def cpu_features() -> frozenset[str]:
@@ -47,14 +48,17 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _BF16 = _AVX512 | {"avx512bf16"}
 _AMX = _BF16 | {"amx-tile", "amx-bf16"}
 
+_VNNI = bool({"avx512vnni", "avxvnni"} & cpu_features())
+
 TIERS = (
-    Tier("amx_bf16", _AMX, 16, 32, 8, 48, dot_bf16=True, half_convert=True, tiles=True),
-    Tier("avx512_bf16", _BF16, 16, 32, 8, 48, dot_bf16=True, half_convert=True),
-    Tier("avx512", _AVX512, 16, 32, 8, 48, half_convert=True),
+    Tier("amx_bf16", _AMX, 16, 32, 8, 48, dot_bf16=True, half_convert=True, tiles=True, dot_int8=_VNNI),
+    Tier("avx512_bf16", _BF16, 16, 32, 8, 48, dot_bf16=True, half_convert=True, dot_int8=_VNNI),
+    Tier("avx512", _AVX512, 16, 32, 8, 48, half_convert=True, dot_int8=_VNNI),
     Tier("avx2", _AVX2, 8, 16, 6, 16, half_convert=True),
     Tier("portable", frozenset(), 8, 8, 3, 16, half_convert="f16c" in cpu_features()),
 )
-"""Best first. The last tier runs on any CPU that LLVM compiles for, and uses F16C where the CPU has it."""
+"""Best first. An AVX512 tier uses VNNI where the CPU has it. The last tier runs on any CPU that LLVM compiles for, and
+uses F16C where the CPU has it."""
 
 
 @cache

@@ -70,6 +70,8 @@ class Tuning:
     """Tokens of an expert in rows with float32 activations; more are packed (Zen 3, 2026-11-23)."""
     pair_row_tokens: int = 28
     """The same in bf16 pairs: 24 are slower packed, by a third, 25 to 28 1.02 to 1.03 in rows (Intel, 2026-11-23)."""
+    int8_row_tokens: int = 4
+    """The same with int8 activations, and tokens that stay in rows beside packed ones."""
     k_blocked_row_tokens: int = 14
     """The same K-blocked (Zen 5, 2026-11-22)."""
     remainder_tokens: int = 8
@@ -106,6 +108,8 @@ class Tuning:
 
     memory_bound_task_rows: int = 1024
     """Weight rows of a task of few tokens: every task starts a new stream of reads (Zen 5 and Intel, 2026-11-22)."""
+    decoded_k: int = 512
+    """Weights of a row that are decoded for many tokens before these are multiplied."""
     task_rows: int = 128
     """Weight rows of a task of many tokens: 32 to 128 rows 0.74 to 0.96 times torch at 512 (Zen 5, 2026-11-22)."""
     short_task_tokens: int = 48

@@ -20,8 +20,10 @@ from fiddler.kernels.codegen.variant import (
     amx,
     bf16_pairs,
     outer_rows,
+    quantised,
 )
 from fiddler.kernels.matmul.amx_blocks import k_words_many, multiply_tiles
+from fiddler.kernels.matmul.decoded_blocks import decoded_words, multiply_blocks, multiply_decoded
 from fiddler.kernels.matmul.dot_blocks import multiply_dots
 from fiddler.kernels.matmul.outer_blocks import multiply_outer, multiply_outer_floats, outer_k_words
 from fiddler.kernels.matmul.stores import store_float
@@ -59,7 +61,7 @@ def _block_product(
     if packed:
         _packed_product(variant, w, ldw, rows, x, padded, k, c, ldc, next_offset, scratch)
     else:
-        multiply_dots(variant, w, ldw, rows, x, ldx, tokens, k, c, ldc, next_offset)
+        _row_product(variant, w, ldw, rows, x, ldx, tokens, k, c, ldc, next_offset)
 
 
 block_product = FunctionPointer(_block_product, None, types.boolean, *[types.intp] * 11)
@@ -69,11 +71,49 @@ call_block_product = block_product.call
 @njit(**OPTIONS)
 def scratch_words(variant: KernelVariant, rows: int) -> int:
     """Scratch of `block_product` for blocks of weights that it copies or widens [words of 4 bytes]."""
+    if quantised(variant):
+        decoded: int = rows * decoded_words(variant)
+        return decoded
     if amx(variant):
         packed: int = k_words_many(variant) + 16
         return rows * packed
     words: int = 0 if bf16_pairs(variant) else outer_rows(variant) * outer_k_words(variant)
     return words
+
+
+def _row_product(
+    variant: KernelVariant,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    ldx: int,
+    tokens: int,
+    k: int,
+    c: int,
+    ldc: int,
+    next_offset: int,
+) -> None:
+    """c += w . x for tokens in the rows layout, by the variant's function: of plain or of quantised weights."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(_row_product, jit_options=OPTIONS)
+def _row_product_of(
+    variant: KernelVariant,
+    w: int,
+    ldw: int,
+    rows: int,
+    x: int,
+    ldx: int,
+    tokens: int,
+    k: int,
+    c: int,
+    ldc: int,
+    next_offset: int,
+) -> Callable[..., None]:
+    kind: KernelVariant = cast(Any, variant).variant
+    return multiply_blocks if kind.quantised else multiply_dots
 
 
 def _packed_product(
@@ -109,6 +149,8 @@ def _packed_product_of(
 ) -> Callable[..., None]:
     # selected before compilation: compiling the other variants' unused code took a third of the time
     kind: KernelVariant = cast(Any, variant).variant  # the arguments are Numba's types
+    if kind.quantised:
+        return multiply_decoded
     if kind.amx:
         return multiply_tiles
     return multiply_outer if kind.bf16_pairs else multiply_outer_floats

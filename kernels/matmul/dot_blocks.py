@@ -26,7 +26,6 @@ def _k_block(k: int, max_elements: int) -> int:
     return ((k + blocks - 1) // blocks + 255) // 256 * 256
 
 
-@njit(**OPTIONS)
 def multiply_dots(
     variant: KernelVariant,
     w: int,

@@ -28,7 +28,7 @@ from fiddler.kernels.codegen.llvm import (
     prefetch,
 )
 from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
-from fiddler.kernels.formats import format_of
+from fiddler.kernels.formats import plain_format_of
 from fiddler.kernels.formats.half import BF16, halves
 
 __all__ = ["LINE", "dot_tile", "dot_tokens"]
@@ -147,7 +147,7 @@ def _generate_tile(
     R, lanes, blocked = _dot_rows(kind, M), kind.tier.lanes, _is_blocked(kind, M)
     chains = 2 if blocked else max(1, kind.tier.registers // 2 // (R * M))  # independent sums of each element
     step = lanes * (2 if kind.bf16_rows else 1)
-    weight_format = format_of(kind)
+    weight_format = plain_format_of(kind)
     w_width = weight_format.weight_bytes
     x_width, x_from_memory = 2 if kind.bf16_rows else 4, _x_from_memory(kind, M)
     unroll = max(chains, LINE // (w_width * step))

@@ -10,7 +10,8 @@ from numba import njit
 
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS
 from fiddler.kernels.codegen.scalar_math import silu
-from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, panel_tokens
+from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, int8_rows, panel_tokens
+from fiddler.kernels.matmul.int8_activations import store_int8_column
 from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
 
 __all__ = ["add_weighted", "store_hidden", "swiglu"]
@@ -34,9 +35,19 @@ def store_hidden(
     tokens: int,
     h: int,
     hidden: int,
+    width: int,
     stride: int,
 ) -> None:
-    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], to address h in its layout."""
+    """Write rows [begin, begin + rows) of the hidden activations, a [rows, tokens], to address h in its layout.
+
+    hidden: how many there are; width: for how many the rows layout has space.
+    """
+    if not packed and int8_rows(variant):
+        for m in range(tokens):
+            for r in range(0, rows, 32):
+                source = a.ctypes.data + 4 * (r * a.shape[1] + m)
+                store_int8_column(h + m * stride, width, begin + r, source, 4 * a.shape[1])
+        return
     if not packed:
         for m in range(tokens):
             for r in range(rows):

@@ -16,7 +16,7 @@ from numba import njit, prange, typeof, types
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.formats import stored_bytes
+from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
@@ -24,7 +24,17 @@ from fiddler.kernels.matmul.epilogues import add_weighted, store_hidden, swiglu
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
 
-__all__ = ["addresses", "compile_grouped_products", "grouped_products", "products", "run", "workspace"]
+__all__ = [
+    "addresses",
+    "check_stored",
+    "compile_grouped_products",
+    "grouped_products",
+    "products",
+    "run",
+    "stored_as",
+    "stored_kinds",
+    "workspace",
+]
 
 
 @njit(**OPTIONS)
@@ -45,9 +55,9 @@ def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int
 @partial(kernel, parallel=False)
 def _take_tasks(
     variant: KernelVariant,
-    multiply: int,
     gate_up: bool,
     matrices: np.ndarray,
+    stored: np.ndarray,
     groups: Groups,
     words: int,
     at: np.ndarray,
@@ -65,8 +75,8 @@ def _take_tasks(
 ) -> None:
     """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
-    The names are those of `grouped_products`. matrices: from this one on, addresses of [outputs, width]; at: offsets
-    of the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
+    The names are those of `grouped_products`. matrices, stored: from this one on, each [outputs, width]; at: offsets of
+    the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
     the output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
@@ -83,14 +93,12 @@ def _take_tasks(
                 rows, k = min(rows, hidden_rows - begin), width
                 if rows <= 0:
                     continue
-            expert, needed_from, offset = (
-                groups.expert[g],
-                begin if gate_up else 0,
-                stored_bytes(variant, begin * width),
-            )
+            expert, needed_from = groups.expert[g], begin if gate_up else 0
             for i in range(pair):
+                row_bytes, multiply = stored[i]
                 next_offset = _next_offset(matrices, pair, i, groups, g, needed_from)
-                w, x, c_at = matrices[i, expert] + offset, words + 4 * at[g], c.ctypes.data + 4 * i * task * ldc
+                w, x = matrices[i, expert] + begin * row_bytes, words + 4 * at[g]
+                c_at = c.ctypes.data + 4 * i * task * ldc
                 call_block_product(
                     multiply,
                     (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
@@ -98,7 +106,7 @@ def _take_tasks(
             if gate_up:
                 swiglu(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
                 h, next_stride = words + 4 * hidden_at[g], row_stride(variant, expert_width)
-                store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, next_stride)
+                store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, expert_width, next_stride)
             else:
                 token, group_weights = (
                     groups.token[first[g] : first[g + 1]],
@@ -111,17 +119,45 @@ def _take_tasks(
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, _INT, types.boolean, _ADDRESSES, GROUPS, _INT, _INTS, _INTS, *[_INT] * 5, types.boolean, _INT),
+    *(None, types.boolean, _ADDRESSES, types.int64[:, ::1], GROUPS, _INT, _INTS, _INTS, *[_INT] * 5),
+    *(types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
 _call_tasks = _tasks.call
 
 
 @lru_cache(maxsize=64)
-def addresses(variant: KernelVariant) -> tuple[int, int, int]:
-    """The addresses of the kernels that `grouped_products` calls; compiled or read from the cache first."""
+def addresses(variant: KernelVariant) -> tuple[int, int]:
+    """The addresses of the kernels that `grouped_products` calls; compiled or read from the cache first.
+
+    variant: a `KernelVariant.grouping`, as of all functions here but `stored_as`.
+    """
     kind = typeof(variant)
-    return pack.address(kind), block_product.address(kind), _tasks.address(kind)
+    return pack.address(kind), _tasks.address(kind)
+
+
+@lru_cache(maxsize=256)
+def stored_as(variant: KernelVariant, columns: int) -> tuple[int, int]:
+    """How a matrix with rows of so many weights is stored, and multiplied: bytes of a row, and its kernel's address."""
+    return format_of(variant).row_bytes(columns), block_product.address(typeof(variant))
+
+
+@lru_cache(maxsize=256)
+def stored_kinds(variants: tuple[KernelVariant, ...], columns: tuple[int, ...]) -> np.ndarray:
+    """`stored_as` of several matrices, int64 [matrices, 2]."""
+    return np.array([stored_as(*each) for each in zip(variants, columns, strict=True)], np.int64).reshape(-1, 2)
+
+
+def check_stored(name: str, stored: np.ndarray, shape: tuple[int, ...], variant: KernelVariant) -> None:
+    """Raise ValueError unless `stored` holds weights of this shape in the variant's format, contiguously."""
+    kind = format_of(variant)
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(f"{name} is {stored!r}; expected {kind.name} weights {shape}")
+    if stored.dtype != kind.dtype or not stored.flags.c_contiguous or stored.shape != kind.stored_shape(shape):
+        raise ValueError(
+            f"{name} is {stored.dtype} {stored.shape}; expected {kind.name} weights {shape}: contiguous "
+            f"{kind.dtype.name} {kind.stored_shape(shape)}"
+        )
 
 
 def run(
@@ -131,6 +167,7 @@ def run(
     routing_weights: np.ndarray,
     hidden: np.ndarray,
     matrices: np.ndarray,
+    stored: np.ndarray,
     outputs: np.ndarray,
     gated: bool,
     y: np.ndarray,
@@ -139,7 +176,7 @@ def run(
     """Call `grouped_products` on the threads that `multiplications` justify; False if an expert id is out of range."""
     x = np.ascontiguousarray(x)
     with threads_for(multiplications) as threads:
-        arguments = variant, x, expert_ids, routing_weights, hidden, matrices, outputs, gated, y
+        arguments = variant, x, expert_ids, routing_weights, hidden, matrices, stored, outputs, gated, y
         needed_words: int = grouped_products(*arguments, workspace.words, threads, addresses(variant))
         if needed_words > 0:
             needed_words = grouped_products(*arguments, workspace.grow(needed_words), threads, addresses(variant))
@@ -151,8 +188,9 @@ def compile_grouped_products(variant: KernelVariant) -> None:
     """Compile `grouped_products`, or read it from the cache; computes nothing."""
     x, expert_ids, routing_weights = np.zeros((1, 2), np.float32), np.full((1, 1), -1), np.ones((1, 1), np.float32)
     one, y = np.ones(1, np.int64), x.reshape(-1)
+    stored = np.ones((1, 2), np.int64)
     needed_words = grouped_products(
-        variant, x, expert_ids, routing_weights, one, one[None], one, False, y, workspace.words, 1, (0, 0, 0)
+        variant, x, expert_ids, routing_weights, one, one[None], stored, one, False, y, workspace.words, 1, (0, 0)
     )
     assert needed_words == -1
 
@@ -168,14 +206,17 @@ def grouped_products(
     routing_weights: np.ndarray,
     hidden: np.ndarray,
     matrices: np.ndarray,
+    stored: np.ndarray,
     outputs: np.ndarray,
     gated: bool,
     y: np.ndarray,
     memory: np.ndarray,
     threads: int,
-    addresses: tuple[int, int, int],
+    addresses: tuple[int, int],
 ) -> int:
     """Products of each token's experts with its x [T, K], for matrices [outputs, K] at addresses [matrices, E].
+
+    stored: `stored_as` of each matrix, int64 [matrices, 2].
 
     Gated, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first . x) *
     (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert. Otherwise for every
@@ -212,7 +253,7 @@ def grouped_products(
     needed_words: int = hidden_at[-1]
     if memory.size < needed_words:
         return needed_words
-    words, (pack_columns, multiply, take_tasks) = memory.ctypes.data, addresses
+    words, (pack_columns, take_tasks) = memory.ctypes.data, addresses
     scratch_at = words + 4 * (x_at[0] - threads * scratch)
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
@@ -232,8 +273,8 @@ def grouped_products(
                 _call_tasks(
                     take_tasks,
                     (
-                        *(variant, multiply, gate_up, matrices[matrix:], groups, words, at, hidden_at, expert_width),
-                        *(stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
+                        *(variant, gate_up, matrices[matrix:], stored[matrix:], groups, words, at, hidden_at),
+                        *(expert_width, stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
                         *(scratch_at + 4 * thread * scratch, result),
                     ),
                 )
@@ -243,7 +284,7 @@ def grouped_products(
 _MATRIX = types.float32[:, ::1]
 products = FunctionPointer(
     grouped_products,
-    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, _INTS, types.boolean, _FLOATS, _FLOATS),
-    *(_INT, types.UniTuple(_INT, 3)),
+    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, types.boolean),
+    *(_FLOATS, _FLOATS, _INT, types.UniTuple(_INT, 2)),
     returns=_INT,
 )

@@ -24,7 +24,7 @@ from fiddler.kernels.codegen.llvm import (
     splat,
 )
 from fiddler.kernels.codegen.variant import compiled
-from fiddler.kernels.formats import format_of
+from fiddler.kernels.formats import plain_format_of
 from fiddler.kernels.matmul.dot_tiles import LINE
 
 __all__ = ["outer_tile", "widen_row"]
@@ -106,7 +106,7 @@ def outer_tile(
 def widen_row(_context: Any, variant: Any, w: Any, out: Any, k: Any, prefetch_distance: Any) -> Any:
     """out[i] = w[i] as float32 for i < k; prefetches the weights `prefetch_distance` bytes further."""
     kind = variant.variant
-    weights = format_of(kind)
+    weights = plain_format_of(kind)
     width = weights.weight_bytes
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:

@@ -1,7 +1,8 @@
 """Packing: the memory layouts of activations between the products, and gathering tokens into them. Knows no weights.
 
 Two layouts, counted in words of 4 bytes:
-*rows*, for few tokens: token after token, in bf16 where weights are bf16 and activations rounded to it, else float32;
+*rows*, for few tokens: token after token, in bf16 where weights are bf16 and activations rounded to it, as int8 with
+scales (`int8_activations`) where weights are quantised and activations rounded so, else float32;
 *packed*: panel after panel of tokens; a panel is words [elements or pairs of a token, tokens]. Entry (p, t) is the bf16
 elements 2p and 2p + 1 of token t where the CPU multiplies bf16 pairs, else its element p in float32. The last panel may
 have fewer tokens; tokens are padded to a multiple of 16.
@@ -25,10 +26,12 @@ from fiddler.kernels.codegen.variant import (
     amx,
     bf16_pairs,
     constant_of,
+    int8_rows,
     k_blocked,
     panel_tokens,
     tuned,
 )
+from fiddler.kernels.matmul.int8_activations import int8_row_bytes, store_int8
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
 
 __all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "row_stride"]
@@ -36,6 +39,7 @@ __all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pa
 _LINE, _SETS = 64, 64  # line size [bytes] and sets of the first-level caches of Zen and Xeon
 _float_row_tokens, _pair_row_tokens = tuned("float_row_tokens"), tuned("pair_row_tokens")
 _k_blocked_row_tokens, _amx_row_tokens = tuned("k_blocked_row_tokens"), tuned("amx_row_tokens")
+_int8_row_tokens = tuned("int8_row_tokens")
 _amx_packed_tokens, _row_spread_lines = tuned("amx_packed_tokens"), tuned("row_spread_lines")
 _remainder_tokens = constant_of(
     lambda variant: (
@@ -105,6 +109,9 @@ def _row_tokens(variant: KernelVariant, count: int, even: bool) -> int:
     if bf16_pairs(variant) and not even:
         return count
     few = _float_row_tokens(variant)
+    if int8_rows(variant):
+        few = _int8_row_tokens(variant)
+        return count if count <= few else count % 16 if count % 16 <= few else 0
     if k_blocked(variant):
         few = _k_blocked_row_tokens(variant)
     elif bf16_pairs(variant):
@@ -127,7 +134,8 @@ def row_stride(variant: KernelVariant, width: int) -> int:
     apart would compete for a few of its sets.
     """
     size: int = activation_bytes(variant)
-    lines = (width * size + _LINE - 1) // _LINE
+    elements = int8_row_bytes(width) if int8_rows(variant) else width
+    lines = (elements * size + _LINE - 1) // _LINE
     spread: int = (_row_spread_lines(variant) - lines) % _SETS
     return (lines + spread) * _LINE // size
 
@@ -140,7 +148,7 @@ def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int
     """
     stride = row_stride(variant, width)
     in_rows = stride * activation_bytes(variant) // 4
-    in_panels = in_rows if bf16_pairs(variant) else width
+    in_panels = max(in_rows, (width + 1) // 2) if bf16_pairs(variant) else width
     offsets = np.empty(groups.expert.size + 1, np.int64)
     offsets[0] = begin
     for g in range(groups.expert.size):
@@ -160,16 +168,20 @@ def _pack(
     """
     first, token = groups.first, groups.token
     width = x.shape[1]
-    panel_width, stride, blocks = panel_tokens(variant), row_stride(variant, width), (width + 15) // 16
-    begin, end = thread * blocks // threads * 16, min((thread + 1) * blocks // threads * 16, width)
+    panel_width, stride, blocks = panel_tokens(variant), row_stride(variant, width), (width + 31) // 32
+    begin, end = thread * blocks // threads * 32, min((thread + 1) * blocks // threads * 32, width)
     for g in range(first.size - 1):
         count = first[g + 1] - first[g]
         start = words + 4 * offsets[g]
         if not groups.packed[g]:
             for m in range(count):
                 source = token[first[g] + m]
-                for i in range(begin, end):
-                    store_activation(variant, start, m * stride + i, x[source, i])
+                if int8_rows(variant):
+                    for i in range(begin, end, 32):
+                        store_int8(start + m * stride, width, i, x.ctypes.data + 4 * (source * width + i))
+                else:
+                    for i in range(begin, end):
+                        store_activation(variant, start, m * stride + i, x[source, i])
             continue
         padded = (count + 15) // 16 * 16
         row = width // 2 if bf16_pairs(variant) else width

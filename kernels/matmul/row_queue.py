@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
-from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, k_blocked, tuned
+from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, int8_rows, k_blocked, tuned
 
 __all__ = ["take_rows", "task_rows"]
 
@@ -58,7 +58,7 @@ def take_rows(
     count = max_rows
     if independent:
         rows_left = rows - _fetch_add(queue, 0)
-        least = _min_rows(variant)
+        least = 32 if int8_rows(variant) else _min_rows(variant)  # 32 hidden rows become int8 with one scale
         count = min(max_rows, max(least, rows_left // (2 * threads) // least * least))
     return _fetch_add(queue, count), count
 

@@ -149,6 +149,8 @@ def _values(tensor: gguf.ReaderTensor) -> Tensor:
     if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
         bits = np.frombuffer(tensor.data.tobytes(), np.uint16).astype(np.uint32) << 16
         return torch.from_numpy(bits.view(np.float32).reshape(shape))
+    if tensor.data.dtype == np.uint8:
+        return torch.from_numpy(gguf.dequantize(np.array(tensor.data), tensor.tensor_type).reshape(shape))
     return torch.from_numpy(np.array(tensor.data, np.float32).reshape(shape))
 
 

@@ -19,6 +19,8 @@ from types import MappingProxyType
 import gguf
 import numpy as np
 
+from fiddler.converters.mixtures import MIXTURES, Mixture, tensor_type
+from fiddler.kernels.formats import BLOCK_FORMATS
 from fiddler.models import ARCHITECTURES, LLAMA
 from fiddler.models.architecture import FLOATS, Role, RouterRule, Scoring
 from fiddler.models.config import Config, LatentWidths
@@ -75,12 +77,14 @@ def write_random_model(
     vocabulary: Path,
     dtype: str = "bf16",
     *,
+    mixture: Mixture | None = None,
     seed: int = 7,
     metadata: Mapping[str, object] = MappingProxyType({}),
     shapes: Mapping[str, tuple[int, ...] | None] = MappingProxyType({}),
 ) -> None:
     """Write the model; its vocabulary's size is that of `vocabulary`.
 
+    mixture: of quantised types, in place of `dtype`.
     metadata: values in place of those that `config` implies, or beside them, without the architecture's prefix.
     shapes: shapes of tensors in place of those that `config` implies, or of more tensors; None: the tensor is left out.
     """
@@ -94,7 +98,7 @@ def write_random_model(
             tensors[name] = role, shape
     writer = gguf.GGUFWriter(path, config.architecture.gguf_name)
     writer.add_name(f"random {config.architecture.name}, {config.block_count} layers")
-    writer.add_file_type({"bf16": 32, "f16": 1, "f32": 0}[dtype])
+    writer.add_file_type(mixture.file_type if mixture else {"bf16": 32, "f16": 1, "f32": 0}[dtype])
     writer.add_custom_alignment(ALIGNMENT)
     prefix = config.architecture.gguf_name
     for key, value in (to_metadata(config) | {f"{prefix}.{key}": value for key, value in metadata.items()}).items():
@@ -105,11 +109,14 @@ def write_random_model(
         if name.startswith("tokenizer."):
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
-    matrix = gguf.GGMLQuantizationType[dtype.upper()]
+    kinds = {}
     for name, (role, shape) in tensors.items():
-        floats = role in FLOATS or dtype == "f32"
-        kind_of = gguf.GGMLQuantizationType.F32 if floats else matrix
-        writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) * (4 if floats else 2), kind_of)
+        kinds[name] = "f32" if role in FLOATS else dtype
+        if mixture and role not in FLOATS:
+            kinds[name] = tensor_type(mixture, name, shape, config, tied=False)
+        kind = gguf.GGMLQuantizationType[kinds[name].upper()]
+        length, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        writer.add_tensor_info(name, shape, np.dtype(np.uint16), math.prod(shape) // length * nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -117,14 +124,17 @@ def write_random_model(
     random = np.random.default_rng(seed)
     largest = max(math.prod(shape) for _, shape in tensors.values())
     pool = random.standard_normal(min(1 << 25, largest + 4096), dtype=np.float32) * np.float32(0.02)
-    if dtype == "bf16":
-        values = (pool.view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        values = pool if dtype == "f32" else pool.astype(np.float16)
+    pools = {"f32": pool, "f16": pool.astype(np.float16), "bf16": (pool.view(np.uint32) >> 16).astype(np.uint16)}
+    for kind in set(kinds.values()) & BLOCK_FORMATS.keys():  # whole blocks, as wide as one of them
+        blocks = BLOCK_FORMATS[kind].encode(pool[: 1 << 20]).view(f"V{BLOCK_FORMATS[kind].block_bytes}")
+        pools[kind] = np.tile(blocks, 16)
     for file in writer.fout:
         file.write(bytes(-file.tell() % ALIGNMENT))
-        for index, (role, shape) in enumerate(tensors.values()):
+        for index, (name, (role, shape)) in enumerate(tensors.items()):
+            values = pools[kinds[name]]
             left = math.prod(shape)
+            if kinds[name] in BLOCK_FORMATS:
+                left //= BLOCK_FORMATS[kinds[name]].block_length
             if role in FLOATS:
                 is_norm = role.name.endswith("NORM")
                 file.write((np.ones(left) if is_norm else random.standard_normal(left)).astype(np.float32).tobytes())
@@ -145,13 +155,15 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", choices=("bf16", "f16", "f32"), default="bf16")
+    parser.add_argument("--type", choices=MIXTURES, help="a mixture of quantised types, in place of --dtype")
     options = parser.parse_args()
     config = SHAPES[options.shape]
     if options.layers:
         dense = config.leading_dense_block_count if config.architecture.has_experts else options.layers
         config = replace(config, block_count=options.layers, leading_dense_block_count=dense)
     began = time.perf_counter()
-    write_random_model(options.out, config, options.vocabulary, options.dtype)
+    mixture = MIXTURES[options.type] if options.type else None
+    write_random_model(options.out, config, options.vocabulary, options.dtype, mixture=mixture)
     print(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s")
 
 

@@ -1,0 +1,48 @@
+"""Quantises rows of a matrix on several threads, piece after piece. Knows formats; no files and no models."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from fiddler.converters.dtypes import RangeLoss, to_float32
+from fiddler.converters.safetensors_file import Array
+from fiddler.kernels.formats import BLOCK_FORMATS
+from fiddler.kernels.machine.threads import usable_cores
+
+__all__ = ["Quantiser"]
+
+
+class Quantiser:
+    """Threads that encode; `with` ends them."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or usable_cores()
+        self._pool = ThreadPoolExecutor(self._threads, "quantise")
+
+    def __enter__(self) -> Quantiser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encoded(self, pieces: Iterator[Callable[[], Array]], kind: str) -> Iterator[tuple[Array, RangeLoss]]:
+        """Blocks of each piece (functions that return rows, called on the threads), in order, and what was no number.
+
+        At most two pieces a thread are in memory.
+        """
+        waiting: deque[Future[tuple[Array, RangeLoss]]] = deque()
+        for piece in pieces:
+            waiting.append(self._pool.submit(_encode, piece, kind))
+            if len(waiting) >= 2 * self._threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode(read: Callable[[], Array], kind: str) -> tuple[Array, RangeLoss]:
+    wide = np.ascontiguousarray(to_float32(read()))
+    return BLOCK_FORMATS[kind].encode(wide), RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))
