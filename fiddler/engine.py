@@ -134,8 +134,8 @@ class Engine:
         check_request(request)
         ids, limit = checked_request(request, self.tokenizer, self.config, self.context)
         new_sampler = self._samplers(request)
-        reuse = request.reuse or prompt_cache is not None
-        checked = CheckedPrompt(ids, limit, request.stop, reuse, self._after_prompt(prompt_cache, ids))
+        reuse, after_prompt = request.reuse or prompt_cache is not None, self._after_prompt(prompt_cache, ids)
+        checked = CheckedPrompt(ids, limit, request.stop, reuse, after_prompt, request.named_tokens)
         return Generation(self.runner, self.tokenizer, checked, new_sampler, self.load_seconds, on_chunk)
 
     def _samplers(self, request: Request) -> Callable[[], Sampler]:
@@ -208,12 +208,15 @@ class Engine:
         """
         if isinstance(requests, str | bytes | Request) or not isinstance(requests, Iterable):
             raise RequestError(f"requests are {quoted(requests)}; give a list of prompts or requests")
+        defaults, scheduler = Request("", _or_default(sampling), max_tokens, stop, ignore_eos), self.scheduler(parallel)
+        return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
+
+    def scheduler(self, parallel: int | None = None) -> Scheduler:
+        """A scheduler for what `start` returns. parallel: see `batch`. Raises RequestError where it makes no sense."""
         if parallel is not None and whole_number("parallel", parallel) < 1:
             raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
-        defaults = Request("", _or_default(sampling), max_tokens, stop, ignore_eos)
         size = batch_size(parallel, self.runner.chunk, self.config.expert_count, self.config.expert_used_count)
-        scheduler = Scheduler(self.runner, size, self.runner.room(self._mapped_bytes))
-        return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
+        return Scheduler(self.runner, size, self.runner.room(self._mapped_bytes))
 
     def _prepared(
         self, request: str | Sequence[int] | Request | Generation | BeamSearch, defaults: Request

@@ -39,7 +39,7 @@ class CheckedPrompt:
     """A prompt that fits the context, and what follows from it.
 
     after_prompt: called with the sequence when it holds just the prompt. reuse: resume what past sequences
-    have of the prompt's beginning.
+    have of the prompt's beginning. named_tokens: see `Request`.
     """
 
     ids: Sequence[int]
@@ -47,6 +47,7 @@ class CheckedPrompt:
     stop: Sequence[str] = ()  # strings that end the text
     reuse: bool = True
     after_prompt: Callable[[KVCache], None] = lambda sequence: None
+    named_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Request:
     is complete. special: names of control tokens in a text prompt, as `<s>`, are read as these tokens; only for text
     that no stranger wrote. reuse: what earlier sequences have in common with the prompt's beginning is not computed
     again, which may change roundings; without it a request with temperature 0 or a seed gives the same bits each time.
+    named_tokens: ids of control tokens whose names stand in the generated text, which shows no other control tokens: a
+    parser of tool calls looks for them.
     Raises RequestError for a value of another type, or an empty stop string.
     """
 
@@ -70,6 +73,7 @@ class Request:
     constraint: Constraint | None = None
     special: bool = False
     reuse: bool = True
+    named_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):

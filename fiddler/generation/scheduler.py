@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.generation.batch_size import BatchSize, tokens_per_sequence
-from fiddler.generation.events import Event, Failed, Finished, PromptRead, Token
+from fiddler.generation.events import Event, Failed, Finished, Joined, PromptRead, Token
 from fiddler.generation.sequence_group import Advance, PreparedRequest, RunningSequence, SequenceGroup
 from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
@@ -206,6 +206,10 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
+            else:
+                cache = group.sequences[0].cache
+                assert cache is not None
+                self._events.append(Joined(handle, cache.length, len(group.prompt)))
 
     def _awaits_prefix(self, group: SequenceGroup) -> bool:
         """Whether a running group reads a prompt whose beginning is this one's, too: it need not be computed twice."""
