@@ -24,6 +24,7 @@ from fiddler.cli.interrupts import exit_on_interrupt, leave_at_once
 from fiddler.cli.options import DType, check_local, exit_where_a_file_is_cut_short, say, shown
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.run import run
+from fiddler.cli.serve import serve
 from fiddler.cli.standard_streams import open_closed
 from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 
 
-for _command in (run, batch, bench, calibrate, perplexity):
+for _command in (run, serve, batch, bench, calibrate, perplexity):
     app.command(cls=Command)(_command)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

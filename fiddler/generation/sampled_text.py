@@ -73,7 +73,9 @@ class Generation:
 
     def begin(self) -> SampledText:
         """Implements `PreparedRequest.begin`."""
-        return SampledText(self, Reply(self._tokenizer, self.limit, self._stop, self._named_tokens), self._new_sampler())
+        return SampledText(
+            self, Reply(self._tokenizer, self.limit, self._stop, self._named_tokens), self._new_sampler()
+        )
 
 
 class SampledText:

@@ -78,6 +78,11 @@ class Scheduler:
         for handle in list(self._running):
             self._leave(handle)
 
+    def take_events(self) -> list[Event]:
+        """The events since the last step, which are not told again: of requests that have joined or failed."""
+        events, self._events = self._events, []
+        return events
+
     def step(self) -> list[Event]:
         """Run one step for all sequences that there is memory for: the events since the last one, in order.
 
@@ -88,8 +93,7 @@ class Scheduler:
         self.stepped = 0
         if self._running:
             self._run_step()
-        events, self._events = self._events, []
-        return events
+        return self.take_events()
 
     def _run_step(self) -> None:
         sequences = [sequence for group in self._running.values() for sequence in group.sequences]

@@ -1,4 +1,4 @@
-"""The parts of an answer as its text comes: reasoning, content, calls of tools. Pure; knows no template and no protocol.
+"""The parts of an answer as its text comes: reasoning, content, calls of tools. Pure; knows no protocol.
 
 An `AnswerParser` is fed pieces of text and returns deltas. It holds back only what may yet become a marker, and white
 space around one.

@@ -194,7 +194,6 @@ def _for_templates(message: Message) -> Message:
     return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
-
 @contextmanager
 def _request_errors() -> Iterator[None]:
     """A template that fails on a request's messages is that request's error, not the file's."""

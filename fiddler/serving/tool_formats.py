@@ -74,13 +74,20 @@ def tool_format(template: str | None, names: Sequence[str] = ()) -> ToolFormat:
         all_begin, begin, sep, end, all_end = _DEEPSEEK
         before = all_begin + begin + (f"function{sep}" if named else "")
         after = ("\n```" if named else "") + end + all_end
-        return ToolFormat("deepseek", lambda names: DeepSeekParser(), _DEEPSEEK, before, after, "\n```json\n" if named else sep)
+        return ToolFormat(
+            "deepseek", lambda names: DeepSeekParser(), _DEEPSEEK, before, after, "\n```json\n" if named else sep
+        )
     if template is not None and "[TOOL_CALLS]" in template:
         marks, named = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), "[ARGS]" in template
         if named:
             return ToolFormat("mistral", lambda names: MistralParser(), marks, "[TOOL_CALLS]", "", "[ARGS]")
         return ToolFormat("mistral", lambda names: MistralParser(), marks, "[TOOL_CALLS][", "]")
-    if template is not None and "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
+    if (
+        template is not None
+        and "<tool_call>" in template
+        and "<function=" not in template
+        and "<arg_key>" not in template
+    ):
         marks = ("<tool_call>", "</tool_call>")
         return ToolFormat("hermes", lambda names: HermesParser(), marks, "<tool_call>\n", "\n</tool_call>")
     return ToolFormat("object", BareObjectParser)

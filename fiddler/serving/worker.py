@@ -163,29 +163,42 @@ class Worker:
             try:
                 generation = self._engine.start(request)
             except FiddlerError as error:
-                self.counters.failed += 1
-                self._deliver([Delivery(owner, index, Failed(-1, error), time.perf_counter())])
+                self._fail(owner, index, error)
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on with other requests
+                self._report(error)
+                self._fail(owner, index, _internal(error))
                 continue
             handle = self._scheduler.add(generation)
             self._running[handle] = Running(owner, index, len(generation.prompt))
 
+    def _fail(self, owner: object, index: int, error: FiddlerError) -> None:
+        self.counters.failed += 1
+        self._deliver([Delivery(owner, index, Failed(-1, error), time.perf_counter())])
+
     def _step(self) -> None:
+        begun = time.perf_counter()
+        self._tell(self._scheduler.take_events(), begun)
         try:
             events = self._scheduler.step()
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on with other requests
             self._report(error)
             self._end_all(error)
             return
-        now = time.perf_counter()
         if self._scheduler.stepped:
             self.counters.steps += 1
             self.counters.stepped += self._scheduler.stepped
-        deliveries = []
+        self._tell(events, begun)
+
+    def _tell(self, events: Sequence[Event], begun: float) -> None:
+        """Count events and deliver them; `begun`: the beginning of the step, in which requests join."""
+        now, deliveries = time.perf_counter(), []
         for event in events:
             text = self._running.get(event.handle)
             if text is not None:
                 self._count(text, event)
-                deliveries.append(Delivery(text.owner, text.index, event, now))
+                at = begun if isinstance(event, Joined) else now
+                deliveries.append(Delivery(text.owner, text.index, event, at))
         if deliveries:
             self._deliver(deliveries)
 
@@ -217,9 +230,12 @@ class Worker:
 
     def _end_all(self, error: Exception) -> None:
         """Fail all texts: the step that served them broke off."""
-        failure = InternalError(f"internal: {type(error).__name__}: {error}")
-        now, texts = time.perf_counter(), list(self._running.values())
+        texts = list(self._running.values())
         self._scheduler.close()
         self._running.clear()
-        self.counters.failed += len(texts)
-        self._deliver([Delivery(text.owner, text.index, Failed(-1, failure), now) for text in texts])
+        for text in texts:
+            self._fail(text.owner, text.index, _internal(error))
+
+
+def _internal(error: Exception) -> InternalError:
+    return InternalError(f"internal: {type(error).__name__}: {error}")
