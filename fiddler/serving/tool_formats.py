@@ -88,6 +88,6 @@ def tool_format(template: str | None, names: Sequence[str] = ()) -> ToolFormat:
         and "<function=" not in template
         and "<arg_key>" not in template
     ):
-        marks = ("<tool_call>", "</tool_call>")
-        return ToolFormat("hermes", lambda names: HermesParser(), marks, "<tool_call>\n", "\n</tool_call>")
+        ends = ("<tool_call>", "</tool_call>")
+        return ToolFormat("hermes", lambda names: HermesParser(), ends, "<tool_call>\n", "\n</tool_call>")
     return ToolFormat("object", BareObjectParser)

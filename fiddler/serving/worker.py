@@ -28,10 +28,10 @@ class InternalError(FiddlerError):
 
 
 class Delivery(NamedTuple):
-    """An event of the text number `index` among those submitted as `owner`; `at`: time.perf_counter of its step."""
+    """An event of the text `number` among those submitted as `owner`; `at`: time.perf_counter of its step."""
 
     owner: object
-    index: int
+    number: int
     event: Event
     at: float
 
@@ -41,7 +41,7 @@ class Running:
     """A text in the scheduler, as far as it is known: tokens of its prompt, of which some are cached, and new ones."""
 
     owner: object
-    index: int
+    number: int
     prompt: int
     cached: int | None = None  # None while it waits for memory
     read: int = 0
@@ -100,7 +100,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, owner: object, requests: Sequence[Request]) -> None:
-        """Generate a text for each request. The events of text i have the index i; each ends with Finished or Failed.
+        """Generate a text for each request. The events of text i have the number i; each ends with Finished or Failed.
 
         owner: any hashable object, by which `cancel` knows them.
         """
@@ -172,9 +172,9 @@ class Worker:
             handle = self._scheduler.add(generation)
             self._running[handle] = Running(owner, index, len(generation.prompt))
 
-    def _fail(self, owner: object, index: int, error: FiddlerError) -> None:
+    def _fail(self, owner: object, number: int, error: FiddlerError) -> None:
         self.counters.failed += 1
-        self._deliver([Delivery(owner, index, Failed(-1, error), time.perf_counter())])
+        self._deliver([Delivery(owner, number, Failed(-1, error), time.perf_counter())])
 
     def _step(self) -> None:
         begun = time.perf_counter()
@@ -198,7 +198,7 @@ class Worker:
             if text is not None:
                 self._count(text, event)
                 at = begun if isinstance(event, Joined) else now
-                deliveries.append(Delivery(text.owner, text.index, event, at))
+                deliveries.append(Delivery(text.owner, text.number, event, at))
         if deliveries:
             self._deliver(deliveries)
 
@@ -234,7 +234,7 @@ class Worker:
         self._scheduler.close()
         self._running.clear()
         for text in texts:
-            self._fail(text.owner, text.index, _internal(error))
+            self._fail(text.owner, text.number, _internal(error))
 
 
 def _internal(error: Exception) -> InternalError:

@@ -104,4 +104,4 @@ class Answer:
 async def collected(texts: Texts, answers: Sequence[Answer]) -> None:
     """Take in all events of all texts."""
     async for delivery in texts:
-        answers[delivery.index].see(delivery)
+        answers[delivery.number].see(delivery)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fiddler.serving.http.anthropic_messages import count_tokens, messages
 from fiddler.serving.http.errors import HttpError, http_error
 from fiddler.serving.http.experts import expert_events, experts
 from fiddler.serving.http.llama_completion import completion
@@ -19,12 +20,13 @@ from fiddler.serving.http.llama_text import apply_template, detokenize, tokenize
 from fiddler.serving.http.metrics import metrics
 from fiddler.serving.http.openai_chat import chat_completions, chat_tokens
 from fiddler.serving.http.openai_completions import completions
+from fiddler.serving.http.openai_responses import responses, responses_tokens
 from fiddler.serving.http.openapi import openapi
 from fiddler.serving.http.options import ServerOptions
 from fiddler.serving.http.security import Security, error_response
 from fiddler.serving.http.status import health, models, not_supported, properties, slots
 
-__all__ = ["PAGE", "application"]
+__all__ = ["PAGE", "application", "page"]
 
 PAGE = Path(__file__).parents[1] / "static" / "index.html"
 
@@ -50,6 +52,11 @@ _POST: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/v1/chat/completions/input_tokens": chat_tokens,
     "/chat/completions/input_tokens": chat_tokens,
     "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/responses": responses,
+    "/v1/responses/input_tokens": responses_tokens,
+    "/v1/messages": messages,
+    "/v1/messages/count_tokens": count_tokens,
     "/completion": completion,
     "/completions": completion,
     "/tokenize": tokenize,

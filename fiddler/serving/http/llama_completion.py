@@ -53,7 +53,7 @@ class _Completing:
     async def whole(self, texts: Texts) -> list[dict[str, Any]]:
         """The results of a request without `stream`."""
         async for delivery in texts:
-            self._progress[delivery.index].see(delivery)
+            self._progress[delivery.number].see(delivery)
         results = []
         for index, progress in enumerate(self._progress):
             assert progress.completion is not None
@@ -69,7 +69,7 @@ class _Completing:
         """The events of a request with `stream`."""
         sent = [0] * len(self._progress)  # tokens of each text, in events so far
         async for delivery in texts:
-            index, progress, event = delivery.index, self._progress[delivery.index], delivery.event
+            index, progress, event = delivery.number, self._progress[delivery.number], delivery.event
             progress.see(delivery)
             prompt = len(self._job.prompts[index])
             if self._tells_progress and isinstance(event, Joined | PromptRead):

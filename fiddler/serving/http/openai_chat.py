@@ -105,7 +105,7 @@ class _Answering:
         self._head["object"] = "chat.completion.chunk"
         begun: set[int] = set()
         async for delivery in texts:
-            index, answer = delivery.index, self._answers[delivery.index]
+            index, answer = delivery.number, self._answers[delivery.number]
             deltas = answer.see(delivery)
             if index not in begun:
                 begun.add(index)

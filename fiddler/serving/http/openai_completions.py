@@ -74,7 +74,7 @@ class _Completing:
     async def whole(self, texts: Texts) -> dict[str, Any]:
         """The response of a request without `stream`."""
         async for delivery in texts:
-            self._progress[delivery.index].see(delivery)
+            self._progress[delivery.number].see(delivery)
         choices = []
         for index, progress in enumerate(self._progress):
             assert progress.completion is not None
@@ -87,7 +87,7 @@ class _Completing:
         """The chunks of a request with `stream`."""
         logged, begun = [0] * len(self._progress), set[int]()
         async for delivery in texts:
-            index, progress, event = delivery.index, self._progress[delivery.index], delivery.event
+            index, progress, event = delivery.number, self._progress[delivery.number], delivery.event
             progress.see(delivery)
             if self._tells_progress and isinstance(event, Joined | PromptRead):
                 yield sse(self._chunk(index, "", [], prompt_progress=progress.prompt_progress()))

@@ -156,8 +156,8 @@ class Texts:
         """Add an event."""
         if not self._closed:
             self.left -= isinstance(delivery.event, Finished | Failed)
-            if isinstance(delivery.event, Token) and delivery.index not in self._begun:
-                self._begun.add(delivery.index)
+            if isinstance(delivery.event, Token) and delivery.number not in self._begun:
+                self._begun.add(delivery.number)
                 self._service.first_tokens.add(delivery.at - self._opened)
             self._queue.put_nowait(delivery)
 

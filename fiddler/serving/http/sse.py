@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from fiddler.serving.http.errors import HttpError, error_object, http_error
 
-__all__ = ["DONE", "EventStream", "JsonAnswer", "sse", "unless_gone"]
+__all__ = ["DONE", "EventStream", "JsonAnswer", "sse", "to_bytes", "unless_gone"]
 
 T = TypeVar("T")
 
@@ -87,15 +87,14 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self._timeout):
                 while not gone.done():
-                    await asyncio.wait({pending, gone}, timeout=self._ping, return_when=asyncio.FIRST_COMPLETED)
+                    both: set[asyncio.Future[Any]] = {pending, gone}
+                    await asyncio.wait(both, timeout=self._ping, return_when=asyncio.FIRST_COMPLETED)
                     if gone.done():
                         return
-                    parts = [_PING]
+                    parts, ended = [_PING], False
                     if pending.done():
-                        chunk, ended = await self._chunk(pending, started)
-                        parts, pending = chunk, self._next() if not ended else pending
-                    else:
-                        ended = False
+                        parts, ended = await self._chunk(pending, started)
+                        pending = pending if ended else self._next()
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                         started = True
