@@ -78,7 +78,7 @@ class _Answering:
             deltas = self._answer.see(delivery)
             if not begun:
                 begun = True
-                message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
+                message: dict[str, Any] = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
                 yield self._event("message_start", message={**message, "usage": self._usage()})
             for delta in deltas:
                 for event in self._delta(delta):

@@ -92,7 +92,7 @@ class Items:
         where = {"item_id": self._item["id"], "output_index": len(self.done)}
         if self._item["type"] == "function_call":
             return where
-        more = {"logprobs": []} if self._item["type"] == "message" else {}
+        more: dict[str, Any] = {"logprobs": []} if self._item["type"] == "message" else {}
         return {**where, "content_index": 0, **more}
 
 

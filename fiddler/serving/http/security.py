@@ -42,14 +42,14 @@ class Security:
         headers = Headers(scope=scope)
         origin = self._allowed_origin(headers.get("origin"))
         error = self._refusal(scope, headers)
+        exchange = _Exchange(receive, send, origin, has_body=_has_body(headers))
         if error is not None:
-            response: Response = error_response(error, scope["path"])
+            response: ASGIApp = error_response(error, scope["path"])
         elif scope["method"] == "OPTIONS":
             response = Response(status_code=200, headers=_preflight(origin))
         else:
-            await self._app(scope, receive, _with_origin(send, origin))
-            return
-        await response(scope, receive, _with_origin(send, origin))
+            response = self._app
+        await response(scope, exchange.receive, exchange.send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> HttpError | None:
         """Why a request is refused; None where it is not."""
@@ -111,18 +111,38 @@ def _preflight(origin: str | None) -> dict[str, str]:
     }
 
 
-def _with_origin(send: Send, origin: str | None) -> Send:
-    """`send`, with the headers that every response has."""
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
-    async def sending(message: Message) -> None:
+
+class _Exchange:
+    """A request and its response: adds the headers that every response has.
+
+    A connection whose request was answered before its body was read is closed, and the response says so.
+    """
+
+    def __init__(self, receive: Receive, send: Send, origin: str | None, *, has_body: bool) -> None:
+        self._receive, self._send, self._unread = receive, send, has_body
+        self._headers = [(b"x-content-type-options", b"nosniff")]
+        if origin is not None:
+            self._headers += [
+                (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
+                (b"vary", b"Origin"),
+            ]
+
+    async def receive(self) -> Message:
+        """The next message of the request (ASGI)."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the response (ASGI)."""
         if message["type"] == "http.response.start":
-            headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-            if origin is not None:
-                headers += [(b"access-control-allow-origin", origin.encode("latin-1", "replace")), (b"vary", b"Origin")]
-            message = {**message, "headers": headers}
-        await send(message)
-
-    return sending
+            more = [(b"connection", b"close")] if self._unread else []
+            message = {**message, "headers": [*message.get("headers", []), *self._headers, *more]}
+        await self._send(message)
 
 
 def error_response(error: HttpError, path: str) -> Response:
