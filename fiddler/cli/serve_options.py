@@ -34,6 +34,7 @@ class ServeOptions:
     special: bool = False
     parallel: int | None = None
     count: int = -1
+    token_limit: int | None = None
     queue: int = 256
     timeout: int = 3600
     body_limit: int = 16
@@ -59,6 +60,7 @@ class ServeOptions:
                 cors_origins=tuple(self.cors_origin or ()),
                 alias=tuple(self.alias or ()),
                 defaults=Request("", sampling, None if self.count < 0 else self.count, special=self.special),
+                token_limit=self.token_limit,
                 parallel=self.parallel,
                 queue=self.queue,
                 timeout=float(self.timeout),
@@ -103,7 +105,10 @@ SERVING = OptionGroup(
         "parallel": _limit(
             "-np", "--parallel", min=1, text="Maximum of texts at once; if not given, it grows while throughput does."
         ),
-        "count": _limit("-n", "--n-predict", min=-1, text="Maximum of new tokens a text; -1: what --ctx leaves."),
+        "count": _limit("-n", "--n-predict", min=-1, text="max_tokens of requests without it; -1: what --ctx leaves."),
+        "token_limit": _limit(
+            "--token-limit", min=1, text="Maximum of new tokens a text, whatever a request asks for."
+        ),
         "queue": _limit("--queue", min=1, text="Maximum of texts that run or wait; further ones get 503."),
         "timeout": _limit("--timeout", min=1, text="Longest time of a request [s]."),
         "body_limit": _limit("--body-limit", min=1, max=1024, text="Largest body of a request [MiB]."),

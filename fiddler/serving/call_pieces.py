@@ -88,8 +88,10 @@ class ObjectCall:
             match = _HEAD.match(self._text[:_LONGEST_HEAD])
             if match is None:
                 end = self._end.feed(text)
-                if self._text.lstrip()[:1] not in ("", "{"):
-                    return [], ""  # no object, so no call
+                rest = self._text.lstrip()
+                if rest[:1] not in ("", "{"):  # no object, so no call
+                    self._text = self._text.removesuffix(rest)
+                    return [], rest
                 if end is None:
                     return [], None
                 rest, self._text = text[end:], self._text[: begin + end]

@@ -48,8 +48,8 @@ class Settings:
     special: bool = False
 
 
-def settings_of(body: Mapping[str, Any], defaults: Request) -> Settings:
-    """The settings of a body; `defaults` has those that it omits, and the largest `max_tokens`.
+def settings_of(body: Mapping[str, Any], defaults: Request, token_limit: int | None = None) -> Settings:
+    """The settings of a body; `defaults` has those that it omits. token_limit: a larger `max_tokens` is cut to it.
 
     Raises RequestError, which names the field, for an invalid one.
     """
@@ -58,6 +58,8 @@ def settings_of(body: Mapping[str, Any], defaults: Request) -> Settings:
     if grammar is not None and not isinstance(grammar, str):
         raise RequestError(f"grammar is {quoted(grammar)}; give its text")
     schema = None if grammar is not None else _schema(values)
+    if flag(values, "post_sampling_probs"):
+        raise RequestError("post_sampling_probs is not supported: probabilities are the model's own; leave it out")
     stop = values.get("stop", defaults.stop)
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
@@ -67,7 +69,7 @@ def settings_of(body: Mapping[str, Any], defaults: Request) -> Settings:
         raise RequestError(f"n is {quoted(choices)}; give 1 to {_MOST_TEXTS}")
     return Settings(
         _sampling(values, defaults.sampling),
-        _max_tokens(values, defaults.max_tokens),
+        _max_tokens(values, defaults.max_tokens, token_limit),
         tuple(text for text in stop if text),
         flag(values, "ignore_eos", defaults.ignore_eos),
         flag(values, "cache_prompt", defaults.reuse),
@@ -108,12 +110,12 @@ def whole(values: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
-def _max_tokens(values: Mapping[str, Any], largest: int | None) -> int | None:
-    name = next((name for name in _LIMITS if name in values), _LIMITS[-1])
-    limit = whole(values, name, -1)
-    if limit < -1:
+def _max_tokens(values: Mapping[str, Any], default: int | None, largest: int | None) -> int | None:
+    name = next((name for name in _LIMITS if name in values), None)
+    limit = default if name is None else whole(values, name, -1)
+    if limit is not None and limit < -1:
         raise RequestError(f"{name} is {limit}; give 0 or more, or -1 for no limit")
-    if limit == -1:
+    if limit is None or limit == -1:
         return largest
     return limit if largest is None else min(limit, largest)
 

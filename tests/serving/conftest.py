@@ -7,10 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tools.server_process import ServerProcess
+from tools.server_process import KEY, ServerProcess
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "templates" / "hermes.jinja"
-KEY = "sk-the-secret-key"
 
 
 @pytest.fixture(scope="session")

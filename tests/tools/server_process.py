@@ -10,7 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
-__all__ = ["ServerProcess"]
+__all__ = ["KEY", "ServerProcess"]
+
+KEY = "sk-the-secret-key"
+"""Of servers that tests start with one."""
 
 PATIENCE = 300  # [s]
 

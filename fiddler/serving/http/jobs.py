@@ -48,7 +48,7 @@ async def job_of(
 
     grammar: Lark, instead of the body's own constraint. Raises RequestError for what makes no sense.
     """
-    settings = settings_of(body, service.options.defaults)
+    settings = settings_of(body, service.options.defaults, service.options.token_limit)
     if grammar is not None:
         settings = replace(settings, grammar=grammar, schema=None)
     constraint = await service.on_grammar(constraint_of, settings)

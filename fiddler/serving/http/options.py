@@ -15,7 +15,7 @@ __all__ = ["ServerOptions", "is_loopback"]
 class ServerOptions:
     """Options of a server.
 
-    alias: names of the model, the first is shown. defaults: of requests; its `max_tokens` is their largest as well.
+    alias: names of the model, the first is shown. defaults: of requests. token_limit: the largest `max_tokens`.
     cors_origins: web origins whose pages may call the server; "*" for all. parallel: texts at once, see `Engine.batch`.
     queue: texts that run or wait; more are refused. timeout: of one request [s]. body_limit: [bytes].
     ping: seconds without an event after which a stream sends a comment. grace: seconds that open requests have to end
@@ -28,6 +28,7 @@ class ServerOptions:
     cors_origins: tuple[str, ...] = ()
     alias: tuple[str, ...] = ()
     defaults: Request = field(default_factory=lambda: Request(""))
+    token_limit: int | None = None
     parallel: int | None = None
     queue: int = 256
     timeout: float = 3600.0
