@@ -106,9 +106,7 @@ SERVING = OptionGroup(
             "-np", "--parallel", min=1, text="Maximum of texts at once; if not given, it grows while throughput does."
         ),
         "count": _limit("-n", "--n-predict", min=-1, text="max_tokens of requests without it; -1: what --ctx leaves."),
-        "token_limit": _limit(
-            "--token-limit", min=1, text="Maximum of new tokens a text, whatever a request asks for."
-        ),
+        "token_limit": _limit("--token-limit", min=1, text="Maximum of new tokens a text, whatever is asked for."),
         "queue": _limit("--queue", min=1, text="Maximum of texts that run or wait; further ones get 503."),
         "timeout": _limit("--timeout", min=1, text="Longest time of a request [s]."),
         "body_limit": _limit("--body-limit", min=1, max=1024, text="Largest body of a request [MiB]."),
