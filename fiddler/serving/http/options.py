@@ -34,7 +34,7 @@ class ServerOptions:
     timeout: float = 3600.0
     body_limit: int = 16 << 20
     ping: float = 10.0
-    grace: float = 2.0
+    grace: float = 1.0
     chat_template: str | None = None
     page: bool = True
     metrics: bool = True
