@@ -301,7 +301,7 @@ def test_a_server_without_a_template_or_key_says_where_it_is_and_ends_within_sec
                 thread.join(10)
         assert len(endings) == 8  # no connection broke off
         for lines in endings:
-            last = json.loads(lines[-1][6:]) if lines[-1] != "data: [DONE]" else None
+            last = json.loads(lines[-1].removeprefix("data: ")) if lines[-1] != "data: [DONE]" else None
             assert last is None or last["error"]["code"] == 503
         assert any(lines[-1] != "data: [DONE]" for lines in endings)
         assert process.errors == ""

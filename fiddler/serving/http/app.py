@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fiddler.errors import FiddlerError
 from fiddler.serving.http.anthropic_messages import count_tokens, messages
 from fiddler.serving.http.errors import HttpError, http_error
 from fiddler.serving.http.experts import expert_events, experts
@@ -80,7 +81,13 @@ def application(options: ServerOptions) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Security, options=options)],
-        exception_handlers={HTTPException: _routing_error, HttpError: _known_error, Exception: _error},
+        exception_handlers={
+            HTTPException: _routing_error,
+            HttpError: _error,
+            FiddlerError: _error,
+            TimeoutError: _error,
+            Exception: _error,  # whatever else there is; starlette raises it again, and uvicorn closes the connection
+        },
     )
 
 
@@ -99,11 +106,6 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {404: f"there is no {request.url.path[:200]!a} here", 405: f"{request.method[:20]!a} is not for this path"}
     return error_response(HttpError(error.status_code, text.get(error.status_code, error.detail)), request.url.path)
-
-
-async def _known_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HttpError)
-    return error_response(error, request.url.path)
 
 
 async def _error(request: Request, error: Exception) -> Response:

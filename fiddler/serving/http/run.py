@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ def run(
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level=logging.CRITICAL + 1,  # `report` has what there is to say
         access_log=False,
         server_header=False,
         limit_concurrency=_CONNECTIONS,
