@@ -205,14 +205,13 @@ class Engine:
         """
         if isinstance(requests, str | bytes | Request) or not isinstance(requests, Iterable):
             raise RequestError(f"requests are {quoted(requests)}; give a list of prompts or requests")
-        if parallel is not None and whole_number("parallel", parallel) < 1:
-            raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
-        defaults = Request("", _or_default(sampling), max_tokens, stop, ignore_eos)
-        scheduler = self.scheduler(parallel)
+        defaults, scheduler = Request("", _or_default(sampling), max_tokens, stop, ignore_eos), self.scheduler(parallel)
         return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
 
     def scheduler(self, parallel: int | None = None) -> Scheduler:
-        """Runs requests side by side that are added to it, as `batch` does; see `drivers.new_scheduler`."""
+        """A scheduler for what `start` returns; see `new_scheduler`. Raises RequestError for less than one sequence."""
+        if parallel is not None and whole_number("parallel", parallel) < 1:
+            raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
         return new_scheduler(self.runner, parallel, self._mapped_bytes)
 
     def _prepared(
@@ -284,7 +283,8 @@ class Engine:
 
     def _checked(self, request: Request, ids: list[int], limit: int, prompt_cache: str | Path | None) -> CheckedPrompt:
         reuse, interactive = request.reuse or prompt_cache is not None, request.priority == "interactive"
-        return CheckedPrompt(ids, limit, request.stop, reuse, interactive, self._after_prompt(prompt_cache, ids))
+        after = self._after_prompt(prompt_cache, ids)
+        return CheckedPrompt(ids, limit, request.stop, reuse, interactive, after, request.named_tokens)
 
     def _after_prompt(self, prompt_cache: str | Path | None, ids: list[int]) -> Callable[[KVCache], None]:
         if prompt_cache is None:

@@ -52,8 +52,10 @@ EXCEPTIONS = {
 def functions(node, name):
     """Every function in a syntax tree, with its name; a method's `self` is no parameter of it."""
     for child in ast.iter_child_nodes(node):
-        inner = f"{name}.{child.name}" if isinstance(child, ast.ClassDef | ast.FunctionDef) else name
-        if isinstance(child, ast.FunctionDef):
+        inner = (
+            f"{name}.{child.name}" if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else name
+        )
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             a = child.args
             named = [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p is not None]
             parameters = len(named) - (named[:1] in (["self"], ["cls"]))

@@ -24,6 +24,7 @@ from fiddler.cli.options import check_local, say
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.quantize import convert, quantize
 from fiddler.cli.run import run
+from fiddler.cli.serve import serve
 from fiddler.cli.standard_streams import open_closed
 from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 
 
-for _command in (run, batch, bench, calibrate, perplexity, convert, quantize):
+for _command in (run, serve, batch, bench, calibrate, perplexity, convert, quantize):
     app.command(cls=Command)(_command)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

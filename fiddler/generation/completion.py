@@ -45,7 +45,8 @@ class Completion:
     """A finished generation.
 
     `finish_reason`: "stop" (end token, stop string, or a constraint that is met) or "length". `log_probs`: one entry a
-    token where the sampling's `n_probs` is above 0; of the model's own distribution, see `logprobs.py`.
+    token where the sampling's `n_probs` is above 0; of the model's own distribution, see `logprobs.py`. `stop_string`:
+    the one that ended the text; empty where none did.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Completion:
     finish_reason: FinishReason
     stats: Stats
     log_probs: tuple[LogProbs, ...] = ()
+    stop_string: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,25 @@ class BeamResult:
 class Reply:
     """The text of a generation as its tokens come, until an end token, a stop string or `limit` tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limit: int, stop: Sequence[str], named_tokens: frozenset[int] = frozenset()
+    ) -> None:
+        """named_tokens: control tokens that stand in the text by their names."""
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None if limit else "length"  # None while it goes on
         self._ends, self._limit = tokenizer.end_ids, limit
-        self._stream, self._stop = tokenizer.stream(continuing=True), StopText(stop)
+        self._stream, self._stop = tokenizer.stream(True, named_tokens), StopText(stop)
         self._text: list[str] = []
 
     @property
     def text(self) -> str:
         """The text that is certain so far."""
         return "".join(self._text)
+
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty where none did."""
+        return self._stop.string
 
     def push(self, token: int, *, last: bool = False) -> str:
         """Append a token: the text that it makes certain, maybe none. The last token releases all that was held back.

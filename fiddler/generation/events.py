@@ -8,9 +8,21 @@ from fiddler.errors import FiddlerError
 from fiddler.generation.completion import BeamResult, Completion
 from fiddler.sampling.logprobs import LogProbs
 
-__all__ = ["Event", "Failed", "Finished", "PromptRead", "Result", "Token"]
+__all__ = ["Event", "Failed", "Finished", "Joined", "PromptRead", "Result", "Token"]
 
 Result = Completion | BeamResult
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A request has memory and takes part in the next step. `cached` of its prompt's `total` tokens need no computing.
+
+    It comes again where a request gave its memory back meanwhile.
+    """
+
+    handle: int
+    cached: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +66,4 @@ class Failed:
     error: FiddlerError
 
 
-Event = PromptRead | Token | Finished | Failed
+Event = Joined | PromptRead | Token | Finished | Failed

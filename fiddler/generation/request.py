@@ -40,7 +40,7 @@ class CheckedPrompt:
     """A prompt that fits the context, and what follows from it.
 
     after_prompt: called with the sequence when it holds just the prompt. reuse: resume what past sequences
-    have of the prompt's beginning. interactive: see `Request.priority`.
+    have of the prompt's beginning. interactive: see `Request.priority`. named_tokens: see `Request`.
     """
 
     ids: Sequence[int]
@@ -49,6 +49,7 @@ class CheckedPrompt:
     reuse: bool = True
     interactive: bool = True
     after_prompt: Callable[[KVCache], None] = lambda sequence: None
+    named_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Request:
     that no stranger wrote. reuse: what earlier sequences have in common with the prompt's beginning is not computed
     again, which may change roundings; without it a request with temperature 0 or a seed gives the same bits each time.
     priority: "interactive" requests, for whose tokens someone waits, come before those of a "batch".
+    named_tokens: ids of control tokens whose names stand in the generated text, which shows no other control tokens: a
+    parser of tool calls looks for them.
     Raises RequestError for a value of another type, or an empty stop string.
     """
 
@@ -74,6 +77,7 @@ class Request:
     special: bool = False
     reuse: bool = True
     priority: str = "interactive"
+    named_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):

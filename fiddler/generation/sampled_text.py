@@ -42,7 +42,7 @@ class Generation:
         self.interactive = prompt.interactive
         self.after_prompt, self.load_seconds = prompt.after_prompt, load_seconds
         self._runner, self._tokenizer = runner, tokenizer
-        self._new_sampler, self._stop = new_sampler, prompt.stop
+        self._new_sampler, self._stop, self._named_tokens = new_sampler, prompt.stop, prompt.named_tokens
         self._on_chunk = on_chunk
         self._completion: Completion | None = None
 
@@ -74,7 +74,9 @@ class Generation:
 
     def begin(self) -> SampledText:
         """Implements `PreparedRequest.begin`."""
-        return SampledText(self, Reply(self._tokenizer, self.limit, self._stop), self._new_sampler())
+        return SampledText(
+            self, Reply(self._tokenizer, self.limit, self._stop, self._named_tokens), self._new_sampler()
+        )
 
 
 class SampledText:
@@ -135,4 +137,4 @@ class SampledText:
             cached_tokens=self._cached,
         )
         log_probs = tuple(self._sampler.log_probs)
-        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs)
+        return Completion(reply.text, tuple(reply.tokens), reply.finish_reason, stats, log_probs, reply.stop_string)

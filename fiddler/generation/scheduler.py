@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.generation.batch_size import BatchSize
-from fiddler.generation.events import Event, Failed, Finished, PromptRead, Token
+from fiddler.generation.events import Event, Failed, Finished, Joined, PromptRead, Token
 from fiddler.generation.kv_budget import KVBudget
 from fiddler.generation.sequence_group import Advance, PreparedRequest, SequenceGroup
 from fiddler.generation.sequence_step import compute, tokens_per_sequence
@@ -88,6 +88,11 @@ class Scheduler:
         for handle in list(self._running):
             self._leave(handle)
 
+    def take_events(self) -> list[Event]:
+        """The events since the last step, which are not told again: of requests that have joined or failed."""
+        events, self._events = self._events, []
+        return events
+
     def step(self) -> list[Event]:
         """Run one step for all sequences that there is memory for: the events since the last one, in order.
 
@@ -98,8 +103,7 @@ class Scheduler:
         self.stepped = 0
         if self._running:
             self._run_step()
-        events, self._events = self._events, []
-        return events
+        return self.take_events()
 
     def _run_step(self) -> None:
         while len(self._running) > 1 and self._kv_budget.exceeded():
@@ -203,6 +207,10 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
+            else:
+                cache = group.sequences[0].cache
+                assert cache is not None
+                self._events.append(Joined(handle, cache.length, len(group.prompt)))
 
     def _batch_pauses_for(self, group: SequenceGroup) -> bool:
         """Whether this group fits once requests of a batch gave their memory back; as many of them do as it takes."""

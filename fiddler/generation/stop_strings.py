@@ -51,6 +51,7 @@ class StopText:
         self._matched = self._stops.start
         self._held, self._held_length = deque[str](), 0
         self.found = False
+        self.string = ""  # the stop string that was found
 
     def push(self, text: str) -> str:
         """The text that is certain by now: before the first stop string, and not the beginning of one."""
@@ -62,6 +63,7 @@ class StopText:
         if match is not None:
             self.found = True
             certain = self._release(self._held_length + min(match.begin, 0)) + text[: max(match.begin, 0)]
+            self.string = "".join(self._held) * (match.begin < 0) + text[max(match.begin, 0) : match.end]
             self._held, self._held_length = deque(), 0
             return certain
         self._held.append(text)

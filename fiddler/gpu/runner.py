@@ -113,6 +113,10 @@ class GpuRunner(Runner):
         kernels.set_threads(self._kernel_threads)
         return self.orchestrator.step(lambda: self.model(ids, step, wanted), len(ids if wanted is None else wanted))
 
+    def resident_experts(self) -> list[list[int]]:
+        """Implements `Runner.resident_experts`."""
+        return [] if self.orchestrator is None else self.orchestrator.residents.by_layer()
+
     def sequence(self, positions: int = 0) -> ContiguousKVCache:
         """Implements `Runner.sequence`. One sequence at a time uses the preallocated KV cache; others allocate."""
         if self._last_sequence.holds(self._owner()):

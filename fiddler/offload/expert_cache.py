@@ -43,6 +43,10 @@ class Residents:
         """Whether every expert of a layer is resident."""
         return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
 
+    def by_layer(self) -> list[list[int]]:
+        """Expert ids of each layer, ascending."""
+        return [[e for e in range(len(w.gate)) if (layer, e) in self._weights] for layer, w in enumerate(self._layers)]
+
     def load(self, placed: Sequence[Sequence[int]], weight_copy: WeightCopy, progress: Callable[[int], None]) -> None:
         """Copy the experts of each layer to the GPU; calls `progress` with the bytes of each expert on its way."""
         table = self.table.cpu()

@@ -94,6 +94,10 @@ class Runner(ABC):
     def forget(self) -> None:
         """Forget all sequences that `resume` might find."""
 
+    def resident_experts(self) -> list[list[int]]:
+        """The experts of each layer with experts that lie on a GPU now; no layers where there is none."""
+        return []
+
     @abstractmethod
     def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> KVCache:
         """A sequence with the positions of `source`, of which `target`, which is given up, has the first `shared`."""

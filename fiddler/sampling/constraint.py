@@ -22,7 +22,7 @@ from fiddler.sampling.grammar_compiler import check, compiled, one_line
 from fiddler.sampling.mask_process import MaskProcess
 from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["Constraint", "TokenGuide", "Vocabulary"]
+__all__ = ["Constraint", "TokenGuide", "Vocabulary", "json_rule"]
 
 _BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
 """Between the parts of JSON, as in llama.cpp's own grammars: bounded, so that no model writes blanks for ever."""
@@ -79,6 +79,12 @@ class Constraint:
             raise RequestError(f"the grammar is {quoted(text)}; give its text")
         _check_length("the grammar", text)
         return cls(compiled(text, "the grammar"))
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON of a schema as a part of a Lark rule, with the same blanks as `Constraint.json_schema`."""
+    blanks = {"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
+    return f"%json {json.dumps({**schema, 'x-guidance': blanks})}"
 
 
 class Vocabulary:

@@ -177,9 +177,12 @@ class Tokenizer:
         decoder = self.stream(continuing)
         return b"".join([decoder.push_bytes(index) for index in ids])
 
-    def stream(self, continuing: bool = False) -> TextStream:
-        """A decoder that takes one id at a time; `continuing`: the ids continue a prompt."""
-        return TextStream(self, continuing)
+    def stream(self, continuing: bool = False, named_tokens: frozenset[int] = frozenset()) -> TextStream:
+        """A decoder that takes one id at a time; `continuing`: the ids continue a prompt.
+
+        named_tokens: tokens without text, as control tokens, for which the text has their names.
+        """
+        return TextStream(self, continuing, named_tokens)
 
     def _checked(self, index: int) -> int:
         if not hasattr(index, "__index__"):
@@ -202,8 +205,8 @@ def _encoder(table: TokenTable) -> _Encoder:
 class TextStream:
     """Decodes ids one at a time and never splits a character; the parts add up to `Tokenizer.decode`."""
 
-    def __init__(self, tokenizer: Tokenizer, continuing: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, continuing: bool, named_tokens: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._named_tokens = tokenizer, named_tokens
         self._prefixed = tokenizer._table.add_space_prefix and not continuing
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
@@ -214,6 +217,8 @@ class TextStream:
     def push_bytes(self, index: int) -> bytes:
         """This id's exact bytes, for a caller that needs no text; use either this or `push`."""
         piece = self._tokenizer._bytes[self._tokenizer._checked(index)]
+        if not piece and index in self._named_tokens:
+            return raw_bytes(self._tokenizer.token(index))
         if self._prefixed and piece:
             self._prefixed = False  # the first token with text holds the space before it
             if self._tokenizer._table.types[index] == TokenType.NORMAL:

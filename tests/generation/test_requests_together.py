@@ -12,7 +12,7 @@ from fiddler import Constraint, Sampling
 from fiddler.errors import RequestError, ResourceError
 from fiddler.generation.batch_size import BatchSize
 from fiddler.generation.beam_hypotheses import BeamOptions
-from fiddler.generation.events import Failed, Finished, PromptRead, Token
+from fiddler.generation.events import Failed, Finished, Joined, PromptRead, Token
 from fiddler.generation.request import Request
 from fiddler.generation.scheduler import Scheduler
 
@@ -63,7 +63,7 @@ def parts(completion):
 
 
 def test_events_name_their_request_and_hold_all_of_its_text(engine, monkeypatch):
-    """Prompt progress, then a token a step, then the completion; of each request in this order."""
+    """It joins, then prompt progress, then a token a step, then the completion; of each request in this order."""
     sampling = Sampling(1.0, seed=5, n_probs=2)
     monkeypatch.setattr(engine.runner, "chunk", 16)
     scheduler = scheduler_of(engine)
@@ -76,8 +76,9 @@ def test_events_name_their_request_and_hold_all_of_its_text(engine, monkeypatch)
     for handle, prompt in zip(handles, (STORY, PARK, IDS), strict=True):
         reads = [event for event in events[handle] if isinstance(event, PromptRead)]
         tokens = [event for event in events[handle] if isinstance(event, Token)]
-        assert events[handle][:-1] == [*reads, *tokens]
         result = events[handle][-1].result
+        joined = Joined(handle, result.stats.cached_tokens, result.stats.prompt_tokens)
+        assert events[handle][:-1] == [joined, *reads, *tokens]
         assert parts(result) == parts(alone(free_running(engine, prompt)))
         assert [event.token for event in tokens] == list(result.tokens)
         assert "".join(event.text for event in tokens) == result.text
