@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import fiddler
 import torch
 from smollm import Manner
 from torch import Tensor
+
+import fiddler
 
 CANDIDATES = 64  # most probable tokens that can be drawn at all; min_p leaves fewer, nearly always
 
@@ -52,10 +53,10 @@ class EngineWriter:
         return self.engine.tokenizer.decode(ids)
 
     @torch.inference_mode()
-    def write(self, prompts: Iterator[tuple[list[int], str]]) -> Iterator[list[tuple[str, bool]]]:
+    def write(self, prompts: Iterator[list[int]]) -> Iterator[list[tuple[str, bool]]]:
         """Yield, after each step, the texts that ended, prompts included, and whether they were complete."""
         runner, end, manner = self.engine.runner, self.engine.tokenizer.eos_id, self.manner
-        given = [next(prompts)[0] for _ in range(self.texts)]
+        given = [next(prompts) for _ in range(self.texts)]
         rows, fresh = [list(ids) for ids in given], [list(ids) for ids in given]
         sequences = runner.sequences(self.texts, self.length)
         counts = torch.zeros(self.texts, self.engine.config.vocab_size, dtype=torch.uint8)
@@ -77,7 +78,7 @@ class EngineWriter:
                 if token == end or len(row) == self.length:
                     finished.append((self.decode(row), token == end))
                     self.written += len(row) - len(given[slot])
-                    given[slot] = next(prompts)[0]
+                    given[slot] = next(prompts)
                     rows[slot], fresh[slot] = list(given[slot]), list(given[slot])
                     sequences[slot] = runner.sequence(self.length)
                     counts[slot] = 0

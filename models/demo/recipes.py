@@ -98,7 +98,7 @@ RECIPES = {
         tied=True,
         context=512,
         sequences=8,
-        peak_rate=3e-3,
+        peak_rate=2e-3,
         warm_up=100,
         balance=0.003,
     ),

@@ -137,7 +137,9 @@ def encode(folder: Path, recipe: Recipe, stories: list[str]) -> np.ndarray:
 
 
 def encode_all(folder: Path, recipe: Recipe, stories: list[str], workers: int) -> np.ndarray:
-    """`encode` in several processes."""
+    """`encode` in several processes, where there are to be several."""
+    if workers < 2:
+        return encode(folder, recipe, stories)
     parts = [stories[i::workers] for i in range(workers)]
     with ProcessPoolExecutor(workers) as pool:
         return np.concatenate(list(pool.map(encode, [folder] * workers, [recipe] * workers, parts)))
