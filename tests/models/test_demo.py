@@ -1,4 +1,4 @@
-"""The demo models that ship: greedy text and loss equal those of transformers, all experts are in use, the card holds."""
+"""The demo models that ship: greedy text and loss are those of transformers, all experts are in use, the card holds."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_perplexity_usage_and_repeats_of_the_small_model_are_those_of_its_card()
         ids = [*engine.tokenizer.encode(story, add_bos=True), engine.tokenizer.eos_id]
         nats += float(F.cross_entropy(engine.logits(ids)[:-1], torch.tensor(ids[1:]), reduction="sum"))
         tokens += len(ids) - 1
-    assert [round(math.exp(nats / tokens), 2)] == card_row("perplexity, story by story")
+    assert [math.exp(nats / tokens)] == pytest.approx(card_row("perplexity, story by story"), abs=0.01)
     usage, repeats = [], []
     for layer in choices.layers:
         hot = [F.one_hot(ids, config.expert_count).sum(1) for ids in layer]  # [T, E] of a story
@@ -146,7 +146,11 @@ def test_perplexity_usage_and_repeats_of_the_small_model_are_those_of_its_card()
         repeats.append(100 * float(same / sum(story[1:].sum() for story in hot)))
     shares = torch.stack(usage) / torch.stack(usage).sum(1, keepdim=True)
     entropy = (-shares * shares.log2()).sum(1)
-    assert [round(100 * value, 1) for value in shares.amin(1).tolist()] == card_row("least used expert, %")
-    assert [round(100 * value, 1) for value in shares.amax(1).tolist()] == card_row("most used expert, %")
-    assert [round(value, 2) for value in entropy.tolist()] == card_row("entropy of usage, bits (even: 5)")
-    assert [round(value, 1) for value in repeats] == card_row("experts that the token before chose as well, %")
+    shown = {
+        "least used expert, %": 100 * shares.amin(1),
+        "most used expert, %": 100 * shares.amax(1),
+        "entropy of usage, bits (even: 5)": entropy,
+        "experts that the token before chose as well, %": torch.tensor(repeats),
+    }
+    for name, values in shown.items():
+        assert values.tolist() == pytest.approx(card_row(name), abs=0.1 if name.endswith("%") else 0.01), name
