@@ -3,8 +3,8 @@
     python evaluate.py out
     python evaluate.py out --text ../../tests/data/heldout.txt
 
-Reads out/hf, out/heldout.txt (or another text of stories) and, where there is one, out/training.json; writes
-out/metrics.json and out/samples.txt.
+Reads out/hf, out/heldout.txt (or another text of stories: then the losses by story and the experts only) and, where
+there is one, out/training.json; writes out/metrics.json and out/samples.txt.
 """
 
 from __future__ import annotations
@@ -42,26 +42,17 @@ def perplexity(model: PreTrainedModel, ids: np.ndarray, window: int) -> float:
 
 
 @torch.no_grad()
-def story_loss(model: PreTrainedModel, stories: list[np.ndarray]) -> tuple[float, int]:
-    """Nats over whole stories, each on its own after BOS and with its EOS scored; and the number of tokens scored."""
-    nats, count = 0.0, 0
+def read_stories(model: PreTrainedModel, stories: list[np.ndarray]) -> tuple[float, int, list[Tensor]]:
+    """Each story on its own after BOS, its EOS scored: nats, tokens scored, and of a story the experts [L, S, K]."""
+    nats, count, chosen = 0.0, 0, []
     for story in stories:
         ids = torch.from_numpy(story.astype(np.int64)).to(model.device)
-        logits = model(ids[None, :-1]).logits[0].float()
-        nats += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+        out = model(ids[None, :-1], output_router_logits=True)
+        nats += F.cross_entropy(out.logits[0].float(), ids[1:], reduction="sum").item()
         count += len(ids) - 1
-    return nats, count
-
-
-@torch.no_grad()
-def choices(model: PreTrainedModel, stories: list[np.ndarray]) -> list[Tensor]:
-    """The experts that each token of each story chose: of a story int64 [L, S, K]."""
-    chosen = []
-    for story in stories:
-        ids = torch.from_numpy(story.astype(np.int64)).to(model.device)
-        logits = model(ids[None], output_router_logits=True).router_logits  # a layer: [S, E]
-        chosen.append(torch.stack(logits).float().topk(model.config.num_experts_per_tok, -1).indices.cpu())
-    return chosen
+        odds = torch.stack(out.router_logits).float()  # [L, S, E]
+        chosen.append(odds.topk(model.config.num_experts_per_tok, -1).indices.cpu())
+    return nats, count, chosen
 
 
 def expert_usage(chosen: list[Tensor], experts: int) -> Tensor:
@@ -116,6 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--stories", type=int, default=400, help="stories of it for the expert usage and the loss a story"
     )
+    parser.add_argument("--samples", type=int, default=len(PROMPTS), help="texts to write")
     arguments = parser.parse_args()
     out, folder = arguments.out, arguments.out / "hf"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,25 +118,26 @@ def main() -> None:
     heldout = text.strip().split("\n\n")[: arguments.stories]
     stories = words.stories(heldout)
     whole = np.array(words.encode([text])[0], dtype=np.uint16)
-    nats, tokens = story_loss(model, stories)
+    nats, tokens, chosen = read_stories(model, stories)
     metrics = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "heldout_bytes": len(text.encode()),
         "heldout_tokens": len(whole),
-        "perplexity_512": perplexity(model, whole, 512),
+        **({} if arguments.text else {"perplexity_512": perplexity(model, whole, 512)}),
         "stories": len(stories),
         "nats_stories": nats / tokens,
         "perplexity_stories": math.exp(nats / tokens),
         "bits_per_byte_stories": nats / math.log(2) / sum(len(story.encode()) + 1 for story in heldout),
-        **routing(choices(model, stories), getattr(config, "num_local_experts", None) or config.num_experts),
+        **routing(chosen, getattr(config, "num_local_experts", None) or config.num_experts),
     }
     if (out / "training.json").exists():
         metrics["training"] = json.loads((out / "training.json").read_text())
     name = "metrics" if arguments.text is None else f"metrics-{arguments.text.stem}"
     (out / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    texts = [sample(model, words, prompt, seed) for seed, prompt in enumerate(PROMPTS)]
-    (out / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
-    print(json.dumps({key: value for key, value in metrics.items() if key != "expert_usage"}, indent=1))
+    print(json.dumps({key: value for key, value in metrics.items() if key != "expert_usage"}, indent=1), flush=True)
+    if arguments.text is None:
+        texts = [sample(model, words, prompt, seed) for seed, prompt in enumerate(PROMPTS[: arguments.samples])]
+        (out / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
 
 
 if __name__ == "__main__":
