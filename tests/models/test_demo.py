@@ -21,6 +21,7 @@ DATA = Path(__file__).parents[1] / "data"
 HELDOUT = {"stories-18m": DATA / "heldout.txt", "stories-3m": DATA / "heldout-3m.txt"}  # in no training text
 CARD = Path(__file__).parents[2] / "models" / "demo" / "README.md"
 SMALL = DEMO_MODELS["stories-3m"]
+THREADS = 1  # with so small models several only wait for each other
 WORD = re.compile(r"[a-z']+")
 PROMPTS = [
     "Once upon a time",
@@ -48,7 +49,7 @@ def transformers_model(path):
 
 @pytest.fixture(scope="module")
 def exact(path):
-    return fiddler.load(path, precision="exact")
+    return fiddler.load(path, precision="exact", threads=THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_greedy_text_of_a_demo_model_is_that_of_transformers(exact, transformers
 @pytest.mark.parametrize(("precision", "bound"), [("exact", 1e-4), ("fast", 1.5e-2)])
 def test_logits_and_loss_on_held_out_text_match_transformers(path, transformers_model, heldout, precision, bound):
     """Where a rounding flips an expert, too: on a trained model that costs little."""
-    engine = fiddler.load(path, precision=precision)
+    engine = fiddler.load(path, precision=precision, threads=THREADS)
     window = [engine.tokenizer.bos_id, *heldout[:500]]
     with torch.inference_mode():
         expected = transformers_model(torch.tensor([window])).logits[0]
@@ -87,7 +88,7 @@ def test_logits_and_loss_on_held_out_text_match_transformers(path, transformers_
 def test_every_expert_gets_a_tenth_to_four_times_its_even_share_of_the_held_out_tokens(path, heldout):
     config = ModelFile.open(path).config
     recorder = ExpertCounts(config.block_count, config.expert_count)
-    engine = fiddler.load(path, recorder=recorder)
+    engine = fiddler.load(path, recorder=recorder, threads=THREADS)
     window = min(1000, engine.context - 1)
     for begin in range(0, 8000, window):
         engine.logits([engine.tokenizer.bos_id, *heldout[begin : begin + window]])
@@ -100,7 +101,7 @@ def test_every_expert_gets_a_tenth_to_four_times_its_even_share_of_the_held_out_
 def test_generated_text_has_known_words_and_does_not_loop(path):
     """Words occur in a held-out text; whether the sentences make sense is for a reader to judge."""
     vocabulary = {word for text in HELDOUT.values() for word in WORD.findall(text.read_text(encoding="utf-8").lower())}
-    engine = fiddler.load(path)
+    engine = fiddler.load(path, threads=THREADS)
     for seed in range(5):
         text = engine.generate("Once upon a time", fiddler.Sampling(temperature=0.7, seed=seed), 120).text
         words = WORD.findall(text.lower())
@@ -132,7 +133,7 @@ def test_perplexity_usage_and_repeats_of_the_small_model_are_those_of_its_card()
     """Story by story, each after BOS and with its end scored, on the committed held-out stories."""
     config = ModelFile.open(SMALL).config
     choices = Choices(config.block_count)
-    engine = fiddler.load(SMALL, precision="exact", recorder=choices)
+    engine = fiddler.load(SMALL, precision="exact", recorder=choices, threads=THREADS)
     stories = HELDOUT["stories-3m"].read_text(encoding="utf-8").strip().split("\n\n")
     nats = tokens = 0
     for story in stories:
