@@ -26,9 +26,15 @@ if TYPE_CHECKING:
     from fiddler.gpu.loader import GpuModel
     from fiddler.kernels import Tier
 
-__all__ = ["DEMO_MODEL", "load", "load_engine"]
+__all__ = ["DEMO_MODEL", "DEMO_MODELS", "load", "load_engine"]
 
-DEMO_MODEL = Path(str(files("fiddler.models"))) / "demo" / "stories-18m.gguf"
+DEMO_MODELS = {
+    name: Path(str(files("fiddler.models"))) / "demo" / f"{name}.gguf" for name in ("stories-18m", "stories-3m")
+}
+"""The models that ship, by name: a Mixtral of 8 experts, and a Qwen3-MoE of 32 small ones with byte-level BPE."""
+
+DEMO_MODEL = DEMO_MODELS["stories-18m"]
+"""What runs where no model is given."""
 
 Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]

@@ -116,8 +116,8 @@ def opened(model: Path | ModelFile | None) -> ModelFile:
 
 def exit_where_a_file_is_cut_short() -> None:
     """From now on a mapped file that is cut short ends the process in one line."""
+    from fiddler.files.bus_error import exit_on_bus_error
     from fiddler.files.mapped_files import ROWS, table_address
-    from fiddler.kernels.codegen.bus_error import exit_on_bus_error
 
     exit_on_bus_error(table_address(), ROWS)
 

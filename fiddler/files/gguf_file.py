@@ -3,7 +3,7 @@
 The only reader of GGUF files. Knows files and mappings; not what the metadata means, nor torch. The mapping is
 shared and read-only, so a model takes no memory of its own. It stays valid when the file is replaced or deleted;
 truncating a file *in place* while a model runs from it ends the process: the command line says so in one line
-(`fiddler.kernels.codegen.bus_error`), other programs get SIGBUS, as with any mapped file. `rows` reads instead.
+(`fiddler.files.bus_error`), other programs get SIGBUS, as with any mapped file. `rows` reads instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of mapped model files: where each lies in memory, and the line for the user where it cannot be read.
 
-Compiled code reads the table when a mapped file was cut short (`fiddler.kernels.codegen.bus_error`). Knows addresses
+Compiled code reads the table when a mapped file was cut short (`fiddler.files.bus_error`). Knows addresses
 and names; installs nothing.
 """
 

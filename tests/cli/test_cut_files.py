@@ -19,7 +19,7 @@ READ = """
 import mmap, os, signal, sys, threading
 import numpy as np
 from fiddler.files.mapped_files import ROWS, add_mapping, table_address
-from fiddler.kernels.codegen.bus_error import exit_on_bus_error
+from fiddler.files.bus_error import exit_on_bus_error
 how, path = sys.argv[1:]
 gone = mmap.mmap(-1, 4096)
 add_mapping(gone, "gone.gguf")

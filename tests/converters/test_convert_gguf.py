@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,7 @@ import pytest
 from fiddler.converters.conversion import convert
 from fiddler.errors import CheckpointError, FileFormatError, RequestError
 from fiddler.files.inspection import describe
+from oracles.command import FIDDLER
 from oracles.synthetic import write_random_mixtral
 from tools.old_mixtral import write_old_mixtral
 
@@ -68,6 +71,18 @@ def test_a_float32_file_gets_the_bits_of_one_written_in_16_bits(tmp_path, dtype,
     assert set(ours) - set(theirs) <= OURS
     assert ours["general.file_type"][0] == {"bf16": 32, "f16": 1}[dtype]
     assert describe(report.path)["runnable"] is True
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_command_converts_a_gguf_without_importing_the_kernels(tmp_path, separate):
+    source = rewritten(
+        write_random_mixtral(tmp_path / "f32.gguf", dtype="f32"), tmp_path / "old.gguf", separate=separate
+    )
+    command = [sys.executable, "-X", "importtime", *FIDDLER[1:], "convert", source, tmp_path / "new.gguf"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
+    assert {"gguf", "fiddler.converters.conversion", "fiddler.files.bus_error"} <= loaded
+    assert not loaded & {"torch", "numba", "fiddler.kernels", "tokenizers"}
 
 
 def test_metadata_of_every_type_stay_as_they_are(tmp_path):

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 __all__ = ["Reference", "Shape", "from_gguf", "make_checkpoint"]
 
@@ -96,52 +96,73 @@ class Reference:
         return out.logits[0], list(out.router_logits)
 
 
-def from_gguf(path: Path) -> MixtralForCausalLM:
-    """The model in a GGUF as transformers' own, float32: read by the `gguf` package, q and k back in its order."""
+def from_gguf(path: Path) -> PreTrainedModel:
+    """A Mixtral or Qwen3-MoE in a GGUF as transformers' own, float32, read by the `gguf` package.
+
+    Mixtral's q and k come back in transformers' order; Qwen3-MoE's are in it.
+    """
     reader = gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
+    arch = reader.fields["general.architecture"].contents()
+    fields = {key.removeprefix(f"{arch}."): field.contents() for key, field in reader.fields.items()}
     tensors = {t.name: _values(t) for t in reader.tensors}
-    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
-    config = MixtralConfig(
-        vocab_size=fields["llama.vocab_size"],
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=fields["llama.attention.key_length"],
-        num_local_experts=fields["llama.expert_count"],
-        num_experts_per_tok=fields["llama.expert_used_count"],
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        sliding_window=fields.get("llama.attention.sliding_window"),
-        rope_parameters={"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"},
-        experts_implementation="eager",
-        attn_implementation="eager",
-    )
+    output = tensors.get("output.weight")
+    options = {
+        "vocab_size": len(tensors["token_embd.weight"]),
+        "hidden_size": fields["embedding_length"],
+        "intermediate_size": fields["feed_forward_length"],
+        "num_hidden_layers": fields["block_count"],
+        "num_attention_heads": fields["attention.head_count"],
+        "num_key_value_heads": fields["attention.head_count_kv"],
+        "head_dim": fields["attention.key_length"],
+        "num_experts_per_tok": fields["expert_used_count"],
+        "max_position_embeddings": fields["context_length"],
+        "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
+        "sliding_window": fields.get("attention.sliding_window"),
+        "rope_parameters": {"rope_theta": fields["rope.freq_base"], "rope_type": "default"},
+        "tie_word_embeddings": output is None,
+        "experts_implementation": "eager",
+        "attn_implementation": "eager",
+    }
+    if arch == "llama":
+        model = MixtralForCausalLM(MixtralConfig(num_local_experts=fields["expert_count"], **options))
+    else:
+        assert arch == "qwen3moe"
+        experts = {"num_experts": fields["expert_count"], "norm_topk_prob": True}
+        width = fields["expert_feed_forward_length"]
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(moe_intermediate_size=width, **experts, **options))
     state = {
         "model.embed_tokens.weight": tensors["token_embd.weight"],
         "model.norm.weight": tensors["output_norm.weight"],
-        "lm_head.weight": tensors["output.weight"],
+        "lm_head.weight": tensors["token_embd.weight"] if output is None else output,
     }
-    for n in range(config.num_hidden_layers):
-        blk, layer = f"blk.{n}.", f"model.layers.{n}."
-        state |= {
-            layer + "input_layernorm.weight": tensors[blk + "attn_norm.weight"],
-            layer + "post_attention_layernorm.weight": tensors[blk + "ffn_norm.weight"],
-            layer + "self_attn.q_proj.weight": _half_split(tensors[blk + "attn_q.weight"], heads),
-            layer + "self_attn.k_proj.weight": _half_split(tensors[blk + "attn_k.weight"], kv_heads),
-            layer + "self_attn.v_proj.weight": tensors[blk + "attn_v.weight"],
-            layer + "self_attn.o_proj.weight": tensors[blk + "attn_output.weight"],
-            layer + "mlp.gate.weight": tensors[blk + "ffn_gate_inp.weight"],
-            layer + "mlp.experts.gate_up_proj": torch.cat(
-                (tensors[blk + "ffn_gate_exps.weight"], tensors[blk + "ffn_up_exps.weight"]), 1
-            ),
-            layer + "mlp.experts.down_proj": tensors[blk + "ffn_down_exps.weight"],
-        }
-    model = MixtralForCausalLM(config).eval()
+    for n in range(fields["block_count"]):
+        state |= _layer(tensors, n, fields["attention.head_count"], fields["attention.head_count_kv"], arch == "llama")
     model.load_state_dict(state, strict=True)
-    return model
+    return model.eval()
+
+
+def _layer(tensors: dict[str, Tensor], n: int, heads: int, kv_heads: int, half_split: bool) -> dict[str, Tensor]:
+    """The weights of block `n` under transformers' names."""
+    blk, layer = f"blk.{n}.", f"model.layers.{n}."
+    q, k = tensors[blk + "attn_q.weight"], tensors[blk + "attn_k.weight"]
+    if half_split:
+        q, k = _half_split(q, heads), _half_split(k, kv_heads)
+    state = {
+        layer + "input_layernorm.weight": tensors[blk + "attn_norm.weight"],
+        layer + "post_attention_layernorm.weight": tensors[blk + "ffn_norm.weight"],
+        layer + "self_attn.q_proj.weight": q,
+        layer + "self_attn.k_proj.weight": k,
+        layer + "self_attn.v_proj.weight": tensors[blk + "attn_v.weight"],
+        layer + "self_attn.o_proj.weight": tensors[blk + "attn_output.weight"],
+        layer + "mlp.gate.weight": tensors[blk + "ffn_gate_inp.weight"],
+        layer + "mlp.experts.gate_up_proj": torch.cat(
+            (tensors[blk + "ffn_gate_exps.weight"], tensors[blk + "ffn_up_exps.weight"]), 1
+        ),
+        layer + "mlp.experts.down_proj": tensors[blk + "ffn_down_exps.weight"],
+    }
+    if blk + "attn_q_norm.weight" in tensors:
+        state |= {layer + f"self_attn.{x}_norm.weight": tensors[blk + f"attn_{x}_norm.weight"] for x in "qk"}
+    return state
 
 
 def _values(tensor: gguf.ReaderTensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A handler of SIGBUS in machine code: one line on stderr and exit code 1 where a mapped file was cut short.
 
 Python's own handlers run between bytecodes, which a thread that faults never reaches. This one runs in whichever thread
-faults, needs neither the GIL nor memory, and calls only functions that POSIX permits in a handler. Knows addresses; not
-files.
+faults, needs neither the GIL nor memory, and calls only functions that POSIX permits in a handler. Knows addresses, not
+what lies there; needs LLVM, not the kernels, so that `fiddler convert` starts without Numba.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 from llvmlite import binding as llvm, ir
 
-from fiddler.kernels.codegen.llvm import I32, I64
-
 __all__ = ["exit_on_bus_error"]
 
 _SA_SIGINFO = 4
 _CODE, _ADDRESS = 8, 16  # offsets of si_code and si_addr in Linux's siginfo_t, 64 bits
 _STDERR = 2
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 class _Action(ctypes.Structure):
@@ -62,7 +61,7 @@ def exit_on_bus_error(table: int, rows: int) -> None:
 def _module(libc: ctypes.CDLL, table: int, rows: int, before: int, entered: int) -> ir.Module:
     """The handler's code: void on_bus_error(int signal, siginfo_t *info, void *context)."""
     module = ir.Module("bus_error")
-    handler = ir.Function(module, ir.FunctionType(ir.VoidType(), [I32, I64, I64]), "on_bus_error")
+    handler = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I32, _I64, _I64]), "on_bus_error")
     number, info, _ = handler.args
     entry, scan, compare, report, alone, wait, following, foreign = (
         handler.append_basic_block(name)
@@ -73,39 +72,39 @@ def _module(libc: ctypes.CDLL, table: int, rows: int, before: int, entered: int)
     def call(name: str, returns: ir.Type, *arguments: ir.Value) -> None:
         kind = ir.FunctionType(returns, [argument.type for argument in arguments])
         address = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
-        b.call(b.inttoptr(ir.Constant(I64, address), kind.as_pointer()), arguments)
+        b.call(b.inttoptr(ir.Constant(_I64, address), kind.as_pointer()), arguments)
 
-    def load(address: ir.Value, kind: ir.Type = I64) -> ir.Value:
+    def load(address: ir.Value, kind: ir.Type = _I64) -> ir.Value:
         return b.load(b.inttoptr(address, kind.as_pointer()))
 
-    address = load(b.add(info, ir.Constant(I64, _ADDRESS)))
-    code = load(b.add(info, ir.Constant(I64, _CODE)), I32)
-    b.cbranch(b.icmp_signed(">", code, ir.Constant(I32, 0)), scan, foreign)  # not sent by kill(2)
+    address = load(b.add(info, ir.Constant(_I64, _ADDRESS)))
+    code = load(b.add(info, ir.Constant(_I64, _CODE)), _I32)
+    b.cbranch(b.icmp_signed(">", code, ir.Constant(_I32, 0)), scan, foreign)  # not sent by kill(2)
     b.position_at_end(scan)
-    row = b.phi(I64)
-    row.add_incoming(ir.Constant(I64, table), entry)
-    b.cbranch(b.icmp_unsigned("<", row, ir.Constant(I64, table + 32 * rows)), compare, foreign)
+    row = b.phi(_I64)
+    row.add_incoming(ir.Constant(_I64, table), entry)
+    b.cbranch(b.icmp_unsigned("<", row, ir.Constant(_I64, table + 32 * rows)), compare, foreign)
     b.position_at_end(compare)
-    begin, end, line, length = (load(b.add(row, ir.Constant(I64, 8 * field))) for field in range(4))
-    listed = b.icmp_unsigned("!=", begin, ir.Constant(I64, 0))
+    begin, end, line, length = (load(b.add(row, ir.Constant(_I64, 8 * field))) for field in range(4))
+    listed = b.icmp_unsigned("!=", begin, ir.Constant(_I64, 0))
     inside = b.and_(b.icmp_unsigned(">=", address, begin), b.icmp_unsigned("<", address, end))
     b.cbranch(b.and_(listed, inside), report, following)
     b.position_at_end(following)
-    row.add_incoming(b.add(row, ir.Constant(I64, 32)), following)
+    row.add_incoming(b.add(row, ir.Constant(_I64, 32)), following)
     b.branch(scan)
     b.position_at_end(report)  # one thread alone, where several fault at once
-    flag = b.inttoptr(ir.Constant(I64, entered), I32.as_pointer())
-    first = b.atomic_rmw("xchg", flag, ir.Constant(I32, 1), "seq_cst")
-    b.cbranch(b.icmp_signed("==", first, ir.Constant(I32, 0)), alone, wait)
+    flag = b.inttoptr(ir.Constant(_I64, entered), _I32.as_pointer())
+    first = b.atomic_rmw("xchg", flag, ir.Constant(_I32, 1), "seq_cst")
+    b.cbranch(b.icmp_signed("==", first, ir.Constant(_I32, 0)), alone, wait)
     b.position_at_end(alone)
-    call("write", I64, ir.Constant(I32, _STDERR), line, length)
-    call("_exit", ir.VoidType(), ir.Constant(I32, 1))
+    call("write", _I64, ir.Constant(_I32, _STDERR), line, length)
+    call("_exit", ir.VoidType(), ir.Constant(_I32, 1))
     b.unreachable()
     b.position_at_end(wait)
-    call("pause", I32)
+    call("pause", _I32)
     b.branch(wait)
     b.position_at_end(foreign)  # delivered again, to the handler before, when this one returns
-    call("sigaction", I32, number, ir.Constant(I64, before), ir.Constant(I64, 0))
-    call("raise", I32, number)
+    call("sigaction", _I32, number, ir.Constant(_I64, before), ir.Constant(_I64, 0))
+    call("raise", _I32, number)
     b.ret_void()
     return module
