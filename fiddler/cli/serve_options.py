@@ -31,6 +31,7 @@ class ServeOptions:
     cors_origin: list[str] | None = None
     alias: list[str] | None = None
     chat_template_file: Path | None = None
+    chat_template_kwargs: str | None = None
     special: bool = False
     parallel: int | None = None
     count: int = -1
@@ -47,10 +48,12 @@ class ServeOptions:
         from fiddler import __version__
         from fiddler.generation.request import Request
         from fiddler.serving.http.options import ServerOptions
+        from fiddler.text.template_variables import parse_variables
 
         template = None
         if self.chat_template_file is not None:
             template = read_utf8(self.chat_template_file, "a chat template in Jinja")
+        kwargs = {} if self.chat_template_kwargs is None else parse_variables(self.chat_template_kwargs).kwargs
         keys = [key for each in self.api_key or () for key in each.split(",")]
         try:
             return ServerOptions(
@@ -66,6 +69,7 @@ class ServeOptions:
                 timeout=float(self.timeout),
                 body_limit=self.body_limit << 20,
                 chat_template=template,
+                template_kwargs=kwargs,
                 page=self.ui,
                 metrics=self.metrics,
                 slots=self.slots,
@@ -95,6 +99,9 @@ SERVING = OptionGroup(
         "alias": typer.Option("-a", "--alias", help="Name of the model; the file's if not given. May be repeated."),
         "chat_template_file": typer.Option(
             "--chat-template-file", readable=False, help="Jinja template instead of the model's."
+        ),
+        "chat_template_kwargs": typer.Option(
+            "--chat-template-kwargs", metavar="JSON", help='Variables of the template, as {"enable_thinking": false}.'
         ),
         "special": typer.Option(
             "--special", help="Read names of control tokens in prompts (not in messages); only for trusted clients."

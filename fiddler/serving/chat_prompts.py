@@ -68,9 +68,15 @@ class ChatPrompt:
 class ChatPrompts:
     """Makes prompts for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, metadata: Mapping[str, object], source: str | None = None) -> None:
-        """source: a Jinja template instead of the metadata's."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        metadata: Mapping[str, object],
+        source: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """source: a Jinja template instead of the metadata's. kwargs: variables that conversations may replace."""
+        self._tokenizer, self._kwargs = tokenizer, kwargs or {}
         templates = [ChatTemplate.of(tokenizer, metadata, source) for _ in range(_RENDERERS)]
         self._free = [template for template in templates if template is not None]
         self._changed = threading.Condition()
@@ -107,7 +113,7 @@ class ChatPrompts:
                 text = "\n".join(str(message.get("content") or "") for message in messages)
             else:
                 with _request_errors():
-                    variables = _variables(conversation)
+                    variables = self._variables(conversation)
                     text = template.text(messages, variables, add_generation_prompt=conversation.begin_answer)
         return text + (begun or "")
 
@@ -140,7 +146,7 @@ class ChatPrompts:
             if not messages:
                 raise RequestError("only the beginning of an answer is given; give a message before it")
             with _request_errors():
-                variables = _variables(conversation)
+                variables = self._variables(conversation)
                 return template.ids(messages, variables, add_generation_prompt=conversation.begin_answer)
 
     @contextmanager
@@ -172,6 +178,10 @@ class ChatPrompts:
     def _is_control(self, name: str, ids: Sequence[int]) -> bool:
         return len(ids) == 1 and not self._tokenizer.decode(ids) and self._tokenizer.token(ids[0]) == name
 
+    def _variables(self, conversation: Conversation) -> TemplateVariables:
+        tools = list(conversation.tools) if conversation.tools and conversation.tool_choice != "none" else None
+        return TemplateVariables(tools, {**self._kwargs, **(conversation.kwargs or {})})
+
     def _grammar(self, conversation: Conversation, marks: Mapping[str, int], thinking: bool) -> str | None:
         choice, tools = conversation.tool_choice, list(conversation.tools)
         if choice in ("auto", "none"):
@@ -182,11 +192,6 @@ class ChatPrompts:
             if not tools:
                 raise RequestError(f"tool_choice names {quoted(name)}, which is none of the tools")
         return self._format.grammar(tools, marks, thinking)
-
-
-def _variables(conversation: Conversation) -> TemplateVariables:
-    tools = list(conversation.tools) if conversation.tools and conversation.tool_choice != "none" else None
-    return TemplateVariables(tools, conversation.kwargs or {})
 
 
 def _for_templates(message: Message) -> Message:

@@ -33,8 +33,10 @@ async def metrics(request: Request) -> Response:
     if not service.options.metrics:
         raise HttpError(501, "this server shows no metrics; start it without --no-metrics")
     text = await service.on_text(_rendered, service)
-    headers = {"Process-Start-Time-Unix": str(int(service.started))}
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8", headers=headers)
+    response = Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    # with llama.cpp's capitals, which its scripts look for, and which the framework would lower
+    response.raw_headers.append((b"Process-Start-Time-Unix", str(int(service.started)).encode()))
+    return response
 
 
 def _rendered(service: Service) -> bytes:

@@ -105,6 +105,45 @@ _CHAT = {
     "top_logprobs": _number(0, 128, "integer"),
     "reasoning_format": _TEXT,
 }
+_BLOCK = {
+    "type": "object",
+    "properties": {"type": {"type": "string"}, "text": {"type": "string"}},
+    "required": ["type"],
+}
+_BLOCKS = {"anyOf": [{"type": "string"}, {"type": "array", "items": _BLOCK}]}
+_ANTHROPIC = {
+    "model": _TEXT,
+    "system": {"anyOf": [_BLOCKS, {"type": "null"}]},
+    "messages": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"role": {"enum": ["user", "assistant"]}, "content": _BLOCKS},
+            "required": ["role", "content"],
+        },
+    },
+    "tools": {
+        "type": ["array", "null"],
+        "items": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "minLength": 1}, "input_schema": {"type": "object"}},
+            "required": ["name", "input_schema"],
+        },
+    },
+    "tool_choice": _OBJECT,
+}
+_RESPONSES = {
+    "model": _TEXT,
+    "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+    "instructions": _TEXT,
+    "max_output_tokens": _number(-1, kind="integer"),
+    "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+    "text": _OBJECT,
+    "reasoning": _OBJECT,
+    "stream": _FLAG,
+    "temperature": _number(0),
+    "top_p": _number(0, 1),
+}
 _BODIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "/v1/chat/completions": ("Answer a conversation", {**_SAMPLING, **_OPENAI, **_CHAT}, ["messages"]),
     "/v1/chat/completions/input_tokens": ("Count a conversation's tokens", _CHAT, ["messages"]),
@@ -113,6 +152,19 @@ _BODIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {**_SAMPLING, **_OPENAI, "prompt": _PROMPT, "echo": _FLAG, "logprobs": _number(0, 128, "integer")},
         ["prompt"],
     ),
+    "/v1/responses": ("Answer items", _RESPONSES, []),
+    "/v1/responses/input_tokens": ("Count the tokens of items", _RESPONSES, []),
+    "/v1/messages": (
+        "Answer a conversation, as Anthropic",
+        {
+            **_ANTHROPIC,
+            **{name: _SAMPLING[name] for name in ("temperature", "top_p", "top_k", "stream")},
+            "max_tokens": _number(0, kind="integer"),
+            "stop_sequences": {"type": ["array", "null"], "items": {"type": "string"}},
+        },
+        ["messages"],
+    ),
+    "/v1/messages/count_tokens": ("Count a conversation's tokens, as Anthropic", _ANTHROPIC, ["messages"]),
     "/completion": (
         "Continue texts, as llama.cpp's server",
         {**_SAMPLING, "prompt": _PROMPT, "n_predict": _number(-1, kind="integer"), "return_tokens": _FLAG},

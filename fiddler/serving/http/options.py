@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fiddler.errors import RequestError, quoted
 from fiddler.generation.request import Request
@@ -18,6 +20,7 @@ class ServerOptions:
     alias: names of the model, the first is shown. defaults: of requests. token_limit: the largest `max_tokens`.
     cors_origins: web origins whose pages may call the server; "*" for all. parallel: texts at once, see `Engine.batch`.
     queue: texts that run or wait; more are refused. timeout: of one request [s]. body_limit: [bytes].
+    template_kwargs: variables of the template, which a request's own replace.
     ping: seconds without an event after which a stream sends a comment. grace: seconds that open requests have to end
     once the server is to stop. Raises RequestError for values that make no sense.
     """
@@ -36,6 +39,7 @@ class ServerOptions:
     ping: float = 10.0
     grace: float = 1.0
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     page: bool = True
     metrics: bool = True
     slots: bool = True

@@ -43,7 +43,7 @@ class Service:
         """totals: the recorder that the engine was loaded with. report: receives errors that are no request's."""
         self.engine, self.options, self.totals, self.report = engine, options, totals, report
         metadata = engine.model_file.file.metadata
-        self.prompts = ChatPrompts(engine.tokenizer, metadata, options.chat_template)
+        self.prompts = ChatPrompts(engine.tokenizer, metadata, options.chat_template, options.template_kwargs)
         self.path = engine.model_file.file.path
         self.names = options.alias or (self.path.stem,)
         self.started = time.time()
@@ -53,7 +53,7 @@ class Service:
         self._open = 0  # texts of all requests
         self.watchers = 0  # of the experts
         self.first_tokens = Histogram()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._text_threads = ThreadPoolExecutor(_TEXT_THREADS, "fiddler-text")
         self._grammar_threads = ThreadPoolExecutor(_GRAMMAR_THREADS, "fiddler-grammar")
 
@@ -73,11 +73,13 @@ class Service:
         return self._stopping
 
     async def on_text(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that encodes or renders text, on a thread for it."""
+        """Call a function that encodes or renders text, on a thread for it. Raises StoppingError at the end."""
+        self._check_open()
         return await self._loop.run_in_executor(self._text_threads, work, *arguments)
 
     async def on_grammar(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that reads a stranger's grammar, on a thread for it."""
+        """Call a function that reads a stranger's grammar, on a thread for it. Raises StoppingError at the end."""
+        self._check_open()
         return await self._loop.run_in_executor(self._grammar_threads, work, *arguments)
 
     def open(self, requests: Sequence[Request]) -> Texts:
@@ -117,6 +119,10 @@ class Service:
         if texts.left:
             self.worker.cancel(texts)
 
+    def _check_open(self) -> None:
+        if self._ended:
+            raise StoppingError("the server is stopping")
+
     def refuse(self) -> None:
         """Refuse new requests from now on."""
         self._stopping = True
@@ -124,6 +130,7 @@ class Service:
     async def stop(self) -> None:
         """End all requests and threads; open streams get an error as their last event."""
         self.refuse()
+        self._ended = True
         await asyncio.to_thread(self.worker.close)
         for texts in list(self._texts):
             texts.fail(StoppingError("the server is stopping"))
