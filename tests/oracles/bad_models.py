@@ -8,8 +8,6 @@ from oracles.bad_files import GATE, NORM, TOP, Case, drafted, key, tensor, writt
 from oracles.bad_gguf import (
     F16,
     F32,
-    Q4_0,
-    Q4_0_BLOCK,
     VOCABULARY,
     D,
     Draft,
@@ -140,9 +138,7 @@ MODELS = [
     extra("attention_bias", "blk.0.attn_q.bias"),
     extra("layer_too_many", "blk.1.attn_norm.weight"),
     drafted("one_tensor_an_expert", "before 2024", lambda d: setattr(d.entry(GATE), "name", "blk.0.ffn_gate.0.weight")),
-    tensor("quantised_experts", f"{GATE} is Q4_0", GATE, True, kind=Q4_0, nbytes=E * F * D // 32 * Q4_0_BLOCK),
-    tensor("float32_experts", f"{GATE} is F32", GATE, True, kind=F32),
-    tensor("mixed_experts", "mix BF16 and F16", GATE, True, kind=F16),
+    tensor("experts_of_a_type_that_does_not_run", f"{GATE} is Q8_1", GATE, True, kind=9, nbytes=E * F * D // 32 * 40),
     tensor("integers_for_a_norm", f"{NORM} is I32", NORM, True, kind=26, nbytes=4 * D),
     # The vocabulary.
     key("tokens_fewer", "261 tokens", "tokenizer.ggml.tokens", texts(vocabulary()[:-1])),
