@@ -171,7 +171,7 @@ def decode(
     stored: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
-    output_stored: np.ndarray,
+    output_kind: np.ndarray,
     shapes: tuple[np.ndarray, ...],
     dense_rows: np.ndarray,
     rule: tuple[Any, ...],
@@ -195,7 +195,7 @@ def decode(
     head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
     none. ffn_gate_inp, selection_bias: of the layers with routed experts, the last ones. matrices: int64 [L, 10],
     addresses: 4 of attention, 3 of routed experts, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0
-    where there is none. stored, output_stored: `grouped.stored_as` of each. rule: `Routing.values`. parts: clamp,
+    where there is none. stored, output_kind: `grouped.stored_as` of each. rule: `Routing.values`. parts: clamp,
     halves, scale of queries, scale of residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see
     `attention_kernels.attend`. window: 0 for none.
     all_expert_ids: int64 [layers with routed experts, T, K], written.
@@ -236,21 +236,10 @@ def decode(
     dense, gated = bool(0), bool(1)  # not literals: Numba would compile once for each literal type
     needed_words: int = 0
     for layer in range(len(matrices)):
-        span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
-        kinds = stored[layer]
+        span, sparse = spans[SPANS * layer : SPANS * (layer + 1)], layer - dense_layers
+        at, kinds = matrices[layer], stored[layer]
         _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
-        arguments = (
-            variant,
-            normed,
-            dense_ids,
-            dense_weights,
-            qkv_columns,
-            layer_matrices[:3],
-            kinds[:3],
-            qkv_rows,
-            dense,
-            qkv,
-        )
+        arguments = variant, normed, dense_ids, dense_weights, qkv_columns, at[:3], kinds[:3], qkv_rows, dense, qkv
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         bias = biases[layer]
         q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
@@ -264,70 +253,25 @@ def decode(
             (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        arguments = (
-            variant,
-            x_out,
-            dense_ids,
-            dense_weights,
-            out_columns,
-            layer_matrices[3:4],
-            kinds[3:4],
-            out_rows,
-            dense,
-            flat,
-        )
+        arguments = variant, x_out, dense_ids, dense_weights, out_columns, at[3:4], kinds[3:4], out_rows, dense, flat
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         _add(h, added, residual_scale)
         _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            arguments = (
-                variant,
-                normed,
-                dense_ids,
-                shared_weights,
-                rows[:1],
-                layer_matrices[7:],
-                kinds[7:],
-                rows,
-                gated,
-                flat,
-            )
+            arguments = variant, normed, dense_ids, shared_weights, rows[:1], at[7:], kinds[7:], rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
             expert_ids = all_expert_ids[sparse]
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
             _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
-            experts, experts_stored = layer_matrices[4:7], kinds[4:7]
-            arguments = (
-                variant,
-                normed,
-                expert_ids,
-                routing_weights,
-                hidden,
-                experts,
-                experts_stored,
-                ffn_rows,
-                gated,
-                flat,
-            )
+            arguments = variant, normed, expert_ids, routing_weights, hidden, at[4:7], kinds[4:7], ffn_rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
             _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
     _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
-    arguments = (
-        variant,
-        normed,
-        dense_ids,
-        dense_weights,
-        logit_columns,
-        output,
-        output_stored,
-        logit_rows,
-        dense,
-        logits,
-    )
+    arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, output_kind, logit_rows, dense, logits
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))
