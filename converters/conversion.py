@@ -26,6 +26,7 @@ from fiddler.converters.checkpoint import Checkpoint, Dtype, Source
 from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.mixtures import Mixture, mixture_of, tensor_type
+from fiddler.converters.row_order import interleave
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
 from fiddler.converters.tensor_lookup import Transposed
@@ -38,7 +39,7 @@ from fiddler.models.architecture import FLOATS, Role, Rotary
 if TYPE_CHECKING:
     from fiddler.converters.quantisation import Quantiser
 
-__all__ = ["ConversionReport", "convert", "interleave"]
+__all__ = ["ConversionReport", "convert"]
 
 _ALIGNMENT = 64  # of tensor data [bytes]: a cache line. With GGUF's 32, vectors straddle lines: up to 1/4 slower
 _PIECE = 1 << 17  # elements converted at once: all temporaries, some MB, fit a cache (3x faster than 1 << 20)
@@ -279,17 +280,6 @@ def _reader(matrix: Source | GgufMatrix) -> Callable[[int, int], Array]:
         return matrix.rows
     whole = matrix.rows(0, matrix.count)
     return lambda start, stop: whole[start:stop].copy()  # a view would keep the matrix alive
-
-
-def interleave(rows: Array, head_dim: int) -> Array:
-    """Reorder whole heads' rows [heads * head_dim, D] from transformers' RoPE to ggml's (`ROPE_TYPE_NORM`).
-
-    transformers rotates row `i` of a head with row `i + head_dim / 2`; ggml rotates neighbours. So row `2 i + j` of
-    each head in the result is row `j * head_dim / 2 + i` of the input. q . k stays the same: both are reordered
-    alike. llama.cpp's converter for Llama and Mixtral does the same.
-    """
-    pairs = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _warnings(loss: RangeLoss, dtype: Dtype) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def decode(
     stored: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
-    output_stored: np.ndarray,
+    output_kind: np.ndarray,
     shapes: tuple[np.ndarray, ...],
     dense_rows: np.ndarray,
     rule: tuple[Any, ...],
@@ -197,7 +197,7 @@ def decode(
     none. ffn_gate_inp, selection_bias: of the S layers with routed experts, the last ones. Addresses, int64: matrices
     [L, 7, 1], 4 of attention, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0 where there is none;
     expert_matrices [S, 3, E]; output [1, 1]. stored [L, 10, 2]: `grouped.stored_as` of each, the experts' before those
-    of the dense feed-forward; output_stored [1, 2]. rule: `Routing.values`. parts: clamp, halves, scale of queries,
+    of the dense feed-forward; output_kind [1, 2]. rule: `Routing.values`. parts: clamp, halves, scale of queries,
     scale of residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`.
     window: 0 for none. all_expert_ids: int64 [S, T, K], written.
     """
@@ -237,21 +237,10 @@ def decode(
     dense, gated = bool(0), bool(1)  # not literals: Numba would compile once for each literal type
     needed_words: int = 0
     for layer in range(len(matrices)):
-        span, layer_matrices, sparse = spans[SPANS * layer : SPANS * (layer + 1)], matrices[layer], layer - dense_layers
-        kinds = stored[layer]
+        span, sparse = spans[SPANS * layer : SPANS * (layer + 1)], layer - dense_layers
+        at, kinds = matrices[layer], stored[layer]
         _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
-        arguments = (
-            variant,
-            normed,
-            dense_ids,
-            dense_weights,
-            qkv_columns,
-            layer_matrices[:3],
-            kinds[:3],
-            qkv_rows,
-            dense,
-            qkv,
-        )
+        arguments = variant, normed, dense_ids, dense_weights, qkv_columns, at[:3], kinds[:3], qkv_rows, dense, qkv
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
         bias = biases[layer]
         q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
@@ -265,25 +254,14 @@ def decode(
             (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
-        arguments = (
-            variant,
-            x_out,
-            dense_ids,
-            dense_weights,
-            out_columns,
-            layer_matrices[3:4],
-            kinds[3:4],
-            out_rows,
-            dense,
-            flat,
-        )
+        arguments = variant, x_out, dense_ids, dense_weights, out_columns, at[3:4], kinds[3:4], out_rows, dense, flat
         needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
         _add(h, added, residual_scale)
         _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            of_dense = layer_matrices[4:], kinds[7:]
+            of_dense = at[4:], kinds[7:]
             arguments = variant, normed, dense_ids, shared_weights, rows[:1], *of_dense, rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
@@ -301,16 +279,5 @@ def decode(
         if needed_words > 0:
             return needed_words
     _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
-    arguments = (
-        variant,
-        normed,
-        dense_ids,
-        dense_weights,
-        logit_columns,
-        output,
-        output_stored,
-        logit_rows,
-        dense,
-        logits,
-    )
+    arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, output_kind, logit_rows, dense, logits
     return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))

@@ -205,7 +205,8 @@ class _Int8Tile(_Tile):
         # without `vpdpbusd`, sums of two products of bytes are int16: codes above 127 must become signed
         self.signed = blocks.largest_code > 127 and not tier.dot_int8 and "avx2" in tier.needs
         self.corrected = bool(blocks.offset) and not self.signed
-        b, sixteenth = self.b, b_div(self.b, self.width, 16)
+        b = self.b
+        sixteenth = b.udiv(self.width, ir.Constant(I64, 16))
         self.scales_at = [b.add(column, self.width) for column in self.columns]
         further = b.mul(sixteenth, ir.Constant(I64, 2))  # bytes of K / 32 float32
         sums_at = further if blocks.scale_length == GROUP else b.mul(further, ir.Constant(I64, 2))
@@ -292,8 +293,3 @@ class _Int8Tile(_Tile):
             codes = b.select(b.icmp_signed("<", values, zero), b.sub(zero, values), values)
         pairs = call("pmadd.ub.sw", halves, codes, x)
         return call("pmadd.wd", words, pairs, ir.Constant(halves, [1] * (GROUP // 2)))
-
-
-def b_div(b: ir.IRBuilder, value: ir.Value, divisor: int) -> ir.Value:
-    """value / divisor, of numbers that are not negative."""
-    return b.udiv(value, ir.Constant(I64, divisor))

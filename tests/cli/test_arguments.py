@@ -57,7 +57,10 @@ def usage_error(*arguments):
             "run -p x -n --temp",
             "-n needs a value, and --temp is an option; tokens to generate; -1: until the end or --ctx",
         ),
-        ("convert D O --dtype q8_0", "--dtype: 'q8_0' is not one of 'bf16', 'f16'; there is no quantisation"),
+        (
+            "convert D O --dtype q8_0",
+            "--dtype: 'q8_0' is not one of 'bf16', 'f16'; give --type, as --type Q4_K_M, in its place",
+        ),
         ("run --promt x", "fiddler run has no option --promt; did you mean --prompt?"),
         ("run -prompt x", "fiddler run has no option -prompt; did you mean --prompt?"),
         ("run -pHello", "fiddler run has no option -pHello; a value stands by itself: -p Hello"),

@@ -19,7 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
 import fiddler.converters
-from fiddler.converters.conversion import convert, interleave
+from fiddler.converters.conversion import convert
+from fiddler.converters.row_order import interleave
 from fiddler.models.config import Config
 from fiddler.models.metadata import read_config
 from fiddler.models.mixtral import MIXTRAL

@@ -9,8 +9,6 @@ from oracles.bad_files import GATE, NORM, TOP, UP, Case, drafted, key, tensor, w
 from oracles.bad_gguf import (
     F16,
     F32,
-    Q4_0,
-    Q4_0_BLOCK,
     VOCABULARY,
     D,
     Draft,
@@ -93,9 +91,9 @@ OLD = [
     old("twice", f"{UP_2} appears twice", "blk.0.ffn_up.3.weight", name=UP_2),
     old("with_a_row_too_many", f"{UP_2} has shape (33, 32), the metadata imply (32, 32)", UP_2, shape=[F + 1, D]),
     old("stack_in_its_place", f"{UP_2} has shape (4, 32, 32), the metadata imply (32, 32)", UP_2, shape=[E, F, D]),
-    old("of_two_types", "experts of layer 0 mix BF16 and F16", UP_2, True, kind=F16),
-    old("of_float32", f"{UP_2} is F32", UP_2, True, kind=F32),
-    old("quantised", f"{UP_2} is Q4_0", UP_2, True, kind=Q4_0, nbytes=F * D // 32 * Q4_0_BLOCK),
+    old("of_two_types", "mix BF16 and F16", UP_2, True, kind=F16),
+    old("of_float32", "mix BF16 and F32", UP_2, True, kind=F32),
+    old("quantised", "mix BF16 and Q4_0", UP_2, True, kind=2, nbytes=F * D // 32 * 18),
     old_with(
         "one_too_many",
         "blk.0.ffn_up.4.weight is not part of a Mixtral",
@@ -193,9 +191,7 @@ MODELS = [
     ),
     extra("attention_bias", "blk.0.attn_q.bias"),
     extra("layer_too_many", "blk.1.attn_norm.weight"),
-    tensor("quantised_experts", f"{GATE} is Q4_0", GATE, True, kind=Q4_0, nbytes=E * F * D // 32 * Q4_0_BLOCK),
-    tensor("float32_experts", f"{GATE} is F32", GATE, True, kind=F32),
-    tensor("mixed_experts", "mix BF16 and F16", GATE, True, kind=F16),
+    tensor("experts_of_a_type_that_does_not_run", f"{GATE} is Q8_1", GATE, True, kind=9, nbytes=E * F * D // 32 * 40),
     tensor("integers_for_a_norm", f"{NORM} is I32", NORM, True, kind=26, nbytes=4 * D),
     # The vocabulary.
     key("tokens_fewer", "261 tokens", "tokenizer.ggml.tokens", texts(vocabulary()[:-1])),
