@@ -176,7 +176,7 @@ def _block_weights(
         return config.architecture.tensor_name(role, layer)
 
     arrays = {field: weights[tensor_name(role)].numpy() for field, role in _SMALL.items() if role in roles}
-    variants = {}
+    variants: dict[str, KernelVariant] = {}
     for fields in (_MATRICES, *_FEED_FORWARDS):
         mapped = {field: linears[tensor_name(role)] for field, role in fields.items() if role in roles}
         arrays |= {field: weight.bits for field, weight in mapped.items()}
