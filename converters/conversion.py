@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, get_args
+from typing import TYPE_CHECKING, get_args
 
 import gguf
 import numpy as np
@@ -31,7 +31,7 @@ from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
 from fiddler.converters.tensor_lookup import Transposed
 from fiddler.errors import CheckpointError, FileFormatError, RequestError, path_of, quoted
-from fiddler.files.atomic_file import check_space, check_target, whole_file
+from fiddler.files.atomic_file import OutputFile, check_space, check_target, whole_file
 from fiddler.files.gguf_header import MAGIC
 from fiddler.files.model_file import check_header
 from fiddler.models.architecture import FLOATS, Role, Rotary
@@ -144,7 +144,7 @@ def convert(
 
 
 def _write(
-    file: BinaryIO,
+    file: OutputFile,
     checkpoint: Checkpoint | GgufSource,
     tensors: list[_Tensor],
     quantiser: Quantiser | None,

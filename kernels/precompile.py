@@ -171,7 +171,10 @@ def compile_for_parent(parent: int, names: Sequence[tuple[str, str, str, str]], 
     names: of each variant's tier, weights, activations and tuning.
     """
     end_with_parent(parent)
-    variants = [KernelVariant(choose_tier(tier), *kinds, TUNINGS[tuning]) for tier, *kinds, tuning in names]
+    variants = [
+        KernelVariant(choose_tier(tier), weights, activations, TUNINGS[tuning])
+        for tier, weights, activations, tuning in names
+    ]
     for variant in variants[::2]:  # the parent begins with the others
         stored_as(variant, 0)
     for grouping in _groupings(variants):

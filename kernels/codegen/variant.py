@@ -38,8 +38,10 @@ __all__ = [
 ]
 
 _PLAIN = "bf16", "f16", "f32"
-_QUANTISED = *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"), *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-_QUANTISED += "iq4_nl", "iq4_xs", "mxfp4"
+_QUANTISED = (
+    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("iq4_nl", "iq4_xs", "mxfp4"),
+)
 WEIGHTS = _PLAIN + _QUANTISED
 """Names of the weight formats that kernels read; `kernels.formats.FORMATS` has the formats themselves."""
 

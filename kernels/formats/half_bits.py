@@ -28,7 +28,8 @@ def to_half(value: np.float32, out: np.ndarray, offset: int) -> np.float32:
         half = np.int64(np.rint(abs(np.float64(value)) * 16777216.0))
     half |= np.int64(sign)
     out[offset], out[offset + 1] = half & 255, half >> 8
-    return from_half(half)
+    rounded: np.float32 = from_half(half)
+    return rounded
 
 
 @njit(**OPTIONS)

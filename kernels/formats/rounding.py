@@ -30,7 +30,8 @@ def signed_codes(x: np.ndarray, half: int, codes: np.ndarray) -> np.float32:
     inverse = _ONE / d if d != 0 else np.float32(0)
     for j in range(x.size):
         codes[j] = _clipped(np.trunc(x[j] * inverse + (np.float32(half) + np.float32(0.5))), 2 * half - 1)
-    return d
+    scale: np.float32 = d
+    return scale
 
 
 @njit(**OPTIONS)
@@ -65,7 +66,9 @@ def nearest(value: np.float32, least: int, greatest: int) -> int:
     """The nearest integer, ties to even, within these bounds; what is no number becomes the least."""
     if not value > least:
         return least
-    return greatest if value > greatest else np.int64(np.rint(value))
+    if value > greatest:
+        return greatest
+    return int(np.rint(value))
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
