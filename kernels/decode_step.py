@@ -261,19 +261,15 @@ def decode(
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
-            of_dense = at[4:], kinds[7:]
-            arguments = variant, normed, dense_ids, shared_weights, rows[:1], *of_dense, rows, gated, flat
+            arguments = variant, normed, dense_ids, shared_weights, rows[:1], at[4:], kinds[7:], rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
             expert_ids = all_expert_ids[sparse]
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
             _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
-            experts, of_experts = expert_matrices[sparse], kinds[4:7]
-            arguments = (
-                *(variant, normed, expert_ids, routing_weights, hidden),
-                *(experts, of_experts, ffn_rows, gated, flat),
-            )
+            at = expert_matrices[sparse]
+            arguments = variant, normed, expert_ids, routing_weights, hidden, at, kinds[4:7], ffn_rows, gated, flat
             needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
             _add(h, added, residual_scale)
         if needed_words > 0:

@@ -334,14 +334,13 @@ def test_logits_of_random_models_match_those_of_the_cpu(model, tmp_path):
 
 
 def test_perplexity_and_expert_counts_match_those_of_the_cpu(tmp_path):
-    """First several windows a step, all in the KV cache of one sequence; then one window a step."""
     path = synthetic.write_random_mixtral(tmp_path / "model.gguf", experts=5, used=3)
     ids = np.random.default_rng(1).integers(3, 200, 1200).tolist()
     recorders = [ExpertCounts(2, 5) for _ in range(4)]
     engines = [load(path, "cpu", precision="exact", recorder=recorders[0])]
     for residents, recorder in zip((0, 4, None), recorders[1:], strict=True):
         engines.append(load(path, "cuda", precision="exact", gpu_experts=residents, recorder=recorder))
-    for size in (65, 500):
+    for size in (65, 500):  # first several windows a step, all in one sequence's KV cache; then one window a step
         results = []
         for engine, recorder in zip(engines, recorders, strict=True):
             *_, result = measure(engine.runner, cut(ids, size), 1)
