@@ -69,8 +69,7 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
     down = torch.randn(experts, width, hidden, device=DEVICE).bfloat16() / hidden**0.5
     x, routing_weights = torch.randn(1, width, device=DEVICE), torch.tensor([0.7, 0.3], device=DEVICE)
     variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16" if rounded else "f32")
-    stacks = (tensor.view(torch.int16).cpu().numpy() for tensor in (gate, up, down))
-    weights = ExpertWeights(*map(kernels.ExpertMatrices.of, stacks), variant)
+    stacks = [kernels.ExpertMatrices.of(each.view(torch.int16).cpu().numpy()) for each in (gate, up, down)]
 
     def naive(e, rows=slice(None)):
         inputs = x.bfloat16() if rounded else x
@@ -89,7 +88,7 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
             table,
             routing_weights,
             hidden,
-            weights,
+            ExpertWeights(*stacks, variant),
             expert_ids=expert_ids,
             into=into,
             add=add,
