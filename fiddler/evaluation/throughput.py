@@ -97,7 +97,7 @@ def measure(
     read = plain_reads(engine)
     if warm_up:  # every page is mapped, as llama.cpp's are when it has loaded a file
         for name in engine.model_file.file.tensors:
-            engine.model_file.file.array(name).reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
+            engine.model_file.file.stored(name).reshape(-1)[:: mmap.PAGESIZE].max()
     for test in tests:
         if warm_up:
             _run(engine, meter, Test(min(test.n_prompt, engine.runner.chunk), min(test.n_gen, 1)), seed)

@@ -7,6 +7,7 @@ import torch
 
 import fiddler
 from fiddler.kernels.formats import BLOCK_FORMATS
+from oracles.command import fails_in_one_line, run
 from oracles.quantised import write_quantised
 from oracles.reference import from_gguf
 from oracles.synthetic import write_random_mixtral
@@ -58,3 +59,13 @@ def test_exact_logits_of_mixed_types_match_transformers(source, tmp_path, rules)
     _, errors, different = compare(path, "exact")
     assert errors.max() < 1e-4
     assert different == 0
+
+
+def test_a_quantised_model_generates_and_its_speed_is_measured(source, tmp_path):
+    """The compiled decode step runs it, and counts its bytes as the file has them."""
+    path = write_quantised(source, tmp_path / "q.gguf", kinds(Q4_K_M))
+    engine = fiddler.load(path, device="cpu")
+    assert len(engine.generate("Once", fiddler.Sampling(temperature=0.0), 8).tokens) == 8
+    fails_in_one_line(run("run", path, "--device", "cuda", "-p", "x"), "weights run on the CPU only; use --device cpu")
+    done = run("bench", path, "--device", "cpu", "-p", "16", "-n", "4", "-r", "1")
+    assert done.returncode == 0, done.stderr

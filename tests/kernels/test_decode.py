@@ -284,7 +284,9 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
         ],
     }
     wrong["blocks"] += [[dataclasses.replace(blocks[0], gate=None, dense_gate=None), blocks[1]]]
-    for name in (field.name for field in dataclasses.fields(kernels.BlockWeights)):
+    other = {"attn_q": kernels.KernelVariant(variant.tier, "q8_0", "q8")}
+    wrong["blocks"] += [[blocks[0], dataclasses.replace(blocks[1], variants=other)]]
+    for name in (field.name for field in dataclasses.fields(kernels.BlockWeights) if field.name != "variants"):
         array = getattr(blocks[1], name)
         if isinstance(array, kernels.ExpertMatrices):
             stack = array.memory
