@@ -127,7 +127,7 @@ class _Exchange:
         if origin is not None:
             self._headers += [
                 (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
-                (b"vary", b"Origin"),
+                (b"Vary", b"Origin"),
             ]
 
     async def receive(self) -> Message:
