@@ -126,7 +126,7 @@ class _Exchange:
         self._headers = [(b"x-content-type-options", b"nosniff")]
         if origin is not None:
             self._headers += [
-                (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
+                (b"Access-Control-Allow-Origin", origin.encode("latin-1", "replace")),
                 (b"Vary", b"Origin"),
             ]
 
