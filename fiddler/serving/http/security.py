@@ -126,8 +126,8 @@ class _Exchange:
         self._headers = [(b"x-content-type-options", b"nosniff")]
         if origin is not None:
             self._headers += [
-                (b"access-control-allow-origin", origin.encode("latin-1", "replace")),
-                (b"vary", b"Origin"),
+                (b"Access-Control-Allow-Origin", origin.encode("latin-1", "replace")),
+                (b"Vary", b"Origin"),
             ]
 
     async def receive(self) -> Message:
