@@ -15,6 +15,7 @@ REQUIRED = {
     "batch": "I.jsonl O.jsonl",
     "perplexity": "-f T",
     "run": "",
+    "serve": "",
     "calibrate": "",
 }
 
