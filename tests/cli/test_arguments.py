@@ -15,6 +15,7 @@ REQUIRED = {
     "batch": "I.jsonl O.jsonl",
     "perplexity": "-f T",
     "run": "",
+    "serve": "",
     "calibrate": "",
 }
 
@@ -74,7 +75,7 @@ def usage_error(*arguments):
         ("--foo", "no option --foo; fiddler --help lists them"),
         ("-p hello", "-p belongs behind a command, as in: fiddler run MODEL.gguf -p TEXT"),
         ("generate M.gguf", "no command 'generate': `fiddler run MODEL.gguf -p TEXT` generates"),
-        ("server", "no command 'server': there is no server"),
+        ("server", "no command 'server': `fiddler serve MODEL.gguf` is the server"),
         ("llama-cli -m M", "no command 'llama-cli': `fiddler run MODEL.gguf` generates"),
         ("llama-bench -m M", "no command 'llama-bench': did you mean `fiddler bench`?"),
         (

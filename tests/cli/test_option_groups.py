@@ -20,7 +20,8 @@ from oracles.command import run
 
 SHARED = {name for group in (LOADING, SAMPLING, BEAMS) for name in group.options}
 
-OWN_HELP = {("batch", "seed"), ("calibrate", "device"), ("calibrate", "threads"), ("calibrate", "precision")}
+OWN_HELP = {("batch", "seed"), ("serve", "seed"), ("serve", "n_probs")}
+OWN_HELP |= {("calibrate", "device"), ("calibrate", "threads"), ("calibrate", "precision")}
 """Options of a group with a meaning of their own in one command."""
 
 OWN = {("bench", "threads"), ("bench", "seed"), ("convert", "dtype")}
@@ -29,6 +30,7 @@ OWN = {("bench", "threads"), ("bench", "seed"), ("convert", "dtype")}
 COMMANDS = {
     "run": SHARED,
     "batch": {*LOADING.options, *SAMPLING.options},
+    "serve": {*LOADING.options, *SAMPLING.options},
     "bench": LOADING.options.keys() - {"threads", "context"},
     "perplexity": LOADING.options.keys() - {"context", "expert_counts"},
     "calibrate": {"device", "threads", "precision"},

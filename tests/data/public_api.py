@@ -53,6 +53,7 @@ def right(path: Path) -> None:
             else:
                 assert_type(outcome.beams, tuple[Beam, ...])
         assert_type(next(engine.batch(request for _ in range(3)))[0], int)
+        assert_type(engine.scheduler(parallel=2).add(generation), int)
         chat = Chat(engine, "Be brief.", greedy, 64)
         assert_type(chat.send("Hello"), Iterator[str])
         chat = Chat(engine, tools=[{"type": "function"}], chat_template_kwargs={"enable_thinking": False})
