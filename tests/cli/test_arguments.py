@@ -12,6 +12,7 @@ REQUIRED = {
     "bench": "M.gguf",
     "inspect": "M.gguf",
     "convert": "D",
+    "quantize": "I.gguf O.gguf --type Q8_0",
     "batch": "I.jsonl O.jsonl",
     "perplexity": "-f T",
     "run": "",
