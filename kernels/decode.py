@@ -168,7 +168,7 @@ class CompiledDecodeStep:
             products.append(("dense", block.attn_output.nbytes))
             products.append(("dense", sum(bits.nbytes for bits in block.matrices[4:] if bits is not None)))
             experts_read = len({expert for ids in next(expert_ids) for expert in ids}) if block.sparse else 0
-            expert_bytes = sum(each[0].nbytes for each in block.experts)
+            expert_bytes = sum(each.expert_bytes for each in block.experts)
             products.append(("experts", experts_read * expert_bytes))
             for (name, nbytes), (began, ended) in zip(products, times[SPANS * layer :], strict=False):
                 if nbytes:  # else the block has no such product

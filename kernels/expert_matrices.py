@@ -55,6 +55,11 @@ class ExpertMatrices:
         addresses = np.array([address_of(matrix) for matrix in memory], np.int64)
         return cls(tuple(memory), addresses, (len(memory), *first.shape), first.dtype)
 
+    @property
+    def expert_bytes(self) -> int:
+        """Size of one expert's matrix [bytes]."""
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
     def __len__(self) -> int:
         return self.shape[0]
 

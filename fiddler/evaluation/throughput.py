@@ -136,7 +136,7 @@ def plain_reads(engine: Engine) -> Callable[[], float]:
     machine changes by the second: measure it beside the speed that is compared with it.
     """
     name = max(engine.model_file.file.tensors.values(), key=lambda tensor: tensor.nbytes).name
-    mapped = engine.model_file.file.array(name)
+    mapped = engine.model_file.file.stored(name)
     buffer = np.ones(max(min(_OWN, available_memory() // 4), 1 << 20) // 8, np.uint64)
     sources = [buffer] if mapped.nbytes < _ENOUGH else [buffer, mapped]
 

@@ -44,7 +44,7 @@ class ExpertWeights:
     @cached_property
     def expert_bytes(self) -> int:
         """Size of one expert [bytes]."""
-        return sum(matrices[0].nbytes for matrices in (self.gate, self.up, self.down))
+        return sum(matrices.expert_bytes for matrices in (self.gate, self.up, self.down))
 
     @cached_property
     def hidden_row_bytes(self) -> int:

@@ -49,10 +49,14 @@ ARGUMENTS = {
     "bench --expert-counts": "bench MODEL --expert-counts PATH",
     "calibrate MODEL.gguf": "calibrate PATH",
     "convert SOURCE": "convert PATH OUT",
+    "quantize IN.gguf": "quantize PATH OUT --type Q8_0",
+    "serve MODEL.gguf": "serve PATH --port 0",
+    "serve --chat-template-file": "serve MODEL --port 0 --chat-template-file PATH",
+    "serve --expert-counts": "serve MODEL --port 0 --expert-counts PATH",
 }
 ALSO_WRITTEN = {"run --prompt-cache", "batch OUT.jsonl", "perplexity --expert-counts"}  # made where missing
 WRITTEN_THROUGH = {"batch OUT.jsonl", "perplexity --expert-counts"}  # a device takes them
-ONLY_WRITTEN = {"run --probs-file", "bench --trace", "bench --plot", "convert OUT.gguf"}
+ONLY_WRITTEN = {"run --probs-file", "bench --trace", "bench --plot", "convert OUT.gguf", "quantize OUT.gguf"}
 OF_TEXT_OR_FILE = {"run --json-schema", "run --grammar"}
 
 REQUIRED = ("config.json", "model.safetensors", "tokenizer.model")
