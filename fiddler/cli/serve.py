@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import traceback
+from contextlib import closing
 
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, ModelOrDemo, loaded, opened, say
@@ -39,17 +40,18 @@ def serve(
     from fiddler.telemetry.totals import Totals
 
     model_file = opened(model)
-    listener = open_socket(options.host, options.port)  # before the load: a port that is taken should not cost minutes
-    if options.beyond_loopback and not options.api_keys:
-        say(f"warning: {options.host} is reachable from other machines, and there is no --api-key")
-    config = model_file.config
-    totals = Totals(len(config.sparse_layers), config.expert_count)
-    engine = loaded(model_file, loading, totals)
+    # before the load: a port that is taken should not cost minutes
+    with closing(open_socket(options.host, options.port)) as listener:
+        if options.beyond_loopback and not options.api_keys:
+            say(f"warning: {options.host} is reachable from other machines, and there is no --api-key")
+        config = model_file.config
+        totals = Totals(len(config.sparse_layers), config.expert_count)
+        engine = loaded(model_file, loading, totals)
 
-    def ready() -> None:
-        print(f"{engine.model_file.file.path.name} at {_url(options.host, listener)}", flush=True)
+        def ready() -> None:
+            print(f"{engine.model_file.file.path.name} at {_url(options.host, listener)}", flush=True)
 
-    number = run(engine, options, totals, listener, ready, _report)
+        number = run(engine, options, totals, listener, ready, _report)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
 

@@ -75,9 +75,9 @@ def test_a_float32_file_gets_the_bits_of_one_written_in_16_bits(tmp_path, dtype,
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_command_converts_a_gguf_without_importing_the_kernels(tmp_path, separate):
-    source = rewritten(
-        write_random_mixtral(tmp_path / "f32.gguf", dtype="f32"), tmp_path / "old.gguf", separate=separate
-    )
+    source = write_random_mixtral(tmp_path / "stacked.gguf", dtype="bf16" if separate else "f32")
+    if separate:
+        source = write_old_mixtral(source, tmp_path / "separate.gguf", router=False)
     command = [sys.executable, "-X", "importtime", *FIDDLER[1:], "convert", source, tmp_path / "new.gguf"]
     done = subprocess.run(command, capture_output=True, check=True)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}

@@ -229,7 +229,7 @@ def test_matrix_kernels_refuse_arguments_of_the_wrong_shape_type_or_range():
 
 
 def test_a_variant_that_no_kernel_computes_is_refused():
-    for weights, activations in (("f32", "f32"), ("bf16", "int8"), ("f16", "")):
+    for weights, activations in (("q9", "f32"), ("bf16", "q8"), ("q8_0", "bf16"), ("f16", "")):
         with pytest.raises(ValueError, match="no kernel"):
             KernelVariant(BEST, weights, activations)
     beyond = dataclasses.replace(BEST, name="avx9")
