@@ -40,7 +40,7 @@ class KVBudget:
 
     def exceeded(self) -> bool:
         """Whether the running groups have grown beyond the limit."""
-        used = None if self._limit is None else self._runner.kv_used()
+        used = None if self._limit is None else self._runner.kv_used(self._limit)
         return used is not None and self._limit is not None and used > self._limit
 
     def _growth(self, group: SequenceGroup, there: int) -> int:

@@ -50,9 +50,11 @@ class PagedRunner(Runner):
         """Implements `Runner.room`."""
         return memory_for_sequences(available_memory(), weights)
 
-    def kv_used(self) -> int:
+    def kv_used(self, enough: int = 0) -> int:
         """Implements `Runner.kv_used`."""
-        return (self.pool.used - self.prefix_cache.unused) * self.kv_bytes(1)
+        nbytes = self.kv_bytes(1)
+        held = self.pool.used * nbytes
+        return held if held <= enough else held - self.prefix_cache.unused * nbytes
 
     def matched(self, ids: Sequence[int]) -> int:
         """Implements `Runner.matched`."""

@@ -75,11 +75,13 @@ class Runner(ABC):
         positions: that it will have, or more.
         """
 
-    def kv_used(self) -> int | None:
+    def kv_used(self, enough: int = 0) -> int | None:
         """KV cache of the sequences in use [bytes], a shared part once; None where each has its own from the start.
 
-        What `resume` alone might find is not in it: that gives way.
+        What `resume` alone might find is not in it: that gives way. enough: up to so many bytes it may be, which is
+        told at once; counting takes longer.
         """
+        del enough
         return None
 
     @abstractmethod
