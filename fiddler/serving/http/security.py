@@ -7,6 +7,7 @@ rebinding), but then the Host header has that name.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ __all__ = ["PUBLIC", "Security", "error_response", "host_of"]
 
 PUBLIC = ("/", "/health", "/v1/models")
 """Paths that need no key."""
+
+_LINGER = 2.0  # for the rest of a body that nobody reads [s]
+_DISCARDED = 1 << 26  # of it [bytes]
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _METHODS = "GET, POST, OPTIONS"
@@ -118,7 +122,9 @@ def _has_body(headers: Headers) -> bool:
 class _Exchange:
     """A request and its response: adds the headers that every response has.
 
-    A connection whose request was answered before its body was read is closed, and the response says so.
+    A connection whose request was answered before its body was read is closed, and the response says so. What is still
+    arriving is read first, within limits: a socket that is closed with unread bytes resets the connection, and the
+    client would lose the response (RFC 9112, 9.6).
     """
 
     def __init__(self, receive: Receive, send: Send, origin: str | None, *, has_body: bool) -> None:
@@ -142,7 +148,23 @@ class _Exchange:
         if message["type"] == "http.response.start":
             more = [(b"connection", b"close")] if self._unread else []
             message = {**message, "headers": [*message.get("headers", []), *self._headers, *more]}
+        if message["type"] == "http.response.body" and self._unread and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._discard_body()
+            message = {"type": "http.response.body"}
         await self._send(message)
+
+    async def _discard_body(self) -> None:
+        size = 0
+        try:
+            async with asyncio.timeout(_LINGER):
+                while self._unread and size < _DISCARDED:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    size += len(message.get("body", b""))
+        except TimeoutError:
+            return
 
 
 def error_response(error: HttpError, path: str) -> Response:
