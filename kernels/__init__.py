@@ -8,7 +8,7 @@ from fiddler.kernels.attention import attend_each
 from fiddler.kernels.bandwidth import read_bandwidth
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode import BlockParts, BlockWeights, CompiledDecodeStep
-from fiddler.kernels.expert_ffn import expert_ffn
+from fiddler.kernels.expert_ffn import ExpertFfn, expert_ffn
 from fiddler.kernels.expert_matrices import ExpertMatrices
 from fiddler.kernels.linear import linear, linears, per_expert, per_head
 from fiddler.kernels.machine.isa import TIERS, Tier, available_tiers, choose_tier
@@ -22,6 +22,7 @@ __all__ = [
     "BlockParts",
     "BlockWeights",
     "CompiledDecodeStep",
+    "ExpertFfn",
     "ExpertMatrices",
     "KernelVariant",
     "Routing",

@@ -9,9 +9,6 @@ order, so the result does not depend on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
@@ -19,7 +16,7 @@ from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
 from fiddler.kernels.formats import format_of
 from fiddler.kernels.matmul.grouped import run, stored_kinds
 
-__all__ = ["expert_ffn"]
+__all__ = ["ExpertFfn", "expert_ffn"]
 
 
 def expert_ffn(
@@ -45,85 +42,95 @@ def expert_ffn(
     out: float32 [T, D], written and returned in place of a new array.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
-    gate, up, down = (
-        each if isinstance(each, ExpertMatrices) else ExpertMatrices.of(each) for each in (gate, up, down)
-    )
-    variants = (variant,) * 3 if isinstance(variant, KernelVariant) else variant
-    tokens, width, hidden = _validate(x, expert_ids, routing_weights, (gate, up, down), variants)
-    if hidden_rows is None:
-        hidden_rows = _all_rows(len(gate), hidden)
-    else:
-        _validate_rows(hidden_rows, len(gate), hidden, format_of(variants[2]).block_length)
-    matrices = np.array((gate.addresses, up.addresses, down.addresses))
-    multiplications = 3 * x.shape[0] * expert_ids.shape[1] * width * hidden
-    expert_ids, routing_weights = (
-        np.ascontiguousarray(expert_ids, np.int64),
-        np.ascontiguousarray(routing_weights, np.float32),
-    )
-    y = np.empty((tokens, width), np.float32) if out is None else out
-    if y.shape != (tokens, width) or y.dtype != np.float32 or not y.flags.c_contiguous:
-        raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {(tokens, width)}")
-    if not run(
-        variants[0].grouping,
-        x,
-        expert_ids,
-        routing_weights,
-        hidden_rows,
-        matrices,
-        stored_kinds(variants, (width, width, hidden)),
-        _outputs(hidden, width),
-        True,
-        y.reshape(-1),
-        multiplications,
-    ):
-        raise ValueError(f"an expert id lies outside 0..{len(gate) - 1}")
-    return y
+    return ExpertFfn(gate, up, down, variant)(x, expert_ids, routing_weights, hidden_rows, out)
 
 
-@lru_cache(maxsize=64)
-def _all_rows(experts: int, hidden: int) -> np.ndarray:
-    return np.full(experts, hidden, np.int64)
+class ExpertFfn:
+    """`expert_ffn` of one layer, whose weights are checked once: a call takes microseconds less."""
 
-
-@lru_cache(maxsize=64)
-def _outputs(hidden: int, width: int) -> np.ndarray:
-    return np.array([hidden, hidden, width])
-
-
-def _validate(
-    x: np.ndarray,
-    expert_ids: np.ndarray,
-    routing_weights: np.ndarray,
-    matrices: tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices],
-    variants: Sequence[KernelVariant],
-) -> tuple[int, int, int]:
-    if x.ndim != 2 or x.dtype != np.float32:
-        raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, D]")
-    (experts, hidden, _), width = matrices[0].shape, x.shape[1]
-    shapes = (experts, hidden, width), (experts, hidden, width), (experts, width, hidden)
-    for name, stored, each, shape in zip(("gate", "up", "down"), matrices, variants, shapes, strict=True):
-        check_experts(name, stored, shape, each)
-    if len({each.grouping for each in variants}) > 1:
-        raise ValueError("gate, up and down have formats that one call cannot multiply")
-    if (
-        expert_ids.ndim != 2
-        or expert_ids.shape[0] != x.shape[0]
-        or expert_ids.dtype.kind not in "iu"
-        or routing_weights.shape != expert_ids.shape
-    ):
-        raise ValueError(
-            f"expert_ids are {expert_ids.dtype} {expert_ids.shape}, routing_weights {routing_weights.shape}; "
-            f"expected [{x.shape[0]}, K] both"
+    def __init__(
+        self,
+        gate: ExpertMatrices | np.ndarray,
+        up: ExpertMatrices | np.ndarray,
+        down: ExpertMatrices | np.ndarray,
+        variant: KernelVariant | tuple[KernelVariant, KernelVariant, KernelVariant],
+    ) -> None:
+        """The arguments are those of `expert_ffn`. Raises ValueError where they do not fit."""
+        gate, up, down = (
+            each if isinstance(each, ExpertMatrices) else ExpertMatrices.of(each) for each in (gate, up, down)
         )
-    return x.shape[0], width, hidden
+        variants = (variant,) * 3 if isinstance(variant, KernelVariant) else variant
+        experts, hidden, _ = gate.shape
+        width = down.shape[1]
+        shapes = (experts, hidden, width), (experts, hidden, width), (experts, width, hidden)
+        named = zip(("gate", "up", "down"), (gate, up, down), variants, shapes, strict=True)
+        for name, stored, each, shape in named:
+            check_experts(name, stored, shape, each)
+        if len({each.grouping for each in variants}) > 1:
+            raise ValueError("gate, up and down have formats that one call cannot multiply")
+        self._experts, self._hidden, self._width = experts, hidden, width
+        self._variant, self._block_length = variants[0].grouping, format_of(variants[2]).block_length
+        self._weights = gate, up, down  # their addresses are read
+        self._matrices = np.array((gate.addresses, up.addresses, down.addresses))
+        self._stored = stored_kinds(variants, (width, width, hidden))
+        self._outputs, self._all_rows = np.array([hidden, hidden, width]), np.full(experts, hidden, np.int64)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+        hidden_rows: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """See `expert_ffn`."""
+        self._check(x, expert_ids, routing_weights)
+        if hidden_rows is None:
+            hidden_rows = self._all_rows
+        else:
+            _check_rows(hidden_rows, self._experts, self._hidden, self._block_length)
+        shape = len(x), self._width
+        y = np.empty(shape, np.float32) if out is None else out
+        if y.shape != shape or y.dtype != np.float32 or not y.flags.c_contiguous:
+            raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {shape}")
+        if not run(
+            self._variant,
+            x,
+            np.ascontiguousarray(expert_ids, np.int64),
+            np.ascontiguousarray(routing_weights, np.float32),
+            hidden_rows,
+            self._matrices,
+            self._stored,
+            self._outputs,
+            True,
+            y.reshape(-1),
+            3 * expert_ids.size * self._width * self._hidden,
+        ):
+            raise ValueError(f"an expert id lies outside 0..{self._experts - 1}")
+        return y
+
+    def _check(self, x: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray) -> None:
+        if x.ndim != 2 or x.dtype != np.float32 or x.shape[1] != self._width:
+            raise ValueError(f"x is {x.dtype} {x.shape}; expected float32 [T, {self._width}]")
+        if (
+            expert_ids.ndim != 2
+            or expert_ids.shape[0] != x.shape[0]
+            or expert_ids.dtype.kind not in "iu"
+            or routing_weights.shape != expert_ids.shape
+        ):
+            raise ValueError(
+                f"expert_ids are {expert_ids.dtype} {expert_ids.shape}, routing_weights {routing_weights.shape}; "
+                f"expected [{x.shape[0]}, K] both"
+            )
 
 
-def _validate_rows(hidden_rows: np.ndarray, experts: int, hidden: int, block_length: int) -> None:
+def _check_rows(hidden_rows: np.ndarray, experts: int, hidden: int, block_length: int) -> None:
     if hidden_rows.shape != (experts,) or hidden_rows.dtype != np.int64:
         raise ValueError(f"hidden_rows are {hidden_rows.dtype} {hidden_rows.shape}; expected int64 [{experts}]")
-    if not (hidden_rows.min() >= 0 and hidden_rows.max() <= hidden):
-        raise ValueError(f"hidden_rows lie outside 0..{hidden}")
-    if block_length > 1 and (hidden_rows % block_length).any():
-        raise ValueError(f"hidden_rows split blocks of {block_length} weights; give multiples")
-    if ((hidden_rows % 2 != 0) & (hidden_rows != hidden)).any():
-        raise ValueError("hidden_rows are odd, which splits bf16 pairs; give even numbers")
+    for rows in set(hidden_rows.tolist()):  # few different ones
+        if not 0 <= rows <= hidden:
+            raise ValueError(f"hidden_rows lie outside 0..{hidden}")
+        if rows % block_length:
+            raise ValueError(f"hidden_rows split blocks of {block_length} weights; give multiples")
+        if rows % 2 and rows != hidden:
+            raise ValueError("hidden_rows are odd, which splits bf16 pairs; give even numbers")

@@ -7,6 +7,7 @@ the GPU's used memory since before there was a context, less torch's part.
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 
@@ -33,8 +34,15 @@ class GpuStartError(ResourceError):
     """The machine has a GPU, but it cannot be used."""
 
 
+_capping: dict[torch.device, object] = {}
+"""Of each device the mark of the budget that caps torch."""
+
+
 class Budget:
-    """Limits this process to `total` bytes of a GPU's memory."""
+    """Limits this process to `total` bytes of a GPU's memory, as long as this object lives.
+
+    Where there are several, the one that was made or settled last is the limit.
+    """
 
     def __init__(self, device: torch.device, gpu_memory: int | None) -> None:
         """Start using `device`, up to `gpu_memory` bytes; None: nearly all that is free.
@@ -65,8 +73,10 @@ class Budget:
             raise RequestError(
                 f"--gpu-memory {shown(gpu_memory)}: starting the GPU alone takes {at_least(needed)}; give more"
             )
-        cap = min(1.0, (self.total - self.driver_bytes()) / capacity)
-        torch.cuda.set_per_process_memory_fraction(cap, device)
+        torch.cuda.empty_cache()  # what torch has cached counts
+        self._mark = object()
+        weakref.finalize(self, _uncap, device, self._mark).atexit = False
+        self._cap((self.total - self.driver_bytes()) / capacity)
 
     def driver_bytes(self) -> int:
         """Bytes that this process uses outside torch's allocator."""
@@ -86,8 +96,11 @@ class Budget:
         """Free torch's cached blocks and cap torch at the budget less the driver's present use."""
         capacity = torch.cuda.mem_get_info(self.device)[1]
         torch.cuda.empty_cache()
-        cap = max(0.0, min(1.0, (self.total - self.driver_bytes()) / capacity))
-        torch.cuda.set_per_process_memory_fraction(cap, self.device)
+        self._cap((self.total - self.driver_bytes()) / capacity)
+
+    def _cap(self, fraction: float) -> None:
+        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, fraction)), self.device)
+        _capping[self.device] = self._mark
 
     def _used_on_device(self, used_by_bus: dict[int, int] | None) -> int | None:
         if not used_by_bus:
@@ -96,6 +109,13 @@ class Budget:
         if bus in used_by_bus:
             return used_by_bus[bus]
         return next(iter(used_by_bus.values())) if len(used_by_bus) == 1 else None
+
+
+def _uncap(device: torch.device, mark: object) -> None:
+    """Leave the whole GPU to this process again, unless another budget caps it."""
+    if _capping.get(device) is mark:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        del _capping[device]
 
 
 def _floor(nbytes: int) -> str:

@@ -1,10 +1,10 @@
 """A decode step of one token on the GPU: replays captured graphs, and computes missing experts on both sides.
 
 Knows which thread does what; not what the graphs hold, nor sampling. The caller's thread reads which experts the router
-chose, plans once, hands the GPU's part to the worker thread in a `LayerPlan`, and computes the CPU's part. Meanwhile
-the worker thread queues the GPU's part, a semaphore wait for the CPU's sum, and the next graph. So the time between
-two layers' experts is almost all the GPU's. A step is one task of the worker thread: woken for each layer, from a
-sleep on a core that has gone to sleep, too, it began the copies 0.1 ms later.
+chose, plans once, queues the first copies of the GPU's part, hands the rest to the worker thread in a `LayerPlan`, and
+computes the CPU's part. Meanwhile the worker thread queues what reads the copies, a semaphore wait for the CPU's sum,
+and the next graph. So the time between two layers' experts is almost all the GPU's. The copies are the caller's: on the
+worker thread, which must wake up and wait for Python's lock first, they began 0.2 ms later.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ class Graphs(Protocol):
         """Wait until a graph's outputs are on the host."""
         ...
 
-    def stream(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
-        """Queue the streamed experts of a layer."""
+    def send(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
+        """Queue the copies of a layer's streamed experts, as many as the ring holds. On the caller's thread."""
+        ...
+
+    def stream(self) -> None:
+        """Queue the streamed experts that were sent last, and the copies that are left. On the worker thread."""
         ...
 
     def streamed(self, layer: int) -> bool:
@@ -76,9 +80,7 @@ class Graphs(Protocol):
 class LayerPlan(NamedTuple):
     """The GPU's part of a layer with missing experts, on its way from the caller's thread to the worker thread."""
 
-    layer: int
-    expert_ids: list[int]
-    gpu_rows: dict[int, int]  # streamed hidden rows of each missing expert
+    streams: bool  # the GPU has a part, whose copies are sent
     number: int  # of the semaphore wait for the CPU's sum
 
 
@@ -140,9 +142,11 @@ class DecodeGraphs:
         expert_ids = [int(e) for e in graphs.expert_ids[0].tolist()]
         split = orchestrator.split_one(layer, expert_ids)
         number = cooperative_step.number()
-        plans.put(LayerPlan(layer, expert_ids, split.gpu_rows, number))
-        part = CpuPart(layer, graphs.x, np.array(expert_ids, np.int64)[None], graphs.routing_weights, split)
         on_gpu = any(split.gpu_rows.values())
+        if on_gpu:
+            graphs.send(layer, expert_ids, split.gpu_rows)
+        plans.put(LayerPlan(on_gpu, number))
+        part = CpuPart(layer, graphs.x, np.array(expert_ids, np.int64)[None], graphs.routing_weights, split)
         on_cpu = orchestrator.on_cpu(part, graphs.cpu_sum)
         if on_cpu and on_gpu:
             orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=split.lead)
@@ -155,18 +159,16 @@ class DecodeGraphs:
     def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
         """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.
 
-        queued: receives True with each graph, and False at the end. This thread waits for a graph as the caller's
-        does, awake, so that copies begin as soon as there is a plan; while the CPU computes, it sleeps.
+        queued: receives True with each graph, and False at the end. While the CPU computes, this thread sleeps.
         """
         graphs, cooperative_step = self._graphs, self._orchestrator.cooperative_step
         try:
             for graph in range(len(graphs.breaks)):
-                graphs.wait(graph)
                 plan = self._next_plan(plans)
                 if plan is None:
                     return
-                if any(plan.gpu_rows.values()):
-                    graphs.stream(plan.layer, plan.expert_ids, plan.gpu_rows)
+                if plan.streams:
+                    graphs.stream()
                 self._orchestrator.semaphore.wait(plan.number)
                 graphs.queue(graph + 1)
                 queued.put(True)

@@ -11,6 +11,7 @@ import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +22,8 @@ from fiddler.device import cuda_driver
 from fiddler.gpu import attention_kernels, decode_kernels
 from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.models.transformer import Transformer
-from fiddler.offload.feed_forward import torch_type
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.telemetry.recorder import Recorder
 
@@ -104,19 +105,15 @@ class CapturedGraphs:
         self._streamed_inputs = torch.zeros(width + self._k, device=device)  # x and weights, for streamed experts
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
         self._host_sum = torch.zeros(1, width, pin_memory=True)
-        self._jobs = torch.zeros(self._k, 5, dtype=torch.int64, device=device)
-        self._host_jobs = torch.zeros(self._k, 5, dtype=torch.int64, pin_memory=True)
-        self._job_numbers = self._host_jobs.numpy().reshape(-1)
         host_inputs = self._host_inputs.numpy()[None]
         self.x, self.expert_ids, self.routing_weights = np.split(host_inputs, [width, width + self._k], axis=1)
         self.cpu_sum = self._host_sum.numpy()
-        # recorded after the copy of `_host_token`, after a layer's streamed experts, after the last graph
-        self._token_copied, self._streamed_all, self._ended = (torch.cuda.Event() for _ in range(3))
-        self._streamed_layer = -1  # whose streamed experts `_streamed_all` follows
+        # recorded after the copy of `_host_token`, after the last graph
+        self._token_copied, self._ended = torch.cuda.Event(), torch.cuda.Event()
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self.breaks = [layer for layer in range(len(self._layers)) if not self._orchestrator.complete(layer)]
         self._arrived = [torch.cuda.Event() for _ in self.breaks]
-        self._streamed: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
+        self._streamed: StreamedExperts | None = None
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         # of each layer int64 [1, K]; this reference stops later graphs from using their memory
         self.chosen: list[Tensor] = []
@@ -137,7 +134,8 @@ class CapturedGraphs:
         stream = torch.cuda.current_stream()
         cuda_driver.copy_to_device(self._token.data_ptr(), self._host_token.ctypes.data, 16, stream.cuda_stream)
         self._token_copied.record(stream)
-        self._streamed_layer = -1
+        if self._streamed is not None:
+            self._streamed.begin()
         self.queue(0)
 
     def queue(self, graph: int) -> None:
@@ -163,44 +161,17 @@ class CapturedGraphs:
 
     def streamed(self, layer: int) -> bool:
         """Whether the streamed experts of this layer are computed already."""
-        return self._streamed_layer == layer and self._streamed_all.query()
+        return self._streamed is not None and self._streamed.computed(layer)
 
-    def stream(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
-        """Queue copies of the last `gpu_rows` hidden rows of experts, and the experts' kernels after them."""
-        ring, weights = self._orchestrator.ring, self._layers[layer]
-        stream = torch.cuda.current_stream().cuda_stream
-        hidden, ring_rows = weights.gate.shape[1], ring.rows * ring.slots
-        pending = [
-            (e, begin, min(begin + ring_rows, hidden))
-            for e, rows in gpu_rows.items()
-            for begin in range(hidden - rows, hidden, ring_rows)
-        ]
-        nbytes = sum(gpu_rows.values()) * weights.hidden_row_bytes
-        with self._recorder.span("copy", nbytes):
-            while pending:
-                count, rows = 0, 0
-                while count < len(pending) and rows + pending[count][2] - pending[count][1] <= ring_rows:
-                    rows += pending[count][2] - pending[count][1]
-                    count += 1
-                parts = ring.send_together(layer, pending[:count])
-                jobs = [
-                    number
-                    for part in parts
-                    for number in (*part.addresses, part.end - part.begin, expert_ids.index(part.expert))
-                ]
-                self._job_numbers[:] = jobs + [0] * (len(self._job_numbers) - len(jobs))
-                cuda_driver.copy_to_device(
-                    self._jobs.data_ptr(), self._host_jobs.data_ptr(), self._host_jobs.nbytes, stream
-                )
-                parts[0].arrived.wait()
-                with self._recorder.queued("experts"):
-                    self._streamed[torch_type(weights)].replay()
-                ring.done_together()
-                pending = pending[count:]
-                if pending:  # the queued copy reads `_host_jobs`
-                    torch.cuda.current_stream().synchronize()
-        self._streamed_all.record(torch.cuda.current_stream())
-        self._streamed_layer = layer
+    def send(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
+        """Queue copies of the last `gpu_rows` hidden rows of experts, as many as the ring holds."""
+        assert self._streamed is not None
+        self._streamed.send(layer, expert_ids, gpu_rows)
+
+    def stream(self) -> None:
+        """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
+        assert self._streamed is not None
+        self._streamed.queue()
 
     def _capture(self) -> None:
         """Capture the graphs, after a run that compiles and loads their kernels."""
@@ -208,18 +179,18 @@ class CapturedGraphs:
         capture_stream = torch.cuda.Stream(self._y.device)
         capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capture_stream):
-            dtypes = {torch_type(weights) for weights in layers}
+            if self.breaks:
+                self._streamed = StreamedExperts(self._orchestrator, self._streamed_inputs, self._y, self._recorder)
             self._run(0, None, self._y)
             for layer in self.breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
-            for dtype in dtypes:
-                self._run_streamed(dtype)
+            if self._streamed is not None:
+                self._streamed.run()
             self._router_outputs.clear()
             self.chosen.clear()
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
-            for dtype in dtypes:  # in a pool of their own: they run while the other graphs' results are in use
-                with _captured(expert_pool) as self._streamed[dtype]:
-                    self._run_streamed(dtype)
+            if self._streamed is not None:  # in a pool of their own: they run while the others' results are in use
+                self._streamed.capture(partial(_captured, expert_pool))
             begin, state = 0, self._y
             for end in [*self.breaks, None]:
                 with _captured(pool) as graph:
@@ -267,18 +238,4 @@ class CapturedGraphs:
             expert_ids=expert_ids,
             into=into,
             add=add,
-        )
-
-    def _run_streamed(self, dtype: torch.dtype) -> None:
-        width = self._y.shape[1]
-        weights = next(weights for weights in self._layers if torch_type(weights) == dtype)
-        experts_of_one(
-            self._streamed_inputs[None, :width],
-            self._jobs,
-            self._streamed_inputs[width:],
-            min(weights.gate.shape[1], self._orchestrator.ring.rows * self._orchestrator.ring.slots),
-            weights,
-            expert_ids=None,
-            into=self._y,
-            add=True,
         )

@@ -62,6 +62,7 @@ class CpuSide:
     def __init__(self, layers: Sequence[ExpertWeights], k: int) -> None:
         """k: experts that each token chooses."""
         self._layers, self._experts = _in_memory(layers)
+        self._ffn = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variant) for w in self._layers]
         self._all_experts, self._hidden, self._width = layers[0].gate.shape
         self._k = k
         self._inputs: dict[int, np.ndarray] = {}
@@ -82,11 +83,11 @@ class CpuSide:
         self._next += experts
         if tokens not in self._inputs:
             self._inputs[tokens] = np.random.default_rng(0).standard_normal((tokens, self._width), np.float32)
-        w, x = self._layers[-1 - layer], self._inputs[tokens]
+        x = self._inputs[tokens]
         expert_ids = np.tile(np.arange(first, first + experts), (tokens, 1))
         routing_weights = np.ones((tokens, experts), np.float32)
         hidden_rows = None if rows is None else np.full(self._all_experts, rows, np.int64)
-        kernels.expert_ffn(x, expert_ids, routing_weights, w.gate, w.up, w.down, w.variant, hidden_rows)
+        self._ffn[-1 - layer](x, expert_ids, routing_weights, hidden_rows)
 
     def _seconds(self, tokens: int, experts: int, rows: int | None = None) -> float:
         started = time.perf_counter()

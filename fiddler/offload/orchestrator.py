@@ -81,6 +81,7 @@ class Orchestrator:
         self._recorder, self._max_tokens = recorder, max_tokens
         experts, self._hidden, width = layers[0].gate.shape
         self._experts = experts
+        self._on_cpu = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variant) for w in layers]
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.weight_copy.device.type == "cuda"
         self._x, self._y = self._host(max_tokens, width), self._host(max_tokens, width)
@@ -255,10 +256,7 @@ class Orchestrator:
         if rows == 0:
             return False
         with self._recorder.span("experts", rows * w.hidden_row_bytes):
-            kernels.expert_ffn(
-                *(part.x, part.expert_ids, part.routing_weights, w.gate, w.up, w.down, w.variant),
-                *(part.split.cpu_rows, out),
-            )
+            self._on_cpu[part.layer](part.x, part.expert_ids, part.routing_weights, part.split.cpu_rows, out)
         return True
 
 

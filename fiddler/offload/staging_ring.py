@@ -16,7 +16,7 @@ from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
-__all__ = ["SLOTS", "Part", "Ring", "in_slots", "slot_rows"]
+__all__ = ["SLOTS", "Part", "Ring", "RowRange", "in_slots", "slot_rows"]
 
 _MOST_PARTS = 32  # of a slot
 _SPARE = 48 * _MOST_PARTS  # bytes of a slot: the matrices of its parts begin at multiples of 16 bytes

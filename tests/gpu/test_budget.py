@@ -54,3 +54,27 @@ def test_a_budget_too_small_for_the_dense_part_names_one_that_suffices(tmp_path)
 def test_a_budget_that_is_too_large_too_small_or_no_size_is_refused(budget, message):
     with pytest.raises(fiddler.FiddlerError, match=message):
         load(device="cuda", gpu_memory=budget)
+
+
+def test_nothing_limits_torch_once_an_engine_is_gone_or_was_refused(tmp_path):
+    """In a new process; the allocations are larger than the budgets."""
+    path = synthetic.write_random_mixtral(tmp_path / "model.gguf", d=256, f=512, heads=8, layers=2, context=1 << 20)
+    code = (
+        "import sys, torch, fiddler\n"
+        "def fits(): return torch.empty(3 << 30, dtype=torch.uint8, device='cuda').numel()\n"
+        "def load(**more): return fiddler.load(sys.argv[1], device='cuda', **more)\n"
+        "try: load(gpu_memory='1GiB', context=1 << 20)\n"
+        "except fiddler.FiddlerError: pass\n"
+        "else: raise SystemExit('it was not refused')\n"
+        "fits()\n"
+        "first, second = load(gpu_memory='1400MiB', context=64), load(gpu_memory='1500MiB', context=64)\n"
+        "for engine in (first, second):\n"
+        "    try: fits()\n"
+        "    except torch.OutOfMemoryError: engine.close()\n"
+        "    else: raise SystemExit('nothing limits torch')\n"
+        "del first, second, engine\n"
+        "fits()\n"
+        "print('right')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout == "right\n", done.stderr[-2000:]

@@ -35,6 +35,7 @@ class RandomGraphs:
         self._experts, self._late, self._numbers = experts, late, np.random.default_rng(0)
         self._arrived = [threading.Event() for _ in range(LAYERS)]
         self.inputs, self.sums, self.gpu_rows, self.fails = [], [], [], False
+        self._sent = None
 
     @property
     def chosen(self):
@@ -44,6 +45,7 @@ class RandomGraphs:
         for event in self._arrived:
             event.clear()
         self.inputs, self.sums, self.gpu_rows = [], [], []
+        self._sent = None
         self.queue(0)
 
     def queue(self, graph):
@@ -59,12 +61,17 @@ class RandomGraphs:
     def wait(self, graph):
         assert self._arrived[graph].wait(10)
 
-    def stream(self, layer, expert_ids, gpu_rows):
+    def send(self, layer, expert_ids, gpu_rows):
+        assert self._sent is None  # the worker thread has queued what reads the layer before
+        assert expert_ids == self.inputs[layer][1][0].tolist()
+        self._sent = layer, gpu_rows
+
+    def stream(self):
         time.sleep(self._late)
         if self.fails:
             raise ValueError("broken off")
-        assert expert_ids == self.inputs[layer][1][0].tolist()
-        self.gpu_rows[layer] = gpu_rows
+        layer, self.gpu_rows[layer] = self._sent
+        self._sent = None
 
     def streamed(self, layer):
         return bool(self.gpu_rows[layer])

@@ -52,10 +52,29 @@ print("right")
 """
 
 
-def test_grouped_kernels_of_residents_and_slots_match_torch_expert_by_expert():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    tests = Path(__file__).parents[1]
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, cwd=tests, capture_output=True, text=True, check=False
-    )
+PROBE = """
+import torch, triton
+from triton import language as tl
+
+@triton.jit
+def add_up(values, count):
+    for i in range(0, count):
+        tl.store(values + i, i)
+
+add_up[(1,)](torch.zeros(3), 3)
+"""
+
+
+def interpreted(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in Triton's interpreter; from a file, since Triton reads the source of its kernels."""
+    path = folder / "program.py"
+    path.write_text(program)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_grouped_kernels_of_residents_and_slots_match_torch_expert_by_expert(tmp_path):
+    if interpreted(PROBE, tmp_path).returncode:
+        pytest.skip("Triton's interpreter fails with this version of numpy")
+    finished = interpreted(PROGRAM, tmp_path)
     assert finished.stdout == "right\n", finished.stderr[-2000:]
