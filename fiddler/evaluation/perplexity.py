@@ -87,8 +87,9 @@ def measure(runner: Runner, windows: Sequence[Sequence[int]], bos: int | None) -
     Raises FileFormatError where a loss is not finite.
     """
     context = len(windows[0])
-    windows_per_step = max(1, min(runner.chunk, runner.context) // context)
-    sequences = runner.sequences(min(windows_per_step, len(windows)), context)
+    wanted = max(1, min(runner.chunk, runner.context) // context)
+    sequences = runner.sequences(min(wanted, len(windows)), context)
+    windows_per_step = len(sequences)
     estimate = Estimate()
     for first in range(0, len(windows), windows_per_step):
         group = windows[first : first + windows_per_step]

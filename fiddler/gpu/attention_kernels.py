@@ -1,91 +1,25 @@
-"""Triton kernels for attention: rotary embedding with KV cache writes; one token's attention, split over the context.
+"""Triton kernels for attention over the blocks of a pool, of single rows and of tiles of rows.
 
-Knows tensors; not the model. Kernels read the position on the device, so one captured graph serves every position.
+Knows tensors; not the model. Kernels read positions and block tables on the device, so that one captured graph serves
+every position and every sequence.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["attend_one", "rotate_and_store"]
+from fiddler.gpu.kv_kernels import Tables, rotate_and_store
+from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
+
+__all__ = ["Tables", "attend_rows", "attend_tiles", "rotate_and_store", "tiles_of"]
 
 _SPLITS = 16  # parts of the context that run in parallel
-
-
-@triton.jit
-def _rotate_store(
-    q,
-    k,
-    v,
-    cos_sin,
-    position,
-    rotated,
-    keys,
-    values,
-    heads,
-    groups,
-    capacity,
-    dim,
-    q_row,
-    k_row,
-    v_row,
-    PAIRS: tl.constexpr,
-):
-    row = tl.program_id(0)
-    t = tl.program_id(1)
-    pos = tl.load(position) + t
-    i = tl.arange(0, PAIRS)
-    inside = i < dim // 2
-    if row < heads + groups:
-        head = row if row < heads else row - heads
-        source = (q + t * q_row if row < heads else k + t * k_row) + head * dim
-        a = tl.load(source + 2 * i, mask=inside, other=0.0)
-        b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
-        c = tl.load(cos_sin + pos * dim + 2 * i, mask=inside, other=0.0)
-        s = tl.load(cos_sin + pos * dim + 2 * i + 1, mask=inside, other=0.0)
-        if row < heads:
-            q_offset = (t * heads + head) * dim + 2 * i
-            tl.store(rotated + q_offset, (a * c - b * s).to(rotated.dtype.element_ty), mask=inside)
-            tl.store(rotated + q_offset + 1, (a * s + b * c).to(rotated.dtype.element_ty), mask=inside)
-        else:
-            k_offset = (head * capacity + pos) * dim + 2 * i
-            tl.store(keys + k_offset, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
-            tl.store(keys + k_offset + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
-    else:
-        v_head = row - heads - groups
-        v_offset = (v_head * capacity + pos) * dim + 2 * i
-        for half in tl.static_range(2):
-            element = tl.load(v + t * v_row + v_head * dim + 2 * i + half, mask=inside, other=0.0)
-            tl.store(values + v_offset + half, element.to(values.dtype.element_ty), mask=inside)
-
-
-def rotate_and_store(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_sin: Tensor,
-    position: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Rotate q [T, H, d] and k [T, G, d] to T positions from `position`, int64 [1]; store k and v [T, G, d] there.
-
-    cos_sin: float32 [positions, d / 2, 2], cosine and sine. keys, values: [G, capacity, d]. q, k, v: float32, the heads
-    of a token contiguous. Returns the rotated q in `dtype`.
-    """
-    tokens, heads, dim = q.shape
-    groups, capacity = keys.shape[:2]
-    rotated = torch.empty(tokens, heads, dim, dtype=dtype, device=q.device)
-    pairs = max(2, triton.next_power_of_2(dim // 2))
-    _rotate_store[(heads + 2 * groups, tokens)](
-        q, k, v, cos_sin, position, rotated, keys, values, heads, groups, capacity, dim,
-        q.stride(0), k.stride(0), v.stride(0), pairs, num_warps=1,
-    )  # fmt: skip
-    return rotated
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -93,36 +27,46 @@ def _attend(
     q,
     keys,
     values,
-    position,
+    rows,
+    positions,
+    blocks,
+    firsts,
     partial_out,
     maxima,
     sums,
     scale,
     window,
+    heads,
     repeat,
-    capacity,
     dim,
     SPLITS: tl.constexpr,
+    P: tl.constexpr,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
 ):
     head = tl.program_id(0)
     split = tl.program_id(1)
-    end = tl.load(position) + 1
+    index = (tl.program_id(2).to(tl.int64) * heads + head) * SPLITS + split
+    row = tl.load(rows + tl.program_id(2))
+    end = tl.load(positions + row) + 1
+    table = blocks + tl.load(firsts + row)
     begin = tl.maximum(end - window, 0)
     part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
     first = begin + split * part
     last = tl.minimum(first + part, end)
     d = tl.arange(0, DIM)
     n = tl.arange(0, N)
-    a = tl.load(q + head * dim + d, mask=d < dim, other=0.0) * scale
-    base = (head // repeat).to(tl.int64) * capacity * dim
+    a = tl.load(q + (row * heads + head) * dim + d, mask=d < dim, other=0.0) * scale
+    base = (head // repeat) * P
     top = float("-inf")
     total = 0.0
     out = tl.zeros([DIM], tl.float32)
-    for pos in range(first, last, N):
-        inside = pos + n < last
-        offset = base + (pos + n)[:, None] * dim + d[None, :]
+    for begin_n in range(first, last, N):
+        pos = begin_n + n
+        inside = pos < last
+        block = tl.load(table + pos // P, mask=inside, other=0) * UNIT
+        offset = (block + (base + pos % P) * dim)[:, None] + d[None, :]
         mask = inside[:, None] & (d < dim)[None, :]
         k = tl.load(keys + offset, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
@@ -133,36 +77,144 @@ def _attend(
         total = total * rescale + tl.sum(p, 0)
         out = out * rescale + tl.sum(p[:, None] * v, 0)
         top = new_top
-    index = head * SPLITS + split
     tl.store(maxima + index, top)
     tl.store(sums + index, total)
     tl.store(partial_out + index * DIM + d, out)
 
 
 @triton.jit
-def _merge(partial_out, maxima, sums, out, dim, SPLITS: tl.constexpr, DIM: tl.constexpr):
+def _merge(partial_out, maxima, sums, rows, out, heads, dim, SPLITS: tl.constexpr, DIM: tl.constexpr):
     head = tl.program_id(0)
     d = tl.arange(0, DIM)
-    index = head * SPLITS + tl.arange(0, SPLITS)
+    index = (tl.program_id(1).to(tl.int64) * heads + head) * SPLITS + tl.arange(0, SPLITS)
     top = tl.load(maxima + index)
     rescale = tl.where(top == float("-inf"), 0.0, tl.exp(top - tl.max(top, 0)))
     total = tl.sum(rescale * tl.load(sums + index), 0)
     parts = tl.load(partial_out + index[:, None] * DIM + d[None, :]) * rescale[:, None]
-    tl.store(out + head * dim + d, tl.sum(parts, 0) / total, mask=d < dim)
+    row = tl.load(rows + tl.program_id(1))
+    tl.store(out + (row * heads + head) * dim + d, tl.sum(parts, 0) / total, mask=d < dim)
 
 
-def attend_one(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, window: int | None) -> Tensor:
-    """Attention of q [1, H, d] at `position`, int64 [1], over keys and values [G, capacity, d] up to that position."""
+def attend_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tables,
+    rows: Tensor,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """Attention of some rows of q [T, H, d], each over the blocks of its sequence up to its position, into `out`.
+
+    keys, values: see `rotate_and_store`. rows: int64 [B]; meant for sequences that have one row.
+    """
     heads, dim = q.shape[1:]
-    groups, capacity = keys.shape[:2]
+    batch, splits = len(rows), max(1, _SPLITS // triton.next_power_of_2(len(rows)))
     padded_dim = max(16, triton.next_power_of_2(dim))
-    partial_out = torch.empty(heads, _SPLITS, padded_dim, device=q.device)
-    maxima, sums = (torch.empty(heads, _SPLITS, device=q.device) for _ in range(2))
-    out = torch.empty_like(q)
-    reach = capacity if window is None else window
-    _attend[(heads, _SPLITS)](
-        q, keys, values, position, partial_out, maxima, sums, dim**-0.5, reach, heads // groups, capacity, dim,
-        _SPLITS, 64, padded_dim, num_warps=4,
+    partial_out = torch.empty(batch, heads, splits, padded_dim, device=q.device)
+    maxima, sums = (torch.empty(batch, heads, splits, device=q.device) for _ in range(2))
+    reach = (1 << 31) - 1 if window is None else window
+    _attend[(heads, splits, batch)](
+        q, keys, values, rows, *tables, partial_out, maxima, sums, dim**-0.5, reach, heads, heads // keys.shape[0],
+        dim, splits, POSITIONS, UNIT_BYTES // keys.itemsize, 64, padded_dim, num_warps=4,
     )  # fmt: skip
-    _merge[(heads,)](partial_out, maxima, sums, out, dim, _SPLITS, padded_dim, num_warps=1)
-    return out
+    _merge[(heads, batch)](partial_out, maxima, sums, rows, out, heads, dim, splits, padded_dim, num_warps=1)
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    keys,
+    values,
+    tiles,
+    positions,
+    blocks,
+    firsts,
+    out,
+    scale,
+    window,
+    heads,
+    repeat,
+    dim,
+    P: tl.constexpr,
+    UNIT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    head = tl.program_id(0)
+    row = tl.load(tiles + 2 * tl.program_id(1))
+    count = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    position = tl.load(positions + row)
+    table = blocks + tl.load(firsts + row)
+    m = tl.arange(0, M)
+    n = tl.arange(0, N)
+    d = tl.arange(0, DIM)
+    q_offset = ((row + m) * heads + head)[:, None] * dim + d[None, :]
+    q_mask = (m < count)[:, None] & (d < dim)[None, :]
+    a = tl.load(q + q_offset, mask=q_mask, other=0.0).to(keys.dtype.element_ty)
+    own = position + m
+    base = (head // repeat) * P
+    end = position + count
+    oldest = tl.maximum(position + 1 - window, 0)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    result = tl.zeros([M, DIM], tl.float32)
+    for begin in range(oldest // N * N, end, N):
+        pos = begin + n
+        inside = (pos >= oldest) & (pos < end)  # elsewhere a block may be given back, or not yet written
+        block = tl.load(table + pos // P, mask=inside, other=0) * UNIT
+        offset = (block + (base + pos % P) * dim)[:, None] + d[None, :]
+        mask = inside[:, None] & (d < dim)[None, :]
+        k = tl.load(keys + offset, mask=mask, other=0.0)
+        v = tl.load(values + offset, mask=mask, other=0.0)
+        score = tl.dot(a, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
+        seen = inside[None, :] & (pos[None, :] <= own[:, None]) & (pos[None, :] > own[:, None] - window)
+        score = tl.where(seen, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # of a row that has seen no key so far
+        p = tl.exp2(score - shift[:, None])
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.sum(p, 1)
+        result = result * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+    tl.store(out + q_offset, result / total[:, None], mask=q_mask)
+
+
+def tiles_of(rows: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Tiles of consecutive rows for `attend_tiles`, [first, count] int64 [n, 2] on the CPU, and the most rows of one.
+
+    rows: of each sequence, the first row and how many. dtype: of keys and values.
+    """
+    most = max(count for _, count in rows)
+    size = 16 if most <= 16 else (64 if dtype == torch.float16 else 32)
+    tiles = [
+        (begin, min(size, first + count - begin))
+        for first, count in rows
+        for begin in range(first, first + count, size)
+    ]
+    return torch.tensor(tiles, dtype=torch.int64), size
+
+
+def attend_tiles(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tables,
+    tiles: tuple[Tensor, int],
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """Causal attention of tiles of rows of q [T, H, d], see `tiles_of`, into `out`; other arguments as `attend_rows`.
+
+    Products have the type of keys and values, sums float32.
+    """
+    heads, dim = q.shape[1:]
+    (rows, size), padded_dim = tiles, max(16, triton.next_power_of_2(dim))
+    narrow = keys.dtype == torch.float16 and padded_dim <= 128
+    reach = (1 << 31) - 1 if window is None else window
+    _attend_tile[(heads, len(rows))](
+        q, keys, values, rows, *tables, out, dim**-0.5, reach, heads, heads // keys.shape[0], dim,
+        POSITIONS, UNIT_BYTES // keys.itemsize, size, 64 if narrow else 32, padded_dim,
+        num_warps=4, num_stages=3 if narrow else 1,
+    )  # fmt: skip

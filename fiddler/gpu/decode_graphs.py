@@ -48,8 +48,8 @@ class Graphs(Protocol):
     routing_weights: np.ndarray  # float32 [1, K]
     cpu_sum: np.ndarray  # float32 [1, D], the CPU's sum of a layer, which the next graph reads
 
-    def begin(self, token: int, position: int) -> None:
-        """Queue the first graph."""
+    def begin(self, token: int, position: int, table: np.ndarray) -> None:
+        """Queue the first graph. table: int64, the sequence's blocks, as `offsets` of their pool."""
         ...
 
     def queue(self, graph: int) -> None:
@@ -85,7 +85,7 @@ class LayerPlan(NamedTuple):
 
 
 class DecodeGraphs:
-    """Decodes a sequence whose KV cache stays at the addresses that its graphs captured."""
+    """Decodes one sequence at a time, whichever it is, whose blocks are in the pool that its graphs captured."""
 
     def __init__(self, graphs: Graphs, orchestrator: Orchestrator | None, recorder: Recorder) -> None:
         """orchestrator: None for a model without experts, whose graphs have no breaks."""
@@ -98,12 +98,13 @@ class DecodeGraphs:
         """The hidden state [1, D] of the last step, until the next one."""
         return self._graphs.hidden
 
-    def step(self, token: int, position: int) -> None:
+    def step(self, token: int, position: int, table: np.ndarray) -> None:
         """Append `token` at `position`. Until the next step, `hidden` and `logits` are those of this token.
 
+        table: int64, the sequence's blocks up to that position, as `offsets` of their pool.
         An interrupted step must have ended before this one: see `Orchestrator.start_over`.
         """
-        self._graphs.begin(token, position)
+        self._graphs.begin(token, position, table)
         try:
             if self.uses_cpu:
                 self._compute_missing()

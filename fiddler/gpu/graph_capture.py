@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fiddler.device import cuda_driver
 from fiddler.gpu import attention_kernels, decode_kernels
-from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.models.transformer import Transformer
 from fiddler.offload.orchestrator import Orchestrator
+from fiddler.runtime.block_pool import BlockPool, blocks_for
 from fiddler.telemetry.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -34,20 +34,24 @@ __all__ = ["CapturedGraphs", "DecodeCache"]
 
 
 class DecodeCache:
-    """The model's `Cache` for one token of one sequence, whose position kernels read on the device.
+    """The model's `Cache` for one token of one sequence, whose position and block table kernels read on the device.
 
-    So one captured graph serves every position.
+    So one captured graph serves every position of every sequence.
     """
 
-    def __init__(self, sequence: ContiguousKVCache, position: Tensor, cos_sin: Tensor, window: int | None) -> None:
-        self._keys, self._values = sequence.storage
-        self._position, self._cos_sin, self._window = position, cos_sin, window
+    def __init__(self, pool: BlockPool, place: Tensor, cos_sin: Tensor, window: int | None) -> None:
+        """place: int64, the position, then the sequence's block table, as `offsets` of the pool."""
+        self._first, self._cos_sin, self._window = pool.memory[0], cos_sin, window
+        self._row = torch.zeros(1, dtype=torch.int64, device=place.device)
+        self._tables = attention_kernels.Tables(place[:1], place[1:], self._row)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Implements `Cache.attend`."""
-        keys, values = self._keys[layer], self._values[layer]
-        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._position, keys, values)
-        return attention_kernels.attend_one(q, keys, values, self._position, self._window)
+        keys, values = self._first[layer, 0], self._first[layer, 1]
+        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._tables, keys, values)
+        out = torch.empty_like(q)
+        attention_kernels.attend_rows(q, keys, values, self._tables, self._row, self._window, out)
+        return out
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def _captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
 
 
 class CapturedGraphs:
-    """The graphs of a decode step, for a sequence whose KV cache stays at the addresses that they captured.
+    """The graphs of a decode step, for any one sequence in blocks of `pool`.
 
     `x` [1, D], `expert_ids` [1, K] and `routing_weights` [1, K], float32, are a layer's on the host after `wait`;
     `cpu_sum` [1, D] is read by the graph after it.
@@ -85,22 +89,23 @@ class CapturedGraphs:
         self,
         model: Transformer,
         orchestrator: Orchestrator | None,
-        sequence: ContiguousKVCache,
+        pool: BlockPool,
         cos_sin: Tensor,
         recorder: Recorder,
     ) -> None:
         """cos_sin: of every position, see `rotate_and_store`. orchestrator: None for a model without experts.
 
-        sequence: has room for its whole context; the graphs serve any later sequence in the same storage, too.
+        pool: its first memory stays where it is; the pool may grow.
         """
-        config, device = model.config, sequence.device
+        config, device = model.config, pool.device
         self._model, self._experts, self._recorder = model, orchestrator, recorder
         self._layers = () if orchestrator is None else orchestrator.layers  # those with experts
         self._k = config.expert_used_count
         width = config.embedding_length
-        self._host_token = torch.zeros(2, dtype=torch.int64, pin_memory=True).numpy()  # token id, position
-        self._token = torch.zeros(2, dtype=torch.int64, device=device)
-        self._cache = DecodeCache(sequence, self._token[1:], cos_sin, config.sliding_window)
+        numbers = 2 + blocks_for(len(cos_sin))  # token id, position, block table
+        self._host_token = torch.zeros(numbers, dtype=torch.int64, pin_memory=True).numpy()
+        self._token = torch.zeros(numbers, dtype=torch.int64, device=device)
+        self._cache = DecodeCache(pool, self._token[1:], cos_sin, config.sliding_window)
         self._host_inputs = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._streamed_inputs = torch.zeros(width + self._k, device=device)  # x and weights, for streamed experts
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer
@@ -127,12 +132,13 @@ class CapturedGraphs:
         assert self._experts is not None, "only layers with experts need it"
         return self._experts
 
-    def begin(self, token: int, position: int) -> None:
-        """Hand the token to the graphs, and queue the first one."""
+    def begin(self, token: int, position: int, table: np.ndarray) -> None:
+        """Hand the token and its sequence's block table to the graphs, and queue the first one."""
         self._token_copied.synchronize()
-        self._host_token[:] = token, position
+        end = 2 + len(table)
+        self._host_token[:2], self._host_token[2:end] = (token, position), table
         stream = torch.cuda.current_stream()
-        cuda_driver.copy_to_device(self._token.data_ptr(), self._host_token.ctypes.data, 16, stream.cuda_stream)
+        cuda_driver.copy_to_device(self._token.data_ptr(), self._host_token.ctypes.data, 8 * end, stream.cuda_stream)
         self._token_copied.record(stream)
         if self._streamed is not None:
             self._streamed.begin()

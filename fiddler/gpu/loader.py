@@ -24,8 +24,8 @@ from fiddler.device.weight_copy import WeightCopy, fastest_copy
 from fiddler.errors import FiddlerError, RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, main_variant
-from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
 from fiddler.gpu.dense_weights import load_dense, warm_up
+from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
 from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
@@ -44,6 +44,7 @@ from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs
 from fiddler.offload.residency import place
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
+from fiddler.runtime.block_pool import block_bytes, blocks_for
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["GpuModel", "can_decode", "on_gpu"]
@@ -92,8 +93,7 @@ def on_gpu(
     triton_kernels = _triton_kernels(device, notify)
     weight_copy = fastest_copy(pinned, device, notify)
     weights, linears = load_dense(model_file, weight_copy)
-    kv_cache = ContiguousKVCache(config, context, cache_dtype, device)
-    kv_cache.reserve(context)
+    pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
     warm_up(device, cache_dtype)
@@ -114,10 +114,11 @@ def on_gpu(
     router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
     layer = _no_experts if orchestrator is None else orchestrator.layer
     model = Transformer(config, weights, linear, layer, router, norm, dense_span)
-    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, kv_cache, budget)
+    runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
     if triton_kernels is not None and can_decode(config, {w.format for w in experts}):
-        _decode_with_graphs(runner, kv_cache, cos_sin, recorder)
+        _decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
+    pool.room = lambda: budget.room() - layout.chunk * sizes.token
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
     used = f"{shown(budget.used())} of {shown(budget.total)} used"
     return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
@@ -205,14 +206,19 @@ def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped
     return grouped_kernels.Grouped(device)
 
 
-def _decode_with_graphs(runner: GpuRunner, kv_cache: ContiguousKVCache, cos_sin: Tensor, recorder: Recorder) -> None:
-    """Capture the graphs of a decode step, for sequences in the storage of `kv_cache`."""
+def _least_blocks(context: int) -> int:
+    """Blocks of one sequence of the whole context, and one more, for a copy of a block that it shares."""
+    return blocks_for(context) + 1
+
+
+def _decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) -> None:
+    """Capture the graphs of a decode step."""
     from fiddler.gpu import attention_kernels
     from fiddler.gpu.decode_graphs import DecodeGraphs
     from fiddler.gpu.graph_capture import CapturedGraphs
 
     with torch.inference_mode():
-        graphs = CapturedGraphs(runner.model, runner.orchestrator, kv_cache, cos_sin, recorder)
+        graphs = CapturedGraphs(runner.model, runner.orchestrator, runner.pool, cos_sin, recorder)
     runner.decode_with(DecodeGraphs(graphs, runner.orchestrator, recorder), cos_sin, attention_kernels)
 
 
@@ -250,9 +256,8 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
-    position_bytes = (
-        contiguous_kv_bytes(config, context, cache_dtype, context) + 4 * context * config.head_dim
-    )  # float32 cos_sin
+    cos_sin_bytes = 4 * context * config.head_dim
+    position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),

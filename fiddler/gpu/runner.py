@@ -1,13 +1,11 @@
 """Runs steps where the dense part is on a GPU: several tokens through torch, one token as captured graphs.
 
-Knows the preallocated KV cache, to whose addresses the graphs are bound: one sequence at a time owns it, and a new one
-takes it over once nobody holds the last owner. Does not know where experts are computed.
+Does not know where experts are computed, nor how the pool of blocks gets its memory.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,15 +17,14 @@ from fiddler import kernels
 from fiddler.cost_curve import Curve
 from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
-from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache, contiguous_kv_bytes
-from fiddler.gpu.last_sequence import LastSequence
-from fiddler.models.attention import attend
-from fiddler.models.config import Config
+from fiddler.gpu.step import GpuStep
 from fiddler.models.transformer import Transformer
 from fiddler.offload.orchestrator import Orchestrator
+from fiddler.runtime.block_pool import BlockPool
 from fiddler.runtime.kv_cache import KVCache
-from fiddler.runtime.prefix_cache import common
-from fiddler.runtime.runner import Runner, StepOutput, out_of_memory
+from fiddler.runtime.paged_kv_cache import PagedKVCache
+from fiddler.runtime.paged_runner import PagedRunner
+from fiddler.runtime.runner import Runner, StepOutput
 from fiddler.runtime.step import Step
 
 if TYPE_CHECKING:
@@ -39,34 +36,8 @@ _CURVE_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 _LOGITS_CHUNK = 256  # tokens per product with the output weight
 
 
-class _GpuStep(Step):
-    """A `Step` whose rotary embedding and KV cache writes are one kernel."""
-
-    def __init__(
-        self, parts: Sequence[tuple[KVCache, int]], config: Config, cos_sin: Tensor, attention: ModuleType
-    ) -> None:
-        super().__init__(parts, config)
-        self._cos_sin_table, self._attention = cos_sin, attention
-        self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(cos_sin.device)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Implements `Cache.attend`."""
-        outputs, begin = [], 0
-        for i, (sequence, count) in enumerate(self._parts):
-            rows, end = slice(begin, begin + count), sequence.length + count
-            begin += count
-            assert isinstance(sequence, ContiguousKVCache)
-            keys, values = (tensors[layer] for tensors in sequence.storage)
-            rotated = self._attention.rotate_and_store(
-                q[rows], k[rows], v[rows], self._cos_sin_table, self._starts[i : i + 1], keys, values, keys.dtype
-            )
-            keys, values = (tensor[:, :end].transpose(0, 1) for tensor in (keys, values))
-            outputs.append(attend(rotated, keys, values, self._config.sliding_window))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-class GpuRunner(Runner):
-    """A `Runner` whose dense part is on a GPU."""
+class GpuRunner(PagedRunner):
+    """A `Runner` whose dense part is on a GPU, and whose KV caches are blocks of one pool there."""
 
     def __init__(
         self,
@@ -76,35 +47,29 @@ class GpuRunner(Runner):
         cache_dtype: torch.dtype,
         threads: int,
         chunk: int,
-        preallocated: ContiguousKVCache,
+        pool: BlockPool,
         budget: Budget,
     ) -> None:
-        """preallocated: has room for the whole context; one sequence at a time uses its storage.
-
-        orchestrator: None for a model without experts.
-        """
-        super().__init__(model, context, cache_dtype, threads, chunk)
+        """pool: has room for a sequence of the whole context. orchestrator: None for a model without experts."""
+        super().__init__(model, context, cache_dtype, threads, chunk, pool)
         self.budget = budget
         self.orchestrator = orchestrator
         self._kernel_threads = max(1, min(threads, kernels.usable_cores() - 1))
-        self._storage = preallocated.storage
-        self._last_sequence = LastSequence()
-        self._owner: Callable[[], ContiguousKVCache | None] = lambda: None  # the sequence that uses `_storage`
         self._decoder: DecodeGraphs | None = None
         self._attention: ModuleType | None = None
         self._cos_sin = torch.empty(0)
 
-    def decode_with(self, decoder: DecodeGraphs, cos_sin: Tensor, attention: ModuleType) -> None:
-        """Run single tokens of the preallocated KV cache through `decoder`, other steps through `attention`'s kernels.
+    def decode_with(self, decoder: DecodeGraphs | None, cos_sin: Tensor, attention: ModuleType) -> None:
+        """Run steps of one token of one sequence through `decoder`, and attention of others through its kernels.
 
-        cos_sin: of every position, see `attention_kernels.rotate_and_store`.
+        cos_sin: of every position, see `attention_kernels.rotate_and_store`. attention: that module.
         """
         self._decoder, self._cos_sin, self._attention = decoder, cos_sin, attention
 
     def _place(self, parts: Sequence[tuple[KVCache, int]]) -> Step:
         if self._attention is None:
             return super()._place(parts)
-        return _GpuStep(parts, self.model.config, self._cos_sin, self._attention)
+        return GpuStep(parts, self.model.config, self._cos_sin, self._attention)
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         if self.orchestrator is None:
@@ -117,39 +82,9 @@ class GpuRunner(Runner):
         """Implements `Runner.resident_experts`."""
         return [] if self.orchestrator is None else self.orchestrator.residents.by_layer()
 
-    def sequence(self, positions: int = 0) -> ContiguousKVCache:
-        """Implements `Runner.sequence`. One sequence at a time uses the preallocated KV cache; others allocate."""
-        if self._last_sequence.holds(self._owner()):
-            self._last_sequence.drop()
-        unowned = self._owner() is None
-        sequence = ContiguousKVCache(
-            self.model.config,
-            self.context,
-            self.cache_dtype,
-            self.model.token_embd.device,
-            self._storage if unowned else None,
-        )
-        if unowned:
-            self._owner = weakref.ref(sequence)
-        if positions:
-            self._reserve(sequence, positions)
-        return sequence
-
-    def sequences(self, count: int, positions: int) -> list[KVCache]:
-        """Implements `Runner.sequences`: in the memory of one."""
-        return list(self.sequence().divided(count, positions))
-
-    def _reserve(self, sequence: ContiguousKVCache, positions: int) -> None:
-        with self._within_budget(), out_of_memory():
-            sequence.reserve(positions)
-
-    def kv_bytes(self, positions: int) -> int:
-        """Implements `Runner.kv_bytes`."""
-        return contiguous_kv_bytes(self.model.config, self.context, self.cache_dtype, positions)
-
     def room(self, weights: int) -> int | None:
-        """Implements `Runner.room`: bytes left of the budget; the preallocated KV cache is part of what is used."""
-        return max(0, self.budget.room())
+        """Implements `Runner.room`: the size that the pool may have."""
+        return self.pool.max_bytes
 
     def step_seconds(self) -> Curve | None:
         """Implements `Runner.step_seconds`: the plans' seconds of the experts; None for a model without any."""
@@ -159,35 +94,10 @@ class GpuRunner(Runner):
         k = self.model.config.expert_used_count
         return Curve(tuple(counts), tuple(self.orchestrator.step_seconds(count, k) for count in counts))
 
-    def matched(self, ids: Sequence[int]) -> int:
-        """Implements `Runner.matched`."""
-        return common(self._last_sequence.tokens, ids)
-
-    def resume(self, ids: Sequence[int], positions: int = 0) -> ContiguousKVCache:
-        """Implements `Runner.resume`. Without `ids`, the last sequence's memory is used again."""
-        sequence = self._last_sequence.take(ids) or self.sequence()
-        if positions:
-            self._reserve(sequence, positions)
-        return sequence
-
-    def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
-        """Implements `Runner.keep`, but only for the preallocated KV cache: another would cost memory and be slower."""
-        if sequence is self._owner():
-            assert isinstance(sequence, ContiguousKVCache)
-            self._last_sequence.put(sequence, tokens)
-
-    def forget(self) -> None:
-        """Implements `Runner.forget`."""
-        self._last_sequence.drop()
-
-    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> ContiguousKVCache:
+    def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> PagedKVCache:
         """Implements `Runner.copy`."""
-        with self._within_budget(), out_of_memory():
-            target = self.sequence() if target is None else target
-            assert isinstance(target, ContiguousKVCache)
-            assert isinstance(source, ContiguousKVCache)
-            target.become(source, shared)
-            return target
+        with self._within_budget():
+            return super().copy(source, target, shared)
 
     def step(
         self,
@@ -199,14 +109,15 @@ class GpuRunner(Runner):
         """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
-            if self._decoder is None or not single or parts[0][0] is not self._owner():
+            if self._decoder is None or not single:
                 return super().step(parts, wanted, logits=logits)
             ((sequence, tokens),) = parts
+            assert isinstance(sequence, PagedKVCache)
             sequence.reserve(sequence.length + 1)
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
-                self._decoder.step(tokens[0], sequence.length)
+                self._decoder.step(tokens[0], sequence.length, self.pool.offsets[sequence.table])
             output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
-        sequence.length += 1
+        sequence.advance(1)
         return output
 
     def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:

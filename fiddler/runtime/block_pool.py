@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fiddler.errors import ResourceError
 from fiddler.models.config import Config
 
-__all__ = ["POSITIONS", "Block", "BlockPool", "block_bytes", "blocks_for"]
+__all__ = ["POSITIONS", "UNIT_BYTES", "Block", "BlockPool", "Places", "block_bytes", "blocks_for"]
 
 POSITIONS = 32  # in a block
+UNIT_BYTES = 64  # a block's size, and the address of each allocation, are multiples of it
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE: no swap is set aside; named since Python 3.13
 _NUMPY = {torch.float16: np.uint16, torch.float32: np.float32}
 
@@ -38,12 +42,25 @@ class Block:
         self._free.append(self.number)
 
 
+class Places(NamedTuple):
+    """Rows of blocks of one segment: numbers within the segment and rows, int64 [n]; `news`: which ones of all places.
+
+    `news` is None where this segment has all of them.
+    """
+
+    segment: Tensor
+    numbers: Tensor
+    rows: Tensor
+    news: Tensor | None
+
+
 class BlockPool:
     """`capacity` blocks at most. On the CPU, memory is taken from the system as blocks are first written.
 
-    `memory`: float16 or float32 [capacity, L, M, G, POSITIONS, head_dim], M: keys and values, or, of latent attention,
-    one vector that is both. `array`: the same memory as our kernels take it, float16 as its bits; None on other
-    devices.
+    `segments`: the memory, each float16 or float32 [blocks, L, M, G, POSITIONS, head_dim], M: keys and values, or, of
+    latent attention, one vector that is both; `memory`: the first of them. `array`: the memory as our kernels take it,
+    float16 as its bits, where it is all on the CPU; else None.
+    `offsets`: int64, by a block's number: where it begins, in units of `UNIT_BYTES` from the begin of the pool.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
@@ -58,7 +75,11 @@ class BlockPool:
             self.memory = torch.from_numpy(self.array).view(dtype)
         else:
             self.memory = torch.empty(capacity, *shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.segments: list[Tensor] = []
+        self.offsets = np.empty(0, np.int64)
+        self._firsts: list[int] = []  # number of each segment's first block
+        self._append(self.memory)
+        self.capacity, self.device = capacity, device
         self.reclaim: Callable[[], bool] = lambda: False
         """Frees a block that nobody computes with, and returns whether there was one; called where none is free."""
         self._free: list[int] = []
@@ -67,7 +88,12 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that can be taken without reclaiming any."""
-        return len(self._free) + self.capacity - self._fresh
+        return max(0, self.capacity - self.used)
+
+    @property
+    def max_bytes(self) -> int:
+        """Size that the pool may have now [bytes]."""
+        return self.capacity * self.memory[0].nbytes
 
     @property
     def used(self) -> int:
@@ -76,20 +102,74 @@ class BlockPool:
 
     def take(self) -> Block:
         """A free block, with whatever it held before. Raises ResourceError where there is none."""
-        while not self.available and self.reclaim():
+        while not self.available and (self.grow() or self.reclaim()):
             continue
-        if self._free:
-            return Block(self._free.pop(), self._free)
-        if self._fresh == self.capacity:
+        if not self.available:
             raise ResourceError(
                 f"the {self.capacity} blocks of the KV cache are in use; give shorter prompts, or fewer at once"
             )
+        if self._free:
+            return Block(self._free.pop(), self._free)
         self._fresh += 1
         return Block(self._fresh - 1, self._free)
 
+    def grow(self) -> bool:
+        """Raise the capacity, where there is more memory; returns whether it did."""
+        return False
+
     def copy(self, source: Block, target: Block, positions: int) -> None:
         """Copy a block's first `positions` of all layers to another block."""
-        self.memory[target.number, ..., :positions, :] = self.memory[source.number, ..., :positions, :]
+        self._block(target.number)[..., :positions, :] = self._block(source.number)[..., :positions, :]
+
+    def places(self, numbers: np.ndarray, rows: np.ndarray) -> list[Places]:
+        """Where rows of blocks lie, int64 [n] each; on the pool's device, for `store` of each layer."""
+        device, places = self.device, []
+        for segment, chosen in self._by_segment(numbers):
+            local = torch.from_numpy(numbers[chosen] - self._firsts[segment]).to(device)
+            own = torch.from_numpy(rows[chosen]).to(device)
+            news = None if len(chosen) == len(numbers) else torch.from_numpy(chosen).to(device)
+            places.append(Places(self.segments[segment], local, own, news))
+        return places
+
+    def store(self, layer: int, places: Sequence[Places], memories: Sequence[Tensor]) -> None:
+        """Write a layer's keys and values [n, G, head_dim] to n places; of latent attention, the keys alone."""
+        for segment, numbers, rows, news in places:
+            for memory, new in zip(range(segment.shape[2]), memories, strict=False):
+                values = new if news is None else new[news]
+                segment[numbers, layer, memory, :, rows] = values.to(segment.dtype)
+
+    def blocks(self, layer: int, memory: int, numbers: np.ndarray) -> Tensor:
+        """A layer's keys or values of n blocks: a copy, [G, n, POSITIONS, head_dim]."""
+        device, parts, order = self.device, [], []
+        for segment, chosen in self._by_segment(numbers):
+            local = torch.from_numpy(numbers[chosen] - self._firsts[segment]).to(device)
+            parts.append(self.segments[segment][:, layer, memory].transpose(0, 1)[:, local])
+            order.append(chosen)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+
+    def _append(self, segment: Tensor) -> None:
+        """Add memory behind the last block."""
+        nbytes, begin = segment[0].numel() * segment.itemsize, segment.data_ptr() - self.memory.data_ptr()
+        assert begin % UNIT_BYTES == nbytes % UNIT_BYTES == 0
+        offsets = (begin + np.arange(len(segment), dtype=np.int64) * nbytes) // UNIT_BYTES
+        self._firsts.append(len(self.offsets))
+        self.offsets = np.concatenate([self.offsets, offsets])
+        self.segments.append(segment)
+
+    def _block(self, number: int) -> Tensor:
+        segment = bisect_right(self._firsts, number) - 1
+        return self.segments[segment][number - self._firsts[segment]]
+
+    def _by_segment(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The segments that hold these blocks, and which of the blocks each holds: indices into `numbers`."""
+        if len(self.segments) == 1:
+            yield 0, np.arange(len(numbers))
+            return
+        segments = np.searchsorted(np.array(self._firsts), numbers, "right") - 1
+        for segment in np.unique(segments).tolist():
+            yield segment, np.flatnonzero(segments == segment)
 
 
 def blocks_for(positions: int) -> int:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fiddler.models.attention import Rows
-from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool, blocks_for
+from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool, Places, blocks_for
 from fiddler.runtime.kv_cache import KVCache
 
 __all__ = ["PagedKVCache"]
@@ -34,6 +33,7 @@ class PagedKVCache(KVCache):
         self._window = window
         self._blocks: list[Block | None] = []  # None: given back
         self._table: np.ndarray | None = None
+        self._places: tuple[int, int, list[Places]] | None = None  # where the positions of a step are written
         for block in blocks:
             self._append(block)
 
@@ -72,18 +72,19 @@ class PagedKVCache(KVCache):
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Rows, Rows]:
         """Implements `KVCache.write`."""
         end = self.length + len(keys)
-        positions = torch.arange(self.length, end, device=self.device)
-        numbers, rows = self._numbers[positions // POSITIONS], positions % POSITIONS
+        if self._places is None or self._places[:2] != (self.length, end):
+            positions = np.arange(self.length, end)
+            numbers, rows = self.table[positions // POSITIONS], positions % POSITIONS
+            self._places = self.length, end, self.pool.places(numbers, rows)
+        self.pool.store(layer, self._places[2], (keys, values))
         memories = self.pool.memory.shape[2]
-        for memory, new in zip(range(memories), (keys, values), strict=False):
-            self.pool.memory[numbers, layer, memory, :, rows] = new.to(self.pool.memory.dtype)
-        stored = [_BlockRows(self.pool.memory[:, layer, memory], self._numbers, end) for memory in range(memories)]
+        stored = [_BlockRows(self.pool, layer, memory, self.table, end) for memory in range(memories)]
         return stored[0], stored[-1]
 
     def stored(self, layer: int) -> list[Tensor]:
         """Implements `KVCache.stored`. Copies; a sequence with a window has only the positions that it still sees."""
-        memories = self.pool.memory[:, layer].unbind(1)
-        return [_BlockRows(memory, self._numbers, self.length)[:] for memory in memories]
+        memories = range(self.pool.memory.shape[2])
+        return [_BlockRows(self.pool, layer, memory, self.table, self.length)[:] for memory in memories]
 
     def truncate(self, length: int) -> None:
         """Implements `KVCache.truncate`; gives back the blocks behind it."""
@@ -100,10 +101,6 @@ class PagedKVCache(KVCache):
                 if self._blocks[index] is not None:
                     self._replace(index, None)
 
-    @property
-    def _numbers(self) -> Tensor:
-        return torch.from_numpy(self.table).to(self.device)
-
     def _own(self, index: int) -> None:
         """Copy a block that others have, too, so that this sequence may write to it."""
         block = self._blocks[index] if index < len(self._blocks) else None
@@ -113,13 +110,13 @@ class PagedKVCache(KVCache):
             self._replace(index, copy)
 
     def _append(self, block: Block | None) -> None:
-        self._table = None
+        self._table = self._places = None
         if block is not None:
             block.holders += 1
         self._blocks.append(block)
 
     def _replace(self, index: int, block: Block | None) -> None:
-        self._table = None
+        self._table = self._places = None
         old = self._blocks[index]
         if block is not None:
             block.holders += 1
@@ -129,7 +126,7 @@ class PagedKVCache(KVCache):
 
     def _drop(self, count: int) -> None:
         """Give back all blocks but the first `count`."""
-        self._table = None
+        self._table = self._places = None
         while len(self._blocks) > count:
             block = self._blocks.pop()
             if block is not None:
@@ -139,10 +136,11 @@ class PagedKVCache(KVCache):
 class _BlockRows:
     """Positions in blocks, as `Rows`. A slice copies them together."""
 
-    def __init__(self, memory: Tensor, numbers: Tensor, length: int) -> None:
-        """memory: [blocks, G, POSITIONS, head_dim], of one layer's keys or values; numbers: int64, of its blocks."""
-        self._memory, self._numbers, self._length = memory.transpose(0, 1), numbers, length
-        self.dtype, self.shape = memory.dtype, (length, memory.shape[1], memory.shape[3])
+    def __init__(self, pool: BlockPool, layer: int, memory: int, numbers: np.ndarray, length: int) -> None:
+        """memory: 0 for keys, 1 for values. numbers: int64, of the sequence's blocks."""
+        self._pool, self._layer, self._memory = pool, layer, memory
+        self._numbers, self._length = numbers, length
+        self.dtype, self.shape = pool.memory.dtype, (length, pool.memory.shape[3], pool.memory.shape[5])
 
     def __len__(self) -> int:
         return self._length
@@ -151,5 +149,6 @@ class _BlockRows:
         begin, end, step = positions.indices(self._length)
         assert step == 1
         first = begin // POSITIONS
-        blocks = self._memory[:, self._numbers[first : blocks_for(end)]].flatten(1, 2)  # [G, n, head_dim]
-        return blocks[:, begin - first * POSITIONS : end - first * POSITIONS].transpose(0, 1)
+        blocks = self._pool.blocks(self._layer, self._memory, self._numbers[first : blocks_for(end)])
+        rows = blocks.flatten(1, 2)  # [G, n, head_dim]
+        return rows[:, begin - first * POSITIONS : end - first * POSITIONS].transpose(0, 1)

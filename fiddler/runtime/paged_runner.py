@@ -26,9 +26,19 @@ class PagedRunner(Runner):
     shares = True
 
     def __init__(
-        self, model: Transformer, context: int, cache_dtype: torch.dtype, threads: int, chunk: int = 512
+        self,
+        model: Transformer,
+        context: int,
+        cache_dtype: torch.dtype,
+        threads: int,
+        chunk: int = 512,
+        pool: BlockPool | None = None,
     ) -> None:
+        """pool: where all its blocks may hold past sequences that no other sequence needs; None: the host's memory."""
         super().__init__(model, context, cache_dtype, threads, chunk)
+        if pool is not None:
+            self.pool, self.prefix_cache = pool, PrefixCache(pool, None)
+            return
         nbytes, least, available = self.kv_bytes(1), blocks_for(context), available_memory()
         self.pool = BlockPool(model.config, cache_dtype, model.token_embd.device, max(2 * least, available // nbytes))
         remembered = min(_MOST_REMEMBERED, int(_REMEMBERED * available)) // nbytes
@@ -40,7 +50,7 @@ class PagedRunner(Runner):
 
     def sequences(self, count: int, positions: int) -> list[KVCache]:
         """Implements `Runner.sequences`."""
-        return [self.sequence() for _ in range(count)]
+        return [self.sequence() for _ in range(max(1, min(count, self.pool.max_bytes // self.kv_bytes(positions))))]
 
     def kv_bytes(self, positions: int) -> int:
         """Implements `Runner.kv_bytes`."""

@@ -31,9 +31,9 @@ class _Node:
 
 
 class PrefixCache:
-    """Blocks of past sequences, at most `max_blocks`; fewer where others need the pool's memory."""
+    """Blocks of past sequences, at most `max_blocks`, None: all; fewer where others need the pool's memory."""
 
-    def __init__(self, pool: BlockPool, max_blocks: int) -> None:
+    def __init__(self, pool: BlockPool, max_blocks: int | None) -> None:
         self._pool, self._max_blocks = pool, max_blocks
         self._root = _Node((), None, None)
         self._nodes: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first, children before parents
@@ -67,7 +67,7 @@ class PrefixCache:
             path.append(child)
             node = child
         self._touch(path)
-        while len(self._nodes) > self._max_blocks:
+        while self._max_blocks is not None and len(self._nodes) > self._max_blocks:
             self._evict()
 
     def take(self, ids: Sequence[int], context: int, window: int | None) -> PagedKVCache | None:

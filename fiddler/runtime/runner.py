@@ -54,7 +54,7 @@ class Runner(ABC):
 
     @abstractmethod
     def sequences(self, count: int, positions: int) -> list[KVCache]:
-        """`count` new, empty sequences of at most so many positions each."""
+        """`count` new, empty sequences of at most so many positions each; fewer, but one, where memory is short."""
 
     @abstractmethod
     def kv_bytes(self, positions: int) -> int:

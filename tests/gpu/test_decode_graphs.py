@@ -20,6 +20,7 @@ from oracles.both_sides import EXACT, LAYERS, D, E, F, orchestrator
 MS = 1e-3
 COSTS = Costs(Curve((1,), (2 * MS,)), Curve((1,), (0.0,)), 4 * MS, 0.0)  # such that one step of the balance moves rows
 K = 2
+TABLE = np.zeros(1, np.int64)
 
 
 class RandomGraphs:
@@ -41,7 +42,7 @@ class RandomGraphs:
     def chosen(self):
         return [torch.from_numpy(expert_ids) for _, expert_ids, _ in self.inputs]
 
-    def begin(self, token, position):
+    def begin(self, token, position, table):
         for event in self._arrived:
             event.clear()
         self.inputs, self.sums, self.gpu_rows = [], [], []
@@ -105,7 +106,7 @@ def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(l
     decoder, graphs, experts = decode(late)
     streamed = 0
     for token in range(30):
-        decoder.step(token, token)
+        decoder.step(token, token, TABLE)
         assert len(graphs.sums) == LAYERS
         for layer, inputs in enumerate(graphs.inputs):
             expected = cpu_part(layer, *inputs, graphs.gpu_rows[layer], experts.residents)
@@ -126,7 +127,7 @@ def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeyp
         return split_one(layer, expert_ids)
 
     monkeypatch.setattr(experts, "split_one", counted)
-    decoder.step(1, 1)
+    decoder.step(1, 1, TABLE)
     assert planned == [(layer, threading.get_ident()) for layer in range(LAYERS)]
 
 
@@ -135,7 +136,7 @@ def test_the_experts_chosen_in_each_layer_are_counted():
     decoder, graphs, _ = decode(recorder=counts)
     expected = np.zeros((LAYERS, E), np.int64)
     for token in range(10):
-        decoder.step(token, token)
+        decoder.step(token, token, TABLE)
         for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
             expected[layer, expert_ids[0]] += 1
     assert counts.counts == expected.tolist()
@@ -155,11 +156,11 @@ def test_an_error_on_either_side_is_raised_and_the_next_step_is_whole(monkeypatc
         else:
             graphs.fails = True
         with pytest.raises(ValueError, match="broken off"):
-            decoder.step(token, token)
+            decoder.step(token, token, TABLE)
         assert not experts.cooperative_step.running
         monkeypatch.setattr(experts, "on_cpu", on_cpu)
         graphs.fails = False
-        decoder.step(token, token)
+        decoder.step(token, token, TABLE)
         assert len(graphs.sums) == LAYERS
     # the next step of several tokens waits for no sum that nobody computes
     step = experts.cooperative_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,8 @@ import fiddler
 from fiddler.device.memory_budget import GpuStartError
 from fiddler.files.model_file import ModelFile
 from fiddler.gpu import loader
-from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
 from fiddler.gpu.decode_graphs import DecodeGraphs
+from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.memory_layout import Layout, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.loading import DEMO_MODEL
@@ -41,10 +42,10 @@ class OneGraph:
     def __init__(self):
         self.tokens, self.hidden, self.fails = [], torch.zeros(1, 40), False
 
-    def begin(self, token, position):
+    def begin(self, token, position, table):
         if self.fails:
             raise ValueError("broken off")
-        self.tokens.append((token, position))
+        self.tokens.append((token, position, *table.tolist()))
 
     def logits(self):
         return torch.full((1, 4), float(self.tokens[-1][0]))
@@ -53,10 +54,8 @@ class OneGraph:
 def test_steps_without_an_orchestrator_are_those_of_the_cpu(path):
     """The runner of a GPU, with a CPU as its device: prompts, single tokens and several sequences."""
     engine = fiddler.load(path, device="cpu", precision="exact")
-    config, budget = engine.config, SimpleNamespace(total=1 << 40, room=lambda: 1 << 39)
-    cache = ContiguousKVCache(config, 64, torch.float32, torch.device("cpu"))
-    cache.reserve(64)
-    runner = GpuRunner(engine.runner.model, None, 64, torch.float32, 1, 8, cache, budget)
+    pool = GrowingPool(engine.config, torch.float32, torch.device("cpu"), 3)
+    runner = GpuRunner(engine.runner.model, None, 64, torch.float32, 1, 8, pool, SimpleNamespace(total=1 << 40))
     ids = list(range(5, 25))
     expected = engine.logits(ids)
     sequence = runner.sequence()
@@ -68,7 +67,7 @@ def test_steps_without_an_orchestrator_are_those_of_the_cpu(path):
     other = runner.sequence()
     together = runner.step([(other, ids[:3]), (sequence, [7])], wanted=[2, 3]).logits
     torch.testing.assert_close(together[0], expected[2])
-    assert runner.room(0) == 1 << 39
+    assert runner.room(0) == 3 * runner.kv_bytes(1)
 
 
 def test_single_tokens_are_one_graph_and_an_error_in_it_is_raised():
@@ -76,13 +75,13 @@ def test_single_tokens_are_one_graph_and_an_error_in_it_is_raised():
     decoder = DecodeGraphs(graph, None, counts)
     assert not decoder.uses_cpu
     for position, token in enumerate((3, 1)):
-        decoder.step(token, position)
+        decoder.step(token, position, np.array([8, position]))
         assert decoder.logits()[0, 0] == token
-    assert graph.tokens == [(3, 0), (1, 1)]
+    assert graph.tokens == [(3, 0, 8, 0), (1, 1, 8, 1)]
     assert counts.counts == []
     graph.fails = True
     with pytest.raises(ValueError, match="broken off"):
-        decoder.step(5, 2)
+        decoder.step(5, 2, np.array([8]))
 
 
 def test_all_of_the_model_must_fit_and_the_error_names_the_size_that_suffices(path):

@@ -20,7 +20,6 @@ from fiddler.loading import load
 from fiddler.models.architecture import RouterRule
 from fiddler.models.attention import attend
 from fiddler.models.interfaces import RouterWeights
-from fiddler.models.rotary import rotate
 from fiddler.models.router import route
 from fiddler.offload.feed_forward import Job, feed_forward
 from fiddler.runtime.prefix_cache import common
@@ -31,7 +30,6 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 decode_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
 expert_kernels = pytest.importorskip("fiddler.gpu.expert_kernels")
-attention_kernels = pytest.importorskip("fiddler.gpu.attention_kernels")
 grouped_kernels = pytest.importorskip("fiddler.offload.grouped_kernels")
 
 DEVICE = torch.device("cuda")
@@ -174,42 +172,6 @@ def test_grouped_expert_kernels_match_torch_expert_by_expert(shape):
     assert torch.equal(y, before + pinned.to(DEVICE))
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
-@pytest.mark.parametrize("heads", [(32, 8, 128), (6, 2, 12)])
-def test_attention_kernels_for_one_token_match_torch(kind, heads):
-    torch.manual_seed(3)
-    query_heads, groups, dim = heads
-    capacity = 3000
-    for position, window in ((0, None), (31, None), (777, None), (2999, None), (2999, 64), (10, 64)):
-        q, k, v = (torch.randn(1, n, dim, device=DEVICE) for n in (query_heads, groups, groups))
-        keys, values = (torch.randn(groups, capacity, dim, device=DEVICE).to(kind) for _ in range(2))
-        cos_sin = torch.polar(torch.ones(capacity, dim // 2), torch.rand(capacity, dim // 2) * 6).to(DEVICE)
-        before = keys.clone()
-        at = torch.tensor([position], device=DEVICE)
-        query = attention_kernels.rotate_and_store(q, k, v, torch.view_as_real(cos_sin).contiguous(), at, keys, values)
-        assert torch.allclose(query, rotate(q, cos_sin[position, None][None]), atol=1e-5)
-        stored = rotate(k, cos_sin[position, None][None])[0].to(kind).float()
-        assert torch.allclose(keys[:, position].float(), stored, atol=2e-3)
-        assert torch.allclose(values[:, position], v[0].to(kind))
-        others = torch.arange(capacity, device=DEVICE) != position
-        assert (keys[:, others] == before[:, others]).all()
-        if position == 777:  # nine positions from there on, out of one fused product
-            rows = torch.randn(9, (query_heads + 2 * groups) * dim, device=DEVICE)
-            many = [part.view(9, -1, dim) for part in rows.split([query_heads * dim, groups * dim, groups * dim], 1)]
-            many_cos_sin = cos_sin[position : position + 9, None]
-            args = torch.view_as_real(cos_sin).contiguous(), at, keys, values, kind
-            rotated = attention_kernels.rotate_and_store(*many, *args)
-            assert torch.allclose(rotated.float(), rotate(many[0], many_cos_sin), atol=4e-3)
-            expected = rotate(many[1], many_cos_sin).transpose(0, 1)
-            assert torch.allclose(keys[:, position : position + 9].float(), expected, atol=4e-3)
-            assert torch.allclose(values[:, position : position + 9], many[2].transpose(0, 1).to(kind))
-            attention_kernels.rotate_and_store(q, k, v, *args[:-1])
-        output = attention_kernels.attend_one(query, keys, values, at, window)
-        visible = (tensor[:, : position + 1].transpose(0, 1).float() for tensor in (keys, values))
-        expected = attend(query, *visible, window)
-        assert (output - expected).abs().max() <= 1e-4
-
-
 @pytest.fixture(scope="module")
 def tokens():
     return fiddler.load(device="cpu").tokenizer.encode(PROMPT, add_bos=True)
@@ -297,7 +259,7 @@ def test_weights_go_through_bounce_buffers_where_the_mapping_cannot_be_pinned(to
 
 
 def test_two_sequences_at_once_give_the_logits_of_one_alone(tokens):
-    """The first has the KV cache of the graphs, the second one of its own."""
+    """The graphs serve both, one after the other."""
     engine = load(device="cuda", precision="exact", gpu_experts=5)
     expected = engine.logits(tokens)
     a, b = engine.runner.sequence(), engine.runner.sequence()
@@ -339,7 +301,7 @@ def test_perplexity_and_expert_counts_match_those_of_the_cpu(tmp_path):
     engines = [load(path, "cpu", precision="exact", recorder=recorders[0])]
     for residents, recorder in zip((0, 4, None), recorders[1:], strict=True):
         engines.append(load(path, "cuda", precision="exact", gpu_experts=residents, recorder=recorder))
-    for size in (65, 500):  # first several windows a step, all in one sequence's KV cache; then one window a step
+    for size in (65, 500):  # first several windows a step; then one
         results = []
         for engine, recorder in zip(engines, recorders, strict=True):
             *_, result = measure(engine.runner, cut(ids, size), 1)

@@ -14,10 +14,11 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels  # noqa: E402
+from fiddler.gpu import attention_kernels, kv_kernels  # noqa: E402
 from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
+PAGED = {"P": 32, "UNIT": 32}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
@@ -30,11 +31,17 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "route": (decode_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
-    "rotate": (attention_kernels._rotate_store, "fffflfhhiiiiiii", {"PAIRS": 64}),
-    "rotate to 16 bits": (attention_kernels._rotate_store, "fffflhhhiiiiiii", {"PAIRS": 64}),
-    "rotate in 32 bits": (attention_kernels._rotate_store, "fffflfffiiiiiii", {"PAIRS": 64}),
-    "attend": (attention_kernels._attend, "fhhlfffsiiii", {"SPLITS": 16, "N": 64, "DIM": 128}),
-    "merge": (attention_kernels._merge, "ffffi", {"SPLITS": 16, "DIM": 128}),
+    "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiii", PAGED | {"PAIRS": 64}),
+    "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
+    "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
+    "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
+    "attend to a prompt": (attention_kernels._attend_tile, "fhhllllfsiiii", PAGED | {"M": 64, "N": 64, "DIM": 128}),
+    "attend to a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fffllllfsiiii",
+        PAGED | {"UNIT": 16, "M": 32, "N": 32, "DIM": 256},
+    ),
     "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
@@ -54,6 +61,9 @@ def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
     even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in types.items() if kind != "fp32"}
     values = {(names.index(a),): value for a, value in constants.items()}
     compiled = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
+    assert compiled.metadata.shared <= 200 << 10  # of 227 KiB
+    if name.startswith("attend"):
+        assert "ld.global.v4.b32" in compiled.asm["ptx"] or "cp.async.cg.shared.global" in compiled.asm["ptx"]
     if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time: less would not saturate the memory
         assert "ld.global.v4.b32" in compiled.asm["ptx"]
         assert not re.search(r"ld\.global\.b16", compiled.asm["ptx"])

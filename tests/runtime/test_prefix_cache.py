@@ -5,22 +5,14 @@ from __future__ import annotations
 from itertools import zip_longest
 
 import pytest
-import torch
 
 import fiddler
 from fiddler import Sampling
-from fiddler.cost_curve import Curve
-from fiddler.engine import Engine
 from fiddler.generation.request import Request
-from fiddler.gpu.contiguous_kv_cache import ContiguousKVCache
-from fiddler.gpu.runner import GpuRunner
-from fiddler.offload.plan import Costs
 from fiddler.runtime.prefix_cache import common
 from fiddler.telemetry.recorder import SilentRecorder
-from oracles.both_sides import EXACT, orchestrator
 from oracles.synthetic import write_random_mixtral
 
-COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), 1.0, 0.0)
 GREEDY = Sampling(temperature=0.0)
 IDS = list(range(20, 60))
 
@@ -158,38 +150,6 @@ def test_an_aborted_generation_leaves_its_whole_steps_cached(
     assert engine.runner.matched([*IDS, *expected]) == (cached if at == 44 else 0)
     computed.error = None
     assert list(greedy(engine, IDS, 9).tokens) == expected
-
-
-def test_the_kv_cache_of_the_gpus_graphs_goes_to_the_next_sequence_unless_in_use(engine):
-    """On a GPU only that KV cache is fast: any next sequence gets it, unless another one is still using it."""
-    plain = engine.runner
-    home = ContiguousKVCache(engine.config, 100, torch.float32, torch.device("cpu"))
-    home.reserve(100)
-    address = home.storage[0][0].data_ptr()
-    both_sides = orchestrator(EXACT, [[], [], []], COSTS)
-    runner = GpuRunner(plain.model, both_sides, 100, torch.float32, plain.threads, 512, home, None)
-    engine = Engine(engine.model_file, engine.tokenizer, runner, "cpu", "", engine.backend, 0.0)
-
-    def at_home(sequence):
-        return sequence.storage[0][0].data_ptr() == address
-
-    greedy(engine, IDS)
-    assert greedy(engine, IDS).stats.cached_tokens == len(IDS) - 1
-    assert at_home(runner.resume(IDS))
-    greedy(engine, IDS)
-    first = runner.sequence()
-    assert at_home(first)  # the prefix cached there is forgotten
-    assert runner.matched(IDS) == 0
-    second = runner.sequence()
-    assert not at_home(second)
-    runner.step([(second, IDS)])
-    runner.keep(second, IDS)  # not cached: it costs memory, and would be slow
-    del second
-    assert runner.matched(IDS) == 0
-    del first
-    assert [list(greedy(engine, ids).tokens) for ids in (IDS, IDS[:9])] == [
-        greedy_uncached(engine, i, 4) for i in (IDS, IDS[:9])
-    ]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, fiddler.Sampling(seed=3)])

@@ -1,0 +1,99 @@
+"""A Triton kernel that rotates queries and keys, and writes keys and values to the blocks of a pool.
+
+Knows tensors; not the model. It reads positions and block tables on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
+
+__all__ = ["Tables", "rotate_and_store"]
+
+
+class Tables(NamedTuple):
+    """Where the rows of a step stand, on the GPU.
+
+    `positions`: int64 [T]. `blocks`: int64, the block tables of all sequences one after the other, as `offsets` of the
+    pool. `firsts`: int64 [T], where in `blocks` the table of a row's sequence begins.
+    """
+
+    positions: Tensor
+    blocks: Tensor
+    firsts: Tensor
+
+
+@triton.jit
+def _rotate_store(
+    q,
+    k,
+    v,
+    cos_sin,
+    positions,
+    blocks,
+    firsts,
+    rotated,
+    keys,
+    values,
+    heads,
+    groups,
+    dim,
+    q_row,
+    k_row,
+    v_row,
+    P: tl.constexpr,
+    UNIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    pos = tl.load(positions + t)
+    i = tl.arange(0, PAIRS)
+    inside = i < dim // 2
+    block = tl.load(blocks + tl.load(firsts + t) + pos // P) * UNIT
+    if row < heads + groups:
+        head = row if row < heads else row - heads
+        source = (q + t * q_row if row < heads else k + t * k_row) + head * dim
+        a = tl.load(source + 2 * i, mask=inside, other=0.0)
+        b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
+        c = tl.load(cos_sin + pos * dim + 2 * i, mask=inside, other=0.0)
+        s = tl.load(cos_sin + pos * dim + 2 * i + 1, mask=inside, other=0.0)
+        if row < heads:
+            q_offset = (t * heads + head) * dim + 2 * i
+            tl.store(rotated + q_offset, a * c - b * s, mask=inside)
+            tl.store(rotated + q_offset + 1, a * s + b * c, mask=inside)
+        else:
+            k_offset = block + (head * P + pos % P) * dim + 2 * i
+            tl.store(keys + k_offset, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + k_offset + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
+    else:
+        v_head = row - heads - groups
+        v_offset = block + (v_head * P + pos % P) * dim + 2 * i
+        for half in tl.static_range(2):
+            element = tl.load(v + t * v_row + v_head * dim + 2 * i + half, mask=inside, other=0.0)
+            tl.store(values + v_offset + half, element.to(values.dtype.element_ty), mask=inside)
+
+
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, tables: Tables, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotate q [T, H, d] and k [T, G, d] to the rows' positions; store k and v [T, G, d] in the rows' blocks.
+
+    cos_sin: float32 [positions, d / 2, 2], cosine and sine. keys, values: a layer's in the pool's first block,
+    [G, POSITIONS, d]. q, k, v: float32, the heads of a token contiguous. Returns the rotated q, float32.
+    """
+    tokens, heads, dim = q.shape
+    groups = keys.shape[0]
+    rotated = torch.empty(tokens, heads, dim, device=q.device)
+    pairs = max(2, triton.next_power_of_2(dim // 2))
+    _rotate_store[(heads + 2 * groups, tokens)](
+        q, k, v, cos_sin, *tables, rotated, keys, values, heads, groups, dim,
+        q.stride(0), k.stride(0), v.stride(0), POSITIONS, UNIT_BYTES // keys.itemsize, pairs, num_warps=1,
+    )  # fmt: skip
+    return rotated
