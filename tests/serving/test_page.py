@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from tools.page_browser import PageDriver
+from tools.page_browser import PageDriver, saying
 
 GREEDY = {"temperature": 0, "cache_prompt": False}
 ENDLESS = {"ignore_eos": True, "max_tokens": 900}
@@ -210,6 +210,19 @@ def test_reasoning_is_folded_and_told_from_the_answer(driver):
     driver.fields(max_tokens=2)
     driver.send("Sure?")
     assert [message["content"] for message in driver.bodies[-1]["messages"]] == ["Is it so?", "Yes.", "Sure?"]
+
+
+def test_code_messages_and_answers_are_copied_as_they_are(browser, server):
+    text = "Do *this*:\n\n```python\nif a < b:\n    pass\n```\n"
+    with PageDriver.on(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as driver:
+        driver.fields(**saying(text))
+        driver.send("How?\n  So?")
+        copied = {"Copy code": "if a < b:\n    pass", "Copy answer": text, "Copy message": "How?\n  So?"}
+        for name, expected in copied.items():
+            driver.page.click(f"[aria-label='{name}']")
+            driver.page.wait_for_selector("#notice >> text=Copied")
+            assert driver.page.evaluate("() => navigator.clipboard.readText()") == expected
+        assert driver.problems == []
 
 
 def test_a_long_prompt_s_reading_is_shown(driver):

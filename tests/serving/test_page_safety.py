@@ -25,6 +25,8 @@ ELEMENTS = (
     "#thread :is(img, script, svg:not(.icon), iframe, [onerror], [onload], [style], a[href^=javascript], a[href^=data])"
 )
 
+LONG = "() => (document.querySelector('.document')?.textContent.length ?? 0) > 60"
+
 
 def harmless(driver):
     assert driver.page.evaluate("window.hacked") is None
@@ -123,13 +125,13 @@ def test_a_key_is_asked_for_kept_and_sent_to_the_server_alone(browser, keyed_ser
         )
 
 
-def test_an_answer_outlives_its_server_which_goes_on_after_kill_9(browser):
-    """kill -9 in the middle of a stream: what came is kept, a line says so; a new server continues the answer."""
+def test_an_answer_outlives_its_server_and_the_next_one_continues_it(browser):
+    """kill -9, and later SIGTERM, in the middle of a stream: what came is kept, and a line says so."""
     with ServerProcess() as first, PageDriver.on(browser, first.url) as driver:
         port = first.port
         driver.fields(ignore_eos=True, max_tokens=900)
         driver.send("Once upon a time", wait=False)
-        driver.page.wait_for_function("() => (document.querySelector('.document')?.textContent.length ?? 0) > 60")
+        driver.page.wait_for_function(LONG)
         first.stop(signal.SIGKILL)
         driver.wait()
         assert driver.notes() == ["The connection to the server broke off. What came is kept."]
@@ -148,7 +150,12 @@ def test_an_answer_outlives_its_server_which_goes_on_after_kill_9(browser):
             text = driver.page.inner_text(".document")
             assert text.startswith(kept)
             assert len(text) > len(kept)
-            assert second.stop() == 0
+            driver.fields(ignore_eos=True, max_tokens=900)
+            driver.page.click("[aria-label='Try again']")
+            driver.page.wait_for_function(LONG)
+            assert second.stop() == 0  # SIGTERM: the stream's last event says why
+            driver.wait()
+            assert driver.notes() == ["The server is stopping. What came is kept."]
         assert all("Failed to load resource" in problem for problem in driver.problems)
 
 
