@@ -47,7 +47,8 @@ class Conversation:
 class ChatPrompt:
     """A prompt's ids, and what follows from the conversation for the text that is generated.
 
-    grammar: Lark; the text must be a call of a tool. named_tokens: control tokens that the parser must see.
+    grammar: Lark; the text must be a call of a tool. named_tokens: control tokens that the parser must see. begun: the
+    prompt ends with the beginning of the answer.
     """
 
     ids: list[int]
@@ -56,6 +57,7 @@ class ChatPrompt:
     format: ToolFormat
     grammar: str | None = None
     named_tokens: frozenset[int] = frozenset()
+    begun: bool = False
 
     def parser(self) -> AnswerParser:
         """A parser for one answer."""
@@ -103,7 +105,8 @@ class ChatPrompts:
         if conversation.tools:
             marks = {name: ids[0] for name, ids in self._control.items() if self._is_control(name, ids)}
             grammar = self._grammar(conversation, marks, thinking)
-        return ChatPrompt(ids, thinking, conversation, self._format, grammar, frozenset(marks.values()))
+        named = frozenset(marks.values())
+        return ChatPrompt(ids, thinking, conversation, self._format, grammar, named, begun=bool(begun))
 
     def text(self, conversation: Conversation) -> str:
         """The text that the template renders. Raises as `prompt` does."""

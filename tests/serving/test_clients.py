@@ -63,6 +63,17 @@ def test_openai_chat_streamed_and_in_one_piece_say_the_same(client):
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_openai_goes_on_with_an_answer_that_is_begun(client):
+    """Word by word as in one piece: only the first space of a whole answer is no part of it."""
+    options = {"model": "demo", "temperature": 0}
+    whole = client.chat.completions.create(**options, messages=STORY, max_tokens=20).choices[0].message.content
+    begun = " ".join(whole.split(" ")[:6])
+    messages = [*STORY, {"role": "assistant", "content": begun}]
+    rest = client.chat.completions.create(**options, messages=messages, max_tokens=4).choices[0].message.content
+    assert rest.startswith(" ")
+    assert whole.startswith(begun + rest)
+
+
 def test_openai_seeds_stops_choices_and_unknown_fields(client):
     def texts(**options):
         fields = {

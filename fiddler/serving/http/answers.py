@@ -44,7 +44,7 @@ async def chat_job(service: Service, body: Mapping[str, Any], conversation: Conv
     """The job for a body and its conversation. Raises RequestError for what makes no sense."""
     prompt = await service.on_text(service.prompts.prompt, conversation)
     job = await job_of(service, body, [prompt.ids], grammar=prompt.grammar, named_tokens=prompt.named_tokens)
-    unprefixed = service.prompts.has_template and service.engine.tokenizer.add_space_prefix
+    unprefixed = service.prompts.has_template and service.engine.tokenizer.add_space_prefix and not prompt.begun
     return ChatJob(job, prompt, unprefixed)
 
 

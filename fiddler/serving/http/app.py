@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,17 +23,12 @@ from fiddler.serving.http.openai_completions import completions
 from fiddler.serving.http.openai_responses import responses, responses_tokens
 from fiddler.serving.http.openapi import openapi
 from fiddler.serving.http.options import ServerOptions
+from fiddler.serving.http.page import page
 from fiddler.serving.http.security import Security, error_response
 from fiddler.serving.http.status import health, models, not_supported, properties, slots
 
-__all__ = ["PAGE", "application", "page"]
+__all__ = ["application"]
 
-PAGE = Path(__file__).parents[1] / "static" / "index.html"
-
-_POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _GET: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/health": health,
     "/v1/health": health,
@@ -89,17 +83,6 @@ def application(options: ServerOptions) -> Starlette:
             Exception: _error,  # whatever else there is; starlette raises it again, and uvicorn closes the connection
         },
     )
-
-
-async def page(request: Request) -> Response:
-    """GET /: the web page, one file that loads nothing else."""
-    headers = {
-        "Content-Security-Policy": _POLICY,
-        "Referrer-Policy": "no-referrer",
-        "X-Frame-Options": "DENY",
-        "Cache-Control": "no-cache",
-    }
-    return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
