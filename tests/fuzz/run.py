@@ -1,0 +1,152 @@
+"""Fuzzes what reads files and requests of strangers, guided by coverage (atheris, libFuzzer).
+
+    python tests/fuzz/run.py --seconds 60 --seed 1            # all targets share the time
+    python tests/fuzz/run.py gguf body --runs 100000          # executions of each, instead of seconds
+    python tests/fuzz/run.py gguf-parts --seconds 600 --tiers all
+    python tests/fuzz/run.py gguf --input crash-1234          # one input again, without the fuzzer
+
+Every input must be read, or refused by one line (FiddlerError), within a second of processor time and without taking
+memory of more than twice its size. The table says how often each target ran, how many edges of our code it reached,
+its slowest input and the peak of the process's memory. An input that breaks a rule is written to --findings, and the
+exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pkgutil
+import re
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+NAMES = ("gguf", "gguf-parts", "checkpoint", "tokenizer-json", "tokenizer-model", "jobs", "prompt-cache", "body")
+MAX_SECONDS = {"gguf-parts": 20.0}  # computes; a tier's first model compiles its kernels, before the clock starts
+DEFAULT_MAX_SECONDS = 1.0
+SLACK = 64 << 20  # bytes that Python and the allocator may take beside an input
+LARGEST = {"gguf": 1 << 17, "tokenizer-model": 1 << 14, "tokenizer-json": 1 << 15}  # bytes of an input
+DEFAULT_LARGEST = 1 << 12
+TESTS = Path(__file__).parents[1]
+
+
+def load_targets(tiers: list[str]):
+    """All targets, by name."""
+    from fuzz.parts import available, parts_target
+    from fuzz.targets import TARGETS
+
+    return {**TARGETS, "gguf-parts": parts_target(available() if tiers == ["all"] else tiers)}
+
+
+class Checked:
+    """Runs inputs within their limits; notes the slowest in a file, since libFuzzer ends the process by itself."""
+
+    def __init__(self, target, folder: Path, slowest: Path | None) -> None:
+        self._target, self._folder, self._slowest_file = target, folder, slowest
+        self._limit = MAX_SECONDS.get(target.name, DEFAULT_MAX_SECONDS)
+        self._slowest = 0.0
+
+    def __call__(self, data: bytes) -> None:
+        peak, begun = _peak(), time.process_time()
+        self._target.run(data, self._folder)
+        seconds = time.process_time() - begun
+        assert seconds < self._limit, f"{seconds:.1f} s of processor time"
+        grown = _peak() - peak
+        assert self._target.name == "gguf-parts" or grown < SLACK + 2 * len(data), f"{grown >> 20} MiB"
+        if seconds > self._slowest and self._slowest_file is not None:
+            self._slowest = seconds
+            self._slowest_file.write_bytes(struct.pack("<d", seconds))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def child(arguments: argparse.Namespace, options: list[str]) -> None:
+    """Fuzz one target in this process."""
+    import atheris
+
+    from fiddler import kernels
+
+    compiled = [
+        each.name for each in pkgutil.walk_packages(kernels.__path__, "fiddler.kernels.")
+    ]  # not from Python's code
+    with atheris.instrument_imports(include=["fiddler"], exclude=compiled):
+        targets = load_targets(arguments.tiers)
+    target, folder = targets[arguments.child], Path(arguments.folder)
+    (corpus := folder / "corpus").mkdir()
+    (work := folder / "work").mkdir()
+    for i, seed in enumerate(target.seeds()):
+        (corpus / f"seed-{i}").write_bytes(seed)
+        target.run(seed, work)  # whatever is imported or compiled once
+    atheris.Setup([sys.argv[0], *options, str(corpus)], Checked(target, work, folder / "slowest"))
+    atheris.Fuzz()
+
+
+def fuzz(name: str, arguments: argparse.Namespace, seconds: int) -> bool:
+    """Fuzz one target in a process of its own and print its row; returns whether nothing was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"-seed={arguments.seed}", "-print_final_stats=1", "-timeout=60", "-rss_limit_mb=4096"]
+        options += [f"-max_len={LARGEST.get(name, DEFAULT_LARGEST)}", f"-artifact_prefix={arguments.findings}/{name}-"]
+        options += [f"-runs={arguments.runs}"] if arguments.runs else [f"-max_total_time={seconds}"]
+        command = [sys.executable, __file__, "--child", name, "--folder", folder, "--tiers", *arguments.tiers, "--"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "FIDDLER_DEVICE": "cpu"}
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, errors="replace")
+        slowest = Path(folder) / "slowest"
+        slowest = struct.unpack("<d", slowest.read_bytes())[0] if slowest.exists() else 0.0
+    runs, peak = (
+        re.findall(rf"stat::{key}:\s+(\d+)", done.stderr) for key in ("number_of_executed_units", "peak_rss_mb")
+    )
+    edges = re.findall(r"cov: (\d+)", done.stderr)
+    if done.returncode or not runs:
+        print(
+            f"| {name} | finding or failure, exit code {done.returncode} |\n{done.stdout[-2000:]}{done.stderr[-2000:]}",
+            flush=True,
+        )
+        return False
+    print(f"| {name} | {int(runs[0]):,} | {edges[-1]} | {slowest * 1e3:.0f} | {peak[0]} |", flush=True)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(NAMES)}; all where none is named")
+    parser.add_argument("--seconds", type=int, default=60, help="of all targets together")
+    parser.add_argument("--runs", type=int, help="executions of each target")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tiers", nargs="+", default=["avx2"], help="kernel tiers of gguf-parts, or all")
+    parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()), help="folder for bad inputs")
+    parser.add_argument("--input", type=Path, help="run this one input of the one target that is named")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    own, options = (sys.argv[1:], []) if "--" not in sys.argv else _parted(sys.argv[1:])
+    arguments = parser.parse_args(own)
+    if arguments.child:
+        child(arguments, options)
+        return
+    names = arguments.targets or list(NAMES)
+    if unknown := [name for name in names if name not in NAMES]:
+        parser.error(f"{unknown[0]!r} is no target; give {', '.join(NAMES)}")
+    if arguments.input:
+        sys.path.insert(0, str(TESTS))
+        with tempfile.TemporaryDirectory() as folder:
+            print(load_targets(arguments.tiers)[names[0]].run(arguments.input.read_bytes(), Path(folder)) or "read")
+        return
+    print(
+        f"seed {arguments.seed}\n| target | executions | edges | slowest, ms | peak memory, MB |\n|---|---|---|---|---|"
+    )
+    clean = [fuzz(name, arguments, max(1, arguments.seconds // len(names))) for name in names]
+    sys.exit(0 if all(clean) else 1)
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+if __name__ == "__main__":
+    main()
