@@ -1,4 +1,4 @@
-"""Model files changed in their parts, a value or a tensor at a time; what opens must compute without a byte too many."""
+"""Model files changed in their parts, values and tensors. What opens must compute without reading a byte too many."""
 
 from __future__ import annotations
 

@@ -103,10 +103,8 @@ def fuzz(name: str, arguments: argparse.Namespace, seconds: int) -> bool:
     )
     edges = re.findall(r"cov: (\d+)", done.stderr)
     if done.returncode or not runs:
-        print(
-            f"| {name} | finding or failure, exit code {done.returncode} |\n{done.stdout[-2000:]}{done.stderr[-2000:]}",
-            flush=True,
-        )
+        print(f"| {name} | finding or failure, exit code {done.returncode} |")
+        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n", flush=True)
         return False
     print(f"| {name} | {int(runs[0]):,} | {edges[-1]} | {slowest * 1e3:.0f} | {peak[0]} |", flush=True)
     return True
@@ -136,9 +134,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(load_targets(arguments.tiers)[names[0]].run(arguments.input.read_bytes(), Path(folder)) or "read")
         return
-    print(
-        f"seed {arguments.seed}\n| target | executions | edges | slowest, ms | peak memory, MB |\n|---|---|---|---|---|"
-    )
+    print(f"seed {arguments.seed}\n| target | executions | edges | slowest, ms | peak memory, MB |", flush=True)
+    print("|---|---|---|---|---|", flush=True)
     clean = [fuzz(name, arguments, max(1, arguments.seconds // len(names))) for name in names]
     sys.exit(0 if all(clean) else 1)
 

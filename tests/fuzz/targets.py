@@ -62,7 +62,7 @@ class Target:
         self.name, self.seeds, self._run = name, seeds, run
 
     def run(self, data: bytes, folder: Path) -> str | None:
-        """Read an input; returns the refusal, or None. Raises AssertionError where the refusal is not one short line."""
+        """Read an input; returns the refusal, or None. Raises AssertionError where that is not one short line."""
         try:
             self._run(data, folder)
         except FiddlerError as error:
