@@ -58,8 +58,11 @@ class Chat:
         for name, value in (("the system message", system), ("the template", template)):
             if not isinstance(value, str | None):
                 raise RequestError(f"{name} is {quoted(value)}; give a text")
-        self._engine, self._max_tokens = engine, max_tokens
-        self._request = Request("", sampling or Sampling(), max_tokens, stop, ignore_eos, constraint)  # of every answer
+        if not isinstance(engine, Engine):
+            raise RequestError(f"the engine is {quoted(engine)}; give what fiddler.load returns")
+        sampling = Sampling() if sampling is None else sampling
+        self._request = Request("", sampling, max_tokens, stop, ignore_eos, constraint)  # of every answer
+        self._engine, self._max_tokens = engine, self._request.max_tokens
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
         self._variables = TemplateVariables(tools, {} if chat_template_kwargs is None else chat_template_kwargs)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]

@@ -203,14 +203,16 @@ class Engine:
         number of sequences in the step.
         Raises RequestError when `parallel`, `sampling`, `max_tokens` or `stop` make no sense.
         """
-        if isinstance(requests, str | bytes | Request) or not isinstance(requests, Iterable):
+        single = isinstance(requests, str | bytes | Request) or getattr(requests, "ndim", 1) == 0  # an array of one
+        if single or not isinstance(requests, Iterable):
             raise RequestError(f"requests are {quoted(requests)}; give a list of prompts or requests")
         defaults, scheduler = Request("", _or_default(sampling), max_tokens, stop, ignore_eos), self.scheduler(parallel)
         return run_all(scheduler, (self._prepared(request, defaults) for request in requests), on_step)
 
     def scheduler(self, parallel: int | None = None) -> Scheduler:
         """A scheduler for what `start` returns; see `new_scheduler`. Raises RequestError for less than one sequence."""
-        if parallel is not None and whole_number("parallel", parallel) < 1:
+        parallel = None if parallel is None else whole_number("parallel", parallel)
+        if parallel is not None and parallel < 1:
             raise RequestError(f"parallel is {quoted(parallel)}; give at least 1")
         return new_scheduler(self.runner, parallel, self._mapped_bytes)
 

@@ -34,6 +34,13 @@ ALIASES: Mapping[str, str] = {
     "--single-turn": "--chat",
     "-cnv": "--chat",
     "--conversation": "--chat",
+    "--webui": "--ui",
+    "--no-webui": "--no-ui",
+    "-to": "--timeout",
+    "--served-model-name": "--alias",
+    "--max-model-len": "--ctx",
+    "--max-num-seqs": "--parallel",
+    "--quantization": "--type",
 }
 """Other names. They hold for commands that have the option on the right and none of the name on the left."""
 
@@ -50,7 +57,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Options elsewhere that are arguments without a name here. They hold for commands without an option of the name."""
 
-BARE: Mapping[str, str] = {"run": "-p", "perplexity": "-f", "batch": "-m"}
+BARE: Mapping[str, str] = {"run": "-p", "perplexity": "-f", "batch": "-m", "quantize": "--type"}
 """Of each command, the option whose value people type without it."""
 
 _WIDE = "files are written in 16 bits, and the default is the checkpoint's type"
@@ -66,8 +73,14 @@ VALUES: Mapping[tuple[str, str], str] = {
 }
 """What to give instead of values of other programs, by option and regular expression."""
 
-IGNORED = frozenset({"--jinja", "--no-display-prompt", "--log-disable", "--color", "--stream"})
-"""Flags for what is so anyway: Jinja templates, no echo of the prompt, no log, no colours, text as it comes."""
+IGNORED = frozenset(
+    {
+        *("--jinja", "--no-display-prompt", "--log-disable", "--color", "--stream"),
+        *("-cb", "--cont-batching", "--enable-prefix-caching", "-kvu", "--kv-unified"),
+    }
+)
+"""Flags for what is so anyway: Jinja templates, no echo of the prompt, no log, no colours, text as it comes; requests
+that join and leave at every step, share their beginnings, and share the memory of the KV cache."""
 
 _PLACES = "--gpu-memory 24GiB limits what the GPU holds, --gpu-experts N the experts there; --device cpu uses no GPU"
 _SAMPLERS = "the samplers and their order are fixed: penalties, DRY, top-k, typical, top-p, min-p, XTC, temperature"
@@ -76,6 +89,9 @@ _MAPPED = "the file is always memory-mapped; the system caches it, and for a GPU
 _STEPS = "fiddler chooses how many tokens of a prompt go into a step"
 _ONE_GPU = "one GPU is used; the environment's CUDA_VISIBLE_DEVICES chooses it"
 _ROPE = "RoPE is as the file says; for another one change the checkpoint's config.json and convert it again"
+_CLIENT_KEYS = 'a key comes from --api-key, or from the environment: FIDDLER_API_KEY="$(cat FILE)"'
+_PLAIN_HTTP = "the server speaks HTTP without TLS: put a proxy before it, and leave --host at 127.0.0.1"
+_TYPES = "each tensor's type is llama-quantize's for --type; leave it out"
 _ONLY_PERPLEXITY = "only the perplexity of a text is measured"
 
 REFUSED: Mapping[str, str] = {
@@ -111,6 +127,19 @@ REFUSED: Mapping[str, str] = {
         ("--in-prefix", "--in-suffix"): "a chat template says what stands around messages: --chat-template-file FILE",
         ("--keep", "--context-shift", "--no-context-shift"): "a chat leaves out its oldest turns when --ctx is full",
         ("--load-in-8bit", "--load-in-4bit", "--torch-dtype"): "weights run in the file's own type: `fiddler convert`",
+        ("--api-key-file",): _CLIENT_KEYS,
+        ("--ssl-key-file", "--ssl-cert-file", "--ssl-keyfile", "--ssl-certfile"): _PLAIN_HTTP,
+        ("--embedding", "--embeddings", "--rerank", "--reranking", "--pooling"): "there are no embeddings",
+        ("--slot-save-path", "-sps", "--slot-prompt-similarity"): "prompts share their beginnings by themselves",
+        ("--path", "--public-path", "--api-prefix"): "the page is at /; --no-ui leaves it out",
+        ("--props",): "/props is read only",
+        ("--reasoning-format",): "each request says so, in its reasoning_format",
+        ("-tp", "--tensor-parallel-size", "--pipeline-parallel-size"): _ONE_GPU,
+        ("--gpu-memory-utilization",): "--gpu-memory 24GiB is a size, not a share",
+        ("--trust-remote-code",): "code of a model never runs; leave it out",
+        ("--imatrix",): "there are no importance matrices; leave it out",
+        ("--allow-requantize",): "only models in 16 or 32 bits are quantised: start from one",
+        ("--pure", "--leave-output-tensor", "--output-tensor-type", "--token-embedding-type", "--tensor-type"): _TYPES,
         ("--hellaswag", "--winogrande", "--multiple-choice", "--kl-divergence"): _ONLY_PERPLEXITY,
     }.items()
     for name in names

@@ -9,7 +9,7 @@ from math import inf
 from operator import index
 from typing import TYPE_CHECKING
 
-from fiddler.errors import RequestError, quoted
+from fiddler.errors import RequestError, flag_of, quoted
 from fiddler.models.config import Config
 from fiddler.sampling.sampler import Sampling
 from fiddler.text.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ __all__ = [
 
 _PRIORITIES = ("interactive", "batch")
 _MOST_STOPS = 1024  # each is searched in every piece of text
+_MOST_IDS = 1 << 22  # longer than any context, and looked through in half a second
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Request:
             object.__setattr__(self, "max_tokens", whole_number("max_tokens", self.max_tokens))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         for name in ("ignore_eos", "special", "reuse"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {quoted(getattr(self, name))}; give True or False")
-        if self.priority not in _PRIORITIES:
+            flag_of(name, getattr(self, name))
+        if not isinstance(self.named_tokens, frozenset):
+            raise RequestError(f"named_tokens is {quoted(self.named_tokens)}; give a frozenset of token ids")
+        if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
             raise RequestError(f"priority is {quoted(self.priority)}; give {' or '.join(_PRIORITIES)}")
 
 
@@ -105,13 +107,18 @@ def whole_number(name: str, value: object) -> int:
 
 
 def token_ids(name: str, value: object) -> tuple[int, ...]:
-    """`value` as token ids. Raises RequestError for anything but whole numbers in a row, as a list or a tensor [T]."""
+    """`value` as token ids. Raises RequestError for anything but whole numbers in a row, as a list or a tensor [T].
+
+    More than `_MOST_IDS` are refused before they are looked through: a `range` may have any number.
+    """
     remedy = "give a text or token ids" if name == "the prompt" else "give token ids, as tokenizer.encode returns them"
     if isinstance(value, str | bytes | bytearray | memoryview):
         raise RequestError(f"{name} is {type(value).__name__} {quoted(value)}; {remedy}")
     ids = value.tolist() if hasattr(value, "tolist") else value  # of tensors and arrays
     if not isinstance(ids, Sequence):
         raise RequestError(f"{name} is {quoted(value)}; {remedy}")
+    if _longer(ids, _MOST_IDS):
+        raise RequestError(f"{name} has more than {_MOST_IDS} token ids; give fewer")
     for token in ids:
         if isinstance(token, bool) or not hasattr(token, "__index__"):
             several = "; several texts are for `batch`" if isinstance(token, str) else ""
@@ -123,11 +130,21 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
         raise RequestError(f"{name} is {quoted(value)}; {remedy}") from None
 
 
+def _longer(values: Sequence[object], most: int) -> bool:
+    try:
+        return len(values) > most
+    except OverflowError:  # a range beyond 2**63
+        return True
+
+
 def _stop_strings(stop: object) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
         raise RequestError(f"stop is {quoted(stop)}; give a text or several")
-    texts = tuple(islice(texts, _MOST_STOPS + 1))
+    try:
+        texts = tuple(islice(texts, _MOST_STOPS + 1))
+    except TypeError:  # an array or a tensor of one number
+        raise RequestError(f"stop is {quoted(stop)}; give a text or several") from None
     if len(texts) > _MOST_STOPS:
         raise RequestError(f"stop has more than {_MOST_STOPS} texts; give fewer")
     for text in texts:

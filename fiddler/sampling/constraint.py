@@ -39,6 +39,10 @@ class Constraint:
 
     source: str  # in the library's own form
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str):
+            raise RequestError(f"the constraint's source is {quoted(self.source)}; give its text")
+
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any]) -> Constraint:
         """JSON that is valid by a schema: its text, or the result of `json.loads` on it.

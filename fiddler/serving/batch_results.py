@@ -80,14 +80,24 @@ class Results:
         line = (json.dumps({"id": identity, **answer}, ensure_ascii=False) + "\n").encode()
         if self._stream is not None:
             self._stream.write(line)
+            self.done.add(identity)
         else:
-            self._append(line)
-        self.done.add(identity)
+            self._append(identity, line)
         if self._stream is None and time.monotonic() >= self._synced + _SYNC_INTERVAL:
             self._sync()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, identity: Id, line: bytes) -> None:
+        """Write a line; `done` has its id just if the file has it, when Ctrl-C comes in between, too."""
         end = os.fstat(self._file).st_size
+        try:
+            self.done.add(identity)
+            self._write(line, end)
+        except BaseException:
+            if os.fstat(self._file).st_size < end + len(line):
+                self.done.discard(identity)
+            raise
+
+    def _write(self, line: bytes, end: int) -> None:
         try:
             written = os.write(self._file, line)
             if written < len(line):

@@ -54,7 +54,7 @@ class Job:
 def parse_object(line: bytes) -> dict[str, Any]:
     """A line's JSON object. Raises RequestError for anything else."""
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError:
         raise RequestError("is not UTF-8; save the file as UTF-8") from None
     except RecursionError:
@@ -68,6 +68,13 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # as 1e400, which no answer could repeat
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def as_id(value: object) -> Id:

@@ -34,6 +34,7 @@ _SPECIAL = ("bos", "eos", "unknown", "padding")  # as in `tokenizer.ggml.bos_tok
 _TEMPLATE_NAMES = {"unknown": "unk_token", "padding": "pad_token"}
 _TOOL_USE = "tokenizer.chat_template.tool_use"  # transformers' name of the template for tools, where there are several
 _NO_VARIABLES = TemplateVariables()
+_LARGEST = 16 << 20  # of a template in place of the model's [characters]
 _PRIVATE_PLANE, _PRIVATE_COUNT = 0x100000, 0xFFFE
 
 
@@ -64,10 +65,12 @@ class ChatTemplate:
     def of(cls, tokenizer: Tokenizer, metadata: Mapping[str, object], source: str | None = None) -> ChatTemplate | None:
         """The template in a GGUF's metadata, or `source` instead of it; None where there is neither.
 
-        Raises FileFormatError where the metadata's template for tools is no text.
+        Raises FileFormatError where the metadata's template for tools is no text, RequestError for a huge `source`.
         """
         special = special_tokens(tokenizer, metadata)
         if source is not None:
+            if len(source) > _LARGEST:
+                raise RequestError(f"the template has {len(source)} characters; at most {_LARGEST} are read")
             return cls(source, tokenizer, special)
         tool_use = metadata.get(_TOOL_USE)
         if not isinstance(tool_use, str | None):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from operator import index as whole
 from typing import Protocol
 
-from fiddler.errors import RequestError, quoted
+from fiddler.errors import RequestError, flag_of, quoted
 from fiddler.text.escaped_bytes import ESCAPED, canonical, raw_bytes
 from fiddler.text.sentencepiece_model import TokenType
 from fiddler.text.special_tokens import SpecialTokens
@@ -117,7 +118,7 @@ class Tokenizer:
 
         Control, unknown and unused tokens have none; with `special` they have their names.
         """
-        if not special:
+        if not flag_of("special", special):
             return list(self._bytes)
         return [piece or raw_bytes(text) for piece, text in zip(self._bytes, self._table.texts, strict=True)]
 
@@ -144,6 +145,10 @@ class Tokenizer:
         """
         if not isinstance(text, str | bytes):
             raise RequestError(f"the text is {quoted(text)}; give a str, or bytes")
+        for name, value in (("add_bos", add_bos), ("parse_special", parse_special), ("continuing", continuing)):
+            flag_of(name, value)
+        if not isinstance(bar, str) or len(bar) > 1:
+            raise RequestError(f"bar is {quoted(bar)}; give a character, or none")
         ids = [self.bos_id] if add_bos else []
         prefix = self._table.add_space_prefix and not continuing
         for part in self._special.split(canonical(text), parse_special, barred=bool(bar)):
@@ -173,23 +178,29 @@ class Tokenizer:
         return _visible(self.decode_bytes(ids, continuing).decode("utf-8", "surrogateescape"))
 
     def decode_bytes(self, ids: Iterable[int], continuing: bool = False) -> bytes:
-        """The text of `ids` as bytes, exactly; see `decode`."""
+        """The text of `ids` as bytes, exactly; see `decode`. Raises RequestError, too, where `ids` are no ids."""
         decoder = self.stream(continuing)
-        return b"".join([decoder.push_bytes(index) for index in ids])
+        try:
+            remaining = iter(ids)
+        except TypeError:
+            raise RequestError(f"the ids are {quoted(ids)}; give a list of token ids") from None
+        return b"".join([decoder.push_bytes(index) for index in remaining])
 
     def stream(self, continuing: bool = False, named_tokens: frozenset[int] = frozenset()) -> TextStream:
         """A decoder that takes one id at a time; `continuing`: the ids continue a prompt.
 
         named_tokens: tokens without text, as control tokens, for which the text has their names.
         """
-        return TextStream(self, continuing, named_tokens)
+        return TextStream(self, flag_of("continuing", continuing), named_tokens)
 
     def _checked(self, index: int) -> int:
-        if not hasattr(index, "__index__"):
-            raise RequestError(f"a token id is {quoted(index)}; it must be a whole number")
-        if not 0 <= index < len(self._bytes):
-            raise RequestError(f"token id {index} is outside the vocabulary of {len(self._bytes)} tokens")
-        return index
+        try:
+            number = whole(index)
+        except TypeError:
+            raise RequestError(f"a token id is {quoted(index)}; it must be a whole number") from None
+        if not 0 <= number < len(self._bytes):
+            raise RequestError(f"token id {quoted(number)} is outside the vocabulary of {len(self._bytes)} tokens")
+        return number
 
 
 def _encoder(table: TokenTable) -> _Encoder:

@@ -245,7 +245,7 @@ def _read() -> dict[str, str] | None:
     """The stored file's content; None where it is damaged."""
     try:
         found = json.loads(read_regular(tuning_store(), _LARGEST_STORE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where $XDG_CACHE_HOME is a file
         return {}
     except (OSError, ValueError, RecursionError):
         return None

@@ -26,6 +26,12 @@ OUTPUTS = {
     "convert": "disk/out: needs ",
     "convert --force": "disk/out: needs ",
     "convert --force, full meanwhile": f"disk/out: {FULL}",
+    "convert --type": "disk/out: needs ",
+    "convert --type --force, full meanwhile": f"disk/out: {FULL}",
+    "convert IN.gguf": "disk/out: needs ",
+    "convert IN.gguf --force, full meanwhile": f"disk/out: {FULL}",
+    "quantize": "disk/out: needs ",
+    "quantize --force, full meanwhile": f"disk/out: {FULL}",
     "calibrate": f".json: {FULL}",
     "calibrate --kernels": "tuning.json: the kernel settings cannot be stored: No space left on device; make room",
 }
@@ -40,6 +46,7 @@ PRINTED = [
     "inspect --json",
     "calibrate",
     "calibrate --show",
+    "serve",
 ]
 
 
@@ -72,6 +79,15 @@ def test_a_chat_that_cannot_be_saved_goes_on(results):
 def test_kernel_settings_that_cannot_be_stored_leave_the_earlier_ones(results):
     result = results["kernel settings"]
     assert (result["code"], result["changed"], result["new"]) == ("No space left on device", [], [])
+
+
+def test_seconds_of_steps_that_cannot_be_stored_are_a_warning(results):
+    result = results["seconds of steps"]
+    (warning,) = [line for line in result["errors"].splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: the times of steps cannot be stored: ")
+    assert "/disk/fiddler/step-" in warning
+    assert f".json: {FULL}" in warning
+    assert (result["code"], result["changed"], result["new"]) == (0, [], [])
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -107,6 +123,6 @@ def test_the_null_device_is_an_output_as_any_other(results, name):
 
 
 def test_every_case_is_looked_at(results):
-    others = {"chat /save", "kernel settings"} | {f"{name} > pipe" for name in SPECIAL}
+    others = {"chat /save", "kernel settings", "seconds of steps"} | {f"{name} > pipe" for name in SPECIAL}
     others |= {f"{name} > null" for name in SPECIAL if name != "bench --plot"}
     assert results.keys() == OUTPUTS.keys() | others | {f"{name} > full" for name in PRINTED}

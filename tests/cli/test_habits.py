@@ -1,6 +1,7 @@
 """Options and commands of llama.cpp and Hugging Face: each works, or one line says what it is here."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def refusal(*arguments):
         ("inspect -m M", "inspect M"),
         ("convert D --outfile O --outtype bf16", "convert D O --dtype bf16"),
         ("batch I O -m M --temperature 1 -s 3", "batch I O -m M --temp 1 --seed 3"),
+        ("serve -m M --jinja -cb --no-webui -to 9 --ctx-size 64", "serve M --no-ui --timeout 9 -c 64"),
+        ("serve M --served-model-name x --max_model_len 64", "serve M --alias x -c 64"),
     ],
 )
 def test_other_names_are_our_options(habit, ours):
@@ -88,6 +91,15 @@ def test_the_value_of_an_option_is_never_taken_for_a_habit(text):
         ("bench M -ngl 0", "--device cpu uses no GPU"),
         ("perplexity M -f T --hellaswag", "perplexity"),
         ("-m M -p hi", "fiddler run MODEL.gguf -p TEXT"),
+        ("serve M -ngl 99", "--gpu-memory 24GiB"),
+        ("serve M --api-key-file k", "FIDDLER_API_KEY="),
+        ("serve M --ssl-key-file k", "proxy"),
+        ("serve M --embedding", "no embeddings"),
+        ("serve M --tensor-parallel-size 2", "one GPU is used"),
+        ("serve M --gpu-memory-utilization 0.9", "--gpu-memory 24GiB"),
+        ("quantize I O Q4_K_M", 'quantize I O --type "Q4_K_M"'),
+        ("quantize I O --type Q4_K_M --imatrix x", "no importance matrices"),
+        ("quantize I O --type Q4_K_M --pure", "leave it out"),
         ("chat M", "`fiddler run MODEL.gguf`"),
         ("pull mixtral", "hf download"),
         ("RUN", "`fiddler run`"),
@@ -115,6 +127,14 @@ def test_every_name_in_the_tables_means_what_it_says():
     assert not set(COMMANDS) & set(COMMAND_LINE.commands)
     for name, reason in (REFUSED | COMMANDS).items():
         assert "\n" not in reason, name
+
+
+def test_the_table_for_users_has_every_name_of_ours_and_a_name_of_each_refusal():
+    text = (Path(__file__).parents[2] / "docs" / "usage.md").read_text().partition("## Coming from")[2]
+    names = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", text))
+    assert names >= ALIASES.keys() | IGNORED
+    reasons = {reason: {name for name, other in REFUSED.items() if other == reason} for reason in REFUSED.values()}
+    assert [others for others in reasons.values() if not others & names] == []
 
 
 def test_a_name_on_the_hub_is_told_from_a_path():

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+SCRIPT = Path(__file__).parents[2] / "bin" / "fiddler"
 READY = """
 import os, sys
 from fiddler.cli.interrupts import exit_on_interrupt
@@ -50,6 +52,28 @@ def test_the_entry_imports_nothing_that_takes_time_before_it_sets_the_handler():
     ours = {"fiddler", "fiddler.__main__", "fiddler.cli", "fiddler.cli.interrupts", "__future__"}
     assert ours - {"__future__"} <= set(done.stdout.split()) | {"fiddler"}
     assert not {name for name in done.stdout.split() if "." in name or name == "typing"} - ours
+
+
+def test_the_installed_script_handles_ctrl_c_before_it_imports_anything():
+    """But what is built in: SIGINT raised at its first import of a file is 130 and silence."""
+    code = (
+        "import os, signal, sys\n"
+        "builtin = sys.builtin_module_names\n"
+        "def hook(event, args):\n"
+        "    if event == 'import' and args[0] not in builtin: signal.raise_signal(signal.SIGINT)\n"
+        "source = compile(open(sys.argv[1]).read(), sys.argv[1], 'exec')\n"
+        "sys.addaudithook(hook)\n"
+        "exec(source)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_the_script_of_the_clone_is_what_is_installed():
+    installed = Path(sys.executable).with_name("fiddler")
+    if not installed.exists():
+        pytest.skip("fiddler is not installed beside this Python")
+    assert installed.read_text().partition("\n")[2] == SCRIPT.read_text().partition("\n")[2]
 
 
 def test_a_background_job_of_a_shell_keeps_ignoring_ctrl_c():

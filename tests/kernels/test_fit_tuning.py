@@ -121,6 +121,14 @@ def test_a_damaged_store_is_ignored_with_a_line_and_replaced(content):
     assert not damaged_store()
 
 
+def test_a_cache_folder_that_is_a_file_holds_no_fits_and_none_is_damaged(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not damaged_store()
+    with pytest.raises(NotADirectoryError):
+        store_tuning(TUNINGS["zen3"])
+
+
 LOAD = """
 import sys, fiddler
 from fiddler.kernels.machine.tuning import current_tuning, tuning_source

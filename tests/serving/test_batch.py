@@ -127,6 +127,24 @@ def test_results_are_written_straight_through_a_pipe_and_to_the_null_device(tmp_
         Results(tmp_path / "fifo", source, [1])
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_ctrl_c_beside_a_write_counts_what_the_file_has(tmp_path, out, monkeypatch, written):
+    write = os.write
+
+    def interrupted(file, line):
+        if written:
+            write(file, line)
+        signal.raise_signal(signal.SIGINT)
+
+    with Results(out, tmp_path / "in.jsonl", [1, 2]) as results:
+        answer(results, 1)
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(results, 2)
+        assert results.done == ({1, 2} if written else {1})
+        assert len(out.read_text(encoding="utf-8").split("\n")) - 1 == len(results.done)
+
+
 def test_a_full_disk_leaves_whole_result_lines(tmp_path, out):
     source = tmp_path / "in.jsonl"
     with Results(out, source, [1, 2]) as results:

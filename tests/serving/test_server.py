@@ -325,6 +325,8 @@ def test_a_port_that_is_taken_is_one_line(server):
         (["--api-key", "a b"], "API key"),
         (["--cors-origin", "example.org"], "origin"),
         (["--host", "no.such.host.invalid"], "--host"),
+        (["--host", "a" * 70], "is no name of a machine"),
+        (["--host", "a..b"], "is no name of a machine"),
         (["--port", "99999"], "99999"),
     ],
 )
@@ -332,7 +334,7 @@ def test_options_that_make_no_sense_end_in_a_line(arguments, message):
     done = serve(*arguments)
     assert done.returncode in (1, 2)
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert not re.search("Traceback|internal", done.stderr)
 
 
 def test_without_its_packages_the_command_says_what_to_install(tmp_path):

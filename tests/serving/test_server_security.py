@@ -157,6 +157,7 @@ def test_a_body_that_never_comes_holds_no_connection(keyed):
         (b"", "not JSON"),
         (b"[1]", "not an object"),
         (b'{"prompt": NaN}', "not JSON"),
+        (b'{"prompt": "a", "metadata": [1e400]}', "1e400 is too large"),
         (b"\xff", "not UTF-8"),
         (b"[" * 100000, "nested too deeply"),
         (b'{"prompt": {"a": 1}}', "prompt"),
@@ -192,6 +193,15 @@ def test_more_texts_than_the_queue_holds_are_told_to_come_back(keyed):
     )
     assert keyed.post("/completion", json={**body, "n": 4, "n_predict": 1}, headers=WITH_KEY).status_code == 503
     assert post(0).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions"])
+@pytest.mark.parametrize("wrong", [{"stream": 5}, {"stream": True, "sse_ping_interval": "x"}])
+def test_a_request_that_is_refused_holds_no_place_in_the_queue(keyed, path, wrong):
+    body = {"prompt": "Once", "max_tokens": 1}
+    for _ in range(4):  # the queue has 3
+        assert keyed.post(path, json={**body, **wrong}, headers=WITH_KEY).status_code == 400
+    assert keyed.post(path, json=body, headers=WITH_KEY).status_code == 200
 
 
 def test_a_connection_that_sends_half_a_request_holds_up_nobody(server, http):

@@ -165,6 +165,22 @@ def write_commands(disk, model):
     disk.case("convert", lambda: fiddler(*convert))
     disk.case("convert --force", lambda: fiddler(*convert, "--force"), earlier=old)
     disk.case("convert --force, full meanwhile", lambda: full_meanwhile(*convert, "--force"), earlier=old)
+    convert_gguf = ["convert", old_mixtral(disk.folder, model), out]
+    for name, arguments in (
+        ("convert --type", [*convert, "--type", "Q8_0"]),
+        ("convert IN.gguf", convert_gguf),
+        ("quantize", ["quantize", model, out, "--type", "Q8_0"]),
+    ):
+        disk.case(name, lambda arguments=arguments: fiddler(*arguments))
+        forced = [*arguments, "--force"]
+        disk.case(f"{name} --force, full meanwhile", lambda forced=forced: full_meanwhile(*forced), earlier=old)
+
+
+def old_mixtral(folder, model):
+    """A GGUF with a tensor an expert, which `convert` takes."""
+    from old_mixtral import write_old_mixtral
+
+    return write_old_mixtral(model, folder / "old.gguf")
 
 
 def special_outputs(disk, model):
@@ -180,6 +196,9 @@ def special_outputs(disk, model):
         "perplexity --expert-counts": ["perplexity", model, "-f", disk.folder / "text", "-c", "16", "--expert-counts"],
         "batch": ["batch", "-m", model, disk.folder / "in.jsonl"],
         "convert": ["convert", DATA / "tiny"],
+        "convert --type": ["convert", "--type", "Q8_0", DATA / "tiny"],
+        "convert IN.gguf": ["convert", disk.folder / "old.gguf"],
+        "quantize": ["quantize", "--type", "Q8_0", model],
     }
     for name, arguments in commands.items():
         disk.case(f"{name} > pipe", lambda arguments=arguments: fiddler(*arguments, pipe))
@@ -227,6 +246,8 @@ def write_caches(disk, model):
 
     (disk.path / "fiddler").mkdir(exist_ok=True)
     disk.case("kernel settings", store, earlier=earlier)
+    batch = ["batch", disk.folder / "in.jsonl", disk.folder / "results", "-m", model]
+    disk.case("seconds of steps", lambda: fiddler(*batch))
     del os.environ["XDG_CACHE_HOME"]
 
 
@@ -243,6 +264,7 @@ def print_results(disk, model):
         "inspect --json": ["inspect", model, "--json"],
         "calibrate": ["calibrate", model, "--device", "cpu", "-t", "1"],
         "calibrate --show": ["calibrate", "--show"],
+        "serve": ["serve", model, "--port", "0"],
     }.items():
         disk.case(f"{name} > full", lambda arguments=arguments: fiddler(*arguments), out="/dev/full")
 

@@ -17,7 +17,6 @@ from fiddler.serving.http.errors import HttpError, error_object
 from fiddler.serving.http.ids import random_id
 from fiddler.serving.http.service import Service, Texts
 from fiddler.serving.http.sse import JsonAnswer, sse, unless_gone
-from fiddler.serving.request_fields import flag
 
 __all__ = ["count_tokens", "messages"]
 
@@ -29,9 +28,9 @@ async def messages(request: Request) -> Response:
     service, body = service_of(request), await read_object(request)
     job = await chat_job(service, anthropic_settings(body), anthropic_conversation(body))
     answering = _Answering(service, job)
-    texts = service.open(job.job.requests)
-    if flag(body, "stream"):
-        return service.stream(answering.events(texts), texts, body, _failure)
+    texts = service.open(job.job.requests, body)
+    if texts.streamed:
+        return service.stream(answering.events(texts), texts, _failure)
     try:
         answered = await unless_gone(request, answering.whole(texts))
     finally:

@@ -30,9 +30,9 @@ async def completion(request: Request) -> Response:
         raise RequestError(f"response_fields are {quoted(fields)}; give a list of names")
     job = await job_of(service, body, await prompts_of(service, body))
     completing = _Completing(service, job, body, fields)
-    texts = service.open(job.requests)
-    if flag(body, "stream"):
-        return service.stream(completing.events(texts), texts, body)
+    texts = service.open(job.requests, body)
+    if texts.streamed:
+        return service.stream(completing.events(texts), texts)
     try:
         results = await unless_gone(request, completing.whole(texts))
     finally:

@@ -28,9 +28,9 @@ async def chat_completions(request: Request) -> Response:
     service, body = service_of(request), await read_object(request)
     job = await chat_job(service, body, conversation_of(body))
     answering = _Answering(service, job, body)
-    texts = service.open(job.job.requests)
-    if flag(body, "stream"):
-        return service.stream(answering.events(texts), texts, body)
+    texts = service.open(job.job.requests, body)
+    if texts.streamed:
+        return service.stream(answering.events(texts), texts)
     try:
         answered = await unless_gone(request, answering.whole(texts))
     finally:

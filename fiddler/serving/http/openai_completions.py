@@ -33,9 +33,9 @@ async def completions(request: Request) -> Response:
         raise HttpError(400, "echo with logprobs is not supported: there are none of the prompt")
     job = await job_of(service, body, await prompts_of(service, body))
     completing = _Completing(service, job, body)
-    texts = service.open(job.requests)
-    if flag(body, "stream"):
-        return service.stream(completing.events(texts), texts, body)
+    texts = service.open(job.requests, body)
+    if texts.streamed:
+        return service.stream(completing.events(texts), texts)
     try:
         completed = await unless_gone(request, completing.whole(texts))
     finally:

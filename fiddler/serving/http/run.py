@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from fiddler.errors import ResourceError
+from fiddler.errors import ResourceError, quoted
 from fiddler.serving.http.app import application
 from fiddler.serving.http.options import ServerOptions
 from fiddler.serving.http.service import Service
@@ -34,8 +34,9 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ResourceError(f"--host {host}: {error.strerror or error}; give an address of this machine") from None
+    except (OSError, UnicodeError) as error:  # the latter for what can be no name of a machine
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no name of a machine"
+        raise ResourceError(f"--host {quoted(host)}: {reason}; give an address of this machine") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -20,7 +20,7 @@ from fiddler.serving.http.errors import HttpError, StoppingError
 from fiddler.serving.http.latency import Histogram
 from fiddler.serving.http.options import ServerOptions
 from fiddler.serving.http.sse import EventStream
-from fiddler.serving.request_fields import whole
+from fiddler.serving.request_fields import flag, whole
 from fiddler.serving.worker import Delivery, Worker
 from fiddler.telemetry.totals import Totals
 
@@ -82,14 +82,19 @@ class Service:
         self._check_open()
         return await self._loop.run_in_executor(self._grammar_threads, work, *arguments)
 
-    def open(self, requests: Sequence[Request]) -> Texts:
-        """Start texts. Raises HttpError where there are too many, or the server stops. The caller must close them."""
+    def open(self, requests: Sequence[Request], body: Mapping[str, Any]) -> Texts:
+        """Start texts. The caller must close them.
+
+        Raises HttpError where there are too many, or the server stops; RequestError where the body's fields on
+        streaming make no sense: after this nothing may raise before the texts are closed.
+        """
+        streamed, ping = flag(body, "stream"), whole(body, "sse_ping_interval", 0) or self.options.ping
         if self._stopping:
             raise HttpError(503, "the server is stopping", retry=10)
         if self._open + len(requests) > self.options.queue:
             raise HttpError(503, f"{self._open} texts are running or waiting already; try again later", retry=1)
         self._open += len(requests)
-        texts = Texts(self, len(requests))
+        texts = Texts(self, len(requests), streamed, max(ping, 0))
         self._texts.add(texts)
         self.worker.submit(texts, requests)
         return texts
@@ -98,15 +103,13 @@ class Service:
         self,
         events: AsyncIterator[bytes],
         texts: Texts,
-        body: Mapping[str, Any],
         failure: Callable[[HttpError], Sequence[bytes]] | None = None,
     ) -> EventStream:
         """A response that streams events of texts; failure: see `EventStream`."""
-        ping = whole(body, "sse_ping_interval", 0) or self.options.ping
         return EventStream(
             events,
             texts.close,
-            ping=max(ping, 0),
+            ping=texts.ping,
             timeout=self.options.timeout + _MORE_TIME,
             failure=failure,
             report=self.report,
@@ -150,10 +153,14 @@ def _distribute(deliveries: list[Delivery]) -> None:
 
 
 class Texts:
-    """The texts of one HTTP request: iterate for their events, until all have ended."""
+    """The texts of one HTTP request: iterate for their events, until all have ended.
 
-    def __init__(self, service: Service, count: int) -> None:
+    streamed: whether the client wants them as a stream. ping: seconds of silence before a comment in it; 0 for none.
+    """
+
+    def __init__(self, service: Service, count: int, streamed: bool, ping: float) -> None:
         self.count = self.left = count  # `left`: that have not ended
+        self.streamed, self.ping = streamed, ping
         self._service, self._closed = service, False
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
         self._opened, self._begun = time.perf_counter(), set[int]()
