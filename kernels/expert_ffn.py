@@ -15,8 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
+from fiddler.kernels.expert_matrices import ExpertMatrices, bias_addresses, check_experts
 from fiddler.kernels.formats import format_of
+from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
 from fiddler.kernels.matmul.grouped import run, stored_kinds
 
 __all__ = ["expert_ffn"]
@@ -32,6 +33,8 @@ def expert_ffn(
     variant: KernelVariant | tuple[KernelVariant, KernelVariant, KernelVariant],
     hidden_rows: np.ndarray | None = None,
     out: np.ndarray | None = None,
+    *,
+    clamped: bool = False,
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
@@ -42,7 +45,9 @@ def expert_ffn(
     variants where gate, up and down have quantised formats of their own.
     hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed,
     from the first on, that is, rows of gate and up and columns of down. Another device computes the rest of the sum.
-    out: float32 [T, D], written and returned in place of a new array.
+    out: float32 [T, D], written and returned in place of a new array. clamped: the activation is
+    `epilogues.clamped_swiglu`. Biases of `ExpertMatrices` are added to their products, those of down whatever
+    hidden_rows are.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     gate, up, down = (
@@ -72,9 +77,10 @@ def expert_ffn(
         matrices,
         stored_kinds(variants, (width, width, hidden)),
         _outputs(hidden, width),
-        True,
+        CLAMPED if clamped else SWIGLU,
         y.reshape(-1),
         multiplications,
+        bias_addresses((gate, up, down)),
     ):
         raise ValueError(f"an expert id lies outside 0..{len(gate) - 1}")
     return y

@@ -42,8 +42,9 @@ class DecodeCache:
         self._keys, self._values = sequence.storage
         self._position, self._cos_sin, self._window = position, cos_sin, window
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
+        assert sinks is None
         keys, values = self._keys[layer], self._values[layer]
         q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._position, keys, values)
         return attention_kernels.attend_one(q, keys, values, self._position, self._window)

@@ -49,7 +49,7 @@ class _GpuStep(Step):
         self._cos_sin_table, self._attention = cos_sin, attention
         self._starts = torch.tensor([sequence.length for sequence, _ in parts]).to(cos_sin.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
         outputs, begin = [], 0
         for i, (sequence, count) in enumerate(self._parts):
@@ -61,7 +61,7 @@ class _GpuStep(Step):
                 q[rows], k[rows], v[rows], self._cos_sin_table, self._starts[i : i + 1], keys, values, keys.dtype
             )
             keys, values = (tensor[:, :end].transpose(0, 1) for tensor in (keys, values))
-            outputs.append(attend(rotated, keys, values, self._config.sliding_window))
+            outputs.append(attend(rotated, keys, values, self._config.window(layer), sinks))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
