@@ -51,9 +51,9 @@ def make_family_checkpoint(case: Case, folder: Path) -> Path:
             elif tensor.dim() > 1:
                 gain = 2.0 if ".gate." in name or ".router." in name else 1.0
                 if case.kind == "GptOss" and name.endswith(".experts.gate_up_proj"):
-                    gain = 4.0  # so that some are clamped
+                    gain = 3.0  # so that some are clamped
                 if case.kind == "GptOss" and name.endswith(".experts.down_proj"):
-                    gain = 0.125  # so that experts are no louder than attention
+                    gain = 0.2  # so that experts are no louder than attention
                 if name.endswith(".experts.down_proj"):
                     gain /= getattr(config, "routed_scaling_factor", None) or 1.0
                 tensor.normal_(0.0, gain / tensor.shape[-1] ** 0.5)
