@@ -17,6 +17,7 @@ import numpy as np
 
 from fiddler.converters.differences import differences
 from fiddler.converters.hf_config import read_hf_config
+from fiddler.converters.mxfp4 import PackedMatrix
 from fiddler.converters.safetensors_file import DTYPES
 from fiddler.converters.source_folder import check_folder
 from fiddler.converters.tensor_lookup import Source, TensorLookup
@@ -91,6 +92,10 @@ class Checkpoint:
                 if (stored := matrix.stored) is not None:
                     bytes_of[stored.dtype] += matrix.count * matrix.width * DTYPES[stored.dtype].itemsize
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
+
+    def packed(self, name: str) -> bool:
+        """Whether the GGUF tensor `name` is MXFP4 in the source."""
+        return isinstance(self._matrices[name][0], PackedMatrix)
 
     def matrices(self, name: str) -> Iterator[Source]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""

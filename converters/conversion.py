@@ -23,9 +23,10 @@ import numpy as np
 from gguf.gguf_writer import WriterState
 
 from fiddler.converters.checkpoint import Checkpoint, Dtype, Source
-from fiddler.converters.dtypes import RangeLoss, to_bits, to_float32
+from fiddler.converters.dtypes import RangeLoss, loss_warnings, to_bits, to_float32
 from fiddler.converters.gguf_source import GgufMatrix, GgufSource
 from fiddler.converters.mixtures import Mixture, mixture_of, tensor_type
+from fiddler.converters.mxfp4 import PackedMatrix
 from fiddler.converters.row_order import interleave
 from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
@@ -98,10 +99,10 @@ def convert(
     """Convert `source`, a Hugging Face folder or a GGUF, to the GGUF file `target`, as llama.cpp reads it.
 
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
-    (bf16 for a float32 one); norms and routers are float32. `quantisation` in its place: llama-quantize's name of a
-    mixture of quantised types (`MIXTURES`), which all cores encode. `progress(done, total)` receives the tensor bytes
-    written. The source is converted in pieces, so memory stays at some tens of MB for a model of any size, but for
-    DBRX: one of its experts' matrices, 132 MB.
+    (bf16 for a float32 one); norms, biases and routers are float32. `quantisation` in its place: llama-quantize's name
+    of a mixture of quantised types (`MIXTURES`), which all cores encode. Without both, gpt-oss's experts stay MXFP4.
+    `progress(done, total)` receives the tensor bytes written. The source is converted in pieces, so memory stays at
+    some tens of MB for a model of any size, but for transposed experts: DBRX's matrices, 132 MB.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
@@ -115,8 +116,8 @@ def convert(
     mixture = None if quantisation is None else mixture_of(quantisation)
     out = check_target(target, force=force)
     checkpoint = _open(source, out.path)
-    dtype = dtype or checkpoint.dtype
     tensors = _plan(checkpoint, mixture or dtype)
+    dtype = dtype or checkpoint.dtype
     header = _header(checkpoint, mixture or dtype, tensors)
     nbytes = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
     _check_opens(source, header, nbytes)
@@ -139,7 +140,7 @@ def convert(
         overflowed=loss.overflowed,
         flushed=loss.flushed,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings + _warnings(loss, dtype),
+        warnings=checkpoint.warnings + loss_warnings(loss, dtype),
     )
 
 
@@ -196,18 +197,21 @@ def _is_gguf(source: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture) -> list[_Tensor]:
+def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture | None) -> list[_Tensor]:
+    """dtype: None for the source's; weights that are MXFP4 there then stay so."""
     config = checkpoint.config
     heads = {}
     if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS and config.latent is None:
         heads = {Role.QUERY: config.head_count, Role.KEY: config.head_count_kv}
-    tensors = []
+    tensors, plain = [], checkpoint.dtype
     for name, tensor in config.tensors(tied=checkpoint.tied).items():
-        shape, kind = config.shape(tensor), "f32"
-        if tensor.role not in FLOATS:
-            kind = (
-                tensor_type(dtype, name, shape, config, tied=checkpoint.tied) if isinstance(dtype, Mixture) else dtype
-            )
+        shape, kind = config.shape(tensor), str(plain)
+        if tensor.role in FLOATS:
+            kind = "f32"
+        elif isinstance(dtype, Mixture):
+            kind = tensor_type(dtype, name, shape, config, tied=checkpoint.tied)
+        else:
+            kind = dtype or ("mxfp4" if checkpoint.packed(name) else plain)
         tensors.append(_Tensor(name, shape, kind, heads.get(tensor.role, 0)))
     return tensors
 
@@ -215,8 +219,10 @@ def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture) -> list[_
 def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture, tensors: list[_Tensor]) -> bytes:
     """Everything before the tensor data, padded to the alignment."""
     writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
-    writer.add_file_type(dtype.file_type if isinstance(dtype, Mixture) else _FILE_TYPES[dtype])
-    if isinstance(dtype, Mixture):
+    packed = any(tensor.kind == "mxfp4" for tensor in tensors)
+    kept = gguf.LlamaFileType.MOSTLY_MXFP4_MOE if packed else None
+    writer.add_file_type(dtype.file_type if isinstance(dtype, Mixture) else kept or _FILE_TYPES[dtype])
+    if isinstance(dtype, Mixture) or packed:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_custom_alignment(_ALIGNMENT)
     checkpoint.write_metadata(writer)
@@ -260,6 +266,10 @@ def _pieces(
         return interleave(rows, group) if tensor.heads else rows
 
     starts = range(0, matrix.count, step)
+    if tensor.kind == "mxfp4" and isinstance(matrix, PackedMatrix):
+        for start in starts:
+            yield matrix.blocks(start, min(start + step, matrix.count)), RangeLoss()
+        return
     if tensor.kind not in ("f32", "f16", "bf16"):
         assert quantiser is not None
         yield from quantiser.encoded((partial(rows_from, start) for start in starts), tensor.kind)
@@ -280,18 +290,3 @@ def _reader(matrix: Source | GgufMatrix) -> Callable[[int, int], Array]:
         return matrix.rows
     whole = matrix.rows(0, matrix.count)
     return lambda start, stop: whole[start:stop].copy()  # a view would keep the matrix alive
-
-
-def _warnings(loss: RangeLoss, dtype: Dtype) -> tuple[str, ...]:
-    lines = []
-    rounded = loss.rounded - loss.overflowed - loss.flushed  # those two kinds have lines of their own
-    if rounded:
-        lines.append(f"{rounded} weights of the source have no exact value in {dtype}; they were rounded")
-    if loss.overflowed:
-        remedy = "; convert with dtype bf16" if dtype == "f16" else ""
-        lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")
-    if loss.nans:
-        lines.append(f"{loss.nans} weights are NaN, as in the checkpoint: the model will not run; download it again")
-    if loss.flushed:
-        lines.append(f"{loss.flushed} weights are too small for {dtype} and became zero")
-    return tuple(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fiddler.models import MIXTRAL
-from fiddler.models.architecture import Scoring
+from fiddler.models.architecture import Scoring, Window
 from fiddler.models.config import Config
 from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK2, GLM4_MOE
@@ -24,7 +24,7 @@ _LATENT_EPSILON = 1e-6  # that transformers has, whatever config.json says
 def differences(config: Config) -> Iterator[str]:
     """One line for each part of the model that llama.cpp computes otherwise, or refuses."""
     window, architecture = config.sliding_window, config.architecture
-    if window is not None and window < config.context_length:
+    if architecture.window is Window.EVERY_LAYER and window is not None and window < config.context_length:
         yield (
             f"llama.cpp ignores sliding_window {window} for this architecture: its output will differ "
             f"from position {window} on"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RangeLoss", "to_bits", "to_float32"]
+__all__ = ["RangeLoss", "loss_warnings", "to_bits", "to_float32"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ class RangeLoss:
             self.nans + other.nans,
             self.rounded + other.rounded,
         )
+
+
+def loss_warnings(loss: RangeLoss, dtype: Literal["bf16", "f16"]) -> tuple[str, ...]:
+    """Lines for the user about what a conversion to `dtype` lost."""
+    lines = []
+    rounded = loss.rounded - loss.overflowed - loss.flushed  # those two kinds have lines of their own
+    if rounded:
+        lines.append(f"{rounded} weights of the source have no exact value in {dtype}; they were rounded")
+    if loss.overflowed:
+        remedy = "; convert with dtype bf16" if dtype == "f16" else ""
+        lines.append(f"{loss.overflowed} weights are too large for {dtype} and became infinite{remedy}")
+    if loss.nans:
+        lines.append(f"{loss.nans} weights are NaN, as in the checkpoint: the model will not run; download it again")
+    if loss.flushed:
+        lines.append(f"{loss.flushed} weights are too small for {dtype} and became zero")
+    return tuple(lines)
 
 
 def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:

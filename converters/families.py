@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from fiddler.converters.dbrx import DBRX_FAMILY
 from fiddler.converters.family import COMMON, EXPERTS, Family, StoredAs, expert_names
+from fiddler.converters.gpt_oss import GPT_OSS_FAMILY
 from fiddler.models import LLAMA, MIXTRAL
 from fiddler.models.architecture import Role, Scoring
 from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
@@ -292,6 +293,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _DEEPSEEK_V3,
     "glm4_moe": _GLM4_MOE,
     "dbrx": DBRX_FAMILY,
+    "gpt_oss": GPT_OSS_FAMILY,
     "llama": _LLAMA,
     "mistral": _MISTRAL,
 }

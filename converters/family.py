@@ -16,12 +16,16 @@ class StoredAs:
 
     half: the tensor holds two of ours one after the other, in each expert; ours is the first (0) or the second (1).
     flat: the experts' matrices are one below the other in one matrix. transposed: each has rows and columns exchanged.
+    alternating: the two are every second column as stored, or row of packed ones. packed: blocks of MXFP4, whose scales
+    are another tensor, `_scales` in place of `_blocks`.
     """
 
     name: str
     half: int | None = None
     flat: bool = False
     transposed: bool = False
+    alternating: bool = False
+    packed: bool = False
 
 
 OTHER_NAMES: Mapping[Role, str] = {
@@ -103,6 +107,7 @@ class Family:
     windowed: bool = True  # whether `sliding_window` means something, where the architecture has windows
     epsilon: float = 1e-6
     theta: float = 1e4  # of RoPE, if no key has a base
+    rope: Mapping[str, object] = field(default_factory=dict)  # RoPE's object, if there is none
     theta_keys: tuple[str, ...] = ("rope_theta",)  # beside RoPE's own objects
     partial_rotary: float = 1.0  # the part of a head that is rotated, if no key says it
     shared_width: str | None = None  # of all shared experts together; None: their number times an expert's width
@@ -110,5 +115,6 @@ class Family:
     switches: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)  # false or absent: no tensors in these roles
     refused: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # other values than these of these keys
     names: Mapping[Role, tuple[StoredAs, ...]] = field(default_factory=lambda: {**COMMON, **EXPERTS})
+    quantised: str | None = None  # `quant_method` of weights that convert
     layers: str = "model.layers"  # what the names of a layer's tensors begin with, before its number
     other_names: Mapping[Role, str] = field(default_factory=lambda: OTHER_NAMES)

@@ -91,6 +91,10 @@ class GgufSource:
             bytes_of[info.type] += info.nbytes
         return "f16" if bytes_of.most_common(1)[0][0] == "F16" else "bf16"
 
+    def packed(self, _name: str) -> bool:
+        """As `Checkpoint.packed`: quantised files do not convert."""
+        return False
+
     def matrices(self, name: str) -> Iterator[GgufMatrix]:
         """The matrices that, stacked by rows, make up the GGUF tensor `name` (a vector is one row)."""
         for source in self._sources[name]:

@@ -30,6 +30,7 @@ from fiddler.models.architecture import (
 from fiddler.models.config import Config, LatentWidths
 from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK2
+from fiddler.models.gpt_oss import GPT_OSS
 from fiddler.models.granite import GRANITE_MOE
 
 __all__ = ["HfConfig", "read_hf_config"]
@@ -118,6 +119,8 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
     fields["router"] = _router(keys)
     if architecture.window is Window.EVERY_LAYER and keys.family.windowed:
         fields["sliding_window"] = keys.optional_integer("sliding_window")
+    elif architecture.window is Window.EVERY_SECOND:
+        fields["sliding_window"] = _alternating_window(keys)
     if architecture.dense_layers is DenseLayers.LEADING:
         fields["feed_forward_length"] = keys.integer("intermediate_size")
         fields["leading_dense_block_count"] = keys.integer("first_k_dense_replace")
@@ -143,10 +146,21 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
     return fields
 
 
+def _alternating_window(keys: HfKeys) -> int:
+    """The window of every second layer, the first one first."""
+    kinds = keys.values.get("layer_types")
+    expected = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys.integer("num_hidden_layers"))]
+    if kinds is not None and kinds != expected:
+        raise keys.error(
+            f"layer_types is {quoted(kinds, 60)}; only 'sliding_attention' and 'full_attention' in turns run"
+        )
+    return keys.integer("sliding_window")
+
+
 def _router(keys: HfKeys) -> RouterRule:
     """The router's rule, as transformers computes it: its DeepSeek-V2 ignores `norm_topk_prob`."""
     family, rule = keys.family, keys.family.architecture.router
-    if family.architecture in (MIXTRAL, GRANITE_MOE) or not family.architecture.has_experts:
+    if family.architecture in (MIXTRAL, GRANITE_MOE, GPT_OSS) or not family.architecture.has_experts:
         return rule
     if family.architecture is DBRX:  # a norm's order, 1, or null
         order = keys.name("norm_topk_prob")

@@ -50,8 +50,8 @@ class HfKeys:
         for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
             if quantisation is None and self.path.with_name(name).is_file():
                 quantisation = name
-        if quantisation is not None:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        if quantisation is not None and (method is None or method != self.family.quantised):
             raise self.error(
                 f"the weights are quantised (quantization_config: {quoted(method, 40)}); "
                 "convert the original bf16, f16 or f32 checkpoint"

@@ -75,6 +75,8 @@ def _groups(keys: HfKeys) -> list[HfKeys]:
         if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
             raise keys.error(f"{name} is {quoted(values, 60)}; one RoPE for all layers converts")
         groups.append(HfKeys(keys.path, values, keys.family))
+    if not groups and keys.family.rope:
+        groups.append(HfKeys(keys.path, keys.family.rope, keys.family))
     return groups
 
 

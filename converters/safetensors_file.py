@@ -23,7 +23,7 @@ from fiddler.converters.json_object import parse_object
 from fiddler.errors import CheckpointError, quoted
 from fiddler.input_file import open_regular
 
-__all__ = ["DTYPES", "Array", "SafetensorsFile", "StoredTensor"]
+__all__ = ["DTYPES", "FLOATS", "Array", "SafetensorsFile", "StoredTensor"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -31,8 +31,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
+    "U8": np.dtype("u1"),
 }
-"""The floating point types that convert, as numpy dtypes; bfloat16 as uint16 bits: numpy has no such type."""
+"""The types that are read, as numpy dtypes; bfloat16 as uint16 bits: numpy has no such type."""
+FLOATS = frozenset(("BF16", "F16", "F32"))
+"""Those that convert; U8 are blocks of quantised weights."""
 
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2} | {

@@ -5,6 +5,7 @@ Knows the expert layouts and the rules of shapes; changes no value, and reads no
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from typing import TypeAlias
 import numpy as np
 
 from fiddler.converters.family import Family, StoredAs
-from fiddler.converters.safetensors_file import DTYPES, Array, StoredTensor
+from fiddler.converters.mxfp4 import BLOCK, PackedMatrix
+from fiddler.converters.safetensors_file import DTYPES, FLOATS, Array, StoredTensor
 from fiddler.converters.source_folder import is_quantised
 from fiddler.converters.weight_files import WeightFile
 from fiddler.errors import CheckpointError, quoted
 from fiddler.models.architecture import ModelTensor, Role
 from fiddler.models.config import Config
 
-__all__ = ["Computed", "Matrix", "Source", "TensorLookup", "Transposed"]
+__all__ = ["Columns", "Computed", "Matrix", "Source", "TensorLookup", "Transposed"]
 
 # Old checkpoints store this table, too; it follows from rope_theta and head_dim.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -52,9 +54,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix with rows and columns exchanged."""
+    """A matrix with rows and columns exchanged: all columns, or every `step`-th from `first` on."""
 
     of: Matrix
+    first: int = 0
+    step: int = 1
 
     @property
     def stored(self) -> StoredTensor:
@@ -62,7 +66,7 @@ class Transposed:
 
     @property
     def count(self) -> int:
-        return self.of.width
+        return self.of.width // self.step
 
     @property
     def width(self) -> int:
@@ -73,8 +77,32 @@ class Transposed:
         rows = np.empty((stop - start, self.width), DTYPES[self.stored.dtype])
         for first in range(0, self.width, _TURNED):
             last = min(first + _TURNED, self.width)
-            rows[:, first:last] = self.of.rows(first, last)[:, start:stop].T
+            rows[:, first:last] = self.of.rows(first, last)[:, self.first :: self.step][:, start:stop].T
         return rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Every second column of a matrix, from `first` on."""
+
+    of: Matrix
+    first: int
+
+    @property
+    def stored(self) -> StoredTensor:
+        return self.of.stored
+
+    @property
+    def count(self) -> int:
+        return self.of.count
+
+    @property
+    def width(self) -> int:
+        return self.of.width // 2
+
+    def rows(self, start: int, stop: int) -> Array:
+        """As `Matrix.rows`."""
+        return self.of.rows(start, stop)[:, self.first :: 2].copy()
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,7 @@ class Computed:
         return np.array([self.values], np.float32)[start:stop]
 
 
-Source: TypeAlias = Matrix | Transposed | Computed
+Source: TypeAlias = Matrix | Transposed | Columns | Computed | PackedMatrix
 """Rows of a tensor of the GGUF."""
 
 
@@ -182,6 +210,10 @@ class TensorLookup:
         *experts, rows, width = shape
         if stored_as.transposed:
             rows, width = width, rows
+        if stored_as.packed:
+            return self._packed(name, stored_as, (*experts, rows, width))
+        if stored_as.alternating:
+            return self._alternating(name, stored_as, (*experts, rows, width))
         times = 1 if stored_as.half is None else 2
         count = experts[0] if experts else 1
         expected = (count * times * rows, width) if stored_as.flat else (*experts, times * rows, width)
@@ -189,6 +221,29 @@ class TensorLookup:
         first = (stored_as.half or 0) * rows
         found = [Matrix(file, stored, expert * times * rows + first, rows) for expert in range(count)]
         return [Transposed(matrix) for matrix in found] if stored_as.transposed else found
+
+    def _alternating(self, name: str, stored_as: StoredAs, shape: tuple[int, ...]) -> Sequence[Source]:
+        """Every second column of a matrix, or of one for each expert, which may be transposed. shape: as stored."""
+        file, stored = self._find(name, (*shape[:-1], 2 * shape[-1]))
+        half, rows = stored_as.half or 0, shape[-2]
+        found = [Matrix(file, stored, first, rows) for first in range(0, math.prod(shape[:-1]), rows)]
+        return [Transposed(each, half, 2) if stored_as.transposed else Columns(each, half) for each in found]
+
+    def _packed(self, name: str, stored_as: StoredAs, shape: tuple[int, ...]) -> Sequence[Source]:
+        """The blocks of MXFP4 of each expert's matrix, and their scales."""
+        experts, rows, width = shape
+        if width % BLOCK:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} would have rows of {width}, no whole blocks of {BLOCK}"
+            )
+        times = 2 if stored_as.alternating else 1
+        blocks = (experts, times * rows, width // BLOCK)
+        file, codes = self._find(name, (*blocks, BLOCK // 2), packed=True)
+        scale_file, scales = self._find(name.removesuffix("_blocks") + "_scales", blocks, packed=True)
+        return [
+            PackedMatrix(file, codes, scale_file, scales, expert * times * rows + (stored_as.half or 0), rows, times)
+            for expert in range(experts)
+        ]
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> Matrix:
         file, stored = self._find(name, shape)
@@ -204,10 +259,12 @@ class TensorLookup:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing; download the whole checkpoint")
         return self._files[name]
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[WeightFile, StoredTensor]:
+    def _find(self, name: str, shape: tuple[int, ...], *, packed: bool = False) -> tuple[WeightFile, StoredTensor]:
         file = self._require(name)
         stored = file.tensors[name]
-        if stored.dtype not in DTYPES:
+        if packed and stored.dtype != "U8":
+            raise CheckpointError(f"{file.path}: tensor {name} is {stored.dtype}; blocks of MXFP4 are U8")
+        if not packed and stored.dtype not in FLOATS:
             raise CheckpointError(
                 f"{file.path}: tensor {name} is {stored.dtype}, a quantised or unusual type; "
                 "convert the original bf16, f16 or f32 checkpoint"

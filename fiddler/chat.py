@@ -23,6 +23,8 @@ from fiddler.generation.sampled_text import Generation
 from fiddler.sampling.constraint import Constraint
 from fiddler.sampling.sampler import Sampling
 from fiddler.text.chat_template import ChatTemplate
+from fiddler.text.harmony import is_harmony
+from fiddler.text.harmony_turn import HarmonyTurn, named_marks
 from fiddler.text.messages import Message, checked_messages
 from fiddler.text.template_variables import TemplateVariables
 
@@ -60,9 +62,13 @@ class Chat:
                 raise RequestError(f"{name} is {quoted(value)}; give a text")
         if not isinstance(engine, Engine):
             raise RequestError(f"the engine is {quoted(engine)}; give what fiddler.load returns")
+        source = engine.tokenizer.chat_template if template is None else template
+        self._harmony = is_harmony(source)
+        named = named_marks(engine.tokenizer) if self._harmony else frozenset()
         sampling = Sampling() if sampling is None else sampling
-        self._request = Request("", sampling, max_tokens, stop, ignore_eos, constraint)  # of every answer
-        self._engine, self._max_tokens = engine, self._request.max_tokens
+        request = Request("", sampling, max_tokens, stop, ignore_eos, constraint, named_tokens=named)
+        self._request = request  # of every answer
+        self._engine, self._max_tokens = engine, request.max_tokens
         self._template = ChatTemplate.of(engine.tokenizer, engine.model_file.file.metadata, template)
         self._variables = TemplateVariables(tools, {} if chat_template_kwargs is None else chat_template_kwargs)
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -104,8 +110,8 @@ class Chat:
         text: of the user; or a message, as `{"role": "tool", "content": ...}` with what a called tool returned.
         If the iterator is closed before its end, the pieces so far are the answer; if there are none, `text` is
         forgotten as well, and the conversation is as before. Where there is a template, one space at an answer's
-        beginning is left out: it belongs to the tokenizer. Raises RequestError at once for a message that is too long,
-        or that the template refuses.
+        beginning is left out: it belongs to the tokenizer. `HarmonyTurn` says what an answer in harmony shows. Raises
+        RequestError at once for a message that is too long, or that the template refuses.
         """
         if not isinstance(text, str | Mapping):
             raise RequestError(f"the message is {quoted(text)}; give a text")
@@ -131,6 +137,7 @@ class Chat:
 
     def _answer(self, message: Message, first: int, prompt_tokens: int, generation: Generation) -> Iterator[str]:
         pieces: list[str] = []
+        turn = HarmonyTurn() if self._harmony else None
         unprefixed = self._template is not None and self._engine.tokenizer.add_space_prefix
         self.completion = None
         try:
@@ -139,13 +146,17 @@ class Chat:
                     piece, unprefixed = piece.removeprefix(" "), False
                 if piece:
                     pieces.append(piece)
-                    yield piece
+                    shown = piece if turn is None else turn.push(piece)
+                    if shown:
+                        yield shown
             self.completion = generation.completion
+            if turn is not None and (shown := turn.finish()):
+                yield shown
         finally:
             if pieces:
                 answer = "".join(pieces)
                 self._first = first
-                self._turns += [message, {"role": "assistant", "content": answer}]
+                self._turns += [message, {"role": "assistant", "content": answer} if turn is None else turn.message]
                 count = len(self._engine.tokenizer.encode(answer)) if self.completion is None else 0
                 self.context_used = prompt_tokens + (count if self.completion is None else len(self.completion.tokens))
 

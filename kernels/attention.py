@@ -26,6 +26,7 @@ def attend_each(
     positions: Sequence[int],
     frequencies: np.ndarray,
     window: int | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Grouped-query attention of each sequence's new position to itself and all earlier ones: float32 [N, H, head_dim].
 
@@ -34,13 +35,17 @@ def attend_each(
     position p is in row p % P of block p // P. Position `positions[n]` is written: k rotated, v unchanged; no two
     sequences share the block that it is in. frequencies: float32 [head_dim / 2], rotation of each pair of neighbouring
     elements [radians a position] (RoFormer). window: length of the sliding window [positions]; blocks before it are
-    not read. One thread computes one key-value head of one sequence.
+    not read. sinks: float32 [H], a logit of each head that its softmax has beside the scores. One thread computes one
+    key-value head of one sequence.
     Raises ValueError when a shape, a data type, the memory order or a number does not fit.
     """
     _validate(q, k, v, pool, layer, frequencies, window)
     check_tables(pool, tables, positions, window)
     if len(tables) != len(q):
         raise ValueError(f"q is {q.shape}, for {len(tables)} sequences' tables")
+    of_heads = np.empty(0, np.float32) if sinks is None else sinks
+    if of_heads.dtype != np.float32 or of_heads.shape not in ((0,), (q.shape[1],)):
+        raise ValueError(f"sinks are {of_heads.dtype} {of_heads.shape}; expected float32 {(q.shape[1],)}")
     out = np.empty(q.shape, np.float32)
     if not len(q):
         return out
@@ -49,7 +54,8 @@ def attend_each(
     multiplications = 2 * int((position_array + 1 - oldest).sum()) * q.shape[1] * q.shape[2]
     with threads_for(multiplications):
         attend(
-            *(q, k, v, pool, layer, *joined(tables), position_array, oldest, frequencies, out, addresses(pool.dtype))
+            *(q, k, v, pool, layer, *joined(tables), position_array, oldest, frequencies, of_heads, out),
+            addresses(pool.dtype),
         )
     return out
 

@@ -64,12 +64,15 @@ def _write_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def _softmax_terms(scores: np.ndarray) -> np.float32:
-    """Replace the scores by exp(score - largest) and return their sum. A NaN stays a NaN."""
+def _softmax_terms(scores: np.ndarray, sinks: np.ndarray, head: int) -> np.float32:
+    """Replace the scores by exp(score - largest) and return their sum, with the head's sink. A NaN stays a NaN."""
     largest = scores[0]
     for s in range(scores.size):
         largest = max(largest, scores[s])
     total = np.float32(0)
+    if sinks.size > 0:
+        largest = max(largest, sinks[head])
+        total = exponential(sinks[head] - largest)
     for s in range(scores.size):
         shifted = scores[s] - largest
         scores[s] = exponential(shifted) if shifted == shifted else shifted
@@ -99,11 +102,13 @@ def _attend_group(
     position: int,
     oldest: int,
     frequencies: np.ndarray,
+    sinks: np.ndarray,
     out: np.ndarray,
 ) -> None:
     """Attention of one key-value head, k and v [head_dim], for the query heads that share it, q [H / G, head_dim].
 
-    Positions `oldest` to `position` are in blocks `table` [...] of `pool`; the last of them is written.
+    sinks: [H / G], or empty for none. Positions `oldest` to `position` are in blocks `table` [...] of `pool`; the last
+    of them is written.
     """
     (heads, head_dim), length, per_block = q.shape, position + 1 - oldest, pool.shape[4]
     scale = np.float32(1 / np.sqrt(head_dim))
@@ -125,7 +130,7 @@ def _attend_group(
                     total += rotated[r, d] * row[d]
                 scores[r, p - oldest] = total
     for r in range(heads):
-        inverse = np.float32(1) / _softmax_terms(scores[r])
+        inverse = np.float32(1) / _softmax_terms(scores[r], sinks, r)
         for p in range(length):
             scores[r, p] *= inverse
         for d in range(head_dim):
@@ -142,7 +147,7 @@ def _attend_group(
 
 _VECTOR, _MATRIX, _INTS, _INT = types.float32[::1], types.float32[:, ::1], types.intp[::1], types.intp
 _group = FunctionPointer(
-    _attend_group, _MATRIX, _VECTOR, _VECTOR, None, _INTS, _INT, _INT, _INT, _INT, _VECTOR, _MATRIX
+    _attend_group, _MATRIX, _VECTOR, _VECTOR, None, _INTS, _INT, _INT, _INT, _INT, _VECTOR, _VECTOR, _MATRIX
 )
 _call_group = _group.call
 
@@ -170,27 +175,31 @@ def attend(
     positions: np.ndarray,
     oldest: np.ndarray,
     frequencies: np.ndarray,
+    sinks: np.ndarray,
     out: np.ndarray,
     attend_group: int,
 ) -> None:
     """pool: [blocks, L, 2, G, positions a block, head_dim]: blocks of keys and values of every layer.
 
     tables: the sequences' block numbers, one after the other; those of sequence n begin at first[n], of [N].
-    attend_group: the address of `_attend_group` for the pool's type.
+    sinks: float32 [H], or empty for none. attend_group: the address of `_attend_group` for the pool's type.
     """
     sequences, groups, _ = k.shape
     group_heads = q.shape[1] // groups
     for task in prange(sequences * groups):
         n, g = task // groups, task % groups
         heads = slice(g * group_heads, (g + 1) * group_heads)
-        table = tables[first[n] :]
+        table, of_group = tables[first[n] :], sinks[g * group_heads : (g + 1) * group_heads]
         _call_group(
             attend_group,
-            (q[n, heads], k[n, g], v[n, g], pool, table, layer, g, positions[n], oldest[n], frequencies, out[n, heads]),
+            (
+                *(q[n, heads], k[n, g], v[n, g], pool, table, layer, g, positions[n], oldest[n], frequencies),
+                *(of_group, out[n, heads]),
+            ),
         )
 
 
 _HEADS = types.float32[:, :, ::1]
 attention = FunctionPointer(
-    attend, _HEADS, _HEADS, _HEADS, None, _INT, _INTS, _INTS, _INTS, _INTS, _VECTOR, _HEADS, _INT
+    attend, _HEADS, _HEADS, _HEADS, None, _INT, _INTS, _INTS, _INTS, _INTS, _VECTOR, _VECTOR, _HEADS, _INT
 )

@@ -14,9 +14,11 @@ from fiddler.kernels.attention import check_tables, joined
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import SPANS, addresses, decode
 from fiddler.kernels.decode_weights import MATRICES, BlockParts, BlockWeights, check_blocks
+from fiddler.kernels.expert_matrices import bias_addresses
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
+from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
 from fiddler.kernels.stored_rows import StoredRows
 
 __all__ = ["BlockParts", "BlockWeights", "CompiledDecodeStep", "StepSpans"]
@@ -69,7 +71,9 @@ class CompiledDecodeStep:
         queries, keys = len(last.attn_q), len(last.attn_k)
         self._embeddings, self._parts = token_embd, parts
         self._blocks, self._output = list(blocks), output  # keeps the memory alive: `_weights` has its addresses
-        self._variant, self._window, self._experts_used = variant, window, experts_used
+        self._variant, self._experts_used = variant, experts_used
+        self._window = None if parts.every_second else window  # of all layers
+        self._windows = np.array([0 if parts.every_second and i % 2 else window or 0 for i in range(len(blocks))])
         self._head_dim, self._groups = 2 * len(frequencies), keys // (2 * len(frequencies))
         self._width, self._vocabulary = width, vocabulary
         self._sparse = [block for block in blocks if block.sparse]
@@ -86,6 +90,7 @@ class CompiledDecodeStep:
             np.float32(parts.query_scale),
             np.float32(parts.residual_scale),
             int(parts.layer_norm),
+            CLAMPED if parts.clamped else SWIGLU,
         )
         self._frequencies, self._epsilon = frequencies, np.float32(epsilon)
 
@@ -118,7 +123,7 @@ class CompiledDecodeStep:
                     pool,
                     *joined(tables),
                     position_array,
-                    self._window or 0,
+                    self._windows,
                     self._frequencies,
                     self._epsilon,
                     threads,
@@ -193,13 +198,15 @@ def _stacked(
     no_router, no_vector = np.empty((0, 0, 0), np.float32), np.empty((1, 0), np.float32)
     return (
         stack("attn_norm", blocks),
-        tuple(stack(name, blocks) for name in ("attn_bias", "q_norm", "k_norm")),
+        tuple(stack(name, blocks) for name in ("attn_bias", "q_norm", "k_norm", "output_bias", "sinks")),
         stack("ffn_norm", blocks),
         stack("ffn_gate_inp", sparse) if sparse else no_router,
         stack("selection_bias", sparse) if sparse else no_vector,
+        stack("router_bias", sparse) if sparse else no_vector,
         stack("shared_gate", sparse) if sparse else no_vector,  # a dense layer reads the first one's size
         np.array(addresses_of),
         np.array(experts_of) if sparse else np.empty((0, 3, 0), np.int64),
+        np.stack([bias_addresses(block.experts) for block in sparse]) if sparse else np.empty((0, 3, 0), np.int64),
         np.array([_stored_kinds(block, output_norm.size, variants[0]) for block in blocks]),
         output_norm,
         np.array([[address_of(output)]]),

@@ -23,6 +23,7 @@ from fiddler.kernels.codegen.scalar_math import exponential
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.heads import heads
 from fiddler.kernels.matmul import grouped
+from fiddler.kernels.matmul.epilogues import PLAIN, SWIGLU
 
 __all__ = ["SPANS", "addresses", "compile_decode", "decode"]
 
@@ -35,16 +36,15 @@ _call_attention, _call_products = attention_kernels.attention.call, grouped.prod
 
 def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
     """Compile `CompiledDecodeStep.step` for KV caches of this type, or read it from the cache; computes nothing."""
-    empty, row = np.empty((0, 2), np.float32), np.ones(2, np.float32)
-    no_ints = np.empty(0, np.int64)
+    empty, row, no_ints = np.empty((0, 2), np.float32), np.ones(2, np.float32), np.empty(0, np.int64)
     weights = (
         empty,
-        (empty,) * 3,
+        (empty,) * 5,
         empty,
         empty[None],
-        empty,
-        empty,
+        *(empty, empty, empty),
         no_ints.reshape(0, 7, 1),
+        no_ints.reshape(0, 3, 1),
         no_ints.reshape(0, 3, 1),
         no_ints.reshape(0, 10, 2),
         row,
@@ -59,12 +59,12 @@ def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
         (np.ones(3, np.int64),) * 8,
         no_ints.reshape(0, 3),
         norm_router.Routing().values(),
-        (np.float32(0), 0, np.float32(1), np.float32(1), 0),
+        (np.float32(0), 0, np.float32(1), np.float32(1), 0, SWIGLU),
         np.empty((0, 1, 2, 1, 1, 2), kv_dtype),
         no_ints,
         no_ints,
         no_ints,
-        0,
+        no_ints,
         row,
         np.float32(0),
         1,
@@ -111,11 +111,11 @@ def _now(_context: Any) -> Any:
 
 @njit(**OPTIONS)
 def _timed_products(
-    arguments: tuple[Any, ...], addresses: tuple[int, ...], memory: np.ndarray, threads: int, span: np.ndarray
+    arguments: tuple[Any, ...], biases: np.ndarray, addresses: Any, memory: np.ndarray, threads: int, span: np.ndarray
 ) -> int:
     """Call `grouped_products`; write its begin and end [s] to `span`."""
     span[0] = _now()
-    needed_words: int = _call_products(addresses[5], (*arguments, memory, threads, addresses[6:]))
+    needed_words: int = _call_products(addresses[5], (*arguments, biases, memory, threads, addresses[6:]))
     span[1] = _now()
     return needed_words
 
@@ -166,9 +166,11 @@ def decode(
     ffn_norm: np.ndarray,
     ffn_gate_inp: np.ndarray,
     selection_bias: np.ndarray,
+    router_bias: np.ndarray,
     shared_gate: np.ndarray,
     matrices: np.ndarray,
     expert_matrices: np.ndarray,
+    expert_biases: np.ndarray,
     stored: np.ndarray,
     output_norm: np.ndarray,
     output: np.ndarray,
@@ -181,7 +183,7 @@ def decode(
     tables: np.ndarray,
     first: np.ndarray,
     positions: np.ndarray,
-    window: int,
+    windows: np.ndarray,
     frequencies: np.ndarray,
     epsilon: np.float32,
     threads: int,
@@ -193,18 +195,19 @@ def decode(
 ) -> int:
     """`CompiledDecodeStep.step`: x -> h, logits. Returns 0, or the words that `memory`, a workspace, needs: call again.
 
-    head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, each with no columns where there are
-    none. ffn_gate_inp, selection_bias: of the S layers with routed experts, the last ones. Addresses, int64: matrices
-    [L, 7, 1], 4 of attention, 3 of the dense feed-forward, which has dense_rows [L, 3] rows: 0 where there is none;
-    expert_matrices [S, 3, E]; output [1, 1]. stored [L, 10, 2]: `grouped.stored_as` of each, the experts' before those
-    of the dense feed-forward; output_kind [1, 2]. rule: `Routing.values`. parts: clamp, halves, scale of queries,
-    scale of residuals, see `prepare_heads`; 1 for layer norms. pool, tables, first: see `attention_kernels.attend`.
-    window: 0 for none. all_expert_ids: int64 [S, T, K], written.
+    head_weights: biases [L, (H + 2 G) * head_dim], norms of queries and of keys, biases [L, D] of the output, sinks [L,
+    H], each with no columns where there are none. ffn_gate_inp, selection_bias, router_bias: of the S layers with
+    routed experts, the last ones. Addresses, int64: matrices [L, 7, 1], 4 of attention, 3 of the dense feed-forward,
+    which has dense_rows [L, 3] rows: 0 where there is none; expert_matrices, expert_biases [S, 3, E]; output [1, 1].
+    stored [L, 10, 2]: `grouped.stored_as` of each, the experts' before those of the dense feed-forward; output_kind [1,
+    2]. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals, see `prepare_heads`; 1 for
+    layer norms; the routed experts' activation. pool, tables, first: see `attention_kernels.attend`. windows: int64
+    [L], 0 for none. all_expert_ids: int64 [S, T, K], written.
     """
     norm, router, prepare, attend, attend_group = addresses[:5]
     qkv_rows, out_rows, ffn_rows, logit_rows, qkv_columns, out_columns, hidden, logit_columns = shapes
-    biases, q_norm, k_norm = head_weights
-    clamp, halves, q_scale, residual_scale, layer_norm = parts
+    biases, q_norm, k_norm, output_bias, sinks = head_weights
+    clamp, halves, q_scale, residual_scale, layer_norm, activation = parts
     sigmoid, renormalise, routing_scale, expert_groups, groups_used = rule
     (tokens, width), experts_used = x.shape, all_expert_ids.shape[2]
     if tokens == 0:
@@ -230,18 +233,17 @@ def decode(
     oldest, one = np.empty(tokens, np.int64), np.float32(1)
     for t in range(tokens):
         dense_ids[t, 0], dense_weights[t, 0] = 0, 1
-        oldest[t] = max(0, positions[t] + 1 - window) if window > 0 else 0
         for i in range(width):
             h[t, i] = x[t, i]
-    flat = added.reshape(-1)
-    dense, gated = bool(0), bool(1)  # not literals: Numba would compile once for each literal type
+    flat, no_biases = added.reshape(-1), np.empty((3, 0), np.int64)
+    dense, gated = np.int64(PLAIN), np.int64(SWIGLU)  # not literals: Numba would compile once for each literal type
     needed_words: int = 0
     for layer in range(len(matrices)):
         span, sparse = spans[SPANS * layer : SPANS * (layer + 1)], layer - dense_layers
         at, kinds = matrices[layer], stored[layer]
         _normalise(norm, h, attn_norm[layer], epsilon, layer_norm, normed)
         arguments = variant, normed, dense_ids, dense_weights, qkv_columns, at[:3], kinds[:3], qkv_rows, dense, qkv
-        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[0]))
+        needed_words = max(needed_words, _timed_products(arguments, no_biases, addresses, memory, threads, span[0]))
         bias = biases[layer]
         q_bias, k_bias, v_bias = no_bias, no_bias, no_bias
         if bias.size > 0:
@@ -249,31 +251,38 @@ def decode(
         _call_heads(prepare, (q_rows, q_bias, q_norm[layer], epsilon, clamp, head_dim, halves, q_scale))
         _call_heads(prepare, (k_rows, k_bias, k_norm[layer], epsilon, clamp, head_dim, halves, one))
         _call_heads(prepare, (v_rows, v_bias, no_bias, epsilon, clamp, head_dim, 0, one))
+        for t in range(tokens):
+            oldest[t] = max(0, positions[t] + 1 - windows[layer]) if windows[layer] > 0 else 0
         _call_attention(
             attend,
-            (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, attended, attend_group),
+            (q, k, v, pool, layer, tables, first, positions, oldest, frequencies, sinks[layer], attended, attend_group),
         )
         x_out = attended.reshape(tokens, queries)
         arguments = variant, x_out, dense_ids, dense_weights, out_columns, at[3:4], kinds[3:4], out_rows, dense, flat
-        needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[1]))
+        needed_words = max(needed_words, _timed_products(arguments, no_biases, addresses, memory, threads, span[1]))
+        if output_bias.shape[1] > 0:
+            _call_heads(prepare, (added, output_bias[layer], no_bias, epsilon, np.float32(0), head_dim, 0, one))
         _add(h, added, residual_scale)
         _normalise(norm, h, ffn_norm[layer], epsilon, layer_norm, normed)
         rows = dense_rows[layer]
         if rows[0] > 0:  # a dense layer's feed-forward, or shared experts
             _gates(normed, shared_gate[max(sparse, 0)], shared_weights)
             arguments = variant, normed, dense_ids, shared_weights, rows[:1], at[4:], kinds[7:], rows, gated, flat
-            needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[2]))
+            needed_words = max(needed_words, _timed_products(arguments, no_biases, addresses, memory, threads, span[2]))
             _add(h, added, residual_scale)
         if sparse >= 0:
             expert_ids = all_expert_ids[sparse]
             choice = sigmoid, renormalise, routing_scale, expert_groups, groups_used, expert_ids, routing_weights
-            _call_router(router, (normed, ffn_gate_inp[sparse], selection_bias[sparse], *choice))
-            at = expert_matrices[sparse]
-            arguments = variant, normed, expert_ids, routing_weights, hidden, at, kinds[4:7], ffn_rows, gated, flat
-            needed_words = max(needed_words, _timed_products(arguments, addresses, memory, threads, span[3]))
+            weights = normed, ffn_gate_inp[sparse], selection_bias[sparse], router_bias[sparse]
+            _call_router(router, (*weights, *choice))
+            at, of_experts = expert_matrices[sparse], expert_biases[sparse]
+            arguments = variant, normed, expert_ids, routing_weights, hidden, at, kinds[4:7], ffn_rows, activation, flat
+            needed_words = max(
+                needed_words, _timed_products(arguments, of_experts, addresses, memory, threads, span[3])
+            )
             _add(h, added, residual_scale)
         if needed_words > 0:
             return needed_words
     _normalise(norm, h, output_norm, epsilon, layer_norm, normed)
     arguments = variant, normed, dense_ids, dense_weights, logit_columns, output, output_kind, logit_rows, dense, logits
-    return int(_timed_products(arguments, addresses, memory, threads, spans[-1]))
+    return int(_timed_products(arguments, no_biases, addresses, memory, threads, spans[-1]))

@@ -9,8 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
-from fiddler.kernels.matmul.grouped import check_stored
+from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts, check_stored
 from fiddler.kernels.norm_router import Routing, check_rule
 
 __all__ = ["EXPERT_MATRICES", "MATRICES", "BlockParts", "BlockWeights", "check_blocks"]
@@ -56,6 +55,9 @@ class BlockWeights:
     dense_up: np.ndarray | None = None  # [I, D]
     dense_down: np.ndarray | None = None  # [D, I]
     shared_gate: np.ndarray = field(default_factory=_none)  # float32 [D], whose sigmoid weighs the shared experts
+    output_bias: np.ndarray = field(default_factory=_none)  # float32 [D], of attn_output
+    sinks: np.ndarray = field(default_factory=_none)  # float32 [H], see `attend_each`
+    router_bias: np.ndarray = field(default_factory=_none)  # float32 [E]
     variants: Mapping[str, KernelVariant] = field(default_factory=dict)  # of matrices by name, where not the step's
 
     @property
@@ -80,7 +82,8 @@ class BlockParts:
 
     halves: see `heads.prepare_heads`. clamp: of queries, keys and values; 0 for none. query_scale: a factor of q . k
     beside head_dim ** -0.5. residual_scale: of what attention and the feed-forwards add. embedding_scale: of the
-    embeddings. logit_scale: logits are divided by it. layer_norm: norms take the mean off, too.
+    embeddings. logit_scale: logits are divided by it. layer_norm: norms take the mean off, too. clamped: the routed
+    experts' activation is `epilogues.clamped_swiglu`. every_second: only the first of each two layers has the window.
     """
 
     routing: Routing = field(default_factory=Routing)
@@ -91,6 +94,8 @@ class BlockParts:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     layer_norm: bool = False
+    clamped: bool = False
+    every_second: bool = False
 
 
 def check_blocks(
@@ -146,13 +151,14 @@ def _check_block(block: BlockWeights, last: BlockWeights, width: int, head_dim: 
     experts, hidden, _ = (0, 0, 0) if last.gate is None else last.gate.shape
     floats: dict[str, tuple[int, ...]] = {"attn_norm": (width,), "ffn_norm": (width,)}
     floats |= {"attn_bias": _like(last.attn_bias, queries + 2 * keys), "q_norm": _like(last.q_norm, queries, head_dim)}
-    floats["k_norm"] = _like(last.k_norm, keys, head_dim)
+    floats |= {"k_norm": _like(last.k_norm, keys, head_dim), "output_bias": _like(last.output_bias, width)}
+    floats["sinks"] = _like(last.sinks, queries // head_dim)
     bits: dict[str, tuple[int, ...]] = {"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)}
     bits["attn_output"] = (width, queries)
     of_experts: dict[str, tuple[int, int, int]] = {}
     if block.sparse:
         floats |= {"ffn_gate_inp": (experts, width), "selection_bias": _like(last.selection_bias, experts)}
-        floats["shared_gate"] = _like(last.shared_gate, width)
+        floats |= {"shared_gate": _like(last.shared_gate, width), "router_bias": _like(last.router_bias, experts)}
         of_experts |= {
             "gate": (experts, hidden, width),
             "up": (experts, hidden, width),

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
+from fiddler.kernels.expert_matrices import ExpertMatrices, bias_addresses, check_experts
 from fiddler.kernels.formats import format_of
+from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
 from fiddler.kernels.matmul.grouped import run, stored_kinds
 
 __all__ = ["ExpertFfn", "expert_ffn"]
@@ -29,6 +30,8 @@ def expert_ffn(
     variant: KernelVariant | tuple[KernelVariant, KernelVariant, KernelVariant],
     hidden_rows: np.ndarray | None = None,
     out: np.ndarray | None = None,
+    *,
+    clamped: bool = False,
 ) -> np.ndarray:
     """Weighted sum of each token's experts: float32 [T, D].
 
@@ -39,10 +42,12 @@ def expert_ffn(
     variants where gate, up and down have quantised formats of their own.
     hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed,
     from the first on, that is, rows of gate and up and columns of down. Another device computes the rest of the sum.
-    out: float32 [T, D], written and returned in place of a new array.
+    out: float32 [T, D], written and returned in place of a new array. clamped: the activation is
+    `epilogues.clamped_swiglu`. Biases of `ExpertMatrices` are added to their products, those of down whatever
+    hidden_rows are.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
-    return ExpertFfn(gate, up, down, variant)(x, expert_ids, routing_weights, hidden_rows, out)
+    return ExpertFfn(gate, up, down, variant, clamped=clamped)(x, expert_ids, routing_weights, hidden_rows, out)
 
 
 class ExpertFfn:
@@ -54,6 +59,8 @@ class ExpertFfn:
         up: ExpertMatrices | np.ndarray,
         down: ExpertMatrices | np.ndarray,
         variant: KernelVariant | tuple[KernelVariant, KernelVariant, KernelVariant],
+        *,
+        clamped: bool = False,
     ) -> None:
         """The arguments are those of `expert_ffn`. Raises ValueError where they do not fit."""
         gate, up, down = (
@@ -71,6 +78,8 @@ class ExpertFfn:
         self._experts, self._hidden, self._width = experts, hidden, width
         self._variant, self._block_length = variants[0].grouping, format_of(variants[2]).block_length
         self._weights = gate, up, down  # their addresses are read
+        self._biases = bias_addresses(self._weights)
+        self._activation = CLAMPED if clamped else SWIGLU
         self._matrices = np.array((gate.addresses, up.addresses, down.addresses))
         self._stored = stored_kinds(variants, (width, width, hidden))
         self._outputs, self._all_rows = np.array([hidden, hidden, width]), np.full(experts, hidden, np.int64)
@@ -102,9 +111,10 @@ class ExpertFfn:
             self._matrices,
             self._stored,
             self._outputs,
-            True,
+            self._activation,
             y.reshape(-1),
             3 * expert_ids.size * self._width * self._hidden,
+            self._biases,
         ):
             raise ValueError(f"an expert id lies outside 0..{self._experts - 1}")
         return y

@@ -15,7 +15,7 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.workspace import address_of
 
-__all__ = ["ExpertMatrices", "check_experts"]
+__all__ = ["ExpertMatrices", "bias_addresses", "check_experts", "check_stored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,8 @@ class ExpertMatrices:
     shape: tuple[int, int, int]
     """E, rows, columns"""
     dtype: np.dtype
+    bias: np.ndarray | None = None
+    """float32 [E, rows], added to the products"""
 
     @classmethod
     def of(cls, memory: np.ndarray | Sequence[np.ndarray]) -> ExpertMatrices:
@@ -70,11 +72,39 @@ class ExpertMatrices:
         return iter(self.memory)
 
 
+def check_stored(name: str, stored: np.ndarray, shape: tuple[int, ...], variant: KernelVariant) -> None:
+    """Raise ValueError unless `stored` holds weights of this shape in the variant's format, contiguously."""
+    kind = format_of(variant)
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(f"{name} is {stored!r}; expected {kind.name} weights {shape}")
+    if stored.dtype != kind.dtype or not stored.flags.c_contiguous or stored.shape != kind.stored_shape(shape):
+        raise ValueError(
+            f"{name} is {stored.dtype} {stored.shape}; expected {kind.name} weights {shape}: contiguous "
+            f"{kind.dtype.name} {kind.stored_shape(shape)}"
+        )
+
+
 def check_experts(name: str, matrices: object, shape: tuple[int, int, int], variant: KernelVariant) -> None:
     """Raise ValueError unless `matrices` are `ExpertMatrices` of weights of this shape in the variant's format."""
     kind = format_of(variant)
     expected = kind.stored_shape(shape)
     if isinstance(matrices, ExpertMatrices) and (matrices.shape, matrices.dtype) == (expected, kind.dtype):
-        return
+        bias = matrices.bias
+        if bias is None or (bias.shape == shape[:2] and bias.dtype == np.float32 and bias.flags.c_contiguous):
+            return
+        raise ValueError(f"the bias of {name} is {bias.dtype} {bias.shape}; expected contiguous float32 {shape[:2]}")
     there = f"{matrices.dtype} {matrices.shape}" if isinstance(matrices, ExpertMatrices) else "missing"
     raise ValueError(f"{name} is {there}; expected {kind.name} weights {shape}: {kind.dtype.name} {expected}")
+
+
+def bias_addresses(matrices: Sequence[ExpertMatrices]) -> np.ndarray:
+    """The address of each expert's bias of each matrix, int64 [matrices, E]; without columns where there are none.
+
+    Raises ValueError where only some have biases.
+    """
+    biases = [each.bias for each in matrices if each.bias is not None]
+    if not biases:
+        return np.empty((len(matrices), 0), np.int64)
+    if len(biases) < len(matrices):
+        raise ValueError("some matrices of the experts have biases, others have none")
+    return np.array([address_of(bias) + bias.strides[0] * np.arange(len(bias)) for bias in biases])

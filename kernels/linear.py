@@ -9,9 +9,10 @@ from itertools import accumulate
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts
+from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts, check_stored
 from fiddler.kernels.machine.workspace import address_of
-from fiddler.kernels.matmul.grouped import check_stored, run, stored_kinds
+from fiddler.kernels.matmul.epilogues import PLAIN
+from fiddler.kernels.matmul.grouped import run, stored_kinds
 
 __all__ = ["linear", "linears", "per_expert", "per_head"]
 
@@ -49,7 +50,7 @@ def linears(
     expert_ids, routing_weights, columns = _one_expert(tokens, width)
     stored, rows = stored_kinds(variants, (width,) * len(variants)), np.array(outputs)
     grouping = variants[0].grouping
-    run(grouping, x, expert_ids, routing_weights, columns, matrices, stored, rows, False, y, y.size * width)
+    run(grouping, x, expert_ids, routing_weights, columns, matrices, stored, rows, PLAIN, y, y.size * width)
     ends = [tokens * end for end in accumulate(outputs)]
     return [y[end - tokens * each : end].reshape(tokens, each) for each, end in zip(outputs, ends, strict=True)]
 
@@ -87,7 +88,7 @@ def per_expert(
         rows, columns = np.ascontiguousarray(expert_ids, np.int64)[:, None], np.full(experts, width)
         matrices, stored = w.addresses[None], stored_kinds((variant,), (width,))
         ones, grouping, work = _ones(len(x)), variant.grouping, y.size * width
-        if not run(grouping, x, rows, ones, columns, matrices, stored, np.array([outputs]), False, y, work):
+        if not run(grouping, x, rows, ones, columns, matrices, stored, np.array([outputs]), PLAIN, y, work):
             raise ValueError(f"an expert id lies outside 0..{experts - 1}")
     return y.reshape(len(x), outputs)
 

@@ -51,25 +51,32 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def route(
-    x: np.ndarray, weight: np.ndarray, k: int, rule: Routing | None = None, selection_bias: np.ndarray | None = None
+    x: np.ndarray,
+    weight: np.ndarray,
+    k: int,
+    rule: Routing | None = None,
+    selection_bias: np.ndarray | None = None,
+    router_bias: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each token's k chosen experts, int64 [T, k], and their routing weights, float32 [T, k].
 
-    x: float32 [T, D]; weight: float32 [E, D]; selection_bias: float32 [E], added to the scores for the choice only.
+    x: float32 [T, D]; weight: float32 [E, D]; selection_bias: float32 [E], added to the scores for the choice only;
+    router_bias: float32 [E], added to the logits.
     The expert of the largest score comes first; among equals the lower id.
     Raises ValueError when a shape, a data type or the rule does not fit.
     """
     rule = rule or Routing()
-    bias = np.empty(0, np.float32) if selection_bias is None else selection_bias
+    biases = [np.empty(0, np.float32) if each is None else each for each in (selection_bias, router_bias)]
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[1] != x.shape[1] or not 1 <= k <= weight.shape[0]:
         raise ValueError(f"x is {x.shape}, weight {weight.shape}, k {k}; expected [T, D], [E, D] and 1 to E")
-    if x.dtype != np.float32 or weight.dtype != np.float32 or bias.dtype != np.float32:
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}, selection_bias {bias.dtype}; expected float32")
-    if bias.shape not in ((0,), weight.shape[:1]):
-        raise ValueError(f"selection_bias is {bias.shape}; expected {weight.shape[:1]}")
+    if any(each.dtype != np.float32 for each in (x, weight, *biases)):
+        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}, a bias another type; expected float32")
+    for name, bias in zip(("selection_bias", "router_bias"), biases, strict=True):
+        if bias.shape not in ((0,), weight.shape[:1]):
+            raise ValueError(f"{name} is {bias.shape}; expected {weight.shape[:1]}")
     check_rule(rule, len(weight), k)
     expert_ids, routing_weights = np.empty((len(x), k), np.int64), np.empty((len(x), k), np.float32)
-    _route(*(np.ascontiguousarray(each) for each in (x, weight, bias)), *rule.values(), expert_ids, routing_weights)
+    _route(*(np.ascontiguousarray(each) for each in (x, weight, *biases)), *rule.values(), expert_ids, routing_weights)
     return expert_ids, routing_weights
 
 
@@ -148,6 +155,7 @@ def _route(
     x: np.ndarray,
     weight: np.ndarray,
     bias: np.ndarray,
+    router_bias: np.ndarray,
     sigmoid: int,
     renormalise: int,
     scale: np.float32,
@@ -167,6 +175,8 @@ def _route(
         )
         for e in range(experts):
             scores[e] = _dot(x[t], weight[e])
+            if router_bias.size > 0:
+                scores[e] += router_bias[e]
             ranks[e] = scores[e]
         if not by_logits:
             _scores(scores, sigmoid)
@@ -199,6 +209,6 @@ _VECTOR, _MATRIX = types.float32[::1], types.float32[:, ::1]
 normalise = FunctionPointer(_rms_norm, _MATRIX, _VECTOR, types.float32, _MATRIX)
 router = FunctionPointer(
     _route,
-    *(_MATRIX, _MATRIX, _VECTOR, types.intp, types.intp, types.float32, types.intp, types.intp),
+    *(_MATRIX, _MATRIX, _VECTOR, _VECTOR, types.intp, types.intp, types.float32, types.intp, types.intp),
     *(types.int64[:, ::1], _MATRIX),
 )

@@ -6,6 +6,7 @@
 from fiddler.models.architecture import Architecture
 from fiddler.models.dbrx import DBRX
 from fiddler.models.deepseek import DEEPSEEK, DEEPSEEK2, GLM4_MOE
+from fiddler.models.gpt_oss import GPT_OSS
 from fiddler.models.granite import GRANITE_MOE
 from fiddler.models.llama import LLAMA
 from fiddler.models.mixtral import MIXTRAL
@@ -15,7 +16,7 @@ __all__ = ["ARCHITECTURES", "DENSE_ARCHITECTURES", "LLAMA", "MIXTRAL", "Architec
 
 ARCHITECTURES: dict[str, Architecture] = {
     each.gguf_name: each
-    for each in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK, DEEPSEEK2, GLM4_MOE, DBRX)
+    for each in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE, GRANITE_MOE, DEEPSEEK, DEEPSEEK2, GLM4_MOE, DBRX, GPT_OSS)
 }
 """Every architecture with experts that runs, by its name in GGUF."""
 

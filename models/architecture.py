@@ -1,7 +1,7 @@
 """An architecture as a value: the parts of its blocks and the tensors that they have. Declares; computes nothing.
 
-A row of the table in `fiddler.models`. `transformer.py` runs every declared architecture; the faster paths (compiled
-decode step, captured graphs) say with `first_unknown` whether they know its parts, and are skipped otherwise.
+A row of the table in `fiddler.models`. `transformer.py` runs every one; the faster paths (compiled decode step,
+captured graphs) say with `first_unknown` whether they know its parts, and are skipped otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import Enum, StrEnum, auto
 
 __all__ = [
     "EXPERTS",
+    "EXPERT_BIASES",
     "FLOATS",
     "ROPE_DIVISORS",
     "Activation",
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionBias",
     "AttentionKind",
     "DenseLayers",
+    "ExpertBias",
     "Layers",
     "ModelTensor",
     "Norm",
@@ -28,6 +30,7 @@ __all__ = [
     "RouterRule",
     "Scoring",
     "SharedExperts",
+    "Sinks",
     "Window",
     "first_unknown",
 ]
@@ -58,6 +61,7 @@ class AttentionBias(StrEnum):
 
     NONE = "none"
     QUERY_KEY_VALUE = "of queries, keys and values"
+    ALL = "of queries, keys, values and the output"
 
 
 class Window(StrEnum):
@@ -65,6 +69,14 @@ class Window(StrEnum):
 
     NONE = "none"
     EVERY_LAYER = "every layer"
+    EVERY_SECOND = "every second layer"  # the first of each two
+
+
+class Sinks(StrEnum):
+    """Terms of attention's softmax that belong to no position: https://arxiv.org/abs/2309.17453."""
+
+    NONE = "none"
+    HEAD = "a logit of each head"
 
 
 class Rotary(StrEnum):
@@ -107,9 +119,17 @@ class RouterRule:
 
 
 class Activation(StrEnum):
-    """Activation of an expert's gate."""
+    """How gate and up become an expert's hidden activations."""
 
-    SILU = "silu"
+    SILU = "silu"  # silu(gate) * up: Shazeer 2020, https://arxiv.org/abs/2002.05202
+    CLAMPED = "clamped"  # g * sigmoid(1.702 g) * (u + 1), g = min(gate, 7), u = up between -7 and 7, as in gpt-oss
+
+
+class ExpertBias(StrEnum):
+    """Biases of the router's and the routed experts' products."""
+
+    NONE = "none"
+    ALL = "of the router, gate, up and down"
 
 
 class SharedExperts(StrEnum):
@@ -160,12 +180,18 @@ class Role(Enum):
     VALUE_UP = auto()  # of each head, [value, latent]
     KEY_VALUE_UP = auto()  # of each head, [key + value, latent]: both in one, as in files from before 2025
     ATTENTION_OUTPUT = auto()
+    OUTPUT_BIAS = auto()  # of attention's output
+    SINKS = auto()
     FFN_NORM = auto()
     ROUTER = auto()
+    ROUTER_BIAS = auto()
     SELECTION_BIAS = auto()  # added to the router's scores for the choice only
     GATE = auto()
     UP = auto()
     DOWN = auto()
+    GATE_BIAS = auto()
+    UP_BIAS = auto()
+    DOWN_BIAS = auto()
     SHARED_ROUTER = auto()  # [D], of gated shared experts
     SHARED_GATE = auto()
     SHARED_UP = auto()
@@ -180,12 +206,15 @@ class Role(Enum):
 EXPERTS = (Role.GATE, Role.UP, Role.DOWN)
 """Stacks of the routed experts' matrices."""
 
+EXPERT_BIASES = (Role.GATE_BIAS, Role.UP_BIAS, Role.DOWN_BIAS)
+"""Stacks of their biases."""
+
 FLOATS = frozenset(
     (
         *(Role.ATTENTION_NORM, Role.QUERY_NORM, Role.KEY_NORM, Role.FFN_NORM, Role.OUTPUT_NORM),
-        *(Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS),
+        *(Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS, Role.OUTPUT_BIAS, Role.SINKS),
         *(Role.QUERY_DOWN_NORM, Role.LATENT_NORM, Role.ROPE_DIVISORS),
-        *(Role.ROUTER, Role.SELECTION_BIAS, Role.SHARED_ROUTER),
+        *(Role.ROUTER, Role.ROUTER_BIAS, Role.SELECTION_BIAS, Role.SHARED_ROUTER, *EXPERT_BIASES),
     )
 )
 """Small tensors that are float32 in memory, whatever the file has."""
@@ -238,6 +267,8 @@ class Architecture:
     attention: AttentionKind = AttentionKind.HEADS
     scaled: bool = False
     """Whether embeddings, residuals, attention's scores and logits have multipliers, as in Granite."""
+    sinks: Sinks = Sinks.NONE
+    expert_bias: ExpertBias = ExpertBias.NONE
 
     @property
     def has_experts(self) -> bool:

@@ -36,14 +36,17 @@ class Rows(Protocol):
     def __getitem__(self, positions: slice, /) -> Tensor: ...
 
 
-def attend(q: Tensor, keys: Rows, values: Rows, window: int | None) -> Tensor:
+def attend(q: Tensor, keys: Rows, values: Rows, window: int | None, sinks: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention of the last n of S positions: q [n, H, head_dim] -> [n, H, head_dim] float32.
 
     keys and values [S, G, head_dim]: query i is position S - n + i and attends to the positions up to its own, at
     most the last `window` of them. Keys and values may have 16 bits; the arithmetic is float32, except on a GPU for
     fp16 keys that the window does not cut: 16-bit products, float32 sums. On a CPU, memory does not grow with S.
+    sinks: float32 [H], a logit of each head that the softmax has beside its scores; it adds nothing to the output. On a
+    CPU only.
     """
     n, total = len(q), len(keys)
+    assert sinks is None or not q.is_cuda
     fused = q.shape[-1] <= _WIDEST_FUSED and (window is None or total <= window)
     if q.is_cuda and keys.dtype == torch.float16 and fused:
         return _attend_fp16(q, keys[:], values[:])
@@ -51,11 +54,11 @@ def attend(q: Tensor, keys: Rows, values: Rows, window: int | None) -> Tensor:
         visible = slice(max(0, total - n - window + 1), total)  # to any of the queries
         keys, values = keys[visible], values[visible]
     if n > 1 and (q.is_cuda or (window is not None and len(keys) > window)):
-        return _attend_masked(q.float(), keys[:], values[:], window)
-    return _attend_in_blocks(q.float(), keys, values)
+        return _attend_masked(q.float(), keys[:], values[:], window, sinks)
+    return _attend_in_blocks(q.float(), keys, values, sinks)
 
 
-def _attend_in_blocks(q: Tensor, keys: Rows, values: Rows) -> Tensor:
+def _attend_in_blocks(q: Tensor, keys: Rows, values: Rows, sinks: Tensor | None) -> Tensor:
     """`attend` without a window, block by block.
 
     Log-sum-exps merge the blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
@@ -69,6 +72,8 @@ def _attend_in_blocks(q: Tensor, keys: Rows, values: Rows) -> Tensor:
         merged_lse = torch.logaddexp(lse, block_lse)
         out = out * torch.exp(lse - merged_lse) + block.reshape(heads, n, head_dim) * torch.exp(block_lse - merged_lse)
         lse = merged_lse
+    if sinks is not None:  # the sink's term of the softmax's denominator
+        out = out * torch.sigmoid(lse - sinks[:, None, None])
     return out.transpose(0, 1).contiguous()
 
 
@@ -95,7 +100,7 @@ def _blocks(q: Tensor, keys: Rows, values: Rows) -> Iterator[tuple[Tensor, Tenso
             yield torch.bmm(probabilities, v), scores.amax(-1) - probabilities.amax(-1).log()
 
 
-def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
     """`attend` with an explicit mask, a chunk of queries at a time."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
@@ -115,7 +120,14 @@ def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None) 
             mask &= key > position - window
         mask = mask.repeat_interleave(repeat, 0)
         chunk = grouped[:, begin:end].reshape(1, groups, -1, head_dim)
-        result = F.scaled_dot_product_attention(chunk, k[None, :, oldest:last], v[None, :, oldest:last], mask)
+        visible = k[None, :, oldest:last], v[None, :, oldest:last]
+        if sinks is None:
+            result = F.scaled_dot_product_attention(chunk, *visible, mask)
+        else:
+            bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            result, lse = _FLASH(chunk, *visible, 0.0, False, attn_mask=bias[None, None])
+            of_rows = sinks.view(groups, 1, repeat).expand(-1, end - begin, -1).reshape(1, groups, -1)
+            result = result * torch.sigmoid(lse - of_rows)[..., None]
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
     return out.transpose(0, 1).reshape(n, heads, head_dim)
 

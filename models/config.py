@@ -20,6 +20,7 @@ from fiddler.models.architecture import (
     ModelTensor,
     Role,
     RouterRule,
+    Window,
 )
 from fiddler.models.rope_scaling import RopeKind, RopeScaling
 
@@ -218,6 +219,15 @@ class Config:
     def rotated_scale(self) -> float:
         """The number that rotated queries and keys are multiplied by: 1, or YaRN's."""
         return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer's queries attend to, their own included; None: all."""
+        return None if self.architecture.window is Window.EVERY_SECOND and layer % 2 else self.sliding_window
+
+    @property
+    def cache_window(self) -> int | None:
+        """The last positions that some layer still attends to; None: all."""
+        return None if self.architecture.window is Window.EVERY_SECOND else self.sliding_window
 
     @property
     def sparse_layers(self) -> range:

@@ -30,16 +30,21 @@ class Attention:
         self._output = name(Role.ATTENTION_OUTPUT)
         biases = (Role.QUERY_BIAS, Role.KEY_BIAS, Role.VALUE_BIAS)
         self._biases = [weights[name(role)] for role in biases if config.has(role)]
+        self._output_bias = weights[name(Role.OUTPUT_BIAS)] if config.has(Role.OUTPUT_BIAS) else None
+        self._sinks = weights[name(Role.SINKS)] if config.has(Role.SINKS) else None
         self._qk_norms = [weights[name(role)] for role in (Role.QUERY_NORM, Role.KEY_NORM) if config.has(role)]
 
     def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
         """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
         x = self._norm(centred(h, self._config.architecture.norm), self._attn_norm, self._config.rms_epsilon)
-        attended = cache.attend(self._index, *self._heads(self._linear.together(x, self._qkv))).flatten(1)
+        q, k, v = self._heads(self._linear.together(x, self._qkv))
+        attended = cache.attend(self._index, q, k, v, self._sinks).flatten(1)
         if wanted is not None:
             h, attended = h[wanted], attended[wanted]
             if not len(wanted):
                 return h
+        if self._output_bias is not None:
+            h = h + self._output_bias
         if self._config.residual_scale == 1.0:
             return self._linear(attended, self._output, h)
         return h + self._linear(attended, self._output) * self._config.residual_scale

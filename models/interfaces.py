@@ -64,10 +64,11 @@ class Linear(Protocol):
 class Cache(Protocol):
     """The KV caches of a step's sequences; knows the position of each row of the step."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Rotate q [T, H, head_dim] and k [T, G, head_dim] to their positions; store k and v [T, G, head_dim].
 
-        In latent attention only k is stored: the stored keys are the values, too.
+        In latent attention only k is stored: the stored keys are the values, too. sinks: float32 [H], see
+        `attention.attend`.
         Returns causal attention of each row over its own sequence: [T, H, head_dim] float32.
         """
         ...
@@ -75,11 +76,15 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """A layer's norm [D] before the router and the experts, the router's matrix [E, D], and its selection bias [E]."""
+    """A layer's norm [D] before the router and the experts, the router's matrix [E, D], and biases [E].
+
+    The selection bias is added to scores for the choice only, the other one to the router's logits.
+    """
 
     norm: Tensor
     gate: Tensor
     selection_bias: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Router(Protocol):

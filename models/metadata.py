@@ -20,7 +20,7 @@ from fiddler.models.architecture import (
 from fiddler.models.config import Config, LatentWidths
 from fiddler.models.dbrx import DBRX
 from fiddler.models.metadata_keys import MetadataKeys
-from fiddler.models.rope_metadata import TRUNCATE_KEY, read_rope_scaling, rope_scaling_metadata
+from fiddler.models.rope_metadata import read_rope_scaling, rope_scaling_metadata, truncate_metadata
 
 __all__ = ["further_tensors", "read_config", "to_metadata"]
 
@@ -148,9 +148,7 @@ def to_metadata(config: Config) -> dict[str, str | int | float | bool]:
         }
     values |= rope_scaling_metadata(config.rope_scaling, config.architecture)
     named: dict[str, str | int | float | bool] = {f"{prefix}.{key}": value for key, value in values.items()}
-    if config.rope_scaling is not None and not config.rope_scaling.truncate:
-        named[TRUNCATE_KEY] = False
-    return named
+    return named | truncate_metadata(config.rope_scaling, config.architecture)
 
 
 def _architecture(metadata: Mapping[str, object]) -> tuple[Architecture, MetadataKeys]:
@@ -239,6 +237,14 @@ def _shared_width(keys: MetadataKeys, architecture: Architecture, expert_width: 
 
 def _window(keys: MetadataKeys, architecture: Architecture) -> int | None:
     """Positions; None where there is no window. llama.cpp ignores the key for Mixtral, transformers does not."""
+    if architecture.window is Window.EVERY_SECOND:
+        pattern = keys.value("attention.sliding_window_pattern", 2)
+        if pattern != 2 and pattern != [layer % 2 == 0 for layer in range(_block_count(keys))]:
+            raise FileFormatError(
+                f"{keys.prefix}.attention.sliding_window_pattern is {quoted(pattern)}; only 2, a window on the first "
+                "of each two layers, runs"
+            )
+        return keys.integer("attention.sliding_window")
     return None if architecture.window is Window.NONE else keys.integer("attention.sliding_window", 0) or None
 
 

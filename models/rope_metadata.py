@@ -12,10 +12,11 @@ from fiddler.models.architecture import ROPE_DIVISORS, Architecture, AttentionKi
 from fiddler.models.metadata_keys import MetadataKeys
 from fiddler.models.rope_scaling import RopeKind, RopeScaling, yarn_attention_factor
 
-__all__ = ["TRUNCATE_KEY", "read_rope_scaling", "rope_scaling_metadata"]
+__all__ = ["read_rope_scaling", "rope_scaling_metadata", "truncate_metadata"]
 
 TRUNCATE_KEY = "fiddler.rope.yarn_truncate"
 """A key of ours: llama.cpp always truncates."""
+_NOT_TRUNCATED = ("gpt-oss",)  # architectures whose files without that key are of models trained without truncation
 _KINDS = {"linear": RopeKind.LINEAR, "yarn": RopeKind.YARN}
 
 
@@ -52,13 +53,13 @@ def read_rope_scaling(keys: MetadataKeys, *, divisors: bool, context: int) -> Ro
         keys.real("rope.scaling.yarn_attn_factor", default * attention_factor),
         keys.real("rope.scaling.yarn_beta_fast", 32.0),
         keys.real("rope.scaling.yarn_beta_slow", 1.0),
-        keys.whole_key_boolean(TRUNCATE_KEY, True),
+        keys.whole_key_boolean(TRUNCATE_KEY, keys.prefix not in _NOT_TRUNCATED),
         round(multiplier, 7),  # a float32 of a decimal fraction
     )
 
 
 def rope_scaling_metadata(scaling: RopeScaling | None, architecture: Architecture) -> dict[str, str | int | float]:
-    """The keys that `read_rope_scaling` reads, without `TRUNCATE_KEY`."""
+    """The keys that `read_rope_scaling` reads; `TRUNCATE_KEY` is `truncate_metadata`'s."""
     if scaling is None or scaling.kind is RopeKind.DIVISORS:
         return {}
     values: dict[str, str | int | float] = {
@@ -82,3 +83,11 @@ def rope_scaling_metadata(scaling: RopeScaling | None, architecture: Architectur
         if architecture.attention is AttentionKind.HEADS:  # llama.cpp would scale a latent's scores by it, too
             values["rope.scaling.attn_factor"] = scaling.attention_factor / default
     return values
+
+
+def truncate_metadata(scaling: RopeScaling | None, architecture: Architecture) -> dict[str, bool]:
+    """`TRUNCATE_KEY`, where it is not what a file without it means."""
+    if scaling is None or scaling.kind is not RopeKind.YARN:
+        return {}
+    default = architecture.gguf_name not in _NOT_TRUNCATED
+    return {} if scaling.truncate is default else {TRUNCATE_KEY: scaling.truncate}

@@ -20,7 +20,7 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
     See `RouterRule` for the rule. Largest weight first, but for the selection bias.
     """
     x = rms_norm(h, weights.norm, epsilon)
-    logits = F.linear(x, weights.gate)
+    logits = F.linear(x, weights.gate, weights.bias)
     scores = torch.softmax(logits, -1) if rule.scoring is Scoring.SOFTMAX else torch.sigmoid(logits)
     ranks = scores if weights.selection_bias is None else scores + weights.selection_bias
     if rule.groups > 1:

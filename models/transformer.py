@@ -119,8 +119,8 @@ class Block:
         if self.dense:
             self._feed_forward = [name(role) for role in (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)]
             return
-        bias = weights[name(Role.SELECTION_BIAS)] if config.has(Role.SELECTION_BIAS) else None
-        self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.ROUTER)], bias)
+        biases = (weights[name(role)] if config.has(role) else None for role in (Role.SELECTION_BIAS, Role.ROUTER_BIAS))
+        self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.ROUTER)], *biases)
         self._shared: list[str] = []
         if config.has(Role.SHARED_GATE):
             self._shared = [name(role) for role in (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fiddler.chat import Chat
     from fiddler.engine import Engine
     from fiddler.files.atomic_file import OutputFile
+    from fiddler.files.model_file import ModelFile
     from fiddler.generation.completion import Stats
     from fiddler.generation.request import Request
     from fiddler.text.template_variables import TemplateVariables
@@ -112,7 +113,8 @@ def run(
     if text is None:
         text = read_prompt(prompt_file, model_file, loading.capacity(model_file.config.context_length))
     ids = templated(model_file, text, system, template, variables) if answering else None
-    request = replace(request, prompt=text if ids is None else ids)
+    named = _named_marks(model_file, template) if answering and search is None else frozenset()
+    request = replace(request, prompt=text if ids is None else ids, named_tokens=named)
     with open_output(probs_file) as probs:
         engine = loaded(model_file, loading)
         if chatting:
@@ -127,6 +129,15 @@ def run(
             measured = _print_text(engine, request, prompt_cache, probs, answer=answering)
     if stats:
         say(f"{engine.where} | {_stats_text(measured)}")
+
+
+def _named_marks(model_file: ModelFile, template: str | None) -> frozenset[int]:
+    """Control tokens that an answer shows: harmony's, where the template, the model's or the given one, is that."""
+    from fiddler.text.harmony import is_harmony
+    from fiddler.text.harmony_turn import named_marks
+
+    tokenizer = model_file.tokenizer
+    return named_marks(tokenizer) if is_harmony(template or tokenizer.chat_template) else frozenset()
 
 
 def _variables(chat_template_kwargs: str | None) -> TemplateVariables:
@@ -164,15 +175,19 @@ def _print_text(
 ) -> Stats:
     """Generate and print the text as it comes; then the tokens' log-probabilities, where --n-probs asks for them.
 
-    answer: to a message; its first space belongs to the tokenizer.
+    answer: to a message; its first space belongs to the tokenizer. Named tokens are those of an answer in harmony.
     """
+    from fiddler.text.harmony_turn import HarmonyTurn
+
+    turn = HarmonyTurn() if request.named_tokens else None
     generation = engine.start(request, prompt_cache=prompt_cache)
     prefixed = answer and engine.tokenizer.add_space_prefix
     for piece in generation:
-        sys.stdout.write(piece.removeprefix(" ") if prefixed else piece)
+        piece = piece.removeprefix(" ") if prefixed else piece
+        sys.stdout.write(piece if turn is None else turn.push(piece))
         prefixed = False
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    sys.stdout.write(("" if turn is None else turn.finish()) + "\n")
     sys.stdout.flush()
     if request.sampling.n_probs:
         from fiddler.serving.json_fields import probs_of

@@ -17,7 +17,8 @@ from fiddler import kernels
 from fiddler.files.weights import ExpertWeights, LinearWeight
 from fiddler.kernels import KernelVariant
 from fiddler.models import router
-from fiddler.models.architecture import RouterRule, Scoring
+from fiddler.models.activation import activated
+from fiddler.models.architecture import Activation, RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -33,6 +34,7 @@ class CpuExperts:
     def __init__(self, layers: list[ExpertWeights], recorder: Recorder = SILENT) -> None:
         self._layers = layers
         self._recorder = recorder
+        self._checked: dict[int, kernels.ExpertFfn] = {}  # by layer
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
         """Implements `Experts`."""
@@ -41,8 +43,10 @@ class CpuExperts:
         with self._recorder.span("experts", len(set(expert_ids.reshape(-1).tolist())) * w.expert_bytes):
             if len({variant.grouping for variant in w.variants}) > 1:
                 return _product_by_product(x, expert_ids, routing_weights, w)
-            arrays = x.numpy(), expert_ids.numpy(), routing_weights.numpy()
-            y = kernels.expert_ffn(*arrays, w.gate, w.up, w.down, w.variants)
+            if layer not in self._checked:
+                clamped = w.activation is Activation.CLAMPED
+                self._checked[layer] = kernels.ExpertFfn(w.gate, w.up, w.down, w.variants, clamped=clamped)
+            y = self._checked[layer](x.numpy(), expert_ids.numpy(), routing_weights.numpy())
         return torch.from_numpy(y)
 
 
@@ -50,10 +54,18 @@ def _product_by_product(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, 
     """`CpuExperts` where gate, up and down have formats that one kernel does not multiply: a call for each."""
     ids, (of_gate, of_up, of_down) = expert_ids.reshape(-1).numpy(), w.variants
     rows = x.repeat_interleave(expert_ids.shape[1], 0).numpy()  # [T * K, D]
-    gated, linear = kernels.per_expert(rows, ids, w.gate, of_gate), kernels.per_expert(rows, ids, w.up, of_up)
-    hidden = F.silu(torch.from_numpy(gated)) * torch.from_numpy(linear)
-    y = torch.from_numpy(kernels.per_expert(hidden.numpy(), ids, w.down, of_down))
+    gated, linear = (torch.from_numpy(_with_bias(rows, ids, *each)) for each in ((w.gate, of_gate), (w.up, of_up)))
+    hidden = activated(gated, linear, w.activation)
+    y = torch.from_numpy(_with_bias(hidden.numpy(), ids, w.down, of_down))
     return (y.view(*expert_ids.shape, -1) * routing_weights[..., None]).sum(1)
+
+
+def _with_bias(
+    x: np.ndarray, expert_ids: np.ndarray, matrices: kernels.ExpertMatrices, variant: KernelVariant
+) -> np.ndarray:
+    """Each row's product with its expert's matrix, and the expert's bias."""
+    y = kernels.per_expert(x, expert_ids, matrices, variant)
+    return y if matrices.bias is None else y + matrices.bias[expert_ids]
 
 
 class EmbeddingRows:
@@ -129,8 +141,8 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
     if len(h) > MAX_KERNEL_TOKENS:
         return router.route(h, epsilon, weights, rule, k)
     x = kernels.rms_norm(h.numpy(), weights.norm.numpy(), epsilon)
-    bias = None if weights.selection_bias is None else weights.selection_bias.numpy()
-    expert_ids, routing_weights = kernels.route(x, weights.gate.numpy(), k, routing_of(rule), bias)
+    biases = (None if each is None else each.numpy() for each in (weights.selection_bias, weights.bias))
+    expert_ids, routing_weights = kernels.route(x, weights.gate.numpy(), k, routing_of(rule), *biases)
     return torch.from_numpy(x), torch.from_numpy(expert_ids), torch.from_numpy(routing_weights)
 
 

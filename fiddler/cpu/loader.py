@@ -23,7 +23,18 @@ from fiddler.kernels.formats.block_format import BlockFormat
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
-from fiddler.models.architecture import EXPERTS, FLOATS, AttentionKind, Norm, Role, Rotary, first_unknown
+from fiddler.models.architecture import (
+    EXPERT_BIASES,
+    EXPERTS,
+    FLOATS,
+    Activation,
+    AttentionKind,
+    Norm,
+    Role,
+    Rotary,
+    Window,
+    first_unknown,
+)
 from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import rotary_frequencies
@@ -47,6 +58,9 @@ _SMALL = {
     "k_norm": Role.KEY_NORM,
     "selection_bias": Role.SELECTION_BIAS,
     "shared_gate": Role.SHARED_ROUTER,
+    "output_bias": Role.OUTPUT_BIAS,
+    "sinks": Role.SINKS,
+    "router_bias": Role.ROUTER_BIAS,
 }
 _MATRICES = {
     "attn_q": Role.QUERY,
@@ -77,7 +91,7 @@ def on_cpu(
     weights: dict[str, Tensor] = {}
     embeddings: kernels.StoredRows | None = None
     for name, tensor in config.tensors(tied=False).items():
-        if tensor.role in EXPERTS:
+        if tensor.role in EXPERTS or tensor.role in EXPERT_BIASES:
             continue
         values, kind = model_file.bits(name)
         if tensor.role is Role.TOKEN_EMBEDDING and kind not in _TORCH_TYPES:
@@ -130,7 +144,8 @@ def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
     """Whether the compiled decode step runs a model whose matrices have these formats: one, or any quantised ones."""
     together = len(set(formats)) == 1 or all(isinstance(each, BlockFormat) for each in formats)
     known = together and all(FORMATS.get(each.name) is each for each in formats)
-    return known and config.rotated_scale == 1.0 and first_unknown(config.architecture, _DECODES) is None
+    whole = config.rotated_scale == 1.0 or config.rotated == config.head_dim  # else a part of each query is scaled
+    return known and whole and first_unknown(config.architecture, _DECODES) is None
 
 
 def _decodes(config: Config, linears: Mapping[str, LinearWeight | Tensor], experts: Sequence[ExpertWeights]) -> bool:
@@ -220,9 +235,11 @@ def _block_parts(config: Config) -> kernels.BlockParts:
         routing=routing_of(rule),
         halves=config.rotated if config.architecture.rotary is Rotary.HALVES else 0,
         clamp=config.clamp_kqv or 0.0,
-        query_scale=1.0 if scale is None else scale * config.head_dim**0.5,
+        query_scale=(1.0 if scale is None else scale * config.head_dim**0.5) * config.rotated_scale**2,
         residual_scale=config.residual_scale,
         embedding_scale=config.embedding_scale,
         logit_scale=config.logit_scale,
         layer_norm=config.architecture.norm is Norm.LAYER,
+        clamped=config.architecture.activation is Activation.CLAMPED,
+        every_second=config.architecture.window is Window.EVERY_SECOND,
     )

@@ -13,7 +13,7 @@ from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile
 from fiddler.files.gguf_header import printable
 from fiddler.files.model_file import ModelFile
-from fiddler.models.architecture import EXPERTS, AttentionBias, QkNorm, Role
+from fiddler.models.architecture import EXPERTS, AttentionBias, QkNorm, Role, Window
 from fiddler.models.config import Config
 
 __all__ = ["describe", "to_text"]
@@ -114,6 +114,7 @@ def _parts(config: Config) -> dict[str, str]:
     architecture, rule = config.architecture, config.router
     qk_norm = architecture.qk_norm if config.has(Role.QUERY_NORM) else QkNorm.NONE
     bias = architecture.attention_bias if config.has(Role.QUERY_BIAS) else AttentionBias.NONE
+    window = Window.NONE if config.sliding_window is None else architecture.window
     router = [str(rule.scoring)]
     router += ["selection bias"] if config.has(Role.SELECTION_BIAS) else []
     router += [f"{rule.groups_used} of {rule.groups} groups"] if rule.groups > 1 else []
@@ -127,9 +128,12 @@ def _parts(config: Config) -> dict[str, str]:
         "norm": str(architecture.norm),
         "qk_norm": str(qk_norm),
         "attention_bias": str(bias),
+        "sinks": str(architecture.sinks),
+        "window": str(window),
         "rotary": f"{architecture.rotary}{rotated}",
         "router": ", ".join(router),
         "activation": str(architecture.activation),
+        "expert_bias": str(architecture.expert_bias),
         "shared_experts": str(architecture.shared_experts) if config.has(Role.SHARED_GATE) else "none",
         "dense_layers": str(architecture.dense_layers) if config.leading_dense_block_count else "none",
     }

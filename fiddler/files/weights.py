@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ from fiddler.files.model_file import ModelFile
 from fiddler.kernels import ExpertMatrices, KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models.architecture import EXPERTS, Role
+from fiddler.models.architecture import EXPERT_BIASES, EXPERTS, Activation, Role
 
 __all__ = ["ExpertWeights", "LinearWeight", "expert_matrices", "main_variant", "mapped_experts", "variant_for"]
 
@@ -25,6 +25,7 @@ class ExpertWeights:
     down: ExpertMatrices  # [E, D, F]
     variant: KernelVariant  # of gate
     others: tuple[KernelVariant, KernelVariant] | None = None  # of up and down; None: as of gate
+    activation: Activation = Activation.SILU
 
     @property
     def variants(self) -> tuple[KernelVariant, KernelVariant, KernelVariant]:
@@ -72,18 +73,31 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
         (gate, up, down), kinds = expert_matrices(model_file, layer)
         of_gate, *others = (variant_for(tier, kind, exact) for kind in kinds)
         same = all(each == of_gate for each in others)
-        experts.append(ExpertWeights(gate, up, down, of_gate, None if same else (others[0], others[1])))
+        pair, activation = None if same else (others[0], others[1]), model_file.config.architecture.activation
+        experts.append(ExpertWeights(gate, up, down, of_gate, pair, activation))
     return experts
 
 
 def expert_matrices(
     model_file: ModelFile, layer: int
 ) -> tuple[tuple[ExpertMatrices, ExpertMatrices, ExpertMatrices], tuple[str, str, str]]:
-    """gate, up [E, F, D] and down [E, D, F] of a layer, and their GGUF types."""
+    """gate, up [E, F, D] and down [E, D, F] of a layer, with their biases, and their GGUF types."""
     names = [model_file.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-    gate, up, down = (ExpertMatrices.of(model_file.experts(name)) for name in names)
+    matrices = [ExpertMatrices.of(model_file.experts(name)) for name in names]
+    if model_file.config.has(Role.GATE_BIAS):
+        biases = (model_file.config.architecture.tensor_name(role, layer) for role in EXPERT_BIASES)
+        matrices = [replace(each, bias=_floats(model_file, name)) for each, name in zip(matrices, biases, strict=True)]
+    gate, up, down = matrices
     of_gate, of_up, of_down = (model_file.stored(name)[0].type for name in names)
     return (gate, up, down), (of_gate, of_up, of_down)
+
+
+def _floats(model_file: ModelFile, name: str) -> np.ndarray:
+    """A tensor as float32: a view of the mapping where it has that type."""
+    values, kind = model_file.bits(name)
+    if kind == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.view(np.float16).astype(np.float32) if kind == "F16" else values
 
 
 def variant_for(tier: Tier, kind: str, exact: bool) -> KernelVariant:

@@ -55,10 +55,11 @@ class GpuStep(Step):
         )
         self._tables, self._tiles = attention.Tables(positions, blocks, row_firsts), tiles.view(-1, 2)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
+        assert sinks is None, "models with sinks run on the CPU"
         keys, values = self._first[layer, 0], self._first[layer, 1]
-        window, tables = self._config.sliding_window, self._tables
+        window, tables = self._config.window(layer), self._tables
         q = self._attention.rotate_and_store(q, k, v, self._cos_sin_table, tables, keys, values)
         out = torch.empty_like(q)
         if len(self._single):

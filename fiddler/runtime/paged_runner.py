@@ -46,7 +46,7 @@ class PagedRunner(Runner):
 
     def sequence(self, positions: int = 0) -> PagedKVCache:
         """Implements `Runner.sequence`. Takes no block before the first step."""
-        return PagedKVCache(self.pool, self.context, self.model.config.sliding_window)
+        return PagedKVCache(self.pool, self.context, self.model.config.cache_window)
 
     def sequences(self, count: int, positions: int) -> list[KVCache]:
         """Implements `Runner.sequences`."""
@@ -72,7 +72,7 @@ class PagedRunner(Runner):
 
     def resume(self, ids: Sequence[int], positions: int = 0) -> PagedKVCache:
         """Implements `Runner.resume`."""
-        known = self.prefix_cache.take(ids, self.context, self.model.config.sliding_window)
+        known = self.prefix_cache.take(ids, self.context, self.model.config.cache_window)
         return self.sequence() if known is None else known
 
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:

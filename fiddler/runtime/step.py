@@ -56,20 +56,21 @@ class Step:
             (sequence.length + rows.stop - rows.start) * (rows.stop - rows.start) for sequence, rows in self._by_torch
         )
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`: rotate, store, attend; each row attends to its own sequence."""
         if not self._by_torch:
-            return self._attend_by_kernel(layer, q, k, v)
+            return self._attend_by_kernel(layer, q, k, v, sinks)
         out = torch.empty_like(q)
         if self._by_kernel:
-            out[self._kernel_rows] = self._attend_by_kernel(layer, *(tensor[self._kernel_rows] for tensor in (q, k, v)))
+            alone = [tensor[self._kernel_rows] for tensor in (q, k, v)]
+            out[self._kernel_rows] = self._attend_by_kernel(layer, alone[0], alone[1], alone[2], sinks)
         for sequence, rows in self._by_torch:
             cos_sin = self._cos_sin[rows]
             keys, values = sequence.write(layer, rotate(k[rows], cos_sin), v[rows])
-            out[rows] = attend(rotate(q[rows], cos_sin), keys, values, self._config.sliding_window)
+            out[rows] = attend(rotate(q[rows], cos_sin), keys, values, self._config.window(layer), sinks)
         return out
 
-    def _attend_by_kernel(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_by_kernel(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         """Attention of the sequences that get one position each."""
         pool = self._by_kernel[0].pool
         assert pool.array is not None
@@ -77,8 +78,10 @@ class Step:
         tables = [sequence.table for sequence in self._by_kernel]
         lengths = [sequence.length for sequence in self._by_kernel]
         q_array, k_array, v_array = (tensor.contiguous().numpy() for tensor in (q, k, v))
-        frequencies, window = self._frequencies, self._config.sliding_window
-        output = kernels.attend_each(q_array, k_array, v_array, pool.array, layer, tables, lengths, frequencies, window)
+        arrays = q_array, k_array, v_array, pool.array
+        of_heads = None if sinks is None else sinks.numpy()
+        window, frequencies = self._config.window(layer), self._frequencies
+        output = kernels.attend_each(*arrays, layer, tables, lengths, frequencies, window, of_heads)
         return torch.from_numpy(output)
 
     @cached_property

@@ -13,8 +13,10 @@ from typing import Any
 
 from fiddler.errors import FileFormatError, RequestError, quoted
 from fiddler.serving.answer_parts import THINK, AnswerParser, ReasoningParser
+from fiddler.serving.harmony_answers import HarmonyParser
 from fiddler.serving.tool_formats import ToolFormat, tool_format
 from fiddler.text.chat_template import ChatTemplate
+from fiddler.text.harmony import OPENS_FINAL
 from fiddler.text.messages import Message, checked_messages
 from fiddler.text.template_variables import TemplateVariables
 from fiddler.text.tokenizer import Tokenizer
@@ -57,12 +59,15 @@ class ChatPrompt:
     format: ToolFormat
     grammar: str | None = None
     named_tokens: frozenset[int] = frozenset()
-    begun: bool = False
+    begun: bool = False  # whether the prompt has the beginning of the answer
 
-    def parser(self) -> AnswerParser:
+    def parser(self) -> AnswerParser | HarmonyParser:
         """A parser for one answer."""
         conversation = self.conversation
         names = [tool["function"]["name"] for tool in conversation.tools]
+        if self.format.harmony:
+            calls = bool(names) and conversation.tool_choice != "none"
+            return HarmonyParser(begun=self.begun, split_reasoning=conversation.split_reasoning, tools=calls)
         tools = self.format.parser(names) if names and conversation.tool_choice != "none" else None
         return AnswerParser(ReasoningParser(self.thinking) if conversation.split_reasoning else None, tools)
 
@@ -99,11 +104,14 @@ class ChatPrompts:
         messages, begun = self._split(conversation)
         ids = self._ids(messages, conversation)
         thinking = self._opens_reasoning(ids) if begun is None else False
+        if begun is not None and self._format.harmony:
+            ids = ids + self._tokenizer.encode(OPENS_FINAL, parse_special=True, continuing=True)
         if begun is not None:
             ids = ids + self._tokenizer.encode(begun, continuing=True)
         grammar, marks = None, {}
-        if conversation.tools:
+        if conversation.tools or self._format.harmony:
             marks = {name: ids[0] for name, ids in self._control.items() if self._is_control(name, ids)}
+        if conversation.tools:
             grammar = self._grammar(conversation, marks, thinking)
         named = frozenset(marks.values())
         return ChatPrompt(ids, thinking, conversation, self._format, grammar, named, begun=bool(begun))
@@ -118,7 +126,7 @@ class ChatPrompts:
                 with _request_errors():
                     variables = self._variables(conversation)
                     text = template.text(messages, variables, add_generation_prompt=conversation.begin_answer)
-        return text + (begun or "")
+        return text + (OPENS_FINAL if begun is not None and self._format.harmony else "") + (begun or "")
 
     def close(self) -> None:
         """End the processes that render."""

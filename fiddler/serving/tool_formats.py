@@ -13,6 +13,7 @@ from typing import Any
 from fiddler.sampling.constraint import json_rule
 from fiddler.serving.answer_parts import ToolParser
 from fiddler.serving.tool_calls import BareObjectParser, DeepSeekParser, HermesParser, MistralParser
+from fiddler.text.harmony import HARMONY_MARKS, is_harmony
 
 __all__ = ["ToolFormat", "tool_format"]
 
@@ -35,6 +36,7 @@ class ToolFormat:
     before: str = ""
     after: str = ""
     between: str | None = None
+    harmony: bool = False  # the marks stand in every answer, not only in calls: see `harmony_answers.py`
 
     def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int], thinking: bool) -> str:
         """A Lark grammar of one call of one of `tools`, as OpenAI's API describes them.
@@ -69,6 +71,9 @@ def _literal(text: str, ids: Mapping[str, int]) -> str:
 
 def tool_format(template: str | None, names: Sequence[str] = ()) -> ToolFormat:
     """The format of a model with this chat template; a bare object where it shows no other."""
+    if is_harmony(template):
+        before, between = "<|channel|>commentary to=functions.", " <|constrain|>json<|message|>"
+        return ToolFormat("harmony", BareObjectParser, HARMONY_MARKS, before, "", between, harmony=True)
     if template is not None and _DEEPSEEK[1] in template:
         named = f"function{_DEEPSEEK[2]}" in template or "'function'" in template or "```json" in template
         all_begin, begin, sep, end, all_end = _DEEPSEEK

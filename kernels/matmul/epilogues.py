@@ -1,4 +1,4 @@
-"""The two epilogues of a product: SwiGLU stored as the next product's activations, and the weighted sum of a token.
+"""The epilogues of a product: biases, SwiGLU stored as the next product's activations, and a token's weighted sum.
 
 Knows one task's sums and both activation layouts; no weights.
 """
@@ -12,9 +12,12 @@ from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS
 from fiddler.kernels.codegen.scalar_math import silu
 from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, int8_rows, panel_tokens
 from fiddler.kernels.matmul.int8_activations import store_int8_column
-from fiddler.kernels.matmul.stores import store_activation, store_pairs, store_word
+from fiddler.kernels.matmul.stores import load_float, store_activation, store_pairs, store_word
 
-__all__ = ["add_weighted", "store_hidden", "swiglu"]
+__all__ = ["CLAMPED", "PLAIN", "SWIGLU", "add_bias", "add_weighted", "clamped_swiglu", "store_hidden", "swiglu"]
+
+PLAIN, SWIGLU, CLAMPED = 0, 1, 2
+"""How a product's first two matrices become hidden activations: not at all; see `swiglu`; see `clamped_swiglu`."""
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
@@ -23,6 +26,25 @@ def swiglu(a: np.ndarray, b: np.ndarray, rows: int, columns: int) -> None:
     for r in range(rows):
         for m in range(columns):
             a[r, m] = silu(a[r, m]) * b[r, m]
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def clamped_swiglu(a: np.ndarray, b: np.ndarray, rows: int, columns: int) -> None:
+    """a = g * sigmoid(1.702 g) * (u + 1), g = min(a, 7), u = b between -7 and 7, as in gpt-oss."""
+    for r in range(rows):
+        for m in range(columns):
+            g = min(a[r, m], np.float32(7.0))
+            u = min(max(b[r, m], np.float32(-7.0)), np.float32(7.0))
+            a[r, m] = silu(np.float32(1.702) * g) * np.float32(1 / 1.702) * (u + np.float32(1.0))
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def add_bias(a: np.ndarray, rows: int, columns: int, bias: int) -> None:
+    """a[r, m] += the r-th float32 from the address `bias`."""
+    for r in range(rows):
+        value = load_float(bias, r)
+        for m in range(columns):
+            a[r, m] += value
 
 
 @njit(**OPTIONS)

@@ -20,13 +20,20 @@ from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
 from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
-from fiddler.kernels.matmul.epilogues import add_weighted, store_hidden, swiglu
+from fiddler.kernels.matmul.epilogues import (
+    CLAMPED,
+    PLAIN,
+    add_bias,
+    add_weighted,
+    clamped_swiglu,
+    store_hidden,
+    swiglu,
+)
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
 
 __all__ = [
     "addresses",
-    "check_stored",
     "compile_grouped_products",
     "grouped_products",
     "products",
@@ -55,8 +62,9 @@ def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int
 @partial(kernel, parallel=False)
 def _take_tasks(
     variant: KernelVariant,
-    gate_up: bool,
+    gate_up: int,
     matrices: np.ndarray,
+    biases: np.ndarray,
     stored: np.ndarray,
     groups: Groups,
     words: int,
@@ -75,11 +83,12 @@ def _take_tasks(
 ) -> None:
     """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
-    The names are those of `grouped_products`. matrices, stored: from this one on, each [outputs, width]; at: offsets of
+    The names are those of `grouped_products`. gate_up: the activation, PLAIN for one matrix; matrices, biases, stored:
+    from this one on, each [outputs, width]; at: offsets of
     the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
     the output is hidden activations.
     """
-    first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up else 1, c.shape[2]
+    first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up != PLAIN else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
     while begin < outputs:
         row_count = min(row_count, outputs - begin)
@@ -89,11 +98,11 @@ def _take_tasks(
         for g in range(groups.expert.size):
             count, packed, hidden_rows = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
             rows, k = row_count, hidden_rows
-            if gate_up:
+            if gate_up != PLAIN:
                 rows, k = min(rows, hidden_rows - begin), width
                 if rows <= 0:
                     continue
-            expert, needed_from = groups.expert[g], begin if gate_up else 0
+            expert, needed_from = groups.expert[g], begin if gate_up != PLAIN else 0
             for i in range(pair):
                 row_bytes, multiply = stored[i]
                 next_offset = _next_offset(matrices, pair, i, groups, g, needed_from)
@@ -103,8 +112,15 @@ def _take_tasks(
                     multiply,
                     (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
                 )
-            if gate_up:
-                swiglu(c[0], c[1], rows, (count + 15) // 16 * 16 if packed else count)
+            columns = (count + 15) // 16 * 16 if packed else count
+            if biases.shape[1] > 0:
+                for i in range(pair):
+                    add_bias(c[i], rows, columns, biases[i, expert] + 4 * begin)
+            if gate_up != PLAIN:
+                if gate_up == CLAMPED:
+                    clamped_swiglu(c[0], c[1], rows, columns)
+                else:
+                    swiglu(c[0], c[1], rows, columns)
                 h, next_stride = words + 4 * hidden_at[g], row_stride(variant, expert_width)
                 store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, expert_width, next_stride)
             else:
@@ -119,7 +135,7 @@ def _take_tasks(
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, types.boolean, _ADDRESSES, types.int64[:, ::1], GROUPS, _INT, _INTS, _INTS, *[_INT] * 5),
+    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INT, _INTS, _INTS, *[_INT] * 5),
     *(types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
@@ -148,18 +164,6 @@ def stored_kinds(variants: tuple[KernelVariant, ...], columns: tuple[int, ...]) 
     return np.array([stored_as(*each) for each in zip(variants, columns, strict=True)], np.int64).reshape(-1, 2)
 
 
-def check_stored(name: str, stored: np.ndarray, shape: tuple[int, ...], variant: KernelVariant) -> None:
-    """Raise ValueError unless `stored` holds weights of this shape in the variant's format, contiguously."""
-    kind = format_of(variant)
-    if not isinstance(stored, np.ndarray):
-        raise ValueError(f"{name} is {stored!r}; expected {kind.name} weights {shape}")
-    if stored.dtype != kind.dtype or not stored.flags.c_contiguous or stored.shape != kind.stored_shape(shape):
-        raise ValueError(
-            f"{name} is {stored.dtype} {stored.shape}; expected {kind.name} weights {shape}: contiguous "
-            f"{kind.dtype.name} {kind.stored_shape(shape)}"
-        )
-
-
 def run(
     variant: KernelVariant,
     x: np.ndarray,
@@ -169,14 +173,15 @@ def run(
     matrices: np.ndarray,
     stored: np.ndarray,
     outputs: np.ndarray,
-    gated: bool,
+    activation: int,
     y: np.ndarray,
     multiplications: int,
+    biases: np.ndarray | None = None,
 ) -> bool:
     """Call `grouped_products` on the threads that `multiplications` justify; False if an expert id is out of range."""
-    x = np.ascontiguousarray(x)
+    x, biases = np.ascontiguousarray(x), _NO_BIASES if biases is None else biases
     with threads_for(multiplications) as threads:
-        arguments = variant, x, expert_ids, routing_weights, hidden, matrices, stored, outputs, gated, y
+        arguments = variant, x, expert_ids, routing_weights, hidden, matrices, stored, outputs, activation, y, biases
         needed_words: int = grouped_products(*arguments, workspace.words, threads, addresses(variant))
         if needed_words > 0:
             needed_words = grouped_products(*arguments, workspace.grow(needed_words), threads, addresses(variant))
@@ -190,12 +195,14 @@ def compile_grouped_products(variant: KernelVariant) -> None:
     one, y = np.ones(1, np.int64), x.reshape(-1)
     stored = np.ones((1, 2), np.int64)
     needed_words = grouped_products(
-        variant, x, expert_ids, routing_weights, one, one[None], stored, one, False, y, workspace.words, 1, (0, 0)
+        *(variant, x, expert_ids, routing_weights, one, one[None], stored, one, PLAIN, y, _NO_BIASES),
+        *(workspace.words, 1, (0, 0)),
     )
     assert needed_words == -1
 
 
 workspace = Workspace()
+_NO_BIASES = np.empty((3, 0), np.int64)
 
 
 @kernel
@@ -208,24 +215,26 @@ def grouped_products(
     matrices: np.ndarray,
     stored: np.ndarray,
     outputs: np.ndarray,
-    gated: bool,
+    activation: int,
     y: np.ndarray,
+    biases: np.ndarray,
     memory: np.ndarray,
     threads: int,
     addresses: tuple[int, int],
 ) -> int:
     """Products of each token's experts with its x [T, K], for matrices [outputs, K] at addresses [matrices, E].
 
-    stored: `stored_as` of each matrix, int64 [matrices, 2].
+    stored: `stored_as` of each matrix, int64 [matrices, 2]. biases: addresses of float32 vectors [outputs], added to
+    the product of each matrix, [matrices, E]; no columns: none.
 
-    Gated, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first . x) *
-    (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert. Otherwise for every
-    matrix, one after the other, y [T, outputs] = sum over j of routing_weights[t, j] * matrix . x[t], over the first
-    `hidden` elements. `y` is flat. Returns 0, or, without computing, the words that the workspace `memory` needs, or -1
-    if an expert id is out of the range of `hidden`. `threads` threads share the weight rows. addresses:
-    `addresses(variant)`.
+    With an activation, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first .
+    x) * (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert; other activations:
+    see `epilogues`. A bias of the third is added whatever `hidden` is. Without (PLAIN), for every matrix, one after the
+    other, y [T, outputs] = sum over j of routing_weights[t, j] * matrix . x[t], over the first `hidden` elements. `y`
+    is flat. Returns 0, or, without computing, the words that the workspace `memory` needs, or -1 if an expert id is out
+    of the range of `hidden`. `threads` threads share the weight rows. addresses: `addresses(variant)`.
     """
-    tokens, width = x.shape
+    (tokens, width), gated = x.shape, activation != PLAIN
     for t in range(tokens):
         for j in range(expert_ids.shape[1]):
             if not 0 <= expert_ids[t, j] < hidden.size:
@@ -258,11 +267,11 @@ def grouped_products(
     queues = np.zeros(outputs.size, np.int64)
     done = 0  # elements of y
     for stage in range(-1, 2 if gated else outputs.size):  # stage -1 packs, and has no rows, tasks or results
-        packing, gate_up, down = stage < 0, gated and stage == 0, gated and stage == 1
+        packing, gate_up, down = stage < 0, activation if stage == 0 else PLAIN, gated and stage == 1
         matrix = 0 if packing else 2 if down else stage
         stage_rows, task, queue = outputs[matrix], tasks[matrix], queues.ctypes.data + 8 * matrix
         stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
-        pair, result_tokens = 2 if gate_up else 1, 0 if packing or gate_up else tokens
+        pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if packing or gate_up != PLAIN else tokens
         result = y[done : done + result_tokens * stage_rows].reshape(result_tokens, stage_rows)
         done += result.size
         sums = memory[: threads * pair * task * ldc].reshape(threads, pair, task, ldc)
@@ -273,7 +282,8 @@ def grouped_products(
                 _call_tasks(
                     take_tasks,
                     (
-                        *(variant, gate_up, matrices[matrix:], stored[matrix:], groups, words, at, hidden_at),
+                        *(variant, gate_up, matrices[matrix:], biases[matrix:], stored[matrix:], groups, words),
+                        *(at, hidden_at),
                         *(expert_width, stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
                         *(scratch_at + 4 * thread * scratch, result),
                     ),
@@ -284,7 +294,7 @@ def grouped_products(
 _MATRIX = types.float32[:, ::1]
 products = FunctionPointer(
     grouped_products,
-    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, types.boolean),
-    *(_FLOATS, _FLOATS, _INT, types.UniTuple(_INT, 2)),
+    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, _INT),
+    *(_FLOATS, _ADDRESSES, _FLOATS, _INT, types.UniTuple(_INT, 2)),
     returns=_INT,
 )

@@ -1,4 +1,7 @@
-"""Writes activations, sums and words to addresses, in the types that the tiles read. Knows nothing of layouts."""
+"""Writes activations, sums and words to addresses, in the types that the tiles read, and reads floats.
+
+Knows nothing of layouts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from numba.core import cgutils, types
 from fiddler.kernels.codegen.llvm import F32, I8, I16, I32, I64, address, load, round_to_bf16
 from fiddler.kernels.codegen.variant import KernelVariant, compiled
 
-__all__ = ["copy_words", "store_activation", "store_float", "store_pair", "store_pairs", "store_word"]
+__all__ = ["copy_words", "load_float", "store_activation", "store_float", "store_pair", "store_pairs", "store_word"]
 
 
 @compiled
@@ -60,6 +63,17 @@ def store_float(_context: Any, base: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32), generate
+
+
+@compiled
+def load_float(_context: Any, base: Any, index: Any) -> Any:
+    """The float32 that is element `index` from the address `base`."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        base, index = arguments
+        return load(b, address(b, base, index, 4), F32, 4)
+
+    return types.float32(types.intp, types.intp), generate
 
 
 @compiled

@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Kind, str]] = {
         for name, kind in (
             *(("Qwen3ForCausalLM", "qwen3"), ("Mistral3ForCausalLM", "mistral3"), ("JetMoeForCausalLM", "jetmoe")),
             *(("Gemma4ForCausalLM", "gemma4"), ("NllbMoeForConditionalGeneration", "nllb-moe"), ("BertModel", "bert")),
-            *(("GptOssForCausalLM", "gpt_oss"), ("PhimoeForCausalLM", "phimoe")),
+            *(("PhimoeForCausalLM", "phimoe"),),
         )
     },
     "no model_type": (config(model_type=...), "model_type is None (architectures: ['MixtralForCausalLM'])"),

@@ -104,6 +104,17 @@ BAD = {
         Bad("layer_norm_epsilon is 1.0; it must lie in [0, 1)", {"attention.layer_norm_epsilon": 1.0}),
         Bad("blk.0.attn_norm.bias is not part", shapes={"blk.0.attn_norm.bias": (32,)}),
     ],
+    "gpt-oss": [
+        Bad("blk.1.attn_sinks.weight is missing", shapes={"blk.1.attn_sinks.weight": None}),
+        Bad("blk.0.attn_sinks.weight has shape (2,), the metadata imply", shapes={"blk.0.attn_sinks.weight": (2,)}),
+        Bad("sliding_window_pattern is 3; only 2", {"attention.sliding_window_pattern": 3}),
+        Bad("sliding_window is 0; it must lie between 1", {"attention.sliding_window": 0}),
+        Bad("blk.0.ffn_gate_exps.bias has shape (6, 15)", shapes={"blk.0.ffn_gate_exps.bias": (6, 15)}),
+        Bad("blk.1.ffn_down_exps.bias is missing", shapes={"blk.1.ffn_down_exps.bias": None}),
+        Bad("blk.0.attn_output.bias is missing", shapes={"blk.0.attn_output.bias": None}),
+        Bad("blk.0.ffn_gate_inp.bias is missing", shapes={"blk.0.ffn_gate_inp.bias": None}),
+        Bad("blk.0.ffn_norm.weight is not part of a gpt-oss", shapes={"blk.0.ffn_norm.weight": (32,)}),
+    ],
     "llama": [
         Bad("expert_used_count is 2; a Llama or Mistral has no experts", {"expert_used_count": 2}),
         Bad("blk.0.ffn_gate_inp.weight is missing", {"expert_count": 4, "expert_used_count": 2}),

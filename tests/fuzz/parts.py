@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from fuzz.draw import Draw
-from fuzz.guarded_pages import GuardedFile
-from fuzz.targets import Target, opened
 
 from fiddler import kernels
 from fiddler.files.gguf_file import GgufFile
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import load
+from fuzz.draw import Draw
+from fuzz.guarded_pages import GuardedFile
+from fuzz.targets import Target, opened
 from oracles.bad_gguf import (
     BF16,
     F16,

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from fuzz.draw import Draw, changed_json
 
 from fiddler.converters.checkpoint import Checkpoint
 from fiddler.converters.tokenizer.pieces import read_tokenizer_model
@@ -29,6 +28,7 @@ from fiddler.serving.http.conversations import conversation_of
 from fiddler.serving.http.responses_input import responses_conversation, responses_settings
 from fiddler.serving.json_fields import parse_object
 from fiddler.serving.request_fields import settings_of
+from fuzz.draw import Draw, changed_json
 from oracles.small_families import GOOD, drafted
 
 __all__ = ["TARGETS", "Target", "opened"]

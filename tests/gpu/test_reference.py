@@ -53,7 +53,7 @@ def test_gpu_logits_of_random_mixtrals_match_transformers(shape, tmp_path):
     assert_logits_match(tmp_path / "model.gguf", Reference(folder)(ids)[0], ids, "exact", 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("gpt-oss")])  # on the CPU only
 def test_gpu_logits_of_every_family_match_transformers(name, tmp_path):
     folder = make_family_checkpoint(CASES[name], tmp_path / "hf")
     fiddler.convert(folder, tmp_path / "model.gguf")

@@ -23,10 +23,10 @@ def case(seed, groups, heads_per_group, head_dim, capacity, kind):
     return q, k, v, keys, values, frequencies
 
 
-def attend(q, k, v, keys, values, position, frequencies, window=None, per_block=8):
+def attend(q, k, v, keys, values, position, frequencies, window=None, per_block=8, sinks=None):
     """Run the kernel for one sequence, in blocks of a pool; float16 keys and values go in as their bits."""
     pool, (table,) = to_pool([bits(keys)[None]], [bits(values)[None]], per_block)
-    out = kernels.attend_each(q[None], k[None], v[None], pool, 0, [table], [position], frequencies, window)[0]
+    out = kernels.attend_each(q[None], k[None], v[None], pool, 0, [table], [position], frequencies, window, sinks)[0]
     for array, after in zip((keys, values), from_pool(pool, table, keys.shape[1]), strict=True):
         bits(array)[:] = after[0]
     return out
@@ -48,8 +48,9 @@ def test_decode_attention_matches_the_float64_oracle(kind, data):
     q, k, v, keys, values, frequencies = args
     before = keys.copy(), values.copy()
     per_block = data.draw(st.integers(1, 40))
-    out = attend(q, k, v, keys, values, position, frequencies, window, per_block)
-    expected, rotated = naive.attend_one(q, k, v, *before, position, frequencies, window)
+    sinks = data.draw(st.sampled_from([None, np.linspace(-3, 20, len(q)).astype(np.float32)]))
+    out = attend(q, k, v, keys, values, position, frequencies, window, per_block, sinks)
+    expected, rotated = naive.attend_one(q, k, v, *before, position, frequencies, window, sinks)
     other_positions = np.arange(capacity) != position
     for array, old in zip((keys, values), before, strict=True):
         np.testing.assert_array_equal(array[:, other_positions], old[:, other_positions])
@@ -73,6 +74,13 @@ def test_nan_reaches_the_outputs_of_its_own_kv_head_only(kind):
         out = attend(*args[:5], 11, args[5])
         assert np.isnan(out[0]).any()
         assert np.isfinite(out[2:]).all()
+
+
+@pytest.mark.parametrize("sinks", [np.ones(3, np.float32), np.ones(4, np.float64), np.ones((1, 4), np.float32)])
+def test_sinks_of_another_shape_or_type_are_refused(sinks):
+    args = case(2, 2, 2, 8, 20, np.float32)
+    with pytest.raises(ValueError, match="sinks are"):
+        attend(*args[:5], 11, args[5], sinks=sinks)
 
 
 def test_positions_outside_the_window_and_after_the_token_are_never_read():

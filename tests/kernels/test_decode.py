@@ -20,6 +20,7 @@ from fiddler.telemetry.recorder import Meter
 from fiddler.telemetry.timeline import Tracer
 from oracles.naive import to_bits
 from oracles.paged import to_pool
+from oracles.step_by_step import one_by_one, with_gpt_oss_parts
 from oracles.synthetic import write_random_mixtral
 
 EPSILON = 1e-5
@@ -53,21 +54,6 @@ def weights_of(rng, variant, layers, width, hidden, experts, groups, heads_per_g
     return blocks, floats(width), bits(vocabulary, width), bits(vocabulary, width)
 
 
-def one_by_one(blocks, output_norm, output, variant, frequencies, experts_used, window, x, pool, tables, positions):
-    """The model's operations in the paper's order, each by its own function of `fiddler.kernels`."""
-    h, head_dim = x, 2 * len(frequencies)
-    for layer, block in enumerate(blocks):
-        x = kernels.rms_norm(h, block.attn_norm, EPSILON)
-        q, k, v = kernels.linears(x, [block.attn_q, block.attn_k, block.attn_v], variant)
-        q, k, v = (part.reshape(len(h), -1, head_dim) for part in (q, k, v))
-        attended = kernels.attend_each(q, k, v, pool, layer, tables, positions, frequencies, window)
-        h = h + kernels.linear(attended.reshape(len(h), -1), block.attn_output, variant)
-        x = kernels.rms_norm(h, block.ffn_norm, EPSILON)
-        expert_ids, routing_weights = kernels.route(x, block.ffn_gate_inp, experts_used)
-        h = h + kernels.expert_ffn(x, expert_ids, routing_weights, block.gate, block.up, block.down, variant)
-    return h, kernels.linear(kernels.rms_norm(h, output_norm, EPSILON), output, variant)
-
-
 def variant_for(name):
     weights, activations = name.split("-")
     return kernels.KernelVariant(kernels.choose_tier(), weights, activations)
@@ -85,6 +71,10 @@ def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
     blocks, output_norm, output, embeddings = weights_of(
         rng, variant, layers, width, hidden, experts, groups, heads_per_group, 2 * pairs, vocabulary
     )
+    parts, windows = kernels.BlockParts(), [window] * layers
+    if data.draw(st.booleans()):
+        blocks = list(with_gpt_oss_parts(rng, blocks, 2 * pairs))
+        parts, windows = kernels.BlockParts(clamped=True, every_second=True), [window, None, window][:layers]
     frequencies = (1 / 10000 ** (np.arange(pairs) / pairs)).astype(np.float32)
     capacities = [data.draw(st.integers(1, 20)) for _ in range(tokens)]
     positions = [data.draw(st.integers(0, capacity - 1)) for capacity in capacities]
@@ -102,11 +92,11 @@ def test_a_compiled_step_equals_its_separate_kernel_calls(name, data):
     if variant.weights == "bf16":
         x = (embeddings[ids].astype(np.uint32) << 16).view(np.float32)
     compiled = kernels.CompiledDecodeStep(
-        table, blocks, output_norm, output, variant, frequencies, EPSILON, experts_used, window
+        table, blocks, output_norm, output, variant, frequencies, EPSILON, experts_used, window, parts
     )
     h, logits, _ = compiled.step(ids, after, tables, positions)
     expected = one_by_one(
-        blocks, output_norm, output, variant, frequencies, experts_used, window, x, pool, tables, positions
+        blocks, output_norm, output, variant, frequencies, experts_used, windows, x, pool, tables, positions, EPSILON
     )
     np.testing.assert_array_equal(h, expected[0])
     np.testing.assert_array_equal(logits, expected[1])
@@ -250,6 +240,7 @@ def test_the_compiled_step_refuses_arguments_of_the_wrong_shape_type_or_range():
     blocks, output_norm, output, table = weights_of(rng, variant, 2, 8, 6, 3, 2, 2, 4, 11)
     floats, bits = partial(np.ones, dtype=np.float32), partial(np.ones, dtype=np.uint16)
     small = {"attn_bias": 32, "q_norm": 4, "k_norm": 4, "selection_bias": 3, "shared_gate": 8}
+    small |= {"output_bias": 8, "sinks": 4, "router_bias": 3}
     dense = {"dense_gate": (5, 8), "dense_up": (5, 8), "dense_down": (8, 5)}
     optional = {name: floats(size) for name, size in small.items()} | {name: bits(size) for name, size in dense.items()}
     blocks = [dataclasses.replace(block, **optional) for block in blocks]

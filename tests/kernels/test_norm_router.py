@@ -74,16 +74,19 @@ def test_norm_and_router_refuse_arguments_of_the_wrong_shape_type_or_range():
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2), (12, 5)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_every_rule_of_the_router_is_the_one_of_torch(scoring, renormalise, groups, biased):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_every_rule_of_the_router_is_the_one_of_torch(scoring, renormalise, groups, biased, shifted):
     rng = np.random.default_rng(5)
     x, weight = (rng.normal(size=shape).astype(np.float32) for shape in ((30, 16), (12, 16)))
     bias = rng.normal(size=12).astype(np.float32) if biased else None
+    shift = rng.normal(size=12).astype(np.float32) if shifted else None
     rule = RouterRule(scoring, renormalise, 1.5, *groups)
     as_kernel = kernels.Routing(scoring is Scoring.SIGMOID, renormalise, 1.5, *groups)
     ones = torch.ones(16)
-    weights = RouterWeights(ones, torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias))
+    biases = (None if each is None else torch.from_numpy(each) for each in (bias, shift))
+    weights = RouterWeights(ones, torch.from_numpy(weight), *biases)
     h = torch.from_numpy(x)
     normed, expected_ids, expected = torch_route(h, 0.0, weights, rule, 4)
-    expert_ids, routing_weights = kernels.route(normed.numpy(), weight, 4, as_kernel, bias)
+    expert_ids, routing_weights = kernels.route(normed.numpy(), weight, 4, as_kernel, bias, shift)
     np.testing.assert_array_equal(expert_ids, expected_ids.numpy())
     np.testing.assert_allclose(routing_weights, expected.numpy(), rtol=1e-5)

@@ -23,12 +23,16 @@ from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
 from fiddler.models.architecture import (
     EXPERTS,
     FLOATS,
+    Activation,
     Architecture,
     AttentionBias,
+    ExpertBias,
     Norm,
     QkNorm,
     Role,
     Rotary,
+    Sinks,
+    Window,
     first_unknown,
 )
 from fiddler.models.config import Config, LatentWidths
@@ -45,6 +49,12 @@ GGUF_ROLES = {
     Role.VALUE: gguf.MODEL_TENSOR.ATTN_V,
     Role.QUERY_KEY_VALUE: gguf.MODEL_TENSOR.ATTN_QKV,
     Role.ATTENTION_OUTPUT: gguf.MODEL_TENSOR.ATTN_OUT,
+    Role.OUTPUT_BIAS: gguf.MODEL_TENSOR.ATTN_OUT,
+    Role.SINKS: gguf.MODEL_TENSOR.ATTN_SINKS,
+    Role.ROUTER_BIAS: gguf.MODEL_TENSOR.FFN_GATE_INP,
+    Role.GATE_BIAS: gguf.MODEL_TENSOR.FFN_GATE_EXP,
+    Role.UP_BIAS: gguf.MODEL_TENSOR.FFN_UP_EXP,
+    Role.DOWN_BIAS: gguf.MODEL_TENSOR.FFN_DOWN_EXP,
     Role.FFN_NORM: gguf.MODEL_TENSOR.FFN_NORM,
     Role.ROUTER: gguf.MODEL_TENSOR.FFN_GATE_INP,
     Role.GATE: gguf.MODEL_TENSOR.FFN_GATE_EXP,
@@ -93,6 +103,10 @@ OTHERS = [
     dataclasses.replace(MIXTRAL, rotary=Rotary.HALVES),
     dataclasses.replace(MIXTRAL, norm=Norm.LAYER),
     dataclasses.replace(MIXTRAL, attention_bias=AttentionBias.QUERY_KEY_VALUE),
+    dataclasses.replace(MIXTRAL, sinks=Sinks.HEAD),
+    dataclasses.replace(MIXTRAL, window=Window.EVERY_SECOND),
+    dataclasses.replace(MIXTRAL, activation=Activation.CLAMPED),
+    dataclasses.replace(MIXTRAL, expert_bias=ExpertBias.ALL),
 ]
 
 
@@ -151,11 +165,12 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
     assert gpu_loader.can_decode(config, {BF16, F16})
 
 
-def test_the_compiled_step_takes_scaled_frequencies_and_no_scaled_queries():
+def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_as_a_whole():
     config = ModelFile.open(DEMO_MODEL).config
     assert can_decode(dataclasses.replace(config, rope_scaling=RopeScaling(RopeKind.LINEAR, 4.0)), {BF16})
-    yarn = RopeScaling(RopeKind.YARN, 4.0, 256, attention_factor=1.2)
-    assert not can_decode(dataclasses.replace(config, rope_scaling=yarn), {BF16})
+    yarn = dataclasses.replace(config, rope_scaling=RopeScaling(RopeKind.YARN, 4.0, 256, attention_factor=1.2))
+    assert can_decode(yarn, {BF16})
+    assert not can_decode(dataclasses.replace(yarn, rope_dimension_count=config.head_dim // 2), {BF16})
 
 
 def test_captured_graphs_take_no_latent_attention():
@@ -198,7 +213,7 @@ def test_the_dense_span_surrounds_all_of_a_block_but_its_experts():
     class OwnValues:
         """A cache in which each position attends to itself only."""
 
-        def attend(self, layer, q, k, v):
+        def attend(self, layer, q, k, v, sinks):
             return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
     @contextmanager

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import fiddler
+from fiddler.files.model_file import ModelFile
 from oracles.deepseek_moe import DeepSeekReference, DeepSeekShape, make_deepseek_checkpoint
 from oracles.families import CASES, FamilyReference, make_family_checkpoint
 from oracles.flipped_experts import ChosenExperts, RouterStep, flips
 
 EXACT, FAST = 1e-4, 1.5e-2  # relative L2 error of a sequence's logits
+FAST_INT8 = 2.5e-2  # where quantised experts multiply activations rounded to int8; llama.cpp's own: 0.6e-2 to 2e-2
 
 
 DEEPSEEK = {
@@ -53,8 +55,9 @@ def test_tokens_one_by_one_give_the_same_logits_as_the_whole_sequence(converted)
     engine = fiddler.load(path, precision="exact", device="cpu")
     ids = torch.randint(0, 512, (20,), generator=torch.Generator().manual_seed(4)).tolist()
     whole, sequence = engine.logits(ids), engine.runner.sequence()
-    compiled = engine.config.latent is None and engine.config.rotated_scale == 1.0
-    assert (engine.runner._decoder is not None) == compiled
+    config, kinds = engine.config, {tensor.type for tensor in ModelFile.open(path).file.tensors.values()}
+    compiled = config.latent is None and (config.rotated_scale == 1.0 or config.rotated == config.head_dim)
+    assert (engine.runner._decoder is not None) == (compiled and kinds != {"F32", "BF16", "MXFP4"})
     for token, expected in zip(ids, whole, strict=True):
         logits = engine.runner.step([(sequence, [token])]).logits
         assert torch.linalg.norm(logits[0] - expected) < EXACT * torch.linalg.norm(expected)
@@ -65,13 +68,15 @@ def test_fast_logits_are_those_of_transformers_but_for_roundings(converted, requ
     recorder = ChosenExperts()
     engine = fiddler.load(path, precision="fast", device="cpu", recorder=recorder)
     generator = torch.Generator().manual_seed(6)
+    kinds = {tensor.type for tensor in ModelFile.open(path).file.tensors.values()}
+    bound = FAST_INT8 if "MXFP4" in kinds else FAST
     compared = total = 0
     worst = 0.0
     for length in (1, 7, 12, 12, 20, 20, 40):
         ids = torch.randint(0, 512, (length,), generator=generator).tolist()
         recorder.by_layer.clear()
         expected, actual = reference(ids), engine.logits(ids)
-        clean, clear = flips(reference.routers, recorder.by_layer, FAST, length)
+        clean, clear = flips(reference.routers, recorder.by_layer, bound, length)
         assert clear is None, f"flipped against a clear margin: {clear}"
         total, compared = total + length, compared + int(clean.sum())
         if not clean.any():
@@ -80,10 +85,10 @@ def test_fast_logits_are_those_of_transformers_but_for_roundings(converted, requ
         worst = max(worst, float(torch.linalg.norm(actual - expected) / torch.linalg.norm(expected)))
         for t in (actual.argmax(-1) != expected.argmax(-1)).nonzero()[:, 0].tolist():
             top = expected[t].topk(2).values
-            assert float(top[0] - top[1]) <= FAST * float(expected[t].norm())
+            assert float(top[0] - top[1]) <= bound * float(expected[t].norm())
     with capsys.disabled():
         print(f"  {request.node.callspec.id}: fast {worst:.1e}, {total - compared} of {total} after a flip")  # noqa: T201
-    assert worst < FAST
+    assert worst < bound
     assert compared >= total // 2, f"{total - compared} of {total} positions follow a flipped expert"
 
 

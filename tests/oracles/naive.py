@@ -87,10 +87,11 @@ def attend_one(
     position: int,
     frequencies: np.ndarray,
     window: int | None,
+    sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One head at a time: the output [H, head_dim] and the rotated key [G, head_dim], nothing rounded but the angles.
 
-    Angles are float32 products, as in the kernel.
+    Angles are float32 products, as in the kernel. sinks: one more score of each head, which has no value.
     """
     angles = (np.float32(position) * frequencies).astype(np.float64)
     rotation = np.exp(1j * angles)
@@ -107,6 +108,7 @@ def attend_one(
     for h in range(len(q)):
         g = h // (len(q) // len(k))
         scores = keys[g, oldest : position + 1] @ rotated(q[h]) / q.shape[1] ** 0.5
-        exponentials = np.exp(scores - scores.max())
-        out[h] = exponentials / exponentials.sum() @ values[g, oldest : position + 1]
+        all_scores = scores if sinks is None else np.append(scores, np.float64(sinks[h]))
+        exponentials = np.exp(all_scores - all_scores.max())
+        out[h] = (exponentials / exponentials.sum())[: len(scores)] @ values[g, oldest : position + 1]
     return out, new

@@ -31,6 +31,7 @@ GOOD = {
                         router=RouterRule(Scoring.SIGMOID, scale=2.5, groups=3, groups_used=2),
                         absent=frozenset((Role.QUERY, Role.KEY_VALUE_UP))),
     "dbrx": replace(PLAIN, architecture=ARCHITECTURES["dbrx"], clamp_kqv=8.0),
+    "gpt-oss": replace(PLAIN, architecture=ARCHITECTURES["gpt-oss"], sliding_window=12),
     "llama": Config(LLAMA, 4096, 128, 32, 2, 0, 4, 2, 8, 0, 0, 1e-6, 1e4, sliding_window=12, feed_forward_length=48,
                     leading_dense_block_count=2),
 }  # fmt: skip

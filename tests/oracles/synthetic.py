@@ -6,6 +6,7 @@ It uses nothing of fiddler: our reader is tested against another writer.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ def write_random_mixtral(
     dtype: Literal["bf16", "f16", "f32"] = "bf16",
     dense_dtype: Literal["bf16", "f16", "f32"] | None = None,
     vocabulary: Path = VOCABULARY,
+    control: Mapping[int, str] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write the model to `path` and return it; the same arguments give the same bytes.
@@ -44,7 +46,7 @@ def write_random_mixtral(
     Matrices have the variance 1 / columns, so that activations keep their size through the layers; queries and
     keys are larger, so that attention prefers some positions, and the output, so that some tokens are probable.
     `eos`: the end token, by default the vocabulary's. `dtype`: of the experts; `dense_dtype`: of all other matrices,
-    by default the same. Norms and routers: float32.
+    by default the same. Norms and routers: float32. control: names of ids that are control tokens.
     """
     random = np.random.default_rng(seed)
     head_dim = head_dim or d // heads
@@ -69,7 +71,7 @@ def write_random_mixtral(
     writer.add_expert_used_count(used)
     if window is not None:
         writer.add_sliding_window(window)
-    _add_vocabulary(writer, pieces, add_bos, pieces.eos_id() if eos is None else eos)
+    _add_vocabulary(writer, pieces, add_bos, pieces.eos_id() if eos is None else eos, control or {})
 
     def matrix(name: str, *shape: int, kind: str = dense, scale: float = 1.0) -> None:
         values = random.standard_normal(shape, dtype=np.float32) * (scale / shape[-1] ** 0.5)
@@ -120,13 +122,17 @@ def with_context(source: Path, target: Path, context: int) -> Path:
 
 
 def _add_vocabulary(
-    writer: gguf.GGUFWriter, pieces: sentencepiece.SentencePieceProcessor, add_bos: bool, eos: int
+    writer: gguf.GGUFWriter,
+    pieces: sentencepiece.SentencePieceProcessor,
+    add_bos: bool,
+    eos: int,
+    control: Mapping[int, str],
 ) -> None:
     ids = range(pieces.vocab_size())
     types = gguf.TokenType
 
     def kind(index: int) -> int:
-        if pieces.is_control(index):
+        if pieces.is_control(index) or index in control:
             return types.CONTROL
         if pieces.is_unknown(index):
             return types.UNKNOWN
@@ -134,7 +140,7 @@ def _add_vocabulary(
 
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([pieces.id_to_piece(index).encode() for index in ids])
+    writer.add_token_list([control.get(index, pieces.id_to_piece(index)).encode() for index in ids])
     writer.add_token_scores([pieces.get_score(index) for index in ids])
     writer.add_token_types([int(kind(index)) for index in ids])
     writer.add_bos_token_id(pieces.bos_id())

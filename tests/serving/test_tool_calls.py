@@ -10,36 +10,15 @@ import pytest
 from fiddler.serving.answer_parts import AnswerParser, ReasoningParser
 from fiddler.serving.tool_calls import BareObjectParser, DeepSeekParser, HermesParser, MistralParser
 from fiddler.serving.tool_formats import tool_format
+from oracles.answer_cuts import cuts, parts
 
 ALL, ALL_END = "<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"
 BEGIN, SEP, END = (f"<\uff5ctool\u2581{name}\uff5c>" for name in ("call\u2581begin", "sep", "call\u2581end"))
 NESTED = '{"a": {"b": ["}", "{\\"", "\u00e9"]}, "c": 1}'
 
 
-def parts(parser, pieces):
-    """What an answer in pieces has: reasoning, content, and (name, arguments) of each call."""
-    deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
-    reasoning = "".join(delta.text for delta in deltas if delta.kind == "reasoning")
-    content = "".join(delta.text for delta in deltas if delta.kind == "content")
-    names = [delta.text for delta in deltas if delta.kind == "call"]
-    calls = ["".join(d.text for d in deltas if d.kind == "arguments" and d.index == i) for i in range(len(names))]
-    assert all(delta.text for delta in deltas)
-    assert [delta.index for delta in deltas if delta.kind == "call"] == list(range(len(names)))
-    return reasoning, content, list(zip(names, calls, strict=True))
-
-
 def bare():
     return BareObjectParser(["f"])
-
-
-def cuts(text):
-    """The text whole, letter by letter, and cut at random."""
-    yield [text]
-    yield list(text)
-    chance = random.Random(text)
-    for _ in range(20):
-        at = sorted(chance.sample(range(len(text) + 1), min(4, len(text))))
-        yield [text[a:b] for a, b in zip([0, *at], [*at, len(text)], strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +127,7 @@ def test_random_text_is_never_lost_and_a_call_s_name_comes_once():
         ("...<tool_call>...<function=f>", "object"),
         ("...[TOOL_CALLS]...", "mistral"),
         (f"...{BEGIN}...", "deepseek"),
+        ("...<|start|>assistant<|channel|>final<|message|>...", "harmony"),
     ],
 )
 def test_the_syntax_is_found_in_the_template(template, name):

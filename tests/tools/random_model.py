@@ -66,6 +66,8 @@ SHAPES = {
     "glm-4.5-air": _shape("glm4moe", 151552, 131072, 4096, 46, 1408, 96, 8, 128, 128, 8, feed_forward_length=10944,
                           leading_dense_block_count=1, expert_shared_feed_forward_length=1408, rope_dimension_count=64,
                           router=RouterRule(Scoring.SIGMOID), absent=frozenset((Role.QUERY_NORM, Role.KEY_NORM))),
+    "gpt-oss-20b": _shape("gpt-oss", 201088, 131072, 2880, 24, 2880, 64, 8, 64, 32, 4, sliding_window=128,
+                          rope_scaling=RopeScaling(RopeKind.YARN, 32.0, 4096, 1.3465735902799727, truncate=False)),
     "dbrx": _shape("dbrx", 100352, 32768, 6144, 40, 10752, 48, 8, 128, 16, 4, clamp_kqv=8.0),
 }  # fmt: skip
 ALIGNMENT = 64
