@@ -33,7 +33,14 @@ def _counts(value: str) -> bool:
     return all(_whole(1)(count) for count in value.split(","))
 
 
+def _like(pattern: str) -> Callable[[str], bool]:
+    """Whether a value is of a form, in small letters or large ones, with blanks around it."""
+    form = re.compile(rf"\s*({pattern})\s*", re.ASCII | re.IGNORECASE)
+    return lambda value: len(value) < 4096 and bool(form.fullmatch(value))
+
+
 _POSITIVE: _Rule = (_whole(1), "a number from 1")
+_BOOLEAN: _Rule = (_like("true|false"), "true or false")
 _RULES: Mapping[str, _Rule] = {
     "NUMBA_DISABLE_JIT": (lambda value: bool(_ZERO.fullmatch(value)), "0: kernels are compiled"),
     "NUMBA_NUM_THREADS": _POSITIVE,
@@ -47,6 +54,28 @@ _RULES: Mapping[str, _Rule] = {
     "OMP_NUM_THREADS": (_counts, "a number from 1"),
     "OMP_THREAD_LIMIT": _POSITIVE,
     "OMP_STACKSIZE": (lambda value: bool(_STACK.fullmatch(value)), "a size in KiB, as 4096 or 4M"),
+    "OMP_DYNAMIC": _BOOLEAN,
+    "OMP_CANCELLATION": _BOOLEAN,
+    "OMP_DISPLAY_AFFINITY": _BOOLEAN,
+    "OMP_DISPLAY_ENV": (_like("true|1|false|0|verbose"), "true, false or verbose"),
+    "OMP_WAIT_POLICY": (_like("active|passive"), "active or passive"),
+    "OMP_PROC_BIND": (
+        _like(r"true|false|(master|primary|close|spread)(\s*,\s*(master|primary|close|spread))*"),
+        "true, false, close or spread",
+    ),
+    "OMP_SCHEDULE": (
+        _like(r"((non)?monotonic\s*:\s*)?(static|dynamic|guided|auto)(\s*,\s*\d{1,9})?"),
+        "static, dynamic, guided or auto",
+    ),
+    "GOMP_SPINCOUNT": (_like(r"\d{1,18}\s*[kmgt]?|infinite|infinity"), "a number, or infinity"),
+    "GOMP_CPU_AFFINITY": (
+        _like(r"\d{1,9}(-\d{1,9}(:\d{1,9})?)?([\s,]+\d{1,9}(-\d{1,9}(:\d{1,9})?)?)*"),
+        "CPUs, as 0 3 4-7",
+    ),
+    "OMP_PLACES": (
+        _like(r"(threads|cores|sockets|ll_caches|numa_domains)(\s*\(\s*\d{1,9}\s*\))?|[{!\d][-\d{}!:,\s]*"),
+        "threads, cores, sockets, or places as {0:4},{4:4}",
+    ),
 }
 
 _SWITCHES = """BOUNDSCHECK ALWAYS_WARN_UNINIT_VAR DEBUG DEBUG_ARRAY_OPT DEBUG_ARRAY_OPT_RUNTIME DEBUG_ARRAY_OPT_STATS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -37,6 +38,19 @@ NONSENSE = [
     ("OMP_STACKSIZE", "large"),
 ]
 
+OPENMP = {
+    "OMP_DYNAMIC": ["true", "FALSE ", "x", "2", ""],
+    "OMP_CANCELLATION": ["false", "yes"],
+    "OMP_DISPLAY_AFFINITY": ["false", "on"],
+    "OMP_WAIT_POLICY": ["passive", " Active", "x", "0"],
+    "OMP_PROC_BIND": ["true", "close", "spread , close", "near", "true,close", "close,"],
+    "OMP_SCHEDULE": ["static", "dynamic,4", "monotonic:guided", "auto", "x", "static,x", "static;4"],
+    "OMP_PLACES": ["cores", "threads(1)", "{0}", "{0:1}", "x", "cores(x)"],
+    "OMP_NUM_THREADS": ["1", "2,1", "0", "x"],
+    "GOMP_SPINCOUNT": ["0", "30k", "infinity", "x", "-1x"],
+    "GOMP_CPU_AFFINITY": ["0", "0-0", "0 0-0:1", "x", "0,x", "-1"],
+}
+
 
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
 def test_a_variable_that_makes_no_sense_is_named(name, value):
@@ -44,6 +58,28 @@ def test_a_variable_that_makes_no_sense_is_named(name, value):
         RequestError, match=rf"^{name} is '[ -~]*('|\.\.\.) in the environment; unset it, or give [ -~]+$"
     ):
         check_environment({name: value})
+
+
+@pytest.mark.parametrize("name", OPENMP)
+def test_openmp_s_variables_are_refused_where_libgomp_complains(name):
+    """libgomp is loaded with each value in turn, and writes a line on those that it cannot read."""
+    try:
+        ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        pytest.skip("no libgomp here")
+    for value in OPENMP[name]:
+        code = "import ctypes; ctypes.CDLL('libgomp.so.1').omp_get_max_threads()"
+        environment = {"PATH": os.environ["PATH"], name: value}
+        done = subprocess.run([sys.executable, "-I", "-c", code], env=environment, capture_output=True, text=True)
+        assert is_refused(name, value) is ("libgomp: " in done.stderr), (value, done.stderr)
+
+
+def is_refused(name, value):
+    try:
+        check_environment({name: value})
+    except RequestError:
+        return True
+    return False
 
 
 def test_variables_that_make_sense_pass():
