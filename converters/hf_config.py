@@ -148,9 +148,10 @@ def _parts(keys: HfKeys) -> dict[str, Any]:
 
 def _alternating_window(keys: HfKeys) -> int:
     """The window of every second layer, the first one first."""
-    kinds = keys.values.get("layer_types")
-    expected = ["full_attention" if i % 2 else "sliding_attention" for i in range(keys.integer("num_hidden_layers"))]
-    if kinds is not None and kinds != expected:
+    kinds, names = keys.values.get("layer_types"), ("sliding_attention", "full_attention")
+    layers = len(kinds) if isinstance(kinds, list) else 0  # no list as long as a hostile num_hidden_layers
+    in_turns = layers == keys.integer("num_hidden_layers") and kinds == [names[i % 2] for i in range(layers)]
+    if kinds is not None and not in_turns:
         raise keys.error(
             f"layer_types is {quoted(kinds, 60)}; only 'sliding_attention' and 'full_attention' in turns run"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from fiddler.errors import FileFormatError, quoted
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES, MIXTRAL
@@ -238,8 +239,10 @@ def _shared_width(keys: MetadataKeys, architecture: Architecture, expert_width: 
 def _window(keys: MetadataKeys, architecture: Architecture) -> int | None:
     """Positions; None where there is no window. llama.cpp ignores the key for Mixtral, transformers does not."""
     if architecture.window is Window.EVERY_SECOND:
-        pattern = keys.value("attention.sliding_window_pattern", 2)
-        if pattern != 2 and pattern != [layer % 2 == 0 for layer in range(_block_count(keys))]:
+        pattern: Any = keys.value("attention.sliding_window_pattern", 2)
+        pattern = pattern.tolist() if hasattr(pattern, "tolist") else pattern  # one number, or one a layer
+        listed = isinstance(pattern, list) and len(pattern) == _block_count(keys)
+        if pattern != 2 and not (listed and pattern == [layer % 2 == 0 for layer in range(len(pattern))]):
             raise FileFormatError(
                 f"{keys.prefix}.attention.sliding_window_pattern is {quoted(pattern)}; only 2, a window on the first "
                 "of each two layers, runs"

@@ -14,7 +14,8 @@ from fiddler.errors import FileFormatError
 from fiddler.files.inspection import describe
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import DEMO_MODEL
-from oracles.small_families import GOOD
+from oracles.bad_gguf import ints
+from oracles.small_families import GOOD, drafted
 from tools.random_model import write_random_model
 
 NAN = math.nan
@@ -108,6 +109,7 @@ BAD = {
         Bad("blk.1.attn_sinks.weight is missing", shapes={"blk.1.attn_sinks.weight": None}),
         Bad("blk.0.attn_sinks.weight has shape (2,), the metadata imply", shapes={"blk.0.attn_sinks.weight": (2,)}),
         Bad("sliding_window_pattern is 3; only 2", {"attention.sliding_window_pattern": 3}),
+        Bad("sliding_window_pattern is 1; only 2", {"attention.sliding_window_pattern": 1}),
         Bad("sliding_window is 0; it must lie between 1", {"attention.sliding_window": 0}),
         Bad("blk.0.ffn_gate_exps.bias has shape (6, 15)", shapes={"blk.0.ffn_gate_exps.bias": (6, 15)}),
         Bad("blk.1.ffn_down_exps.bias is missing", shapes={"blk.1.ffn_down_exps.bias": None}),
@@ -150,6 +152,18 @@ def test_a_bad_file_is_refused_in_one_line_that_names_the_value(tmp_path, family
     assert message.startswith(f"{path}: ")
     assert bad.says in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("pattern", "opens"), [([1, 0], True), ([0, 1], False), ([1], False), ([1, 0, 1], False)])
+def test_a_window_s_pattern_may_have_a_number_a_layer(tmp_path, pattern, opens):
+    draft, path = drafted("gpt-oss"), tmp_path / "model.gguf"
+    draft.set("gpt-oss.attention.sliding_window_pattern", ints(pattern))
+    path.write_bytes(draft.to_bytes())
+    if opens:
+        assert ModelFile.open(path).config.sliding_window == 12
+        return
+    with pytest.raises(FileFormatError, match=r"sliding_window_pattern is .*; only 2"):
+        ModelFile.open(path)
 
 
 @pytest.mark.parametrize("family", ["glm4moe", "deepseek2"])

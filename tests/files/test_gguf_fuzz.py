@@ -135,6 +135,7 @@ KEYS = (
     *("expert_weights_scale", "expert_weights_norm", "expert_shared_count", "expert_shared_feed_forward_length"),
     *("leading_dense_block_count", "feed_forward_length", "expert_feed_forward_length", "logit_scale"),
     *("embedding_scale", "residual_scale", "attention.scale", "attention.clamp_kqv", "attention.sliding_window"),
+    "attention.sliding_window_pattern",
     *("attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
     *("rope.scaling.attn_factor", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast"),
@@ -198,7 +199,7 @@ def test_the_undamaged_file_of_a_family_opens(path, family, byte_level):
 
 
 @pytest.mark.parametrize("value", [ints([]), ints([1, 3]), floats([0.5]), texts([]), f32(float("nan"))], ids=repr)
-@pytest.mark.parametrize("family", ["qwen3moe", "deepseek2"])
+@pytest.mark.parametrize("family", ["qwen3moe", "deepseek2", "gpt-oss"])
 def test_a_value_of_another_type_under_any_key_is_opened_or_refused(path, family, value):
     keys = [key for key, _ in drafted(family, byte_level=True).pairs]
     for key in (*keys, *(f"{family}.{key}" for key in KEYS), "split.count", "split.no", "split.tensors.count"):
