@@ -1,4 +1,4 @@
-"""A pool of blocks of keys and values on a GPU, which grows as long as the budget has room. Knows bytes; no experts.
+"""A pool of blocks of keys and values on a GPU, which grows and shrinks. Knows bytes; no experts.
 
 Block tables hold offsets from the begin of the pool's first memory, so that kernels, and graphs that captured its
 address, reach whatever is added later.
@@ -7,11 +7,13 @@ address, reach whatever is added later.
 from __future__ import annotations
 
 from collections.abc import Callable
+from heapq import heapify
+from weakref import WeakValueDictionary
 
 import torch
 
 from fiddler.models.config import Config
-from fiddler.runtime.block_pool import BlockPool, block_bytes
+from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool, block_bytes
 
 __all__ = ["GrowingPool"]
 
@@ -26,18 +28,28 @@ class GrowingPool(BlockPool):
         self.array = None  # not all of it, where tests put the CPU in the GPU's place
         self.room: Callable[[], int] = lambda: 0
         """Bytes by which the pool may grow now."""
+        self.displaceable: Callable[[], int] = lambda: 0
+        """Bytes that others should give up for sequences; they give more where nothing else helps."""
+        self.make_room: Callable[[int], bool] = lambda nbytes: False
+        """Lets others give up memory until there is room for so many bytes; returns whether there is."""
         self._block_bytes = block_bytes(config, dtype)
+        self._live = WeakValueDictionary[int, Block]()  # by number, those in use
         self._by = max(1, _SEGMENT_BYTES // self._block_bytes)  # blocks of a segment
 
     @property
+    def segment_bytes(self) -> int:
+        """Bytes by which the pool grows."""
+        return self._by * self._block_bytes
+
+    @property
     def max_bytes(self) -> int:
-        """Size that the pool may have now: what it has, and the room to grow [bytes]."""
-        segment = self._by * self._block_bytes
-        return self.capacity * self._block_bytes + max(0, self.room()) // segment * segment
+        """Size that the pool should have at most: what it has, the room to grow, and what others give up [bytes]."""
+        more = max(0, self.room()) + self.displaceable()
+        return self.capacity * self._block_bytes + more // self.segment_bytes * self.segment_bytes
 
     def grow(self) -> bool:
         """Implements `BlockPool.grow`."""
-        if self.room() < self._by * self._block_bytes:
+        if self.room() < self.segment_bytes:
             return False
         try:
             with torch.inference_mode(False):  # else nothing but inference could write to it
@@ -47,3 +59,47 @@ class GrowingPool(BlockPool):
         self._append(segment)
         self.capacity += self._by
         return True
+
+    def displace(self) -> bool:
+        """Implements `BlockPool.displace`."""
+        return self.make_room(self.segment_bytes) and self.grow()
+
+    def below(self, nbytes: int) -> int | None:
+        """Number of the first block of the last segments that have so many bytes; None where that were all of it."""
+        count = -(-nbytes // self.segment_bytes)
+        return self._firsts[-count] if count < len(self._firsts) else None
+
+    def take(self) -> Block:
+        """Implements `BlockPool.take`."""
+        block = super().take()
+        self._live[block.number] = block
+        return block
+
+    def shrink(self, number: int) -> bool:
+        """Free the segments from block `number` on, a first one; whether that worked.
+
+        Blocks in use there move below; past sequences that do not fit are forgotten.
+        """
+        assert number in self._firsts[1:]
+        while self.used > number:
+            if not self.reclaim():
+                return False
+        self._move_below(number)
+        kept = self._firsts.index(number)
+        del self._firsts[kept:], self.segments[kept:]
+        self.offsets = self.offsets[:number]
+        self._free[:] = [free for free in self._free if free < number]
+        heapify(self._free)
+        self._fresh, self.capacity = min(self._fresh, number), number
+        return True
+
+    def _move_below(self, number: int) -> None:
+        """Move blocks from this number on to free ones below, of which there are enough."""
+        high = [block for block in self._live.values() if block.number >= number]
+        for block in high:
+            target = super().take()
+            assert target.number < number, "the first free block is taken"
+            self.copy(block, target, POSITIONS)
+            block.number, target.number = target.number, block.number
+        self.moves += len(high)
+        self._live = WeakValueDictionary({block.number: block for block in self._live.values()})

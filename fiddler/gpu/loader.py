@@ -118,7 +118,7 @@ def on_gpu(
     if triton_kernels is not None and can_decode(config, {w.format for w in experts}):
         _decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
-    pool.room = lambda: budget.room() - layout.chunk * sizes.token
+    runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
     used = f"{shown(budget.used())} of {shown(budget.total)} used"
     return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")

@@ -5,7 +5,7 @@ Does not know where experts are computed, nor how the pool of blocks gets its me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,8 +17,11 @@ from fiddler import kernels
 from fiddler.cost_curve import Curve
 from fiddler.device.memory_budget import Budget, shown
 from fiddler.errors import ResourceError
+from fiddler.gpu.elastic_budget import ElasticBudget
+from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.step import GpuStep
 from fiddler.models.transformer import Transformer
+from fiddler.offload.evictions import Evictions
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.block_pool import BlockPool
 from fiddler.runtime.kv_cache import KVCache
@@ -58,6 +61,14 @@ class GpuRunner(PagedRunner):
         self._decoder: DecodeGraphs | None = None
         self._attention: ModuleType | None = None
         self._cos_sin = torch.empty(0)
+        self._elastic: ElasticBudget | None = None
+
+    def share_budget(self, room: Callable[[], int]) -> None:
+        """Let the pool grow by up to `room` bytes, then at the cost of resident experts, and give it back later."""
+        assert isinstance(self.pool, GrowingPool), "the pool has one size"
+        self.pool.room = room
+        if self.orchestrator is not None:
+            self._elastic = ElasticBudget(self.pool, room, Evictions(self.orchestrator))
 
     def decode_with(self, decoder: DecodeGraphs | None, cos_sin: Tensor, attention: ModuleType) -> None:
         """Run steps of one token of one sequence through `decoder`, and attention of others through its kernels.
@@ -109,6 +120,8 @@ class GpuRunner(PagedRunner):
         """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
+            if self._elastic is not None:
+                self._elastic.before_step(self.prefix_cache)
             if self._decoder is None or not single:
                 return super().step(parts, wanted, logits=logits)
             ((sequence, tokens),) = parts

@@ -39,6 +39,10 @@ class Residents:
         """Addresses of gate, up and down."""
         return self._addresses[layer, expert]
 
+    def nbytes(self, layer: int, expert: int) -> int:
+        """Size of a resident [bytes]."""
+        return self._weights[layer, expert][0].untyped_storage().nbytes()
+
     def complete(self, layer: int) -> bool:
         """Whether every expert of a layer is resident."""
         return all((layer, e) in self._weights for e in range(len(self._layers[layer].gate)))
@@ -46,6 +50,13 @@ class Residents:
     def by_layer(self) -> list[list[int]]:
         """Expert ids of each layer, ascending."""
         return [[e for e in range(len(w.gate)) if (layer, e) in self._weights] for layer, w in enumerate(self._layers)]
+
+    def evict(self, layer: int, expert: int) -> int:
+        """Free an expert's memory; returns its size [bytes]. Kernels that are queued still find it there."""
+        nbytes = self.nbytes(layer, expert)
+        del self._weights[layer, expert], self._addresses[layer, expert]
+        self.table[layer, expert] = 0
+        return nbytes
 
     def load(self, placed: Sequence[Sequence[int]], weight_copy: WeightCopy, progress: Callable[[int], None]) -> None:
         """Copy the experts of each layer to the GPU; calls `progress` with the bytes of each expert on its way."""

@@ -37,6 +37,11 @@ class Prefetcher:
         """The layer that the prefetched parts belong to, and these parts, of one slot of the ring after the other."""
         return self._sent
 
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens that each expert has had so far, int64 [L, E]."""
+        return self._counts
+
     def begin_step(self, last_layer_tokens: int) -> None:
         """Forget the parts of the step before. last_layer_tokens: that the last layer will have."""
         self._last_layer_tokens = last_layer_tokens

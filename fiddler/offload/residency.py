@@ -1,10 +1,10 @@
-"""Selects the experts that are resident on the GPU. Pure: knows how often experts were chosen, not devices."""
+"""Selects the experts that are resident on the GPU, and evicted ones. Pure: knows how often each was chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["place"]
+__all__ = ["least_valuable", "place"]
 
 
 def place(
@@ -31,3 +31,21 @@ def place(
         count = (layer + 1) * max_residents // layers - layer * max_residents // layers
         residents[layer] = list(range(count))
     return residents
+
+
+def least_valuable(
+    residents: Sequence[Sequence[int]], counts: Sequence[Sequence[int]], fixed: Sequence[bool]
+) -> tuple[int, int] | None:
+    """The layer and id of the resident whose absence costs the least time; None where there is none.
+
+    Experts of one size save the same time whenever they are chosen. So the value is how often that was, by `counts`
+    [L][E]; of equal ones, the last of the layer with the most residents. fixed: [L], layers that keep all of theirs.
+    """
+    ranked = (
+        (counts[layer][e], -len(experts), layer, -e)
+        for layer, experts in enumerate(residents)
+        if not fixed[layer]
+        for e in experts
+    )
+    least = min(ranked, default=None)
+    return None if least is None else (least[2], -least[3])

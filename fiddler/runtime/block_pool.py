@@ -10,6 +10,7 @@ import mmap
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +34,13 @@ class Block:
     Only a block with a single holder may be written.
     """
 
-    __slots__ = ("_free", "holders", "number")
+    __slots__ = ("__weakref__", "_free", "holders", "number")
 
     def __init__(self, number: int, free: list[int]) -> None:
         self.number, self.holders, self._free = number, 0, free
 
     def __del__(self) -> None:
-        self._free.append(self.number)
+        heappush(self._free, self.number)
 
 
 class Places(NamedTuple):
@@ -84,6 +85,8 @@ class BlockPool:
         """Frees a block that nobody computes with, and returns whether there was one; called where none is free."""
         self._free: list[int] = []
         self._fresh = 0  # blocks from this number on were never taken
+        self.moves = 0
+        """Counts moves of blocks, whose numbers have changed then."""
 
     @property
     def available(self) -> int:
@@ -101,20 +104,24 @@ class BlockPool:
         return self._fresh - len(self._free)
 
     def take(self) -> Block:
-        """A free block, with whatever it held before. Raises ResourceError where there is none."""
-        while not self.available and (self.grow() or self.reclaim()):
+        """The first free block, with whatever it held before. Raises ResourceError where there is none."""
+        while not self.available and (self.grow() or self.reclaim() or self.displace()):
             continue
         if not self.available:
             raise ResourceError(
                 f"the {self.capacity} blocks of the KV cache are in use; give shorter prompts, or fewer at once"
             )
         if self._free:
-            return Block(self._free.pop(), self._free)
+            return Block(heappop(self._free), self._free)
         self._fresh += 1
         return Block(self._fresh - 1, self._free)
 
     def grow(self) -> bool:
         """Raise the capacity, where there is more memory; returns whether it did."""
+        return False
+
+    def displace(self) -> bool:
+        """`grow`, where other things of less value give their memory."""
         return False
 
     def copy(self, source: Block, target: Block, positions: int) -> None:

@@ -33,6 +33,7 @@ class PagedKVCache(KVCache):
         self._window = window
         self._blocks: list[Block | None] = []  # None: given back
         self._table: np.ndarray | None = None
+        self._moves = pool.moves
         self._places: tuple[int, int, list[Places]] | None = None  # where the positions of a step are written
         for block in blocks:
             self._append(block)
@@ -48,7 +49,8 @@ class PagedKVCache(KVCache):
     @property
     def table(self) -> np.ndarray:
         """Their numbers, int64; 0 where one was given back."""
-        if self._table is None:
+        if self._table is None or self._moves != self.pool.moves:
+            self._moves, self._places = self.pool.moves, None
             self._table = np.array([0 if block is None else block.number for block in self._blocks], np.int64)
         return self._table
 
@@ -72,13 +74,14 @@ class PagedKVCache(KVCache):
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Rows, Rows]:
         """Implements `KVCache.write`."""
         end = self.length + len(keys)
+        table = self.table
         if self._places is None or self._places[:2] != (self.length, end):
             positions = np.arange(self.length, end)
-            numbers, rows = self.table[positions // POSITIONS], positions % POSITIONS
+            numbers, rows = table[positions // POSITIONS], positions % POSITIONS
             self._places = self.length, end, self.pool.places(numbers, rows)
         self.pool.store(layer, self._places[2], (keys, values))
         memories = self.pool.memory.shape[2]
-        stored = [_BlockRows(self.pool, layer, memory, self.table, end) for memory in range(memories)]
+        stored = [_BlockRows(self.pool, layer, memory, table, end) for memory in range(memories)]
         return stored[0], stored[-1]
 
     def stored(self, layer: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 import fiddler
 from fiddler import Sampling
+from fiddler.gpu import elastic_budget
 from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.loading import load
 from fiddler.models import MIXTRAL
@@ -126,10 +127,11 @@ def path(request, tmp_path):
     return write_random_mixtral(tmp_path / "tiny.gguf", window=request.param)
 
 
-def paged_engine(path):
+def paged_engine(path, residents=3):
     if GPU:
-        return load(path, device="cuda", precision="exact", gpu_experts=3)
-    return engine_in_place(path, attention=attention_kernels)
+        return load(path, device="cuda", precision="exact", gpu_experts=residents)
+    placed = None if residents == 3 else [[0, 1, 2], [0, 1, 2]]
+    return engine_in_place(path, attention=attention_kernels, residents=placed)
 
 
 def close(ours, expected):
@@ -225,8 +227,42 @@ def test_requests_in_any_mixture_give_what_each_gives_alone_while_the_pool_grows
 
 
 @on_gpu
+def test_residents_give_their_memory_to_the_pool_and_come_back_beside_captured_graphs(tmp_path, monkeypatch):
+    monkeypatch.setattr(elastic_budget, "_ASKED", 1)
+    monkeypatch.setattr(elastic_budget, "_PATIENCE", 2)
+    path = write_random_mixtral(tmp_path / "tiny.gguf")
+    engine, reference = paged_engine(path, residents=6), load(path, device="cpu", precision="exact")
+    runner, pool, residents = engine.runner, engine.runner.pool, engine.runner.orchestrator.residents
+    ids = [7 * i % 500 for i in range(250)]
+    before, expected, nbytes = residents.by_layer(), reference.logits(ids), runner.kv_bytes(1)
+
+    def taken():
+        resident = sum(
+            residents.nbytes(layer, e) for layer, experts in enumerate(residents.by_layer()) for e in experts
+        )
+        return pool.capacity * nbytes + resident
+
+    pool._by, total = 4, taken() + nbytes
+    runner.share_budget(lambda: total - taken())
+    held, sequence = [pool.take() for _ in range(pool.available)], runner.sequence()
+    for position in range(120):
+        logits = runner.step([(sequence, ids[position : position + 1])]).logits[0]
+        assert close(logits, expected[position]), position
+    assert close(runner.step([(sequence, ids[120:200])]).logits, expected[120:200])
+    assert len(residents) < 6
+    del held
+    for position in range(200, 250):
+        logits = runner.step([(sequence, ids[position : position + 1])]).logits[0]
+        assert close(logits, expected[position]), position
+    assert residents.by_layer() == before
+    assert pool.moves
+
+
+@on_gpu
 def test_many_sequences_run_at_once_share_their_prefix_and_stay_within_the_budget():
-    engine = load(device="cuda", gpu_memory="2GiB")
+    gc.collect()
+    torch.cuda.empty_cache()  # the budget counts what other engines of this process left
+    engine = load(device="cuda", gpu_memory="4GiB")
     runner, prefix = engine.runner, [100 + i % 900 for i in range(704)]
     requests = [fiddler.Request([*prefix, 50 + n], GREEDY, 8, ignore_eos=True) for n in range(10)]
     assert len(dict(engine.batch([engine.start(request) for request in requests]))) == 10

@@ -33,6 +33,27 @@ def cos_sin_of(config, context):
     return torch.view_as_real(rotary_cos_sin(config, torch.arange(context))).contiguous()
 
 
+def elastic_to(engine, capacity, before=None):
+    """A pool of 4 blocks that grows by 2 at the residents' cost, to `capacity` once all are evicted.
+
+    before: what this returned the last time; its evictions are undone.
+    """
+    runner = engine.runner
+    while before is not None and before.evicted:
+        before.restore()
+    growing(runner, 4)
+    pool, residents = runner.pool, runner.orchestrator.residents
+    total = capacity * runner.kv_bytes(1)
+
+    def room():
+        resident = sum(residents.nbytes(layer, e) for layer, ids in enumerate(residents.by_layer()) for e in ids)
+        return total - pool.capacity * runner.kv_bytes(1) - resident
+
+    assert room() >= 0
+    runner.share_budget(room)
+    return runner._elastic._evictions
+
+
 def growing(runner, capacity):
     """A new pool that begins with 4 blocks and grows by 2 at a time, to `capacity`; past sequences may hold all."""
     config, nbytes = runner.model.config, runner.kv_bytes(1)
