@@ -22,6 +22,16 @@ _ZERO = re.compile(r"\s*[+-]?0+\s*", re.ASCII)
 _FEATURES = re.compile(r"([+-][\w.-]+(,[+-][\w.-]+)*)?", re.ASCII)
 _STACK = re.compile(r"\s*\d+\s*[bkmg]?\s*", re.ASCII | re.IGNORECASE)
 
+_CPU_NAMES = """generic x86-64 x86-64-v2 x86-64-v3 x86-64-v4 nocona core2 penryn bonnell atom silvermont slm goldmont
+    goldmont-plus tremont nehalem corei7 westmere sandybridge corei7-avx ivybridge core-avx-i haswell core-avx2
+    broadwell skylake skx skylake-avx512 cascadelake cooperlake cannonlake icelake-client icelake-server rocketlake
+    tigerlake
+    sapphirerapids alderlake raptorlake meteorlake arrowlake arrowlake-s lunarlake gracemont sierraforest grandridge
+    graniterapids graniterapids-d emeraldrapids clearwaterforest pantherlake diamondrapids knl knm k8 opteron athlon64
+    athlon-fx k8-sse3 opteron-sse3 athlon64-sse3 amdfam10 barcelona btver1 btver2 bdver1 bdver2 bdver3 bdver4 znver1
+    znver2 znver3 znver4 znver5"""
+"""LLVM's names of x86-64 CPUs (llvm/lib/TargetParser/X86TargetParser.cpp)."""
+
 _Rule = tuple[Callable[[str], bool], str]
 
 
@@ -31,6 +41,11 @@ def _whole(least: int) -> Callable[[str], bool]:
 
 def _counts(value: str) -> bool:
     return all(_whole(1)(count) for count in value.split(","))
+
+
+def _is_cpu(value: str) -> bool:
+    """Whether LLVM knows an x86-64 CPU of this name; it answers others with thousands of lines."""
+    return os.uname().machine != "x86_64" or value in {"", *_CPU_NAMES.split()}
 
 
 def _like(pattern: str) -> Callable[[str], bool]:
@@ -50,6 +65,7 @@ _RULES: Mapping[str, _Rule] = {
         "tbb, omp and workqueue in some order, with spaces between them",
     ),
     "NUMBA_OPT": (lambda value: value in ("0", "1", "2", "3", "max"), "0, 1, 2, 3 or max"),
+    "NUMBA_CPU_NAME": (_is_cpu, "LLVM's name of one, as znver4"),
     "NUMBA_CPU_FEATURES": (lambda value: bool(_FEATURES.fullmatch(value)), "LLVM's, as +avx2,-avx512f"),
     "OMP_NUM_THREADS": (_counts, "a number from 1"),
     "OMP_THREAD_LIMIT": _POSITIVE,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fiddler.environment import check_environment
+from fiddler.environment import _CPU_NAMES, check_environment
 from fiddler.errors import RequestError
 from fiddler.kernels.machine.tuning import tuning_store
 from fiddler.offload.calibration import cache_folder
@@ -30,6 +30,7 @@ NONSENSE = [
     ("NUMBA_THREADING_LAYER_PRIORITY", "omp"),
     ("NUMBA_OPT", "4"),
     ("NUMBA_CPU_FEATURES", "avx2"),
+    ("NUMBA_CPU_NAME", "nonsense"),
     ("NUMBA_BOUNDSCHECK", "true"),
     ("NUMBA_DEBUG_CACHE", "x"),
     ("OMP_NUM_THREADS", "0"),
@@ -74,6 +75,22 @@ def test_openmp_s_variables_are_refused_where_libgomp_complains(name):
         assert is_refused(name, value) is ("libgomp: " in done.stderr), (value, done.stderr)
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the names are of x86-64 CPUs")
+def test_cpu_names_are_refused_where_llvm_complains():
+    code = (
+        "import sys, llvmlite.binding as llvm\n"
+        "llvm.initialize_native_target()\n"
+        "target = llvm.Target.from_default_triple()\n"
+        "for name in sys.argv[1:]:\n"
+        "    target.create_target_machine(cpu=name)\n"
+    )
+    names = [*_CPU_NAMES.split(), "nonsense", "zn4", "ZNVER4"]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    complained = {line.split("'")[1] for line in done.stderr.splitlines() if "not a recognized processor" in line}
+    assert complained == {name for name in names if is_refused("NUMBA_CPU_NAME", name)}
+    assert complained == {"nonsense", "zn4", "ZNVER4"}
+
+
 def is_refused(name, value):
     try:
         check_environment({name: value})
@@ -90,6 +107,7 @@ def test_variables_that_make_sense_pass():
             "NUMBA_THREADING_LAYER": "OMP",
             "NUMBA_THREADING_LAYER_PRIORITY": "omp workqueue tbb",
             "NUMBA_OPT": "max",
+            "NUMBA_CPU_NAME": "x86-64-v3",
             "NUMBA_CPU_FEATURES": "+avx2,-avx512f",
             "NUMBA_CACHE_DIR": "anything",
             "NUMBA_UNKNOWN": "x",
