@@ -160,11 +160,14 @@ class DecodeGraphs:
     def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
         """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.
 
-        queued: receives True with each graph, and False at the end. While the CPU computes, this thread sleeps.
+        queued: receives True with each graph, and False at the end. This thread waits for a graph as the caller's
+        does, awake: woken from a sleep on a core that has gone to sleep, too, it is late. While the CPU computes, it
+        sleeps.
         """
         graphs, cooperative_step = self._graphs, self._orchestrator.cooperative_step
         try:
             for graph in range(len(graphs.breaks)):
+                graphs.wait(graph)
                 plan = self._next_plan(plans)
                 if plan is None:
                     return
