@@ -25,11 +25,10 @@ _STACK = re.compile(r"\s*\d+\s*[bkmg]?\s*", re.ASCII | re.IGNORECASE)
 _CPU_NAMES = """generic x86-64 x86-64-v2 x86-64-v3 x86-64-v4 nocona core2 penryn bonnell atom silvermont slm goldmont
     goldmont-plus tremont nehalem corei7 westmere sandybridge corei7-avx ivybridge core-avx-i haswell core-avx2
     broadwell skylake skx skylake-avx512 cascadelake cooperlake cannonlake icelake-client icelake-server rocketlake
-    tigerlake
-    sapphirerapids alderlake raptorlake meteorlake arrowlake arrowlake-s lunarlake gracemont sierraforest grandridge
-    graniterapids graniterapids-d emeraldrapids clearwaterforest pantherlake diamondrapids knl knm k8 opteron athlon64
-    athlon-fx k8-sse3 opteron-sse3 athlon64-sse3 amdfam10 barcelona btver1 btver2 bdver1 bdver2 bdver3 bdver4 znver1
-    znver2 znver3 znver4 znver5"""
+    tigerlake sapphirerapids alderlake raptorlake meteorlake arrowlake arrowlake-s lunarlake gracemont sierraforest
+    grandridge graniterapids graniterapids-d emeraldrapids clearwaterforest pantherlake diamondrapids knl knm k8 opteron
+    athlon64 athlon-fx k8-sse3 opteron-sse3 athlon64-sse3 amdfam10 barcelona btver1 btver2 bdver1 bdver2 bdver3 bdver4
+    znver1 znver2 znver3 znver4 znver5"""
 """LLVM's names of x86-64 CPUs (llvm/lib/TargetParser/X86TargetParser.cpp)."""
 
 _Rule = tuple[Callable[[str], bool], str]

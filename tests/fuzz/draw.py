@@ -26,11 +26,6 @@ class Draw:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
-    @property
-    def left(self) -> int:
-        """Bytes that no choice has used."""
-        return len(self._data) - self._at
-
     def below(self, count: int) -> int:
         """A number from 0 to count - 1."""
         size = 1 if count <= 1 << 8 else 2 if count <= 1 << 16 else 8

@@ -14,74 +14,13 @@ from fiddler.loading import load
 from fuzz.draw import Draw
 from fuzz.guarded_pages import GuardedFile
 from fuzz.targets import Target, opened
-from oracles.bad_gguf import (
-    BF16,
-    F16,
-    F32,
-    Draft,
-    Entry,
-    boolean,
-    f32,
-    floats,
-    i32,
-    ints,
-    mixtral,
-    text,
-    texts,
-    u32,
-    u64,
-)
+from oracles.bad_gguf import BF16, F16, F32, Draft, Entry, mixtral
+from oracles.gguf_values import KEYS, NAMES, VALUES, VOCABULARY_KEYS
 from oracles.small_families import GOOD, drafted
 
 __all__ = ["available", "parts_target"]
 
-NUMBERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 31, 32, 33, 48, 64, 128, 262, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1)
-REALS = (0.0, -0.0, 1e-45, 1e-6, 0.5, 1.0, -1.0, 2.5, 10000.0, 1e38, float("inf"), float("-inf"), float("nan"))
-WORDS = (
-    "",
-    "none",
-    "linear",
-    "yarn",
-    "longrope",
-    "llama3",
-    "llama",
-    "gpt2",
-    "qwen2",
-    "deepseek-v3",
-    "NFC",
-    "a\0b",
-    *GOOD,
-)
-VALUES = (
-    *(kind(number) for number in NUMBERS for kind in (u32, u64)),
-    *(i32(number) for number in (-1, 0, 1, -(2**31))),
-    *map(f32, REALS),
-    *map(text, WORDS),
-    *map(boolean, (0, 1, 2)),
-    *(ints([]), ints([1, 3]), ints([258] * 262), floats([0.5, float("nan")]), texts([]), texts(["a b", "b c"])),
-)
-KEYS = (
-    *("nextn_predict_layers", "expert_gating_func", "expert_group_count", "expert_group_used_count", "expert_count"),
-    *("expert_weights_scale", "expert_weights_norm", "expert_shared_count", "expert_shared_feed_forward_length"),
-    *("leading_dense_block_count", "feed_forward_length", "expert_feed_forward_length", "logit_scale"),
-    *("embedding_scale", "residual_scale", "attention.scale", "attention.clamp_kqv", "attention.sliding_window"),
-    *("attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla"),
-    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "expert_used_count"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast"),
-)
-VOCABULARY = (
-    "merges",
-    "pre",
-    "model",
-    "token_type",
-    "tokens",
-    "scores",
-    "eos_token_id",
-    "bos_token_id",
-    "eot_token_id",
-)
-NAMES = ("rope_freqs.weight", "blk.0.attn_kv_b.weight", "blk.0.ffn_gate.0.weight", "blk.2.nextn.eh_proj.weight")
-SIZES = (0, 1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 262, 1 << 31, 1 << 62)
+SIZES = (0, 1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 262)
 FAMILIES = (*sorted(GOOD), "mixtral")
 
 
@@ -100,7 +39,7 @@ def changed(draw: Draw) -> Draft:
 def _change_value(draft: Draft, family: str, draw: Draw) -> None:
     prefix = "llama" if family == "mixtral" else family
     keys: list[str | bytes] = [key for key, _ in draft.pairs]
-    keys += [*(f"{prefix}.{key}" for key in KEYS), *(f"tokenizer.ggml.{key}" for key in VOCABULARY)]
+    keys += [*(f"{prefix}.{key}" for key in KEYS), *(f"tokenizer.ggml.{key}" for key in VOCABULARY_KEYS)]
     key = draw.choice(keys)
     if key in dict(draft.pairs) and draw.below(8) == 1:
         draft.drop(str(key))
@@ -113,7 +52,7 @@ def _change_tensor(draft: Draft, draw: Draw) -> None:
     if kind == 0:
         entry.kind = draw.choice((F32, F16, BF16))
     elif kind == 1:
-        entry.shape = [draw.choice(SIZES[:-2]) for _ in range(1 + draw.below(4))]
+        entry.shape = [draw.choice(SIZES) for _ in range(1 + draw.below(4))]
     elif kind == 2:
         draft.entries.remove(entry)
     elif kind == 3:
