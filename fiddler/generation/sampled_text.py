@@ -116,6 +116,7 @@ class SampledText:
         if token is None:
             return Advance(result=self._completion())
         sequence.tokens.append(token)
+        sequence.greedy = self._sampler.greedy and len(sequence.tokens) + 1 < self.max_positions
         text = self._reply.push(token, last=last)
         log_probs = self._sampler.log_probs[-1] if self._sampler.log_probs else None
         result = None if self._reply.finish_reason is None else self._completion()

@@ -21,13 +21,15 @@ __all__ = ["Advance", "Fork", "PreparedRequest", "RunningSequence", "SequenceGro
 class RunningSequence:
     """Tokens so far; `cache`, if any, holds the first of them, and the next steps compute the others.
 
-    `logits`: float32 [V] after the last token, once all are computed; None while some are not.
+    `logits`: float32 [V] after the last token, once all are computed; None while some are not. `greedy`: the token
+    after `tokens` will be that of the largest logit, and others will follow it, if the text goes on.
     """
 
-    __slots__ = ("cache", "logits", "tokens")
+    __slots__ = ("cache", "greedy", "logits", "tokens")
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
+        self.greedy = False
         self.cache: KVCache | None = None
         self.logits: np.ndarray | None = None
 

@@ -47,7 +47,8 @@ def compute(runner: Runner, sequences: Sequence[RunningSequence], counts: Sequen
         return
     lengths = [cache.length for cache, _ in parts]
     try:
-        logits = runner.step(parts, rows).logits
+        greedy = len(complete) == len(parts) == 1 and complete[0].greedy
+        logits = runner.step(parts, rows, greedy=greedy).logits
     except BaseException:
         for (cache, _), length in zip(parts, lengths, strict=True):
             cache.truncate(length)

@@ -116,6 +116,7 @@ class GpuRunner(PagedRunner):
         wanted: Sequence[int] | None = None,
         *,
         logits: bool = True,
+        greedy: bool = False,
     ) -> StepOutput:
         """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
@@ -127,8 +128,10 @@ class GpuRunner(PagedRunner):
             ((sequence, tokens),) = parts
             assert isinstance(sequence, PagedKVCache)
             sequence.reserve(sequence.length + 1)
+            greedy = greedy and logits and _reserved(sequence, sequence.length + 2)
+            table = self.pool.offsets[sequence.table]
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
-                self._decoder.step(tokens[0], sequence.length, self.pool.offsets[sequence.table])
+                self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
             output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
         sequence.advance(1)
         return output
@@ -162,3 +165,14 @@ class GpuRunner(PagedRunner):
             raise ResourceError(
                 f"the GPU's memory does not suffice within {shown(self.budget.total)}; give {fewer}less --ctx"
             ) from error
+
+
+def _reserved(sequence: PagedKVCache, length: int) -> bool:
+    """Reserve memory for `length` positions, if the context and the pool allow it; whether they do."""
+    if length > sequence.context:
+        return False
+    try:
+        sequence.reserve(length)
+    except ResourceError:
+        return False
+    return True

@@ -110,13 +110,17 @@ class Runner(ABC):
         wanted: Sequence[int] | None = None,
         *,
         logits: bool = True,
+        greedy: bool = False,
     ) -> StepOutput:
         """Append tokens to sequences, all in one pass. Rows of the result are in the order of `parts`.
 
         wanted: the rows to return, in rising order; None: all, [T]. The last layer computes its experts for these rows
         only; for none it stores keys and values, and that is all.
         logits: whether to compute logits of these rows. Where a step fails, no sequence has grown.
+        greedy: of one token of one sequence: the next one will probably be that of the largest logit, and the hidden
+        state is not needed; so a GPU may begin the next step at once.
         """
+        del greedy  # a CPU has nothing to do meanwhile
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
         subset = wanted is not None and len(wanted) < len(ids)

@@ -155,6 +155,13 @@ class Sampler:
         """Whether a constraint is met and nothing but an end token may follow; without one never."""
         return self._guide is not None and self._guide.finished
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it always chooses the token of the model's largest logit."""
+        s = self.sampling
+        changed = s.logit_bias or s.repeat_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.dry_multiplier
+        return s.temperature == 0 and self._guide is None and not changed
+
     def __call__(self, logits: np.ndarray, recent: Sequence[int]) -> int:
         """Choose a token from logits [V], after the `recent` tokens; -inf is never chosen.
 
