@@ -103,10 +103,12 @@ class SampledText:
         """Implements `SequenceGroup.advance`. A prompt that no token may follow is read all the same."""
         (sequence,) = self.sequences
         assert sequence.logits is not None
-        logits = finite(sequence.logits, len(sequence.tokens))
+        logits = sequence.logits
+        if sequence.largest < 0:
+            logits = finite(logits, len(sequence.tokens))
         token = None
         if self._reply.finish_reason is None:
-            token = self._sampler(logits, sequence.tokens)
+            token = self._sampler(logits, sequence.tokens, sequence.largest)
         last = token is not None and self._sampler.finished
         if self._read is None:
             assert sequence.cache is not None

@@ -23,6 +23,7 @@ from fiddler.telemetry.recorder import Recorder
 __all__ = ["DecodeGraphs", "Graphs", "LayerPlan"]
 
 _POLL_SECONDS = 1e-3
+_PAUSE = 8  # steps that are not begun ahead after one that was begun for nothing, as where the likely token is banned
 
 
 class Graphs(Protocol):
@@ -122,6 +123,7 @@ class DecodeGraphs:
         self.uses_cpu = bool(graphs.breaks)
         """Whether some experts are not resident on the GPU."""
         self._ahead: _Ahead | None = None
+        self._pause = 0  # steps until the next one may be begun ahead
 
     @property
     def hidden(self) -> Tensor:
@@ -139,7 +141,8 @@ class DecodeGraphs:
         ahead, self._ahead = self._ahead, None
         if ahead is None or not ahead.is_step(token, position, table):
             self._graphs.begin(token, position, table)
-        if greedy and not self.uses_cpu and not self._recorder.wants_expert_ids:
+            self._pause = self._pause - 1 if ahead is None else _PAUSE
+        if greedy and self._pause <= 0 and not self.uses_cpu and not self._recorder.wants_expert_ids:
             self._graphs.begin_ahead(table)
             self._ahead = _Ahead(position + 1, table)
         try:

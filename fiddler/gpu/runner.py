@@ -27,13 +27,13 @@ from fiddler.runtime.block_pool import BlockPool
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 from fiddler.runtime.paged_runner import PagedRunner
-from fiddler.runtime.runner import Runner, StepOutput
+from fiddler.runtime.runner import StepOutput
 from fiddler.runtime.step import Step
 
 if TYPE_CHECKING:
     from fiddler.gpu.decode_graphs import DecodeGraphs
 
-__all__ = ["GpuRunner"]
+__all__ = ["GpuRunner", "largest_of"]
 
 _CURVE_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 _LOGITS_CHUNK = 256  # tokens per product with the output weight
@@ -144,10 +144,23 @@ class GpuRunner(PagedRunner):
     def logits(self, hidden: Tensor) -> Tensor:
         """Implements `Runner.logits`."""
         logits = torch.empty(len(hidden), self.model.config.vocab_size)
-        with self._within_budget():  # in chunks: the GPU may lack room for the logits of a long step
-            for begin in range(0, len(hidden), _LOGITS_CHUNK):
-                logits[begin : begin + _LOGITS_CHUNK] = Runner.logits(self, hidden[begin : begin + _LOGITS_CHUNK])
+        with self._within_budget():
+            for begin, chunk in self._logits_by_chunk(hidden):
+                logits[begin : begin + _LOGITS_CHUNK] = chunk
         return logits
+
+    def _output(self, hidden: Tensor) -> StepOutput:
+        logits, largest = torch.empty(len(hidden), self.model.config.vocab_size), []
+        for begin, chunk in self._logits_by_chunk(hidden):
+            logits[begin : begin + _LOGITS_CHUNK] = chunk
+            largest.append(largest_of(chunk))
+        return StepOutput(hidden, logits, torch.cat(largest).cpu().numpy() if largest else None)
+
+    def _logits_by_chunk(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Of each chunk of rows the first one, and its logits on the GPU, which may lack room for those of all."""
+        for begin in range(0, len(hidden), _LOGITS_CHUNK):
+            with torch.inference_mode():
+                yield begin, self.model.logits(hidden[begin : begin + _LOGITS_CHUNK]).float()
 
     @contextmanager
     def _within_budget(self) -> Iterator[None]:
@@ -165,6 +178,11 @@ class GpuRunner(PagedRunner):
             raise ResourceError(
                 f"the GPU's memory does not suffice within {shown(self.budget.total)}; give {fewer}less --ctx"
             ) from error
+
+
+def largest_of(logits: Tensor) -> Tensor:
+    """`StepOutput.largest` of logits [W, V], on their device."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
 def _reserved(sequence: PagedKVCache, length: int) -> bool:
