@@ -200,6 +200,7 @@ class DecodeGraphs:
         if not on_cpu:
             graphs.cpu_sum[:] = 0
         cooperative_step.open(number)
+        orchestrator.prefetcher.count_one(layer, expert_ids)  # while the GPU computes the next graph
 
     def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
         """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.

@@ -181,6 +181,7 @@ _GET = {
     "/slots": "What runs now",
     "/metrics": "Metrics for Prometheus",
     "/experts": "Places and counts of experts",
+    "/experts/events": "The same as server-sent events, whenever they change",
 }
 _FAILURES = {
     "400": "The request makes no sense",
