@@ -127,7 +127,7 @@ def measure_prefix(bench):
         f"  ten requests with {len(common)} tokens in common held {most} blocks of {POSITIONS} positions; these ",
         end="",
     )
-    print(f"tokens once are {one}; {pool.used - before} blocks are left afterwards")
+    print(f"these tokens once are {one}; {pool.used - before} blocks are left afterwards")
 
 
 def measure_priority(bench):
