@@ -83,6 +83,7 @@ _SAMPLING = {
     "stop": _STRINGS,
     "ignore_eos": _FLAG,
     "cache_prompt": _FLAG,
+    "service_tier": _TEXT,
     "grammar": _TEXT,
     "json_schema": _OBJECT,
     "stream": _FLAG,
