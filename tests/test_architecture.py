@@ -76,7 +76,8 @@ ONLY_IN = {
     "torch": "converters.pytorch_file cpu device evaluation gpu models offload runtime engine loading"
     " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
-    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels gpu.kv_kernels offload.grouped_kernels",
+    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels gpu.kv_kernels"
+    " gpu.router_kernels offload.grouped_kernels",
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -14,7 +15,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels, kv_kernels  # noqa: E402
+from fiddler.gpu import attention_kernels, kv_kernels, router_kernels  # noqa: E402
 from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
@@ -28,7 +29,6 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "llfffii",
         {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
-    "route": (decode_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiii", PAGED | {"PAIRS": 64}),
@@ -47,6 +47,22 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
     "fetch": (grouped_kernels._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
 }
+SWITCHES = ("SIGMOID", "RENORMALISE", "BIASED", "SELECTION")
+NO_GROUPS = {"G": 1, "GROUPS": 1, "USED": 1, "TWO": False}
+ONE_OF_MANY = {"WIDE": 4096, "K": 2048, "N": 8, "TOP": 2, "J": 2}
+for switches in itertools.product((False, True), repeat=4):
+    rule = dict(zip(SWITCHES, switches, strict=True))
+    named = "route: " + ", ".join(name for name in SWITCHES if rule[name])
+    many = {"N": 256, "TOP": 8, "J": 8} | rule
+    groups = {"G": 8, "GROUPS": 8, "USED": 4, "TWO": rule["SELECTION"]}
+    CASES[named] = router_kernels._route, "fffffflfiiss", ONE_OF_MANY | rule | NO_GROUPS
+    CASES[f"{named} of many"] = router_kernels._choose_each, "ffflfis", many | NO_GROUPS
+    CASES[f"{named} in groups"] = router_kernels._choose_each, "ffflfis", many | groups
+CASES["route 16 of 384"] = (
+    router_kernels._choose_each,
+    "ffflfis",
+    {"N": 512, "TOP": 16, "J": 16, **dict.fromkeys(SWITCHES, True), **NO_GROUPS},
+)
 
 
 @pytest.mark.parametrize("name", CASES)
