@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "hand_over", "norm", "rounded_to", "works"]
+__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "norm", "rounded_to", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -55,6 +55,32 @@ def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> 
     r, k = (1, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
     addend = y if onto is None else onto  # the kernel does not read y
     _gemv[(triton.cdiv(rows, r),)](x, w, addend, y, rows, width, onto is not None, rounded, r, k, num_warps=4)
+    return y
+
+
+@triton.jit
+def _gemv_per_head(x, w, y, rows, width, x_head, w_head, w_row, w_column, R: tl.constexpr, K: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    total = tl.zeros([R, K], tl.float32)
+    for begin in range(0, width, K):
+        inside = begin + k < width
+        a = tl.load(x + head * x_head + begin + k, mask=inside, other=0.0)
+        offset = head * w_head + r[:, None] * w_row + (begin + k)[None, :] * w_column
+        total += tl.load(w + offset, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32) * a[None, :]
+    tl.store(y + head * rows + r, tl.sum(total, 1), mask=r < rows)
+
+
+def gemv_per_head(x: Tensor, w: Tensor) -> Tensor:
+    """x [1, H, K] float32, w [H, N, K] -> each head's x . w transposed: [1, H, N] float32. x is not rounded."""
+    heads, rows, width = w.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    y = torch.empty(1, heads, rows, device=x.device)
+    k = max(16, min(512, triton.next_power_of_2(width)))
+    r = max(1, min(2048 // k, triton.next_power_of_2(rows)))
+    grid = triton.cdiv(rows, r), heads
+    _gemv_per_head[grid](x, w, y, rows, width, x.stride(1), *w.stride(), r, k, num_warps=4)
     return y
 
 

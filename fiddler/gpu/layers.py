@@ -55,8 +55,10 @@ class GpuLinear:
         return self(F.silu(gate) * up, names[2])
 
     def per_head(self, x: Tensor, name: str) -> Tensor:
-        """Implements `Linear.per_head`, in float32 and some heads at a time."""
+        """Implements `Linear.per_head`, in float32; several tokens some heads at a time."""
         weight = self._weights[name]
+        if len(x) == 1 and self._kernels is not None:
+            return cast(Tensor, self._kernels.gemv_per_head(x, weight))
         step = max(1, _WIDENED // weight[0].numel())
         products, each = [], x.transpose(0, 1)  # [H, T, in]
         for begin in range(0, len(weight), step):

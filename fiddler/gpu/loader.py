@@ -97,7 +97,7 @@ def on_gpu(
     weights, linears = load_dense(model_file, weight_copy)
     pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
     with torch.inference_mode():
-        cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
+        cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
     warm_up(device, cache_dtype)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
@@ -234,8 +234,8 @@ def _decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) 
 
 
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
-    """Whether `DecodeGraphs` runs a model whose experts have these formats: not yet latent attention."""
-    return set(formats) <= {BF16, F16} and config.latent is None and config.architecture.sinks is Sinks.NONE
+    """Whether `DecodeGraphs` runs a model whose experts have these formats."""
+    return set(formats) <= {BF16, F16} and config.architecture.sinks is Sinks.NONE
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
@@ -263,7 +263,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
-    cos_sin_bytes = 4 * context * config.head_dim
+    cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,

@@ -15,13 +15,14 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels, kv_kernels, router_kernels  # noqa: E402
+from fiddler.gpu import attention_kernels, kv_kernels, latent_kernels, router_kernels  # noqa: E402
 from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
+    "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
     "up": (expert_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
     "down": (
@@ -31,8 +32,8 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     ),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
-    "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiii", PAGED | {"PAIRS": 64}),
-    "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
+    "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
+    "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
     "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
     "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
@@ -42,6 +43,18 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "fffllllfsiiii",
         PAGED | {"UNIT": 16, "M": 32, "N": 32, "DIM": 256},
     ),
+    "attend to latents": (
+        latent_kernels._attend_latent,
+        "fhllllfffsiii",
+        PAGED | {"SPLITS": 16, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
+    ),
+    "attend to latents of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "ffllllfffsiii",
+        PAGED | {"UNIT": 16, "SPLITS": 1, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
+    ),
+    "merge latents": (latent_kernels._merge_latent, "ffflfii", {"SPLITS": 16, "M": 32, "L": 512}),
+    "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),
     "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
@@ -80,6 +93,11 @@ def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
     assert compiled.metadata.shared <= 200 << 10  # of 227 KiB
     if name.startswith("attend"):
         assert "ld.global.v4.b32" in compiled.asm["ptx"] or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-    if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time: less would not saturate the memory
+    if name in (
+        "up",
+        "down",
+        "gemv",
+        "gemv per head",
+    ):  # weights are read 16 bytes at a time: less would not saturate the memory
         assert "ld.global.v4.b32" in compiled.asm["ptx"]
         assert not re.search(r"ld\.global\.b16", compiled.asm["ptx"])

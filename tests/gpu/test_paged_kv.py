@@ -171,7 +171,7 @@ def test_single_tokens_read_position_and_blocks_through_the_kernels(path, monkey
     runner, ids, context = engine.runner, list(range(30, 64)), engine.context
     pool = GrowingPool(engine.config, torch.float32, DEVICE, 2)
     place = torch.zeros(20, dtype=torch.int64)
-    cache = DecodeCache(pool, place, cos_sin_of(engine.config, context), engine.config.window)
+    cache = DecodeCache(pool, place, cos_sin_of(engine.config, context), engine.config)
     pool._by, pool.room = 1, lambda: 1 << 40
     blocks = [[pool.take(), pool.take()], [pool.take(), pool.take()]]  # of two sequences, which take turns
     assert len(pool.segments) == 3
