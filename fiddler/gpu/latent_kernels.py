@@ -50,7 +50,7 @@ def _attend_latent(
     dim,
     P: tl.constexpr,
     UNIT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WHOLE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -59,6 +59,7 @@ def _attend_latent(
 ):
     tile = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     first_row = tl.load(tiles + 2 * tile)
     count = tl.load(tiles + 2 * tile + 1)
     token = first_row // heads
@@ -82,7 +83,7 @@ def _attend_latent(
     if C == L:
         q_latent = (q_latent / size[:, None]).to(keys.dtype.element_ty)
     factor = size * (scale * _LOG2_E)
-    part = tl.cdiv(tl.cdiv(end, SPLITS), N) * N
+    part = tl.cdiv(tl.cdiv(end, splits), N) * N
     begin = split * part
     last = tl.minimum(begin + part, end)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -115,11 +116,11 @@ def _attend_latent(
         total = total * rescale + tl.sum(p, 1)
         result = tl.dot(p.to(k_latent.dtype), k_latent, result * rescale[:, None], input_precision="ieee")
         top = new_top
-    if SPLITS == 1:
+    if WHOLE:
         y = out + row + rotated + latent[None, :]
         tl.store(y, result / total[:, None], mask=inside_m & (latent < width)[None, :])
     else:
-        index = (tile * SPLITS + split) * M + m
+        index = (tile * splits + split) * M + m
         tl.store(maxima + index, top)
         tl.store(sums + index, total)
         tl.store(out + index[:, None] * L + latent[None, :], result, mask=(top > float("-inf"))[:, None])
@@ -168,16 +169,16 @@ def attend_latent(q: Tensor, keys: Tensor, tables: Tables, tiles: LatentTiles, r
     heads, dim = q.shape[1:]
     count, size = len(tiles.bounds), tiles.size
     r, latent = (max(16, triton.next_power_of_2(each)) for each in (rotated, dim - rotated))
-    wide = keys.itemsize == 4
     splits = max(1, min(_MOST_SPLITS, _PROGRAMS // triton.next_power_of_2(count)))
     parts, maxima, sums = out, out, out
     if splits > 1:
         parts = torch.empty(count, splits, size, latent, device=q.device)
         maxima, sums = (torch.empty(count, splits, size, device=q.device) for _ in range(2))
+    n, c, stages = (16, min(latent, 32), 1) if keys.itemsize == 4 else (32, latent, 2)
     _attend_latent[(count, splits)](
         q, keys, tiles.bounds, *tables, parts, maxima, sums, dim**-0.5, heads, rotated, dim, POSITIONS,
-        UNIT_BYTES // keys.itemsize, splits, size, 16 if wide else 32, r, latent, min(latent, 32 if wide else latent),
-        num_warps=8 if wide or size > 16 else 4, num_stages=1 if wide else 2,
+        UNIT_BYTES // keys.itemsize, splits == 1, size, n, r, latent, c,
+        num_warps=4 if size == 16 and stages == 2 else 8, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _merge_latent[(size, count)](

@@ -46,12 +46,12 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "attend to latents": (
         latent_kernels._attend_latent,
         "fhllllfffsiii",
-        PAGED | {"SPLITS": 16, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
+        PAGED | {"WHOLE": False, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
     ),
     "attend to latents of a prompt in 32 bits": (
         latent_kernels._attend_latent,
         "ffllllfffsiii",
-        PAGED | {"UNIT": 16, "SPLITS": 1, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
+        PAGED | {"UNIT": 16, "WHOLE": True, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
     ),
     "merge latents": (latent_kernels._merge_latent, "ffflfii", {"SPLITS": 16, "M": 32, "L": 512}),
     "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),

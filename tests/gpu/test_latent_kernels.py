@@ -20,6 +20,7 @@ from fiddler.models.config import LatentWidths
 from fiddler.models.rotary import rotate
 from fiddler.runtime.block_pool import POSITIONS
 from oracles.gpu_in_place import cos_sin_of, engine_in_place
+from oracles.gpu_time import replayed
 from tools.random_model import SHAPES, write_random_model
 
 try:
@@ -47,7 +48,7 @@ MODELS = {
         absent=TINY.absent - _OF_QUERIES - {Role.SELECTION_BIAS} | {Role.QUERY},
     ),
 }  # fmt: skip
-WIDTHS = [(4, 8, 24), (18, 12, 26), (40, 16, 48)]  # heads, rotated elements, latent
+WIDTHS = [(4, 8, 24), (18, 12, 26), (33, 16, 48)]  # heads, rotated elements, latent
 LARGE = [(128, 64, 512), (16, 64, 512), (6, 64, 512)] if GPU else []
 
 
@@ -84,7 +85,7 @@ def naive(q, stored, rotated):
 def test_latent_kernels_over_scattered_blocks_match_float64(dtype, bound, heads, rotated, latent):
     """Sequences of one and of several new positions in one step, in a pool that has grown. Unused positions are NaN."""
     generator, layer, dim = torch.Generator().manual_seed(0), 1, rotated + latent
-    lengths = [(1, 1), (70, 1), (33, 33), (130, 20), (101, 2)]  # all positions, and new ones
+    lengths = [(1, 1), (70, 1), (33, 5), (101, 2)]  # all positions, and new ones
     lengths += [(3000, 1), (2999, 1), (2000, 200)] if GPU else []
     widths = LatentWidths(latent, rotated + 16, 16)
     config = replace(TINY, head_count=heads, head_dim=dim, rope_dimension_count=rotated, latent=widths)
@@ -163,16 +164,16 @@ def test_steps_through_the_kernels_give_the_logits_of_torch(path):
         engine = load(path, device="cuda", precision="exact", gpu_experts=3 * sparse)
     else:
         engine = engine_in_place(path, attention=attention_kernels, residents=[[0, 1, 2]] * sparse)
-    runner, ids, more = engine.runner, [7 * i % 500 for i in range(70)], [9, 8, 7]
+    runner, ids, more = engine.runner, [7 * i % 500 for i in range(50)], [9, 8, 7]
     expected, other = reference.logits(ids), reference.logits(more)
     sequence = runner.sequence()
-    rows = [runner.step([(sequence, part)]).logits for part in (ids[:40], ids[40:44], ids[44:45])]
-    assert close(torch.cat(rows), expected[:45])
+    rows = [runner.step([(sequence, part)]).logits for part in (ids[:30], ids[30:34], ids[34:35])]
+    assert close(torch.cat(rows), expected[:35])
     second, third = runner.copy(sequence), runner.sequence()
-    rows = runner.step([(sequence, ids[45:46]), (third, more[:2]), (second, ids[45:70])]).logits
-    assert close(rows, torch.cat([expected[45:46], other[:2], expected[45:70]]))
-    rows = runner.step([(sequence, ids[46:47]), (third, more[2:])]).logits
-    assert close(rows, torch.cat([expected[46:47], other[2:]]))
+    rows = runner.step([(sequence, ids[35:36]), (third, more[:2]), (second, ids[35:50])]).logits
+    assert close(rows, torch.cat([expected[35:36], other[:2], expected[35:50]]))
+    rows = runner.step([(sequence, ids[36:37]), (third, more[2:])]).logits
+    assert close(rows, torch.cat([expected[36:37], other[2:]]))
 
 
 @kernels_run
@@ -206,7 +207,6 @@ def test_graphs_give_the_logits_of_the_general_path_and_of_the_cpu(path, precisi
     assert runner._decoder is not None
     ids = [[(7 * i + 11 * n) % 500 for i in range(70)] for n in range(2)]
     expected, held = [reference.logits(each) for each in ids], [pool.take() for _ in range(pool.available - 1)]
-    bound = 1e-4 if precision == "exact" else 3e-2
     sequences, rows = [runner.sequence() for _ in ids], [[], []]
     for position in range(70):
         for each, sequence in enumerate(sequences):
@@ -218,7 +218,43 @@ def test_graphs_give_the_logits_of_the_general_path_and_of_the_cpu(path, precisi
     for token in ids[0]:
         general.append(runner.step([(sequence, [token])]).logits)
     runner.decode_with(decoder, runner._cos_sin, attention)
-    for each in (0, 1):
-        assert (torch.cat(rows[each]) - expected[each]).norm() <= bound * expected[each].norm()
-    assert (torch.cat(general) - torch.cat(rows[0])).norm() <= bound * expected[0].norm()
+    rows, general = [torch.cat(each) for each in rows], torch.cat(general)
+    for ours, theirs in ((rows[0], expected[0]), (rows[1], expected[1]), (general, rows[0])):
+        if precision == "exact":
+            assert close(ours, theirs)
+        else:  # another expert may be chosen at some positions
+            errors = torch.linalg.norm(ours - theirs, dim=1) / torch.linalg.norm(theirs, dim=1)
+            assert errors.median() < 3e-2
     del held
+
+
+@on_gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_time_of_latent_attention_is_printed(heads):
+    """For `pytest -rP`: of one token, of 64 sequences and of a prompt of DeepSeek-V2-Lite's and V3's widths."""
+    config, positions = replace(SHAPES["deepseek-v2-lite"], head_count=heads, block_count=1), 4096
+    blocks = positions // POSITIONS
+    pool = GrowingPool(config, torch.float16, DEVICE, 64 * blocks)
+    table = torch.arange(64 * blocks, device=DEVICE) * int(pool.offsets[1])
+    keys, cos_sin = pool.memory[0, 0, 0].zero_(), cos_sin_of(config, positions).to(DEVICE)
+    for name, rows in (
+        ("a token", [(0, 1)]),
+        ("64 tokens", [(t, 1) for t in range(64)]),
+        ("a prompt", [(0, positions)]),
+    ):
+        count = rows[-1][0] + rows[-1][1]
+        single = count <= 64
+        at = torch.full((count,), positions - 1, device=DEVICE) if single else torch.arange(count, device=DEVICE)
+        firsts = torch.arange(count, device=DEVICE) * blocks * single
+        tables = attention_kernels.Tables(at, table, firsts)
+        bounds, size = attention_kernels.latent_tiles(rows, heads, torch.float16)
+        tiles = attention_kernels.LatentTiles(bounds.to(DEVICE), size)
+        q, k = (torch.randn(count, n, 576, device=DEVICE) for n in (heads, 1))
+        out = torch.empty_like(q)
+
+        def work(q=q, k=k, out=out, tables=tables, tiles=tiles):
+            turned = attention_kernels.rotate_and_store(q, k, k, cos_sin, tables, keys, None)
+            attention_kernels.attend_latent(turned, keys, tables, tiles, 64, out)
+
+        seconds = replayed(work)
+        sys.stdout.write(f"{heads} heads, {name}, {positions} positions: {seconds * 1e6:.1f} us\n")
