@@ -47,9 +47,13 @@ def to_neighbours(x: Tensor, rotated: int) -> Tensor:
     return pairs if rotated == x.shape[-1] else torch.cat([pairs, x[..., rotated:]], -1)
 
 
-def rotary_cos_sin(config: Config, positions: Tensor) -> Tensor:
-    """cos + i sin of each pair's angle at each of `positions` [T]: complex64 [T, 1, head_dim / 2]."""
-    angles = positions[:, None].float() * rotary_frequencies(config, positions.device)
+def rotary_cos_sin(config: Config, positions: Tensor, *, rotated_alone: bool = False) -> Tensor:
+    """cos + i sin of each pair's angle at each of `positions` [T]: complex64 [T, 1, head_dim / 2].
+
+    rotated_alone: of the pairs that are rotated, [T, 1, rotated / 2].
+    """
+    pairs = config.rotated // 2 if rotated_alone else None
+    angles = positions[:, None].float() * rotary_frequencies(config, positions.device)[:pairs]
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 

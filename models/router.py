@@ -9,9 +9,9 @@ from torch import Tensor
 from fiddler.models.architecture import Norm, RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 
-__all__ = ["centred", "rms_norm", "route"]
+__all__ = ["LEAST_SUM", "centred", "rms_norm", "route"]
 
-_LEAST_SUM = 2.0**-14  # that scores are divided by, as in llama.cpp: sigmoids may all be 0
+LEAST_SUM = 2.0**-14  # that scores are divided by, as in llama.cpp: sigmoids may all be 0
 
 
 def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,7 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
     expert_ids = torch.topk(ranks, k).indices
     routing_weights = scores.gather(-1, expert_ids)
     if rule.renormalise:
-        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
+        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
     return x, expert_ids, routing_weights if rule.scale == 1.0 else routing_weights * rule.scale
 
 

@@ -67,7 +67,7 @@ ONLY_IN = {
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
     "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"
-    " gpu.step offload runtime"
+    " gpu.latent_kernels gpu.step offload runtime"
     " sampling text.vocabulary device.semaphore device.weight_copy",
     "prometheus-client": "serving.http.metrics cli.serve",  # the command asks whether it is installed
     "sentencepiece": "text.spm",
@@ -76,7 +76,8 @@ ONLY_IN = {
     "torch": "converters.pytorch_file cpu device evaluation gpu models offload runtime engine loading"
     " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
-    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels gpu.kv_kernels offload.grouped_kernels",
+    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels gpu.kv_kernels"
+    " gpu.latent_kernels gpu.router_kernels offload.grouped_kernels",
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }

@@ -14,9 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.kv_kernels import Tables, rotate_and_store
+from fiddler.gpu.latent_kernels import LatentTiles, attend_latent, latent_tiles
 from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
 
-__all__ = ["Tables", "attend_rows", "attend_tiles", "rotate_and_store", "tiles_of"]
+__all__ = [
+    "LatentTiles",
+    "Tables",
+    "attend_latent",
+    "attend_rows",
+    "attend_tiles",
+    "latent_tiles",
+    "rotate_and_store",
+    "tiles_of",
+]
 
 _SPLITS = 16  # parts of the context that run in parallel
 _LOG2_E = tl.constexpr(1.4426950408889634)

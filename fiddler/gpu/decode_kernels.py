@@ -1,4 +1,4 @@
-"""Triton kernels of a decode step, bound by reading weights: matrix-vector product, RMS norm, routing, host transfers.
+"""Triton kernels of a decode step, bound by reading weights: matrix-vector products, RMS norm, host transfers.
 
 Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with,
 and which runs where Triton cannot (it builds its launcher with the machine's C compiler). No kernel waits for the
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "hand_over", "next_token", "norm", "rounded_to", "route", "works"]
+__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "next_token", "norm", "rounded_to", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -59,6 +59,32 @@ def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> 
 
 
 @triton.jit
+def _gemv_per_head(x, w, y, rows, width, x_head, w_head, w_row, w_column, R: tl.constexpr, K: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    total = tl.zeros([R, K], tl.float32)
+    for begin in range(0, width, K):
+        inside = begin + k < width
+        a = tl.load(x + head * x_head + begin + k, mask=inside, other=0.0)
+        offset = head * w_head + r[:, None] * w_row + (begin + k)[None, :] * w_column
+        total += tl.load(w + offset, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32) * a[None, :]
+    tl.store(y + head * rows + r, tl.sum(total, 1), mask=r < rows)
+
+
+def gemv_per_head(x: Tensor, w: Tensor) -> Tensor:
+    """x [1, H, K] float32, w [H, N, K] -> each head's x . w transposed: [1, H, N] float32. x is not rounded."""
+    heads, rows, width = w.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    y = torch.empty(1, heads, rows, device=x.device)
+    k = max(16, min(512, triton.next_power_of_2(width)))
+    r = max(1, min(2048 // k, triton.next_power_of_2(rows)))
+    grid = triton.cdiv(rows, r), heads
+    _gemv_per_head[grid](x, w, y, rows, width, x.stride(1), *w.stride(), r, k, num_warps=4)
+    return y
+
+
+@triton.jit
 def _norm(x, weight, y, width, epsilon, K: tl.constexpr):
     k = tl.arange(0, K)
     x += tl.program_id(0).to(tl.int64) * width
@@ -74,72 +100,6 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     y = torch.empty_like(x)
     _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y
-
-
-@triton.jit
-def _route(
-    h,
-    norm,
-    w,
-    x,
-    expert_ids,
-    routing_weights,
-    experts,
-    width,
-    epsilon,
-    N: tl.constexpr,
-    TOP: tl.constexpr,
-    WIDE: tl.constexpr,
-    K: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    h += t * width
-    x += t * width
-    expert_ids += t * TOP
-    routing_weights += t * TOP
-    wide = tl.arange(0, WIDE)
-    whole = tl.load(h + wide, mask=wide < width, other=0.0)
-    scale = tl.rsqrt(tl.sum(whole * whole, 0) / width + epsilon)
-    tl.store(x + wide, whole * scale * tl.load(norm + wide, mask=wide < width, other=0.0), mask=wide < width)
-    e = tl.arange(0, N)
-    k = tl.arange(0, K)
-    total = tl.zeros([N, K], tl.float32)
-    for begin in range(0, width, K):
-        inside = begin + k < width
-        a = tl.load(h + begin + k, mask=inside, other=0.0) * scale
-        a = a * tl.load(norm + begin + k, mask=inside, other=0.0)
-        mask = (e < experts)[:, None] & inside[None, :]
-        total += tl.load(w + e[:, None] * width + (begin + k)[None, :], mask=mask, other=0.0) * a[None, :]
-    logits = tl.where(e < experts, tl.sum(total, 1), float("-inf"))
-    p = tl.exp(logits - tl.max(logits, 0))
-    chosen_sum = 0.0
-    left = p
-    for _ in tl.static_range(TOP):  # the softmax's own sum cancels: the chosen experts' weights sum to 1
-        top = tl.max(left, 0)
-        chosen_sum += top
-        left = tl.where(e == tl.min(tl.where(left == top, e, N), 0), -1.0, left)
-    left = p
-    for j in tl.static_range(TOP):
-        top = tl.max(left, 0)
-        first = tl.min(tl.where(left == top, e, N), 0)
-        # no expert has the largest logit where h is NaN; any valid id does, since the result is NaN, too
-        tl.store(expert_ids + j, tl.minimum(first, experts - 1).to(tl.int64))
-        tl.store(routing_weights + j, top / chosen_sum)
-        left = tl.where(e == first, -1.0, left)
-
-
-def route(h: Tensor, norm: Tensor, epsilon: float, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Implements `Router`."""
-    experts, width = weight.shape
-    x = torch.empty_like(h)
-    expert_ids = torch.empty(len(h), k, dtype=torch.int64, device=h.device)
-    routing_weights = torch.empty(len(h), k, device=h.device)
-    n, wide = max(2, triton.next_power_of_2(experts)), triton.next_power_of_2(width)
-    block = max(16, min(wide, 16384 // n))
-    _route[(len(h),)](
-        h, norm, weight, x, expert_ids, routing_weights, experts, width, epsilon, n, k, wide, block, num_warps=16
-    )
-    return x, expert_ids, routing_weights
 
 
 @triton.jit

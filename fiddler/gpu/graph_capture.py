@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from fiddler.device import cuda_driver
 from fiddler.gpu import attention_kernels, decode_kernels
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.streamed_experts import StreamedExperts
+from fiddler.models.config import Config
 from fiddler.models.transformer import Transformer
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.block_pool import BlockPool, blocks_for
@@ -39,19 +40,25 @@ class DecodeCache:
     So one captured graph serves every position of every sequence.
     """
 
-    def __init__(self, pool: BlockPool, place: Tensor, cos_sin: Tensor, window: Callable[[int], int | None]) -> None:
-        """place: int64, the position, then the sequence's block table, as `offsets` of the pool. window: of a layer."""
-        self._first, self._cos_sin, self._window = pool.memory[0], cos_sin, window
+    def __init__(self, pool: BlockPool, place: Tensor, cos_sin: Tensor, config: Config) -> None:
+        """place: int64, the position, then the sequence's block table, as `offsets` of the pool."""
+        self._first, self._cos_sin, self._config = pool.memory[0], cos_sin, config
         self._row = torch.zeros(1, dtype=torch.int64, device=place.device)
         self._tables = attention_kernels.Tables(place[:1], place[1:], self._row)
+        bounds, size = attention_kernels.latent_tiles([(0, 1)], config.head_count, pool.memory.dtype)
+        self._tiles = attention_kernels.LatentTiles(bounds.to(place.device), size)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
         assert sinks is None, "models with sinks run on the CPU"
-        keys, values = self._first[layer, 0], self._first[layer, 1]
-        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, self._tables, keys, values)
+        latent, tables = self._config.latent is not None, self._tables
+        keys, values = self._first[layer, 0], None if latent else self._first[layer, 1]
+        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, tables, keys, values)
         out = torch.empty_like(q)
-        attention_kernels.attend_rows(q, keys, values, self._tables, self._row, self._window(layer), out)
+        if values is None:
+            attention_kernels.attend_latent(q, keys, tables, self._tiles, self._config.rotated, out)
+        else:
+            attention_kernels.attend_rows(q, keys, values, tables, self._row, self._config.window(layer), out)
         return out
 
 
@@ -106,7 +113,7 @@ class CapturedGraphs:
         numbers = 2 + blocks_for(len(cos_sin))  # token id, position, block table
         self._host_token = torch.zeros(numbers, dtype=torch.int64, pin_memory=True).numpy()
         self._token = torch.zeros(numbers, dtype=torch.int64, device=device)
-        self._cache = DecodeCache(pool, self._token[1:], cos_sin, config.window)
+        self._cache = DecodeCache(pool, self._token[1:], cos_sin, config)
         self._host_inputs = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._streamed_inputs = torch.zeros(width + self._k, device=device)  # x and weights, for streamed experts
         self._y = torch.zeros(1, width, device=device)  # the GPU's sum of a layer

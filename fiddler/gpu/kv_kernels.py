@@ -44,6 +44,7 @@ def _rotate_store(
     heads,
     groups,
     dim,
+    turned,
     q_row,
     k_row,
     v_row,
@@ -62,8 +63,8 @@ def _rotate_store(
         source = (q + t * q_row if row < heads else k + t * k_row) + head * dim
         a = tl.load(source + 2 * i, mask=inside, other=0.0)
         b = tl.load(source + 2 * i + 1, mask=inside, other=0.0)
-        c = tl.load(cos_sin + pos * dim + 2 * i, mask=inside, other=0.0)
-        s = tl.load(cos_sin + pos * dim + 2 * i + 1, mask=inside, other=0.0)
+        c = tl.load(cos_sin + pos * turned + 2 * i, mask=i < turned // 2, other=1.0)
+        s = tl.load(cos_sin + pos * turned + 2 * i + 1, mask=i < turned // 2, other=0.0)
         if row < heads:
             q_offset = (t * heads + head) * dim + 2 * i
             tl.store(rotated + q_offset, a * c - b * s, mask=inside)
@@ -81,19 +82,21 @@ def _rotate_store(
 
 
 def rotate_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, tables: Tables, keys: Tensor, values: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, tables: Tables, keys: Tensor, values: Tensor | None
 ) -> Tensor:
     """Rotate q [T, H, d] and k [T, G, d] to the rows' positions; store k and v [T, G, d] in the rows' blocks.
 
-    cos_sin: float32 [positions, d / 2, 2], cosine and sine. keys, values: a layer's in the pool's first block,
-    [G, POSITIONS, d]. q, k, v: float32, the heads of a token contiguous. Returns the rotated q, float32.
+    cos_sin: float32 [positions, ..., pairs, 2], cosine and sine of a head's first pairs; the others are not rotated.
+    keys, values: a layer's in the pool's first block, [G, POSITIONS, d]; None: v is not stored. q, k, v: float32, the
+    heads of a token contiguous. Returns the rotated q, float32.
     """
     tokens, heads, dim = q.shape
     groups = keys.shape[0]
     rotated = torch.empty(tokens, heads, dim, device=q.device)
     pairs = max(2, triton.next_power_of_2(dim // 2))
-    _rotate_store[(heads + 2 * groups, tokens)](
-        q, k, v, cos_sin, *tables, rotated, keys, values, heads, groups, dim,
-        q.stride(0), k.stride(0), v.stride(0), POSITIONS, UNIT_BYTES // keys.itemsize, pairs, num_warps=1,
+    _rotate_store[(heads + (1 if values is None else 2) * groups, tokens)](
+        q, k, v, cos_sin, *tables, rotated, keys, keys if values is None else values, heads, groups, dim,
+        2 * cos_sin.shape[-2], q.stride(0), k.stride(0), v.stride(0), POSITIONS, UNIT_BYTES // keys.itemsize, pairs,
+        num_warps=1,
     )  # fmt: skip
     return rotated

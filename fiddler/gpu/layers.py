@@ -1,7 +1,7 @@
-"""Linears, norms and routing on the GPU. Knows the weights by name; not the model's structure.
+"""Linears and norms on the GPU. Knows the weights by name; not the model's structure.
 
 Several tokens go through torch, one token through our Triton kernels where they run: there, reading weights takes all
-the time. Norms and routing use our kernels for any number of tokens.
+the time. Norms use our kernel for any number of tokens, as the router does (`router_kernels`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fiddler.models.architecture import RouterRule
-from fiddler.models.interfaces import RouterWeights
-from fiddler.models.router import rms_norm, route
+from fiddler.models.router import rms_norm
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["GpuLinear", "GpuNorm", "GpuRouter"]
+__all__ = ["GpuLinear", "GpuNorm"]
 
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: mm returns its float32 sums without rounding them
 _WIDENED = 1 << 24  # elements of a weight that one product widens to float32
@@ -57,8 +55,10 @@ class GpuLinear:
         return self(F.silu(gate) * up, names[2])
 
     def per_head(self, x: Tensor, name: str) -> Tensor:
-        """Implements `Linear.per_head`, in float32 and some heads at a time."""
+        """Implements `Linear.per_head`, in float32; several tokens some heads at a time."""
         weight = self._weights[name]
+        if len(x) == 1 and self._kernels is not None:
+            return cast(Tensor, self._kernels.gemv_per_head(x, weight))
         step = max(1, _WIDENED // weight[0].numel())
         products, each = [], x.transpose(0, 1)  # [H, T, in]
         for begin in range(0, len(weight), step):
@@ -93,21 +93,6 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
     if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < address:
         return None
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
-class GpuRouter:
-    """The model's `Router` on the GPU."""
-
-    def __init__(self, kernels: ModuleType | None) -> None:
-        self._kernels = kernels
-
-    def __call__(
-        self, h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Implements `Router`. Our kernel knows Mixtral's rule only."""
-        if self._kernels is None or rule != RouterRule() or weights.selection_bias is not None:
-            return route(h, epsilon, weights, rule, k)
-        return cast(tuple[Tensor, Tensor, Tensor], self._kernels.route(h, weights.norm, epsilon, weights.gate, k))
 
 
 class GpuNorm:

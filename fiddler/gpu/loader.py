@@ -26,16 +26,18 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, main_variant
 from fiddler.gpu.dense_weights import load_dense, warm_up
 from fiddler.gpu.growing_pool import GrowingPool
-from fiddler.gpu.layers import GpuLinear, GpuNorm, GpuRouter
+from fiddler.gpu.layers import GpuLinear, GpuNorm
 from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels import Tier
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
-from fiddler.models.architecture import EXPERTS, AttentionKind
+from fiddler.models.architecture import EXPERTS, Sinks
 from fiddler.models.config import Config
+from fiddler.models.interfaces import Router
 from fiddler.models.rotary import rotary_cos_sin
+from fiddler.models.router import route
 from fiddler.models.transformer import Transformer
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_cache import Residents
@@ -95,7 +97,7 @@ def on_gpu(
     weights, linears = load_dense(model_file, weight_copy)
     pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
     with torch.inference_mode():
-        cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device))).contiguous()
+        cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
     warm_up(device, cache_dtype)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
@@ -111,7 +113,7 @@ def on_gpu(
         )
     budget.settle()
     linear = GpuLinear(linears, triton_kernels, exact=options.exact)
-    router, norm, dense_span = GpuRouter(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
+    router, norm, dense_span = _router(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
     layer = _no_experts if orchestrator is None else orchestrator.layer
     model = Transformer(config, weights, linear, layer, router, norm, dense_span)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
@@ -206,6 +208,15 @@ def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped
     return grouped_kernels.Grouped(device)
 
 
+def _router(triton_kernels: ModuleType | None) -> Router:
+    """Triton's router, where Triton runs."""
+    if triton_kernels is None:
+        return route
+    from fiddler.gpu import router_kernels
+
+    return router_kernels.route
+
+
 def _least_blocks(context: int) -> int:
     """Blocks of one sequence of the whole context, and one more, for a copy of a block that it shares."""
     return blocks_for(context) + 1
@@ -223,12 +234,8 @@ def _decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) 
 
 
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
-    """Whether `DecodeGraphs` runs a model whose experts have these formats.
-
-    It captures every architecture's blocks, but its attention kernels write keys and values to two memories, and latent
-    attention has one.
-    """
-    return set(formats) <= {BF16, F16} and config.architecture.attention is AttentionKind.HEADS
+    """Whether `DecodeGraphs` runs a model whose experts have these formats."""
+    return set(formats) <= {BF16, F16} and config.architecture.sinks is Sinks.NONE
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
@@ -256,7 +263,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
     dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
-    cos_sin_bytes = 4 * context * config.head_dim
+    cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
         fixed=dense + position_bytes + _WORKSPACE_BYTES,

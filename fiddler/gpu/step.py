@@ -37,11 +37,15 @@ class GpuStep(Step):
         firsts = [0, *accumulate(len(table) for table in tables)][:-1]
         single = [begin for begin, count in zip(begins, counts, strict=False) if count == 1]
         many = [(begin, count) for begin, count in zip(begins, counts, strict=False) if count > 1]
-        tiles = torch.empty(0, 2, dtype=torch.int64)
-        self._tile = 0  # most rows of a tile
-        if many:
-            tiles, self._tile = attention.tiles_of(many, pool.memory.dtype)
-        positions, blocks, row_firsts, self._single, tiles = _on_device(
+        dtype, heads, nothing = pool.memory.dtype, config.head_count, (torch.empty(0, 2, dtype=torch.int64), 0)
+        if config.latent is None:
+            of_single, of_many = nothing, attention.tiles_of(many, dtype) if many else nothing
+        else:
+            alone = [(begin, 1) for begin in single]
+            of_single, of_many = (
+                attention.latent_tiles(rows, heads, dtype) if rows else nothing for rows in (alone, many)
+            )
+        positions, blocks, row_firsts, self._single, single_tiles, many_tiles = _on_device(
             [
                 np.concatenate(
                     [np.arange(s.length, s.length + count) for s, count in zip(sequences, counts, strict=True)]
@@ -49,23 +53,40 @@ class GpuStep(Step):
                 np.concatenate(tables),
                 np.repeat(firsts, counts),
                 np.array(single, np.int64),
-                tiles.numpy().reshape(-1),
+                of_single[0].numpy().reshape(-1),
+                of_many[0].numpy().reshape(-1),
             ],
             pool.device,
         )
-        self._tables, self._tiles = attention.Tables(positions, blocks, row_firsts), tiles.view(-1, 2)
+        self._tables = attention.Tables(positions, blocks, row_firsts)
+        # the bounds of each tile's rows, and the most rows of one
+        self._tiles_of_single = single_tiles.view(-1, 2), of_single[1]
+        self._tiles = many_tiles.view(-1, 2), of_many[1]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
         assert sinks is None, "models with sinks run on the CPU"
+        if self._config.latent is not None:
+            return self._attend_latent(layer, q, k)
         keys, values = self._first[layer, 0], self._first[layer, 1]
         window, tables = self._config.window(layer), self._tables
         q = self._attention.rotate_and_store(q, k, v, self._cos_sin_table, tables, keys, values)
         out = torch.empty_like(q)
         if len(self._single):
             self._attention.attend_rows(q, keys, values, tables, self._single, window, out)
-        if len(self._tiles):
-            self._attention.attend_tiles(q, keys, values, tables, (self._tiles, self._tile), window, out)
+        if len(self._tiles[0]):
+            self._attention.attend_tiles(q, keys, values, tables, self._tiles, window, out)
+        return out
+
+    def _attend_latent(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+        """`attend` of latent attention."""
+        keys, tables, attention = self._first[layer, 0], self._tables, self._attention
+        q = attention.rotate_and_store(q, k, k, self._cos_sin_table, tables, keys, None)
+        out = torch.empty_like(q)
+        for bounds, size in (self._tiles_of_single, self._tiles):
+            if len(bounds):
+                tiles = attention.LatentTiles(bounds, size)
+                attention.attend_latent(q, keys, tables, tiles, self._config.rotated, out)
         return out
 
 

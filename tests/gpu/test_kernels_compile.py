@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -14,13 +15,14 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels, kv_kernels  # noqa: E402
+from fiddler.gpu import attention_kernels, kv_kernels, latent_kernels, router_kernels  # noqa: E402
 from fiddler.offload import grouped_kernels  # noqa: E402
 
 KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
+    "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
     "up": (expert_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
     "down": (
@@ -28,11 +30,10 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "llfffii",
         {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
-    "route": (decode_kernels._route, "fffflfiis", {"N": 8, "TOP": 2, "WIDE": 4096, "K": 2048}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
-    "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiii", PAGED | {"PAIRS": 64}),
-    "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
+    "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
+    "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
     "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
     "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
@@ -42,11 +43,39 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "fffllllfsiiii",
         PAGED | {"UNIT": 16, "M": 32, "N": 32, "DIM": 256},
     ),
+    "attend to latents": (
+        latent_kernels._attend_latent,
+        "fhllllfffsiii",
+        PAGED | {"WHOLE": False, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
+    ),
+    "attend to latents of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "ffllllfffsiii",
+        PAGED | {"UNIT": 16, "WHOLE": True, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
+    ),
+    "merge latents": (latent_kernels._merge_latent, "ffflfii", {"SPLITS": 16, "M": 32, "L": 512}),
+    "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),
     "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
     "fetch": (grouped_kernels._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
 }
+SWITCHES = ("SIGMOID", "RENORMALISE", "BIASED", "SELECTION")
+NO_GROUPS = {"G": 1, "GROUPS": 1, "USED": 1, "TWO": False}
+ONE_OF_MANY = {"WIDE": 4096, "K": 2048, "N": 8, "TOP": 2, "J": 2}
+for switches in itertools.product((False, True), repeat=4):
+    rule = dict(zip(SWITCHES, switches, strict=True))
+    named = "route: " + ", ".join(name for name in SWITCHES if rule[name])
+    many = {"N": 256, "TOP": 8, "J": 8} | rule
+    groups = {"G": 8, "GROUPS": 8, "USED": 4, "TWO": rule["SELECTION"]}
+    CASES[named] = router_kernels._route, "fffffflfiiss", ONE_OF_MANY | rule | NO_GROUPS
+    CASES[f"{named} of many"] = router_kernels._choose_each, "ffflfis", many | NO_GROUPS
+    CASES[f"{named} in groups"] = router_kernels._choose_each, "ffflfis", many | groups
+CASES["route 16 of 384"] = (
+    router_kernels._choose_each,
+    "ffflfis",
+    {"N": 512, "TOP": 16, "J": 16, **dict.fromkeys(SWITCHES, True), **NO_GROUPS},
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +93,11 @@ def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
     assert compiled.metadata.shared <= 200 << 10  # of 227 KiB
     if name.startswith("attend"):
         assert "ld.global.v4.b32" in compiled.asm["ptx"] or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-    if name in ("up", "down", "gemv"):  # weights are read 16 bytes at a time: less would not saturate the memory
+    if name in (
+        "up",
+        "down",
+        "gemv",
+        "gemv per head",
+    ):  # weights are read 16 bytes at a time: less would not saturate the memory
         assert "ld.global.v4.b32" in compiled.asm["ptx"]
         assert not re.search(r"ld\.global\.b16", compiled.asm["ptx"])

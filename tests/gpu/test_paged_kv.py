@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from fiddler.models import MIXTRAL
 from fiddler.models.config import Config
 from fiddler.runtime.block_pool import POSITIONS
 from oracles.gpu_in_place import cos_sin_of, engine_in_place, growing
+from oracles.gpu_time import replayed
 from oracles.scheduler_machine import Alone, mix
 from oracles.synthetic import write_random_mixtral
 
@@ -171,7 +171,7 @@ def test_single_tokens_read_position_and_blocks_through_the_kernels(path, monkey
     runner, ids, context = engine.runner, list(range(30, 64)), engine.context
     pool = GrowingPool(engine.config, torch.float32, DEVICE, 2)
     place = torch.zeros(20, dtype=torch.int64)
-    cache = DecodeCache(pool, place, cos_sin_of(engine.config, context), engine.config.window)
+    cache = DecodeCache(pool, place, cos_sin_of(engine.config, context), engine.config)
     pool._by, pool.room = 1, lambda: 1 << 40
     blocks = [[pool.take(), pool.take()], [pool.take(), pool.take()]]  # of two sequences, which take turns
     assert len(pool.segments) == 3
@@ -310,22 +310,3 @@ def test_time_of_attention_is_printed(positions):
     half = [torch.randn(1, n, positions, 128, device=DEVICE, dtype=torch.float16) for n in (32, 32, 32)]
     torchs = replayed(lambda: torch.nn.functional.scaled_dot_product_attention(*half, is_causal=True))
     sys.stdout.write(f"a prompt of {positions}: {ours * 1e6:.0f} us, torch {torchs * 1e6:.0f} us\n")
-
-
-def replayed(work):
-    """Seconds of `work` in a graph, the least of several."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph, seconds = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(20):
-            work()
-    for _ in range(20):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        graph.replay()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begun) / 20)
-    return min(seconds)

@@ -173,9 +173,11 @@ def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_
     assert not can_decode(dataclasses.replace(yarn, rope_dimension_count=config.head_dim // 2), {BF16})
 
 
-def test_captured_graphs_take_no_latent_attention():
+def test_captured_graphs_take_latent_attention_and_no_sinks():
     config = ModelFile.open(DEMO_MODEL).config
-    assert not gpu_loader.can_decode(dataclasses.replace(config, **LATENT), {BF16})
+    assert gpu_loader.can_decode(dataclasses.replace(config, **LATENT), {BF16})
+    with_sinks = dataclasses.replace(config, architecture=dataclasses.replace(MIXTRAL, sinks=Sinks.HEAD))
+    assert not gpu_loader.can_decode(with_sinks, {BF16})
 
 
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():

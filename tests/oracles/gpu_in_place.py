@@ -30,7 +30,7 @@ def engine_in_place(path, *, least=40, attention=None, residents=None):
 
 
 def cos_sin_of(config, context):
-    return torch.view_as_real(rotary_cos_sin(config, torch.arange(context))).contiguous()
+    return torch.view_as_real(rotary_cos_sin(config, torch.arange(context), rotated_alone=True))
 
 
 def elastic_to(engine, capacity, before=None):
