@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
-from fiddler.gpu.block_gemv import tile
+from fiddler.gpu.block_gemv import floats_at, tile
 from fiddler.kernels.formats.block_format import GROUP
 from fiddler.kernels.formats.triton_decoders import DECODERS
 
@@ -41,16 +43,15 @@ def _up(
     if tl.program_id(0) * R < rows:
         gate = tl.multiple_of(tl.load(job).to(tl.pointer_type(tl.uint8)), 16)
         up = tl.multiple_of(tl.load(job + 1).to(tl.pointer_type(tl.uint8)), 16)
-        gate_row = gate + (r.to(tl.int64) * gate_bytes)[:, None, None]
-        up_row = up + (r.to(tl.int64) * up_bytes)[:, None, None]
-        inside_rows = (r < rows)[:, None, None]
-        lane = tl.arange(0, 32)[None, None, :]
+        gate_row = gate + (r.to(tl.int64) * gate_bytes)[:, None]
+        up_row = up + (r.to(tl.int64) * up_bytes)[:, None]
+        lane = tl.arange(0, 32)
         g = tl.zeros([R, G, 32], tl.float32)
         u = tl.zeros([R, G, 32], tl.float32)
         for begin in range(0, groups, G):
-            group = (begin + tl.arange(0, G))[None, :, None]
-            a = tl.load(x + group * 32 + lane, mask=group < groups, other=0.0)
-            mask = inside_rows & (group < groups)
+            group = (begin + tl.arange(0, G))[None, :]
+            a = floats_at(x, group, lane, groups)
+            mask = (r < rows)[:, None] & (group < groups)
             g += GATE(gate_row, group, lane, mask) * a
             u += UP(up_row, group, lane, mask) * a
         total = tl.sum(tl.sum(g, 2), 1)
@@ -78,8 +79,7 @@ def _down(
     G: tl.constexpr,
 ):
     r = tl.program_id(0) * R + tl.arange(0, R)
-    inside_rows = (r < width)[:, None, None]
-    lane = tl.arange(0, 32)[None, None, :]
+    lane = tl.arange(0, 32)
     total = tl.zeros([R, G, 32], tl.float32)
     for j in range(J):
         job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
@@ -88,12 +88,11 @@ def _down(
         routing_weight = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
         down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(tl.uint8)), 16)
         row_bytes = tl.multiple_of(rows // BLOCK * BLOCK_BYTES, ALIGNED)
-        down_row = down + (r.to(tl.int64) * row_bytes)[:, None, None]
+        down_row = down + (r.to(tl.int64) * row_bytes)[:, None]
         for begin in range(0, groups, G):
-            group = (begin + tl.arange(0, G))[None, :, None]
-            inside = group < groups
-            a = tl.load(h + j * max_rows + group * 32 + lane, mask=inside, other=0.0) * routing_weight
-            total += DOWN(down_row, group, lane, inside_rows & inside) * a
+            group = (begin + tl.arange(0, G))[None, :]
+            a = floats_at(h + j * max_rows, group, lane, groups) * routing_weight
+            total += DOWN(down_row, group, lane, (r < width)[:, None] & (group < groups)) * a
     sums = tl.sum(tl.sum(total, 2), 1)
     if ADD:
         sums += tl.load(y + r, mask=r < width, other=0.0)
@@ -151,7 +150,7 @@ def quantised_experts_of_one(
         DOWN=DECODERS[of_down.name],
         BLOCK=of_down.block_length,
         BLOCK_BYTES=of_down.block_bytes,
-        ALIGNED=16 if of_down.block_bytes % 16 == 0 else 1,
+        ALIGNED=gcd(of_down.block_bytes, 16),
         J=count,
         R=r,
         G=g,

@@ -11,7 +11,13 @@ from fiddler.kernels.formats.block_format import GROUP
 from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.kernels.formats.weight_format import WeightFormat
 
-__all__ = ["gemv", "tile"]
+__all__ = ["floats_at", "gemv", "tile"]
+
+
+@triton.jit
+def floats_at(x, group, lane, groups):
+    """The float32 numbers of groups of 32, [1, G, 32]; beyond the last group 0."""
+    return tl.load(x + group[:, :, None] * 32 + lane[None, None, :], mask=(group < groups)[:, :, None], other=0.0)
 
 
 @triton.jit
@@ -29,14 +35,12 @@ def _gemv(
     G: tl.constexpr,
 ):
     r = tl.program_id(0) * R + tl.arange(0, R)
-    row = w + (r.to(tl.int64) * row_bytes)[:, None, None]
-    inside_rows = (r < rows)[:, None, None]
-    lane = tl.arange(0, 32)[None, None, :]
+    row = w + (r.to(tl.int64) * row_bytes)[:, None]
+    lane = tl.arange(0, 32)
     total = tl.zeros([R, G, 32], tl.float32)
     for begin in range(0, groups, G):
-        group = (begin + tl.arange(0, G))[None, :, None]
-        a = tl.load(x + group * 32 + lane, mask=group < groups, other=0.0)
-        total += DECODE(row, group, lane, inside_rows & (group < groups)) * a
+        group = (begin + tl.arange(0, G))[None, :]
+        total += DECODE(row, group, lane, (r < rows)[:, None] & (group < groups)) * floats_at(x, group, lane, groups)
     dots = tl.sum(tl.sum(total, 2), 1)
     if ONTO:
         dots += tl.load(onto + r, mask=r < rows, other=0.0)

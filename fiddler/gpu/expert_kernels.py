@@ -110,9 +110,7 @@ def experts_of_one(
     activations are rounded to their type. into: float32. add: add to `into`. Matrices begin at multiples of 16 bytes.
     """
     if weights.quantised:
-        quantised_experts_of_one(
-            x, jobs, routing_weights, max_rows, weights, expert_ids=expert_ids, into=into, add=add
-        )
+        quantised_experts_of_one(x, jobs, routing_weights, max_rows, weights, expert_ids=expert_ids, into=into, add=add)
         return
     width = x.shape[1]
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[torch_type(weights)]

@@ -91,9 +91,7 @@ def on_gpu(
     cache_dtype = torch.float16 if main is not None and main.activations != "f32" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, config)
-    triton_kernels = _triton_kernels(device, notify)
-    if triton_kernels is None and model_file.quantised:
-        raise GpuStartError("Triton does not run here, which decodes quantised weights on a GPU; use --device cpu")
+    triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
     pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
@@ -238,18 +236,20 @@ def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
 
 
-def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
-    """`decode_kernels` where Triton runs; else None, after a line to `notify`."""
+def _triton_kernels(device: torch.device, notify: Callable[[str], None], *, required: bool) -> ModuleType | None:
+    """`decode_kernels` where Triton runs; else None, after a line to `notify`. required: else GpuStartError."""
     try:
         from fiddler.gpu import decode_kernels
+
+        reason = decode_kernels.works(device)
     except ImportError:
-        notify("torch came without Triton: single tokens take the slower way through torch")
-        return None
-    reason = decode_kernels.works(device)
-    if reason is not None:
-        notify(f"Triton does not run here ({reason}): single tokens take the slower way through torch")
-        return None
-    return decode_kernels
+        reason = "torch came without it"
+    if reason is None:
+        return decode_kernels
+    if required:
+        raise GpuStartError(f"Triton, which decodes quantised weights on a GPU, does not run here ({reason})")
+    notify(f"Triton does not run here ({reason}): single tokens take the slower way through torch")
+    return None
 
 
 def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:

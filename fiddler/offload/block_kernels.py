@@ -27,12 +27,13 @@ def _decode(
 ):
     r = tl.program_id(0).to(tl.int64)
     source = tl.load(ids + r) if BY_ID else r
-    group = (tl.program_id(1) * G + tl.arange(0, G))[None, :, None]
-    lane = tl.arange(0, 32)[None, None, :]
-    row = stored + (source * row_bytes + tl.zeros([1, 1, 1], tl.int64))
+    group = (tl.program_id(1) * G + tl.arange(0, G))[None, :]
+    lane = tl.arange(0, 32)
+    row = stored + (source * row_bytes + tl.zeros([1, 1], tl.int64))
     inside = group < groups
     values = DECODE(row, group, lane, inside)
-    tl.store(out + r * groups * 32 + group * 32 + lane, values.to(out.dtype.element_ty), mask=inside)
+    target = (out + r * groups * 32) + group[:, :, None] * 32 + lane[None, None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, :, None])
 
 
 def decode_rows(stored: Tensor, kind: str, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:

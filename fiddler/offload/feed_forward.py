@@ -57,14 +57,20 @@ def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, *, rounded: 
     sums; else everything is float32, x and the widened weights. work: workspace for temporaries [bytes], roughly.
     Quantised weights are decoded to the type of x.
     """
-    if isinstance(gate, StoredMatrix) or (not rounded and gate.dtype != torch.float32):
-        # widened a few rows at a time: their results add up
-        max_rows = max(256, work // (12 * gate.shape[1]) // 256 * 256)
-        total = torch.zeros(x.shape, device=x.device)
-        for begin in range(0, len(gate), max_rows):
-            wide = _widened(gate, up, down, begin, min(begin + max_rows, len(gate)), x.dtype)
-            total += feed_forward(x, *wide, rounded=rounded, work=work)
-        return total
+    plain = isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)
+    if plain and (rounded or gate.dtype == torch.float32):
+        return _products(x, gate, up, down, work)
+    # widened a few rows at a time: their results add up
+    max_rows = max(256, work // (12 * gate.shape[1]) // 256 * 256)
+    total = torch.zeros(x.shape, device=x.device)
+    for begin in range(0, len(gate), max_rows):
+        end = min(begin + max_rows, len(gate))
+        total += _products(x, *_widened(gate, up, down, begin, end, x.dtype), work)
+    return total
+
+
+def _products(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, work: int) -> Tensor:
+    """`feed_forward` with weights in the type of x."""
     max_tokens = max(64, work // (_BYTES * len(gate)))
     outputs = []
     for piece in x.split(max_tokens):

@@ -14,9 +14,9 @@ __all__ = ["down_blocks", "up_blocks"]
 @triton.jit
 def _tile(DECODE: tl.constexpr, row, begin, groups, W: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
     """Columns of G groups from group `begin` on, of N rows at these addresses: [32 * G, N] in the type W."""
-    group = (begin + tl.arange(0, G))[None, :, None]
-    lane = tl.arange(0, 32)[None, None, :]
-    values = DECODE(row[:, None, None], group, lane, group < groups)
+    group = (begin + tl.arange(0, G))[None, :]
+    inside = (group < groups) & tl.full([N, 1], True, tl.int1)
+    values = DECODE(row[:, None], group, tl.arange(0, 32), inside)
     return tl.trans(tl.reshape(values.to(W), [N, 32 * G]))
 
 

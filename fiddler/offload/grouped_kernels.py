@@ -7,6 +7,7 @@ Knows tensors and addresses; not which weights lie where. 16-bit products with f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -129,8 +130,8 @@ class _Launch(NamedTuple):
 
     token: Tensor
     jobs: Tensor  # int64 [jobs, 6]: addresses, hidden rows, first and end position
-    blocks: Tensor  # int64 [count, 2]: a job, and a position in it
-    count: int
+    blocks: Tensor  # int64 [programs, 2]: a job, and a position in it
+    programs: int
     max_rows: int
     base: int  # the first position
     m: int  # positions of a block
@@ -139,9 +140,9 @@ class _Launch(NamedTuple):
 def _multiply(launch: _Launch, x: Tensor, h: Tensor, routing_weights: Tensor, into: Tensor, *, even: bool) -> None:
     """Both products with 16-bit weights. even: each job's hidden rows are a multiple of 16."""
     width, (n, k) = x.shape[1], (128, 64)
-    token, jobs, blocks, count, max_rows, base, m = launch
+    token, jobs, blocks, programs, max_rows, base, m = launch
     weight_type, warps = _WEIGHT_TYPES[x.dtype], 8 if m > 64 else 4
-    up_grid, down_grid = (count, triton.cdiv(max_rows, n)), (count, triton.cdiv(width, n))
+    up_grid, down_grid = (programs, triton.cdiv(max_rows, n)), (programs, triton.cdiv(width, n))
     up = x, token, jobs, blocks, h, width, max_rows, base, weight_type, width % k == 0, m, n, k
     _up[up_grid](*up, num_warps=warps, num_stages=4 if m > 64 else 3)
     down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base, weight_type, even, m, n, k
@@ -153,17 +154,17 @@ def _multiply_blocks(
 ) -> None:
     """Both products with quantised weights."""
     width, (n, groups) = x.shape[1], (64, 2)
-    token, jobs, blocks, count, max_rows, base, m = launch
+    token, jobs, blocks, programs, max_rows, base, m = launch
     of_gate, of_up, of_down = weights.matrix_formats
     of_both = {"W": _WEIGHT_TYPES[x.dtype], "M": m, "N": n, "G": groups, "num_warps": 8 if m > 64 else 4}
     row_bytes = of_gate.row_bytes(width), of_up.row_bytes(width)
     decoders = {"GATE": DECODERS[of_gate.name], "UP": DECODERS[of_up.name]}
     up = x, token, jobs, blocks, h, width, *row_bytes, max_rows, base
-    up_blocks[(count, triton.cdiv(max_rows, n))](*up, **decoders, **of_both)
+    up_blocks[(programs, triton.cdiv(max_rows, n))](*up, **decoders, **of_both)
     stored = {"BLOCK": of_down.block_length, "BLOCK_BYTES": of_down.block_bytes}
-    stored |= {"DOWN": DECODERS[of_down.name], "ALIGNED": 16 if of_down.block_bytes % 16 == 0 else 1}
+    stored |= {"DOWN": DECODERS[of_down.name], "ALIGNED": gcd(of_down.block_bytes, 16)}
     down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base
-    down_blocks[(count, triton.cdiv(width, n))](*down, **stored, **of_both)
+    down_blocks[(programs, triton.cdiv(width, n))](*down, **stored, **of_both)
 
 
 class Grouped:

@@ -1,11 +1,11 @@
-"""IQ4_NL and IQ4_XS on a GPU: the decoders of `iq4_nl.py`'s blocks in Triton. See `triton_loads` for their arguments."""
+"""IQ4_NL and IQ4_XS on a GPU: decoders of `iq4_nl.py`'s blocks in Triton. See `triton_loads` for their arguments."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fiddler.kernels.formats.triton_loads import byte_at, half_at, nibble_at
+from fiddler.kernels.formats.triton_loads import byte_at, half_at, nibbles_at
 
 __all__ = ["iq4_nl", "iq4_xs"]
 
@@ -22,17 +22,17 @@ def _looked_up(code):
 
 
 @triton.jit
-def iq4_nl(row, group, lane, mask):  # noqa: ANN201
+def iq4_nl(row, group, lane, mask):
     """32 weights in 18 bytes."""
     block = row + group * 18
-    return half_at(block, mask) * _looked_up(nibble_at(block + 2, lane, mask)).to(tl.float32)
+    return half_at(block, mask)[:, :, None] * _looked_up(nibbles_at(block + 2, lane, mask)).to(tl.float32)
 
 
 @triton.jit
-def iq4_xs(row, group, lane, mask):  # noqa: ANN201
+def iq4_xs(row, group, lane, mask):
     """256 weights in 136 bytes."""
     block, group = row + group // 8 * 136, group % 8
     low = (byte_at(block + (4 + group // 2), mask) >> (group % 2 * 4)) & 15
     high = ((byte_at(block + (2 + group // 4), mask) >> (group % 4 * 2)) & 3) << 4
     scale = half_at(block, mask) * ((low | high) - 32).to(tl.float32)
-    return scale * _looked_up(nibble_at(block + (8 + 16 * group), lane, mask)).to(tl.float32)
+    return scale[:, :, None] * _looked_up(nibbles_at(block + (8 + 16 * group), lane, mask)).to(tl.float32)

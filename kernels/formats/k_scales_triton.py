@@ -11,7 +11,7 @@ __all__ = ["k_scale_and_minimum"]
 
 
 @triton.jit
-def k_scale_and_minimum(block, group, mask):  # noqa: ANN201
+def k_scale_and_minimum(block, group, mask):
     """A group's scale and minimum, float32. group: its number in the block, 0 to 7."""
     at = block + group % 4
     first, second, third = byte_at(at + 4, mask), byte_at(at + 8, mask), byte_at(at + 12, mask)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fiddler.kernels.formats.triton_loads import byte_at, half_at, nibble_at
+from fiddler.kernels.formats.triton_loads import bytes_at, half_at, nibbles_at
 
 __all__ = ["q5_0", "q5_1"]
 
 
 @triton.jit
 def _fifth_bit(address, lane, mask):
-    return ((byte_at(address + lane // 8, mask) >> (lane % 8)) & 1) << 4
+    return ((bytes_at(address, lane // 8, mask) >> (lane % 8)[None, None, :]) & 1) << 4
 
 
 @triton.jit
-def q5_0(row, group, lane, mask):  # noqa: ANN201
+def q5_0(row, group, lane, mask):
     """32 weights in 22 bytes."""
     block = row + group * 22
-    code = nibble_at(block + 6, lane, mask) | _fifth_bit(block + 2, lane, mask)
-    return half_at(block, mask) * (code - 16).to(tl.float32)
+    code = nibbles_at(block + 6, lane, mask) | _fifth_bit(block + 2, lane, mask)
+    return half_at(block, mask)[:, :, None] * (code - 16).to(tl.float32)
 
 
 @triton.jit
-def q5_1(row, group, lane, mask):  # noqa: ANN201
+def q5_1(row, group, lane, mask):
     """32 weights in 24 bytes."""
     block = row + group * 24
-    code = nibble_at(block + 8, lane, mask) | _fifth_bit(block + 4, lane, mask)
-    return half_at(block, mask) * code.to(tl.float32) + half_at(block + 2, mask)
+    code = nibbles_at(block + 8, lane, mask) | _fifth_bit(block + 4, lane, mask)
+    scale, minimum = half_at(block, mask)[:, :, None], half_at(block + 2, mask)[:, :, None]
+    return scale * code.to(tl.float32) + minimum

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fiddler.kernels.formats.triton_loads import half_at, signed_at
+from fiddler.kernels.formats.triton_loads import half_at, signed_bytes_at
 
 __all__ = ["q8_0"]
 
 
 @triton.jit
-def q8_0(row, group, lane, mask):  # noqa: ANN201
+def q8_0(row, group, lane, mask):
     """32 weights in 34 bytes."""
     block = row + group * 34
-    return half_at(block, mask) * signed_at(block + 2 + lane, mask).to(tl.float32)
+    return half_at(block, mask)[:, :, None] * signed_bytes_at(block + 2, lane, mask).to(tl.float32)

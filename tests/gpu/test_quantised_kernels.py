@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fiddler.kernels.formats import GPU_FORMATS
 from gpu.test_grouped_kernels import PROBE, interpreted
 
 PROGRAM = """
@@ -18,12 +17,11 @@ for kind in sorted(GPU_FORMATS):
     checks.check_decoder(kind, "cpu", rows=3, columns=512)
     checks.check_gemv(kind, "cpu")
 for kinds in MIXTURES:
-    checks.check_experts_of_one(kinds, "cpu")
-    for tokens in (3, 20):
-        checks.check_experts_of_many(kinds, "cpu", torch.float16, tokens)  # the interpreter's bf16 products are wrong
+    checks.check_experts_of_one(kinds, "cpu", (2, 512, 256))
+    checks.check_experts_of_many(kinds, "cpu", torch.float16, 3, (2, 512, 256))  # the interpreter's bf16 is wrong
 print("right")
 """
-MIXTURES = [("q8_0",) * 3, ("q4_k", "q4_k", "q6_k"), ("q5_k", "mxfp4", "iq4_nl"), ("q4_0", "iq4_xs", "q5_1")]
+MIXTURES = [("q4_k", "q8_0", "q6_k"), ("mxfp4", "q5_k", "iq4_nl")]
 
 
 def test_quantised_weights_are_decoded_and_multiplied_as_float64_does(tmp_path):
