@@ -131,7 +131,7 @@ def load_engine(
     if options.of_gpu_only and not has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
     if gpu:
-        kernels.precompile({layer.variant for layer in experts}, notify)
+        kernels.precompile({variant for layer in experts for variant in layer.variants}, notify)
     if gpu:
         pinned = pinned or _pin(model_file)
         loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)

@@ -67,8 +67,7 @@ ONLY_IN = {
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
     "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"
-    " gpu.latent_kernels gpu.step offload runtime"
-    " sampling text.vocabulary device.semaphore device.weight_copy",
+    " gpu.latent_kernels gpu.step offload runtime sampling text.vocabulary device.semaphore device.weight_copy",
     "prometheus-client": "serving.http.metrics cli.serve",  # the command asks whether it is installed
     "sentencepiece": "text.spm",
     "starlette": "serving.http cli.serve",
@@ -76,8 +75,12 @@ ONLY_IN = {
     "torch": "converters.pytorch_file cpu device evaluation gpu models offload runtime engine loading"
     " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
-    "triton": "gpu.attention_kernels gpu.decode_kernels gpu.expert_kernels gpu.kv_kernels"
-    " gpu.latent_kernels gpu.router_kernels offload.grouped_kernels",
+    "triton": "gpu.attention_kernels gpu.block_expert_kernels gpu.block_gemv gpu.decode_kernels gpu.expert_kernels"
+    " gpu.kv_kernels gpu.latent_kernels gpu.router_kernels kernels.formats.iq4_nl_triton"
+    " kernels.formats.k_scales_triton kernels.formats.mxfp4_triton kernels.formats.q4_0_triton"
+    " kernels.formats.q4_k_triton kernels.formats.q5_0_triton kernels.formats.q5_k_triton kernels.formats.q6_k_triton"
+    " kernels.formats.q8_0_triton kernels.formats.triton_loads"
+    " offload.block_kernels offload.grouped_block_kernels offload.grouped_kernels",
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }

@@ -85,17 +85,26 @@ class ModelFile:
         """Why the model runs on the CPU only, in a few words; None where a GPU can run it."""
         if self.config.architecture.sinks is not Sinks.NONE:
             return f"a {self.config.architecture.name} runs on the CPU only"
+        from fiddler.kernels.formats import GPU_FORMATS  # late: inspecting a file needs no kernels
+
         for name, tensor in self.config.tensors(tied=self.tied).items():
             kind = self.stored(name)[0].type
-            if kind not in _PLAIN:
+            if kind not in _PLAIN and kind.lower() not in GPU_FORMATS:
                 return f"{kind} weights run on the CPU only"
             if kind == "F32" and tensor.role in EXPERTS:
                 return "F32 experts run on the CPU only"
         for layer in self.config.sparse_layers:
             names = [self.config.architecture.tensor_name(role, layer) for role in EXPERTS]
-            if len({self.stored(name)[0].type for name in names}) > 1:
-                return f"the experts of layer {layer} mix types, which run on the CPU only"
+            kinds = {self.stored(name)[0].type for name in names}
+            if len(kinds) > 1 and kinds & _PLAIN:
+                mixed = " and ".join(sorted(kinds))
+                return f"the experts of layer {layer} mix {mixed}, which run on the CPU only"
         return None
+
+    @cached_property
+    def quantised(self) -> bool:
+        """Whether some weights lie in blocks with scales."""
+        return any(tensor.type not in _PLAIN for tensor in self.file.tensors.values())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

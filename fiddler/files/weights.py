@@ -43,14 +43,36 @@ class ExpertWeights:
         return frozenset(format_of(each) for each in self.variants)
 
     @cached_property
+    def matrix_formats(self) -> tuple[WeightFormat, WeightFormat, WeightFormat]:
+        """How gate, up and down are stored."""
+        of_gate, of_up, of_down = (format_of(each) for each in self.variants)
+        return of_gate, of_up, of_down
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its weights lie in blocks with scales."""
+        return self.variant.quantised
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """E, F and D."""
+        experts, hidden, _ = self.gate.shape
+        return experts, hidden, self.down.shape[1]
+
+    @cached_property
+    def split_rows(self) -> int:
+        """An expert may be split after a multiple of so many hidden rows: a block of down."""
+        return self.matrix_formats[2].block_length
+
+    @cached_property
     def expert_bytes(self) -> int:
         """Size of one expert [bytes]."""
         return sum(matrices.expert_bytes for matrices in (self.gate, self.up, self.down))
 
     @cached_property
     def hidden_row_bytes(self) -> int:
-        """An expert's size for each of its F hidden rows [bytes]: rows of gate and up, a column of down."""
-        return self.expert_bytes // self.gate.shape[1]
+        """An expert's size for each of its F hidden rows [bytes], rounded up: rows of gate and up, a column of down."""
+        return -(-self.expert_bytes // self.gate.shape[1])
 
 
 @dataclass(frozen=True)

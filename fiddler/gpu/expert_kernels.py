@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
+from fiddler.gpu.block_expert_kernels import quantised_experts_of_one
 from fiddler.gpu.decode_kernels import rounded_to
 from fiddler.offload.feed_forward import torch_type
 
@@ -108,6 +109,9 @@ def experts_of_one(
     weights: of the layer whose experts these are, or of another one in the same format: how to read them, and whether
     activations are rounded to their type. into: float32. add: add to `into`. Matrices begin at multiples of 16 bytes.
     """
+    if weights.quantised:
+        quantised_experts_of_one(x, jobs, routing_weights, max_rows, weights, expert_ids=expert_ids, into=into, add=add)
+        return
     width = x.shape[1]
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[torch_type(weights)]
     rounded = weights.variant.activations == weights.format.name

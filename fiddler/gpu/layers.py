@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler.models.router import rms_norm
+from fiddler.offload.feed_forward import Matrix
+from fiddler.offload.stored_matrix import StoredMatrix
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,11 +29,11 @@ _WIDENED = 1 << 24  # elements of a weight that one product widens to float32
 class GpuLinear:
     """The model's `Linear` for weights on the GPU."""
 
-    def __init__(self, weights: Mapping[str, Tensor], kernels: ModuleType | None, *, exact: bool) -> None:
+    def __init__(self, weights: Mapping[str, Matrix], kernels: ModuleType | None, *, exact: bool) -> None:
         """weights: by name; weights that go `together` may be consecutive parts of one tensor.
 
         kernels: `fiddler.gpu.decode_kernels`, or None where it does not run. exact: float32 activations with bf16
-        weights, too.
+        and quantised weights, too.
         """
         self._weights = weights
         self._kernels = kernels
@@ -57,6 +59,7 @@ class GpuLinear:
     def per_head(self, x: Tensor, name: str) -> Tensor:
         """Implements `Linear.per_head`, in float32; several tokens some heads at a time."""
         weight = self._weights[name]
+        assert isinstance(weight, Tensor), "matrices of heads are decoded when they are loaded"
         if len(x) == 1 and self._kernels is not None:
             return cast(Tensor, self._kernels.gemv_per_head(x, weight))
         step = max(1, _WIDENED // weight[0].numel())
@@ -66,7 +69,9 @@ class GpuLinear:
             products.append(torch.bmm(each[heads], weight[heads].float().mT))
         return torch.cat(products).transpose(0, 1)
 
-    def _matmul(self, x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    def _matmul(self, x: Tensor, weight: Matrix, onto: Tensor | None = None) -> Tensor:
+        if isinstance(weight, StoredMatrix):
+            return self._matmul_stored(x, weight, onto)
         rounded = weight.dtype == torch.bfloat16 and not self._exact
         if len(x) == 1 and self._kernels is not None:
             return cast(Tensor, self._kernels.gemv(x, weight, onto, rounded=rounded))
@@ -81,9 +86,40 @@ class GpuLinear:
             y = torch.cat([F.linear(x, block.float()) for block in blocks], 1)
         return y if onto is None else y.add_(onto)
 
+    def _matmul_stored(self, x: Tensor, weight: StoredMatrix, onto: Tensor | None) -> Tensor:
+        """`_matmul` with quantised weights: several tokens decode them, some rows at a time."""
+        if len(x) == 1 and self._kernels is not None:
+            from fiddler.gpu.block_gemv import gemv  # needs Triton
 
-def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Weights [n, in] that are consecutive in memory, as one tensor; else None."""
+            return gemv(x, weight.stored, weight.format, onto)
+        dtype = torch.float32 if self._exact else torch.bfloat16
+        step = max(1, _WIDENED // weight.shape[1])
+        blocks = (weight.rows(begin, begin + step).decoded(dtype) for begin in range(0, len(weight), step))
+        exact = self._exact or not (_HAS_OUT_DTYPE and x.is_cuda)
+        a = x.to(dtype)
+        y = torch.cat(
+            [
+                F.linear(a, block).float() if exact else torch.mm(a, block.t(), out_dtype=torch.float32)
+                for block in blocks
+            ],
+            1,
+        )
+        return y if onto is None else y.add_(onto)
+
+
+def _joined(weights: Sequence[Matrix]) -> Matrix | None:
+    """Weights [n, in] that are consecutive in memory and stored alike, as one; else None."""
+    plain = [each for each in weights if isinstance(each, Tensor)]
+    stored = [each for each in weights if isinstance(each, StoredMatrix)]
+    if not stored:
+        return _joined_tensors(plain)
+    if plain or len({each.format.name for each in stored}) > 1:
+        return None
+    joined = _joined_tensors([each.stored for each in stored])
+    return None if joined is None else StoredMatrix(joined, stored[0].format)
+
+
+def _joined_tensors(weights: Sequence[Tensor]) -> Tensor | None:
     first, address = weights[0], weights[0].data_ptr()
     for weight in weights:
         if weight.data_ptr() != address or weight.dtype != first.dtype:

@@ -24,12 +24,13 @@ from fiddler.device.weight_copy import WeightCopy, fastest_copy
 from fiddler.errors import FiddlerError, RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, main_variant
-from fiddler.gpu.dense_weights import load_dense, warm_up
+from fiddler.gpu.dense_weights import decoded_bytes, load_dense, warm_up
 from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.layers import GpuLinear, GpuNorm
 from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels import Tier
+from fiddler.kernels.formats import GPU_FORMATS
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
@@ -89,12 +90,12 @@ def on_gpu(
     budget = Budget(device, options.gpu_memory)
     config, main = model_file.config, main_variant(model_file, tier, exact=options.exact)
     context = options.capacity(config.context_length)
-    cache_dtype = torch.float16 if main is not None and main.activations == "bf16" else torch.float32
+    cache_dtype = torch.float16 if main is not None and main.activations != "f32" else torch.float32
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, config)
-    triton_kernels = _triton_kernels(device, notify)
+    triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
-    weights, linears = load_dense(model_file, weight_copy)
+    dense = load_dense(model_file, weight_copy)
     pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
@@ -112,12 +113,12 @@ def on_gpu(
             _Reports(notify, progress, recorder),
         )
     budget.settle()
-    linear = GpuLinear(linears, triton_kernels, exact=options.exact)
+    linear = GpuLinear(dense.linears, triton_kernels, exact=options.exact)
     router, norm, dense_span = _router(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
     layer = _no_experts if orchestrator is None else orchestrator.layer
-    model = Transformer(config, weights, linear, layer, router, norm, dense_span)
+    model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
-    if triton_kernels is not None and can_decode(config, {w.format for w in experts}):
+    if triton_kernels is not None and can_decode(config, {each for w in experts for each in w.matrix_formats}):
         _decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
@@ -156,10 +157,8 @@ def _orchestrated(
     threads = kernels.set_threads(threads)
     placement = place(len(experts), len(experts[0].gate), layout.residents, counts)
     residents = _load_residents(experts, placement, ring, reports.progress)
-    return (
-        Orchestrator(experts, residents, ring, costs, layout.chunk, _WORKSPACE_BYTES, reports.recorder, grouped),
-        threads,
-    )
+    limits = layout.chunk, _WORKSPACE_BYTES
+    return Orchestrator(experts, residents, ring, costs, *limits, reports.recorder, grouped), threads
 
 
 def _costs(
@@ -235,24 +234,27 @@ def _decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) 
 
 def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
     """Whether `DecodeGraphs` runs a model whose experts have these formats."""
-    return set(formats) <= {BF16, F16} and config.architecture.sinks is Sinks.NONE
+    known = all(each in (BF16, F16) or each.name in GPU_FORMATS for each in formats)
+    return known and config.architecture.sinks is Sinks.NONE
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident
 
 
-def _triton_kernels(device: torch.device, notify: Callable[[str], None]) -> ModuleType | None:
-    """`decode_kernels` where Triton runs; else None, after a line to `notify`."""
+def _triton_kernels(device: torch.device, notify: Callable[[str], None], *, required: bool) -> ModuleType | None:
+    """`decode_kernels` where Triton runs; else None, after a line to `notify`. required: else GpuStartError."""
     try:
         from fiddler.gpu import decode_kernels
+
+        reason = decode_kernels.works(device)
     except ImportError:
-        notify("torch came without Triton: single tokens take the slower way through torch")
-        return None
-    reason = decode_kernels.works(device)
-    if reason is not None:
-        notify(f"Triton does not run here ({reason}): single tokens take the slower way through torch")
-        return None
-    return decode_kernels
+        reason = "torch came without it"
+    if reason is None:
+        return decode_kernels
+    if required:
+        raise GpuStartError(f"Triton, which decodes quantised weights on a GPU, does not run here ({reason})")
+    notify(f"Triton does not run here ({reason}): single tokens take the slower way through torch")
+    return None
 
 
 def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
@@ -266,7 +268,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
-        fixed=dense + position_bytes + _WORKSPACE_BYTES,
+        fixed=dense + decoded_bytes(model_file) + position_bytes + _WORKSPACE_BYTES,
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
         slots=Ring.nbytes(experts, slot_rows(experts[0]), SLOTS) if experts else 0,
         expert=max((weights.expert_bytes for weights in experts), default=0),

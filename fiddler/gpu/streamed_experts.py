@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fiddler.device import cuda_driver
+from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.expert_kernels import experts_of_one
-from fiddler.offload.feed_forward import torch_type
+from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Part, RowRange
 from fiddler.telemetry.recorder import Recorder
@@ -42,7 +43,7 @@ class StreamedExperts:
         self._jobs = torch.zeros(k, 5, dtype=torch.int64, device=inputs.device)
         self._host_jobs = torch.zeros(k, 5, dtype=torch.int64, pin_memory=inputs.device.type == "cuda")
         self._numbers = self._host_jobs.numpy().reshape(-1)
-        self._graphs: dict[torch.dtype, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[WeightFormat, ...], torch.cuda.CUDAGraph] = {}
         self._computed = torch.cuda.Event()  # recorded after the streamed experts of `_layer`
         self._layer = -1
         self._sent: _Sent | None = None
@@ -71,7 +72,7 @@ class StreamedExperts:
         """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
         sent, stream = self._sent, torch.cuda.current_stream()
         assert sent is not None
-        graph = self._graphs[torch_type(self._layers[sent.layer])]
+        graph = self._graphs[self._layers[sent.layer].matrix_formats]
         while True:
             jobs = [
                 number
@@ -95,14 +96,18 @@ class StreamedExperts:
 
     def run(self) -> None:
         """Run the kernels of each type of weights once, which compiles them."""
-        for dtype in {torch_type(weights) for weights in self._layers}:
-            self._run(dtype)
+        for weights in self._of_each_kind():
+            self._run(weights)
 
     def capture(self, captured: Callable[[], AbstractContextManager[torch.cuda.CUDAGraph]]) -> None:
         """Capture the kernels of each type of weights as a graph. captured: a context that captures one."""
-        for dtype in {torch_type(weights) for weights in self._layers}:
-            with captured() as self._graphs[dtype]:
-                self._run(dtype)
+        for weights in self._of_each_kind():
+            with captured() as self._graphs[weights.matrix_formats]:
+                self._run(weights)
+
+    def _of_each_kind(self) -> list[ExpertWeights]:
+        """A layer of each combination of formats of gate, up and down."""
+        return list({weights.matrix_formats: weights for weights in self._layers}.values())
 
     def _send_some(self, sent: _Sent) -> _Sent:
         """Queue the next copies, as many as the ring holds."""
@@ -115,9 +120,8 @@ class StreamedExperts:
         parts = self._ring.send_together(sent.layer, sent.unsent[:count])
         return sent._replace(parts=parts, unsent=sent.unsent[count:])
 
-    def _run(self, dtype: torch.dtype) -> None:
+    def _run(self, weights: ExpertWeights) -> None:
         width = self._y.shape[1]
-        weights = next(weights for weights in self._layers if torch_type(weights) == dtype)
         experts_of_one(
             self._inputs[None, :width],
             self._jobs,

@@ -81,11 +81,12 @@ def _machine(
         device = ring.weight_copy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU as a GPU"
         gpu = f"{name}, {ring.weight_copy.kind}, {'torch' if grouped is None else 'Triton'}"
-    variant, (_, hidden, width) = layers[0].variant, layers[0].gate.shape
+    variant, (_, hidden, width) = layers[0].variant, layers[0].shape
+    weights = " and ".join(dict.fromkeys(each.name for each in layers[0].matrix_formats))
     thread_count = kernels.set_threads(None) if threads is None else threads
     return (
         f"{cpu_model()}, {'up to ' if threads is None else ''}{thread_count} threads; {gpu}; "
-        f"{variant.tier.name}, {variant.weights} weights, {variant.activations} activations, "
+        f"{variant.tier.name}, {weights} weights, {variant.activations} activations, "
         f"tuned for {variant.tuning.name}, D {width}, F {hidden}, top {k}"
     )
 
@@ -162,7 +163,7 @@ def calibrate_alone(
         stacks = bits[0], bits[1], bits[2].reshape(_SHAPE[0], _SHAPE[2], _SHAPE[1])
         gate, up, down = map(ExpertMatrices.of, stacks)
         experts = [ExpertWeights(gate, up, down, variant)]
-    kernels.precompile(experts[0].variant, notify)
+    kernels.precompile(set(experts[0].variants), notify)
     ring = grouped = None
     if gpu:
         cuda = torch.device("cuda", torch.cuda.current_device())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.weights import ExpertWeights
-from fiddler.offload.feed_forward import torch_type
+from fiddler.offload.feed_forward import Matrix, matrix_in
 
 __all__ = ["Residents"]
 
@@ -20,7 +21,8 @@ class Residents:
     def __init__(self, layers: Sequence[ExpertWeights], device: torch.device) -> None:
         self._layers = layers
         self._device = device
-        self._weights: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._weights: dict[tuple[int, int], tuple[Matrix, Matrix, Matrix]] = {}
+        self._memory: dict[tuple[int, int], Tensor] = {}  # of the three
         self._addresses: dict[tuple[int, int], tuple[int, int, int]] = {}
         experts = len(layers[0].gate)
         # for kernels with expert ids on the device: addresses of gate, up, down, hidden rows, 0; zeros: not resident
@@ -29,7 +31,7 @@ class Residents:
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._weights
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Matrix, Matrix, Matrix]:
         return self._weights[key]
 
     def __len__(self) -> int:
@@ -41,7 +43,7 @@ class Residents:
 
     def nbytes(self, layer: int, expert: int) -> int:
         """Size of a resident [bytes]."""
-        return self._weights[layer, expert][0].untyped_storage().nbytes()
+        return self._memory[layer, expert].nbytes
 
     def complete(self, layer: int) -> bool:
         """Whether every expert of a layer is resident."""
@@ -54,7 +56,7 @@ class Residents:
     def evict(self, layer: int, expert: int) -> int:
         """Free an expert's memory; returns its size [bytes]. Kernels that are queued still find it there."""
         nbytes = self.nbytes(layer, expert)
-        del self._weights[layer, expert], self._addresses[layer, expert]
+        del self._weights[layer, expert], self._memory[layer, expert], self._addresses[layer, expert]
         self.table[layer, expert] = 0
         return nbytes
 
@@ -63,16 +65,22 @@ class Residents:
         table = self.table.cpu()
         for layer, experts in enumerate(placed):
             weights = self._layers[layer]
-            hidden, width = weights.gate.shape[1:]
+            _, hidden, width = weights.shape
+            shapes = (hidden, width), (hidden, width), (width, hidden)
             for e in experts:
-                size = -(-weights.gate[e].nbytes // 16) * 16  # each matrix begins at a multiple of 16 bytes
-                memory = torch.empty(3, size, dtype=torch.uint8, device=self._device)
-                gate, up, down = memory.view(torch_type(weights))[:, : hidden * width]
-                matrices = gate.view(hidden, width), up.view(hidden, width), down.view(width, hidden)
-                for target, bits in zip(matrices, (weights.gate[e], weights.up[e], weights.down[e]), strict=True):
-                    weight_copy.copy(target.data_ptr(), bits.ctypes.data, bits.nbytes)
-                self._weights[layer, e] = matrices
-                addresses = matrices[0].data_ptr(), matrices[1].data_ptr(), matrices[2].data_ptr()
+                sources = weights.gate[e], weights.up[e], weights.down[e]
+                # each matrix begins at a multiple of 16 bytes
+                begins = [0, *accumulate(-(-source.nbytes // 16) * 16 for source in sources)]
+                memory = torch.empty(begins[-1], dtype=torch.uint8, device=self._device)
+                gate, up, down = (
+                    matrix_in(memory, begin, *shape, kind)
+                    for begin, shape, kind in zip(begins, shapes, weights.matrix_formats, strict=False)
+                )
+                at = memory.data_ptr()
+                addresses = at, at + begins[1], at + begins[2]
+                for target, source in zip(addresses, sources, strict=True):
+                    weight_copy.copy(target, source.ctypes.data, source.nbytes)
+                self._weights[layer, e], self._memory[layer, e] = (gate, up, down), memory
                 self._addresses[layer, e] = addresses
                 table[layer, e] = torch.tensor([*addresses, hidden, 0])
                 progress(memory.nbytes)

@@ -52,8 +52,16 @@ def _in_memory(layers: Sequence[ExpertWeights]) -> tuple[Sequence[ExpertWeights]
         for matrices in (weights.gate, weights.up, weights.down):
             for address in matrices.addresses[:experts].tolist():
                 begin = address - address % mmap.PAGESIZE
-                populate(begin, address + matrices[0].nbytes - begin)
+                populate(begin, address + matrices.expert_bytes - begin)
     return layers, experts
+
+
+def _half(hidden: int, block: int) -> int:
+    """About half of an expert's hidden rows, whole blocks of down; all where it is one block."""
+    step = max(64, block)
+    if block == 1:
+        return max(2, hidden // 2 // step * step or hidden // 4 * 2)
+    return hidden // 2 // step * step or hidden // block // 2 * block or hidden
 
 
 class CpuSide:
@@ -62,13 +70,13 @@ class CpuSide:
     def __init__(self, layers: Sequence[ExpertWeights], k: int) -> None:
         """k: experts that each token chooses."""
         self._layers, self._experts = _in_memory(layers)
-        self._ffn = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variant) for w in self._layers]
-        self._all_experts, self._hidden, self._width = layers[0].gate.shape
+        self._ffn = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variants) for w in self._layers]
+        self._all_experts, self._hidden, self._width = layers[0].shape
         self._k = k
         self._inputs: dict[int, np.ndarray] = {}
         self._next = 0  # expert
         # hidden rows of an expert split in the middle
-        self._half = max(2, self._hidden // 2 // 64 * 64 or self._hidden // 4 * 2)
+        self._half = _half(self._hidden, max(w.split_rows for w in self._layers))
 
     def _experts_of(self, tokens: int) -> int:
         """Experts of a call where each has `tokens` tokens: those of a step in which every expert has so many."""
@@ -197,7 +205,7 @@ class BothSides(CpuSide):
     def gpu(self, tokens: int) -> float:
         """Seconds to compute an expert on the GPU, from weights in its memory: a slot of the ring at once."""
         w, device = self._layers[0], self._ring.weight_copy.device
-        rounded = w.variant.activations == "bf16"
+        rounded = w.variant.activations != "f32"
         parts = next(self._ring.send(0, [(e, 0, self._hidden) for e in range(self._experts)]))
         count, share = len(parts), sum(part.end - part.begin for part in parts) / self._hidden
         x = torch.ones(tokens, self._width, dtype=torch_type(w) if rounded else torch.float32, device=device)
@@ -206,7 +214,7 @@ class BothSides(CpuSide):
             torch.arange(tokens, device=device).repeat(count),
             torch.ones(count * tokens, device=device),
             np.minimum(np.arange(self._all_experts + 1), count) * tokens,
-            torch_type(w),
+            w,
             rounded,
             torch.zeros(tokens, self._width, device=device),
         )

@@ -13,12 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
+from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.offload.stored_matrix import StoredMatrix
 
-__all__ = ["Job", "feed_forward", "tokens_by_expert", "torch_type"]
+__all__ = ["Job", "Matrix", "feed_forward", "matrix_in", "tokens_by_expert", "torch_type"]
 
 _BYTES = 14  # of temporaries a token and hidden row: gate and up in 16 and 32 bits, and the values computed from them
 
 _TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}  # of each weight format that torch has
+
+
+Matrix = Tensor | StoredMatrix
+"""Weights [N, K] in a device's memory: 16-bit or float32 numbers, or quantised."""
 
 
 class Job(NamedTuple):
@@ -31,29 +37,59 @@ class Job(NamedTuple):
 
 
 def torch_type(weights: ExpertWeights) -> torch.dtype:
-    """The type of a layer's weights."""
-    return _TYPES[weights.format.name]
+    """The type of a layer's weights; of quantised ones that to which activations and weights may be rounded."""
+    return torch.bfloat16 if weights.quantised else _TYPES[weights.format.name]
 
 
-def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rounded: bool, work: int) -> Tensor:
+def matrix_in(memory: Tensor, offset: int, rows: int, columns: int, kind: WeightFormat) -> Matrix:
+    """A view of a matrix [rows, columns] in the format `kind`, `offset` bytes into memory (uint8)."""
+    row_bytes = kind.row_bytes(columns)
+    stored = memory[offset : offset + rows * row_bytes]
+    if kind.name in _TYPES:
+        return stored.view(_TYPES[kind.name]).view(rows, columns)
+    return StoredMatrix(stored.view(rows, row_bytes), kind)
+
+
+def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, *, rounded: bool, work: int) -> Tensor:
     """down . (silu(gate . x) * (up . x)): x [t, D] -> [t, D] float32, for any of an expert's hidden rows.
 
     gate, up: [rows, D]; down: [D, rows]. rounded: x is in the weights' type, products are of 16 bits with float32
     sums; else everything is float32, x and the widened weights. work: workspace for temporaries [bytes], roughly.
+    Quantised weights are decoded to the type of x.
     """
-    if not rounded and gate.dtype != torch.float32:  # widened a few rows at a time: their results add up
-        max_rows = max(64, work // (12 * gate.shape[1]))
-        total = torch.zeros_like(x)
-        for rows in (slice(begin, begin + max_rows) for begin in range(0, len(gate), max_rows)):
-            wide = gate[rows].float(), up[rows].float(), down[:, rows].float()
-            total += feed_forward(x, *wide, rounded=False, work=work)
-        return total
+    plain = isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)
+    if plain and (rounded or gate.dtype == torch.float32):
+        return _products(x, gate, up, down, work)
+    # widened a few rows at a time: their results add up
+    max_rows = max(256, work // (12 * gate.shape[1]) // 256 * 256)
+    total = torch.zeros(x.shape, device=x.device)
+    for begin in range(0, len(gate), max_rows):
+        end = min(begin + max_rows, len(gate))
+        total += _products(x, *_widened(gate, up, down, begin, end, x.dtype), work)
+    return total
+
+
+def _products(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, work: int) -> Tensor:
+    """`feed_forward` with weights in the type of x."""
     max_tokens = max(64, work // (_BYTES * len(gate)))
     outputs = []
     for piece in x.split(max_tokens):
         h = F.silu(F.linear(piece, gate).float()).mul_(F.linear(piece, up))
         outputs.append(F.linear(h.to(gate.dtype), down).float())
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _widened(
+    gate: Matrix, up: Matrix, down: Matrix, begin: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden rows [begin, end) of an expert, in `dtype`."""
+    of_gate, of_up = (
+        each.rows(begin, end).decoded(dtype) if isinstance(each, StoredMatrix) else each[begin:end].to(dtype)
+        for each in (gate, up)
+    )
+    if isinstance(down, StoredMatrix):
+        return of_gate, of_up, down.decoded_columns(begin, end, dtype)
+    return of_gate, of_up, down[:, begin:end].to(dtype)
 
 
 def tokens_by_expert(expert_ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:

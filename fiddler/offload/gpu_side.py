@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.feed_forward import Job, feed_forward, torch_type
+from fiddler.offload.feed_forward import Job, Matrix, feed_forward, torch_type
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.telemetry.recorder import Recorder
 
@@ -33,6 +33,7 @@ class Grouped(Protocol):
         max_rows: int,
         into: Tensor,
         workspace_bytes: int,
+        weights: ExpertWeights,
     ) -> None:
         """Add several experts' results to `into`, with 16-bit products."""
         ...
@@ -49,7 +50,7 @@ class SortedInputs(NamedTuple):
     token: Tensor  # [T * K], the row of `inputs` at each position
     routing_weights: Tensor  # [T * K]
     first: np.ndarray  # int64 [E + 1], the first position of each expert
-    dtype: torch.dtype  # of the weights
+    weights: ExpertWeights  # of the layer
     rounded: bool  # activations are
     y: Tensor  # [T, D] float32
 
@@ -85,11 +86,11 @@ class GpuSide:
         x [T, D], expert_ids and routing_weights [T, K], on the GPU; first: see `tokens_by_expert`. prefetched: parts
         of this layer that were sent before, of one slot of the ring after the other.
         """
-        rounded, dtype = w.variant.activations == "bf16", torch_type(w)
+        rounded, dtype = w.variant.activations != "f32", torch_type(w)
         order = torch.argsort(expert_ids.reshape(-1), stable=True)
         inputs = x.to(dtype) if rounded else x
         sorted_weights = routing_weights.reshape(-1)[order]
-        this = SortedInputs(inputs, order // expert_ids.shape[1], sorted_weights, first, dtype, rounded, y)
+        this = SortedInputs(inputs, order // expert_ids.shape[1], sorted_weights, first, w, rounded, y)
         self._add_residents(this, layer, w.gate.shape[1])
         for parts in prefetched:
             self.add_parts(this, [part for part in parts if part.expert in gpu_rows])
@@ -144,7 +145,7 @@ class GpuSide:
             self._add_grouped(this, sorted(jobs, key=lambda job: job.first), max(job.rows for job in jobs))
             return
         for part in parts:
-            self._add_one(this, part.expert, part.matrices(this.dtype))
+            self._add_one(this, part.expert, part.matrices())
 
     @staticmethod
     def _job(this: SortedInputs, expert: int, addresses: tuple[int, int, int], rows: int) -> Job:
@@ -155,10 +156,11 @@ class GpuSide:
         assert self._grouped is not None
         with self._recorder.queued("experts"):
             self._grouped.experts_of_many(
-                this.inputs, this.token, this.routing_weights, jobs, max_rows, this.y, self._workspace_bytes
+                *(this.inputs, this.token, this.routing_weights, jobs, max_rows, this.y, self._workspace_bytes),
+                this.weights,
             )
 
-    def _add_one(self, this: SortedInputs, expert: int, matrices: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _add_one(self, this: SortedInputs, expert: int, matrices: tuple[Matrix, Matrix, Matrix]) -> None:
         """Add one expert, in plain torch."""
         positions = this.positions(expert)
         rows = this.token[positions]

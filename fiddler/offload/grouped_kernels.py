@@ -7,18 +7,24 @@ Knows tensors and addresses; not which weights lie where. 16-bit products with f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import gcd
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fiddler.files.weights import ExpertWeights
+from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.offload.feed_forward import Job
+from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
 
 __all__ = ["Grouped"]
 
 _NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
 _FETCH = 512  # numbers that a program reads
+_WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -119,6 +125,48 @@ def _fetch(source, target, count, kind: tl.constexpr, ADD: tl.constexpr, N: tl.c
     tl.store(target + at, values, mask=at < count)
 
 
+class _Launch(NamedTuple):
+    """What the kernels of both products are handed alike."""
+
+    token: Tensor
+    jobs: Tensor  # int64 [jobs, 6]: addresses, hidden rows, first and end position
+    blocks: Tensor  # int64 [programs, 2]: a job, and a position in it
+    programs: int
+    max_rows: int
+    base: int  # the first position
+    m: int  # positions of a block
+
+
+def _multiply(launch: _Launch, x: Tensor, h: Tensor, routing_weights: Tensor, into: Tensor, *, even: bool) -> None:
+    """Both products with 16-bit weights. even: each job's hidden rows are a multiple of 16."""
+    width, (n, k) = x.shape[1], (128, 64)
+    token, jobs, blocks, programs, max_rows, base, m = launch
+    weight_type, warps = _WEIGHT_TYPES[x.dtype], 8 if m > 64 else 4
+    up_grid, down_grid = (programs, triton.cdiv(max_rows, n)), (programs, triton.cdiv(width, n))
+    up = x, token, jobs, blocks, h, width, max_rows, base, weight_type, width % k == 0, m, n, k
+    _up[up_grid](*up, num_warps=warps, num_stages=4 if m > 64 else 3)
+    down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base, weight_type, even, m, n, k
+    _down[down_grid](*down, num_warps=warps, num_stages=4)
+
+
+def _multiply_blocks(
+    launch: _Launch, x: Tensor, h: Tensor, routing_weights: Tensor, into: Tensor, weights: ExpertWeights
+) -> None:
+    """Both products with quantised weights."""
+    width, (n, groups) = x.shape[1], (64, 2)
+    token, jobs, blocks, programs, max_rows, base, m = launch
+    of_gate, of_up, of_down = weights.matrix_formats
+    of_both = {"W": _WEIGHT_TYPES[x.dtype], "M": m, "N": n, "G": groups, "num_warps": 8 if m > 64 else 4}
+    row_bytes = of_gate.row_bytes(width), of_up.row_bytes(width)
+    decoders = {"GATE": DECODERS[of_gate.name], "UP": DECODERS[of_up.name]}
+    up = x, token, jobs, blocks, h, width, *row_bytes, max_rows, base
+    up_blocks[(programs, triton.cdiv(max_rows, n))](*up, **decoders, **of_both)
+    stored = {"BLOCK": of_down.block_length, "BLOCK_BYTES": of_down.block_bytes}
+    stored |= {"DOWN": DECODERS[of_down.name], "ALIGNED": gcd(of_down.block_bytes, 16)}
+    down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base
+    down_blocks[(programs, triton.cdiv(width, n))](*down, **stored, **of_both)
+
+
 class Grouped:
     """Computes several tokens of several experts on the GPU, without the copy engine.
 
@@ -140,15 +188,17 @@ class Grouped:
         max_rows: int,
         into: Tensor,
         workspace_bytes: int,
+        weights: ExpertWeights,
     ) -> None:
         """Add to `into` [T, D] float32, for every job and each of its tokens, the weighted feed-forward.
 
         x: [T, D] in the weights' type. token, routing_weights: [T * K], row of x and routing weight at each position
-        in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. The results of a token's
-        jobs are added in any order: two give the same bits each time, three or more need not.
+        in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. weights: of the layer, or
+        of another one stored alike; quantised ones are decoded to x's type. The results of a token's jobs are added in
+        any order: two give the same bits each time, three or more need not.
         """
         for part in _in_pieces(jobs, max(1, workspace_bytes // (x.element_size() * max_rows))):
-            self._run(x, token, routing_weights, part, max_rows, into)
+            self._run(x, token, routing_weights, part, max_rows, into, weights)
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
@@ -156,55 +206,27 @@ class Grouped:
         _fetch[(triton.cdiv(count, 4096),)](pinned.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
 
     def _run(
-        self, x: Tensor, token: Tensor, routing_weights: Tensor, jobs: Sequence[Job], max_rows: int, into: Tensor
+        self,
+        x: Tensor,
+        token: Tensor,
+        routing_weights: Tensor,
+        jobs: Sequence[Job],
+        max_rows: int,
+        into: Tensor,
+        weights: ExpertWeights,
     ) -> None:
-        width, base = x.shape[1], jobs[0].first
-        largest = max(job.end - job.first for job in jobs)
+        base, largest = jobs[0].first, max(job.end - job.first for job in jobs)
         m = 16 if largest <= 16 else 64 if largest <= 64 else 128
         blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
         numbers = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
         device_list = self._to_device(numbers + [number for block in blocks for number in block], x.device)
         job_list, block_list = device_list[: 6 * len(jobs)], device_list[6 * len(jobs) :]
-        weight_type = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
         h = torch.empty(jobs[-1].end - base, max_rows, dtype=x.dtype, device=x.device)
-        n, k = 128, 64
-        warps, stages = (8, 4) if m > 64 else (4, 3)
-        _up[(len(blocks), triton.cdiv(max_rows, n))](
-            x,
-            token,
-            job_list,
-            block_list,
-            h,
-            width,
-            max_rows,
-            base,
-            weight_type,
-            width % k == 0,
-            m,
-            n,
-            k,
-            num_warps=warps,
-            num_stages=stages,
-        )
-        even = all(job.rows % 16 == 0 for job in jobs)
-        _down[(len(blocks), triton.cdiv(width, n))](
-            h,
-            token,
-            routing_weights,
-            job_list,
-            block_list,
-            into,
-            width,
-            max_rows,
-            base,
-            weight_type,
-            even,
-            m,
-            n,
-            k,
-            num_warps=warps,
-            num_stages=4,
-        )
+        launch = _Launch(token, job_list, block_list, len(blocks), max_rows, base, m)
+        if weights.quantised:
+            _multiply_blocks(launch, x, h, routing_weights, into, weights)
+        else:
+            _multiply(launch, x, h, routing_weights, into, even=all(job.rows % 16 == 0 for job in jobs))
 
     def _to_device(self, numbers: list[int], device: torch.device) -> Tensor:
         """Copy int64 numbers to the GPU: lists lie one after the other, and over again when the memory is full."""

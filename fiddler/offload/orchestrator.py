@@ -34,7 +34,7 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["CpuPart", "Orchestrator", "Split"]
 
-_STEP = 64  # hidden rows by which experts are split: whole vectors and tiles on both sides
+_STEP = 64  # hidden rows by which experts are split, if blocks of down are no longer: whole tiles on both sides
 _MARGIN = 0.05  # fraction of the time: a smaller saving is lost to the plan's errors
 
 
@@ -79,9 +79,9 @@ class Orchestrator:
         self.residents = residents
         self.ring = ring
         self._recorder, self._max_tokens = recorder, max_tokens
-        experts, self._hidden, width = layers[0].gate.shape
+        experts, self._hidden, width = layers[0].shape
         self._experts = experts
-        self._on_cpu = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variant) for w in layers]
+        self._on_cpu = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variants) for w in layers]
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.weight_copy.device.type == "cuda"
         self._x, self._y = self._host(max_tokens, width), self._host(max_tokens, width)
@@ -101,9 +101,10 @@ class Orchestrator:
     def plan_by(self, costs: Costs) -> None:
         """Plan with these costs from now on."""
         self._costs = costs
-        sum_experts = 4 * self.layers[0].gate.shape[2] / self.layers[0].expert_bytes
+        sum_experts = 4 * self.layers[0].shape[2] / self.layers[0].expert_bytes
+        step = max(_STEP, *(w.split_rows for w in self.layers))
         # not bound to self: counting references would never free that cycle
-        self._plan = partial(_plan, costs, self._hidden, sum_experts)
+        self._plan = partial(_plan, costs, self._hidden, step, sum_experts)
         self._plan_again = lru_cache(maxsize=4096)(self._plan)  # of evenly spread tokens: these plans come back
         self.balance = Balance()  # of single tokens
 
@@ -263,6 +264,7 @@ class Orchestrator:
 def _plan(
     costs: Costs,
     hidden: int,
+    step: int,
     sum_experts: float,
     tokens: tuple[int, ...],
     prefetched: tuple[int, ...],
@@ -271,8 +273,8 @@ def _plan(
 ) -> Plan:
     """`make_plan`, where the CPU also sends the sums of `cpu_sums` tokens, if it has a part.
 
-    sum_experts: bytes of one sum over bytes of an expert.
+    step: hidden rows by which experts are split. sum_experts: bytes of one sum over bytes of an expert.
     """
     start = costs.cpu_start + (0.0 if costs.copy == inf else cpu_sums * sum_experts * costs.copy)
     costs = replace(costs, cpu_start=start, copy_start=costs.copy_start + gpu_delay)
-    return make_plan(tokens, costs, hidden, _STEP, prefetched, _MARGIN)
+    return make_plan(tokens, costs, hidden, step, prefetched, _MARGIN)

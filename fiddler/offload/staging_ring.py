@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
+from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.offload.feed_forward import Matrix, matrix_in
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["SLOTS", "Part", "Ring", "RowRange", "in_slots", "slot_rows"]
@@ -36,13 +38,17 @@ class Part(NamedTuple):
     memory: Tensor  # bytes of the ring
     addresses: tuple[int, int, int]  # of gate [rows, D], up [rows, D] and down [D, rows] in `memory`
     width: int  # D
+    formats: tuple[WeightFormat, WeightFormat, WeightFormat]
 
-    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
         """gate, up [rows, D] and down [D, rows]."""
-        rows, width = self.end - self.begin, self.width
-        first, size = self.memory.data_ptr(), rows * width * dtype.itemsize
-        gate, up, down = (self.memory[at - first : at - first + size].view(dtype) for at in self.addresses)
-        return gate.view(rows, width), up.view(rows, width), down.view(width, rows)
+        rows, width, first = self.end - self.begin, self.width, self.memory.data_ptr()
+        shapes = (rows, width), (rows, width), (width, rows)
+        gate, up, down = (
+            matrix_in(self.memory, at - first, *shape, kind)
+            for at, shape, kind in zip(self.addresses, shapes, self.formats, strict=True)
+        )
+        return gate, up, down
 
 
 class Ring:
@@ -60,10 +66,10 @@ class Ring:
         self._recorder = recorder
         self.rows = rows
         self.slots = slots
-        _, self._hidden, self._width = layers[0].gate.shape
+        _, self._hidden, self._width = layers[0].shape
         # addresses of gate, up and down of each layer's experts
         self._mapped = [tuple(each.addresses.tolist() for each in (w.gate, w.up, w.down)) for w in layers]
-        self._row_bytes = [w.format.row_bytes for w in layers]
+        self._formats = [w.matrix_formats for w in layers]
         self._memory = torch.empty(self.nbytes(layers, rows, slots), dtype=torch.uint8, device=weight_copy.device)
         self._slot_bytes = self._memory.nbytes // slots
         self._arrived = [weight_copy.event() for _ in range(slots)]
@@ -101,25 +107,27 @@ class Ring:
 
     def _copy(self, layer: int, row_ranges: Sequence[RowRange], slot: int, room: int) -> list[Part]:
         """Start copying rows to where a slot begins, one expert after the other, and set the slot's event."""
-        weight_copy, hidden, width, row_bytes = self.weight_copy, self._hidden, self._width, self._row_bytes[layer]
-        copy, (gate, up, down) = weight_copy.copy, self._mapped[layer]
-        d_bytes, f_bytes = row_bytes(width), row_bytes(hidden)
+        weight_copy, hidden, width, formats = self.weight_copy, self._hidden, self._width, self._formats[layer]
+        copy, (gate, up, down), of_down = weight_copy.copy, self._mapped[layer], formats[2].row_bytes
+        gate_bytes, up_bytes, f_bytes = formats[0].row_bytes(width), formats[1].row_bytes(width), of_down(hidden)
         begun = address = self._memory.data_ptr() + slot * self._slot_bytes
-        parts = []
-        with self._recorder.queued("copy", sum(e - b for _, b, e in row_ranges) * 3 * d_bytes, weight_copy.stream):
+        arrived, memory, parts = self._arrived[slot], self._memory, []
+        nbytes = sum((e - b) * (gate_bytes + up_bytes) + width * of_down(e - b) for _, b, e in row_ranges)
+        with self._recorder.queued("copy", nbytes, weight_copy.stream):
             for expert, begin, end in row_ranges:
-                size, row = (end - begin) * d_bytes, begin * d_bytes
-                aligned = -(-size // 16) * 16
-                to_gate, to_up, to_down = address, address + aligned, address + 2 * aligned
-                copy(to_gate, gate[expert] + row, size)
-                copy(to_up, up[expert] + row, size)
-                if end - begin == hidden:
-                    copy(to_down, down[expert], size)
+                rows = end - begin
+                down_bytes = of_down(rows)  # of each of D rows
+                to_gate, to_up = address, address + _aligned(rows * gate_bytes)
+                to_down = to_up + _aligned(rows * up_bytes)
+                copy(to_gate, gate[expert] + begin * gate_bytes, rows * gate_bytes)
+                copy(to_up, up[expert] + begin * up_bytes, rows * up_bytes)
+                if rows == hidden:
+                    copy(to_down, down[expert], width * down_bytes)
                 else:
-                    copy(to_down, down[expert] + row_bytes(begin), row_bytes(end - begin), width, f_bytes)
+                    copy(to_down, down[expert] + of_down(begin), down_bytes, width, f_bytes)
                 addresses = to_gate, to_up, to_down
-                parts.append(Part(expert, begin, end, self._arrived[slot], slot, self._memory, addresses, width))
-                address += 3 * aligned
+                parts.append(Part(expert, begin, end, arrived, slot, memory, addresses, width, formats))
+                address = to_down + _aligned(width * down_bytes)
         assert address <= begun + room
         weight_copy.arrive(self._arrived[slot])
         return parts
@@ -141,6 +149,10 @@ class Ring:
             if self._in_use[slot]:
                 self._free[slot].record()
                 self._in_use[slot] = False
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16
 
 
 def in_slots(row_ranges: Sequence[RowRange], rows: int) -> Iterator[list[RowRange]]:
@@ -173,5 +185,6 @@ def slot_rows(weights: ExpertWeights) -> int:
     """
     experts, hidden = int(weights.gate.shape[0]), int(weights.gate.shape[1])
     if weights.expert_bytes > _LARGE_EXPERT:
-        return -(-hidden // (64 * SLOTS)) * 64
+        step = max(64, weights.split_rows)
+        return -(-hidden // (step * SLOTS)) * step
     return hidden * min(-(-_SLOT_BYTES // weights.expert_bytes), -(-experts // SLOTS), _MOST_PARTS)

@@ -22,7 +22,7 @@ from fiddler.kernels.formats.q6_k import Q6_K
 from fiddler.kernels.formats.q8_0 import Q8_0
 from fiddler.kernels.formats.weight_format import PlainFormat, WeightFormat
 
-__all__ = ["BLOCK_FORMATS", "FORMATS", "format_of", "plain_format_of", "stored_bytes"]
+__all__ = ["BLOCK_FORMATS", "FORMATS", "GPU_FORMATS", "format_of", "plain_format_of", "stored_bytes"]
 
 _PLAIN = BF16, F16, F32
 _BLOCKS = Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4
@@ -30,6 +30,8 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {each.name: each for each in _BLOCKS}
 """The quantised formats, by their names."""
 FORMATS: dict[str, WeightFormat] = {**{each.name: each for each in _PLAIN}, **BLOCK_FORMATS}
 """Every format that the kernels read, by its name."""
+GPU_FORMATS = BLOCK_FORMATS.keys() - {"q2_k", "q3_k"}
+"""Names of the quantised formats that a GPU decodes, too: those with a decoder in Triton."""
 
 
 def format_of(variant: KernelVariant) -> WeightFormat:

@@ -40,6 +40,10 @@ class WeightFormat:
             raise ValueError(f"a row of {columns} {self.name} weights is no multiple of {self.block_length}, a block")
         return blocks * self.block_bytes
 
+    def columns(self, row_bytes: int) -> int:
+        """Weights of a row of so many bytes: the opposite of `row_bytes`."""
+        return row_bytes // self.block_bytes * self.block_length
+
     @property
     def dtype(self) -> np.dtype:
         """The numpy type of a view of stored weights: float32, uint16 bits, or uint8 of whole blocks."""
@@ -51,7 +55,7 @@ class WeightFormat:
 
     def shape(self, stored: np.ndarray) -> tuple[int, ...]:
         """The shape of the weights of a view: the opposite of `stored_shape`."""
-        return (*stored.shape[:-1], stored.shape[-1] * self.dtype.itemsize // self.block_bytes * self.block_length)
+        return (*stored.shape[:-1], self.columns(stored.shape[-1] * self.dtype.itemsize))
 
 
 @dataclass(frozen=True)

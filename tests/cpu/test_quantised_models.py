@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fiddler
+from fiddler.files.model_file import ModelFile
 from fiddler.kernels.formats import BLOCK_FORMATS
 from oracles.command import fails_in_one_line, run
 from oracles.quantised import write_quantised
@@ -66,6 +67,17 @@ def test_a_quantised_model_generates_and_its_speed_is_measured(source, tmp_path)
     path = write_quantised(source, tmp_path / "q.gguf", kinds(Q4_K_M))
     engine = fiddler.load(path, device="cpu")
     assert len(engine.generate("Once", fiddler.Sampling(temperature=0.0), 8).tokens) == 8
-    fails_in_one_line(run("run", path, "--device", "cuda", "-p", "x"), "weights run on the CPU only; use --device cpu")
     done = run("bench", path, "--device", "cpu", "-p", "16", "-n", "4", "-r", "1")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_type_that_no_gpu_decodes_is_refused_for_one_by_name(source, tmp_path):
+    path = write_quantised(source, tmp_path / "q.gguf", kinds(STRANGE))
+    fails_in_one_line(run("run", path, "--device", "cuda", "-p", "x"), "weights run on the CPU only; use --device cpu")
+    plain = {"ffn_gate_exps": "bf16", "_exps": "q4_k"}
+    path = write_quantised(source, tmp_path / "mixed.gguf", kinds(plain))
+    assert ModelFile.open(path).gpu_obstacle == "the experts of layer 0 mix BF16 and Q4_K, which run on the CPU only"
+    for kind in BLOCK_FORMATS:
+        path = write_quantised(source, tmp_path / f"{kind}.gguf", kinds({"attn_q.": kind}))
+        expected = f"{kind.upper()} weights run on the CPU only" if kind in ("q2_k", "q3_k") else None
+        assert ModelFile.open(path).gpu_obstacle == expected

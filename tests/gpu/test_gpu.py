@@ -143,6 +143,8 @@ def test_grouped_expert_kernels_match_torch_expert_by_expert(shape):
     order = torch.argsort(expert_ids.reshape(-1), stable=True)
     token, routing_weights = order // k, torch.rand(tokens * k, device=DEVICE)
     first = [0, *torch.bincount(expert_ids.reshape(-1), minlength=experts).cumsum(0).tolist()]
+    stacks = [kernels.ExpertMatrices.of(each.view(torch.int16).cpu().numpy()) for each in (gate, up, down)]
+    weights = ExpertWeights(*stacks, kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16"))
     expected, jobs = torch.zeros(tokens, width, device=DEVICE), []
     for e in range(experts):
         rows = slice(first[e], first[e + 1])
@@ -152,7 +154,8 @@ def test_grouped_expert_kernels_match_torch_expert_by_expert(shape):
         jobs.append(Job(addresses, hidden, first[e], first[e + 1]))
     for workspace_bytes in (1 << 30, 2 * hidden * 20):
         y = torch.zeros(tokens, width, device=DEVICE)
-        grouped_kernels.Grouped(DEVICE).experts_of_many(x, token, routing_weights, jobs, hidden, y, workspace_bytes)
+        grouped = grouped_kernels.Grouped(DEVICE)
+        grouped.experts_of_many(x, token, routing_weights, jobs, hidden, y, workspace_bytes, weights)
         assert (y - expected).norm() <= 3e-3 * expected.norm()
     pinned = torch.randn(tokens, width, pin_memory=True)
     before = y.clone()

@@ -39,7 +39,7 @@ for rows in (2 * F, 128):  # slots of two experts, and of a part of one
             outputs = []
             for side in sides:
                 y = torch.zeros(tokens, D)
-                inputs = SortedInputs(x, token, routing_weights, first, torch.float16, True, y)
+                inputs = SortedInputs(x, token, routing_weights, first, layers[layer], True, y)
                 side._gpu_side._add_residents(inputs, layer, F)
                 missing = [(e, 0, F) for e in np.flatnonzero(counts).tolist() if (layer, e) not in side.residents]
                 for parts in side.ring.send(layer, missing):

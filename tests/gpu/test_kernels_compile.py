@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from math import gcd
 
 import pytest
 
@@ -15,10 +16,19 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fiddler.gpu import attention_kernels, kv_kernels, latent_kernels, router_kernels  # noqa: E402
-from fiddler.offload import grouped_kernels  # noqa: E402
+from fiddler.gpu import (  # noqa: E402
+    attention_kernels,
+    block_expert_kernels,
+    block_gemv,
+    kv_kernels,
+    latent_kernels,
+    router_kernels,
+)
+from fiddler.kernels.formats import BLOCK_FORMATS, GPU_FORMATS  # noqa: E402
+from fiddler.kernels.formats.triton_decoders import DECODERS  # noqa: E402
+from fiddler.offload import block_kernels, grouped_block_kernels, grouped_kernels  # noqa: E402
 
-KINDS = {"f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
+KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
@@ -78,26 +88,53 @@ CASES["route 16 of 384"] = (
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    kernel, kinds, constants = CASES[name]
+def compiled(kernel, kinds, constants):
+    """For an H100, by a kernel, the kinds of its arguments and its constants."""
     names = kernel.arg_names
     types = dict(zip((a for a in names if a not in constants), (KINDS[kind] for kind in kinds), strict=True))
     signature = dict.fromkeys(names, "constexpr") | types
     # as at run time: addresses and sizes are multiples of 16
     even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in types.items() if kind != "fp32"}
     values = {(names.index(a),): value for a, value in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
-    assert compiled.metadata.shared <= 200 << 10  # of 227 KiB
+    return triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    result = compiled(*CASES[name])
+    assert result.metadata.shared <= 200 << 10  # of 227 KiB
     if name.startswith("attend"):
-        assert "ld.global.v4.b32" in compiled.asm["ptx"] or "cp.async.cg.shared.global" in compiled.asm["ptx"]
+        assert "ld.global.v4.b32" in result.asm["ptx"] or "cp.async.cg.shared.global" in result.asm["ptx"]
     if name in (
         "up",
         "down",
         "gemv",
         "gemv per head",
     ):  # weights are read 16 bytes at a time: less would not saturate the memory
-        assert "ld.global.v4.b32" in compiled.asm["ptx"]
-        assert not re.search(r"ld\.global\.b16", compiled.asm["ptx"])
+        assert "ld.global.v4.b32" in result.asm["ptx"]
+        assert not re.search(r"ld\.global\.b16", result.asm["ptx"])
+
+
+MANY = {"W": tl.bfloat16, "M": 64, "N": 64, "G": 2}
+
+
+@pytest.mark.parametrize("kind", sorted(GPU_FORMATS))
+def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, monkeypatch):
+    """Those that decode it, one token's and several tokens'."""
+    decoder, stored = DECODERS[kind], BLOCK_FORMATS[kind]
+    one = {"R": 2, "G": 32}
+    down = {"DOWN": decoder, "BLOCK": stored.block_length, "BLOCK_BYTES": stored.block_bytes}
+    down["ALIGNED"] = gcd(stored.block_bytes, 16)
+    cases = {
+        "decode": (block_kernels._decode, "ulfii", {"DECODE": decoder, "BY_ID": True, "G": 64}),
+        "gemv": (block_gemv._gemv, "fuffiii", {"DECODE": decoder, "ONTO": True, **one}),
+        "up": (block_expert_kernels._up, "llffiiii", {"BY_ID": True, "GATE": decoder, "UP": decoder, **one}),
+        "down": (block_expert_kernels._down, "llfffii", {"BY_ID": False, "ADD": True, "J": 2, **down, **one}),
+        "up of many": (grouped_block_kernels.up_blocks, "blllbiiiii", {"GATE": decoder, "UP": decoder, **MANY}),
+        "down of many": (grouped_block_kernels.down_blocks, "blfllfiii", {**down, **MANY}),
+    }
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, case in cases.items():
+        assert compiled(*case).metadata.shared <= 200 << 10, name  # of 227 KiB

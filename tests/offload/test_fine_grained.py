@@ -94,7 +94,7 @@ def test_one_token_s_experts_on_both_sides_match_float64(costs):
         if row_ranges:
             for part in experts.ring.send_together(layer, row_ranges):
                 (weight,) = routing_weights[expert_ids == part.expert]
-                matrices = part.matrices(torch.bfloat16)
+                matrices = part.matrices()
                 total += weight * feed_forward(torch.from_numpy(x), *matrices, rounded=False, work=1 << 20)
             experts.ring.done_together()
         for e in {*expert_ids[0].tolist()} - split.gpu_rows.keys():

@@ -9,8 +9,8 @@ from fiddler.cost_curve import Curve
 from fiddler.device.weight_copy import HostCopy
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import mapped_experts
+from fiddler.gpu.dense_weights import load_dense
 from fiddler.gpu.layers import GpuLinear
-from fiddler.models.architecture import EXPERTS
 from fiddler.models.transformer import Transformer
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
@@ -36,14 +36,10 @@ def runner_of_both_sides(path, recorder, placed, *, exact=True, rows=64, max_tok
     """placed: the residents of each layer. max_tokens: in one piece of a layer; rows: of a slot of the staging ring."""
     model_file = ModelFile.open(path)
     config, layers, copy = model_file.config, mapped_experts(model_file, kernels.choose_tier(), exact=exact), HostCopy()
-    weights = {}
-    tensors = config.tensors(tied=False)
-    for name in (name for name, tensor in tensors.items() if tensor.role not in EXPERTS):
-        values, kind = model_file.bits(name)
-        types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        weights[name] = torch.from_numpy(values.copy()).view(types[kind])
+    dense = load_dense(model_file, copy)
     residents = Residents(layers, copy.device)
     residents.load(placed, copy, lambda nbytes: None)
     experts = Orchestrator(layers, residents, Ring(copy, layers, rows, 3), COSTS, max_tokens, 1 << 20, recorder)
-    model = Transformer(config, weights, GpuLinear(weights, None, exact=exact), experts.layer)
+    linear = GpuLinear(dense.linears, None, exact=exact)
+    model = Transformer(config, dense.tensors, linear, experts.layer, token_embd=dense.embeddings)
     return BothSidesRunner(experts, model, config.context_length, torch.float32, kernels.thread_count())

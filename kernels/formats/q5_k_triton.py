@@ -1,0 +1,21 @@
+"""Q5_K on a GPU: the decoder of `q5_k.py`'s blocks in Triton. See `triton_loads` for a decoder's arguments."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fiddler.kernels.formats.k_scales_triton import k_scale_and_minimum
+from fiddler.kernels.formats.triton_loads import bytes_at
+
+__all__ = ["q5_k"]
+
+
+@triton.jit
+def q5_k(row, group, lane, mask):
+    """256 weights in 176 bytes."""
+    block, group = row + group // 8 * 176, group % 8
+    scale, minimum = k_scale_and_minimum(block, group, mask)
+    low = (bytes_at(block + (48 + group // 2 * 32), lane, mask) >> (group % 2 * 4)[:, :, None]) & 15
+    high = ((bytes_at(block + 16, lane, mask) >> group[:, :, None]) & 1) << 4
+    return scale[:, :, None] * (low | high).to(tl.float32) - minimum[:, :, None]
