@@ -220,8 +220,8 @@ def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture, tensors
     """Everything before the tensor data, padded to the alignment."""
     writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
     packed = any(tensor.kind == "mxfp4" for tensor in tensors)
-    kept = gguf.LlamaFileType.MOSTLY_MXFP4_MOE if packed else None
-    writer.add_file_type(dtype.file_type if isinstance(dtype, Mixture) else kept or _FILE_TYPES[dtype])
+    packed_type = gguf.LlamaFileType.MOSTLY_MXFP4_MOE if packed else None
+    writer.add_file_type(dtype.file_type if isinstance(dtype, Mixture) else packed_type or _FILE_TYPES[dtype])
     if isinstance(dtype, Mixture) or packed:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_custom_alignment(_ALIGNMENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ __all__ = ["Memory", "available_memory", "cached_bytes", "in_memory", "memory_fo
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _LAST_BIT = bytes(value & 1 for value in range(256))
 _POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14
-_USED = ("VmHWM", "RssAnon")  # of /proc/self/status, in KiB
+_USED = re.compile(rb"^(VmHWM|RssAnon):\s*(\d+)", re.MULTILINE)  # of /proc/self/status, in KiB
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,14 @@ class Memory:
 def peak_memory() -> Memory:
     """This process's memory; `anonymous`, Linux's RssAnon, is 0 where the system does not report it."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        kib = {name: int(value) for name, value in _USED.findall(Path("/proc/self/status").read_bytes())}
     except OSError:
-        lines = []
-    kib = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if name in _USED}
-    if "VmHWM" in kib:  # rather than getrusage, whose peak includes the parent process before it started us
-        peak = kib["VmHWM"] * 1024
+        kib = {}
+    if b"VmHWM" in kib:  # rather than getrusage, whose peak includes the parent process before it started us
+        peak = kib[b"VmHWM"] * 1024
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Memory(peak, kib.get("RssAnon", 0) * 1024)
+    return Memory(peak, kib.get(b"RssAnon", 0) * 1024)
 
 
 def available_memory() -> int:

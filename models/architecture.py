@@ -1,7 +1,7 @@
 """An architecture as a value: the parts of its blocks and the tensors that they have. Declares; computes nothing.
 
-A row of the table in `fiddler.models`. `transformer.py` runs every one; the faster paths (compiled decode step,
-captured graphs) say with `first_unknown` whether they know its parts, and are skipped otherwise.
+A row of the table in `fiddler.models`. `transformer.py` runs every one; the compiled decode step says with
+`first_unknown` whether it knows its parts, and is skipped otherwise.
 """
 
 from __future__ import annotations

@@ -118,6 +118,21 @@ def test_the_table_of_imports_in_the_documentation_is_this_one():
     assert rows == {room: None if room in unlisted else set(MAY_IMPORT[room].split()) for room in MAY_IMPORT}
 
 
+def test_the_documentation_of_the_source_names_files_that_exist():
+    """A path begins at the top or in fiddler/; a name without a folder lies in that of the path before it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for part in re.split(r"\n(?=\n|\|)", text):
+        folder = ROOT / "fiddler"
+        for name in re.findall(r"`([\w/<>.*-]+\.(?:py|md|json|html))`", part):
+            pattern = re.sub(r"<\w+>", "*", name)
+            folders = (ROOT, ROOT / "fiddler") if "/" in name else (folder, ROOT)
+            found = [path for base in folders for path in base.glob(pattern)]
+            assert found, f"{name} does not exist, or not in {folder.relative_to(ROOT)}: {part[:60]}"
+            folder = found[0].parent
+    for row in re.findall(r"^\|.*", text, re.M):
+        assert len(row) <= 720, f"{row[:60]}... has {len(row)} characters; divide it"
+
+
 def room(name):
     """The room of a module: `cli` of `cli.run`."""
     return name.partition(".")[0]

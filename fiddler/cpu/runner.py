@@ -55,8 +55,10 @@ class CpuRunner(PagedRunner):
         wanted: Sequence[int] | None = None,
         *,
         logits: bool = True,
+        greedy: bool = False,
     ) -> StepOutput:
         """Implements `Runner.step`."""
+        del greedy
         all_wanted = wanted is None or len(wanted) == len(parts)
         if (
             self._decoder is None

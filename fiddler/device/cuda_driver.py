@@ -15,6 +15,7 @@ from fiddler.errors import ResourceError
 __all__ = [
     "copy_rows_to_device",
     "copy_to_device",
+    "copy_to_host",
     "pin",
     "start",
     "unpin",
@@ -70,6 +71,7 @@ def _driver() -> ctypes.CDLL:
     library.cuMemHostRegister_v2.argtypes = [c_void_p, c_size_t, c_uint]
     library.cuMemHostUnregister.argtypes = [c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [c_uint64, c_void_p, c_size_t, c_void_p]
+    library.cuMemcpyDtoHAsync_v2.argtypes = [c_void_p, c_uint64, c_size_t, c_void_p]
     library.cuMemcpy2DAsync_v2.argtypes = [c_void_p, c_void_p]
     if hasattr(library, "cuStreamWaitValue32_v2"):
         library.cuStreamWaitValue32_v2.argtypes = [c_void_p, c_uint64, c_uint, c_uint]
@@ -104,6 +106,11 @@ def unpin(address: int) -> None:
 def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     """Start a copy of host memory to the device; asynchronous where the memory is pinned."""
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
+
+
+def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Start a copy of device memory to pinned memory of the host."""
+    _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "a copy from the GPU")
 
 
 def copy_rows_to_device(target: int, source: int, row_bytes: int, rows: int, pitch: int, stream: int) -> None:

@@ -103,10 +103,12 @@ class SampledText:
         """Implements `SequenceGroup.advance`. A prompt that no token may follow is read all the same."""
         (sequence,) = self.sequences
         assert sequence.logits is not None
-        logits = finite(sequence.logits, len(sequence.tokens))
+        logits = sequence.logits
+        if sequence.largest < 0:
+            logits = finite(logits, len(sequence.tokens))
         token = None
         if self._reply.finish_reason is None:
-            token = self._sampler(logits, sequence.tokens)
+            token = self._sampler(logits, sequence.tokens, sequence.largest)
         last = token is not None and self._sampler.finished
         if self._read is None:
             assert sequence.cache is not None
@@ -116,6 +118,7 @@ class SampledText:
         if token is None:
             return Advance(result=self._completion())
         sequence.tokens.append(token)
+        sequence.greedy = self._sampler.greedy and len(sequence.tokens) + 1 < self.max_positions
         text = self._reply.push(token, last=last)
         log_probs = self._sampler.log_probs[-1] if self._sampler.log_probs else None
         result = None if self._reply.finish_reason is None else self._completion()

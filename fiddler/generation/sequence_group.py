@@ -5,6 +5,7 @@ A sampled text is a group of one sequence. A beam search is a group with a seque
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,13 +22,16 @@ __all__ = ["Advance", "Fork", "PreparedRequest", "RunningSequence", "SequenceGro
 class RunningSequence:
     """Tokens so far; `cache`, if any, holds the first of them, and the next steps compute the others.
 
-    `logits`: float32 [V] after the last token, once all are computed; None while some are not.
+    `logits`: float32 [V] after the last token, once all are computed; None while some are not. `largest`: see
+    `StepOutput`; -2 where it is not known. `greedy`: the token
+    after `tokens` will be that of the largest logit, and others will follow it, if the text goes on.
     """
 
-    __slots__ = ("cache", "logits", "tokens")
+    __slots__ = ("cache", "greedy", "largest", "logits", "tokens")
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
+        self.greedy, self.largest = False, -2
         self.cache: KVCache | None = None
         self.logits: np.ndarray | None = None
 
@@ -97,7 +101,7 @@ class PreparedRequest(Protocol):
 
 def finite(logits: np.ndarray, position: int) -> np.ndarray:
     """`logits`, if all are finite; else raises FileFormatError. `position`: number of tokens before them."""
-    if not np.isfinite(logits).all():
+    if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):  # either is NaN where one of them is
         raise FileFormatError(
             f"the model computes {logits[~np.isfinite(logits)][0]} after {position} tokens: a weight is NaN or "
             "infinite, or an activation is beyond 16 bits; try --precision exact, or convert again as bf16"

@@ -47,11 +47,12 @@ def compute(runner: Runner, sequences: Sequence[RunningSequence], counts: Sequen
         return
     lengths = [cache.length for cache, _ in parts]
     try:
-        logits = runner.step(parts, rows).logits
+        greedy = len(complete) == len(parts) == 1 and complete[0].greedy
+        _, logits, largest = runner.step(parts, rows, greedy=greedy)
     except BaseException:
         for (cache, _), length in zip(parts, lengths, strict=True):
             cache.truncate(length)
         raise
     assert logits is not None
-    for sequence, row in zip(complete, logits.numpy(), strict=True):
-        sequence.logits = row
+    for i, (sequence, row) in enumerate(zip(complete, logits.numpy(), strict=True)):
+        sequence.logits, sequence.largest = row, -2 if largest is None else int(largest[i])

@@ -23,6 +23,7 @@ from fiddler.telemetry.recorder import Recorder
 __all__ = ["DecodeGraphs", "Graphs", "LayerPlan"]
 
 _POLL_SECONDS = 1e-3
+_PAUSE = 8  # steps that are not begun ahead after one that was begun for nothing, as where the likely token is banned
 
 
 class Graphs(Protocol):
@@ -52,6 +53,10 @@ class Graphs(Protocol):
         """Queue the first graph. table: int64, the sequence's blocks, as `offsets` of their pool."""
         ...
 
+    def begin_ahead(self, table: np.ndarray) -> None:
+        """Queue the first graph for the token that the last step's largest logit will choose, at the next position."""
+        ...
+
     def queue(self, graph: int) -> None:
         """Queue a graph and the resident experts of the layer that ends it."""
         ...
@@ -72,8 +77,15 @@ class Graphs(Protocol):
         """Whether the streamed experts of this layer are computed already."""
         ...
 
-    def logits(self) -> Tensor:
-        """Logits of the step: [1, V], on the CPU. Waits for them."""
+    def logits(self, ahead: int = 0) -> Tensor:
+        """Logits [1, V], on the CPU, of the step that was begun last, or `ahead` 1 before it. Waits for them."""
+        ...
+
+    def next_token(self, position: int) -> int:
+        """The token of the largest logit after `position`, one of the last two: the one that `begin_ahead` takes.
+
+        Call it after `logits`.
+        """
         ...
 
 
@@ -84,27 +96,55 @@ class LayerPlan(NamedTuple):
     number: int  # of the semaphore wait for the CPU's sum
 
 
+class _Ahead:
+    """A step that was begun before its token was known. token: that of the largest logit, once that is read."""
+
+    def __init__(self, position: int, table: np.ndarray) -> None:
+        self.token: int | None = None
+        self.position, self._table = position, table
+
+    def is_step(self, token: int, position: int, table: np.ndarray) -> bool:
+        """Whether it was begun for this token of this sequence."""
+        blocks = self._table
+        return (token, position) == (self.token, self.position) and np.array_equal(table[: len(blocks)], blocks)
+
+
 class DecodeGraphs:
-    """Decodes one sequence at a time, whichever it is, whose blocks are in the pool that its graphs captured."""
+    """Decodes one sequence at a time, whichever it is, whose blocks are in the pool that its graphs captured.
+
+    Where its caller takes the token of the largest logit, the GPU chooses it as well, and begins the next step while
+    the caller still reads this one's logits. A step that was begun for nothing, as after the last token, leaves keys
+    and values behind the sequence's end, which whoever has that block next overwrites before it reads them.
+    """
 
     def __init__(self, graphs: Graphs, orchestrator: Orchestrator | None, recorder: Recorder) -> None:
         """orchestrator: None for a model without experts, whose graphs have no breaks."""
         self._graphs, self._experts, self._recorder = graphs, orchestrator, recorder
         self.uses_cpu = bool(graphs.breaks)
         """Whether some experts are not resident on the GPU."""
+        self._ahead: _Ahead | None = None
+        self._pause = 0  # steps until the next one may be begun ahead
 
     @property
     def hidden(self) -> Tensor:
         """The hidden state [1, D] of the last step, until the next one."""
         return self._graphs.hidden
 
-    def step(self, token: int, position: int, table: np.ndarray) -> None:
+    def step(self, token: int, position: int, table: np.ndarray, *, greedy: bool = False) -> None:
         """Append `token` at `position`. Until the next step, `hidden` and `logits` are those of this token.
 
         table: int64, the sequence's blocks up to that position, as `offsets` of their pool.
+        greedy: the next step will probably append the token of the largest logit; the table has room for it, and
+        `hidden` is not needed.
         An interrupted step must have ended before this one: see `Orchestrator.start_over`.
         """
-        self._graphs.begin(token, position, table)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not ahead.is_step(token, position, table):
+            self._graphs.begin(token, position, table)
+            self._pause = self._pause - 1 if ahead is None else _PAUSE
+        if greedy and self._pause <= 0 and not self.uses_cpu and not self._recorder.wants_expert_ids:
+            self._graphs.begin_ahead(table)
+            self._ahead = _Ahead(position + 1, table)
         try:
             if self.uses_cpu:
                 self._compute_missing()
@@ -118,7 +158,11 @@ class DecodeGraphs:
 
     def logits(self) -> Tensor:
         """Logits of the last step: [1, V], on the CPU. Waits for them."""
-        return self._graphs.logits()
+        if self._ahead is None:
+            return self._graphs.logits()
+        logits = self._graphs.logits(1)
+        self._ahead.token = self._graphs.next_token(self._ahead.position - 1)
+        return logits
 
     @property
     def _orchestrator(self) -> Orchestrator:
@@ -156,6 +200,7 @@ class DecodeGraphs:
         if not on_cpu:
             graphs.cpu_sum[:] = 0
         cooperative_step.open(number)
+        orchestrator.prefetcher.count_one(layer, expert_ids)  # while the GPU computes the next graph
 
     def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
         """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.

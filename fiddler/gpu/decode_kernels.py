@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "norm", "rounded_to", "works"]
+__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "next_token", "norm", "rounded_to", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -100,6 +100,32 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     y = torch.empty_like(x)
     _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y
+
+
+@triton.jit
+def _next_token(logits, token, host, size, K: tl.constexpr):
+    k = tl.arange(0, K)
+    largest = tl.full([K], float("-inf"), tl.float32)
+    ids = k
+    for begin in range(0, size, K):
+        some = tl.load(logits + begin + k, mask=begin + k < size, other=float("-inf"))
+        larger = some > largest  # never where it is NaN
+        largest = tl.where(larger, some, largest)
+        ids = tl.where(larger, begin + k, ids)
+    chosen = tl.min(tl.where(largest == tl.max(largest, 0), ids, size), 0)
+    position = tl.load(token + 1)
+    tl.store(host + position % 2, chosen.to(tl.int64))
+    tl.store(token, chosen.to(tl.int64))
+    tl.store(token + 1, position + 1)
+
+
+def next_token(logits: Tensor, token: Tensor, host: Tensor) -> None:
+    """logits [1, V] float32; token: int64, a token id and its position. Makes them those of a greedy next step.
+
+    host: int64 [2], pinned memory, where the new id goes to the place of the old position modulo 2. The lowest id among
+    equals; a valid one, whatever the logits are.
+    """
+    _next_token[(1,)](logits, token, host, logits.shape[1], 8192, num_warps=32)
 
 
 @triton.jit

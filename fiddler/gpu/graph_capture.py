@@ -121,8 +121,7 @@ class CapturedGraphs:
         host_inputs = self._host_inputs.numpy()[None]
         self.x, self.expert_ids, self.routing_weights = np.split(host_inputs, [width, width + self._k], axis=1)
         self.cpu_sum = self._host_sum.numpy()
-        # recorded after the copy of `_host_token`, after the last graph
-        self._token_copied, self._ended = torch.cuda.Event(), torch.cuda.Event()
+        self._token_copied = torch.cuda.Event()  # recorded after the copy of `_host_token`
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self.breaks = [layer for layer in range(len(self._layers)) if not self._orchestrator.complete(layer)]
         self._arrived = [torch.cuda.Event() for _ in self.breaks]
@@ -131,8 +130,12 @@ class CapturedGraphs:
         # of each layer int64 [1, K]; this reference stops later graphs from using their memory
         self.chosen: list[Tensor] = []
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
-        self._logits = torch.zeros(1, config.vocab_size, pin_memory=True)
-        self.hidden = torch.empty(0)
+        self.hidden = self._logits = torch.empty(0)
+        # of the last two steps, in turns: a step may be queued before the logits of the one before are read
+        self._host_logits = [torch.zeros(1, config.vocab_size, pin_memory=True) for _ in range(2)]
+        self._ended = [torch.cuda.Event() for _ in range(2)]  # recorded after their copies
+        self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # of the last two positions, in turns
+        self._steps = 0
         self._capture()
 
     @property
@@ -141,16 +144,31 @@ class CapturedGraphs:
         return self._experts
 
     def begin(self, token: int, position: int, table: np.ndarray) -> None:
-        """Hand the token and its sequence's block table to the graphs, and queue the first one."""
+        """Implements `Graphs.begin`."""
         self._token_copied.synchronize()
-        end = 2 + len(table)
-        self._host_token[:2], self._host_token[2:end] = (token, position), table
-        stream = torch.cuda.current_stream()
-        cuda_driver.copy_to_device(self._token.data_ptr(), self._host_token.ctypes.data, 8 * end, stream.cuda_stream)
-        self._token_copied.record(stream)
+        self._host_token[:2] = token, position
+        self._send_token(0, table)
         if self._streamed is not None:
             self._streamed.begin()
+        self._steps += 1
         self.queue(0)
+
+    def begin_ahead(self, table: np.ndarray) -> None:
+        """Implements `Graphs.begin_ahead`."""
+        if not np.array_equal(self._host_token[2 : 2 + len(table)], table):
+            self._token_copied.synchronize()
+            self._send_token(2, table)
+        self._steps += 1
+        self.queue(0)
+
+    def _send_token(self, begin: int, table: np.ndarray) -> None:
+        """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
+        end = 2 + len(table)
+        self._host_token[2:end] = table
+        stream = torch.cuda.current_stream()
+        target, source = self._token.data_ptr() + 8 * begin, self._host_token.ctypes.data + 8 * begin
+        cuda_driver.copy_to_device(target, source, 8 * (end - begin), stream.cuda_stream)
+        self._token_copied.record(stream)
 
     def queue(self, graph: int) -> None:
         """Queue a graph and the resident experts of the layer that ends it."""
@@ -158,7 +176,9 @@ class CapturedGraphs:
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
         if graph == len(self.breaks):
-            self._ended.record(stream)
+            host, nbytes = self._host_logits[self._steps % 2], self._logits.numel() * self._logits.element_size()
+            cuda_driver.copy_to_host(host.data_ptr(), self._logits.data_ptr(), nbytes, stream.cuda_stream)
+            self._ended[self._steps % 2].record(stream)
             return
         self._arrived[graph].record(stream)
         with self._recorder.queued("experts"):
@@ -168,10 +188,15 @@ class CapturedGraphs:
         """Wait until `x`, `expert_ids` and `routing_weights` of the layer that ends this graph are on the host."""
         self._arrived[graph].synchronize()
 
-    def logits(self) -> Tensor:
-        """Logits of the step: [1, V], on the CPU. Waits for them."""
-        self._ended.synchronize()
-        return self._logits.clone()
+    def logits(self, ahead: int = 0) -> Tensor:
+        """Implements `Graphs.logits`."""
+        slot = (self._steps - ahead) % 2
+        self._ended[slot].synchronize()
+        return self._host_logits[slot].clone()
+
+    def next_token(self, position: int) -> int:
+        """Implements `Graphs.next_token`."""
+        return int(self._next_tokens[position % 2])
 
     def streamed(self, layer: int) -> bool:
         """Whether the streamed experts of this layer are computed already."""
@@ -236,7 +261,8 @@ class CapturedGraphs:
                 self._run_residents(layer, x, expert_ids, routing_weights, h, add=True)
         if end is None:
             self.hidden = h
-            self._logits.copy_(self._model.logits(h), non_blocking=True)
+            self._logits = self._model.logits(h)
+            decode_kernels.next_token(self._logits, self._token, self._next_tokens)
         return h
 
     def _run_residents(

@@ -85,8 +85,8 @@ class GrowingPool(BlockPool):
             if not self.reclaim():
                 return False
         self._move_below(number)
-        kept = self._firsts.index(number)
-        del self._firsts[kept:], self.segments[kept:]
+        index = self._firsts.index(number)
+        del self._firsts[index:], self.segments[index:]
         self.offsets = self.offsets[:number]
         self._free[:] = [free for free in self._free if free < number]
         heapify(self._free)

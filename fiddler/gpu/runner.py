@@ -27,13 +27,13 @@ from fiddler.runtime.block_pool import BlockPool
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 from fiddler.runtime.paged_runner import PagedRunner
-from fiddler.runtime.runner import Runner, StepOutput
+from fiddler.runtime.runner import StepOutput
 from fiddler.runtime.step import Step
 
 if TYPE_CHECKING:
     from fiddler.gpu.decode_graphs import DecodeGraphs
 
-__all__ = ["GpuRunner"]
+__all__ = ["GpuRunner", "largest_of"]
 
 _CURVE_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 _LOGITS_CHUNK = 256  # tokens per product with the output weight
@@ -116,6 +116,7 @@ class GpuRunner(PagedRunner):
         wanted: Sequence[int] | None = None,
         *,
         logits: bool = True,
+        greedy: bool = False,
     ) -> StepOutput:
         """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
@@ -127,8 +128,10 @@ class GpuRunner(PagedRunner):
             ((sequence, tokens),) = parts
             assert isinstance(sequence, PagedKVCache)
             sequence.reserve(sequence.length + 1)
+            greedy = greedy and logits and _reserved(sequence, sequence.length + 2)
+            table = self.pool.offsets[sequence.table]
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
-                self._decoder.step(tokens[0], sequence.length, self.pool.offsets[sequence.table])
+                self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
             output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
         sequence.advance(1)
         return output
@@ -141,10 +144,23 @@ class GpuRunner(PagedRunner):
     def logits(self, hidden: Tensor) -> Tensor:
         """Implements `Runner.logits`."""
         logits = torch.empty(len(hidden), self.model.config.vocab_size)
-        with self._within_budget():  # in chunks: the GPU may lack room for the logits of a long step
-            for begin in range(0, len(hidden), _LOGITS_CHUNK):
-                logits[begin : begin + _LOGITS_CHUNK] = Runner.logits(self, hidden[begin : begin + _LOGITS_CHUNK])
+        with self._within_budget():
+            for begin, chunk in self._logits_by_chunk(hidden):
+                logits[begin : begin + _LOGITS_CHUNK] = chunk
         return logits
+
+    def _output(self, hidden: Tensor) -> StepOutput:
+        logits, largest = torch.empty(len(hidden), self.model.config.vocab_size), []
+        for begin, chunk in self._logits_by_chunk(hidden):
+            logits[begin : begin + _LOGITS_CHUNK] = chunk
+            largest.append(largest_of(chunk))
+        return StepOutput(hidden, logits, torch.cat(largest).cpu().numpy() if largest else None)
+
+    def _logits_by_chunk(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Of each chunk of rows the first one, and its logits on the GPU, which may lack room for those of all."""
+        for begin in range(0, len(hidden), _LOGITS_CHUNK):
+            with torch.inference_mode():
+                yield begin, self.model.logits(hidden[begin : begin + _LOGITS_CHUNK]).float()
 
     @contextmanager
     def _within_budget(self) -> Iterator[None]:
@@ -162,3 +178,19 @@ class GpuRunner(PagedRunner):
             raise ResourceError(
                 f"the GPU's memory does not suffice within {shown(self.budget.total)}; give {fewer}less --ctx"
             ) from error
+
+
+def largest_of(logits: Tensor) -> Tensor:
+    """`StepOutput.largest` of logits [W, V], on their device."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def _reserved(sequence: PagedKVCache, length: int) -> bool:
+    """Reserve memory for `length` positions, if the context and the pool allow it; whether they do."""
+    if length > sequence.context:
+        return False
+    try:
+        sequence.reserve(length)
+    except ResourceError:
+        return False
+    return True

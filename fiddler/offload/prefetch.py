@@ -60,6 +60,12 @@ class Prefetcher:
         """Note how many tokens each expert of a layer has, int64 [E]."""
         self._counts[layer] += counts
 
+    def count_one(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """`count` for one token with these experts. A loop: of a few numbers, indexing with a list takes longer."""
+        counts = self._counts[layer]
+        for e in expert_ids:
+            counts[e] += 1
+
     def start(self, layer: int, tokens: int, k: int, plan: PlanFor) -> None:
         """Start sending experts of `layer`, which will have about `tokens` tokens with k experts each.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,13 @@ class StepOutput(NamedTuple):
     """Results of a step, one row for each wanted token.
 
     `hidden`: hidden states [W, D], on the model's device; where graphs compute them, valid until the next step.
-    `logits`: float32 [W, V] on the CPU; None where the step was to compute none.
+    `logits`: float32 [W, V] on the CPU; None where the step was to compute none. `largest`: int64 [W], the first token
+    of each row's largest logit, or -1 where not all of them are finite; None where the caller is to look for it.
     """
 
     hidden: Tensor
     logits: Tensor | None
+    largest: np.ndarray | None = None
 
 
 class Runner(ABC):
@@ -110,13 +113,17 @@ class Runner(ABC):
         wanted: Sequence[int] | None = None,
         *,
         logits: bool = True,
+        greedy: bool = False,
     ) -> StepOutput:
         """Append tokens to sequences, all in one pass. Rows of the result are in the order of `parts`.
 
         wanted: the rows to return, in rising order; None: all, [T]. The last layer computes its experts for these rows
         only; for none it stores keys and values, and that is all.
         logits: whether to compute logits of these rows. Where a step fails, no sequence has grown.
+        greedy: of one token of one sequence: the next one will probably be that of the largest logit, and the hidden
+        state is not needed; so a GPU may begin the next step at once.
         """
+        del greedy  # a CPU has nothing to do meanwhile
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
         subset = wanted is not None and len(wanted) < len(ids)
@@ -126,9 +133,13 @@ class Runner(ABC):
             attention = 2 * step.seen_by_torch * self.model.config.head_count * self.model.config.head_dim
             with torch.inference_mode(), self._on_threads(attention):
                 hidden = self._forward(ids, step, rows)
-            output = StepOutput(hidden, self.logits(hidden) if logits else None)
+            output = self._output(hidden) if logits else StepOutput(hidden, None)
         step.commit()
         return output
+
+    def _output(self, hidden: Tensor) -> StepOutput:
+        """The results of a step that is to compute logits."""
+        return StepOutput(hidden, self.logits(hidden))
 
     def _forward(self, ids: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         """Run the model: hidden states [T, D], or [W, D]."""

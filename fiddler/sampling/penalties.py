@@ -2,8 +2,8 @@
 
 Biases by id; repeat, frequency and presence penalties; DRY, which penalises continuing a run of tokens as it continued
 before. Defined as in `llama-sampler.cpp` of https://github.com/ggml-org/llama.cpp. None of them changes its argument; a
-result that differs from it is float64, wide enough for any finite float32. They know no model; of text only the bytes
-of each token, and only where DRY looks for its breakers.
+result that differs from it in more than banned tokens is float64, wide enough for any finite float32. They know no
+model; of text only the bytes of each token, and only where DRY looks for its breakers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ def lately(tokens: Sequence[int], count: int) -> Sequence[int]:
 def add_bias(logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
     """Add to the logits of single tokens; -inf bans one."""
     if not bias:
+        return logits
+    if all(value == -math.inf for value in bias.values()):
+        logits = logits.copy()
+        logits[list(bias)] = -math.inf
         return logits
     logits = logits.astype(np.float64)
     logits[list(bias)] += list(bias.values())

@@ -103,6 +103,12 @@ class Sampling:
         object.__setattr__(self, "logit_bias", biases)
 
 
+def _is_greedy(s: Sampling) -> bool:
+    """See `Sampler.greedy`."""
+    changed = s.repeat_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.dry_multiplier
+    return s.temperature == 0 and all(value == -math.inf for value in s.logit_bias.values()) and not changed
+
+
 def _number(name: str, value: object, kind: type, low: float, high: float) -> int | float:
     """`value` as an int or a float. Raises RequestError where it is none, or not between `low` and `high`."""
     if isinstance(value, bool) or not isinstance(value, kind):
@@ -135,7 +141,10 @@ class Guide(Protocol):
 
 
 class Sampler:
-    """A `Sampling` with its state: one a generation. `log_probs`: of every step, where `n_probs` is above 0."""
+    """A `Sampling` with its state: one a generation. `log_probs`: of every step, where `n_probs` is above 0.
+
+    `greedy`: whether it always chooses the token of the model's largest logit, unless that is banned.
+    """
 
     def __init__(self, sampling: Sampling, pieces: Sequence[bytes] = (), guide: Guide | None = None) -> None:
         """`pieces`: each token's text as bytes, by id; DRY looks for its breakers there. `guide`: a constraint.
@@ -143,6 +152,7 @@ class Sampler:
         Raises RequestError where DRY has breakers and there are no pieces.
         """
         self.sampling = sampling
+        self.greedy = guide is None and _is_greedy(sampling)
         self.log_probs: list[LogProbs] = []
         self._random = np.random.default_rng(sampling.seed)
         self._pieces, self._guide = pieces, guide
@@ -155,16 +165,20 @@ class Sampler:
         """Whether a constraint is met and nothing but an end token may follow; without one never."""
         return self._guide is not None and self._guide.finished
 
-    def __call__(self, logits: np.ndarray, recent: Sequence[int]) -> int:
+    def __call__(self, logits: np.ndarray, recent: Sequence[int], largest: int = -1) -> int:
         """Choose a token from logits [V], after the `recent` tokens; -inf is never chosen.
 
+        largest: the first token of the largest logit, where that is known: a greedy choice then costs nothing.
         The largest of the logits must be finite, and none of them NaN. Raises RequestError where the constraint and
         the biases leave no token.
         """
         model_logits = logits
-        if self._guide is not None:
-            logits = np.where(self._guide.allowed(), logits, -np.inf)
-        token = self._choose(add_bias(logits, self.sampling.logit_bias), recent)
+        if self.greedy and largest >= 0 and largest not in self.sampling.logit_bias:
+            token = largest
+        else:
+            if self._guide is not None:
+                logits = np.where(self._guide.allowed(), logits, -np.inf)
+            token = self._choose(add_bias(logits, self.sampling.logit_bias), recent)
         if self.sampling.n_probs:
             self.log_probs.append(log_probs(model_logits, token, self.sampling.n_probs))
         if self._guide is not None:

@@ -33,7 +33,8 @@ class Settings:
     """How to generate, but for the prompt.
 
     max_tokens: None for no limit but the context's. biases: of texts and ids as they came, see `logit_biases`. choices:
-    texts for each prompt. schema, grammar: a language that the text must follow; at most one of them.
+    texts for each prompt. schema, grammar: a language that the text must follow; at most one of them. priority: see
+    `Request`; OpenAI's service tier "flex" is that of a batch.
     """
 
     sampling: Sampling
@@ -46,6 +47,7 @@ class Settings:
     schema: Any = None
     grammar: str | None = None
     special: bool = False
+    priority: str = "interactive"
 
 
 def settings_of(body: Mapping[str, Any], defaults: Request, token_limit: int | None = None) -> Settings:
@@ -78,7 +80,14 @@ def settings_of(body: Mapping[str, Any], defaults: Request, token_limit: int | N
         schema,
         grammar,
         flag(values, "special", defaults.special),
+        _priority(values.get("service_tier")),
     )
+
+
+def _priority(tier: object) -> str:
+    if tier is not None and not isinstance(tier, str):
+        raise RequestError(f'service_tier is {quoted(tier)}; give "flex" for a request that may wait, or leave it out')
+    return "batch" if tier == "flex" else "interactive"
 
 
 def constraint_of(settings: Settings) -> Constraint | None:

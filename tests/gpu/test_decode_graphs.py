@@ -11,6 +11,7 @@ import torch
 
 from fiddler.cost_curve import Curve
 from fiddler.gpu.decode_graphs import DecodeGraphs
+from fiddler.offload.evictions import Evictions
 from fiddler.offload.plan import Costs
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
@@ -81,8 +82,8 @@ class RandomGraphs:
         return torch.zeros(1, 1)
 
 
-def decode(late=0.0, recorder=SILENT):
-    experts = orchestrator(EXACT, [[0], [], []], COSTS)
+def decode(late=0.0, recorder=SILENT, placed=((0,), (), ())):
+    experts = orchestrator(EXACT, placed, COSTS)
     graphs = RandomGraphs(experts, late)
     return DecodeGraphs(graphs, experts, recorder), graphs, experts
 
@@ -131,15 +132,36 @@ def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeyp
     assert planned == [(layer, threading.get_ident()) for layer in range(LAYERS)]
 
 
+def chosen_in_steps(decoder, graphs, steps):
+    """Run steps of one token; returns how often each expert was chosen, int64 [L, E]."""
+    counts = np.zeros((LAYERS, E), np.int64)
+    for token in range(steps):
+        decoder.step(token, token, TABLE)
+        for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
+            counts[layer, expert_ids[0]] += 1
+    return counts
+
+
 def test_the_experts_chosen_in_each_layer_are_counted():
     counts = ExpertCounts(LAYERS, E)
     decoder, graphs, _ = decode(recorder=counts)
-    expected = np.zeros((LAYERS, E), np.int64)
-    for token in range(10):
-        decoder.step(token, token, TABLE)
-        for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
-            expected[layer, expert_ids[0]] += 1
+    expected = chosen_in_steps(decoder, graphs, 10)
     assert counts.counts == expected.tolist()
+
+
+def test_the_resident_that_single_tokens_chose_least_often_is_evicted_first():
+    """Also where nobody records the experts, and no step had several tokens."""
+    placed = [[0, 1, 2, 3], [1, 2], [0, 4]]
+    decoder, graphs, experts = decode(placed=placed)
+    counts = chosen_in_steps(decoder, graphs, 40)
+    assert experts.prefetcher.counts.tolist() == counts.tolist()
+    rarest = min(counts[layer, e] for layer, ids in enumerate(placed) for e in ids)
+    assert Evictions(experts).evict()
+    ((layer, expert),) = (
+        (layer, e) for layer, ids in enumerate(placed) for e in ids if (layer, e) not in experts.residents
+    )
+    assert counts[layer, expert] == rarest
+    assert rarest < np.median(counts)  # else any resident would do
 
 
 @pytest.mark.parametrize("side", ["CPU", "GPU"])

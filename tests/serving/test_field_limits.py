@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 
 import pytest
 
-from fiddler.serving.http.openapi import description
+from fiddler.serving.http.app import application
+from fiddler.serving.http.openapi import description, openapi
+from fiddler.serving.http.options import ServerOptions
+from fiddler.serving.http.page import page
+from fiddler.serving.http.status import not_supported
 
 GIVEN = {
     "/tokenize": {"content": "x"},
@@ -53,6 +58,17 @@ def test_every_route_that_reads_fields_is_tried():
     counts = {path for path in ROUTES if path.endswith(("input_tokens", "count_tokens"))}
     posts = {path for path, methods in ROUTES.items() if "requestBody" in methods.get("post", {})}
     assert posts - aliases - counts == GIVEN.keys()
+
+
+def test_every_route_is_described_under_one_of_its_paths():
+    paths = defaultdict(set)
+    for route in application(ServerOptions()).routes:
+        paths[route.endpoint] |= {(route.path, method.lower()) for method in route.methods}
+    for answer in (page, openapi, not_supported):
+        del paths[answer]
+    described = {(path, method) for path, methods in ROUTES.items() for method in methods}
+    assert described <= set().union(*paths.values())
+    assert [each for each in paths.values() if not each & described] == []
 
 
 @pytest.mark.parametrize("path", GIVEN)

@@ -85,6 +85,7 @@ def _job(
                     settings.ignore_eos,
                     constraint,
                     reuse=settings.reuse,
+                    priority=settings.priority,
                     named_tokens=named_tokens,
                 )
             )

@@ -83,6 +83,7 @@ _SAMPLING = {
     "stop": _STRINGS,
     "ignore_eos": _FLAG,
     "cache_prompt": _FLAG,
+    "service_tier": _TEXT,
     "grammar": _TEXT,
     "json_schema": _OBJECT,
     "stream": _FLAG,
@@ -181,6 +182,7 @@ _GET = {
     "/slots": "What runs now",
     "/metrics": "Metrics for Prometheus",
     "/experts": "Places and counts of experts",
+    "/experts/events": "The same as server-sent events, whenever they change",
 }
 _FAILURES = {
     "400": "The request makes no sense",

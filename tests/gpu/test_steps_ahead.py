@@ -1,0 +1,189 @@
+"""Greedy steps that the GPU begins before their token is known: the same logits as without. Some need a GPU."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import fiddler
+from fiddler.generation.request import Request
+from fiddler.gpu.decode_graphs import DecodeGraphs
+from fiddler.gpu.runner import largest_of
+from fiddler.sampling import sampler
+from fiddler.telemetry.expert_counts import ExpertCounts
+from fiddler.telemetry.recorder import SILENT
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GREEDY = fiddler.Sampling(temperature=0.0)
+VOCABULARY = 50
+
+
+class Queue:
+    """Implements `Graphs` of a model whose logits depend on all tokens in its memory, which `table` names.
+
+    Like a GPU it runs what is queued in order, and keeps the logits of the last two steps only.
+    """
+
+    breaks, chosen = (), ()
+
+    def __init__(self):
+        self.hidden, self.memory, self.ahead = torch.zeros(1, 1), {}, 0
+        self._steps, self._token, self._position, self._next = [], 0, 0, [None, None]
+
+    def begin(self, token, position, table):
+        self._run(token, position, table)
+
+    def begin_ahead(self, table):
+        self.ahead += 1
+        self._run(self._token, self._position, table)
+
+    def _run(self, token, position, table):
+        self.memory[table[position // 4], position % 4] = token
+        history = [self.memory[table[at // 4], at % 4] for at in range(position + 1)]
+        logits = expected_logits(history)
+        self._steps = [*self._steps[-1:], logits]
+        self._token, self._position = int(logits.argmax()), position + 1
+        self._next[position % 2] = self._token
+
+    def logits(self, ahead=0):
+        return self._steps[-1 - ahead]
+
+    def next_token(self, position):
+        return self._next[position % 2]
+
+
+def expected_logits(history):
+    numbers = np.random.default_rng([len(history), *history])
+    return torch.from_numpy(numbers.normal(size=(1, VOCABULARY)).astype(np.float32))
+
+
+def test_any_mixture_of_right_and_wrong_guesses_gives_each_sequence_its_own_logits():
+    numbers, queue = random.Random(3), Queue()
+    decoder = DecodeGraphs(queue, None, SILENT)
+    tables = [np.array([1, 5, 2, 9]), np.array([3, 7, 4, 8])]
+    tokens, right, i = [[7], [9]], 0, 0
+    for _ in range(3000):
+        i = (i + (numbers.random() < 0.03)) % 2
+        if len(tokens[i]) > 14 or numbers.random() < 0.01:
+            tokens[i] = tokens[i][: numbers.randrange(1, 4)]
+        history = tokens[i]
+        decoder.step(history[-1], len(history) - 1, tables[i], greedy=numbers.random() < 0.95)
+        logits = decoder.logits()
+        assert torch.equal(logits, expected_logits(history))
+        likely = int(logits.argmax())
+        history.append(likely if numbers.random() < 0.95 else numbers.randrange(VOCABULARY))
+        right += history[-1] == likely
+    assert right > 1500
+    assert queue.ahead > 1000
+
+
+def test_no_step_is_begun_ahead_where_expert_counts_are_read_or_the_caller_draws():
+    for recorder, greedy in ((ExpertCounts(0, 0), True), (SILENT, False)):
+        queue = Queue()
+        decoder = DecodeGraphs(queue, None, recorder)
+        decoder.step(3, 0, np.array([1]), greedy=greedy)
+        assert torch.equal(decoder.logits(), expected_logits([3]))
+        assert queue.ahead == 0
+
+
+@pytest.mark.parametrize(
+    "options, greedy",
+    [
+        ({}, True),
+        ({"top_k": 3, "seed": 1, "n_probs": 2}, True),
+        ({"temperature": 0.1}, False),
+        ({"repeat_penalty": 1.1}, False),
+        ({"presence_penalty": 0.5}, False),
+        ({"frequency_penalty": -0.5}, False),
+        ({"dry_multiplier": 0.8, "dry_sequence_breakers": []}, False),
+        ({"logit_bias": {3: float("-inf")}}, True),
+        ({"logit_bias": {3: float("-inf"), 5: 1.0}}, False),
+    ],
+)
+def test_a_sampler_is_greedy_where_it_takes_the_largest_of_the_models_logits(options, greedy):
+    assert sampler.Sampler(fiddler.Sampling(**{"temperature": 0.0} | options)).greedy is greedy
+
+
+def test_a_token_that_the_model_prefers_and_a_ban_forbids_costs_few_steps():
+    queue = Queue()
+    decoder = DecodeGraphs(queue, None, SILENT)
+    tokens = [7]
+    for position in range(14):
+        decoder.step(tokens[-1], position, np.array([1, 5, 2, 9]), greedy=True)
+        assert torch.equal(decoder.logits(), expected_logits(tokens))
+        tokens.append((int(decoder.logits().argmax()) + 1) % VOCABULARY)
+    assert queue.ahead == 2
+
+
+def test_the_largest_logits_of_a_step_are_numpys_first_ones():
+    numbers = np.random.default_rng(0)
+    logits = numbers.integers(0, 30, (40, 1000)).astype(np.float32)
+    bad = {3: np.nan, 17: np.inf, 20: -np.inf}
+    for row, value in bad.items():
+        logits[row, numbers.integers(1000)] = value
+    expected = [-1 if row in bad else int(logits[row].argmax()) for row in range(40)]
+    assert largest_of(torch.from_numpy(logits)).tolist() == expected
+    if torch.cuda.is_available():
+        assert largest_of(torch.from_numpy(logits).cuda()).tolist() == expected
+
+
+def test_a_greedy_sampler_takes_the_known_largest_unless_it_is_banned():
+    logits = np.array([0.0, 3.0, 3.0, 1.0], np.float32)
+    for ban, chosen in (({}, 1), ({0: float("-inf")}, 1), ({1: float("-inf")}, 2)):
+        greedy = sampler.Sampler(fiddler.Sampling(temperature=0.0, logit_bias=ban, n_probs=1))
+        assert greedy(logits, [5], 1) == greedy(logits, [5]) == chosen
+        assert greedy.log_probs[0] == greedy.log_probs[1]
+    drawn = sampler.Sampler(fiddler.Sampling(temperature=1.0, seed=0, top_k=0, top_p=1.0, min_p=0.0))
+    assert {drawn(logits, [5], 1) for _ in range(300)} == {0, 1, 2, 3}
+
+
+@GPU
+@pytest.mark.parametrize("size", [1, 2, 31, 8192, 8193, 32000, 151936])
+def test_the_next_token_is_numpys_first_largest(size):
+    from fiddler.gpu import decode_kernels
+
+    numbers, host = np.random.default_rng(0), torch.zeros(2, dtype=torch.int64, pin_memory=True)
+    for levels in (3, 1 << 20):  # many equal ones, few
+        for position in (0, 1, 4095):
+            logits = torch.from_numpy(numbers.integers(0, levels, (1, size)).astype(np.float32) - 2)
+            token = torch.tensor([5, position], device="cuda")
+            decode_kernels.next_token(logits.cuda(), token, host)
+            torch.cuda.synchronize()
+            chosen = int(logits[0].numpy().argmax())
+            assert token.tolist() == [chosen, position + 1]
+            assert host[position % 2] == chosen
+    for value in (float("nan"), float("-inf")):
+        token = torch.tensor([5, 0], device="cuda")
+        decode_kernels.next_token(torch.full((1, size), value, device="cuda"), token, host)
+        assert 0 <= token[0].item() < size
+
+
+@GPU
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, monkeypatch):
+    """Beside sampled ones, ones that are given up, and cached prefixes; over block boundaries and to the end."""
+    engine = fiddler.load(device="cuda", precision=precision, context=128)
+    decoder = engine.runner._decoder
+    assert not decoder.uses_cpu
+    prompts = ["Once upon a time, in a small village", "The", "Two plus two is", "It was a dark night; " * 6]
+    begun, begin_ahead = [], decoder._graphs.begin_ahead
+    monkeypatch.setattr(decoder._graphs, "begin_ahead", lambda table: (begun.append(1), begin_ahead(table)))
+
+    def texts():
+        results = []
+        for prompt in prompts * 2:
+            results.append(engine.generate(prompt, GREEDY, 128 - len(engine.tokenizer.encode(prompt, True))).tokens)
+            pieces = iter(engine.start(Request(prompt, GREEDY, 40)))
+            next(pieces), next(pieces)  # given up
+            results.append(engine.generate(prompt, fiddler.Sampling(seed=3), 20).tokens)
+        return results
+
+    with_ahead = texts()
+    assert len(begun) > 300
+    monkeypatch.setattr(sampler, "_is_greedy", lambda sampling: False)
+    before = len(begun)
+    assert texts() == with_ahead
+    assert len(begun) == before
