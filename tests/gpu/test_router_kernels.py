@@ -76,12 +76,6 @@ def test_the_router_is_right_in_tritons_interpreter():
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.fixture(params=["one kernel", "three"])
-def kernels(request, monkeypatch):
-    monkeypatch.setattr(router_kernels, "_ELEMENTS_OF_ONE", 1 << 30 if request.param == "one kernel" else 0)
-    return router_kernels
-
-
 def random_weights(experts, width, selection, bias, generator):
     gate = torch.randn(experts, width, generator=generator) * 2 / width**0.5
     selection_bias = torch.randn(experts, generator=generator) * 0.2 if selection else None
@@ -116,15 +110,18 @@ def settled(h, weights, rule, k, generator):
 
 @kernels_run
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_kernels_choose_what_torch_chooses_with_its_weights_under_every_rule(size, kernels):
+@pytest.mark.parametrize("most,rules", [(0, RULES), (1 << 30, RULES[::3])], ids=["three kernels", "one"])
+def test_kernels_choose_what_torch_chooses_with_its_weights_under_every_rule(size, most, rules, monkeypatch):
+    """Both ways share what differs by rule."""
+    monkeypatch.setattr(router_kernels, "_ELEMENTS_OF_ONE", most)
     experts, k, width, groups, used = size
     generator = torch.Generator().manual_seed(experts)
-    for scoring, renormalise, selection, bias in RULES:
+    for scoring, renormalise, selection, bias in rules:
         rule = rule_of(scoring, renormalise, groups, used)
         weights = random_weights(experts, width, selection, bias, generator)
         for tokens in (1, 3):
             h = settled(torch.randn(tokens, width, generator=generator) * 3, weights, rule, k, generator)
-            x, expert_ids, routing_weights = kernels.route(h.to(DEVICE), 1e-5, at_device(weights), rule, k)
+            x, expert_ids, routing_weights = router_kernels.route(h.to(DEVICE), 1e-5, at_device(weights), rule, k)
             expected = route(h, 1e-5, weights, rule, k)
             assert torch.equal(expert_ids.cpu(), expected[1]), (rule, selection, bias)
             torch.testing.assert_close(routing_weights.cpu(), expected[2], rtol=BOUND, atol=BOUND)
@@ -133,7 +130,7 @@ def test_kernels_choose_what_torch_chooses_with_its_weights_under_every_rule(siz
 
 @kernels_run
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_kernels_choose_the_first_of_equal_experts_and_groups(size, kernels):
+def test_kernels_choose_the_first_of_equal_experts_and_groups(size):
     """x is one number and zeros, so logits are that number times a column of few values, in any order of summation."""
     experts, k, width, groups, used = size
     generator = torch.Generator().manual_seed(experts)
@@ -150,7 +147,7 @@ def test_kernels_choose_the_first_of_equal_experts_and_groups(size, kernels):
         if weights.selection_bias is not None:  # one of a group, else roundings of sums decide between groups
             each = torch.randint(0, 2, (groups if groups > 1 else experts,), generator=generator) / 4
             weights.selection_bias[:] = each.repeat_interleave(experts // len(each))
-        x, expert_ids, routing_weights = kernels.route(h.to(DEVICE), 0.0, at_device(weights), rule, k)
+        x, expert_ids, routing_weights = router_kernels.route(h.to(DEVICE), 0.0, at_device(weights), rule, k)
         logits = column * x[0, 0].cpu() + (0.0 if weights.bias is None else weights.bias)
         ids, expected = naive(logits.tolist(), weights, rule, k)
         assert expert_ids.tolist() == [ids], (rule, selection, bias)
@@ -160,7 +157,7 @@ def test_kernels_choose_the_first_of_equal_experts_and_groups(size, kernels):
 @kernels_run
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("where", ["h", "one logit", "selection bias", "infinite"])
-def test_kernels_give_different_valid_experts_for_nan(size, where, kernels):
+def test_kernels_give_different_valid_experts_for_nan(size, where):
     experts, k, width, groups, used = size
     for scoring, renormalise, selection, bias in RULES[::3]:
         rule = rule_of(scoring, renormalise, groups, used)
@@ -174,7 +171,7 @@ def test_kernels_give_different_valid_experts_for_nan(size, where, kernels):
             weights.selection_bias[experts // 2] = torch.nan
         else:
             h[0, 0], weights.gate[0, 1] = torch.inf, -torch.inf
-        _, expert_ids, routing_weights = kernels.route(h.to(DEVICE), 1e-5, at_device(weights), rule, k)
+        _, expert_ids, routing_weights = router_kernels.route(h.to(DEVICE), 1e-5, at_device(weights), rule, k)
         for ids in expert_ids.tolist():
             assert len(set(ids)) == k
             assert all(0 <= each < experts for each in ids)
@@ -184,12 +181,14 @@ def test_kernels_give_different_valid_experts_for_nan(size, where, kernels):
 
 
 @kernels_run
-def test_kernels_divide_by_no_sum_of_zero(kernels):
+def test_kernels_divide_by_no_sum_of_zero():
     """Sigmoids that are all 0: torch divides by 2**-14, too."""
     weights = random_weights(8, 64, True, True, torch.Generator())
     weights.bias[:] = -200.0
     rule = RouterRule(Scoring.SIGMOID, True, 2.5)
-    _, expert_ids, routing_weights = kernels.route(torch.ones(1, 64, device=DEVICE), 1e-5, at_device(weights), rule, 3)
+    _, expert_ids, routing_weights = router_kernels.route(
+        torch.ones(1, 64, device=DEVICE), 1e-5, at_device(weights), rule, 3
+    )
     expected = route(torch.ones(1, 64), 1e-5, weights, rule, 3)
     assert torch.equal(expert_ids.cpu(), expected[1])
     assert routing_weights.tolist() == [[0.0, 0.0, 0.0]]
