@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +14,15 @@ from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models.architecture import EXPERT_BIASES, EXPERTS, Activation, Role
 
-__all__ = ["ExpertWeights", "LinearWeight", "expert_matrices", "main_variant", "mapped_experts", "variant_for"]
+__all__ = [
+    "ExpertWeights",
+    "LinearWeight",
+    "expert_matrices",
+    "main_variant",
+    "mapped_experts",
+    "mean_expert_bytes",
+    "variant_for",
+]
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,11 @@ def mapped_experts(model_file: ModelFile, tier: Tier, *, exact: bool) -> list[Ex
         pair, activation = None if same else (others[0], others[1]), model_file.config.architecture.activation
         experts.append(ExpertWeights(gate, up, down, of_gate, pair, activation))
     return experts
+
+
+def mean_expert_bytes(layers: Sequence[ExpertWeights]) -> int:
+    """Size of an expert [bytes], rounded up; the mean where layers are stored differently. 0 without layers."""
+    return -(-sum(weights.expert_bytes for weights in layers) // max(1, len(layers)))
 
 
 def expert_matrices(

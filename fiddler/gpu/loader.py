@@ -23,7 +23,7 @@ from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.weight_copy import WeightCopy, fastest_copy
 from fiddler.errors import FiddlerError, RequestError
 from fiddler.files.model_file import ModelFile
-from fiddler.files.weights import ExpertWeights, main_variant
+from fiddler.files.weights import ExpertWeights, main_variant, mean_expert_bytes
 from fiddler.gpu.dense_weights import decoded_bytes, load_dense, warm_up
 from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.layers import GpuLinear, GpuNorm
@@ -45,7 +45,7 @@ from fiddler.offload.expert_cache import Residents
 from fiddler.offload.gpu_side import Grouped
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs
-from fiddler.offload.residency import place
+from fiddler.offload.residency import place, within
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.runtime.block_pool import block_bytes, blocks_for
 from fiddler.telemetry.recorder import Recorder
@@ -150,12 +150,14 @@ def _orchestrated(
     reports: _Reports,
 ) -> tuple[Orchestrator, int]:
     """The experts, with residents on the GPU and the staging ring for the others; and the number of CPU threads."""
-    ring = Ring(weight_copy, experts, slot_rows(experts[0]) if layout.slots else 64, SLOTS, reports.recorder)
+    ring = Ring(weight_copy, experts, slot_rows(experts) if layout.slots else 64, SLOTS, reports.recorder)
     costs, threads = _NO_COSTS, options.threads
     if layout.slots:
         costs, threads = _costs(experts, ring, options, k, grouped, reports.notify)
     threads = kernels.set_threads(threads)
     placement = place(len(experts), len(experts[0].gate), layout.residents, counts)
+    sizes = [weights.expert_bytes for weights in experts]
+    placement = within(placement, sizes, layout.residents * mean_expert_bytes(experts), counts)
     residents = _load_residents(experts, placement, ring, reports.progress)
     limits = layout.chunk, _WORKSPACE_BYTES
     return Orchestrator(experts, residents, ring, costs, *limits, reports.recorder, grouped), threads
@@ -270,8 +272,8 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     return Sizes(
         fixed=dense + decoded_bytes(model_file) + position_bytes + _WORKSPACE_BYTES,
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
-        slots=Ring.nbytes(experts, slot_rows(experts[0]), SLOTS) if experts else 0,
-        expert=max((weights.expert_bytes for weights in experts), default=0),
+        slots=Ring.nbytes(experts, slot_rows(experts), SLOTS) if experts else 0,
+        expert=mean_expert_bytes(experts),
         experts=len(experts) * config.expert_count,
         context=context,
     )

@@ -17,7 +17,7 @@ class Sizes:
     fixed: int  # dense weights, KV cache, temporaries
     token: int  # activations per token of a step
     slots: int  # the staging ring of streamed weights
-    expert: int  # per expert
+    expert: int  # per expert; the mean where layers are stored differently
     experts: int  # number of experts in all layers
     context: int  # tokens; no step is longer
 

@@ -170,7 +170,7 @@ def calibrate_alone(
         mappings = model_file.file.mappings if model_file is not None else [(bits.ctypes.data, bits.nbytes)]
         owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
         pinned = PinnedMapping(mappings, path, owner)
-        ring = Ring(fastest_copy(pinned, cuda, notify), experts, slot_rows(experts[0]), SLOTS)
+        ring = Ring(fastest_copy(pinned, cuda, notify), experts, slot_rows(experts), SLOTS)
         grouped = _grouped_kernels(cuda)
     k = _K if model_file is None else model_file.config.expert_used_count
     return calibrated(experts, ring, threads, notify, k=k, grouped=grouped, again=True)

@@ -99,13 +99,15 @@ class Orchestrator:
         self.plan_by(costs)
 
     def plan_by(self, costs: Costs) -> None:
-        """Plan with these costs from now on."""
+        """Plan with these costs of an expert of the first layer from now on; others' follow from their bytes."""
         self._costs = costs
-        sum_experts = 4 * self.layers[0].shape[2] / self.layers[0].expert_bytes
-        step = max(_STEP, *(w.split_rows for w in self.layers))
+        first, step = self.layers[0].expert_bytes, max(_STEP, *(w.split_rows for w in self.layers))
+        sum_bytes, sizes = 4 * self.layers[0].shape[2], {w.expert_bytes for w in self.layers}
         # not bound to self: counting references would never free that cycle
-        self._plan = partial(_plan, costs, self._hidden, step, sum_experts)
-        self._plan_again = lru_cache(maxsize=4096)(self._plan)  # of evenly spread tokens: these plans come back
+        plans = {n: partial(_plan, costs.scaled(n / first), self._hidden, step, sum_bytes / n) for n in sizes}
+        again = {n: lru_cache(maxsize=4096)(plan) for n, plan in plans.items()}
+        self._plan = [plans[w.expert_bytes] for w in self.layers]
+        self._plan_again = [again[w.expert_bytes] for w in self.layers]  # of evenly spread tokens: these come back
         self.balance = Balance()  # of single tokens
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,7 +165,8 @@ class Orchestrator:
             self._gpu_side.add_experts(
                 *(self.layers[layer], layer, x, expert_ids, routing_weights, first, split.gpu_rows, prefetched, y)
             )
-            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], self._plan_again)
+            plan_next = self._plan_again[min(layer + 1, len(self.layers) - 1)]
+            self.prefetcher.start(layer + 1, tokens, expert_ids.shape[1], plan_next)
         if number is not None:
             self.semaphore.wait(number)
             self._gpu_side.add_host_sums(y, self._y[:tokens])
@@ -211,7 +214,7 @@ class Orchestrator:
             for part in parts:
                 if part.expert in prefetched_rows:
                     prefetched_rows[part.expert] += part.end - part.begin
-        plan = self._plan(tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
+        plan = self._plan[layer](tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
     def split_one(self, layer: int, expert_ids: Sequence[int]) -> Split:
@@ -223,7 +226,7 @@ class Orchestrator:
         count = len(missing)
         if self.ring.weight_copy.blocks:
             return self._as_split(missing, Plan((0,) * count, 0.0))
-        return self._as_split(missing, self._plan_again((1,) * count, (0,) * count, self.balance.seconds, 1))
+        return self._as_split(missing, self._plan_again[layer]((1,) * count, (0,) * count, self.balance.seconds, 1))
 
     def step_seconds(self, tokens: int, k: int) -> float:
         """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.

@@ -16,7 +16,7 @@ small, what a part costs beside its rows is more than a split saves, and the pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, inf
 
 from fiddler.cost_curve import Curve
@@ -38,6 +38,13 @@ class Costs:
     cpu_alone: Curve | None = None  # `cpu` while nothing is copied, where that is less
     cpu_split: float = 0.0  # more, where the CPU computes a part of an expert
     copy_split: float = 0.0  # more, where a part of an expert is copied
+
+    def scaled(self, factor: float) -> Costs:
+        """The costs of an expert of so many times the bytes, as far as bytes decide: of its copy, and of the memory."""
+        if factor == 1.0:
+            return self
+        copy, alone, memory = self.copy * factor, self.copy_alone * factor, self.memory * factor
+        return replace(self, copy=copy, copy_alone=alone, memory=memory)
 
 
 @dataclass(frozen=True)

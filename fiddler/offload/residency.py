@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["least_valuable", "place"]
+__all__ = ["least_valuable", "place", "within"]
 
 
 def place(
@@ -30,6 +30,28 @@ def place(
     for layer in range(layers):
         count = (layer + 1) * max_residents // layers - layer * max_residents // layers
         residents[layer] = list(range(count))
+    return residents
+
+
+def within(
+    placed: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    max_bytes: int,
+    counts: Sequence[Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """The experts of `placed` that take at most `max_bytes`: without those of least value, where sizes differ.
+
+    sizes: of an expert of each layer [bytes]. counts: see `place`.
+    """
+    residents = [list(experts) for experts in placed]
+    counts = counts if counts is not None else [[0] * (max(experts, default=0) + 1) for experts in residents]
+    nbytes = sum(len(experts) * size for experts, size in zip(residents, sizes, strict=True))
+    while nbytes > max_bytes:
+        least = least_valuable(residents, counts, [False] * len(residents))
+        if least is None:
+            break
+        residents[least[0]].remove(least[1])
+        nbytes -= sizes[least[0]]
     return residents
 
 

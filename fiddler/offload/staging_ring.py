@@ -178,13 +178,14 @@ _SLOT_BYTES = 32 << 20  # of small experts: each copy is some MB, and a kernel's
 _LARGE_EXPERT = 64 << 20  # bytes
 
 
-def slot_rows(weights: ExpertWeights) -> int:
+def slot_rows(layers: Sequence[ExpertWeights]) -> int:
     """Hidden rows of a slot. A ring holds one large expert; of smaller ones each slot holds one or several.
 
     So a ring of experts of up to 64 MiB takes at most 192 MiB.
     """
-    experts, hidden = int(weights.gate.shape[0]), int(weights.gate.shape[1])
-    if weights.expert_bytes > _LARGE_EXPERT:
-        step = max(64, weights.split_rows)
+    experts, hidden, _ = layers[0].shape
+    expert_bytes = max(weights.expert_bytes for weights in layers)
+    if expert_bytes > _LARGE_EXPERT:
+        step = max(64, *(weights.split_rows for weights in layers))
         return -(-hidden // (step * SLOTS)) * step
-    return hidden * min(-(-_SLOT_BYTES // weights.expert_bytes), -(-experts // SLOTS), _MOST_PARTS)
+    return hidden * min(-(-_SLOT_BYTES // expert_bytes), -(-experts // SLOTS), _MOST_PARTS)

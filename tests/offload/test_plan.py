@@ -206,3 +206,13 @@ def test_balance_tries_the_gpu_again_after_a_time_in_which_copies_came_late():
             balance.tell_alone()
     assert not any(streamed[:100])
     assert all(streamed[-100:])
+
+
+def test_costs_of_other_formats_follow_from_their_bytes():
+    """Half the bytes of an expert are copied and read in half the time; what computing takes is not known from them."""
+    costs = Costs(Curve((1,), (4.0,)), Curve((1,), (1.0,)), 2.0, 0.5, copy_alone=1.5)
+    assert costs.scaled(1.0) is costs
+    half = costs.scaled(0.5)
+    assert (half.copy, half.copy_alone, half.memory) == (1.0, 0.75, 0.25)
+    assert (half.cpu, half.gpu) == (costs.cpu, costs.gpu)
+    assert Costs(costs.cpu, costs.gpu, inf, 0.0).scaled(0.5).copy == inf

@@ -88,13 +88,13 @@ def test_streamed_experts_are_copied_as_they_are_stored():
 def test_a_slot_of_large_quantised_experts_is_whole_blocks():
     """An expert of 1 MiB is small: a slot holds several; a large one is cut after whole blocks of down."""
     (layer, *_) = layers_of("Q4_K_M", "f32")
-    assert slot_rows(layer) % F == 0
+    assert slot_rows([layer]) % F == 0
     kinds, shapes = layer.matrix_formats, ((1, 256 * 160, 1024), (1, 256 * 160, 1024), (1, 1024, 256 * 160))
     stacks = (np.zeros(kind.stored_shape(shape), np.uint8) for kind, shape in zip(kinds, shapes, strict=True))
     large = ExpertWeights(*map(ExpertMatrices.of, stacks), layer.variant, layer.others)
     assert large.expert_bytes > 64 << 20
-    assert slot_rows(large) % 256 == 0
-    assert SLOTS * slot_rows(large) >= 256 * 160
+    assert slot_rows([large]) % 256 == 0
+    assert SLOTS * slot_rows([large]) >= 256 * 160
 
 
 RULES = {

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from fiddler.errors import RequestError
 from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
-from fiddler.offload.residency import place
+from fiddler.offload.residency import place, within
 from fiddler.telemetry.expert_counts import read_counts
 
 
@@ -111,3 +111,15 @@ def test_mixtral_8x7b_on_24_gib_has_steps_of_4096_tokens_and_50_to_60_residents(
     assert 50 <= layout.residents <= 60
     assert lay_out(100 << 30, sizes, 256).residents == 256
     assert not lay_out(100 << 30, sizes, 256).slots
+
+
+def test_experts_of_different_sizes_stay_within_the_bytes():
+    """Those of least value go: without counts the last one of the layer with the most, with counts the rarest."""
+    placed, sizes = [[0, 1, 2], [0, 1], []], [10, 7, 9]
+    assert within(placed, sizes, 44) == placed
+    assert within(placed, sizes, 43) == [[0, 1], [0, 1], []]
+    assert within(placed, sizes, 33) == [[0], [0, 1], []]
+    assert within(placed, sizes, 0) == [[], [], []]
+    counts = [[1, 9, 9], [0, 5, 0], [0, 0, 0]]
+    assert within(placed, sizes, 43, counts) == [[0, 1, 2], [1], []]
+    assert within(placed, sizes, 36, counts) == [[1, 2], [1], []]

@@ -91,5 +91,5 @@ def test_slots_of_small_experts_are_some_megabytes_and_the_ring_stays_small(shap
     nowhere, (experts, hidden, width) = np.zeros(shape[0], np.int64), shape
     up, down = (ExpertMatrices((), nowhere, each, np.dtype(np.uint16)) for each in (shape, (experts, width, hidden)))
     w = ExpertWeights(up, up, down, EXACT[0].variant)
-    assert slot_rows(w) == slot
+    assert slot_rows([w]) == slot
     assert Ring.nbytes([w], slot, SLOTS) == pytest.approx(ring_bytes, rel=0.01)

@@ -69,7 +69,7 @@ class PlanClock:
     def plan_by(self, costs):
         """Plan with these costs from now on."""
         self._orchestrator.plan_by(costs)
-        self._orchestrator._plan_again = self._timed(self._orchestrator._plan_again)
+        self._orchestrator._plan_again = [self._timed(plan) for plan in self._orchestrator._plan_again]
 
     def _timed(self, call):
         def timed(*arguments):
@@ -143,7 +143,7 @@ class Bench:
             self.runner = engine.runner
         else:
             placed = place(layers, experts, residents)
-            rows = slot_rows(mapped_experts(self.model_file, kernels.choose_tier(), exact=False)[0])
+            rows = slot_rows(mapped_experts(self.model_file, kernels.choose_tier(), exact=False))
             self.runner = runner_of_both_sides(args.model, self.chosen, placed, exact=False, rows=rows, max_tokens=512)
             self.runner.threads = kernels.set_threads(args.threads)
         self.orchestrator = self.runner.orchestrator
