@@ -57,8 +57,10 @@ def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, *, rounded: 
     sums; else everything is float32, x and the widened weights. work: workspace for temporaries [bytes], roughly.
     Quantised weights are decoded to the type of x.
     """
-    plain = isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)
-    if plain and (rounded or gate.dtype == torch.float32):
+    if (
+        (isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor))
+        and (rounded or gate.dtype == torch.float32)
+    ):  # fmt: skip
         return _products(x, gate, up, down, work)
     # widened a few rows at a time: their results add up
     max_rows = max(256, work // (12 * gate.shape[1]) // 256 * 256)

@@ -54,7 +54,7 @@ def source(tmp_path_factory):
 
 
 def check(logits, expected, precision):
-    """exact: all close. fast: a quarter of the positions; in others a router may choose another expert, here or before."""
+    """exact: all close. fast: a quarter of the positions, since a router may choose another expert in others."""
     errors = (logits - expected).norm(dim=1) / expected.norm(dim=1)
     if precision == "exact":
         assert errors.max() <= 1e-4
