@@ -232,7 +232,7 @@ def test_graphs_give_the_logits_of_the_general_path_and_of_the_cpu(path, precisi
 @pytest.mark.parametrize("heads", [16, 128])
 def test_time_of_latent_attention_is_printed(heads):
     """For `pytest -rP`: of one token, of 64 sequences and of a prompt of DeepSeek-V2-Lite's and V3's widths."""
-    config, positions = replace(SHAPES["deepseek-v2-lite"], head_count=heads, block_count=1), 4096
+    config, positions = replace(SHAPES["deepseek-v2-lite"], head_count=heads, block_count=2), 4096
     blocks = positions // POSITIONS
     pool = GrowingPool(config, torch.float16, DEVICE, 64 * blocks)
     table = torch.arange(64 * blocks, device=DEVICE) * int(pool.offsets[1])
