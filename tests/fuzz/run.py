@@ -25,8 +25,14 @@ import tempfile
 import time
 from pathlib import Path
 
-NAMES = ("gguf", "gguf-parts", "checkpoint", "tokenizer-json", "tokenizer-model", "jobs", "prompt-cache", "body")
-MAX_SECONDS = {"gguf-parts": 20.0}  # computes; a tier's first model compiles its kernels, before the clock starts
+NAMES = (
+    *("gguf", "gguf-parts", "checkpoint", "tokenizer-json", "tokenizer-model", "jobs", "prompt-cache"),
+    *("body", "template", "schema", "grammar", "http"),
+)
+MAX_SECONDS = {
+    "gguf-parts": 20.0,  # computes; a tier's first model compiles its kernels, before the clock starts
+    "http": 5.0,  # computes
+}
 DEFAULT_MAX_SECONDS = 1.0
 SLACK = 64 << 20  # bytes that Python and the allocator may take beside an input
 LARGEST = {"gguf": 1 << 17, "tokenizer-model": 1 << 14, "tokenizer-json": 1 << 15}  # bytes of an input
