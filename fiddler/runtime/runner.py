@@ -84,6 +84,10 @@ class Runner(ABC):
         del enough
         return None
 
+    def kv_taken(self) -> int:
+        """Memory that KV caches have taken so far, those of past sequences included [bytes]; 0 where unknown."""
+        return 0
+
     @abstractmethod
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Remember `sequence`, which its user gives up, for `resume`; it holds the first of `tokens`."""
