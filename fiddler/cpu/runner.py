@@ -49,21 +49,17 @@ class CpuRunner(PagedRunner):
             self._curve = self._measure(self)
         return self._curve
 
-    def step(
-        self,
-        parts: Sequence[tuple[KVCache, Sequence[int]]],
-        wanted: Sequence[int] | None = None,
-        *,
-        logits: bool = True,
+    def compute(
+        self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None, *, logits: bool
     ) -> StepOutput:
-        """Implements `Runner.step`."""
+        """Implements `Runner.compute`."""
         all_wanted = wanted is None or len(wanted) == len(parts)
         if (
             self._decoder is None
             or not (all_wanted and 0 < len(parts) <= MAX_KERNEL_TOKENS)
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
-            return super().step(parts, wanted, logits=logits)
+            return super().compute(parts, wanted, logits=logits)
         sequences = [sequence for sequence, _ in parts if isinstance(sequence, PagedKVCache)]
         assert len(sequences) == len(parts)
         assert self.pool.array is not None

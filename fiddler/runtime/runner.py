@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,10 @@ class StepOutput(NamedTuple):
 
 
 class Runner(ABC):
-    """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence."""
+    """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence.
+
+    `lock`: held by a thread while it uses the runner or what the runner remembers; others wait.
+    """
 
     shares = False
     """Whether several sequences may have the same memory, see `share`."""
@@ -47,6 +51,7 @@ class Runner(ABC):
         self.context = context
         self.chunk = chunk
         self.cache_dtype = cache_dtype
+        self.lock = RLock()
 
     @abstractmethod
     def sequence(self, positions: int = 0) -> KVCache:
@@ -121,6 +126,13 @@ class Runner(ABC):
         only; for none it stores keys and values, and that is all.
         logits: whether to compute logits of these rows. Where a step fails, no sequence has grown.
         """
+        with self.lock:
+            return self.compute(parts, wanted, logits=logits)
+
+    def compute(
+        self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None, *, logits: bool
+    ) -> StepOutput:
+        """`step`, for a thread that holds the lock."""
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)
         subset = wanted is not None and len(wanted) < len(ids)
