@@ -62,7 +62,7 @@ def installed(folder: Path) -> dict[str, str]:
     """All packages of the environment, names in lower case."""
     command = [str(folder / "bin" / "python"), "-m", "pip", "list", "--format", "json"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    return {each["name"].lower(): each["version"] for each in listed}
+    return {each["name"].lower().replace("_", "-"): each["version"] for each in listed}
 
 
 def table(wanted: dict[str, str], before: dict[str, str], after: dict[str, str]) -> None:

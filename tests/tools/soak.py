@@ -8,7 +8,8 @@ Short and long prompts, beams, batches, constrained texts, chats, texts that are
 refused, in rounds of 10 s. After each round, while nothing runs: anonymous memory (RssAnon), of it the KV caches, whose
 blocks are taken once and used again; the rest; anonymous memory of child processes; threads and descriptors. The exit
 code is 1 where greedy or seeded text at the end differs from that at the start, or, of the rounds behind the warm-up,
-the last third has more rest in the median than the first third by more than --bound, or more threads or descriptors.
+the last third has more rest, or children with more memory, in the median than the first third by more than --bound, or
+more threads or descriptors at most.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ def growth(rows: list[Usage], bound: float) -> list[str]:
     """What grew from the first to the last third of the rows, in a line each."""
     third = max(1, len(rows) // 3)
     first, last = rows[:third], rows[-third:]
-    before, after = (statistics.median(row.rest for row in part) for part in (first, last))
-    lines = [f"memory beside the KV caches: {before:.1f} -> {after:.1f} MiB"] if after - before > bound else []
+    lines = []
+    for name in ("rest", "children"):
+        before, after = (statistics.median(getattr(row, name) for row in part) for part in (first, last))
+        if after - before > bound:
+            lines.append(f"{name}: {before:.1f} -> {after:.1f} MiB")
     for name in ("threads", "descriptors"):
         before, after = (max(getattr(row, name) for row in part) for part in (first, last))
         if after > before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import time
@@ -57,6 +58,7 @@ class EngineWork:
             kind = self._chance.choice(self._kinds)
             kind(self.engine, self._chance)
             self.done[kind.__name__] += 1
+        gc.collect()  # chats that failed, whose errors refer to them, have processes
 
     def texts(self) -> list[str]:
         """Greedy and seeded continuations of the probes."""
