@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Message, Scope
 
 from fiddler.loading import load
+from fiddler.runtime.prefix_cache import PrefixCache
 from fiddler.serving.http.app import application
 from fiddler.serving.http.options import ServerOptions
 from fiddler.serving.http.service import Service
@@ -31,6 +32,7 @@ KEY = "sk-the-secret-key"
 TEMPLATE = Path(__file__).parents[1] / "data" / "templates" / "hermes.jinja"
 STATUSES = {200, 307, 400, 401, 403, 404, 405, 408, 413, 415, 501, 503, 504}
 PATIENCE = 30.0  # of one request [s]
+REMEMBERED = 256  # blocks of past sequences: else millions of requests fill gigabytes
 REQUESTS = tuple(bytes([path, keyed, 0, 0, *rest]) for path in range(45) for keyed in (0, 1) for rest in (b"", b"\2"))
 """Seeds: every path, as it is and with another body, without a key and with one."""
 
@@ -89,6 +91,8 @@ class Server:
         options = ServerOptions(chat_template=template, cors_origins=("https://example.org",), **limits)
         keyed = ServerOptions(api_keys=(KEY,), cors_origins=("*",), page=False, metrics=False, slots=False, **limits)
         self.engine = load(device="cpu", context=512, threads=1)
+        runner = self.engine.runner
+        runner.prefix_cache = PrefixCache(runner.pool, REMEMBERED)
         config = self.engine.config
         totals = Totals(len(config.sparse_layers), config.expert_count)
         self.service = Service(self.engine, options, totals, self.errors.append)
