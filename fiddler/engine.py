@@ -41,7 +41,7 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """A loaded model. Not for several threads at once: the kernels are called from one thread."""
+    """A loaded model. Several threads may use it at once: their steps come in turn."""
 
     def __init__(
         self,

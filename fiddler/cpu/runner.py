@@ -49,15 +49,15 @@ class CpuRunner(PagedRunner):
             self._curve = self._measure(self)
         return self._curve
 
-    def step(
+    def compute(
         self,
         parts: Sequence[tuple[KVCache, Sequence[int]]],
-        wanted: Sequence[int] | None = None,
+        wanted: Sequence[int] | None,
         *,
-        logits: bool = True,
+        logits: bool,
         greedy: bool = False,
     ) -> StepOutput:
-        """Implements `Runner.step`."""
+        """Implements `Runner.compute`."""
         del greedy
         all_wanted = wanted is None or len(wanted) == len(parts)
         if (
@@ -65,7 +65,7 @@ class CpuRunner(PagedRunner):
             or not (all_wanted and 0 < len(parts) <= MAX_KERNEL_TOKENS)
             or any(len(tokens) != 1 for _, tokens in parts)
         ):
-            return super().step(parts, wanted, logits=logits)
+            return super().compute(parts, wanted, logits=logits)
         sequences = [sequence for sequence, _ in parts if isinstance(sequence, PagedKVCache)]
         assert len(sequences) == len(parts)
         assert self.pool.array is not None

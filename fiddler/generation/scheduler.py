@@ -28,6 +28,8 @@ _WORTH_WAITING = 64  # tokens that a prompt has in common with one that is being
 class Scheduler:
     """Runs requests side by side. `step` computes, and only `step`; its caller may `add` and `cancel` in between.
 
+    For one thread; other threads may use other schedulers of the same runner, whose steps come in turn.
+
     `stepped`: number of sequences in the last step; 0 where none ran, or where memory did not suffice.
     """
 
@@ -65,28 +67,31 @@ class Scheduler:
 
     def add(self, request: PreparedRequest) -> int:
         """Let a request join the next step if memory allows it, else as soon as it does. Returns its handle."""
-        handle = self._added
-        self._added += 1
-        try:
-            self._wait(handle, request.begin())
-        except FiddlerError as error:
-            self._events.append(Failed(handle, error))
-        self._join()
-        return handle
+        with self._runner.lock:
+            handle = self._added
+            self._added += 1
+            try:
+                self._wait(handle, request.begin())
+            except FiddlerError as error:
+                self._events.append(Failed(handle, error))
+            self._join()
+            return handle
 
     def cancel(self, handle: int) -> None:
         """End a request: it has no more events, and its memory is free for others. Nothing happens if it has ended."""
         self._waiting = [entry for entry in self._waiting if entry[0] != handle]
         self._events = [event for event in self._events if event.handle != handle]
-        if handle in self._running:
-            self._leave(handle)
+        with self._runner.lock:
+            if handle in self._running:
+                self._leave(handle)
 
     def close(self) -> None:
         """Cancel all requests."""
         self._waiting.clear()
         self._events = []
-        for handle in list(self._running):
-            self._leave(handle)
+        with self._runner.lock:
+            for handle in list(self._running):
+                self._leave(handle)
 
     def take_events(self) -> list[Event]:
         """The events since the last step, which are not told again: of requests that have joined or failed."""
@@ -98,11 +103,12 @@ class Scheduler:
 
         Other errors than those of a request are raised; the sequences are then as they were before.
         """
-        if self._waiting:
-            self._join()
-        self.stepped = 0
-        if self._running:
-            self._run_step()
+        with self._runner.lock:
+            if self._waiting:
+                self._join()
+            self.stepped = 0
+            if self._running:
+                self._run_step()
         return self.take_events()
 
     def _run_step(self) -> None:

@@ -110,21 +110,21 @@ class GpuRunner(PagedRunner):
         with self._within_budget():
             return super().copy(source, target, shared)
 
-    def step(
+    def compute(
         self,
         parts: Sequence[tuple[KVCache, Sequence[int]]],
-        wanted: Sequence[int] | None = None,
+        wanted: Sequence[int] | None,
         *,
-        logits: bool = True,
+        logits: bool,
         greedy: bool = False,
     ) -> StepOutput:
-        """Implements `Runner.step`. The hidden state of a single token is valid until the next step."""
+        """Implements `Runner.compute`. The hidden state of a single token is valid until the next step."""
         single = len(parts) == 1 and len(parts[0][1]) == 1 and (wanted is None or len(wanted) == 1)
         with self._within_budget():
             if self._elastic is not None:
                 self._elastic.before_step(self.prefix_cache)
             if self._decoder is None or not single:
-                return super().step(parts, wanted, logits=logits)
+                return super().compute(parts, wanted, logits=logits)
             ((sequence, tokens),) = parts
             assert isinstance(sequence, PagedKVCache)
             sequence.reserve(sequence.length + 1)

@@ -103,6 +103,11 @@ class BlockPool:
         """Blocks that somebody refers to."""
         return self._fresh - len(self._free)
 
+    @property
+    def taken_bytes(self) -> int:
+        """Memory of the blocks that were ever taken [bytes]: on the CPU that which the system has given."""
+        return self._fresh * self.memory[0].nbytes
+
     def take(self) -> Block:
         """The first free block, with whatever it held before. Raises ResourceError where there is none."""
         while not self.available and (self.grow() or self.reclaim() or self.displace()):

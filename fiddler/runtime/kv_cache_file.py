@@ -57,10 +57,11 @@ def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence
         check_target(path, force=True)
         check_space(path, cache.nbytes(len(ids)))
     count = min(cached, len(ids) - 1)
-    if count > runner.matched(ids):
-        sequence = runner.sequence(count)
-        cache.read(sequence, count)
-        runner.keep(sequence, ids[:count])
+    with runner.lock:
+        if count > runner.matched(ids):
+            sequence = runner.sequence(count)
+            cache.read(sequence, count)
+            runner.keep(sequence, ids[:count])
     return (lambda sequence: cache.write(sequence, ids)) if cached < len(ids) else lambda sequence: None
 
 

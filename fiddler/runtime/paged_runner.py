@@ -66,6 +66,10 @@ class PagedRunner(Runner):
         held = self.pool.used * nbytes
         return held if held <= enough else held - self.prefix_cache.unused * nbytes
 
+    def kv_taken(self) -> int:
+        """Implements `Runner.kv_taken`."""
+        return self.pool.taken_bytes
+
     def matched(self, ids: Sequence[int]) -> int:
         """Implements `Runner.matched`."""
         return self.prefix_cache.matched(ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,10 @@ class StepOutput(NamedTuple):
 
 
 class Runner(ABC):
-    """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence."""
+    """Runs steps on `threads` threads. `chunk`: the most tokens of a prompt that one step appends to a sequence.
+
+    `lock`: held by a thread while it uses the runner or what the runner remembers; others wait.
+    """
 
     shares = False
     """Whether several sequences may have the same memory, see `share`."""
@@ -50,6 +54,7 @@ class Runner(ABC):
         self.context = context
         self.chunk = chunk
         self.cache_dtype = cache_dtype
+        self.lock = RLock()
 
     @abstractmethod
     def sequence(self, positions: int = 0) -> KVCache:
@@ -87,6 +92,10 @@ class Runner(ABC):
         del enough
         return None
 
+    def kv_taken(self) -> int:
+        """Memory that KV caches have taken so far, those of past sequences included [bytes]; 0 where unknown."""
+        return 0
+
     @abstractmethod
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Remember `sequence`, which its user gives up, for `resume`; it holds the first of `tokens`."""
@@ -123,6 +132,18 @@ class Runner(ABC):
         greedy: of one token of one sequence: the next one will probably be that of the largest logit, and the hidden
         state is not needed; so a GPU may begin the next step at once.
         """
+        with self.lock:
+            return self.compute(parts, wanted, logits=logits, greedy=greedy)
+
+    def compute(
+        self,
+        parts: Sequence[tuple[KVCache, Sequence[int]]],
+        wanted: Sequence[int] | None,
+        *,
+        logits: bool,
+        greedy: bool = False,
+    ) -> StepOutput:
+        """`step`, for a thread that holds the lock."""
         del greedy  # a CPU has nothing to do meanwhile
         device = self.model.token_embd.device
         ids = torch.tensor([token for _, tokens in parts for token in tokens], dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ from fiddler.errors import RequestError, ResourceError
 from fiddler.sampling.process_limits import end_on_timer, limit_memory
 from fiddler.text.python_process import command, environment
 
-__all__ = ["check", "compiled", "main", "one_line"]
+__all__ = ["check", "compiled", "converted", "main", "one_line"]
 
 _SECONDS, _MEMORY = 2.0, 1 << 30  # limits of one grammar: CPU time, memory beyond that at the start [bytes]
 _PATIENCE = 60.0  # wall time [s]: the machine may be busy
@@ -75,7 +75,7 @@ def main(seconds: float, memory: int) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     text, kind = json.load(sys.stdin.buffer)
     try:
-        answer = {"source": text if kind == "the JSON schema" else _converted(text)}
+        answer = {"source": text if kind == "the JSON schema" else converted(text)}
         check(answer["source"], kind)
     except RequestError as error:
         answer = {"refused": str(error)}
@@ -92,7 +92,8 @@ def check(source: str, kind: str) -> None:
         raise RequestError(f"{kind} cannot be used: {one_line(reason)}")
 
 
-def _converted(text: str) -> str:
+def converted(text: str) -> str:
+    """A grammar in the library's own form. Raises RequestError where it cannot be read. Has no limits of its own."""
     import llguidance
 
     try:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from itertools import count
+from threading import RLock
 from typing import Any
 
 from fiddler.errors import RequestError, ResourceError
@@ -30,13 +31,14 @@ class MaskProcess:
     """Masks of guides, which are numbers. The process starts at first use, and again after a grammar has ended it.
 
     A guide that the process does not hold, as after such an end, is computed from its source and all of its tokens.
+    Several threads may use it: their questions come in turn.
     """
 
     def __init__(self, tokenizer: Tokenizer, seconds: float = 2.0, memory: int = 1 << 30) -> None:
         """seconds: limit of a mask's CPU time. memory: limit for all guides, beyond that at the start [bytes]."""
         self._seconds, self._memory = seconds, memory
         self._tokens = _Tokens(tokenizer)
-        self._numbers = count()
+        self._numbers, self._lock = count(), RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._held: dict[int, int] = {}  # guide -> how many of its tokens the process has
@@ -48,10 +50,11 @@ class MaskProcess:
 
     def copy(self, guide: int, copied: int) -> None:
         """Give the guide `copied` the state of another."""
-        if guide in self._held and self._process is not None:
-            with contextlib.suppress(BrokenPipeError):  # its end shows at the next mask
-                _write(self._process, ["copy", copied, guide])
-            self._held[copied] = self._held[guide]
+        with self._lock:
+            if guide in self._held and self._process is not None:
+                with contextlib.suppress(BrokenPipeError):  # its end shows at the next mask
+                    _write(self._process, ["copy", copied, guide])
+                self._held[copied] = self._held[guide]
 
     def drop(self, guide: int) -> None:
         """Forget a guide. May be called at any time, as by the garbage collector."""
@@ -63,12 +66,14 @@ class MaskProcess:
         Raises RequestError with the library's reason where there is none, and where it takes too much time or memory;
         ResourceError where no process can be started.
         """
-        answer = self._answer(guide, source, tokens)
-        if answer is None:  # short of memory, maybe through the others, or killed
-            self.close()
+        with self._lock:
             answer = self._answer(guide, source, tokens)
+            if answer is None:  # short of memory, maybe through the others, or killed
+                self.close()
+                answer = self._answer(guide, source, tokens)
+            if answer is None:
+                self.close()
         if answer is None:
-            self.close()
             raise RequestError(f"it takes more than {self._memory >> 20} MiB of memory; give a simpler one")
         if answer[:1] == b"e":
             raise RequestError(one_line(answer[1:].decode("utf-8", "replace")))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["INTERESTING", "Draw", "changed_json"]
+__all__ = ["INTERESTING", "Draw", "changed_json", "words"]
 
 T = TypeVar("T")
 
@@ -80,3 +81,8 @@ def changed_json(draw: Draw, root: dict[str, object], keys: Sequence[str] = ()) 
         else:
             parent[key] = draw.value()
     return root
+
+
+def words(name: str) -> tuple[str, ...]:
+    """The lines of a list in `words/`: keys or pieces of a language."""
+    return tuple((Path(__file__).parent / "words" / f"{name}.txt").read_text().splitlines())

@@ -29,6 +29,8 @@ from fiddler.serving.http.responses_input import responses_conversation, respons
 from fiddler.serving.json_fields import parse_object
 from fiddler.serving.request_fields import settings_of
 from fuzz.draw import Draw, changed_json
+from fuzz.http_target import REQUESTS, http
+from fuzz.text_targets import TEXT_RUNS, TEXT_SEEDS
 from oracles.small_families import GOOD, drafted
 
 __all__ = ["TARGETS", "Target", "opened"]
@@ -58,19 +60,19 @@ class Target:
     """One kind of input. Raises nothing but FiddlerError for any bytes."""
 
     def __init__(self, name: str, seeds: Callable[[], Sequence[bytes]], run: Callable[[bytes, Path], object]) -> None:
-        """seeds: inputs to begin with. run: reads an input; its folder is its own."""
+        """seeds: inputs to begin with. run: reads an input, may return a refusal; its folder is its own."""
         self.name, self.seeds, self._run = name, seeds, run
 
     def run(self, data: bytes, folder: Path) -> str | None:
         """Read an input; returns the refusal, or None. Raises AssertionError where that is not one short line."""
         try:
-            self._run(data, folder)
+            refusal = self._run(data, folder)
+            return refusal if isinstance(refusal, str) else None
         except FiddlerError as error:
             message = str(error)
             assert message.isprintable(), message
             assert len(message) < 2000, message
             return message
-        return None
 
 
 def _gguf(data: bytes, folder: Path) -> None:
@@ -238,5 +240,7 @@ TARGETS = {
         Target("jobs", lambda: JOBS, _job_file),
         Target("prompt-cache", lambda: (*PROGRAMS, _cache_header(3)), _prompt_cache),
         Target("body", lambda: PROGRAMS, _body),
+        *(Target(name, lambda: TEXT_SEEDS, run) for name, run in TEXT_RUNS.items()),
+        Target("http", lambda: REQUESTS, http),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.draw import Draw, changed_json
+from fuzz.http_target import Exchange, checked, scope_of, server
 from fuzz.parts import parts_target
 from fuzz.targets import TARGETS
 
@@ -20,8 +22,21 @@ REFUSED = {  # of each target one seed at least is read, and one input is refuse
     "jobs": b"[]",
     "prompt-cache": bytes(40),
     "body": bytes(40),
+    "template": bytes(4),
+    "schema": b"\0\0\0\1",
+    "grammar": b"\0\1\0\1",
+    "http": b"\1\1\0\0\0\0\0\1",
 }
-READ = {"gguf", "tokenizer-json", "tokenizer-model", "jobs"}
+READ = {"gguf", "tokenizer-json", "tokenizer-model", "jobs", "template", "schema", "grammar", "http"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended():
+    """Ends the server of the HTTP target, which otherwise lives as long as the process."""
+    yield
+    if server.cache_info().currsize:
+        server().close()
+        server.cache_clear()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -56,3 +71,21 @@ def test_the_same_bytes_make_the_same_changes():
 
     data = bytes(range(7, 90))
     assert repr(changed(data)) == repr(changed(data)) != repr(changed(data[3:]))
+
+
+def test_a_fuzzed_request_is_answered_as_over_a_socket():
+    body = b'{"prompt": "Once upon a time", "n_predict": 3, "temperature": 0}'
+    scope = scope_of(Draw(b""), "/completion", "POST", len(body))
+    whole, parted, gone = Exchange([body]), Exchange([body[:9], body[9:]]), Exchange([body], leaves=0)
+    for exchange in (whole, parted, gone):
+        server().call(scope, exchange)
+    assert json.loads(whole.body)["content"] == json.loads(parted.body)["content"] != ""
+    assert json.loads(whole.body)["tokens_predicted"] == 3
+    assert not server().service.worker.running
+
+
+def test_an_answer_of_another_form_is_a_finding():
+    exchange = Exchange([])
+    exchange.sent = [{"status": 400, "headers": []}, {"body": b'{"error": {"message": "a", "type": "b", "code": 500}}'}]
+    with pytest.raises(AssertionError):
+        checked(exchange, "/completion", "POST")

@@ -87,6 +87,8 @@ class _Collector(Collector):
         for end in _TEXTS:
             texts.add_metric([end], getattr(self._service.worker.counters, end))
         yield texts
+        taken = self._service.engine.runner.kv_taken()
+        yield GaugeMetricFamily("fiddler_kv_cache_bytes", "Memory of keys and values, past prompts' included.", taken)
         buckets, total = self._service.first_tokens.cumulative()
         yield HistogramMetricFamily(
             "fiddler_time_to_first_token_seconds", "From a request to its first token [s].", buckets, total

@@ -1,0 +1,25 @@
+"""GET /metrics tells the memory that keys and values have taken: the growth of a server that past prompts cause."""
+
+from __future__ import annotations
+
+POSITION = 8 * 2 * 4 * 32 * 2  # bytes of the demo: layers, keys and values, heads, their width, float16
+BLOCK = 32 * POSITION
+
+
+def taken(http):
+    """Bytes by /metrics."""
+    lines = http.get("/metrics").text.splitlines()
+    return int(float(next(line.split()[1] for line in lines if line.startswith("fiddler_kv_cache_bytes "))))
+
+
+def test_a_prompt_takes_the_blocks_of_its_positions_and_the_same_prompt_no_more(http):
+    before = taken(http)
+    body = {"prompt": "A zebra and " + "seven yaks " * 40, "n_predict": 1, "temperature": 0}
+    tokens = http.post("/completion", json=body).json()["timings"]
+    first = taken(http)
+    new = tokens["prompt_n"] // 32  # at least: what an earlier prompt has in common is not stored again
+    assert new > 2
+    assert first % BLOCK == 0
+    assert before + (new - 8) * BLOCK <= first <= before + (new + 2) * BLOCK
+    http.post("/completion", json=body)
+    assert taken(http) <= first + BLOCK
