@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tools.measure_interrupts import outcome
 
 INSTALLED = Path(sys.executable).with_name("fiddler")
@@ -63,7 +64,7 @@ def entry(tmp_path):
 
     def write(first="", folder="bin of mine"):
         (tmp_path / folder).mkdir()
-        script = f"#!/bin/sh\n''':'\n" + f'{first}\nexec \'{sys.executable}\' "$0" "$@"\n'
+        script = "#!/bin/sh\n''':'\n" + f'{first}\nexec \'{sys.executable}\' "$0" "$@"\n'
         script += "'''\nfrom fiddler.__main__ import main\nmain()\n"
         for name, text in (("fiddler", SCRIPT.read_text()), ("fiddler-python", script)):
             (tmp_path / folder / name).write_text(text)
