@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fiddler.cli.arguments import HELP_ALL, Arguments, fail
 from fiddler.cli.habits import ALIASES, COMMANDS, REFUSED
-from fiddler.cli.options import shown
+from fiddler.cli.options import one_line
 
 __all__ = ["RARE", "Command", "Group"]
 
@@ -107,9 +107,9 @@ class Group(TyperGroup):
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Write out what a terminal would obey: usage errors repeat values, which may hold any character."""
+    """Usage errors repeat values, which may be of any length and hold what a terminal would obey."""
     try:
         yield
     except typer.BadParameter as error:
-        error.message = shown(error.message).replace("\n", "\\n").replace("\t", "\\t")
+        error.message = one_line(error.message)
         raise

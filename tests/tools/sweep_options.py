@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 SECONDS = 60  # limit of a call
-LONGEST = 2000  # of what a refusal says [characters]
+LONGEST = 5000  # of what a refusal says [characters]
 REACHED = 77  # exit code of a first run that gets to an import of torch or Numba
 NUMBERS = [
     *["0", "-0", "1", "-1", "-2", "3", "1.5", "-0.5", "+5", "1e3", "1e-46", "1e308", "1e999", "nan", "-nan", "inf"],
