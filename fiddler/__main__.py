@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from fiddler.cli.interrupts import exit_on_interrupt
 
 TYPE_CHECKING = False
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Run the command line and exit."""
     exit_on_interrupt()
+    sys.argv[0] = sys.argv[0].removesuffix("-python")  # usage lines and completion name the command: see bin/fiddler
     from fiddler.cli.app import main as run_command_line
 
     run_command_line()

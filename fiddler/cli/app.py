@@ -20,7 +20,7 @@ from fiddler.cli.bench import bench
 from fiddler.cli.calibrate import calibrate
 from fiddler.cli.command import Command, Group
 from fiddler.cli.interrupts import exit_on_interrupt
-from fiddler.cli.options import check_local, say
+from fiddler.cli.options import check_local, one_line, say
 from fiddler.cli.perplexity import perplexity
 from fiddler.cli.quantize import convert, quantize
 from fiddler.cli.run import run
@@ -118,7 +118,7 @@ def inspect(
 def _fail(error: BaseException, message: str) -> NoReturn:
     if os.environ.get("FIDDLER_TRACEBACK") == "1":
         raise error
-    say("error: " + " ".join(message.split()))
+    say("error: " + one_line(message))
     _leave(1)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 
+from fiddler.cli.chat import MERGED
 from fiddler.cli.option_groups import with_options
 from fiddler.cli.options import LOADING, loaded, say
 from fiddler.cli.sampling_options import SAMPLING, SamplingOptions
@@ -109,6 +110,8 @@ class _Run:
             for index, outcome in self._engine.batch(self._generations(), parallel=parallel, on_step=self._on_step):
                 self._add(self._running.pop(index), outcome)
                 self._bar.update(1)
+        if self._prompts.merges_system:
+            say(MERGED)
         say(self._summary())
         if self._out_of_memory:
             raise ResourceError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fiddler.generation.completion import Stats
     from fiddler.text.template_variables import TemplateVariables
 
-__all__ = ["open_chat", "templated"]
+__all__ = ["MERGED", "open_chat", "templated"]
 
 _HELP = """\
 /help        show this
@@ -35,7 +35,7 @@ _NO_TEMPLATE = (
     "its own lines included"
 )
 
-_MERGED = "the chat template takes no system message: it stands before the first user message instead"
+MERGED = "the chat template takes no system message: it stands before the first user message instead"
 
 
 def templated(
@@ -56,7 +56,7 @@ def templated(
     finally:
         chat_template.close()
     if chat_template.merges_system:
-        say(_MERGED)
+        say(MERGED)
     return ids
 
 
@@ -66,7 +66,7 @@ def open_chat(chat: Chat, name: str, to_text: Callable[[Stats], str], *, show_st
     if not chat.has_template:
         say(_NO_TEMPLATE)
     if chat.merges_system:
-        say(_MERGED)
+        say(MERGED)
     with Terminal() as terminal:
         chat.on_chunk = lambda read: terminal.check()
         while (typed := terminal.read()) is not None:

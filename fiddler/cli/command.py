@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fiddler.cli.arguments import HELP_ALL, Arguments, fail
 from fiddler.cli.habits import ALIASES, COMMANDS, REFUSED
+from fiddler.cli.options import one_line
 
 __all__ = ["RARE", "Command", "Group"]
 
@@ -64,7 +67,17 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The group of all commands; knows what people type for them elsewhere."""
+    """The group of all commands; knows what people type for them elsewhere. Usage errors are one printable line."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the group's own options (click's hook)."""
+        with _printable_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the rest and run the command (click's hook)."""
+        with _printable_errors():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse `args` (click's hook). Raises a usage error where an option of a command stands before it."""
@@ -90,3 +103,13 @@ class Group(TyperGroup):
             instead = COMMANDS.get(close[0], f"did you mean `fiddler {close[0]}`?") if close else ""
             fail(ctx, f"no command {name!r}" + (f": {instead}" if instead else "; fiddler --help lists them"))
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    """Usage errors repeat values, which may be of any length and hold what a terminal would obey."""
+    try:
+        yield
+    except typer.BadParameter as error:
+        error.message = one_line(error.message)
+        raise

@@ -16,9 +16,13 @@ __all__ = ["exit_on_interrupt", "leave_at_once"]
 
 
 def exit_on_interrupt() -> None:
-    """Have SIGINT end the process at once, unless it is ignored, as in a shell's background jobs."""
+    """Have SIGINT end the process at once, unless it is ignored, as in a shell's background jobs.
+
+    `bin/fiddler` starts Python with the signal blocked: one that has come meanwhile takes effect here.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 
 
 def leave_at_once(_number: int, _frame: FrameType | None) -> NoReturn:

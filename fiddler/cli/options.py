@@ -31,12 +31,15 @@ __all__ = [
     "exit_where_a_file_is_cut_short",
     "loaded",
     "loading_bar",
+    "one_line",
     "open_output",
     "opened",
     "say",
     "shown",
 ]
 
+
+_LONGEST = 4500  # of an error's line [characters]: a path may have 4095
 
 DType = Literal["bf16", "f16"]
 Output = Literal["md", "json"]
@@ -144,6 +147,12 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` as one printable line; of a longer one than any path the two ends: errors repeat what was typed."""
+    line = shown(" ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[:300]} ... {line[-300:]}"
 
 
 @contextmanager

@@ -24,6 +24,11 @@ class Prompts:
         self._template: ChatTemplate | None = None
         self._chat_ids: set[Id] = set()
 
+    @property
+    def merges_system(self) -> bool:
+        """Whether the chat template refused a system message so far, which went into the first user message."""
+        return self._template is not None and self._template.merges_system
+
     def start(self, job: Job) -> Generation:
         """A job's generation. Raises FiddlerError for a prompt too long, or messages that the chat template refuses."""
         request = job.request

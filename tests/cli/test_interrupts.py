@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tools.measure_interrupts import outcome
+
+INSTALLED = Path(sys.executable).with_name("fiddler")
+BLOCKS = not subprocess.run(["env", "--block-signal=INT", "true"], capture_output=True, check=False).returncode
 SCRIPT = Path(__file__).parents[2] / "bin" / "fiddler"
 READY = """
 import os, sys
@@ -54,26 +58,61 @@ def test_the_entry_imports_nothing_that_takes_time_before_it_sets_the_handler():
     assert not {name for name in done.stdout.split() if "." in name or name == "typing"} - ours
 
 
-def test_the_installed_script_handles_ctrl_c_before_it_imports_anything():
-    """But what is built in: SIGINT raised at its first import of a file is 130 and silence."""
-    code = (
-        "import os, signal, sys\n"
-        "builtin = sys.builtin_module_names\n"
-        "def hook(event, args):\n"
-        "    if event == 'import' and args[0] not in builtin: signal.raise_signal(signal.SIGINT)\n"
-        "source = compile(open(sys.argv[1]).read(), sys.argv[1], 'exec')\n"
-        "sys.addaudithook(hook)\n"
-        "exec(source)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, SCRIPT], capture_output=True, check=False)
+@pytest.fixture
+def entry(tmp_path):
+    """The command in a folder with a space, with the script that pip writes there, but for `first`, its first line."""
+
+    def write(first="", folder="bin of mine"):
+        (tmp_path / folder).mkdir()
+        script = "#!/bin/sh\n''':'\n" + f'{first}\nexec \'{sys.executable}\' "$0" "$@"\n'
+        script += "'''\nfrom fiddler.__main__ import main\nmain()\n"
+        for name, text in (("fiddler", SCRIPT.read_text()), ("fiddler-python", script)):
+            (tmp_path / folder / name).write_text(text)
+            (tmp_path / folder / name).chmod(0o755)
+        return tmp_path / folder / "fiddler"
+
+    return write
+
+
+@pytest.mark.skipif(not BLOCKS, reason="env blocks no signals here")
+def test_ctrl_c_before_python_starts_is_130_and_silence(entry):
+    done = subprocess.run([entry("kill -INT $$"), "--version"], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+@pytest.mark.parametrize("milliseconds", range(0, 64, 4))
+def test_ctrl_c_in_the_first_60_ms_of_the_installed_command_is_silence(milliseconds):
+    """And 130, or an end by the signal, which shells report as 130."""
+    if not BLOCKS or not INSTALLED.exists():
+        pytest.skip("fiddler is not installed beside this Python, or env blocks no signals")
+    assert outcome([INSTALLED, "run", "-p", "Once"], milliseconds / 1e3) in ("130, silent", "signal, silent")
+
+
+def test_the_command_runs_from_any_folder_through_links_and_by_python(entry, tmp_path, monkeypatch):
+    command, odd = entry(), entry(folder="a=b")
+    link = tmp_path / "link"
+    link.symlink_to(command)
+    monkeypatch.chdir(command.parent)
+    for words in (["./fiddler"], ["sh", "fiddler"], [command], [odd], [link], [sys.executable, command]):
+        done = subprocess.run([*words, "play it"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("Usage: fiddler [OPTIONS]")
+        assert "'play it'" in done.stderr
+
+
+def test_the_command_runs_where_env_blocks_no_signals(entry, tmp_path):
+    old = tmp_path / "env"
+    old.write_text("#!/bin/sh\necho env: unrecognized option >&2; exit 125\n")
+    old.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run([entry(), "--version"], env=os.environ | {"PATH": path}, capture_output=True, check=True)
+    assert (done.stdout[:8], done.stderr) == (b"fiddler ", b"")
+
+
 def test_the_script_of_the_clone_is_what_is_installed():
-    installed = Path(sys.executable).with_name("fiddler")
-    if not installed.exists():
+    if not INSTALLED.exists():
         pytest.skip("fiddler is not installed beside this Python")
-    assert installed.read_text().partition("\n")[2] == SCRIPT.read_text().partition("\n")[2]
+    assert INSTALLED.read_text() == SCRIPT.read_text()
 
 
 def test_a_background_job_of_a_shell_keeps_ignoring_ctrl_c():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +123,22 @@ def test_masks_have_a_place_for_every_token(engine):
     allowed = Vocabulary(engine.tokenizer).guide(Constraint.grammar("root ::= .*")).allowed()
     assert allowed.shape == (engine.tokenizer.vocab_size,)
     assert allowed.dtype == np.bool_
+
+
+def test_neither_process_of_a_grammar_inherits_more_than_path_language_and_time_zone(engine, process, monkeypatch):
+    """The one that follows it, by its own environment, and the one that reads it, by what it is started with."""
+    given, real = [], subprocess.run
+    monkeypatch.setenv("SECRET_TOKEN", "12345")
+
+    def run(*words, **options):
+        given.append(options["env"])
+        return real(*words, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    source = Constraint.grammar('root ::= "a"').source
+    guide_of(engine, process, source).allowed()
+    raw = Path(f"/proc/{process._process.pid}/environ").read_bytes().decode()
+    given.append(dict(entry.split("=", 1) for entry in raw.split("\0") if entry))
+    assert len(given) == 2
+    for environment in given:
+        assert environment.keys() <= {"PATH", "PYTHONPATH", "LANG", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME"}

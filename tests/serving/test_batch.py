@@ -20,6 +20,7 @@ from fiddler.generation.request import Request
 from fiddler.loading import DEMO_MODEL
 from fiddler.serving.batch_results import Results
 from oracles import synthetic
+from oracles.chat_templates import MIXTRAL_OLD
 from oracles.job_file import job_file
 from tools import kill_batch
 
@@ -253,3 +254,12 @@ def test_messages_of_a_batch_are_answered_by_the_models_template(tmp_path):
     results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert "no chat template" in results[1]["error"]
     assert results[2]["text"]
+
+
+def test_a_batch_says_once_that_system_messages_went_into_the_users(tmp_path):
+    model = synthetic.with_template(DEMO_MODEL, tmp_path / "model.gguf", MIXTRAL_OLD)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a cat"}]
+    file = job_file(tmp_path, *({"id": name, "messages": messages, "max_tokens": 1} for name in "ab"))
+    done = batch(file.path, tmp_path / "out.jsonl", "-m", model)
+    assert done.returncode == 0
+    assert done.stderr.count(b"it stands before the first user message instead") == 1

@@ -1,6 +1,6 @@
-"""Kills `fiddler convert` with SIGKILL at random moments, and lists what is left in the target's folder.
+"""Kills `fiddler convert` or `quantize` with SIGKILL at random moments, and lists what is left in the target's folder.
 
-    python tests/tools/measure_kills.py --gigabytes 2 --kills 20
+    python tests/tools/measure_kills.py --gigabytes 2 --kills 20 [--quantize]
 
 makes a random Mixtral of that size in a temporary folder, converts it twice to learn how long that takes, then kills as
 many conversions, every second one with --force over an existing file. Exits 1 where a kill left a file, or changed the
@@ -86,7 +86,8 @@ def write_bf16(path, shapes, numbers):
 
 def command(source, target, *, named, force):
     code = NAMED + MAIN if named else MAIN
-    return [sys.executable, "-c", code, "convert", source, target, *(["--force"] if force else [])]
+    verb = ["convert", source, target] if source.is_dir() else ["quantize", source, target, "--type", "Q8_0"]
+    return [sys.executable, "-c", code, *verb, *(["--force"] if force else [])]
 
 
 def kill_after(seconds, arguments):
@@ -134,6 +135,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--named", action="store_true")
+    parser.add_argument("--quantize", action="store_true", help="kill `quantize` of the converted model")
     options = parser.parse_args()
     failed = in_time = 0
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
@@ -141,6 +143,10 @@ def main():
         write_checkpoint(source, int(options.gigabytes * 1e9))
         size = (source / "model.safetensors").stat().st_size
         print(f"checkpoint of {size / 1e9:.2f} GB", flush=True)
+        if options.quantize:
+            converted = Path(name) / "source.gguf"
+            subprocess.run(command(source, converted, named=False, force=False), check=True)
+            source = converted
         for running, moment, left in kills(folder, source, options.kills, options.seed, named=options.named):
             in_time += running
             allowed = options.named and len(left) <= 1 and all(path.endswith(".tmp") for path in left)
