@@ -137,7 +137,6 @@ REFUSED: Mapping[str, str] = {
         ("-tp", "--tensor-parallel-size", "--pipeline-parallel-size"): _ONE_GPU,
         ("--gpu-memory-utilization",): "--gpu-memory 24GiB is a size, not a share",
         ("--trust-remote-code",): "code of a model never runs; leave it out",
-        ("--imatrix",): "there are no importance matrices; leave it out",
         ("--allow-requantize",): "only models in 16 or 32 bits are quantised: start from one",
         ("--pure", "--leave-output-tensor", "--output-tensor-type", "--token-embedding-type", "--tensor-type"): _TYPES,
         ("--hellaswag", "--winogrande", "--multiple-choice", "--kl-divergence"): _ONLY_PERPLEXITY,

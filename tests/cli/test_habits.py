@@ -98,7 +98,6 @@ def test_the_value_of_an_option_is_never_taken_for_a_habit(text):
         ("serve M --tensor-parallel-size 2", "one GPU is used"),
         ("serve M --gpu-memory-utilization 0.9", "--gpu-memory 24GiB"),
         ("quantize I O Q4_K_M", 'quantize I O --type "Q4_K_M"'),
-        ("quantize I O --type Q4_K_M --imatrix x", "no importance matrices"),
         ("quantize I O --type Q4_K_M --pure", "leave it out"),
         ("chat M", "`fiddler run MODEL.gguf`"),
         ("pull mixtral", "hf download"),
