@@ -44,6 +44,7 @@ def scale_codes(
 
     weights: of the values' errors, or none: then the greatest value has the largest code.
     """
+    d: np.float32
     if weights.size:
         d = to_half(search_positive(values, weights, largest), block, offset)
         inverse = np.float32(1) / d if d > 0 else np.float32(0)

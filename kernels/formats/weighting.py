@@ -33,4 +33,5 @@ class Weighting:
         squares += self.factor * squares.mean(axis=-1, keepdims=True)
         np.sqrt(squares, out=squares)
         squares *= importance.reshape(squares.shape)
-        return squares.astype(np.float32)
+        weights: np.ndarray = squares.astype(np.float32)
+        return weights

@@ -83,7 +83,7 @@ def test_the_value_of_an_option_is_never_taken_for_a_habit(text):
         ("run M -p hi -ngl 99", "--gpu-memory 24GiB"),
         ("run M -p hi --n-gpu-layers=99", "--gpu-experts N"),
         ("run M -p hi -no-cnv", "--chat"),
-        ("run M -p hi -ctk q8_0", "--precision"),
+        ("run M -p hi -ctk q5_1", "give q8_0"),
         ("run M -p hi --n-cpu-moe 3", "--gpu-experts N"),
         ("run M -p hi -ot exps=CPU", "--gpu-memory"),
         ("run -hf ggml-org/x -p hi", "hf download"),
