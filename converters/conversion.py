@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import glob
 import io
-import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +21,13 @@ import gguf
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from fiddler.converters.checkpoint import Checkpoint, Dtype, Source
-from fiddler.converters.dtypes import RangeLoss, loss_warnings, to_bits, to_float32
-from fiddler.converters.gguf_source import GgufMatrix, GgufSource
+from fiddler.converters.checkpoint import Checkpoint, Dtype
+from fiddler.converters.dtypes import RangeLoss, loss_warnings
+from fiddler.converters.gguf_source import GgufSource
+from fiddler.converters.importance_matrix import ImportanceMatrix
 from fiddler.converters.mixtures import Mixture, mixture_of, tensor_type
-from fiddler.converters.mxfp4 import PackedMatrix
-from fiddler.converters.row_order import interleave
-from fiddler.converters.safetensors_file import Array
 from fiddler.converters.source_folder import find_folder
-from fiddler.converters.tensor_lookup import Transposed
+from fiddler.converters.tensor_data import TargetTensor, pieces
 from fiddler.errors import CheckpointError, FileFormatError, RequestError, path_of, quoted
 from fiddler.files.atomic_file import OutputFile, check_space, check_target, whole_file
 from fiddler.files.gguf_header import MAGIC
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["ConversionReport", "convert"]
 
 _ALIGNMENT = 64  # of tensor data [bytes]: a cache line. With GGUF's 32, vectors straddle lines: up to 1/4 slower
-_PIECE = 1 << 17  # elements converted at once: all temporaries, some MB, fit a cache (3x faster than 1 << 20)
 _PART = re.compile(r"(.*)-\d{5}(-of-\d{5}\.gguf)", re.DOTALL)  # of a split GGUF
 _FILE_TYPES = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "f16": gguf.LlamaFileType.MOSTLY_F16}
 
@@ -67,32 +63,13 @@ class ConversionReport:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the GGUF: its name, shape, type and order of rows."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str  # as `kernels.formats` names them: "f32", "bf16", "q4_k" and so on
-    heads: int  # whose rows are interleaved for RoPE; 0: the order of rows stays
-
-    @property
-    def nbytes(self) -> int:
-        length, nbytes = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // length * nbytes
-
-    @property
-    def type(self) -> gguf.GGMLQuantizationType:
-        """GGUF's type of the tensor."""
-        return gguf.GGMLQuantizationType[self.kind.upper()]
-
-
 def convert(
     source: str | Path,
     target: str | Path,
     dtype: Dtype | None = None,
     *,
     quantisation: str | None = None,
+    imatrix: str | Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
@@ -101,24 +78,28 @@ def convert(
     A GGUF keeps its metadata; experts of a tensor each are stacked. `dtype` of the matrices defaults to the source's
     (bf16 for a float32 one); norms, biases and routers are float32. `quantisation` in its place: llama-quantize's name
     of a mixture of quantised types (`MIXTURES`), which all cores encode. Without both, gpt-oss's experts stay MXFP4.
+    `imatrix`: an importance matrix (`ImportanceMatrix`), which weights the errors of the weights that are quantised.
     `progress(done, total)` receives the tensor bytes written. The source is converted in pieces, so memory stays at
     some tens of MB for a model of any size, but for transposed experts: DBRX's matrices, 132 MB.
 
     `target` appears only when it is complete (see `whole_file` for the traces of an interruption).
 
-    Raises CheckpointError or FileFormatError for a source that cannot be converted or is cut short meanwhile,
+    Raises CheckpointError or FileFormatError for a source that cannot be converted or is cut short meanwhile, or an
+    importance matrix that does not fit it,
     RequestError for a target that exists (without `force`) or cannot be written, ResourceError if the disk is too
     small.
     """
     started = time.perf_counter()
     source, target = path_of("the source", source), path_of("the target", target)
-    _check_options(dtype, quantisation, force)
+    _check_options(dtype, quantisation, imatrix, force)
     mixture = None if quantisation is None else mixture_of(quantisation)
     out = check_target(target, force=force)
     checkpoint = _open(source, out.path)
-    tensors = _plan(checkpoint, mixture or dtype)
+    weights = None if imatrix is None else ImportanceMatrix.open(path_of("the importance matrix", imatrix))
+    tensors = _plan(checkpoint, mixture or dtype, weighted=weights is not None)
+    missing = () if weights is None else _without_importance(weights, tensors)
     dtype = dtype or checkpoint.dtype
-    header = _header(checkpoint, mixture or dtype, tensors)
+    header = _header(checkpoint, mixture or dtype, tensors, {} if weights is None else weights.metadata())
     nbytes = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
     _check_opens(source, header, nbytes)
     check_space(target, nbytes)
@@ -131,7 +112,7 @@ def convert(
 
             quantiser = stack.enter_context(Quantiser())
         file.write(header)
-        loss = _write(file, checkpoint, tensors, quantiser, progress)
+        loss = _write(file, checkpoint, tensors, (quantiser, weights), progress)
     return ConversionReport(
         path=target,
         nbytes=nbytes,
@@ -140,33 +121,48 @@ def convert(
         overflowed=loss.overflowed,
         flushed=loss.flushed,
         seconds=time.perf_counter() - started,
-        warnings=checkpoint.warnings + loss_warnings(loss, dtype),
+        warnings=checkpoint.warnings + missing + loss_warnings(loss, dtype),
     )
 
 
 def _write(
     file: OutputFile,
     checkpoint: Checkpoint | GgufSource,
-    tensors: list[_Tensor],
-    quantiser: Quantiser | None,
+    tensors: list[TargetTensor],
+    quantising: tuple[Quantiser | None, ImportanceMatrix | None],
     progress: Callable[[int, int], None] | None,
 ) -> RangeLoss:
     """Write the tensors' data; returns what that lost."""
     total, loss, done = sum(tensor.nbytes for tensor in tensors), RangeLoss(), 0
+    quantiser, weights = quantising
     for tensor in tensors:
-        begin = done
+        begin, row = done, 0
+        importance = None if weights is None or not tensor.quantised else weights.of(tensor.name, tensor.shape)
         for matrix in checkpoint.matrices(tensor.name):
-            for piece, piece_loss in _pieces(matrix, tensor, quantiser):
+            of_rows = None if importance is None else partial(tensor.of_rows, importance, row)
+            for piece, piece_loss in pieces(matrix, tensor, quantiser, of_rows):
                 file.write(piece.data)
                 loss, done = loss + piece_loss, done + piece.nbytes
                 if progress is not None:
                     progress(done, total)
+            row += matrix.count
         assert done - begin == tensor.nbytes
         file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
     return loss
 
 
-def _check_options(dtype: object, quantisation: object, force: object) -> None:
+def _without_importance(weights: ImportanceMatrix, tensors: list[TargetTensor]) -> tuple[str, ...]:
+    """A line about quantised tensors that have no entry; raises FileFormatError where one does not fit."""
+    missing = weights.check({tensor.name: tensor.shape for tensor in tensors if tensor.quantised})
+    missing = tuple(name for name in missing if name not in ("token_embd.weight", "output.weight"))  # as a rule
+    if not missing:
+        return ()
+    return (f"the importance matrix has no entry for {len(missing)} tensors, {missing[0]} first: rounded without it",)
+
+
+def _check_options(dtype: object, quantisation: object, imatrix: object, force: object) -> None:
+    if imatrix is not None and quantisation is None:
+        raise RequestError(f"the importance matrix {quoted(str(imatrix))} is for a quantised type; give --type, too")
     if dtype is not None and quantisation is not None:
         raise RequestError(f"dtype is {quoted(dtype)} and the quantised type {quoted(quantisation)}; give one of them")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
@@ -197,8 +193,8 @@ def _is_gguf(source: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture | None) -> list[_Tensor]:
-    """dtype: None for the source's; weights that are MXFP4 there then stay so."""
+def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture | None, *, weighted: bool) -> list[TargetTensor]:
+    """dtype: None for the source's; weights that are MXFP4 there then stay so. weighted: by an importance matrix."""
     config = checkpoint.config
     heads = {}
     if checkpoint.interleaves and config.architecture.rotary is Rotary.NEIGHBOURS and config.latent is None:
@@ -209,15 +205,20 @@ def _plan(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture | None) ->
         if tensor.role in FLOATS:
             kind = "f32"
         elif isinstance(dtype, Mixture):
-            kind = tensor_type(dtype, name, shape, config, tied=checkpoint.tied)
+            kind = tensor_type(dtype, name, shape, config, tied=checkpoint.tied, weighted=weighted)
         else:
             kind = dtype or ("mxfp4" if checkpoint.packed(name) else plain)
-        tensors.append(_Tensor(name, shape, kind, heads.get(tensor.role, 0)))
+        tensors.append(TargetTensor(name, shape, kind, heads.get(tensor.role, 0)))
     return tensors
 
 
-def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture, tensors: list[_Tensor]) -> bytes:
-    """Everything before the tensor data, padded to the alignment."""
+def _header(
+    checkpoint: Checkpoint | GgufSource,
+    dtype: Dtype | Mixture,
+    tensors: list[TargetTensor],
+    keys: Mapping[str, str | int],
+) -> bytes:
+    """Everything before the tensor data, padded to the alignment. keys: further ones, strings and uint32."""
     writer = gguf.GGUFWriter(None, checkpoint.config.architecture.gguf_name)
     packed = any(tensor.kind == "mxfp4" for tensor in tensors)
     packed_type = gguf.LlamaFileType.MOSTLY_MXFP4_MOE if packed else None
@@ -226,6 +227,8 @@ def _header(checkpoint: Checkpoint | GgufSource, dtype: Dtype | Mixture, tensors
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_custom_alignment(_ALIGNMENT)
     checkpoint.write_metadata(writer)
+    for key, value in keys.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     for tensor in tensors:
         unused = np.dtype(np.uint16)  # next to a raw_dtype, only uint8 has a meaning
         writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.nbytes, raw_dtype=tensor.type)
@@ -251,42 +254,3 @@ def _check_opens(source: Path, header: bytes, nbytes: int) -> None:
 def _padded(nbytes: int) -> int:
     """Bytes up to where the next tensor begins."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pieces(
-    matrix: Source | GgufMatrix, tensor: _Tensor, quantiser: Quantiser | None
-) -> Iterator[tuple[Array, RangeLoss]]:
-    """The rows of `matrix` as contiguous arrays of `tensor`'s type, in GGUF's order, and each array's loss."""
-    group = 1 if not tensor.heads else matrix.count // tensor.heads  # rows that must stay in one piece
-    step = max(1, _PIECE // (matrix.width * group)) * group
-    read = _reader(matrix)
-
-    def rows_from(start: int) -> Array:
-        rows = read(start, min(start + step, matrix.count))
-        return interleave(rows, group) if tensor.heads else rows
-
-    starts = range(0, matrix.count, step)
-    if tensor.kind == "mxfp4" and isinstance(matrix, PackedMatrix):
-        for start in starts:
-            yield matrix.blocks(start, min(start + step, matrix.count)), RangeLoss()
-        return
-    if tensor.kind not in ("f32", "f16", "bf16"):
-        assert quantiser is not None
-        yield from quantiser.encoded((partial(rows_from, start) for start in starts), tensor.kind)
-        return
-    for start in starts:
-        rows = rows_from(start)
-        if tensor.kind == "f32":
-            wide = np.ascontiguousarray(to_float32(rows))
-            yield wide, RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))
-        else:
-            bits, loss = to_bits(rows, "f16" if tensor.kind == "f16" else "bf16")
-            yield np.ascontiguousarray(bits), loss
-
-
-def _reader(matrix: Source | GgufMatrix) -> Callable[[int, int], Array]:
-    """Reads rows of a matrix: of a transposed one from memory, where it lies whole."""
-    if not isinstance(matrix, Transposed):
-        return matrix.rows
-    whole = matrix.rows(0, matrix.count)
-    return lambda start, stop: whole[start:stop].copy()  # a view would keep the matrix alive

@@ -107,7 +107,11 @@ class GgufSource:
         """
         prefix = self.config.architecture.gguf_name
         for key, value in self._file.metadata.items():
-            if key in _REWRITTEN or key.startswith("split.") or key == f"{prefix}.nextn_predict_layers":
+            if (
+                key in _REWRITTEN
+                or key.startswith(("split.", "quantize.imatrix."))
+                or key == f"{prefix}.nextn_predict_layers"
+            ):
                 continue
             if key == f"{prefix}.block_count":
                 value = self.config.block_count

@@ -1,7 +1,7 @@
 """Which type each tensor of a quantised file has: llama-quantize's mixtures, by name. Pure; knows names and shapes.
 
 The rules are those of llama.cpp's `llama_tensor_get_type_impl` and `tensor_type_fallback` (src/llama-quant.cpp, commit
-0c1e570) without an importance matrix, for the architectures that fiddler knows.
+0c1e570), for the architectures that fiddler knows.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 _NARROWER = {"iq4_xs": "iq4_nl", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """Types with blocks of 256 -> the type in their place, with blocks of 32, where a row is no multiple of 256."""
+_WEIGHTED_FIRST_DOWN = {"Q4_0": "q4_1", "Q5_0": "q5_1", "IQ4_NL": "iq4_nl", "IQ4_XS": "iq4_xs"}
+"""By kind: the type of ffn_down in the first eighth of the layers, where an importance matrix changes it."""
 _EIGHT_EXPERTS_OUTPUT = frozenset(("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS"))
 _VALUES = re.compile(r"attn_(v|qkv|kv_b)\.weight$")
 
@@ -68,9 +70,16 @@ def mixture_of(name: object) -> Mixture:
     raise RequestError(f"type is {quoted(name)}; there are {', '.join((*MIXTURES, *ALIASES))}")
 
 
-def tensor_type(mixture: Mixture, name: str, shape: tuple[int, ...], config: Config, *, tied: bool) -> str:
-    """The type of a matrix of the model, whose rows are `shape`'s last. tied: token_embd is the output matrix, too."""
+def tensor_type(
+    mixture: Mixture, name: str, shape: tuple[int, ...], config: Config, *, tied: bool, weighted: bool = False
+) -> str:
+    """The type of a matrix of the model, whose rows are `shape`'s last.
+
+    tied: token_embd is the output matrix, too. weighted: the file is made with an importance matrix.
+    """
     chosen = _wanted(mixture, name, shape, config, tied=tied)
+    if weighted and "ffn_down" in name and int(name.split(".")[1]) < config.block_count // 8:
+        chosen = _WEIGHTED_FIRST_DOWN.get(mixture.name, chosen)
     if chosen in _NARROWER and shape[-1] % 256:
         chosen = _NARROWER[chosen]
     return "f16" if shape[-1] % 32 else chosen

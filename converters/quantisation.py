@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fiddler.converters.dtypes import RangeLoss, to_float32
 from fiddler.converters.safetensors_file import Array
 from fiddler.kernels.formats import BLOCK_FORMATS
 from fiddler.kernels.machine.threads import usable_cores
 
-__all__ = ["Quantiser"]
+__all__ = ["Piece", "Quantiser"]
+
+Piece = Callable[[], tuple[Array, NDArray[np.float32] | None]]
+"""Returns rows, and the importance of each of their weights, of the same shape, if it is known."""
 
 
 class Quantiser:
@@ -29,8 +33,8 @@ class Quantiser:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def encoded(self, pieces: Iterator[Callable[[], Array]], kind: str) -> Iterator[tuple[Array, RangeLoss]]:
-        """Blocks of each piece (functions that return rows, called on the threads), in order, and what was no number.
+    def encoded(self, pieces: Iterator[Piece], kind: str) -> Iterator[tuple[Array, RangeLoss]]:
+        """Blocks of each piece, in order, and what was no number. The pieces are called on the threads.
 
         At most two pieces a thread are in memory.
         """
@@ -43,6 +47,7 @@ class Quantiser:
             yield waiting.popleft().result()
 
 
-def _encode(read: Callable[[], Array], kind: str) -> tuple[Array, RangeLoss]:
-    wide = np.ascontiguousarray(to_float32(read()))
-    return BLOCK_FORMATS[kind].encode(wide), RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))
+def _encode(read: Piece, kind: str) -> tuple[Array, RangeLoss]:
+    rows, importance = read()
+    wide = np.ascontiguousarray(to_float32(rows))
+    return BLOCK_FORMATS[kind].encode(wide, importance), RangeLoss(nans=int(np.count_nonzero(np.isnan(wide))))

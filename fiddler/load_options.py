@@ -10,15 +10,17 @@ from typing import Literal, get_args
 
 from fiddler.errors import RequestError, quoted
 
-__all__ = ["DEFAULT_CONTEXT", "Device", "LoadOptions", "Missing", "Precision", "parse_size"]
+__all__ = ["DEFAULT_CONTEXT", "CacheType", "Device", "LoadOptions", "Missing", "Precision", "parse_size"]
 
 DEFAULT_CONTEXT = 4096  # [tokens]
 
 Device = Literal["auto", "cpu", "cuda"]
 Missing = Literal["auto", "cpu", "stream"]
 Precision = Literal["fast", "exact"]
+CacheType = Literal["f32", "f16", "q8_0"]
 
 _CHOICES = {"precision": get_args(Precision), "device": get_args(Device), "missing": get_args(Missing)}
+_CACHE_TYPES = "cache_type_k", "cache_type_v"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -38,9 +40,15 @@ class LoadOptions:
     threads: int | None = None
     context: int | None = None
     precision: Precision = "fast"
+    cache_type_k: CacheType | None = None
+    cache_type_v: CacheType | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        choices_of = {
+            **_CHOICES,
+            **{name: get_args(CacheType) for name in _CACHE_TYPES if getattr(self, name) is not None},
+        }
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 *others, last = map(repr, choices)
@@ -60,6 +68,20 @@ class LoadOptions:
                 f"--gpu-memory {self.gpu_memory / 2**30:.2f} GiB with --device cpu, or FIDDLER_DEVICE=cpu: "
                 "leave out one of them"
             )
+
+        if self.cache_type_k != self.cache_type_v:
+            given = " and ".join(f"{name} {quoted(getattr(self, name))}" for name in _CACHE_TYPES)
+            raise RequestError(f"{given}: keys and values have one type here; give both the same")
+        if self.cache_type_k is not None and self.needs_gpu:
+            raise RequestError(self.no_gpu_cache)
+
+    @property
+    def no_gpu_cache(self) -> str:
+        """Why a GPU does not take the KV cache's type."""
+        return (
+            f"cache_type_k {self.cache_type_k} is for the CPU: on a GPU keys and values are float16, with --precision "
+            "exact float32; leave it out, or give --device cpu"
+        )
 
     @property
     def exact(self) -> bool:

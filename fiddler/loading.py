@@ -17,7 +17,7 @@ from fiddler.device.pinned_mapping import PinnedMapping, torch_for_gpus
 from fiddler.environment import check_environment
 from fiddler.errors import RequestError, ResourceError, path_of, quoted
 from fiddler.files.model_file import ModelFile
-from fiddler.load_options import DEFAULT_CONTEXT, Device, LoadOptions, Missing, Precision, parse_size
+from fiddler.load_options import DEFAULT_CONTEXT, CacheType, Device, LoadOptions, Missing, Precision, parse_size
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def load(
     expert_counts: str | Path | None = None,
     gpu_experts: int | None = None,
     missing: Missing = "auto",
+    cache_type_k: CacheType | None = None,
+    cache_type_v: CacheType | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Engine:
     """Map a GGUF and make it ready to run. Weights stay in the mapping, but for those that go to a GPU.
@@ -68,6 +70,8 @@ def load(
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     stores their KV cache as float16; "exact", and every model of f16 weights, computes in float32.
+    cache_type_k, cache_type_v: of the KV cache on the CPU, both the same: "f32", "f16", or "q8_0", half as large as
+    "f16"; None: as precision says.
     kernel: a tier by name; None for that of the environment's FIDDLER_KERNEL, or the best available. notify: called
     with one-line messages, as when kernels must be compiled first, which takes seconds. recorder: receives the
     events of each step: times, and the experts that it chose.
@@ -82,6 +86,8 @@ def load(
         threads=threads,
         context=context,
         precision=precision,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
     )
     return load_engine(path, options, kernel=kernel, notify=notify, recorder=recorder, progress=progress)
 
@@ -130,6 +136,8 @@ def load_engine(
     experts = mapped_experts(model_file, tier, exact=options.exact)
     if options.of_gpu_only and not has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
+    if gpu and options.cache_type_k is not None:
+        raise RequestError(options.no_gpu_cache)
     if gpu:
         kernels.precompile({variant for layer in experts for variant in layer.variants}, notify)
     if gpu:
@@ -143,7 +151,7 @@ def load_engine(
     elif options.of_gpu_only and has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing without a GPU")
     threads, capacity = kernels.set_threads(options.threads), options.capacity(config.context_length)
-    runner = on_cpu(model_file, experts, tier, threads, capacity, options.exact, notify, recorder)
+    runner = on_cpu(model_file, experts, tier, threads, capacity, options, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
 
 

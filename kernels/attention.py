@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fiddler.kernels.attention_kernels import addresses, attend
+from fiddler.kernels.kv_rows import row_length
 from fiddler.kernels.machine.threads import threads_for
 
 __all__ = ["attend_each", "check_tables", "joined"]
@@ -31,12 +32,12 @@ def attend_each(
     """Grouped-query attention of each sequence's new position to itself and all earlier ones: float32 [N, H, head_dim].
 
     q: float32 [N, H, head_dim]; k, v: float32 [N, G, head_dim]. pool: keys and values of every layer, float32 or the
-    uint16 bits of float16, [blocks, L, 2, G, P, head_dim]. tables: of each sequence the numbers of its blocks, int64:
-    position p is in row p % P of block p // P. Position `positions[n]` is written: k rotated, v unchanged; no two
-    sequences share the block that it is in. frequencies: float32 [head_dim / 2], rotation of each pair of neighbouring
-    elements [radians a position] (RoFormer). window: length of the sliding window [positions]; blocks before it are
-    not read. sinks: float32 [H], a logit of each head that its softmax has beside the scores. One thread computes one
-    key-value head of one sequence.
+    uint16 bits of float16, [blocks, L, 2, G, P, head_dim], or, in place of each head_dim numbers, the bytes of their
+    blocks of Q8_0, uint8. tables: of each sequence the numbers of its blocks, int64: position p is in row p % P of
+    block p // P. Position `positions[n]` is written: k rotated, v unchanged; no two sequences share the block that it
+    is in. frequencies: float32 [head_dim / 2], rotation of each pair of neighbouring elements [radians a position]
+    (RoFormer). window: length of the sliding window [positions]; blocks before it are not read. sinks: float32 [H], a
+    logit of each head that its softmax has beside the scores. One thread computes one key-value head of one sequence.
     Raises ValueError when a shape, a data type, the memory order or a number does not fit.
     """
     _validate(q, k, v, pool, layer, frequencies, window)
@@ -111,10 +112,9 @@ def _validate(
         raise ValueError("q, k, v and frequencies must be float32 and contiguous")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} positions; give at least 1")
-    if pool.dtype not in (np.float32, np.uint16):
-        raise ValueError(f"keys are {pool.dtype}; expected float32, or the bits of float16")
-    if pool.ndim != 6 or pool.shape[2:4] != (2, groups) or pool.shape[5] != head_dim or not pool.shape[4]:
-        raise ValueError(f"the pool is {pool.shape}; expected [blocks, L, 2, {groups}, P, {head_dim}]")
+    length = row_length(pool.dtype, head_dim)
+    if pool.ndim != 6 or pool.shape[2:4] != (2, groups) or pool.shape[5] != length or not pool.shape[4]:
+        raise ValueError(f"the pool is {pool.shape}; expected [blocks, L, 2, {groups}, P, {length}]")
     if not (pool.flags.c_contiguous and pool.flags.writeable):
         raise ValueError("the pool must be contiguous and writeable")
     if not 0 <= layer < pool.shape[1]:

@@ -5,62 +5,18 @@ Rotates q and k, stores k and v, attends: one parallel task for each key-value h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, cast
 
 import numpy as np
 from numba import njit, prange, types
-from numba.extending import overload
 from numba.np.numpy_support import from_dtype
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
-from fiddler.kernels.codegen.scalar_math import exponential, from_half, to_half
+from fiddler.kernels.codegen.scalar_math import exponential
+from fiddler.kernels.kv_rows import read_row, write_row
 
 __all__ = ["addresses", "attend", "attention", "pool_type"]
-
-
-def _read(stored: np.ndarray, row: np.ndarray) -> None:
-    """row = stored: one position's keys or values, as float32."""
-    raise NotImplementedError("called from compiled code only")
-
-
-def _write(stored: np.ndarray, row: np.ndarray) -> None:
-    """stored = row: one position's keys or values, in the KV cache's type."""
-    raise NotImplementedError("called from compiled code only")
-
-
-@overload(_read, jit_options=OPTIONS)
-def _read_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
-    if cast(Any, stored).dtype == types.float32:
-
-        def read(stored: np.ndarray, row: np.ndarray) -> None:
-            for i in range(row.size):
-                row[i] = stored[i]
-    else:
-
-        def read(stored: np.ndarray, row: np.ndarray) -> None:
-            for i in range(row.size):
-                row[i] = from_half(stored[i])
-
-    return read
-
-
-@overload(_write, jit_options=OPTIONS)
-def _write_of(stored: np.ndarray, row: np.ndarray) -> Callable[..., None]:
-    if cast(Any, stored).dtype == types.float32:
-
-        def write(stored: np.ndarray, row: np.ndarray) -> None:
-            for i in range(row.size):
-                stored[i] = row[i]
-    else:
-
-        def write(stored: np.ndarray, row: np.ndarray) -> None:
-            for i in range(row.size):
-                stored[i] = to_half(row[i])
-
-    return write
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
@@ -116,14 +72,14 @@ def _attend_group(
     row = np.empty(head_dim, np.float32)
     _rotate(k, position, frequencies, np.float32(1), row)
     last, at = table[position // per_block], position % per_block
-    _write(pool[last, layer, 0, group, at], row)
-    _write(pool[last, layer, 1, group, at], v)
+    write_row(pool[last, layer, 0, group, at], row)
+    write_row(pool[last, layer, 1, group, at], v)
     for r in range(heads):
         _rotate(q[r], position, frequencies, scale, rotated[r])
     for i in range(oldest // per_block, position // per_block + 1):
         keys, first = pool[table[i], layer, 0, group], i * per_block
         for p in range(max(oldest, first), min(position + 1, first + per_block)):
-            _read(keys[p - first], row)
+            read_row(keys[p - first], row)
             for r in range(heads):
                 total = np.float32(0)
                 for d in range(head_dim):
@@ -138,7 +94,7 @@ def _attend_group(
     for i in range(oldest // per_block, position // per_block + 1):
         values, first = pool[table[i], layer, 1, group], i * per_block
         for p in range(max(oldest, first), min(position + 1, first + per_block)):
-            _read(values[p - first], row)
+            read_row(values[p - first], row)
             for r in range(heads):
                 weight = scores[r, p - oldest]
                 for d in range(head_dim):
@@ -152,7 +108,7 @@ _group = FunctionPointer(
 _call_group = _group.call
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def addresses(kv_dtype: np.dtype) -> int:
     """The address of `_attend_group` for keys and values of this type, which `attention` calls."""
     return _group.address(pool_type(kv_dtype))

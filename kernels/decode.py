@@ -15,6 +15,7 @@ from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import SPANS, addresses, decode
 from fiddler.kernels.decode_weights import MATRICES, BlockParts, BlockWeights, check_blocks
 from fiddler.kernels.expert_matrices import bias_addresses
+from fiddler.kernels.kv_rows import row_length
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
@@ -145,10 +146,11 @@ class CompiledDecodeStep:
         if not len(tokens) == len(tables) == len(positions) > 0:
             raise ValueError(f"{len(tokens)} tokens of {len(tables)} sequences at {len(positions)} positions")
         shape = (len(self._blocks), 2, self._groups)
-        if pool.ndim != 6 or pool.shape[1:4] != shape or pool.shape[5] != self._head_dim or not pool.shape[4]:
-            raise ValueError(f"the pool is {pool.shape}; expected [blocks, {shape}, P, {self._head_dim}]")
-        if pool.dtype not in (np.float32, np.uint16) or not (pool.flags.c_contiguous and pool.flags.writeable):
-            raise ValueError(f"the pool is {pool.dtype}; expected contiguous float32 or bits of float16, writeable")
+        length = row_length(pool.dtype, self._head_dim)
+        if pool.ndim != 6 or pool.shape[1:4] != shape or pool.shape[5] != length or not pool.shape[4]:
+            raise ValueError(f"the pool is {pool.shape}; expected [blocks, {shape}, P, {length}]")
+        if not (pool.flags.c_contiguous and pool.flags.writeable):
+            raise ValueError("the pool must be contiguous and writeable")
         check_tables(pool, tables, positions, self._window)
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise ValueError(f"a token of {tokens} lies outside 0..{self._vocabulary - 1}")

@@ -34,7 +34,7 @@ _call_norm, _call_router, _call_heads = norm_router.normalise.call, norm_router.
 _call_attention, _call_products = attention_kernels.attention.call, grouped.products.call
 
 
-def compile_decode(variant: KernelVariant, kv_dtype: type[np.generic]) -> None:
+def compile_decode(variant: KernelVariant, kv_dtype: np.dtype) -> None:
     """Compile `CompiledDecodeStep.step` for KV caches of this type, or read it from the cache; computes nothing."""
     empty, row, no_ints = np.empty((0, 2), np.float32), np.ones(2, np.float32), np.empty(0, np.int64)
     weights = (

@@ -18,6 +18,7 @@ from fiddler.kernels.codegen.jit import cached_on_disk
 from fiddler.kernels.codegen.kernel_cache import take_write_failure
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.decode_step import compile_decode
+from fiddler.kernels.kv_rows import head_dim_of, row_length
 from fiddler.kernels.machine.isa import choose_tier
 from fiddler.kernels.machine.threads import check_process, end_with_parent, thread_count, usable_cores
 from fiddler.kernels.machine.tuning import TUNINGS
@@ -50,12 +51,13 @@ def precompile(
     variants: KernelVariant | Collection[KernelVariant],
     notify: Callable[[str], None] | None = None,
     decode: bool = False,
+    kv_dtype: np.dtype | None = None,
 ) -> None:
     """Compile the kernels of these variants, attention, norm and router, or read them from the cache.
 
     Takes seconds the first time, then a moment. A helper process compiles half of them, where it has a core.
     notify: called with one line if anything must be compiled, and with a warning where that cannot be cached. decode:
-    also compile `CompiledDecodeStep.step`.
+    also compile `CompiledDecodeStep.step`. kv_dtype: of the KV cache, see `row_length`; None: as exact as activations.
     Raises RequestError where Numba has no threading layer of the environment's choice, or in a forked process.
     """
     if isinstance(variants, KernelVariant):
@@ -73,9 +75,9 @@ def precompile(
             notify(COMPILING if cached_on_disk() else COMPILING.partition(";")[0])
 
     with event.install_listener("numba:compile", _FirstCompilation(on_compile)):
-        with _with_helper(variants, decode):
-            _compile_first_half(variants)
-        _compile_second_half(variants, decode)
+        with _with_helper(variants, decode, kv_dtype):
+            _compile_first_half(variants, kv_dtype)
+        _compile_second_half(variants, decode, kv_dtype)
     if notify is None:
         return
     failure = take_write_failure()
@@ -85,21 +87,23 @@ def precompile(
         notify(f"warning: kernels cannot be cached: no folder for them can be written; {_UNCACHED}")
 
 
-def _compile_first_half(variants: Sequence[KernelVariant]) -> None:
+def _compile_first_half(variants: Sequence[KernelVariant], kv_dtype: np.dtype | None) -> None:
     for grouping in _groupings(variants):
         compile_grouped_products(grouping)
-        x, pool = np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 2, 1, 1, 2), _kv_dtype(grouping))
-        attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, :1])
+        kind = kv_dtype or _kv_dtype(grouping)
+        x = np.zeros((1, 1, head_dim_of(kind)), np.float32)
+        pool = np.zeros((1, 1, 2, 1, 1, row_length(kind, x.size)), kind)
+        attend_each(x, x, x, pool, 0, [np.zeros(1, np.int64)], [0], x[0, 0, : x.size // 2])
     route(rms_norm(x[0], x[0, 0], 1.0), x[0], 1)
     for variant in variants[1::2]:
         stored_as(variant, 0)
 
 
-def _compile_second_half(variants: Sequence[KernelVariant], decode: bool) -> None:
+def _compile_second_half(variants: Sequence[KernelVariant], decode: bool, kv_dtype: np.dtype | None) -> None:
     for grouping in _groupings(variants):
         addresses(grouping)
         if decode:
-            compile_decode(grouping, _kv_dtype(grouping))
+            compile_decode(grouping, kv_dtype or _kv_dtype(grouping))
     for variant in (*variants[::2], *variants[1::2]):  # the last ones are in the cache
         stored_as(variant, 0)
 
@@ -108,13 +112,13 @@ def _groupings(variants: Sequence[KernelVariant]) -> list[KernelVariant]:
     return sorted({variant.grouping for variant in variants}, key=repr)
 
 
-def _kv_dtype(variant: KernelVariant) -> type[np.generic]:
+def _kv_dtype(variant: KernelVariant) -> np.dtype:
     """The KV cache's type beside this variant."""
-    return np.float32 if variant.activations == "f32" else np.uint16
+    return np.dtype(np.float32 if variant.activations == "f32" else np.uint16)
 
 
 @contextmanager
-def _with_helper(variants: Sequence[KernelVariant], decode: bool) -> Iterator[None]:
+def _with_helper(variants: Sequence[KernelVariant], decode: bool, kv_dtype: np.dtype | None) -> Iterator[None]:
     """Start a helper process at the first compilation inside the context; it compiles the second half into the cache.
 
     This process compiles whatever the helper did not, for any reason.
@@ -122,19 +126,20 @@ def _with_helper(variants: Sequence[KernelVariant], decode: bool) -> Iterator[No
     with (
         ExitStack() as helpers,
         event.install_listener(
-            "numba:compile", _FirstCompilation(lambda: helpers.enter_context(_helper_process(variants, decode)))
+            "numba:compile",
+            _FirstCompilation(lambda: helpers.enter_context(_helper_process(variants, decode, kv_dtype))),
         ),
     ):
         yield
 
 
 @contextmanager
-def _helper_process(variants: Sequence[KernelVariant], decode: bool) -> Iterator[None]:
+def _helper_process(variants: Sequence[KernelVariant], decode: bool, kv_dtype: np.dtype | None) -> Iterator[None]:
     """Compile the second half in another process, where a core is free; it has ended when the context ends."""
     process = None
     if cached_on_disk() and usable_cores() > 1 and sys.executable:
         names = [(each.tier.name, each.weights, each.activations, each.tuning.name) for each in variants]
-        arguments = os.getpid(), names, decode
+        arguments = os.getpid(), names, decode, None if kv_dtype is None else kv_dtype.name
         package = sys.modules[
             __name__.partition(".")[0]
         ]  # first: the cache is by file, and the current folder may have it
@@ -165,12 +170,15 @@ def _helper_process(variants: Sequence[KernelVariant], decode: bool) -> Iterator
             process.wait()
 
 
-def compile_for_parent(parent: int, names: Sequence[tuple[str, str, str, str]], decode: bool) -> None:
+def compile_for_parent(
+    parent: int, names: Sequence[tuple[str, str, str, str]], decode: bool, kv_name: str | None
+) -> None:
     """The helper process's half of `precompile`. It ends when its parent does, however that ends.
 
-    names: of each variant's tier, weights, activations and tuning.
+    names: of each variant's tier, weights, activations and tuning. kv_name: of the KV cache's type.
     """
     end_with_parent(parent)
+    kv_dtype = None if kv_name is None else np.dtype(kv_name)
     variants = [
         KernelVariant(choose_tier(tier), weights, activations, TUNINGS[tuning])
         for tier, weights, activations, tuning in names
@@ -180,7 +188,7 @@ def compile_for_parent(parent: int, names: Sequence[tuple[str, str, str, str]], 
     for grouping in _groupings(variants):
         addresses(grouping)
         if decode:
-            compile_decode(grouping, _kv_dtype(grouping))
+            compile_decode(grouping, kv_dtype or _kv_dtype(grouping))
 
 
 COMPILING = "compiling kernels for this CPU; the next start finds them on disk"

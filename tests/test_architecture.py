@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "engine": "generation sampling text runtime files host_memory",
     "generation": "cost_curve runtime sampling text models host_memory",
     "gpu": "cost_curve load_options offload runtime device files kernels models telemetry",
-    "cpu": "cost_curve runtime files kernels models telemetry input_file",
+    "cpu": "cost_curve load_options runtime files kernels models telemetry input_file",
     "offload": "cost_curve device files kernels telemetry host_memory input_file",
     "runtime": "cost_curve files kernels models host_memory input_file",
     "telemetry": "input_file",

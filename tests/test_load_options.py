@@ -63,7 +63,8 @@ def test_options_cannot_be_changed():
 def test_load_has_the_arguments_that_are_promised_and_no_others():
     parameters = inspect.signature(fiddler.load).parameters
     promised = ["path", "device", "gpu_memory", "threads", "context", "precision"]
-    documented = ["kernel", "notify", "recorder", "expert_counts", "gpu_experts", "missing", "progress"]
+    documented = ["kernel", "notify", "recorder", "expert_counts", "gpu_experts", "missing"]
+    documented += ["cache_type_k", "cache_type_v", "progress"]
     assert list(parameters) == promised + documented
     assert [parameters[name].default for name in promised] == [None, "auto", None, None, 4096, "fast"]
     assert {field.name for field in fields(LoadOptions)} < set(parameters)

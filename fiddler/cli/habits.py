@@ -69,6 +69,8 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("--dtype", "i?q\\d.*|tq\\d.*|int\\d|fp8.*|mxfp4|nf4"): "give --type, as --type Q4_K_M, in its place",
     ("--device", "gpu|nvidia|cuda:.*|\\d+"): "give cuda; CUDA_VISIBLE_DEVICES chooses which",
     ("--precision", "(fp|float|f)32|full"): "give exact",
+    ("--cache-type-[kv]", "bf16|(fp|float)16|half"): "give f16",
+    ("--cache-type-[kv]", "i?q[45].*|fp8.*|int8"): "give q8_0",
     ("--precision", "bf16|f16|(fp|float|bfloat)16|half"): "give fast",
 }
 """What to give instead of values of other programs, by option and regular expression."""
@@ -102,7 +104,6 @@ REFUSED: Mapping[str, str] = {
         ("-ot", "--override-tensor", "--device-map"): f"tensors have no places of their own: {_PLACES}",
         ("-no-cnv", "--no-conversation"): "with -p a text is continued without a chat; leave it out (--chat answers)",
         ("-i", "--interactive", "-if", "--interactive-first"): "without -p, on a terminal, `run` is a chat",
-        ("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"): "--precision fast has a float16 KV cache, exact float32",
         ("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-mu", "--model-url", "-dr"): _DOWNLOAD,
         ("--mlock", "--no-mmap", "--mmap"): _MAPPED,
         ("--numa",): "run fiddler under `numactl`",
@@ -137,7 +138,6 @@ REFUSED: Mapping[str, str] = {
         ("-tp", "--tensor-parallel-size", "--pipeline-parallel-size"): _ONE_GPU,
         ("--gpu-memory-utilization",): "--gpu-memory 24GiB is a size, not a share",
         ("--trust-remote-code",): "code of a model never runs; leave it out",
-        ("--imatrix",): "there are no importance matrices; leave it out",
         ("--allow-requantize",): "only models in 16 or 32 bits are quantised: start from one",
         ("--pure", "--leave-output-tensor", "--output-tensor-type", "--token-embedding-type", "--tensor-type"): _TYPES,
         ("--hellaswag", "--winogrande", "--multiple-choice", "--kl-divergence"): _ONLY_PERPLEXITY,

@@ -73,6 +73,10 @@ LOADING = OptionGroup(
             "-c", "--ctx", min=1, help="Context size in tokens; 4096, or less if the model has less."
         ),
         "precision": typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32."),
+        "cache_type_k": typer.Option(
+            "-ctk", "--cache-type-k", help="Type of keys in the KV cache (CPU); f16 if not given, f32 with exact."
+        ),
+        "cache_type_v": typer.Option("-ctv", "--cache-type-v", help="The same of values: the same type."),
     },
 )
 """Options of loading a model."""

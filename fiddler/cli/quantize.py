@@ -15,6 +15,16 @@ __all__ = ["convert", "quantize"]
 
 _TYPE = "Quantised type, by llama-quantize's name: Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, MXFP4_MOE, ..."
 
+_Imatrix = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix",
+        metavar="FILE",
+        readable=False,
+        help="Importance matrix, as llama-imatrix writes it: rounding spares the weights that matter most.",
+    ),
+]
+
 
 def convert(
     source: Annotated[
@@ -29,25 +39,29 @@ def convert(
         DType | None, typer.Option(help="16-bit type of the weights; the checkpoint's if not given.")
     ] = None,
     quantised: Annotated[str | None, typer.Option("--type", help=f"{_TYPE} In place of --dtype.")] = None,
+    imatrix: _Imatrix = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
     """Convert a Hugging Face folder, or a float32 or old GGUF, to a GGUF in 16 bits or quantised."""
     check_local(source)
-    _run(source, _beside(source) if target is None else target, dtype, quantised, force)
+    _run(source, _beside(source) if target is None else target, dtype, force, quantisation=quantised, imatrix=imatrix)
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", readable=False, help="Model in 16 or 32 bits.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", readable=False, help="File to write.")],
     quantised: Annotated[str, typer.Option("--type", help=_TYPE)],
+    imatrix: _Imatrix = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.gguf.")] = False,
 ) -> None:
     """Quantise a GGUF: smaller and faster, at some loss of quality; every core encodes."""
     check_local(source)
-    _run(source, target, None, quantised, force)
+    _run(source, target, None, force, quantisation=quantised, imatrix=imatrix)
 
 
-def _run(source: Path, target: Path, dtype: Any, quantised: str | None, force: bool) -> None:
+def _run(
+    source: Path, target: Path, dtype: Any, force: bool, *, quantisation: str | None, imatrix: Path | None
+) -> None:
     from tqdm import tqdm
 
     if source.is_file():  # a GGUF: its header is mapped
@@ -63,7 +77,9 @@ def _run(source: Path, target: Path, dtype: Any, quantised: str | None, force: b
             bar.total = total
             bar.update(done - bar.n)
 
-        report = run_conversion(source, target, dtype, quantisation=quantised, force=force, progress=progress)
+        report = run_conversion(
+            source, target, dtype, quantisation=quantisation, imatrix=imatrix, force=force, progress=progress
+        )
     for warning in report.warnings:
         say(f"warning: {warning}")
     say(

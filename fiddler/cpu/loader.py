@@ -15,6 +15,7 @@ from fiddler import kernels
 from fiddler.cpu.layers import CpuExperts, CpuLinear, EmbeddingRows, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.cpu.step_timing import step_curve
+from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
 from fiddler.kernels import KernelVariant, Tier
@@ -22,6 +23,7 @@ from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.block_format import BlockFormat
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.machine.cpu import cpu_model
+from fiddler.load_options import CacheType, LoadOptions
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import (
     EXPERT_BIASES,
@@ -39,6 +41,8 @@ from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import rotary_frequencies
 from fiddler.models.transformer import Transformer
+from fiddler.runtime.block_pool import array_dtype
+from fiddler.runtime.q8_0_rows import BLOCK
 from fiddler.runtime.runner import Runner
 from fiddler.telemetry.recorder import Recorder
 
@@ -81,12 +85,14 @@ def on_cpu(
     tier: Tier,
     threads: int,
     context: int,
-    exact: bool,
+    options: LoadOptions,
     notify: Callable[[str], None],
     recorder: Recorder,
 ) -> Runner:
     """A runner for the whole model on the CPU. Calls `notify` with one line where kernels must be compiled first."""
+    exact = options.exact
     config, main = model_file.config, main_variant(model_file, tier, exact=exact)
+    cache_dtype = _cache_dtype(model_file, options.cache_type_k, main)
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
     embeddings: kernels.StoredRows | None = None
@@ -112,22 +118,33 @@ def on_cpu(
     variants = {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}
     variants |= {variant for expert in experts for variant in expert.variants}
     decodes = main is not None and _decodes(config, linears, experts)
-    kernels.precompile(variants, notify, decode=decodes)
+    kernels.precompile(variants, notify, decode=decodes, kv_dtype=array_dtype(cache_dtype))
     decoder = decoder_of(model, weights, linears, experts, main, embeddings) if main is not None and decodes else None
-    cache_dtype = torch.float16 if main is not None and main.activations != "f32" else torch.float32
     silent = CpuLinear(linears), CpuExperts(list(experts)), route, rms_norm
     timed = Transformer(config, weights, *silent, token_embd=table)
-    setup = _setup(config, threads, variants)
+    setup = _setup(config, threads, variants, cache_dtype)
     measure = partial(step_curve, model=timed, setup=setup, notify=notify)
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder, measure)
 
 
-def _setup(config: Config, threads: int, variants: Collection[KernelVariant]) -> str:
+def _cache_dtype(model_file: ModelFile, wanted: CacheType | None, main: KernelVariant | None) -> torch.dtype:
+    """The KV cache's type: uint8 stands for Q8_0. Raises RequestError where the model's heads are no whole blocks."""
+    default: CacheType = "f16" if main is not None and main.activations != "f32" else "f32"
+    head_dim = model_file.config.head_dim
+    if wanted == "q8_0" and head_dim % BLOCK:
+        raise RequestError(
+            f"cache_type_k q8_0: {model_file.file.shown_path} has heads of {head_dim} numbers, and blocks of Q8_0 have "
+            f"{BLOCK}; give f16"
+        )
+    return {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.uint8}[wanted or default]
+
+
+def _setup(config: Config, threads: int, variants: Collection[KernelVariant], cache_dtype: torch.dtype) -> str:
     """What the seconds of a step depend on, in one line: machine, kernels, and the model's shape."""
     kinds = sorted(f"{each.tier.name} {each.weights} {each.activations} {each.tuning.name}" for each in variants)
     values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     shape = ", ".join(f"{name} {value}" for name, value in values.items() if isinstance(value, int | float))
-    return f"{cpu_model()}, {threads} threads; {'; '.join(kinds)}; {config.architecture.name}, {shape}"
+    return f"{cpu_model()}, {threads} threads; {'; '.join(kinds)}; {cache_dtype}; {config.architecture.name}, {shape}"
 
 
 def _tensor(values: np.ndarray, kind: str, tier: Tier) -> Tensor:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fiddler.errors import ResourceError
 from fiddler.models.config import Config
+from fiddler.runtime.q8_0_rows import decoded, encoded, row_bytes
 
-__all__ = ["POSITIONS", "UNIT_BYTES", "Block", "BlockPool", "Places", "block_bytes", "blocks_for"]
+__all__ = ["POSITIONS", "UNIT_BYTES", "Block", "BlockPool", "Places", "array_dtype", "block_bytes", "blocks_for"]
 
 POSITIONS = 32  # in a block
 UNIT_BYTES = 64  # a block's size, and the address of each allocation, are multiples of it
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE: no swap is set aside; named since Python 3.13
-_NUMPY = {torch.float16: np.uint16, torch.float32: np.float32}
+_NUMPY = {torch.float16: np.uint16, torch.float32: np.float32, torch.uint8: np.uint8}
 
 
 class Block:
@@ -59,14 +60,16 @@ class BlockPool:
     """`capacity` blocks at most. On the CPU, memory is taken from the system as blocks are first written.
 
     `segments`: the memory, each float16 or float32 [blocks, L, M, G, POSITIONS, head_dim], M: keys and values, or, of
-    latent attention, one vector that is both; `memory`: the first of them. `array`: the memory as our kernels take it,
-    float16 as its bits, where it is all on the CPU; else None.
+    latent attention, one vector that is both; with the type uint8 the last dimension is bytes of Q8_0. `memory`: the
+    first of them. `array`: the memory as our kernels take it, float16 as its bits, where it is all on the CPU; else
+    None.
     `offsets`: int64, by a block's number: where it begins, in units of `UNIT_BYTES` from the begin of the pool.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         """Raises ResourceError where the system does not give the addresses of a single block."""
-        shape = _shape(config)
+        shape = _shape(config, dtype)
+        self.head_dim, self.quantised = config.head_dim, dtype == torch.uint8
         self.array: np.ndarray | None = None
         if device.type == "cpu":
             nbytes = block_bytes(config, dtype)
@@ -148,18 +151,20 @@ class BlockPool:
         for segment, numbers, rows, news in places:
             for memory, new in zip(range(segment.shape[2]), memories, strict=False):
                 values = new if news is None else new[news]
-                segment[numbers, layer, memory, :, rows] = values.to(segment.dtype)
+                stored = encoded(values) if self.quantised else values.to(segment.dtype)
+                segment[numbers, layer, memory, :, rows] = stored
 
     def blocks(self, layer: int, memory: int, numbers: np.ndarray) -> Tensor:
-        """A layer's keys or values of n blocks: a copy, [G, n, POSITIONS, head_dim]."""
+        """A layer's keys or values of n blocks: a copy, [G, n, POSITIONS, head_dim], float32 where they are Q8_0."""
         device, parts, order = self.device, [], []
         for segment, chosen in self._by_segment(numbers):
             local = torch.from_numpy(numbers[chosen] - self._firsts[segment]).to(device)
             parts.append(self.segments[segment][:, layer, memory].transpose(0, 1)[:, local])
             order.append(chosen)
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+        stored = parts[0]
+        if len(parts) > 1:
+            stored = torch.cat(parts, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+        return decoded(stored) if self.quantised else stored
 
     def _append(self, segment: Tensor) -> None:
         """Add memory behind the last block."""
@@ -189,14 +194,20 @@ def blocks_for(positions: int) -> int:
     return -(-positions // POSITIONS)
 
 
+def array_dtype(dtype: torch.dtype) -> np.dtype:
+    """The type of `BlockPool.array` for keys and values of this type."""
+    return np.dtype(_NUMPY[dtype])
+
+
 def block_bytes(config: Config, dtype: torch.dtype) -> int:
     """Size of a block [bytes]."""
-    return int(np.prod(_shape(config))) * dtype.itemsize
+    return int(np.prod(_shape(config, dtype))) * dtype.itemsize
 
 
-def _shape(config: Config) -> tuple[int, ...]:
+def _shape(config: Config, dtype: torch.dtype) -> tuple[int, ...]:
     memories = 2 if config.latent is None else 1
-    return config.block_count, memories, config.head_count_kv, POSITIONS, config.head_dim
+    length = row_bytes(config.head_dim) if dtype == torch.uint8 else config.head_dim
+    return config.block_count, memories, config.head_count_kv, POSITIONS, length
 
 
 def _address_space(nbytes: int, capacity: int) -> tuple[mmap.mmap, int]:

@@ -6,11 +6,12 @@ but the checksums guards the contents: like a model, a file should come from som
 
 The format, little-endian throughout; every part is followed by its CRC-32 (uint32):
 
-    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), bytes a number (2: float16, 4: float32),
+    header  8 bytes "fiddlrKV", uint32 version (1; 2 of latent attention), the numbers' type (2: float16, 4: float32,
+            1: blocks of Q8_0),
             layers L, heads G, head_dim d, positions n; 32 bytes that identify the model (`ModelFile.fingerprint`)
     tokens  n int32
     then, for each layer, keys [G, n, d] (rotated) and values [G, n, d]; in latent attention the keys are the values,
-    and stand there once (version 1 had them twice, and is refused)
+    and stand there once (version 1 had them twice, and is refused). Of Q8_0, d numbers are d / 32 * 34 bytes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from fiddler.errors import FileFormatError, RequestError
+from fiddler.errors import FileFormatError, RequestError, quoted
 from fiddler.files.atomic_file import check_space, check_target, whole_file
 from fiddler.files.destination import find_destination
 from fiddler.files.model_file import ModelFile
 from fiddler.input_file import open_regular
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.prefix_cache import common
+from fiddler.runtime.q8_0_rows import decoded, encoded, row_bytes
 from fiddler.runtime.runner import Runner
 
 __all__ = ["PromptCache", "resume_from"]
@@ -41,7 +43,12 @@ __all__ = ["PromptCache", "resume_from"]
 _MAGIC = b"fiddlrKV"
 _HEADER = struct.Struct("<8s6I32s")
 _CRC = struct.Struct("<I")
-_TYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
+_TYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float16: np.dtype("<f2"),
+    torch.float32: np.dtype("<f4"),
+    torch.uint8: np.dtype("u1"),
+}
+_NAMES = {1: "Q8_0", 2: "float16", 4: "float32"}
 
 
 def resume_from(path: Path, model_file: ModelFile, runner: Runner, ids: Sequence[int]) -> Callable[[KVCache], None]:
@@ -79,6 +86,7 @@ class PromptCache:
             raise RequestError(f"{path} is {kind}; a prompt cache is read again: name a file")
         self._path, self._dtype, config = path, _TYPES[dtype], model_file.config
         self._shape = config.block_count, config.head_count_kv, config.head_dim
+        self._row_length = row_bytes(config.head_dim) if dtype == torch.uint8 else config.head_dim
         self._version, self._tensors = (1, 2) if config.latent is None else (2, 1)  # of the format; of a layer
         self._max_positions, self._fingerprint = config.context_length, model_file.fingerprint
         self.tokens: tuple[int, ...] = ()
@@ -88,8 +96,8 @@ class PromptCache:
 
     def nbytes(self, positions: int) -> int:
         """Size of a file with `positions` positions [bytes]."""
-        layers, heads, head_dim = self._shape
-        block = heads * positions * head_dim * self._dtype.itemsize + _CRC.size
+        layers, heads, _ = self._shape
+        block = heads * positions * self._row_length * self._dtype.itemsize + _CRC.size
         return _HEADER.size + _CRC.size + 4 * positions + _CRC.size + self._tensors * layers * block
 
     def read(self, sequence: KVCache, count: int) -> None:
@@ -100,12 +108,12 @@ class PromptCache:
         assert sequence.length == 0
         assert count <= len(self.tokens)
         sequence.reserve(count)
-        (layers, heads, head_dim), positions = self._shape, len(self.tokens)
+        (layers, heads, _), positions = self._shape, len(self.tokens)
         with self._opened() as file:
             if self._read_tokens(file) != self.tokens:
                 raise self._damaged("was written anew meanwhile")
             for layer in range(layers):
-                memories = [self._block(file, heads, positions, head_dim, count) for _ in range(self._tensors)]
+                memories = [self._block(file, heads, positions, count) for _ in range(self._tensors)]
                 keys, values = memories[0].to(sequence.device), memories[-1].to(sequence.device)
                 sequence.write(layer, keys, values)
         sequence.advance(count)
@@ -129,16 +137,25 @@ class PromptCache:
             put(np.array(tokens, "<i4").tobytes())
             for layer in range(self._shape[0]):
                 for memory in sequence.stored(layer):
-                    block = memory[:positions].transpose(0, 1).cpu().numpy()
+                    rows = memory[:positions].transpose(0, 1)
+                    # what was decoded from Q8_0 has the same blocks again
+                    block = (encoded(rows) if self._quantised else rows).cpu().numpy()
                     put(np.ascontiguousarray(block, self._dtype).data.cast("B"))
 
-    def _block(self, file: BinaryIO, heads: int, positions: int, head_dim: int, count: int) -> torch.Tensor:
+    @property
+    def _quantised(self) -> bool:
+        return self._dtype.itemsize == 1
+
+    def _block(self, file: BinaryIO, heads: int, positions: int, count: int) -> torch.Tensor:
         """The next keys or values of the file: the first `count` positions, [count, heads, head_dim]."""
-        data = self._part(file, heads * positions * head_dim * self._dtype.itemsize)
-        block = np.frombuffer(data, self._dtype).reshape(heads, positions, head_dim)[:, :count]
-        if not np.isfinite(block).all():
+        data = self._part(file, heads * positions * self._row_length * self._dtype.itemsize)
+        block = np.frombuffer(data, self._dtype).reshape(heads, positions, self._row_length)[:, :count]
+        rows = torch.from_numpy(block.astype(self._dtype.newbyteorder("=")))
+        if self._quantised:
+            rows = decoded(rows)
+        if not rows.isfinite().all():
             raise self._damaged("holds what is no number")
-        return torch.from_numpy(block.astype(self._dtype.newbyteorder("="))).transpose(0, 1)
+        return rows.transpose(0, 1)
 
     def _opened(self) -> BinaryIO:
         """The file, opened; an empty stream where there is none, since llama.cpp, too, takes an empty file for none."""
@@ -169,8 +186,8 @@ class PromptCache:
             raise FileFormatError(f"{self._path}: is another model's prompt cache; delete it or name another file")
         if itemsize != self._dtype.itemsize:
             raise FileFormatError(
-                f"{self._path}: is a prompt cache of {8 * itemsize}-bit numbers, and this --precision takes "
-                f"{8 * self._dtype.itemsize}; name another file"
+                f"{self._path}: is a prompt cache of {_NAMES.get(itemsize, quoted(itemsize))}, and this --precision or "
+                f"--cache-type-k takes {_NAMES[self._dtype.itemsize]}; name another file"
             )
         if positions > self._max_positions or os.fstat(file.fileno()).st_size != self.nbytes(positions):
             raise self._damaged("is not as long as it says")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fiddler.models.attention import Rows
@@ -143,7 +144,8 @@ class _BlockRows:
         """memory: 0 for keys, 1 for values. numbers: int64, of the sequence's blocks."""
         self._pool, self._layer, self._memory = pool, layer, memory
         self._numbers, self._length = numbers, length
-        self.dtype, self.shape = pool.memory.dtype, (length, pool.memory.shape[3], pool.memory.shape[5])
+        self.dtype = torch.float32 if pool.quantised else pool.memory.dtype
+        self.shape = length, pool.memory.shape[3], pool.head_dim
 
     def __len__(self) -> int:
         return self._length

@@ -18,6 +18,7 @@ from fiddler.kernels.codegen.llvm import F16, F32, I8, I16, I32, I64, address, l
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.formats.half import F16 as HALF
 from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["GROUP", "Block", "BlockFormat", "Scales", "exact_product", "nibbles", "picked"]
 
@@ -114,9 +115,11 @@ class BlockFormat(WeightFormat):
     """Generates 32 codes, unsigned bytes: those of a block's group of this number."""
     scales: Callable[[Block], Scales]
     """Generates a block's scales and minimums."""
-    encoder: Callable[[np.ndarray, np.ndarray], None]
+    encoder: Callable[[np.ndarray, np.ndarray, np.ndarray], None]
     """Compiled: writes blocks (uint8, flat) for values (float32, flat), rounded to nearest with the type's search for
-    scales."""
+    scales. Between them stand weights of the values' errors (float32, flat), or none."""
+    weighting: Weighting | None = None
+    """How importances weight errors; None: the type is rounded without."""
 
     @property
     def groups(self) -> int:
@@ -143,9 +146,15 @@ class BlockFormat(WeightFormat):
             result.append(weights)
         return result
 
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        """Quantise float32 weights [..., K]: uint8 [..., bytes of a row]. Raises ValueError as `row_bytes`."""
+    def encode(self, values: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        """Quantise float32 weights [..., K]: uint8 [..., bytes of a row]. Raises ValueError as `row_bytes`.
+
+        importance: of each weight, of the same shape, finite and not negative; what an error costs grows with it.
+        """
         flat = np.ascontiguousarray(values, np.float32)
         out = np.empty(self.stored_shape(flat.shape), np.uint8)
-        self.encoder(flat.reshape(-1), out.reshape(-1))
+        weights = np.empty(0, np.float32)
+        if importance is not None and self.weighting is not None and flat.size:
+            weights = self.weighting.of(flat, importance, self.block_length)
+        self.encoder(flat.reshape(-1), weights.reshape(-1), out.reshape(-1))
         return out

@@ -15,6 +15,7 @@ from fiddler.kernels.formats.block_format import Block, BlockFormat, Scales, nib
 from fiddler.kernels.formats.half_bits import to_half
 from fiddler.kernels.formats.lookup import looked_up, nearest_entry
 from fiddler.kernels.formats.rounding import nearest
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["IQ4_NL", "IQ4_XS"]
 
@@ -46,8 +47,11 @@ def _eight_scales(block: Block) -> Scales:
 
 
 @njit(**OPTIONS)
-def _search(x: np.ndarray) -> np.float32:
-    """The scale with the least error weighted by x * x, of several candidates refined by least squares."""
+def _search(x: np.ndarray, weights: np.ndarray) -> np.float32:
+    """The scale with the least weighted error of several candidates, each refined by least squares.
+
+    weights: of the values' errors; none for their squares.
+    """
     extreme = np.float32(0)
     for value in x:
         if abs(value) > abs(extreme):
@@ -59,9 +63,9 @@ def _search(x: np.ndarray) -> np.float32:
         first = candidate < -_CANDIDATES
         inverse = np.float32(-_VALUES[0] if first else _VALUES[0] + candidate) / extreme
         sum_xq, sum_q2 = np.float32(0), np.float32(0)
-        for value in x:
-            q, weight = _TABLE[nearest_entry(_TABLE, inverse * value)], value * value
-            sum_xq += weight * q * value
+        for j in range(x.size):
+            q, weight = _TABLE[nearest_entry(_TABLE, inverse * x[j])], weights[j] if weights.size else x[j] * x[j]
+            sum_xq += weight * q * x[j]
             sum_q2 += weight * q * q
         if sum_q2 > 0 and (first or sum_xq * sum_xq > best * sum_q2):
             best_scale = sum_xq / sum_q2
@@ -78,22 +82,23 @@ def _store(x: np.ndarray, step: np.float32, block: np.ndarray, offset: int) -> N
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     for i in range(values.size // 32):
         x, block = values[32 * i : 32 * i + 32], out[18 * i : 18 * i + 18]
-        scale = _search(x)
+        scale = _search(x, weights[32 * i : 32 * i + 32])
         to_half(scale, block, 0)
         _store(x, scale, block, 2)
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode_eight(values: np.ndarray, out: np.ndarray) -> None:
+def _encode_eight(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     scales = np.empty(8, np.float32)
     for i in range(values.size // 256):
         x, block = values[256 * i : 256 * i + 256], out[136 * i : 136 * i + 136]
         extreme = np.float32(0)
         for g in range(8):
-            scales[g] = _search(x[32 * g : 32 * g + 32])
+            begin = 256 * i + 32 * g
+            scales[g] = _search(x[32 * g : 32 * g + 32], weights[begin : begin + 32])
             if abs(scales[g]) > abs(extreme):
                 extreme = scales[g]
         d = extreme / np.float32(-32)
@@ -106,5 +111,7 @@ def _encode_eight(values: np.ndarray, out: np.ndarray) -> None:
             _store(x[32 * g : 32 * g + 32], d * np.float32(scale), block, 8 + 16 * g)
 
 
-IQ4_NL = BlockFormat("iq4_nl", 32, 18, "q8", 32, 128, 241, _codes, _scale, _encode)
-IQ4_XS = BlockFormat("iq4_xs", 256, 136, "q8", 32, 128, 241, _codes_of_eight, _eight_scales, _encode_eight)
+IQ4_NL = BlockFormat("iq4_nl", 32, 18, "q8", 32, 128, 241, _codes, _scale, _encode, Weighting(2.0))
+IQ4_XS = BlockFormat(
+    "iq4_xs", 256, 136, "q8", 32, 128, 241, _codes_of_eight, _eight_scales, _encode_eight, Weighting(2.0)
+)

@@ -14,9 +14,9 @@ from fiddler.kernels.codegen.jit import OPTIONS
 from fiddler.kernels.codegen.llvm import I8, I32, I64
 from fiddler.kernels.formats.block_format import Block, Scales
 from fiddler.kernels.formats.half_bits import to_half
-from fiddler.kernels.formats.rounding import nearest, search_range
+from fiddler.kernels.formats.rounding import nearest, search_positive, search_range
 
-__all__ = ["encode_scales", "k_scales"]
+__all__ = ["encode_scales", "k_scales", "scale_codes"]
 
 
 def k_scales(block: Block) -> Scales:
@@ -37,24 +37,68 @@ def k_scales(block: Block) -> Scales:
 
 
 @njit(**OPTIONS)
-def encode_scales(x: np.ndarray, largest: int, first: float, steps: int, block: np.ndarray, codes: np.ndarray) -> None:
-    """Choose and write the first 16 bytes of a block of 256 values, and each value's code, 0 to `largest`."""
-    scales, minimums = np.empty(8, np.float32), np.empty(8, np.float32)
-    weights, work = np.empty(32, np.float32), np.empty(32, np.float32)
+def scale_codes(
+    values: np.ndarray, weights: np.ndarray, largest: int, block: np.ndarray, offset: int, codes: np.ndarray
+) -> np.float32:
+    """Codes 0 to `largest` of values (>= 0); writes their scale to a block, as float16, and returns it.
+
+    weights: of the values' errors, or none: then the greatest value has the largest code.
+    """
+    d: np.float32
+    if weights.size:
+        d = to_half(search_positive(values, weights, largest), block, offset)
+        inverse = np.float32(1) / d if d > 0 else np.float32(0)
+    else:
+        top = max(values.max(), np.float32(0))
+        d = to_half(top / np.float32(largest), block, offset)
+        inverse = np.float32(largest) / top if top > 0 else np.float32(0)
+    for g in range(values.size):
+        codes[g] = nearest(inverse * values[g], 0, largest)
+    return d
+
+
+@njit(**OPTIONS)
+def _choose(
+    x: np.ndarray, weights: np.ndarray, largest: int, candidates: tuple[float, float, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales and minimums of 8 x 32 values, and the sums of their weights: none where `weights` are none."""
+    scales, minimums, sums = np.empty(8, np.float32), np.empty(8, np.float32), np.empty(8, np.float32)
+    own, work = np.empty(32, np.float32), np.empty(32, np.float32)
     for g in range(8):
         part = x[32 * g : 32 * g + 32]
+        if weights.size:
+            own[:] = weights[32 * g : 32 * g + 32]
+            scales[g], minimums[g] = search_range(part, own, largest, (-0.9, 0.05, 36), False, work)
+            sums[g] = own.sum()
+            continue
         squares = np.float32(0)
         for value in part:
             squares += value * value
         for i in range(32):
-            weights[i] = np.sqrt(squares / np.float32(32)) + abs(part[i])
-        scales[g], minimums[g] = search_range(part, weights, largest, first, steps, False, work)
-    top_scale, top_minimum = max(scales.max(), np.float32(0)), max(minimums.max(), np.float32(0))
-    d, dmin = to_half(top_scale / np.float32(63), block, 0), to_half(top_minimum / np.float32(63), block, 2)
+            own[i] = np.sqrt(squares / np.float32(32)) + abs(part[i])
+        scales[g], minimums[g] = search_range(part, own, largest, candidates, False, work)
+    return scales, minimums, sums if weights.size else sums[:0]
+
+
+@njit(**OPTIONS)
+def encode_scales(
+    x: np.ndarray,
+    weights: np.ndarray,
+    largest: int,
+    candidates: tuple[float, float, int],
+    block: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """Choose and write the first 16 bytes of a block of 256 values, and each value's code, 0 to `largest`.
+
+    weights: of the values' errors, or none. candidates: as of `search_range`, without weights.
+    """
+    scales, minimums, sums = _choose(x, weights, largest, candidates)
+    scale_of, minimum_of = np.empty(8, np.uint8), np.empty(8, np.uint8)
+    d, dmin = scale_codes(scales, sums, 63, block, 0, scale_of), scale_codes(minimums, sums, 63, block, 2, minimum_of)
     block[4:16] = 0
     for g in range(8):
-        scale = nearest(np.float32(63) / top_scale * scales[g], 0, 63) if top_scale > 0 else 0
-        minimum = nearest(np.float32(63) / top_minimum * minimums[g], 0, 63) if top_minimum > 0 else 0
+        scale, minimum = int(scale_of[g]), int(minimum_of[g])
         if g < 4:
             block[4 + g] |= scale
             block[8 + g] |= minimum

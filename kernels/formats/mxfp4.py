@@ -33,7 +33,7 @@ def _scales(block: Block) -> Scales:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, _weights: np.ndarray, out: np.ndarray) -> None:
     """As `gguf.quants.MXFP4`: the exponent of the largest magnitude, then for each the nearest number, the first of
     two."""
     codes = np.empty(32, np.uint8)

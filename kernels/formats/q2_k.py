@@ -7,8 +7,9 @@ from llvmlite import ir
 
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.formats.block_format import Block, BlockFormat, Scales
-from fiddler.kernels.formats.half_bits import to_half
+from fiddler.kernels.formats.k_scales import scale_codes
 from fiddler.kernels.formats.rounding import nearest, search_range
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q2_K"]
 
@@ -25,19 +26,25 @@ def _scales(block: Block) -> Scales:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
-    scales, minimums = np.empty(16, np.float32), np.empty(16, np.float32)
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    scales, minimums, sums = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
+    scale_of, minimum_of = np.empty(16, np.uint8), np.empty(16, np.uint8)
     codes, work = np.zeros(256, np.uint8), np.empty(16, np.float32)
     for i in range(values.size // 256):
         x, block = values[256 * i : 256 * i + 256], out[84 * i : 84 * i + 84]
         for g in range(16):
             part = x[16 * g : 16 * g + 16]
-            scales[g], minimums[g] = search_range(part, np.abs(part), 3, -0.5, 15, True, work)
-        top_scale, top_minimum = max(scales.max(), np.float32(0)), max(minimums.max(), np.float32(0))
-        d, dmin = to_half(top_scale / np.float32(15), block, 80), to_half(top_minimum / np.float32(15), block, 82)
+            if weights.size:
+                own = weights[256 * i + 16 * g : 256 * i + 16 * g + 16]
+                scales[g], minimums[g] = search_range(part, own, 3, (-0.9, 0.05, 36), False, work)
+                sums[g] = own.sum()
+            else:
+                scales[g], minimums[g] = search_range(part, np.abs(part), 3, (-0.5, 0.1, 15), True, work)
+        of_groups = sums if weights.size else sums[:0]
+        d = scale_codes(scales, of_groups, 15, block, 80, scale_of)
+        dmin = scale_codes(minimums, of_groups, 15, block, 82, minimum_of)
         for g in range(16):
-            scale = nearest(np.float32(15) / top_scale * scales[g], 0, 15) if top_scale > 0 else 0
-            minimum = nearest(np.float32(15) / top_minimum * minimums[g], 0, 15) if top_minimum > 0 else 0
+            scale, minimum = int(scale_of[g]), int(minimum_of[g])
             block[g] = scale | minimum << 4
             step, least = d * np.float32(scale), dmin * np.float32(minimum)
             for j in range(16 * g, 16 * g + 16):
@@ -50,4 +57,4 @@ def _encode(values: np.ndarray, out: np.ndarray) -> None:
                 block[16 + 32 * half + j] = four
 
 
-Q2_K = BlockFormat("q2_k", 256, 84, "q8", 16, 0, 3, _codes, _scales, _encode)
+Q2_K = BlockFormat("q2_k", 256, 84, "q8", 16, 0, 3, _codes, _scales, _encode, Weighting(1.0))

@@ -14,7 +14,8 @@ from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.llvm import I32
 from fiddler.kernels.formats.block_format import Block, BlockFormat, Scales
 from fiddler.kernels.formats.half_bits import to_half
-from fiddler.kernels.formats.rounding import nearest
+from fiddler.kernels.formats.rounding import nearest, search_signed
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q3_K"]
 
@@ -77,19 +78,30 @@ def _search(x: np.ndarray, codes: np.ndarray) -> np.float32:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    sums = np.empty(16, np.float32)
     scales, work, codes = np.empty(16, np.float32), np.empty(16, np.float32), np.zeros(256, np.uint8)
     for i in range(values.size // 256):
         x, block = values[256 * i : 256 * i + 256], out[110 * i : 110 * i + 110]
         extreme = np.float32(0)
         for g in range(16):
-            scales[g] = _search(x[16 * g : 16 * g + 16], work)
+            part = x[16 * g : 16 * g + 16]
+            if weights.size:
+                own = weights[256 * i + 16 * g : 256 * i + 16 * g + 16]
+                scales[g], sums[g] = search_signed(part, own, 4), own.sum()
+            else:
+                scales[g] = _search(part, work)
             if abs(scales[g]) > abs(extreme):
                 extreme = scales[g]
         block[:] = 0
-        d = to_half(extreme / np.float32(-32), block, 108)
+        inverse = np.float32(-32) / extreme if extreme != 0 else np.float32(np.nan)
+        if weights.size:
+            d = to_half(search_signed(scales, sums, 32), block, 108)
+            inverse = np.float32(1) / d if d != 0 else np.float32(np.nan)
+        else:
+            d = to_half(extreme / np.float32(-32), block, 108)
         for g in range(16):
-            scale = nearest(np.float32(-32) / extreme * scales[g], -32, 31) if extreme != 0 else -32
+            scale = nearest(inverse * scales[g], -32, 31)  # of no number: -32
             step, scale = d * np.float32(scale), scale + 32
             block[96 + g % 8] |= (scale & 15) << 4 * (g // 8)
             block[104 + g % 4] |= scale >> 4 << 2 * (g // 4)
@@ -101,4 +113,4 @@ def _encode(values: np.ndarray, out: np.ndarray) -> None:
             block[32 + group // 4 * 32 + position] |= (codes[j] & 3) << 2 * (group % 4)
 
 
-Q3_K = BlockFormat("q3_k", 256, 110, "q8", 16, 4, 7, _codes, _scales, _encode)
+Q3_K = BlockFormat("q3_k", 256, 110, "q8", 16, 4, 7, _codes, _scales, _encode, Weighting(2.0))

@@ -8,6 +8,7 @@ from llvmlite import ir
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.formats.block_format import Block, BlockFormat
 from fiddler.kernels.formats.k_scales import encode_scales, k_scales
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q4_K"]
 
@@ -20,14 +21,15 @@ def _codes(block: Block, group: int) -> ir.Value:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     codes = np.empty(256, np.uint8)
     for i in range(values.size // 256):
         block = out[144 * i : 144 * i + 144]
-        encode_scales(values[256 * i : 256 * i + 256], 15, -1.0, 20, block, codes)
+        own = weights[256 * i : 256 * i + 256]
+        encode_scales(values[256 * i : 256 * i + 256], own, 15, (-1.0, 0.1, 20), block, codes)
         for j in range(128):
             low = j // 32 * 64 + j % 32
             block[16 + j] = codes[low] | codes[low + 32] << 4
 
 
-Q4_K = BlockFormat("q4_k", 256, 144, "q8", 32, 0, 15, _codes, k_scales, _encode)
+Q4_K = BlockFormat("q4_k", 256, 144, "q8", 32, 0, 15, _codes, k_scales, _encode, Weighting(2.0))

@@ -12,8 +12,8 @@ from numba import njit
 from fiddler.kernels.codegen.jit import OPTIONS, kernel
 from fiddler.kernels.codegen.llvm import I32
 from fiddler.kernels.formats.block_format import Block, BlockFormat, Scales, nibbles
-from fiddler.kernels.formats.half_bits import to_half
-from fiddler.kernels.formats.rounding import range_codes, signed_codes
+from fiddler.kernels.formats.scale_search import encode_range, encode_signed
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q5_0", "Q5_1"]
 
@@ -53,26 +53,36 @@ def _store(codes: np.ndarray, block: np.ndarray, offset: int) -> None:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
-    """As `gguf.quants.Q5_0`, in every bit."""
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    """As `gguf.quants.Q5_0`, in every bit, or with a search by weights."""
     codes = np.empty(32, np.uint8)
     for i in range(values.size // 32):
         block = out[22 * i : 22 * i + 22]
-        to_half(signed_codes(values[32 * i : 32 * i + 32], 16, codes), block, 0)
+        encode_signed(values[32 * i : 32 * i + 32], weights[32 * i : 32 * i + 32], 16, block, codes)
         _store(codes, block, 2)
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode_range(values: np.ndarray, out: np.ndarray) -> None:
-    """As `gguf.quants.Q5_1`, in every bit."""
+def _encode_range(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    """As `gguf.quants.Q5_1`, in every bit, or with a search by weights."""
     codes = np.empty(32, np.uint8)
     for i in range(values.size // 32):
         block = out[24 * i : 24 * i + 24]
-        d, least = range_codes(values[32 * i : 32 * i + 32], 31, codes)
-        to_half(d, block, 0)
-        to_half(least, block, 2)
+        encode_range(values[32 * i : 32 * i + 32], weights[32 * i : 32 * i + 32], 31, block, codes)
         _store(codes, block, 4)
 
 
-Q5_0 = BlockFormat("q5_0", 32, 22, "q8", 32, 16, 31, _codes, _scale, _encode)
-Q5_1 = BlockFormat("q5_1", 32, 24, "q8", 32, 0, 31, _codes_behind_minimum, _scale_and_minimum, _encode_range)
+Q5_0 = BlockFormat("q5_0", 32, 22, "q8", 32, 16, 31, _codes, _scale, _encode, Weighting(1.0, whole_row=True))
+Q5_1 = BlockFormat(
+    "q5_1",
+    32,
+    24,
+    "q8",
+    32,
+    0,
+    31,
+    _codes_behind_minimum,
+    _scale_and_minimum,
+    _encode_range,
+    Weighting(1.0, whole_row=True),
+)

@@ -8,6 +8,7 @@ from llvmlite import ir
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.formats.block_format import Block, BlockFormat
 from fiddler.kernels.formats.k_scales import encode_scales, k_scales
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q5_K"]
 
@@ -24,11 +25,12 @@ def _codes(block: Block, group: int) -> ir.Value:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     codes = np.empty(256, np.uint8)
     for i in range(values.size // 256):
         block = out[176 * i : 176 * i + 176]
-        encode_scales(values[256 * i : 256 * i + 256], 31, -0.5, 15, block, codes)
+        own = weights[256 * i : 256 * i + 256]
+        encode_scales(values[256 * i : 256 * i + 256], own, 31, (-0.5, 0.1, 15), block, codes)
         for j in range(32):
             fifth = 0
             for group in range(8):
@@ -39,4 +41,4 @@ def _encode(values: np.ndarray, out: np.ndarray) -> None:
             block[48 + j] = codes[low] & 15 | (codes[low + 32] & 15) << 4
 
 
-Q5_K = BlockFormat("q5_k", 256, 176, "q8", 32, 0, 31, _codes, k_scales, _encode)
+Q5_K = BlockFormat("q5_k", 256, 176, "q8", 32, 0, 31, _codes, k_scales, _encode, Weighting(2.0))

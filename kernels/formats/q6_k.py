@@ -13,6 +13,7 @@ from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.formats.block_format import Block, BlockFormat, Scales
 from fiddler.kernels.formats.half_bits import to_half
 from fiddler.kernels.formats.rounding import nearest, search_signed
+from fiddler.kernels.formats.weighting import Weighting
 
 __all__ = ["Q6_K"]
 
@@ -33,13 +34,15 @@ def _scales(block: Block) -> Scales:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     scales, codes = np.empty(16, np.float32), np.zeros(256, np.uint8)
     for i in range(values.size // 256):
         x, block = values[256 * i : 256 * i + 256], out[210 * i : 210 * i + 210]
         extreme = np.float32(0)
         for g in range(16):
-            scales[g] = search_signed(x[16 * g : 16 * g + 16], 32)
+            part = x[16 * g : 16 * g + 16]
+            own = weights[256 * i + 16 * g : 256 * i + 16 * g + 16] if weights.size else part * part
+            scales[g] = search_signed(part, own, 32)
             if abs(scales[g]) > abs(extreme):
                 extreme = scales[g]
         block[:] = 0
@@ -64,4 +67,4 @@ def _encode(values: np.ndarray, out: np.ndarray) -> None:
                 block[128 + 32 * half + j] = upper
 
 
-Q6_K = BlockFormat("q6_k", 256, 210, "q8", 16, 32, 63, _codes, _scales, _encode)
+Q6_K = BlockFormat("q6_k", 256, 210, "q8", 16, 32, 63, _codes, _scales, _encode, Weighting(0.0, plain=True))

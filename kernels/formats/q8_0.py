@@ -22,7 +22,7 @@ def _scales(block: Block) -> Scales:
 
 
 @kernel(parallel=False, fastmath=False)
-def _encode(values: np.ndarray, out: np.ndarray) -> None:
+def _encode(values: np.ndarray, _weights: np.ndarray, out: np.ndarray) -> None:
     """As `gguf.quants.Q8_0`, in every bit."""
     for i in range(values.size // 32):
         x, block = values[32 * i : 32 * i + 32], out[34 * i : 34 * i + 34]

@@ -11,7 +11,7 @@ from numba import njit
 
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS
 
-__all__ = ["nearest", "range_codes", "search_range", "search_signed", "signed_codes"]
+__all__ = ["nearest", "range_codes", "search_positive", "search_range", "search_signed", "signed_codes"]
 
 _ONE = np.float32(1)
 
@@ -73,13 +73,19 @@ def nearest(value: np.float32, least: int, greatest: int) -> int:
 
 @njit(**OPTIONS, fastmath=FASTMATH)
 def search_range(
-    x: np.ndarray, weights: np.ndarray, largest: int, first: float, steps: int, absolute: bool, codes: np.ndarray
+    x: np.ndarray,
+    weights: np.ndarray,
+    largest: int,
+    candidates: tuple[float, float, int],
+    absolute: bool,
+    codes: np.ndarray,
 ) -> tuple[np.float32, np.float32]:
     """The scale and the minimum m (>= 0) for which scale * code - m is near x, codes 0 to `largest`.
 
-    first: of the candidates (largest + first + 0.1 * step) / range. absolute: sums absolute errors, not squares.
-    codes: float32, work space.
+    candidates: first, distance and number of steps: a step tries the scale range / (largest + first + distance * step).
+    absolute: sums absolute errors, not squares. codes: float32, work space.
     """
+    first, distance, steps = candidates
     least, greatest = min(x.min(), np.float32(0)), x.max()
     sum_w, sum_x = np.float32(0), np.float32(0)
     for i in range(x.size):
@@ -89,7 +95,7 @@ def search_range(
         return np.float32(0), -least
     best_scale, best_error = (greatest - least) / np.float32(largest), np.float32(np.inf)
     for step in range(-1, steps + 1):  # the first candidate is not refined; a better one's minimum is the next one's
-        inverse = np.float32(largest + (first + 0.1 * step if step >= 0 else 0.0)) / (greatest - least)
+        inverse = np.float32(largest + (first + distance * step if step >= 0 else 0.0)) / (greatest - least)
         sum_l, sum_l2, sum_xl = np.float32(0), np.float32(0), np.float32(0)
         for i in range(x.size):
             code = np.rint(min(max(inverse * (x[i] - least), np.float32(0)), np.float32(largest)))
@@ -116,8 +122,8 @@ def search_range(
 
 
 @njit(**OPTIONS, fastmath=FASTMATH)
-def search_signed(x: np.ndarray, half: int) -> np.float32:
-    """The scale for which scale * code is near x, codes -half to half - 1; errors are weighted by x * x."""
+def search_signed(x: np.ndarray, weights: np.ndarray, half: int) -> np.float32:
+    """The scale for which scale * code is near x, codes -half to half - 1."""
     extreme = np.float32(0)
     for value in x:
         if abs(value) > abs(extreme):
@@ -131,10 +137,48 @@ def search_signed(x: np.ndarray, half: int) -> np.float32:
         sum_xl, sum_l2 = np.float32(0), np.float32(0)
         for i in range(x.size):
             code = np.rint(min(max(inverse * x[i], np.float32(-half)), np.float32(half - 1)))
-            weight = x[i] * x[i]
-            sum_xl += weight * x[i] * code
-            sum_l2 += weight * code * code
+            sum_xl += weights[i] * x[i] * code
+            sum_l2 += weights[i] * code * code
         if sum_l2 > 0 and (step == -10 or sum_xl * sum_xl > best * sum_l2):
             best_scale = sum_xl / sum_l2
             best = best_scale * sum_xl
     return best_scale
+
+
+@njit(**OPTIONS, fastmath=FASTMATH)
+def search_positive(x: np.ndarray, weights: np.ndarray, largest: int) -> np.float32:
+    """The scale for which scale * code is near x (>= 0), codes 0 to `largest`.
+
+    The best of a few candidates; its codes then move one by one to the nearest of what least squares gives.
+    """
+    greatest = x.max()
+    if not greatest >= np.float32(1e-15):
+        return np.float32(0)
+    best_inverse, best_error = np.float32(0), np.float32(np.inf)
+    for step in range(-4, 5):
+        inverse = np.float32(largest + 0.1 * step) / greatest
+        error = np.float32(0)
+        for i in range(x.size):
+            difference = x[i] - np.rint(min(inverse * x[i], np.float32(largest))) / inverse
+            error += weights[i] * difference * difference
+        if error < best_error:
+            best_inverse, best_error = inverse, error
+    codes = np.empty(x.size, np.float32)
+    sum_xl, sum_l2 = np.float32(0), np.float32(0)
+    for i in range(x.size):
+        codes[i] = np.rint(min(best_inverse * x[i], np.float32(largest)))
+        sum_xl += weights[i] * x[i] * codes[i]
+        sum_l2 += weights[i] * codes[i] * codes[i]
+    for _ in range(5):
+        changed = False
+        for i in range(x.size):
+            xl, l2 = sum_xl - weights[i] * x[i] * codes[i], sum_l2 - weights[i] * codes[i] * codes[i]
+            if not (xl > 0 and l2 > 0):
+                continue
+            code = np.rint(min(x[i] * l2 / xl, np.float32(largest)))
+            xl, l2 = xl + weights[i] * x[i] * code, l2 + weights[i] * code * code
+            if code != codes[i] and xl * xl * sum_l2 > sum_xl * sum_xl * l2:
+                codes[i], sum_xl, sum_l2, changed = code, xl, l2, True
+        if not changed:
+            break
+    return sum_xl / sum_l2 if sum_l2 > 0 else np.float32(0)

@@ -27,6 +27,22 @@ GGML_ERRORS = {
     "iq4_nl": 0.07624,
     "iq4_xs": 0.07685,
 }
+# the same with importances of the columns (`importances`), the errors weighted by them
+GGML_WEIGHTED_ERRORS = {
+    "q8_0": 0.00535,
+    "q4_0": 0.07136,
+    "q4_1": 0.05511,
+    "q5_0": 0.03539,
+    "q5_1": 0.02673,
+    "q2_k": 0.19910,
+    "q3_k": 0.12075,
+    "q4_k": 0.05634,
+    "q5_k": 0.02938,
+    "q6_k": 0.01464,
+    "iq4_nl": 0.06355,
+    "iq4_xs": 0.06446,
+    "mxfp4": 0.11406,
+}
 
 
 def kind_of(name):
@@ -41,6 +57,15 @@ def dequantised(stored, name):
 
 def normal_weights(rows=256):
     return (np.random.default_rng(1).standard_normal((rows, 2048)) * 0.02).astype(np.float32)
+
+
+def importances():
+    return np.exp(1.5 * np.random.default_rng(2).standard_normal(2048)).astype(np.float32)
+
+
+def weighted_error(name, values, importance, given):
+    decoded = dequantised(BLOCK_FORMATS[name].encode(values, given), name)
+    return np.sqrt((importance * (decoded - values) ** 2).sum() / (importance * values**2).sum())
 
 
 def assert_same_bits(actual, expected):
@@ -87,6 +112,29 @@ def test_types_with_a_search_lose_no_more_than_two_per_cent_above_llama_cpp(name
     decoded = dequantised(BLOCK_FORMATS[name].encode(values), name)
     error = np.linalg.norm(decoded - values) / np.linalg.norm(values)
     assert 0.9 * GGML_ERRORS[name] < error < 1.02 * GGML_ERRORS[name]
+
+
+@pytest.mark.parametrize("name", GGML_WEIGHTED_ERRORS)
+def test_with_importances_no_type_loses_more_than_two_per_cent_above_llama_cpp(name):
+    values, importance = normal_weights(), importances()
+    error = weighted_error(name, values, importance, np.broadcast_to(importance, values.shape))
+    assert 0.98 * GGML_WEIGHTED_ERRORS[name] < error < 1.02 * GGML_WEIGHTED_ERRORS[name]
+    if name not in ("q8_0", "mxfp4"):
+        assert error < 0.9 * weighted_error(name, values, importance, None)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_weights_without_importance_and_values_that_are_no_numbers_leave_other_blocks_as_they_are(name):
+    values, importance = normal_weights(4), np.broadcast_to(importances(), (4, 2048)).copy()
+    clean = dequantised(BLOCK_FORMATS[name].encode(values, importance), name)
+    values[1, 0], values[2, 0], values[3, 0] = np.nan, np.inf, 0
+    importance[3, :256] = 0
+    decoded = dequantised(BLOCK_FORMATS[name].encode(values, importance), name)
+    assert np.isfinite(decoded[3]).all()
+    np.testing.assert_array_equal(decoded[0], clean[0])
+    others = decoded[1:, 256:], clean[1:, 256:]
+    # Q4_0 to Q5_1 weight by the whole row's mean square, which lacks a value there
+    assert np.linalg.norm(others[0] - others[1]) < 0.01 * np.linalg.norm(others[1])
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)

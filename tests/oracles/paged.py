@@ -13,7 +13,9 @@ def to_pool(keys, values, per_block, seed=0):
     counts = [-(-sequence.shape[2] // per_block) for sequence in keys]
     numbers = np.random.default_rng(seed).permutation(sum(counts) + 3)[: sum(counts)].astype(np.int64)
     layers, groups, _, head_dim = keys[0].shape
-    pool = np.full((sum(counts) + 3, layers, 2, groups, per_block, head_dim), 0x7FC0, keys[0].dtype)
+    pool = np.full((sum(counts) + 3, layers, 2, groups, per_block, head_dim), 0xFF, keys[0].dtype)
+    if pool.dtype == np.uint16:
+        pool[:] = 0x7FC0
     if pool.dtype == np.float32:
         pool[:] = np.nan
     tables = np.split(numbers, np.cumsum(counts)[:-1])

@@ -144,7 +144,11 @@ def test_a_file_that_is_no_prompt_cache_is_refused_and_left_alone(model, tmp_pat
 def test_a_prompt_cache_of_another_model_or_precision_is_refused(model, cache_file, tmp_path):
     other = write_random_mixtral(tmp_path / "other.gguf", seed=1)
     assert_refused(loaded(other), cache_file, "is another model's prompt cache; delete it or name another file")
-    assert_refused(loaded(model, "fast"), cache_file, "32-bit numbers, and this --precision takes 16")
+    assert_refused(
+        loaded(model, "fast"),
+        cache_file,
+        "prompt cache of float32, and this --precision or --cache-type-k takes float16",
+    )
 
 
 def test_fingerprints_tell_models_apart(model, tmp_path):
@@ -169,7 +173,7 @@ def with_header(data, **changes):
     "changes, message",
     [
         ({"version": 2}, "of version 2, this is 1; delete it"),
-        ({"itemsize": 8}, "64-bit numbers"),
+        ({"itemsize": 8}, "prompt cache of 8, and"),
         ({"layers": 2**32 - 1}, "another model's"),
         ({"heads": 0}, "another model's"),
         ({"head_dim": 2**31}, "another model's"),
