@@ -140,7 +140,6 @@ def load_engine(
         raise RequestError(options.no_gpu_cache)
     if gpu:
         kernels.precompile({variant for layer in experts for variant in layer.variants}, notify)
-    if gpu:
         pinned = pinned or _pin(model_file)
         loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)
         if not isinstance(loaded, str):

@@ -123,8 +123,10 @@ def on_gpu(
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
-    used = f"{shown(budget.used())} of {shown(budget.total)} used"
-    return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
+    summary = (
+        f"{torch.cuda.get_device_name(device)}, {resident} on it, {shown(budget.used())} of {shown(budget.total)} used"
+    )
+    return GpuModel(runner, orchestrator, summary)
 
 
 def _no_experts(layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
@@ -204,18 +206,18 @@ def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped
     """Triton's kernels for several tokens, where Triton runs."""
     if triton_kernels is None:
         return None
-    from fiddler.offload import grouped_kernels
+    from fiddler.offload.grouped_kernels import Grouped as TritonGrouped
 
-    return grouped_kernels.Grouped(device)
+    return TritonGrouped(device)
 
 
 def _router(triton_kernels: ModuleType | None) -> Router:
     """Triton's router, where Triton runs."""
     if triton_kernels is None:
         return route
-    from fiddler.gpu import router_kernels
+    from fiddler.gpu.router_kernels import route as triton_route
 
-    return router_kernels.route
+    return triton_route
 
 
 def _least_blocks(context: int) -> int:
