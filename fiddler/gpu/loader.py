@@ -123,10 +123,8 @@ def on_gpu(
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
-    summary = (
-        f"{torch.cuda.get_device_name(device)}, {resident} on it, {shown(budget.used())} of {shown(budget.total)} used"
-    )
-    return GpuModel(runner, orchestrator, summary)
+    used = f"{shown(budget.used())} of {shown(budget.total)} used"
+    return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
 
 
 def _no_experts(layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
@@ -156,12 +154,11 @@ def _orchestrated(
     costs, threads = _NO_COSTS, options.threads
     if layout.slots:
         costs, threads = _costs(experts, ring, options, k, grouped, reports.notify)
-    threads = kernels.set_threads(threads)
     placement = place(len(experts), len(experts[0].gate), layout.residents, counts)
     sizes = [weights.expert_bytes for weights in experts]
     placement = within(placement, sizes, layout.residents * mean_expert_bytes(experts), counts)
     residents = _load_residents(experts, placement, ring, reports.progress)
-    limits = layout.chunk, _WORKSPACE_BYTES
+    limits, threads = (layout.chunk, _WORKSPACE_BYTES), kernels.set_threads(threads)
     return Orchestrator(experts, residents, ring, costs, *limits, reports.recorder, grouped), threads
 
 
