@@ -47,7 +47,8 @@ class TargetTensor:
 
     def of_rows(self, values: NDArray[np.float32], first: int, start: int, stop: int) -> NDArray[np.float32]:
         """Of values [E, K], one row for each matrix of the tensor, those of its rows first + start to first + stop."""
-        rows: NDArray[np.float32] = values[np.arange(first + start, first + stop) // self.shape[-2]]
+        matrices: NDArray[np.intp] = np.arange(first + start, first + stop) // self.shape[-2]
+        rows: NDArray[np.float32] = values[matrices]
         return rows
 
     @property

@@ -136,9 +136,8 @@ def load_engine(
     experts = mapped_experts(model_file, tier, exact=options.exact)
     if options.of_gpu_only and not has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
-    if gpu and options.cache_type_k is not None:
-        raise RequestError(options.no_gpu_cache)
     if gpu:
+        options.check_gpu_cache()
         kernels.precompile({variant for layer in experts for variant in layer.variants}, notify)
         pinned = pinned or _pin(model_file)
         loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)

@@ -76,7 +76,14 @@ class Arguments:
             if message.startswith(f"Input should be a valid {kind}"):
                 message = f"{_quoted(value)} is no {'whole number' if kind == 'integer' else kind}"
         message = message.replace("Input should be", f"{_quoted(value)} must be")
-        instead = next((text for (o, v), text in VALUES.items() if o == option and re.fullmatch(v, value, re.I)), None)
+        instead = next(
+            (
+                text
+                for (o, v), text in VALUES.items()
+                if o in self._options[option].opts and re.fullmatch(v, value, re.I)
+            ),
+            None,
+        )
         names = " / ".join(self._options[option].opts)
         return f"{names}: {message}" + (f"; {instead}" if instead else "")
 

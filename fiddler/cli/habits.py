@@ -69,8 +69,10 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("--dtype", "i?q\\d.*|tq\\d.*|int\\d|fp8.*|mxfp4|nf4"): "give --type, as --type Q4_K_M, in its place",
     ("--device", "gpu|nvidia|cuda:.*|\\d+"): "give cuda; CUDA_VISIBLE_DEVICES chooses which",
     ("--precision", "(fp|float|f)32|full"): "give exact",
-    ("--cache-type-[kv]", "bf16|(fp|float)16|half"): "give f16",
-    ("--cache-type-[kv]", "i?q[45].*|fp8.*|int8"): "give q8_0",
+    ("--cache-type-k", "bf16|(fp|float)16|half"): "give f16",
+    ("--cache-type-v", "bf16|(fp|float)16|half"): "give f16",
+    ("--cache-type-k", "i?q[45].*|fp8.*|int8"): "give q8_0",
+    ("--cache-type-v", "i?q[45].*|fp8.*|int8"): "give q8_0",
     ("--precision", "bf16|f16|(fp|float|bfloat)16|half"): "give fast",
 }
 """What to give instead of values of other programs, by option and regular expression."""
