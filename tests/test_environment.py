@@ -91,6 +91,17 @@ def test_cpu_names_are_refused_where_llvm_complains():
     assert complained == {"nonsense", "zn4", "ZNVER4"}
 
 
+@pytest.mark.parametrize(
+    "name", ["MININTERVAL", "MINITERS", "TOTAL", "NCOLS", "INITIAL", "UNIT_DIVISOR", "UNIT", "DISABLE"]
+)
+def test_settings_of_progress_bars_are_refused_where_tqdm_cannot_be_imported(name):
+    for value in ("1", "x", "", "1.5", "-1", "nan"):
+        environment = {"PATH": os.environ["PATH"], f"TQDM_{name}": value}
+        command = [sys.executable, "-I", "-c", "import tqdm"]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert is_refused(f"TQDM_{name}", value) is (done.returncode != 0), (value, done.stderr)
+
+
 def is_refused(name, value):
     try:
         check_environment({name: value})
