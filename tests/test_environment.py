@@ -102,6 +102,12 @@ def test_settings_of_progress_bars_are_refused_where_tqdm_cannot_be_imported(nam
         assert is_refused(f"TQDM_{name}", value) is (done.returncode != 0), (value, done.stderr)
 
 
+def test_a_package_that_cannot_be_imported_is_named_in_one_line():
+    """As torch with nonsense in its own variables, of which there are too many to know."""
+    done = run("run", "-p", "x", "-n", "1", env=os.environ | {"TORCH_LOGS": "nonsense"})
+    fails_in_one_line(done, "torch cannot be imported: Invalid log settings: nonsense")
+
+
 def is_refused(name, value):
     try:
         check_environment({name: value})
