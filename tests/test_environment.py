@@ -40,6 +40,9 @@ NONSENSE = [
 ]
 
 OPENMP = {
+    "GOMP_STACKSIZE": ["4096", "4M", "x"],
+    "OMP_MAX_ACTIVE_LEVELS": ["0", "2", "x", "-1"],
+    "OMP_NESTED": ["true", "x"],
     "OMP_DYNAMIC": ["true", "FALSE ", "x", "2", ""],
     "OMP_CANCELLATION": ["false", "yes"],
     "OMP_DISPLAY_AFFINITY": ["false", "on"],
