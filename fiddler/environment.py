@@ -1,8 +1,8 @@
-"""Environment variables that the kernels' compiler and threads read: nonsense is refused before either starts.
+"""Environment variables that compiler, threads and progress bars read: nonsense is refused before any of them starts.
 
-Numba answers a value that it cannot read with a traceback and its default, LLVM by ending the process, and OpenMP with
-a line of its own. Knows names and values; imports nothing heavy. `FIDDLER_KERNEL` and `FIDDLER_TUNING` are checked
-where the tiers and the tuning rows are known, in `fiddler.kernels.machine`.
+Numba answers a value that it cannot read with a traceback and its default, LLVM by ending the process, OpenMP with a
+line of its own, and tqdm cannot be imported. Knows names and values; imports nothing heavy. `FIDDLER_KERNEL` and
+`FIDDLER_TUNING` are checked where the tiers and the tuning rows are known, in `fiddler.kernels.machine`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,14 @@ def _like(pattern: str) -> Callable[[str], bool]:
     return lambda value: len(value) < 4096 and bool(form.fullmatch(value))
 
 
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 _POSITIVE: _Rule = (_whole(1), "a number from 1")
 _BOOLEAN: _Rule = (_like("true|false"), "true or false")
 _RULES: Mapping[str, _Rule] = {
@@ -69,6 +77,9 @@ _RULES: Mapping[str, _Rule] = {
     "OMP_NUM_THREADS": (_counts, "a number from 1"),
     "OMP_THREAD_LIMIT": _POSITIVE,
     "OMP_STACKSIZE": (lambda value: bool(_STACK.fullmatch(value)), "a size in KiB, as 4096 or 4M"),
+    "GOMP_STACKSIZE": (lambda value: bool(_STACK.fullmatch(value)), "a size in KiB, as 4096 or 4M"),
+    "OMP_MAX_ACTIVE_LEVELS": (_whole(0), "a whole number"),
+    "OMP_NESTED": _BOOLEAN,
     "OMP_DYNAMIC": _BOOLEAN,
     "OMP_CANCELLATION": _BOOLEAN,
     "OMP_DISPLAY_AFFINITY": _BOOLEAN,
@@ -102,14 +113,22 @@ _SWITCHES = """BOUNDSCHECK ALWAYS_WARN_UNINIT_VAR DEBUG DEBUG_ARRAY_OPT DEBUG_AR
     PARFOR_MAX_TUPLE_SIZE SHOW_HELP SLP_VECTORIZE TRACE"""
 """Numba's whole numbers that nothing here depends on; it answers others than numbers with a traceback."""
 
+_BAR_NUMBERS = ("DELAY", "MAXINTERVAL", "MININTERVAL", "MINITERS", "SMOOTHING", "TOTAL")
+_BAR_COUNTS = ("INITIAL", "NCOLS", "NROWS", "POSITION", "UNIT_DIVISOR")
+"""Settings of progress bars: tqdm cannot be imported where they are no numbers (`envwrap` in tqdm/utils.py)."""
+
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     """Raise RequestError, one line that names the variable, where a value makes no sense.
 
     Sources: Numba's reference of environment variables; OpenMP 5.2, chapter 21.
     """
-    number: _Rule = (_whole(-(1 << 31)), "a whole number")
-    for name, (fits, allowed) in _RULES.items() | {(f"NUMBA_{switch}", number) for switch in _SWITCHES.split()}:
+    whole: _Rule = (_whole(-(1 << 31)), "a whole number")
+    rules = dict(_RULES) | {f"NUMBA_{switch}": whole for switch in _SWITCHES.split()}
+    rules |= {f"TQDM_{name}": whole for name in _BAR_COUNTS} | {
+        f"TQDM_{name}": (_is_number, "a number") for name in _BAR_NUMBERS
+    }
+    for name, (fits, allowed) in rules.items():
         value = environment.get(name)
         if value is not None and not fits(value):
             raise RequestError(f"{name} is {quoted(value)} in the environment; unset it, or give {allowed}")

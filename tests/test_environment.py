@@ -40,6 +40,9 @@ NONSENSE = [
 ]
 
 OPENMP = {
+    "GOMP_STACKSIZE": ["4096", "4M", "x"],
+    "OMP_MAX_ACTIVE_LEVELS": ["0", "2", "x", "-1"],
+    "OMP_NESTED": ["true", "x"],
     "OMP_DYNAMIC": ["true", "FALSE ", "x", "2", ""],
     "OMP_CANCELLATION": ["false", "yes"],
     "OMP_DISPLAY_AFFINITY": ["false", "on"],
@@ -89,6 +92,23 @@ def test_cpu_names_are_refused_where_llvm_complains():
     complained = {line.split("'")[1] for line in done.stderr.splitlines() if "not a recognized processor" in line}
     assert complained == {name for name in names if is_refused("NUMBA_CPU_NAME", name)}
     assert complained == {"nonsense", "zn4", "ZNVER4"}
+
+
+@pytest.mark.parametrize(
+    "name", ["MININTERVAL", "MINITERS", "TOTAL", "NCOLS", "INITIAL", "UNIT_DIVISOR", "UNIT", "DISABLE"]
+)
+def test_settings_of_progress_bars_are_refused_where_tqdm_cannot_be_imported(name):
+    for value in ("1", "x", "", "1.5", "-1", "nan"):
+        environment = {"PATH": os.environ["PATH"], f"TQDM_{name}": value}
+        command = [sys.executable, "-I", "-c", "import tqdm"]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert is_refused(f"TQDM_{name}", value) is (done.returncode != 0), (value, done.stderr)
+
+
+def test_a_package_that_cannot_be_imported_is_named_in_one_line():
+    """As torch with nonsense in its own variables, of which there are too many to know."""
+    done = run("run", "-p", "x", "-n", "1", env=os.environ | {"TORCH_LOGS": "nonsense"})
+    fails_in_one_line(done, "torch cannot be imported: Invalid log settings: nonsense")
 
 
 def is_refused(name, value):

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -72,6 +73,9 @@ def main() -> NoReturn:
     except MemoryError as error:
         _fail(error, "out of memory; close other programs or lower --ctx")
     except Exception as error:
+        if package := _not_imported(error):
+            remedy = "look at the environment variables that it reads, or install it again"
+            _fail(error, f"{package} cannot be imported: {error}; {remedy}")
         _fail(error, f"internal: {type(error).__name__}: {error} (set FIDDLER_TRACEBACK=1 and report this)")
     _leave(0)
 
@@ -113,6 +117,14 @@ def inspect(
         print(json.dumps(description, indent=2))
     else:
         print(to_text(description))
+
+
+def _not_imported(error: BaseException) -> str | None:
+    """The package, not ours, that was being imported when `error` was raised; None if none was."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (frame.f_globals.get("__name__", "") for frame, _ in frames if frame.f_code.co_name == "<module>")
+    packages = (name.partition(".")[0] for name in names)
+    return next((package for package in packages if package not in ("fiddler", "__main__")), None)
 
 
 def _fail(error: BaseException, message: str) -> NoReturn:
