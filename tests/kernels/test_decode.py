@@ -162,7 +162,7 @@ def steps(runner, batch_size):
     for n, sequence in enumerate(sequences):
         runner.prefill(sequence, list(range(3, 5 + 7 * n)))
     for token in range(4):
-        results += runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])
+        results += runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])[:2]
     assert [sequence.length for sequence in sequences] == [2 + 7 * n + 4 for n in range(batch_size)]
     return results
 
@@ -177,7 +177,7 @@ def test_the_compiled_step_gives_the_bits_of_the_step_in_torch(engine, batch_siz
 
 def test_the_logits_of_a_compiled_step_stay_while_later_steps_run(engine):
     runner, sequence = engine.runner, engine.runner.sequence()
-    hidden, logits = runner.step([(sequence, [5])])
+    hidden, logits, _ = runner.step([(sequence, [5])])
     copy = logits.clone()
     runner.step([(sequence, [7])])[1].zero_()
     assert torch.equal(logits, copy)
@@ -199,7 +199,7 @@ def test_threads_that_share_a_runner_get_their_own_results(engine):
         sequences = [runner.sequence() for _ in range(batch_size)]
         results = []
         for token in range(40):
-            results += runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])
+            results += runner.step([(sequence, [token + n]) for n, sequence in enumerate(sequences)])[:2]
         return results
 
     expected, before = {batch_size: many(batch_size) for batch_size in (1, 9)}, sys.getswitchinterval()
