@@ -15,6 +15,7 @@ more threads or descriptors at most.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import statistics
 import sys
@@ -104,6 +105,8 @@ def main() -> None:
         else EngineWork(arguments.model, arguments.threads)
     )
     pid = work.process.pid if isinstance(work, ServerWork) else os.getpid()
+    if isinstance(work, ServerWork):
+        atexit.register(work.process.__exit__)  # where a round fails
     texts, rows = work.texts(), list[Usage]()
     print("| minute | requests | anonymous | KV caches | rest | children, MiB | threads | descriptors |", flush=True)
     print("|---|---|---|---|---|---|---|---|", flush=True)

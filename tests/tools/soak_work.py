@@ -185,7 +185,7 @@ class ServerWork:
         return int(float(next(line.split()[1] for line in lines if line.startswith("fiddler_kv_cache_bytes "))))
 
     def close(self) -> None:
-        """End the server, which must have said nothing on stderr."""
+        """End the server, which must have said nothing of errors on stderr."""
         assert self.process.stop() == 0, self.process.errors
         assert "error" not in self.process.errors, self.process.errors
 
