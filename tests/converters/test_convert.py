@@ -264,7 +264,7 @@ def test_interleaved_rows_rotate_as_transformers_rotates(heads, head_dim):
 def test_the_size_of_the_pieces_does_not_change_the_file(tmp_path, monkeypatch):
     """Tensors converted whole or row by row give the same file."""
     convert(TINY, tmp_path / "whole.gguf", "f16")
-    monkeypatch.setattr("fiddler.converters.conversion._PIECE", 100)
+    monkeypatch.setattr("fiddler.converters.tensor_data._PIECE", 100)
     convert(TINY, tmp_path / "rows.gguf", "f16")
     assert (tmp_path / "rows.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
