@@ -68,7 +68,7 @@ def test_decode_steps_of_several_sequences_give_the_same_bits(paths, precision, 
         for n, sequence in enumerate(sequences):
             runner.prefill(sequence, ids_of(2 + n, n))
         for token in range(4):
-            outputs += runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])
+            outputs += runner.step([(sequence, [10 * n + token]) for n, sequence in enumerate(sequences)])[:2]
         runs.append(outputs)
     equal(runs)
 
@@ -81,7 +81,7 @@ def test_residents_streamed_rows_and_the_cpus_rows_give_the_same_bits(paths, pla
         runner, outputs = runner_of_both_sides(path, SILENT, placed, rows=rows), []
         sequence = runner.sequence()
         for length in (1, 30, 90, 1):
-            outputs += runner.step([(sequence, ids_of(length, length))])
+            outputs += runner.step([(sequence, ids_of(length, length))])[:2]
         runs.append(outputs)
     equal(runs)
 
