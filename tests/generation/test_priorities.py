@@ -161,7 +161,7 @@ def test_an_unexpected_error_of_one_request_ends_this_one_only(demo, runner):
 class _Wedged:
     finished, log_probs = False, ()
 
-    def __call__(self, logits, tokens):
+    def __call__(self, logits, tokens, largest):
         return 1 // 0
 
 

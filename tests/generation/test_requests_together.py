@@ -164,7 +164,11 @@ def test_two_beam_searches_share_the_steps(engine, monkeypatch):
         engine.start_beams(Request(prompt, max_tokens=10, ignore_eos=True), BeamOptions(3)) for prompt in (STORY, PARK)
     ]
     expected = [search.run() for search in searches]
-    monkeypatch.setattr(engine.runner, "step", lambda inputs, *rest: sizes.append(len(inputs)) or step(inputs, *rest))
+    monkeypatch.setattr(
+        engine.runner,
+        "step",
+        lambda inputs, *rest, **options: sizes.append(len(inputs)) or step(inputs, *rest, **options),
+    )
     found = together(engine, searches)
     assert sizes == [2, *[6] * 9]
     assert [[beam.text for beam in each.beams] for each in found] == [[beam.text for beam in b] for b in expected]

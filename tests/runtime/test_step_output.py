@@ -40,7 +40,7 @@ def step(runner, parts, wanted=None, **options):
 def test_a_steps_logits_are_those_of_its_hidden_states(engine, monkeypatch, parts, wanted, compiled):
     if not compiled:
         monkeypatch.setattr(engine.runner, "_decoder", None)
-    hidden, logits = step(engine.runner, parts, wanted)
+    hidden, logits, _ = step(engine.runner, parts, wanted)
     rows = sum(map(len, parts)) if wanted is None else len(wanted)
     assert hidden.shape == (rows, engine.config.embedding_length)
     assert logits.shape == (rows, engine.config.vocab_size)

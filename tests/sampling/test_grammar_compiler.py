@@ -27,7 +27,7 @@ GRAMMARS = {
     "two megabytes": ('start: "' + "a" * 2_000_000 + '"', "has 2000009 characters; at most 1048576"),
 }
 SCHEMAS = {
-    "a constant": {"const": {f"k{index}": list(range(10)) for index in range(15_000)}},
+    "a constant": {"const": {f"k{index}": list(range(10)) for index in range(22_000)}},
     "properties": {"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(15_000)}},
     "a product": {"allOf": [{"anyOf": [{"pattern": f"^{a}*{b}"} for b in "abcdefgh"]} for a in "klmnopqrst"]},
     "two megabytes": {"const": "a" * 2_000_000},
