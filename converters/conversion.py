@@ -161,8 +161,10 @@ def _without_importance(weights: ImportanceMatrix, tensors: list[TargetTensor]) 
 
 
 def _check_options(dtype: object, quantisation: object, imatrix: object, force: object) -> None:
-    if imatrix is not None and quantisation is None:
-        raise RequestError(f"the importance matrix {quoted(str(imatrix))} is for a quantised type; give --type, too")
+    if imatrix is not None:
+        path = path_of("the importance matrix", imatrix)
+        if quantisation is None:
+            raise RequestError(f"the importance matrix {quoted(str(path))} is for a quantised type; give --type, too")
     if dtype is not None and quantisation is not None:
         raise RequestError(f"dtype is {quoted(dtype)} and the quantised type {quoted(quantisation)}; give one of them")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in get_args(Dtype)):
