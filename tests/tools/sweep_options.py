@@ -69,7 +69,7 @@ COMMANDS = {
     "run": "run MODEL -p Once -n 1 --device cpu",
     "batch": "batch IN OUT -m MODEL -n 1 --device cpu",
     "bench": "bench MODEL -p 1 -n 0 -r 1 --device cpu",
-    "perplexity": "perplexity MODEL -f IN -c 8 --device cpu",
+    "perplexity": "perplexity MODEL -f IN -c 8 --chunks 1 --device cpu",
     "convert": "convert TINY OUT --force",
     "quantize": "quantize MODEL OUT --type Q8_0 --force",
     "inspect": "inspect MODEL",
@@ -151,7 +151,7 @@ def fault(code, errors, *, again=False):
     lines = errors.strip().splitlines()
     if "internal:" in errors or "Traceback" in errors or code not in (0, 1, 2, 130, REACHED):
         return "internal" if "internal:" in errors else f"{code}"
-    if len(errors) > LONGEST:
+    if code and len(errors) > LONGEST:
         return "too long a line"
     if code == 2 and again:
         return "a usage error after the import of torch"
