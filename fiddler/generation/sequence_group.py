@@ -23,15 +23,15 @@ class RunningSequence:
     """Tokens so far; `cache`, if any, holds the first of them, and the next steps compute the others.
 
     `logits`: float32 [V] after the last token, once all are computed; None while some are not. `largest`: see
-    `StepOutput`; -2 where it is not known. `greedy`: the token
-    after `tokens` will be that of the largest logit, and others will follow it, if the text goes on.
+    `StepOutput`; -1, too, where it is not known. `greedy`: the token after `tokens` will be that of the largest logit,
+    and others will follow it, if the text goes on.
     """
 
     __slots__ = ("cache", "greedy", "largest", "logits", "tokens")
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
-        self.greedy, self.largest = False, -2
+        self.greedy, self.largest = False, -1
         self.cache: KVCache | None = None
         self.logits: np.ndarray | None = None
 

@@ -55,4 +55,4 @@ def compute(runner: Runner, sequences: Sequence[RunningSequence], counts: Sequen
         raise
     assert logits is not None
     for i, (sequence, row) in enumerate(zip(complete, logits.numpy(), strict=True)):
-        sequence.logits, sequence.largest = row, -2 if largest is None else int(largest[i])
+        sequence.logits, sequence.largest = row, -1 if largest is None else int(largest[i])
