@@ -92,10 +92,10 @@ def read_hf_config(folder: Path) -> HfConfig:
             rms_epsilon=keys.real("rms_norm_eps", keys.family.epsilon),
             rope_freq_base=rope_theta(keys),
             rope_dimension_count=None if rotated == head_dim else rotated,
-            rope_scaling=rope_scaling(keys, rotated, context),
             latent=latent,
             **_parts(keys),
         )
+        config = replace(config, rope_scaling=rope_scaling(keys, config.rotated, context))  # once widths are checked
     except FileFormatError as error:
         raise keys.error(str(error)) from None
     further = keys.optional_integer("num_nextn_predict_layers") or keys.optional_integer("num_mtp_layers") or 0

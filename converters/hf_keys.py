@@ -11,6 +11,7 @@ from fiddler.errors import CheckpointError, quoted
 __all__ = ["HfKeys"]
 
 _LARGEST_REAL, _SMALLEST_REAL = 3.4e38, 1.4e-45
+_INTEGERS = 1 << 32  # none is as large: GGUF holds them in 32 bits
 
 
 class HfKeys:
@@ -85,6 +86,8 @@ class HfKeys:
         value = self.values.get(self.name(key), self.family.defaults.get(key))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise self.error(f"{self.name(key)} is {quoted(value, 40)}; it must be an integer")
+        if value is not None and abs(value) >= _INTEGERS:
+            raise self.error(f"{self.name(key)} is {quoted(value, 40)}; it must be below 2**32")
         return value
 
     def real(self, key: str, default: float) -> float:

@@ -32,6 +32,7 @@ _TOGETHER = (  # optional tensors that a model has all of, or none
     (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
     (Role.QUERY_DOWN, Role.QUERY_DOWN_NORM, Role.QUERY_UP),
 )
+_MAX_ROTATED = 1 << 16  # elements of a head: each pair has a frequency
 _MAX_DIMENSION = 1 << 24  # keeps the product of any three dimensions far from 2**63
 
 
@@ -139,8 +140,9 @@ class Config:
 
     def _check_rope(self) -> None:
         rotated, base, scaling = self.rotated, self.rope_freq_base, self.rope_scaling
-        if rotated % 2 or not 2 <= rotated <= self.head_dim:
-            raise FileFormatError(f"rope.dimension_count is {rotated}; it must be even, and at most {self.head_dim}")
+        most = min(self.head_dim, _MAX_ROTATED)
+        if rotated % 2 or not 2 <= rotated <= most:
+            raise FileFormatError(f"rope.dimension_count is {rotated}; it must be even, and at most {most}")
         if not (math.isfinite(base) and base > 0.0):
             raise FileFormatError(f"rope.freq_base is {base}; it must be positive")
         if scaling is None:

@@ -22,7 +22,7 @@ __all__ = ["byte_level_pieces", "is_byte_level"]
 
 _Refused = Callable[[str], CheckpointError]
 _BREAKS = str.maketrans({"\r": r"\r", "\n": r"\n"})  # some files hold the characters themselves
-_POST_PROCESSORS = {"ByteLevel", "TemplateProcessing"}
+_POST_PROCESSORS = ("ByteLevel", "TemplateProcessing")  # a type in the file may be no text: no set
 
 
 def is_byte_level(root: Mapping[str, object]) -> bool:

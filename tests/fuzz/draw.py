@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["INTERESTING", "Draw", "changed_json", "words"]
+__all__ = ["INTERESTING", "KINDS", "Draw", "changed_json", "each_value_changed", "words"]
 
 T = TypeVar("T")
 
@@ -19,6 +19,8 @@ INTERESTING: tuple[object, ...] = (
     *([], [[]], {}, {"a": {}}, [0], [None], [1, 2, 3], ["a", "b"], [{"type": "text", "text": "a"}]),
 )
 """JSON values at which code may stumble."""
+KINDS: tuple[object, ...] = (None, True, -1, 1.5, 10**400, float("inf"), "a", "\ud800", [], [[]], {}, {"a": {}})
+"""One JSON value of each kind that code may take for another."""
 
 
 class Draw:
@@ -81,6 +83,30 @@ def changed_json(draw: Draw, root: dict[str, object], keys: Sequence[str] = ()) 
         else:
             parent[key] = draw.value()
     return root
+
+
+def each_value_changed(root: Any, kinds: Sequence[object] = KINDS) -> Iterator[tuple[str, Any]]:
+    """Every document with one value of `root` replaced by one of `kinds`, or left out; and which. Of lists and objects
+    of more than 80 values the first two and the last."""
+    for number, (_, key) in enumerate(_places(root)):
+        for value in (*kinds, ...):
+            changed = deepcopy(root)
+            parent, _ = _places(changed)[number]
+            if value is ...:
+                del parent[key]
+            else:
+                parent[key] = deepcopy(value)
+            yield f"{key} -> {'left out' if value is ... else repr(value)[:20]}", changed
+
+
+def _places(node: Any) -> list[tuple[Any, Any]]:
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    places = []
+    for key in keys if len(keys) <= 80 else (*keys[:2], keys[-1]):
+        places.append((node, key))
+        if isinstance(node[key], dict | list):
+            places += _places(node[key])
+    return places
 
 
 def words(name: str) -> tuple[str, ...]:

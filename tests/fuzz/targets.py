@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fiddler.converters.checkpoint import Checkpoint
 from fiddler.converters.tokenizer.pieces import read_tokenizer_model
-from fiddler.converters.tokenizer.tokenizer_json import TokenizerJson
+from fiddler.converters.tokenizer.vocabulary import read_vocabulary
 from fiddler.errors import FiddlerError
 from fiddler.files.inspection import describe, to_text
 from fiddler.files.model_file import ModelFile
@@ -28,19 +26,16 @@ from fiddler.serving.http.conversations import conversation_of
 from fiddler.serving.http.responses_input import responses_conversation, responses_settings
 from fiddler.serving.json_fields import parse_object
 from fiddler.serving.request_fields import settings_of
+from fuzz.checkpoints import checkpoint, checkpoint_seeds
 from fuzz.draw import Draw, changed_json
 from fuzz.http_target import REQUESTS, http
+from fuzz.small_tokenizers import SMALL, VOCABULARY
 from fuzz.text_targets import TEXT_RUNS, TEXT_SEEDS
 from oracles.small_families import GOOD, drafted
 
 __all__ = ["TARGETS", "Target", "opened"]
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
-CONFIG_KEYS = (
-    *("model_type", "rope_scaling", "rope_parameters", "sliding_window", "num_experts", "num_local_experts", "n_group"),
-    *("moe_intermediate_size", "norm_topk_prob", "n_shared_experts", "first_k_dense_replace", "q_lora_rank"),
-    *("quantization_config", "head_dim", "attention_bias", "tie_word_embeddings", "torch_dtype", "hidden_act"),
-)
 
 
 def opened(path: Path) -> ModelFile:
@@ -85,55 +80,40 @@ def _gguf_seeds() -> list[bytes]:
     return [drafted(family, byte_level=byte_level).to_bytes() for family in GOOD for byte_level in (False, True)]
 
 
-def _folder(folder: Path) -> Path:
-    target = folder / "hf"
-    if not target.exists():
-        shutil.copytree(TINY, target)
-    return target
+def _tokenizer_json(data: bytes, folder: Path) -> None:
+    """A folder's vocabulary: tokenizer.json, tokenizer_config.json and config.json, at least one of them changed."""
+    draw = Draw(data)
+    small = SMALL[draw.choice(list(SMALL))]() if data[:1] != b"{" else None
+    files = {
+        "tokenizer.json": small,
+        "tokenizer_config.json": _settings() if draw.below(4) else None,
+        "config.json": {"model_type": "mixtral", "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    changed = draw.below(8)  # which files are: bits, none of them means the first
+    for bit, (name, content) in enumerate(files.items()):
+        path = folder / name
+        path.unlink(missing_ok=True)
+        if small is None and bit == 0:
+            path.write_bytes(data)
+        elif content is not None:
+            copy = json.loads(json.dumps(content))
+            path.write_text(json.dumps(changed_json(draw, copy, TOKENIZER_KEYS) if (changed or 1) >> bit & 1 else copy))
+    found = read_vocabulary(folder, VOCABULARY)
+    assert len(found.metadata()) > 5
 
 
-def _checkpoint(data: bytes, folder: Path) -> None:
-    """config.json, tokenizer_config.json and the header of the weights, one of them changed."""
-    draw, target = Draw(data), _folder(folder)
-    names = "config.json", "tokenizer_config.json"
-    which = draw.below(3)
-    if which < 2:
-        content = changed_json(draw, json.loads((TINY / names[which]).read_text()), CONFIG_KEYS)
-        (target / names[which]).write_text(json.dumps(content))
-    else:
-        weights = (TINY / "model.safetensors").read_bytes()
-        size = struct.unpack("<Q", weights[:8])[0]
-        header = json.dumps(changed_json(draw, json.loads(weights[8 : 8 + size]), ("__metadata__",))).encode()
-        length = struct.unpack("<Q", draw.take(8).ljust(8, b"\0"))[0] if draw.below(8) == 1 else len(header)
-        (target / "model.safetensors").write_bytes(struct.pack("<Q", length) + header + weights[8 + size :])
-    try:
-        checkpoint = Checkpoint.open(target)
-        for name in checkpoint.config.tensors(tied=checkpoint.tied):
-            for matrix in checkpoint.matrices(name):
-                assert matrix.count > 0
-    finally:
-        for name in (*names, "model.safetensors"):
-            shutil.copyfile(TINY / name, target / name)
+def _tokenizer_seeds() -> list[bytes]:
+    whole = [json.dumps(make()).encode() for make in SMALL.values()]
+    changed = [bytes([kind, 1, which, *range(9)]) for kind in range(len(SMALL)) for which in (1, 2, 4)]
+    return [*whole, *PROGRAMS, *changed]
 
 
-def _tokenizer_json_read(data: bytes, folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    if data[:1] == b"{":
-        path.write_bytes(data)
-    else:
-        small = json.loads(json.dumps(_small_tokenizer()))
-        path.write_text(json.dumps(changed_json(Draw(data), small, ("dropout", "fuse_unk", "type", "vocab"))))
-    tokenizer = TokenizerJson(path)
-    if tokenizer.complete:
-        tokenizer.pieces()
+TOKENIZER_KEYS = ("dropout", "fuse_unk", "type", "vocab", "legacy", "add_bos_token", "chat_template", "pad_token")
 
 
 @cache
-def _small_tokenizer() -> dict[str, object]:
-    """A tokenizer.json of byte-level BPE, as the `tokenizers` library writes it."""
-    from oracles.byte_level import trained
-
-    return json.loads(trained("qwen2", size=300).to_str())
+def _settings() -> dict[str, object]:
+    return json.loads((TINY / "tokenizer_config.json").read_text())
 
 
 def _tokenizer_model(data: bytes, folder: Path) -> None:
@@ -234,8 +214,8 @@ TARGETS = {
     target.name: target
     for target in (
         Target("gguf", _gguf_seeds, _gguf),
-        Target("checkpoint", lambda: PROGRAMS, _checkpoint),
-        Target("tokenizer-json", lambda: (*PROGRAMS, json.dumps(_small_tokenizer()).encode()), _tokenizer_json_read),
+        Target("checkpoint", checkpoint_seeds, checkpoint),
+        Target("tokenizer-json", _tokenizer_seeds, _tokenizer_json),
         Target("tokenizer-model", lambda: [(TINY / "tokenizer.model").read_bytes()], _tokenizer_model),
         Target("jobs", lambda: JOBS, _job_file),
         Target("prompt-cache", lambda: (*PROGRAMS, _cache_header(3)), _prompt_cache),

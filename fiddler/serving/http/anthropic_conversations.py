@@ -123,6 +123,6 @@ def _choice(choice: object) -> Any:
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind == "tool" and isinstance(choice, dict):
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         raise RequestError(f"tool_choice is {quoted(choice)}; its type must be auto, any, none or tool")
     return _CHOICES[kind]
