@@ -9,13 +9,17 @@ order, so the result does not depend on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.expert_matrices import ExpertMatrices, bias_addresses, check_experts
 from fiddler.kernels.formats import format_of
 from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
-from fiddler.kernels.matmul.grouped import run, stored_kinds
+from fiddler.kernels.matmul.grouped import stored_kinds
+from fiddler.kernels.matmul.products_call import ProductsCall
 
 __all__ = ["ExpertFfn", "expert_ffn"]
 
@@ -76,7 +80,8 @@ class ExpertFfn:
         if len({each.grouping for each in variants}) > 1:
             raise ValueError("gate, up and down have formats that one call cannot multiply")
         self._experts, self._hidden, self._width = experts, hidden, width
-        self._variant, self._block_length = variants[0].grouping, format_of(variants[2]).block_length
+        self._block_length = format_of(variants[2]).block_length
+        self._products = ProductsCall(variants[0].grouping)
         self._weights = gate, up, down  # their addresses are read
         self._biases = bias_addresses(self._weights)
         self._activation = CLAMPED if clamped else SWIGLU
@@ -98,26 +103,62 @@ class ExpertFfn:
             hidden_rows = self._all_rows
         else:
             _check_rows(hidden_rows, self._experts, self._hidden, self._block_length)
-        shape = len(x), self._width
-        y = np.empty(shape, np.float32) if out is None else out
-        if y.shape != shape or y.dtype != np.float32 or not y.flags.c_contiguous:
-            raise ValueError(f"out is {y.dtype} {y.shape}; expected contiguous float32 {shape}")
-        if not run(
-            self._variant,
-            x,
-            np.ascontiguousarray(expert_ids, np.int64),
-            np.ascontiguousarray(routing_weights, np.float32),
-            hidden_rows,
-            self._matrices,
-            self._stored,
-            self._outputs,
-            self._activation,
-            y.reshape(-1),
+        y = np.empty((len(x), self._width), np.float32) if out is None else out
+        self._check_out(y, len(x))
+        if not self._products(
+            (
+                np.ascontiguousarray(x),
+                np.ascontiguousarray(expert_ids, np.int64),
+                np.ascontiguousarray(routing_weights, np.float32),
+                np.ascontiguousarray(hidden_rows),
+                *self._weights_and(y),
+            ),
             3 * expert_ids.size * self._width * self._hidden,
-            self._biases,
         ):
-            raise ValueError(f"an expert id lies outside 0..{self._experts - 1}")
+            raise self._out_of_range()
         return y
+
+    def bind(
+        self,
+        x: np.ndarray,
+        expert_ids: np.ndarray,
+        routing_weights: np.ndarray,
+        hidden_rows: np.ndarray,
+        out: np.ndarray,
+    ) -> Callable[[], None]:
+        """A call with arrays that are checked once, and filled anew before each call.
+
+        The arguments are those of `expert_ffn`, but contiguous, and expert_ids int64. The caller answers for the values
+        of hidden_rows: even, or whole blocks of down, and from 0 to F.
+        """
+        self._check(x, expert_ids, routing_weights)
+        _check_rows(hidden_rows, self._experts, self._hidden, self._block_length)
+        self._check_out(out, len(x))
+        kinds = np.float32, np.int64, np.float32, np.int64
+        for array, kind in zip((x, expert_ids, routing_weights, hidden_rows), kinds, strict=True):
+            if array.dtype != kind or not array.flags.c_contiguous:
+                raise ValueError(f"an array to bind is {array.dtype} {array.shape}; expected {kind}, contiguous")
+        arguments = x, expert_ids, routing_weights, hidden_rows, *self._weights_and(out)
+        compute = self._products.bind(arguments, 3 * expert_ids.size * self._width * self._hidden)
+
+        def call() -> None:
+            if not compute():
+                raise self._out_of_range()
+
+        return call
+
+    def _weights_and(self, out: np.ndarray) -> tuple[Any, ...]:
+        """The arguments of `grouped_products` from `matrices` to `biases`."""
+        weights = self._matrices, self._stored, self._outputs, self._activation
+        return *weights, out.reshape(-1), self._biases
+
+    def _out_of_range(self) -> ValueError:
+        return ValueError(f"an expert id lies outside 0..{self._experts - 1}")
+
+    def _check_out(self, out: np.ndarray, tokens: int) -> None:
+        shape = tokens, self._width
+        if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous float32 {shape}")
 
     def _check(self, x: np.ndarray, expert_ids: np.ndarray, routing_weights: np.ndarray) -> None:
         if x.ndim != 2 or x.dtype != np.float32 or x.shape[1] != self._width:

@@ -13,8 +13,10 @@ from functools import cache
 from fiddler.errors import ResourceError
 
 __all__ = [
+    "check_copy",
     "copy_rows_to_device",
     "copy_to_device",
+    "copy_to_device_address",
     "copy_to_host",
     "pin",
     "start",
@@ -106,6 +108,19 @@ def unpin(address: int) -> None:
 def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     """Start a copy of host memory to the device; asynchronous where the memory is pinned."""
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
+
+
+def copy_to_device_address() -> int:
+    """The address of the driver's function behind `copy_to_device`, for compiled code; see `check_copy`.
+
+    CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void *source, size_t nbytes, CUstream stream)
+    """
+    return ctypes.cast(_driver().cuMemcpyHtoDAsync_v2, c_void_p).value or 0
+
+
+def check_copy(result: int) -> None:
+    """Raise ResourceError unless a copy's result is 0."""
+    _check(result, "a copy to the GPU")
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:

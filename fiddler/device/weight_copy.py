@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fiddler.device import cuda_driver
+from fiddler.device.c_function import CFunction, host_function
 from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.semaphore import CudaSemaphore, HostSemaphore, Semaphore
 from fiddler.errors import ResourceError
@@ -67,6 +68,14 @@ class WeightCopy(Protocol):
 
         pitch: distance of the rows' beginnings in the mapping [bytes].
         """
+        ...
+
+    def c_function(self) -> CFunction | None:
+        """`copy` of contiguous bytes for compiled code; None where threads of ours copy."""
+        ...
+
+    def check(self, result: int) -> None:
+        """Raise ResourceError unless a call of `c_function` returned 0."""
         ...
 
     def event(self) -> Event:
@@ -120,6 +129,14 @@ class HostCopy:
         """Implements `WeightCopy.copy`."""
         np.copyto(_view(target, row_bytes, rows, row_bytes), _view(source, row_bytes, rows, pitch))
 
+    def c_function(self) -> CFunction | None:
+        """Implements `WeightCopy.c_function`."""
+        return host_function()
+
+    def check(self, result: int) -> None:
+        """Implements `WeightCopy.check`."""
+        assert result == 0
+
     def event(self) -> Event:
         """Implements `WeightCopy.event`."""
         return _ReachedEvent()
@@ -141,6 +158,10 @@ class _StreamCopy:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+
+    def check(self, result: int) -> None:
+        """Implements `WeightCopy.check`."""
+        cuda_driver.check_copy(result)
 
     def event(self) -> Event:
         """Implements `WeightCopy.event`."""
@@ -172,6 +193,10 @@ class PinnedCopy(_StreamCopy):
         super().__init__(device)
         self._pinned = pinned  # its last reference unpins it
         pinned.wait()
+
+    def c_function(self) -> CFunction | None:
+        """Implements `WeightCopy.c_function`."""
+        return CFunction(cuda_driver.copy_to_device_address(), self.stream.cuda_stream, tuple(self._pinned.borders))
 
     def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
         """Implements `WeightCopy.copy`."""
@@ -226,6 +251,10 @@ class BounceBufferCopy(_StreamCopy):
         self._free = [torch.cuda.Event() for _ in range(_BUFFERS)]  # reached when the buffer may be filled again
         self._next = 0
         self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-copy")
+
+    def c_function(self) -> CFunction | None:
+        """Implements `WeightCopy.c_function`."""
+        return None
 
     def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
         """Implements `WeightCopy.copy`."""

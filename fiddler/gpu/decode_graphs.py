@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from fiddler.offload.orchestrator import CpuPart, Orchestrator
+from fiddler.offload.one_token import TokenPlan
+from fiddler.offload.orchestrator import Orchestrator
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["DecodeGraphs", "Graphs", "LayerPlan"]
@@ -45,7 +46,7 @@ class Graphs(Protocol):
         ...
 
     x: np.ndarray  # float32 [1, D], of a layer whose graph has ended
-    expert_ids: np.ndarray  # float32 [1, K]
+    expert_ids: np.ndarray  # float32 [1, K]; these four are bound by `Orchestrator.bind_token`
     routing_weights: np.ndarray  # float32 [1, K]
     cpu_sum: np.ndarray  # float32 [1, D], the CPU's sum of a layer, which the next graph reads
 
@@ -65,8 +66,8 @@ class Graphs(Protocol):
         """Wait until a graph's outputs are on the host."""
         ...
 
-    def send(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
-        """Queue the copies of a layer's streamed experts, as many as the ring holds. On the caller's thread."""
+    def send(self, layer: int, plan: TokenPlan) -> None:
+        """Queue the copies of the layer that was divided last, as many as the ring holds. On the caller's thread."""
         ...
 
     def stream(self) -> None:
@@ -184,23 +185,18 @@ class DecodeGraphs:
         graphs, orchestrator, cooperative_step = self._graphs, self._orchestrator, self._orchestrator.cooperative_step
         with self._recorder.span("wait", 0):
             graphs.wait(graph)
-        expert_ids = [int(e) for e in graphs.expert_ids[0].tolist()]
-        split = orchestrator.split_one(layer, expert_ids)
+        plan, part = orchestrator.split_token(layer)
         number = cooperative_step.number()
-        on_gpu = any(split.gpu_rows.values())
-        if on_gpu:
-            graphs.send(layer, expert_ids, split.gpu_rows)
-        plans.put(LayerPlan(on_gpu, number))
-        part = CpuPart(layer, graphs.x, np.array(expert_ids, np.int64)[None], graphs.routing_weights, split)
-        on_cpu = orchestrator.on_cpu(part, graphs.cpu_sum)
-        if on_cpu and on_gpu:
-            orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=split.lead)
-        elif split.gpu_rows:
-            orchestrator.balance.tell_alone()
-        if not on_cpu:
+        if plan.parts:
+            graphs.send(layer, plan)
+        plans.put(LayerPlan(plan.parts > 0, number))
+        if not orchestrator.on_cpu(part, graphs.cpu_sum):
             graphs.cpu_sum[:] = 0
         cooperative_step.open(number)
-        orchestrator.prefetcher.count_one(layer, expert_ids)  # while the GPU computes the next graph
+        if plan.cpu_rows and plan.parts:
+            orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=plan.lead)
+        elif plan.missing:
+            orchestrator.balance.tell_alone()
 
     def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
         """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.models.config import Config
 from fiddler.models.transformer import Transformer
+from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.block_pool import BlockPool, blocks_for
 from fiddler.telemetry.recorder import Recorder
@@ -202,10 +203,10 @@ class CapturedGraphs:
         """Whether the streamed experts of this layer are computed already."""
         return self._streamed is not None and self._streamed.computed(layer)
 
-    def send(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
-        """Queue copies of the last `gpu_rows` hidden rows of experts, as many as the ring holds."""
+    def send(self, layer: int, plan: TokenPlan) -> None:
+        """Implements `Graphs.send`."""
         assert self._streamed is not None
-        self._streamed.send(layer, expert_ids, gpu_rows)
+        self._streamed.send(layer, plan)
 
     def stream(self) -> None:
         """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
@@ -219,7 +220,9 @@ class CapturedGraphs:
         capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capture_stream):
             if self.breaks:
-                self._streamed = StreamedExperts(self._orchestrator, self._streamed_inputs, self._y, self._recorder)
+                inputs = self._streamed_inputs, self._y
+                token = self._orchestrator.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
+                self._streamed = StreamedExperts(self._orchestrator, token, *inputs, self._recorder)
             self._run(0, None, self._y)
             for layer in self.breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))

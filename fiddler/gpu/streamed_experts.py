@@ -5,7 +5,7 @@ Knows the ring and the kernels' job list; not how work is divided, nor the rest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,33 +16,40 @@ from fiddler.device import cuda_driver
 from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.kernels.one_token import JOB
+from fiddler.offload.one_token import OneToken, TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.staging_ring import Part, RowRange
+from fiddler.offload.staging_ring import RowRange
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["StreamedExperts"]
 
 
 class _Sent(NamedTuple):
-    """Streamed experts of a layer: their parts in the ring, and those that the ring had no room for."""
+    """Streamed experts of a layer, whose jobs are written, and those that the ring had no room for."""
 
     layer: int
-    expert_ids: Sequence[int]  # all of the token's
-    parts: list[Part]
     unsent: list[RowRange]
 
 
 class StreamedExperts:
     """Streams missing experts of the one token whose inputs lie at fixed addresses."""
 
-    def __init__(self, orchestrator: Orchestrator, inputs: Tensor, y: Tensor, recorder: Recorder) -> None:
-        """inputs: float32 [D + K] on the GPU, the token's x and routing weights; y: float32 [1, D], to add to."""
+    def __init__(
+        self, orchestrator: Orchestrator, token: OneToken, inputs: Tensor, y: Tensor, recorder: Recorder
+    ) -> None:
+        """token: divides the layers. inputs: float32 [D + K] on the GPU, its x and routing weights.
+
+        y: float32 [1, D], to add to.
+        """
         self._ring, self._layers, self._recorder = orchestrator.ring, orchestrator.layers, recorder
         self._inputs, self._y = inputs, y
         k = len(inputs) - y.shape[1]
-        self._jobs = torch.zeros(k, 5, dtype=torch.int64, device=inputs.device)
-        self._host_jobs = torch.zeros(k, 5, dtype=torch.int64, pin_memory=inputs.device.type == "cuda")
-        self._numbers = self._host_jobs.numpy().reshape(-1)
+        self._jobs = torch.zeros(k, JOB, dtype=torch.int64, device=inputs.device)
+        self._host_jobs = torch.zeros(k, JOB, dtype=torch.int64, pin_memory=inputs.device.type == "cuda")
+        self._numbers = self._host_jobs.numpy()
+        self._token = token
+        self._ring.bind_token(token.division, self._numbers)
         self._graphs: dict[tuple[WeightFormat, ...], torch.cuda.CUDAGraph] = {}
         self._computed = torch.cuda.Event()  # recorded after the streamed experts of `_layer`
         self._layer = -1
@@ -56,17 +63,23 @@ class StreamedExperts:
         """Whether the streamed experts of this layer are computed already."""
         return self._layer == layer and self._computed.query()
 
-    def send(self, layer: int, expert_ids: Sequence[int], gpu_rows: dict[int, int]) -> None:
-        """Queue copies of the last `gpu_rows` hidden rows of experts, as many as the ring holds."""
+    def send(self, layer: int, plan: TokenPlan) -> None:
+        """Queue copies of the layer that was divided last, as many as the ring holds, and write the kernels' jobs.
+
+        The jobs before are copied already: this layer's inputs came from the same stream after them.
+        """
         weights = self._layers[layer]
-        hidden, room = weights.gate.shape[1], self._ring.rows * self._ring.slots
-        unsent = [
-            (e, begin, min(begin + room, hidden))
-            for e, rows in gpu_rows.items()
-            for begin in range(hidden - rows, hidden, room)
-        ]
-        with self._recorder.span("copy", sum(gpu_rows.values()) * weights.hidden_row_bytes):
-            self._sent = self._send_some(_Sent(layer, expert_ids, [], unsent))
+        with self._recorder.span("copy", plan.gpu_rows * weights.hidden_row_bytes):
+            if self._ring.send_token(layer, plan):
+                self._sent = _Sent(layer, [])
+                return
+            hidden, room, ids = weights.gate.shape[1], self._ring.rows * self._ring.slots, self._token.expert_ids[0]
+            unsent = [
+                (int(ids[j]), begin, min(begin + room, hidden))
+                for j, rows in self._token.gpu_rows[: plan.parts].tolist()
+                for begin in range(hidden - rows, hidden, room)
+            ]
+            self._sent = self._send_some(_Sent(layer, unsent))
 
     def queue(self) -> None:
         """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
@@ -74,16 +87,10 @@ class StreamedExperts:
         assert sent is not None
         graph = self._graphs[self._layers[sent.layer].matrix_formats]
         while True:
-            jobs = [
-                number
-                for part in sent.parts
-                for number in (*part.addresses, part.end - part.begin, sent.expert_ids.index(part.expert))
-            ]
-            self._numbers[:] = jobs + [0] * (len(self._numbers) - len(jobs))
             cuda_driver.copy_to_device(
                 self._jobs.data_ptr(), self._host_jobs.data_ptr(), self._host_jobs.nbytes, stream.cuda_stream
             )
-            sent.parts[0].arrived.wait()
+            self._ring.arrived.wait()
             with self._recorder.queued("experts"):
                 graph.replay()
             self._ring.done_together()
@@ -110,7 +117,7 @@ class StreamedExperts:
         return list({weights.matrix_formats: weights for weights in self._layers}.values())
 
     def _send_some(self, sent: _Sent) -> _Sent:
-        """Queue the next copies, as many as the ring holds."""
+        """Queue the next copies, as many as the ring holds, and write their jobs."""
         count, rows = 0, 0
         for _, begin, end in sent.unsent:
             rows += end - begin
@@ -118,7 +125,12 @@ class StreamedExperts:
                 break
             count += 1
         parts = self._ring.send_together(sent.layer, sent.unsent[:count])
-        return sent._replace(parts=parts, unsent=sent.unsent[count:])
+        expert_ids = self._token.expert_ids[0].tolist()
+        assert len(parts) <= len(self._numbers)
+        self._numbers[:] = 0
+        for job, part in zip(self._numbers, parts, strict=False):
+            job[:] = *part.addresses, part.end - part.begin, expert_ids.index(part.expert)
+        return sent._replace(unsent=sent.unsent[count:])
 
     def _run(self, weights: ExpertWeights) -> None:
         width = self._y.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Residents:
         experts = len(layers[0].gate)
         # for kernels with expert ids on the device: addresses of gate, up, down, hidden rows, 0; zeros: not resident
         self.table = torch.zeros(len(layers), experts, 5, dtype=torch.int64, device=device)
+        self.missing = np.ones((len(layers), experts), np.bool_)
+        """bool [L, E], whether an expert is not resident; the same array at all times."""
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._weights
@@ -58,6 +61,7 @@ class Residents:
         nbytes = self.nbytes(layer, expert)
         del self._weights[layer, expert], self._memory[layer, expert], self._addresses[layer, expert]
         self.table[layer, expert] = 0
+        self.missing[layer, expert] = True
         return nbytes
 
     def load(self, placed: Sequence[Sequence[int]], weight_copy: WeightCopy, progress: Callable[[int], None]) -> None:
@@ -82,6 +86,7 @@ class Residents:
                     weight_copy.copy(target, source.ctypes.data, source.nbytes)
                 self._weights[layer, e], self._memory[layer, e] = (gate, up, down), memory
                 self._addresses[layer, e] = addresses
+                self.missing[layer, e] = False
                 table[layer, e] = torch.tensor([*addresses, hidden, 0])
                 progress(memory.nbytes)
         arrived = weight_copy.event()

@@ -12,9 +12,7 @@ launched before the CPU has finished layer n, and waits for its sum. (One token:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
-from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +24,8 @@ from fiddler.files.weights import ExpertWeights
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import tokens_by_expert
 from fiddler.offload.gpu_side import GpuSide, Grouped
-from fiddler.offload.plan import Balance, Costs, Plan, make_plan
+from fiddler.offload.one_token import OneToken, TokenPlan
+from fiddler.offload.plan import Balance, Costs, Plan, plan_with_sums
 from fiddler.offload.prefetch import Prefetcher
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.offload.worker_thread import CooperativeStep, WorkerThread
@@ -35,7 +34,6 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 __all__ = ["CpuPart", "Orchestrator", "Split"]
 
 _STEP = 64  # hidden rows by which experts are split, if blocks of down are no longer: whole tiles on both sides
-_MARGIN = 0.05  # fraction of the time: a smaller saving is lost to the plan's errors
 
 
 class Split(NamedTuple):
@@ -54,7 +52,9 @@ class CpuPart(NamedTuple):
     x: np.ndarray  # float32 [T, D]
     expert_ids: np.ndarray  # int64 [T, K]
     routing_weights: np.ndarray  # float32 [T, K]
-    split: Split
+    cpu_rows: np.ndarray  # int64 [E], see `Split`
+    rows: int  # their sum
+    call: Callable[[], None] | None = None  # the kernel with these arrays, into one that is fixed
 
 
 class Orchestrator:
@@ -81,6 +81,7 @@ class Orchestrator:
         self._recorder, self._max_tokens = recorder, max_tokens
         experts, self._hidden, width = layers[0].shape
         self._experts = experts
+        self._row_bytes = [w.hidden_row_bytes for w in layers]
         self._on_cpu = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variants) for w in layers]
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.weight_copy.device.type == "cuda"
@@ -95,6 +96,8 @@ class Orchestrator:
         self.cooperative_step: CooperativeStep[CpuPart] = CooperativeStep(
             WorkerThread("fiddler-gpu", setup), self.semaphore
         )
+        self._token: OneToken | None = None
+        self._token_calls: list[Callable[[], None]] = []
         self.planned_seconds = 0.0  # expected, of all layers of several tokens so far
         self.plan_by(costs)
 
@@ -104,11 +107,16 @@ class Orchestrator:
         first, step = self.layers[0].expert_bytes, max(_STEP, *(w.split_rows for w in self.layers))
         sum_bytes, sizes = 4 * self.layers[0].shape[2], {w.expert_bytes for w in self.layers}
         # not bound to self: counting references would never free that cycle
-        plans = {n: partial(_plan, costs.scaled(n / first), self._hidden, step, sum_bytes / n) for n in sizes}
+        plans = {n: partial(plan_with_sums, costs.scaled(n / first), self._hidden, step, sum_bytes / n) for n in sizes}
         again = {n: lru_cache(maxsize=4096)(plan) for n, plan in plans.items()}
         self._plan = [plans[w.expert_bytes] for w in self.layers]
         self._plan_again = [again[w.expert_bytes] for w in self.layers]  # of evenly spread tokens: these come back
         self.balance = Balance()  # of single tokens
+        self._plan_token()
+
+    def _plan_token(self) -> None:
+        if self._token is not None:
+            self._token.plan_by(self._plan_again, self.balance, blocks=self.ring.weight_copy.blocks)
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A host tensor, pinned where the copies go to a GPU."""
@@ -160,7 +168,8 @@ class Orchestrator:
         self.planned_seconds += split.seconds
         number = None
         if split.cpu_rows.any():
-            number = self.cooperative_step.leave(CpuPart(layer, *host_inputs, split))
+            rows = int(split.cpu_rows.sum())
+            number = self.cooperative_step.leave(CpuPart(layer, *host_inputs, split.cpu_rows, rows))
         with self._recorder.span("queue", 0):
             self._gpu_side.add_experts(
                 *(self.layers[layer], layer, x, expert_ids, routing_weights, first, split.gpu_rows, prefetched, y)
@@ -217,16 +226,25 @@ class Orchestrator:
         plan = self._plan[layer](tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
-    def split_one(self, layer: int, expert_ids: Sequence[int]) -> Split:
-        """`split` for one token with these distinct experts, within microseconds.
+    def bind_token(self, x: np.ndarray, chosen: np.ndarray, routing_weights: np.ndarray, out: np.ndarray) -> OneToken:
+        """Prepare `split_token` for single tokens, whose inputs lie in these arrays at each call.
 
-        The GPU has no part where copies block: they would begin when the CPU is done.
+        x: float32 [1, D]; chosen, routing_weights: float32 [1, K]; out: float32 [1, D], for the CPU's sums.
         """
-        missing = [e for e in expert_ids if (layer, e) not in self.residents]
-        count = len(missing)
-        if self.ring.weight_copy.blocks:
-            return self._as_split(missing, Plan((0,) * count, 0.0))
-        return self._as_split(missing, self._plan_again[layer]((1,) * count, (0,) * count, self.balance.seconds, 1))
+        self._token = token = OneToken(chosen, self.residents, self._hidden, self.prefetcher.counts)
+        bound = self._token_inputs = x, token.expert_ids, routing_weights, token.cpu_rows
+        self._token_calls = [ffn.bind(*bound, out) for ffn in self._on_cpu]
+        self._plan_token()
+        return token
+
+    def split_token(self, layer: int) -> tuple[TokenPlan, CpuPart]:
+        """Divide a layer of the token whose arrays are bound, in microseconds; they hold the division until the next.
+
+        Counts its experts, too.
+        """
+        assert self._token is not None
+        plan = self._token.split(layer)
+        return plan, CpuPart(layer, *self._token_inputs, plan.cpu_rows, self._token_calls[layer])
 
     def step_seconds(self, tokens: int, k: int) -> float:
         """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.
@@ -256,28 +274,11 @@ class Orchestrator:
 
     def on_cpu(self, part: CpuPart, out: np.ndarray) -> bool:
         """Compute the CPU's part of a layer into `out` [T, D]; returns False where it has none."""
-        rows, w = int(part.split.cpu_rows.sum()), self.layers[part.layer]
-        if rows == 0:
+        if part.rows == 0:
             return False
-        with self._recorder.span("experts", rows * w.hidden_row_bytes):
-            self._on_cpu[part.layer](part.x, part.expert_ids, part.routing_weights, part.split.cpu_rows, out)
+        with self._recorder.span("experts", part.rows * self._row_bytes[part.layer]):
+            if part.call is not None:
+                part.call()
+            else:
+                self._on_cpu[part.layer](part.x, part.expert_ids, part.routing_weights, part.cpu_rows, out)
         return True
-
-
-def _plan(
-    costs: Costs,
-    hidden: int,
-    step: int,
-    sum_experts: float,
-    tokens: tuple[int, ...],
-    prefetched: tuple[int, ...],
-    gpu_delay: float,
-    cpu_sums: int,
-) -> Plan:
-    """`make_plan`, where the CPU also sends the sums of `cpu_sums` tokens, if it has a part.
-
-    step: hidden rows by which experts are split. sum_experts: bytes of one sum over bytes of an expert.
-    """
-    start = costs.cpu_start + (0.0 if costs.copy == inf else cpu_sums * sum_experts * costs.copy)
-    costs = replace(costs, cpu_start=start, copy_start=costs.copy_start + gpu_delay)
-    return make_plan(tokens, costs, hidden, step, prefetched, _MARGIN)

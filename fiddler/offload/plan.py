@@ -15,13 +15,15 @@ small, what a part costs beside its rows is more than a split saves, and the pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf
 
 from fiddler.cost_curve import Curve
 
-__all__ = ["Balance", "Costs", "Plan", "make_plan"]
+__all__ = ["Balance", "Costs", "Plan", "PlanFor", "make_plan", "plan_with_sums"]
+
+_MARGIN = 0.05  # fraction of the time: a smaller saving is lost to the plan's errors
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Plan:
     gpu_rows: tuple[int, ...]
     seconds: float
     lead: float = 0.0  # by which the GPU is expected to end before the CPU [s], where both have a part
+
+
+PlanFor = Callable[[tuple[int, ...], tuple[int, ...], float, int], Plan]
+"""Plans missing experts: tokens of each, prefetched rows of each, the GPU's delay [s], tokens of the layer."""
 
 
 class Balance:
@@ -185,3 +191,22 @@ def _on_both(tokens: Sequence[int], costs: Costs, hidden: int, step: int, on_gpu
     seconds, more, lead = min(choices, key=lambda choice: choice[0])
     rows[e] += more
     return Plan(tuple(rows), seconds, lead)
+
+
+def plan_with_sums(
+    costs: Costs,
+    hidden: int,
+    step: int,
+    sum_experts: float,
+    tokens: tuple[int, ...],
+    prefetched: tuple[int, ...],
+    gpu_delay: float,
+    cpu_sums: int,
+) -> Plan:
+    """`make_plan`, where the CPU also sends the sums of `cpu_sums` tokens, if it has a part.
+
+    step: hidden rows by which experts are split. sum_experts: bytes of one sum over bytes of an expert.
+    """
+    start = costs.cpu_start + (0.0 if costs.copy == inf else cpu_sums * sum_experts * costs.copy)
+    costs = replace(costs, cpu_start=start, copy_start=costs.copy_start + gpu_delay)
+    return make_plan(tokens, costs, hidden, step, prefetched, _MARGIN)

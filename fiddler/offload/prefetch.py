@@ -5,22 +5,19 @@ Knows how many tokens each expert has had; not the plan's costs, which it is han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from fiddler.files.weights import ExpertWeights
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.plan import Plan
+from fiddler.offload.plan import PlanFor
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["Prefetcher"]
 
 _MIN_TOKENS = 8  # on average, for each expert of a layer for which some are prefetched
-
-PlanFor = Callable[[tuple[int, ...], tuple[int, ...], float, int], Plan]
-"""Plans missing experts: tokens of each, prefetched rows of each, the GPU's delay [s], tokens of the layer."""
 
 
 class Prefetcher:
@@ -59,12 +56,6 @@ class Prefetcher:
     def count(self, layer: int, counts: np.ndarray) -> None:
         """Note how many tokens each expert of a layer has, int64 [E]."""
         self._counts[layer] += counts
-
-    def count_one(self, layer: int, expert_ids: Sequence[int]) -> None:
-        """`count` for one token with these experts. A loop: of a few numbers, indexing with a list takes longer."""
-        counts = self._counts[layer]
-        for e in expert_ids:
-            counts[e] += 1
 
     def start(self, layer: int, tokens: int, k: int, plan: PlanFor) -> None:
         """Start sending experts of `layer`, which will have about `tokens` tokens with k experts each.

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.weight_format import WeightFormat
+from fiddler.kernels.one_token import PartCopies, TokenDivision
 from fiddler.offload.feed_forward import Matrix, matrix_in
+from fiddler.offload.one_token import TokenPlan
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["SLOTS", "Part", "Ring", "RowRange", "in_slots", "slot_rows"]
@@ -70,10 +73,13 @@ class Ring:
         # addresses of gate, up and down of each layer's experts
         self._mapped = [tuple(each.addresses.tolist() for each in (w.gate, w.up, w.down)) for w in layers]
         self._formats = [w.matrix_formats for w in layers]
+        self._row_bytes = [w.hidden_row_bytes for w in layers]
         self._memory = torch.empty(self.nbytes(layers, rows, slots), dtype=torch.uint8, device=weight_copy.device)
         self._slot_bytes = self._memory.nbytes // slots
         self._arrived = [weight_copy.event() for _ in range(slots)]
         self._free = [weight_copy.event() for _ in range(slots)]
+        self._all_free, self._holds = weight_copy.event(), False  # copies to come wait for all readers so far
+        self._token_copies: list[PartCopies] = []
         self._in_use = [False] * slots
         self._next = 0
 
@@ -100,10 +106,56 @@ class Ring:
 
         To be followed by `done_together`.
         """
-        assert not any(self._in_use)
-        for free in self._free:
-            self.weight_copy.hold(free)
+        self._hold_all()
         return self._copy(layer, row_ranges, 0, self._memory.nbytes)
+
+    @property
+    def arrived(self) -> Event:
+        """Reached when the parts of `send_together` or of `send_token` are on the GPU."""
+        return self._arrived[0]
+
+    def bind_token(self, division: TokenDivision, jobs: np.ndarray) -> None:
+        """Prepare `send_token` for what `division` leaves to the GPU. jobs: int64 [K, JOB], which it fills."""
+        copy, memory = self.weight_copy.c_function(), (self._memory.data_ptr(), self._memory.nbytes)
+        if copy is None:
+            return
+        self._token_copies = [
+            PartCopies(
+                division,
+                np.array(matrices),
+                (gate.row_bytes(self._width), up.row_bytes(self._width)),
+                (down.block_length, down.block_bytes),
+                self._width,
+                memory,
+                copy,
+                jobs,
+            )
+            for matrices, (gate, up, down) in zip(self._mapped, self._formats, strict=True)
+        ]
+
+    def send_token(self, layer: int, plan: TokenPlan) -> bool:
+        """Start copying the GPU's part of the layer that was divided last; False where the ring is too small for it.
+
+        To be followed by `done_together`.
+        """
+        if plan.gpu_rows > self.rows * self.slots or not self._token_copies:
+            return False
+        self._hold_all()
+        copies, weight_copy = self._token_copies[layer], self.weight_copy
+        with self._recorder.queued("copy", plan.gpu_rows * self._row_bytes[layer], weight_copy.stream):
+            weight_copy.check(copies())
+            if plan.part is not None:
+                target, source, rows, pitch = copies.columns(plan.part)
+                weight_copy.copy(target, source, rows, self._width, pitch)
+        weight_copy.arrive(self._arrived[0])
+        return True
+
+    def _hold_all(self) -> None:
+        """Make all copies to come wait until the ring is free."""
+        assert not any(self._in_use)
+        if not self._holds:
+            for free in self._free:
+                self.weight_copy.hold(free)
 
     def _copy(self, layer: int, row_ranges: Sequence[RowRange], slot: int, room: int) -> list[Part]:
         """Start copying rows to where a slot begins, one expert after the other, and set the slot's event."""
@@ -133,22 +185,23 @@ class Ring:
         return parts
 
     def done_together(self) -> None:
-        """Free the ring when the compute stream has done its work so far: all that reads `send_together`'s parts."""
-        for free in self._free:
-            free.record()
+        """Free the ring when the compute stream has done its work so far: all that reads what was sent together."""
+        self._all_free.record()
+        self.weight_copy.hold(self._all_free)
+        self._holds = True
 
     def done(self, parts: Sequence[Part]) -> None:
         """Free the slot of `parts` when the compute stream has done its work so far: all that reads them."""
         slot = parts[0].slot
         self._free[slot].record()
-        self._in_use[slot] = False
+        self._in_use[slot] = self._holds = False
 
     def release(self) -> None:
         """Free all slots, after a step that was broken off: it left parts behind that nobody reads."""
         for slot in range(self.slots):
             if self._in_use[slot]:
                 self._free[slot].record()
-                self._in_use[slot] = False
+                self._in_use[slot] = self._holds = False
 
 
 def _aligned(nbytes: int) -> int:

@@ -19,6 +19,7 @@ from fiddler.errors import RequestError, ResourceError, quoted
 __all__ = [
     "check_process",
     "end_with_parent",
+    "is_parallel",
     "one_caller",
     "set_threads",
     "thread_count",
@@ -129,6 +130,11 @@ def threading_layer() -> str | None:
         return None
 
 
+def is_parallel(multiplications: int) -> bool:
+    """Whether a kernel with so many multiplications is worth all threads."""
+    return multiplications >= _PARALLEL_FROM
+
+
 @contextmanager
 def threads_for(multiplications: int) -> Iterator[int]:
     """Set and yield the number of threads for a kernel with this many multiplications, inside the context.
@@ -137,7 +143,7 @@ def threads_for(multiplications: int) -> Iterator[int]:
     """
     threads = thread_count()
     with one_caller():
-        if multiplications >= _PARALLEL_FROM or threads == 1:
+        if threads == 1 or is_parallel(multiplications):
             yield threads
             return
         _set(1)

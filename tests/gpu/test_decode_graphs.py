@@ -38,6 +38,7 @@ class RandomGraphs:
         self._arrived = [threading.Event() for _ in range(LAYERS)]
         self.inputs, self.sums, self.gpu_rows, self.fails = [], [], [], False
         self._sent = None
+        self._token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
 
     @property
     def chosen(self):
@@ -63,10 +64,13 @@ class RandomGraphs:
     def wait(self, graph):
         assert self._arrived[graph].wait(10)
 
-    def send(self, layer, expert_ids, gpu_rows):
+    def send(self, layer, plan):
         assert self._sent is None  # the worker thread has queued what reads the layer before
+        expert_ids, gpu_rows = self._token.expert_ids[0].tolist(), self._token.gpu_rows.tolist()
         assert expert_ids == self.inputs[layer][1][0].tolist()
-        self._sent = layer, gpu_rows
+        assert all(rows for _, rows in gpu_rows[: plan.parts])
+        assert not any(rows for _, rows in gpu_rows[plan.parts :])
+        self._sent = layer, {expert_ids[j]: rows for j, rows in gpu_rows[: plan.parts]}
 
     def stream(self):
         time.sleep(self._late)
@@ -121,13 +125,13 @@ def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(l
 def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeypatch):
     """A second plan, made after the balance has changed, could leave rows to nobody."""
     decoder, _, experts = decode()
-    planned, split_one = [], experts.split_one
+    planned, split_token = [], experts.split_token
 
-    def counted(layer, expert_ids):
+    def counted(layer):
         planned.append((layer, threading.get_ident()))
-        return split_one(layer, expert_ids)
+        return split_token(layer)
 
-    monkeypatch.setattr(experts, "split_one", counted)
+    monkeypatch.setattr(experts, "split_token", counted)
     decoder.step(1, 1, TABLE)
     assert planned == [(layer, threading.get_ident()) for layer in range(LAYERS)]
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fiddler.cost_curve import Curve
+from fiddler.kernels.one_token import JOB
 from fiddler.offload.feed_forward import feed_forward
-from fiddler.offload.orchestrator import CpuPart
 from fiddler.offload.plan import Costs
-from fiddler.offload.staging_ring import SLOTS, slot_rows
+from fiddler.offload.staging_ring import SLOTS, Part, slot_rows
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
-from oracles.both_sides import LAYERS, MAX_TOKENS, compute_layer, orchestrator, weights_of
+from oracles.both_sides import LAYERS, MAX_TOKENS, Token, compute_layer, orchestrator, weights_of
 
 E, F, D, K = 40, 128, 32, 8
 EXACT = weights_of("bf16", "f32", 1, E, F, D)
@@ -78,6 +78,12 @@ def test_experts_of_a_prompt_are_prefetched_until_the_ring_is_full():
     assert meter.nbytes["copy"] == LAYERS * E * EXACT[0].expert_bytes  # each once, sent ahead or not
 
 
+def of_ring(ring, x, addresses, rows):
+    """The feed-forward [1, D] of hidden rows of an expert that lie in the ring."""
+    part = Part(0, 0, rows, ring.arrived, 0, ring._memory, addresses, D, EXACT[0].matrix_formats)
+    return feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20)
+
+
 @pytest.mark.parametrize("costs", COSTS)
 def test_one_token_s_experts_on_both_sides_match_float64(costs):
     """The GPU's part as a decode step streams it: all its experts together, each computed from where it arrived."""
@@ -85,28 +91,30 @@ def test_one_token_s_experts_on_both_sides_match_float64(costs):
         orchestrator(EXACT, [[0, 1, 2, 3, 4, 5, 6], [], []], COSTS[costs], rows=14 * F),
         np.random.default_rng(1),
     )
-    splits = 0
+    token, jobs, splits = Token(experts, K, D), np.full((K, JOB), -1), 0
+    experts.ring.bind_token(token.bound.division, jobs)
     for layer in [*range(LAYERS)] * 5:
         x, expert_ids, routing_weights = inputs = inputs_of(rng, 1)
-        split = experts.split_one(layer, expert_ids[0].tolist())
+        token.x[:], token.routing_weights[:] = x, routing_weights
+        plan, part, gpu_rows = token.split(layer, expert_ids[0].tolist())
         total = torch.zeros(1, D)
-        row_ranges = [(e, F - rows, F) for e, rows in split.gpu_rows.items() if rows]
-        if row_ranges:
-            for part in experts.ring.send_together(layer, row_ranges):
-                (weight,) = routing_weights[expert_ids == part.expert]
-                matrices = part.matrices()
-                total += weight * feed_forward(torch.from_numpy(x), *matrices, rounded=False, work=1 << 20)
+        if plan.parts:
+            assert experts.ring.send_token(layer, plan)
+            for *addresses, rows, j in jobs[: plan.parts].tolist():
+                assert gpu_rows[expert_ids[0, j]] == rows
+                total += routing_weights[0, j] * of_ring(experts.ring, x, addresses, rows)
+            assert not jobs[plan.parts :].any()
             experts.ring.done_together()
-        for e in {*expert_ids[0].tolist()} - split.gpu_rows.keys():
-            (weight,) = routing_weights[expert_ids == e]
-            matrices = experts.residents[layer, e]
-            total += weight * feed_forward(torch.from_numpy(x), *matrices, rounded=False, work=1 << 20)
-        cpu_sum = np.zeros((1, D), np.float32)
-        experts.on_cpu(CpuPart(layer, x, expert_ids, routing_weights, split), cpu_sum)
-        check(total.numpy() + cpu_sum, layer, inputs)
-        parts = sum(0 < rows < F for rows in split.gpu_rows.values())
-        splits += parts
-        assert parts <= 1
+        for j, e in enumerate(expert_ids[0].tolist()):
+            if (layer, e) in experts.residents:
+                matrices = experts.residents[layer, e]
+                output = feed_forward(torch.from_numpy(x), *matrices, rounded=False, work=1 << 20)
+                total += routing_weights[0, j] * output
+        if not experts.on_cpu(part, token.cpu_sum):
+            token.cpu_sum[:] = 0
+        check(total.numpy() + token.cpu_sum, layer, inputs)
+        splits += plan.part is not None
+        assert sum(0 < rows < F for rows in gpu_rows.values()) == (plan.part is not None)
     assert (splits > 0) == (costs == "rows")
 
 
@@ -116,18 +124,17 @@ def test_a_slot_holds_several_of_these_experts():
 
 @pytest.mark.parametrize("tokens,limit", [(1, 100 * US), (512, 2000 * US), (2048, 2000 * US)])
 def test_planning_a_layer_of_128_experts_takes_little_time(tokens, limit):
-    """About 10 us for a token and 150 us for a prompt on a quiet core; the limits are wide."""
+    """About 5 us for a token, whose plans are made once, 150 for a prompt, on a quiet core; the limits are wide."""
     layers = weights_of("bf16", "f32", 0, 128, 64, 2)
     experts = orchestrator(layers, [[*range(32)]] * LAYERS, COSTS["sets"])
-    rng, samples = np.random.default_rng(0), []
+    token, rng, samples = Token(experts, 8, 2), np.random.default_rng(0), []
     for _ in range(15):
         counts = np.zeros(128, np.int64)
         np.add.at(counts, np.concatenate([rng.permutation(128)[:8] for _ in range(tokens)]), 1)
         chosen = np.flatnonzero(counts).tolist()
         begun = time.perf_counter()
         if tokens == 1:
-            experts._plan_again[0].cache_clear()
-            experts.split_one(0, chosen)
+            token.split(0, chosen)
         else:
             experts.split(0, counts, (), 1e-4 * rng.random(), tokens)
         samples.append(time.perf_counter() - begun)
@@ -141,7 +148,7 @@ def test_the_expected_seconds_of_a_step_grow_with_tokens_and_missing_experts():
         for step in (0, 2, 1)
     )
     one = none.step_seconds(1, K)
-    assert one == pytest.approx(LAYERS * none.split_one(0, list(range(K))).seconds, rel=0.3)
+    assert one == pytest.approx(LAYERS * Token(none, K, D).split(0, range(K))[0].seconds, rel=0.3)
     assert every.step_seconds(512, K) == pytest.approx(LAYERS * E * GPU(round(512 * K / E)))
     for tokens in (1, 16, 512):
         assert none.step_seconds(tokens, K) >= half.step_seconds(tokens, K) >= every.step_seconds(tokens, K) > 0

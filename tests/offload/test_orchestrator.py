@@ -16,7 +16,7 @@ from fiddler.device.weight_copy import HostCopy
 from fiddler.offload.plan import Costs
 from fiddler.telemetry.recorder import Meter
 from oracles import naive
-from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, compute_layer, orchestrator, weights_of
+from oracles.both_sides import EXACT, LAYERS, MAX_TOKENS, D, E, F, Token, compute_layer, orchestrator, weights_of
 
 COSTS = {
     "CPU alone": Costs(Curve((1,), (1.0,)), Curve((1,), (0.0,)), inf, 0.0),
@@ -193,7 +193,7 @@ def test_an_orchestrator_is_freed_without_the_garbage_collector():
         experts = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
         x, expert_ids, routing_weights = step(np.random.default_rng(1), 3, 2)
         compute_layer(experts, 0, x, expert_ids, routing_weights)
-        experts.split_one(0, (1, 2))
+        Token(experts, 2).split(0, (1, 2))
         gone = weakref.ref(experts), weakref.ref(experts.residents)
         del experts
         assert [reference() for reference in gone] == [None, None]
@@ -203,13 +203,15 @@ def test_an_orchestrator_is_freed_without_the_garbage_collector():
 
 def test_the_split_of_one_token_covers_its_missing_expert_and_predicts_the_seconds():
     experts = orchestrator(EXACT, [[0], [], []], COSTS["split"])
-    split = experts.split_one(0, (0, 3))
-    assert set(split.gpu_rows) == {3}
-    assert split.cpu_rows[3] + split.gpu_rows[3] == F
-    assert split.seconds == experts.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
+    token = Token(experts, 2)
+    plan, part, gpu_rows = token.split(0, (0, 3))
+    assert set(gpu_rows) == {3}
+    assert part.cpu_rows[3] + gpu_rows[3] == F
+    assert (plan.missing, part.rows, plan.gpu_rows) == (1, part.cpu_rows.sum(), gpu_rows[3])
+    assert plan.seconds == experts.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
     # a blocking copy would only begin when the CPU is done
     blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingCopy())
-    assert blocking.split_one(0, (0, 3)).cpu_rows.tolist() == [0, 0, 0, F, 0]
+    assert Token(blocking, 2).split(0, (0, 3))[1].cpu_rows.tolist() == [0, 0, 0, F, 0]
 
 
 class StalledCopy(HostCopy):

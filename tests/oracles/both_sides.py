@@ -42,6 +42,23 @@ def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, rec
     return Orchestrator(layers, residents, ring, costs, MAX_TOKENS, 1 << 20, recorder, grouped)
 
 
+class Token:
+    """Single tokens of an orchestrator: `split` divides a layer, `cpu_sum` has the CPU's part after `on_cpu`."""
+
+    def __init__(self, experts, k, width=D):
+        self.experts = experts
+        self.x, self.cpu_sum = np.zeros((1, width), np.float32), np.zeros((1, width), np.float32)
+        self.chosen, self.routing_weights = np.zeros((1, k), np.float32), np.zeros((1, k), np.float32)
+        self.bound = experts.bind_token(self.x, self.chosen, self.routing_weights, self.cpu_sum)
+
+    def split(self, layer, expert_ids):
+        """The plan, the CPU's part, and the GPU's hidden rows of each expert of which it has some."""
+        self.chosen[:] = list(expert_ids)
+        plan, part = self.experts.split_token(layer)
+        rows = {int(self.bound.expert_ids[0, j]): rows for j, rows in self.bound.gpu_rows[: plan.parts].tolist()}
+        return plan, part, rows
+
+
 def compute_layer(experts, layer, *inputs):
     """A step of one layer: x [T, D], expert_ids and routing_weights [T, K] -> [T, D], numpy arrays."""
     tensors = [torch.from_numpy(array) for array in inputs]

@@ -63,7 +63,7 @@ class PlanClock:
     def __init__(self, orchestrator):
         self._orchestrator, self._inside = orchestrator, False
         self.seconds = 0.0
-        for name in ("split", "split_one"):
+        for name in ("split", "split_token"):
             setattr(orchestrator, name, self._timed(getattr(orchestrator, name)))
 
     def plan_by(self, costs):

@@ -49,8 +49,8 @@ def torch_on_cpu(orchestrator):
         return tensors[layer]
 
     def on_cpu(part, out):
-        layer, x, expert_ids, routing_weights, split = part
-        missing = [e for e in np.flatnonzero(split.cpu_rows).tolist() if (expert_ids == e).any()]
+        layer, x, expert_ids, routing_weights, cpu_rows, _, _ = part
+        missing = [e for e in np.flatnonzero(cpu_rows).tolist() if (expert_ids == e).any()]
         if not missing:
             return False
         torch.set_num_threads(kernels.set_threads(None))
@@ -130,6 +130,7 @@ class Bench:
             orchestrator.plan_by(costs)
             self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance
         (orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance) = self.plans[name]
+        orchestrator._plan_token()
         orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
 
     def record(self, recorder):

@@ -1,0 +1,88 @@
+"""Divides the layers of one token: plans by the number of missing experts, made once, in arrays that are filled anew.
+
+Knows residents, plans and a token's arrays; not weights, copies or threads. With eight experts a token there are nine
+plans for each delay that the balance knows, so a layer looks its plan up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fiddler.kernels.one_token import TokenDivision
+from fiddler.offload.expert_cache import Residents
+from fiddler.offload.plan import Balance, Plan, PlanFor
+
+__all__ = ["OneToken", "TokenPlan"]
+
+
+class TokenPlan(NamedTuple):
+    """A plan for one token with `missing` missing experts; which ones, `TokenDivision` has."""
+
+    missing: int
+    parts: int  # experts of which the GPU has rows
+    part: int | None  # the index among them of one that is split
+    gpu_rows: int  # of all experts
+    cpu_rows: int
+    seconds: float  # expected
+    lead: float  # see `Plan`
+
+
+class _Plans(NamedTuple):
+    """The plans for every number of missing experts, with one delay."""
+
+    table: np.ndarray  # see `TokenDivision.plans`
+    each: list[TokenPlan]
+
+
+class OneToken:
+    """Divides layers of a token whose inputs lie in fixed arrays.
+
+    `expert_ids` int64 [1, K], `cpu_rows` int64 [E] and `gpu_rows` int64 [K, 2] are those of the layer divided last.
+    """
+
+    def __init__(self, chosen: np.ndarray, residents: Residents, hidden: int, counts: np.ndarray) -> None:
+        """chosen: float32 [1, K], expert ids. hidden: rows of an expert. counts: int64 [L, E], see `of_layer`."""
+        layers, experts = residents.missing.shape
+        self._hidden, self._k = hidden, chosen.shape[1]
+        self.division = TokenDivision(chosen, experts, hidden)
+        self.expert_ids, self.cpu_rows = self.division.expert_ids, self.division.cpu_rows
+        self.gpu_rows = self.division.gpu_rows
+        self._divide = [self.division.of_layer(residents.missing[layer], counts[layer]) for layer in range(layers)]
+        self._plan: Sequence[PlanFor] = ()
+        self._blocks = False
+        self._made: list[dict[float, _Plans]] = []
+        self._balance = Balance()
+
+    def plan_by(self, plan: Sequence[PlanFor], balance: Balance, *, blocks: bool) -> None:
+        """Divide by these plans from now on, plan[layer]; equal ones are shared.
+
+        balance: has the GPU's delay. blocks: copies would begin when the CPU is done, so the GPU has no part.
+        """
+        self._plan, self._balance, self._blocks = plan, balance, blocks
+        made: dict[PlanFor, dict[float, _Plans]] = {each: {} for each in plan}
+        self._made = [made[each] for each in plan]
+
+    def split(self, layer: int) -> TokenPlan:
+        """Divide a layer's missing experts among `chosen`."""
+        delay = self._balance.seconds
+        plans = self._made[layer].get(delay) or self._make(layer, delay)
+        return plans.each[self._divide[layer](plans.table)]
+
+    def _make(self, layer: int, delay: float) -> _Plans:
+        made, each = [], []
+        for missing in range(self._k + 1):
+            nothing = (0,) * missing
+            plan = Plan(nothing, 0.0) if self._blocks else self._plan[layer]((1,) * missing, nothing, delay, 1)
+            made.append(plan)
+            parts = [count for count in plan.gpu_rows if count]
+            split = [i for i, count in enumerate(parts) if count < self._hidden]
+            assert len(split) <= 1, "a plan splits one expert"
+            rows, part = sum(parts), split[0] if split else None
+            cpu_rows = missing * self._hidden - rows
+            each.append(TokenPlan(missing, len(parts), part, rows, cpu_rows, plan.seconds, plan.lead))
+        plans = _Plans(self.division.plans([plan.gpu_rows for plan in made]), each)
+        self._made[layer][delay] = plans
+        return plans
