@@ -204,12 +204,10 @@ def _copy_parts(
 def _copy(function: int, target: int, source: int, nbytes: int, stream: int, borders: np.ndarray) -> int:
     """Call the copy function for contiguous bytes, in pieces that cross no border."""
     end = source + nbytes
-    index = np.searchsorted(borders, source, "right")
     while source < end:
-        piece_end = end
+        index, piece_end = np.searchsorted(borders, source, "right"), end
         if index < borders.size:
             piece_end = min(end, borders[index])
-            index += 1
         result: int = _call_c(function, target, source, piece_end - source, stream)
         if result != 0:
             return result

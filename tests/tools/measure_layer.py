@@ -1,22 +1,25 @@
-"""Measures Python's time in a layer of one token whose missing experts both sides compute, without a GPU.
+"""Measures the phases of a layer of one token whose missing experts both sides compute, on the caller's thread.
 
-    taskset -c 1 python tests/tools/measure_layer.py            # caches warm
-    taskset -c 1 python tests/tools/measure_layer.py --evict 64 # before each layer 64 MB are read, as weights are
+    python tests/tools/measure_layer.py MODEL.gguf --resident 0.25   # on a GPU: seconds of the clock
+    taskset -c 1 python tests/tools/measure_layer.py                 # without one: CPU time, caches warm
+    taskset -c 1 python tests/tools/measure_layer.py --evict 64      # before each layer 64 MB are read, as weights are
 
-The orchestrator, the ring, `DecodeGraphs` and the CPU's kernels are those of generation; experts are as many as
-Qwen3-30B-A3B's but tiny, so that their products take next to nothing. Copies are described and not made, and stand-ins
-take the place of graphs, which choose experts at random. Printed: CPU time of the caller's thread [us], which other
-programs hardly disturb, medians of `--rounds` rounds (quartiles). Not included: the driver's own time.
+Without a GPU the orchestrator, the ring, `DecodeGraphs` and the CPU's kernels are those of generation; experts are as
+many as Qwen3-30B-A3B's but tiny, so that their products take next to nothing: Python's time is left. Copies are
+described and not made, and stand-ins take the place of graphs, which choose experts at random.
+Printed: microseconds a layer, medians of `--rounds` rounds (quartiles). "clock" is what a phase takes to measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from ctypes.util import find_library
 from pathlib import Path
 from statistics import quantiles
@@ -28,8 +31,10 @@ from fiddler import kernels
 from fiddler.cost_curve import Curve
 from fiddler.device.c_function import CFunction
 from fiddler.device.weight_copy import HostCopy
+from fiddler.files.model_file import ModelFile
 from fiddler.gpu.decode_graphs import DecodeGraphs
 from fiddler.kernels.one_token import JOB
+from fiddler.loading import load
 from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs
@@ -39,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 from oracles.both_sides import LAYERS, orchestrator, weights_of
 
 US = 1e-6
-PHASES = "clock", "plan", "send", "hand over", "kernel", "balance", "open", "between"
+PHASES = "clock", "plan", "send", "hand over", "kernel", "open", "between"
 EXPERTS, TOP, RESIDENT = 128, 8, 32
 HIDDEN = WIDTH = 128
 # of experts of Qwen3-30B-A3B, 9.4 MB: an H200 with 16 Intel cores
@@ -70,34 +75,56 @@ class Described(HostCopy):
 
 
 class Clock:
-    """CPU time of the thread that made it, by phase; a phase ends where the next mark is set."""
+    """Time of the thread that made it, by phase; a phase ends where the next mark is set."""
 
-    def __init__(self) -> None:
-        self._thread, self._last = threading.get_ident(), 0
+    def __init__(self, now: Callable[[], int]) -> None:
+        """now: nanoseconds."""
+        self._thread, self._last, self._now = threading.get_ident(), 0, now
         self.nanoseconds: dict[str, int] = defaultdict(int)
 
     def mark(self, phase: str) -> None:
         """End a phase."""
         if threading.get_ident() == self._thread:
-            now = time.thread_time_ns()
+            now = self._now()
             self.nanoseconds[phase] += now - self._last
-            self._last = time.thread_time_ns()
+            self._last = self._now()
+
+    def watch(self, target: object, name: str, before: str, after: str) -> None:
+        """End a phase before each call of a method, and another one after it."""
+        call = getattr(target, name)
+
+        def marked(*arguments: object) -> object:
+            self.mark(before)
+            result = call(*arguments)
+            self.mark(after)
+            if after == "wait":
+                self.mark("clock")
+            return result
+
+        setattr(target, name, marked)
+
+    def watch_all(self, experts: Orchestrator, graphs: object) -> None:
+        """Measure every phase of a layer."""
+        self.watch(graphs, "wait", "between", "wait")
+        self.watch(experts, "split_token", "hand over", "plan")
+        self.watch(graphs, "send", "hand over", "send")
+        self.watch(experts, "on_cpu", "hand over", "kernel")
+        self.watch(experts.cooperative_step, "open", "hand over", "open")
 
 
 class StandIns:
     """Implements `Graphs`: chooses experts at random, and sends what the GPU is to compute."""
 
-    def __init__(self, experts: Orchestrator, clock: Clock, evict: int) -> None:
+    def __init__(self, experts: Orchestrator, evict: int) -> None:
         self.breaks, self.hidden, self.chosen = list(range(LAYERS)), torch.zeros(1, WIDTH), ()
         self.x = np.ones((1, WIDTH), np.float32)
         self.expert_ids, self.routing_weights = np.zeros((1, TOP), np.float32), np.ones((1, TOP), np.float32)
         self.cpu_sum = np.zeros((1, WIDTH), np.float32)
-        self._ring, self._clock, self._numbers = experts.ring, clock, np.random.default_rng(0)
+        self._ring, self._numbers = experts.ring, np.random.default_rng(0)
         token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
         self._ring.bind_token(token.division, np.zeros((TOP, JOB), np.int64))
         self._arrived = [threading.Event() for _ in range(LAYERS)]
-        self._gpu_first = False
-        self._evicting = np.ones(evict << 17)
+        self._gpu_first, self._evicting = False, np.ones(evict << 17)
         self._caller = threading.get_ident()
 
     def begin(self, token: int, position: int, table: np.ndarray) -> None:
@@ -113,19 +140,14 @@ class StandIns:
 
     def wait(self, graph: int) -> None:
         """Implements `Graphs.wait`."""
-        self._clock.mark("between" if graph else "token")
         self._arrived[graph].wait()
         if threading.get_ident() == self._caller:
             self.expert_ids[:] = self._numbers.permutation(EXPERTS)[:TOP]
             self._evicting.sum()
-        self._clock.mark("wait")
-        self._clock.mark("clock")
 
     def send(self, layer: int, plan: TokenPlan) -> None:
         """Implements `Graphs.send`."""
-        self._clock.mark("hand over")
         assert self._ring.send_token(layer, plan)
-        self._clock.mark("send")
 
     def stream(self) -> None:
         """Implements `Graphs.stream`."""
@@ -137,43 +159,62 @@ class StandIns:
         return self._gpu_first
 
 
-def timed(target: object, name: str, clock: Clock, before: str, after: str) -> None:
-    """Mark the end of a phase before each call of a method, and of another one after it."""
-    call = getattr(target, name)
+def without_gpu(arguments: argparse.Namespace) -> tuple[Callable[[int], object], Clock, int]:
+    """A step of one token with stand-ins, its clock, and its layers."""
+    kernels.set_threads(arguments.threads or 1)
+    layers = weights_of("bf16", "bf16", 0, EXPERTS, HIDDEN, WIDTH)
+    placed = [[*range(0, EXPERTS, EXPERTS // RESIDENT)]] * LAYERS
+    experts, clock = orchestrator(layers, placed, COSTS, Described(), rows=4 * HIDDEN), Clock(time.thread_time_ns)
+    graphs = StandIns(experts, arguments.evict)
+    decoder, table = DecodeGraphs(graphs, experts, SILENT), np.zeros(1, np.int64)
+    clock.watch_all(experts, graphs)
+    return lambda token: decoder.step(token, token, table), clock, LAYERS
 
-    def marked(*arguments: object) -> object:
-        clock.mark(before)
-        result = call(*arguments)
-        clock.mark(after)
-        return result
 
-    setattr(target, name, marked)
+def with_gpu(arguments: argparse.Namespace) -> tuple[Callable[[int], object], Clock, int]:
+    """A step of one token of a model on the GPU, its clock, and its layers with missing experts."""
+    model_file = ModelFile.open(arguments.model)
+    config = model_file.config
+    residents = round(arguments.resident * len(config.sparse_layers) * config.expert_count)
+    engine = load(model_file, "cuda", threads=arguments.threads, context=4096, gpu_experts=residents, notify=print)
+    runner, numbers, clock = engine.runner, random.Random(0), Clock(time.perf_counter_ns)
+    sequence, graphs = runner.sequence(), runner._decoder._graphs
+    print(f"{runner.threads} threads")
+
+    def step(token: int) -> None:
+        if sequence.length > 1024:
+            sequence.truncate(0)
+        runner.step([(sequence, [numbers.randrange(3, config.vocab_size)])])
+
+    clock.watch_all(runner.orchestrator, graphs)
+    return step, clock, len(graphs.breaks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="for a GPU; without one, stand-ins")
+    parser.add_argument("--resident", type=float, default=0.25, help="share of the experts on the GPU")
+    parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=40, help="of a round")
-    parser.add_argument("--evict", type=int, default=0, help="MB read before each layer")
+    parser.add_argument("--evict", type=int, default=0, help="MB read before each layer, without a GPU")
     arguments = parser.parse_args()
-    kernels.set_threads(1)
-    layers = weights_of("bf16", "bf16", 0, EXPERTS, HIDDEN, WIDTH)
-    placed = [[*range(0, EXPERTS, EXPERTS // RESIDENT)]] * LAYERS
-    experts, clock = orchestrator(layers, placed, COSTS, Described(), rows=4 * HIDDEN), Clock()
-    decoder = DecodeGraphs(StandIns(experts, clock, arguments.evict), experts, SILENT)
-    timed(experts, "split_token", clock, "hand over", "plan")
-    timed(experts, "on_cpu", clock, "hand over", "kernel")
-    timed(experts.cooperative_step, "open", clock, "balance", "open")
-    table, rounds = np.zeros(1, np.int64), defaultdict(list)
+    step, clock, layers = (with_gpu if arguments.model else without_gpu)(arguments)
+    phases = ("wait", *PHASES) if arguments.model else PHASES
+    rounds = defaultdict(list)
     for number in range(arguments.rounds + 1):
         clock.nanoseconds.clear()
+        begun = time.perf_counter()
         for token in range(arguments.tokens):
-            decoder.step(token, token, table)
+            clock.mark("token")
+            step(token)
+        seconds = time.perf_counter() - begun
         if number:  # the first one compiles
-            spent = {phase: clock.nanoseconds[phase] / 1e3 / LAYERS / arguments.tokens for phase in PHASES}
+            spent = {phase: clock.nanoseconds[phase] / 1e3 / layers / arguments.tokens for phase in phases}
             for phase, microseconds in spent.items():
                 rounds[phase].append(microseconds)
             rounds["a layer"].append(sum(spent.values()) - spent["clock"])
+            rounds["a token"].append(seconds / arguments.tokens / US)
     for phase, samples in rounds.items():
         low, middle, high = quantiles(samples, n=4)
         print(f"{phase:10} {middle:7.1f} ({low:.1f} to {high:.1f})")
