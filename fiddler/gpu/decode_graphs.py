@@ -45,8 +45,9 @@ class Graphs(Protocol):
         """The experts that the step's routers chose, of each layer int64 [1, K], on the GPU."""
         ...
 
+    # these four stay where they are, and are bound by `Orchestrator.bind_token`
     x: np.ndarray  # float32 [1, D], of a layer whose graph has ended
-    expert_ids: np.ndarray  # float32 [1, K]; these four are bound by `Orchestrator.bind_token`
+    expert_ids: np.ndarray  # float32 [1, K]
     routing_weights: np.ndarray  # float32 [1, K]
     cpu_sum: np.ndarray  # float32 [1, D], the CPU's sum of a layer, which the next graph reads
 
@@ -192,7 +193,7 @@ class DecodeGraphs:
         plans.put(LayerPlan(plan.parts > 0, number))
         if not orchestrator.on_cpu(part, graphs.cpu_sum):
             graphs.cpu_sum[:] = 0
-        cooperative_step.open(number)
+        cooperative_step.open(number)  # before anything that can wait: the GPU may
         if plan.cpu_rows and plan.parts:
             orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=plan.lead)
         elif plan.missing:

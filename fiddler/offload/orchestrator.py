@@ -97,7 +97,7 @@ class Orchestrator:
             WorkerThread("fiddler-gpu", setup), self.semaphore
         )
         self._token: OneToken | None = None
-        self._token_calls: list[Callable[[], None]] = []
+        self._token_parts: list[Callable[[int], CpuPart]] = []  # by the CPU's rows
         self.planned_seconds = 0.0  # expected, of all layers of several tokens so far
         self.plan_by(costs)
 
@@ -232,8 +232,9 @@ class Orchestrator:
         x: float32 [1, D]; chosen, routing_weights: float32 [1, K]; out: float32 [1, D], for the CPU's sums.
         """
         self._token = token = OneToken(chosen, self.residents, self._hidden, self.prefetcher.counts)
-        bound = self._token_inputs = x, token.expert_ids, routing_weights, token.cpu_rows
-        self._token_calls = [ffn.bind(*bound, out) for ffn in self._on_cpu]
+        bound = x, token.expert_ids, routing_weights, token.cpu_rows
+        calls = [ffn.bind(*bound, out) for ffn in self._on_cpu]
+        self._token_parts = [partial(CpuPart, layer, *bound, call=call) for layer, call in enumerate(calls)]
         self._plan_token()
         return token
 
@@ -244,7 +245,7 @@ class Orchestrator:
         """
         assert self._token is not None
         plan = self._token.split(layer)
-        return plan, CpuPart(layer, *self._token_inputs, plan.cpu_rows, self._token_calls[layer])
+        return plan, self._token_parts[layer](plan.cpu_rows)
 
     def step_seconds(self, tokens: int, k: int) -> float:
         """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.
