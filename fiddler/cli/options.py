@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Never
 import typer
 
 from fiddler.cli.checked_numbers import check_threads, size
+from fiddler.cli.collector import CollectorPause
 from fiddler.cli.habits import hub_name
 from fiddler.cli.option_groups import OptionGroup
 from fiddler.errors import RequestError
@@ -99,8 +101,10 @@ def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recor
     from fiddler.loading import load_engine
 
     model_file = opened(model)
-    with loading_bar() as progress:
+    with CollectorPause(), loading_bar() as progress:
         engine = load_engine(model_file, options, notify=say, progress=progress, recorder=recorder)
+        if engine.device == "cuda":
+            gc.collect()  # cycles that are left behind would hold GPU memory for good
     if options.context is not None and options.context > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine
