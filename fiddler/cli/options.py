@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -101,10 +100,10 @@ def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recor
     from fiddler.loading import load_engine
 
     model_file = opened(model)
-    with CollectorPause(), loading_bar() as progress:
-        engine = load_engine(model_file, options, notify=say, progress=progress, recorder=recorder)
-        if engine.device == "cuda":
-            gc.collect()  # cycles that are left behind would hold GPU memory for good
+    with loading_bar() as progress:
+        engine = load_engine(
+            model_file, options, notify=say, progress=progress, recorder=recorder, importing=CollectorPause
+        )
     if options.context is not None and options.context > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine
