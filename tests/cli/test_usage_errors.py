@@ -64,10 +64,10 @@ WRONG = [
 INVOKE = """
 import json, sys
 from typer.testing import CliRunner
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 results = []
 for arguments in json.load(sys.stdin):
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(command_line(), arguments)
     results.append([done.exit_code, repr(done.exception), "torch" in sys.modules or "numba" in sys.modules])
 print(json.dumps(results))
 """
