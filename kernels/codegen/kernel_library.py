@@ -15,13 +15,16 @@ from numba.core.compiler import Compiler
 
 __all__ = ["KernelCompiler"]
 
+_SHARED = ("linkonce_odr", "weak_odr")
+"""Linkage of the functions that Numba links into a module: those that are called, and the bodies of parallel loops."""
+
 
 class _KernelLibrary(JITCodeLibrary):
     """A module whose linked functions become internal once it has been optimised."""
 
     def _finalize_final_module(self) -> None:
         for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage.name == "linkonce_odr":
+            if not function.is_declaration and function.linkage.name in _SHARED:
                 function.linkage = "internal"
         super()._finalize_final_module()
 

@@ -54,6 +54,9 @@ def usage_error(*arguments):
         ("run -p x -n x", "-n / --n-predict: x is no whole number"),
         ("run -p x --seed 1.5", "--seed: 1.5 is no whole number"),
         ("run -p x --temp x", "--temp: x is no number"),
+        ("run -p x -n 1_000", "-n / --n-predict: 1_000 is no whole number; write it in plain digits, as 1000"),
+        ("run -p x -n 5 --temp 0_1.5", "--temp: 0_1.5 is no number; write it in plain digits, as 0.8"),
+        ("serve M.gguf --port=8_080", "--port: 8_080 is no whole number; write it in plain digits, as 1000"),
         ("run -p x -c 0", "-c / --ctx: 0 must be greater than or equal to 1"),
         (
             "run -p x -n --temp",

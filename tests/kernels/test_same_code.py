@@ -33,13 +33,27 @@ assert np.isfinite(c).all()
 print(sum(_block_product.stats.cache_hits.values()), c.tobytes().hex())
 """
 
+PARALLEL = """
+import numpy as np
+from fiddler.kernels.bandwidth import _sum
+
+assert _sum(np.ones(5, np.uint64)) == 5
+(result,) = _sum.overloads.values()
+print(*sorted({function.linkage.name for function in result.library.get_defined_functions()}))
+"""
+
+
+def words_of(cache, script, *arguments):
+    """What a script prints in a process of its own, with its kernels' cache in a folder."""
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": str(cache)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
 
 def product(cache, name, tier):
     """How often a process found its kernel on disk, and the bits of a product."""
-    command = [sys.executable, "-c", PRODUCT, name, tier]
-    done = subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": str(cache)}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    hits, bits = done.stdout.split()
+    hits, bits = words_of(cache, PRODUCT, name, tier)
     return int(hits), bits
 
 
@@ -49,6 +63,11 @@ def test_a_product_has_the_same_bits_where_its_kernel_is_compiled_and_where_it_i
     compiled, read = product(tmp_path, "mxfp4", tier), product(tmp_path, "mxfp4", tier)
     assert (compiled[0], read[0]) == (0, 1)
     assert compiled[1] == read[1]
+
+
+def test_a_parallel_kernel_shares_neither_its_loop_nor_any_function_with_others(tmp_path):
+    """Of two weak functions of one name, the first that is loaded would run."""
+    assert words_of(tmp_path, PARALLEL) == ["external", "internal"]
 
 
 def test_a_kernel_is_not_read_from_disk_once_any_of_the_kernels_sources_has_changed(monkeypatch, tmp_path):
