@@ -2,7 +2,7 @@
 
 As RadixAttention (SGLang, https://arxiv.org/abs/2312.07104): a path from the root spells a sequence's first tokens, one
 block a node; the least recently used leaves go first: out of the pool, and where there is a store, to that. So a path's
-first nodes have their blocks in the pool, and others behind them in the store. Knows blocks and tokens; no model, no text.
+first nodes have their blocks in the pool, the others in the store. Knows blocks and tokens; no model and no text.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -72,27 +73,34 @@ def store_by(engine, curve, blocks=40):
     return runner.prefix_cache.store
 
 
-def run(engine, limit=None, count=COUNT):
-    """Texts of three requests at once, the tokens that were computed for them, and events of joining."""
-    runner, computed, results, joined = engine.runner, [0], {}, []
-    real = runner.compute
+@contextmanager
+def counting(runner):
+    """Yields a list whose sum is the number of tokens that steps have computed."""
+    real, computed = runner.compute, []
 
     def counted(parts, *arguments, **options):
         output = real(parts, *arguments, **options)
-        computed[0] += sum(len(tokens) for _, tokens in parts)
+        computed.append(sum(len(tokens) for _, tokens in parts))
         return output
 
     runner.compute = counted
-    scheduler = Scheduler(runner, BatchSize(3), limit)
-    handles = [scheduler.add(engine.start(Request(ids, GREEDY, count, ignore_eos=True))) for ids in PROMPTS]
-    while not scheduler.idle:
-        for event in scheduler.step():
-            if isinstance(event, Finished):
-                results[event.handle] = event.result.tokens
-            elif isinstance(event, Joined):
-                joined.append(event)
+    yield computed
     del runner.compute
-    return [results[handle] for handle in handles], computed[0], joined
+
+
+def run(engine, limit=None, count=COUNT):
+    """Texts of three requests at once, the number of tokens that were computed for them, and events of joining."""
+    results, joined = {}, []
+    scheduler = Scheduler(engine.runner, BatchSize(3), limit)
+    handles = [scheduler.add(engine.start(Request(ids, GREEDY, count, ignore_eos=True))) for ids in PROMPTS]
+    with counting(engine.runner) as computed:
+        while not scheduler.idle:
+            for event in scheduler.step():
+                if isinstance(event, Finished):
+                    results[event.handle] = event.result.tokens
+                elif isinstance(event, Joined):
+                    joined.append(event)
+    return [results[handle] for handle in handles], sum(computed), joined
 
 
 def check(engine, alone, texts, count=COUNT):
@@ -142,6 +150,30 @@ def test_a_store_of_a_few_blocks_stays_so_small(engine, alone):
     assert store.saves > 2
     assert store.nbytes == 2 * engine.runner.kv_bytes(1)
     check(engine, alone, texts)
+
+
+def test_the_beams_of_a_preempted_search_go_on_where_they_were(engine):
+    limited(engine, 20)
+    runner, store = engine.runner, store_by(engine, SLOW_STEPS)
+    search = engine.start_beams(Request(PROMPTS[0], max_tokens=20, ignore_eos=True), BeamOptions(3))
+    with counting(runner) as computed:
+        expected = search.run()
+    once = sum(computed)
+    runner.forget()
+    scheduler, results = Scheduler(runner, BatchSize(3)), []
+    handle = scheduler.add(search)
+    with counting(runner) as computed:
+        while not results:
+            if len(computed) == 8:
+                scheduler._pause(handle)
+                while runner.pool.reclaim():
+                    continue
+                assert runner.pool.used == 0
+                computed.append(0)
+            results += [event.result for event in scheduler.step() if isinstance(event, Finished)]
+    assert store.loads > 2 + 1  # whole blocks of the prompt, and those in which beams part
+    assert sum(computed) == once
+    assert [beam.tokens for beam in results[0].beams] == [beam.tokens for beam in expected]
 
 
 @pytest.mark.parametrize("end", ["cancel", "close", "interrupt"])
