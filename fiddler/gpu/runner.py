@@ -118,6 +118,8 @@ class GpuRunner(PagedRunner):
 
     def resume(self, ids: Sequence[int], positions: int = 0) -> PagedKVCache:
         """Implements `Runner.resume`."""
+        if self._decoder is not None:
+            self._decoder.forget_ahead()
         with self._within_budget():
             return super().resume(ids, positions)
 
@@ -155,12 +157,15 @@ class GpuRunner(PagedRunner):
     def _compute_several(
         self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None, *, logits: bool
     ) -> StepOutput:
+        """`compute` of whatever the graphs do not compute."""
+        if self._decoder is not None:
+            self._decoder.forget_ahead()
         began = time.perf_counter()
         output = super().compute(parts, wanted, logits=logits)
         if self._resume_costs is not None:
-            self._resume_costs.stepped(
-                sum(len(tokens) for _, tokens in parts), time.perf_counter() - began, ended=logits
-            )
+            ended = output.logits is not None and len(output.logits) > 0  # which the GPU has sent
+            tokens = sum(len(tokens) for _, tokens in parts)
+            self._resume_costs.stepped(tokens, time.perf_counter() - began, ended=ended)
         return output
 
     def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:
