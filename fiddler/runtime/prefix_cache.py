@@ -100,7 +100,7 @@ class PrefixCache:
         sequence = PagedKVCache(self._pool, context, window, blocks, min(length, len(blocks) * POSITIONS))
         if sequence.length < length:  # while others make room, it holds its blocks
             count = len(blocks) + self._restore(path[len(blocks) :], length - sequence.length)
-            self._touch(path[:count])
+            self._touch(path)
             sequence = PagedKVCache(self._pool, context, window, _blocks(path), min(length, count * POSITIONS))
         return sequence if sequence.length else None
 
@@ -182,7 +182,7 @@ class PrefixCache:
             return False
         block.holders += 1
         node.block, node.stored = block, None
-        del self._stored[node]
+        self._stored.pop(node, None)
         self._nodes[node] = None
         return True
 
@@ -194,16 +194,20 @@ class PrefixCache:
         assert self.store is not None
         if not self.store.pays(len(nodes), positions):
             return 0
+        for node in nodes:
+            del self._stored[node]  # so that they stay while others make room
         blocks: list[Block] = []
-        with suppress(ResourceError):
-            while len(blocks) < len(nodes):
-                blocks.append(self._pool.take())
-        # other nodes, for which there was no room in the pool, may have taken the place of the last ones in the store
-        pairs = [(node, stored, block) for node, block in zip(nodes, blocks, strict=False) if (stored := node.stored)]
-        self.store.load([(stored, block) for _, stored, block in pairs])
-        for node, _, block in pairs:
-            self._adopt(node, block, POSITIONS)
-        return len(pairs)
+        try:
+            with suppress(ResourceError):
+                while len(blocks) < len(nodes):
+                    blocks.append(self._pool.take())
+            pairs = [(node.stored, block) for node, block in zip(nodes, blocks, strict=False) if node.stored]
+            self.store.load(pairs)
+            for node, block in zip(nodes, blocks, strict=False):
+                self._adopt(node, block, POSITIONS)
+        finally:
+            self._touch(nodes)
+        return len(blocks)
 
     def _reclaim(self) -> bool:
         """Free the least recently used block that nobody else has; False where there is none.

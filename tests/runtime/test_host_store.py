@@ -132,6 +132,54 @@ def test_a_past_sequence_comes_back_from_the_store_where_computing_it_takes_long
         assert (cache.stored, cache.store.loads) == (3, 3)  # the other one is there in part
 
 
+def test_a_full_store_forgets_the_least_recently_used_blocks_but_none_that_come_back():
+    pool = new_pool(4)
+    cache = PrefixCache(pool, None)
+    cache.store = HostStore(pool, 3 * pool.memory[0].nbytes, ResumeCosts(512, None))
+    for token, blocks in ((5, 2), (6, 2), (7, 4)):
+        filled(pool, cache, token, blocks)
+    assert (cache.stored, cache.store.saves) == (3, 4)  # the first block of 5, and both of 6
+    sequence = cache.take([6] * 100, 1000, None)
+    assert sequence.length == 2 * POSITIONS
+    assert all((keys == 6).all() for keys in sequence.stored(1))
+    assert cache.matched([7] * 100) == 2 * POSITIONS
+    assert (cache.stored, cache.store.used) == (1, 1)  # the third of 7; there was room for no more
+    del sequence
+    assert cache.take([5] * 100, 1000, None) is None
+
+
+def test_stored_blocks_are_computed_again_where_steps_turn_out_to_be_fast():
+    pool, costs = new_pool(4), ResumeCosts(512, None)
+    cache = PrefixCache(pool, None)
+    cache.store = HostStore(pool, 1 << 20, costs)
+    filled(pool, cache, 5, 3)
+    filled(pool, cache, 6, 4)
+    assert cache.stored == 3
+    costs.stepped(1 << 40, 1e-9, ended=True)
+    assert cache.take([5] * 200, 1000, None) is None
+    again = filled(pool, cache, 5, 3)  # its blocks take the place of the stored ones
+    assert (cache.matched([5] * 200), cache.store.used, cache.store.loads) == (again.length, 0, 0)
+
+
+def test_a_block_of_fewer_positions_does_not_replace_a_stored_one():
+    pool = new_pool(3)
+    cache = PrefixCache(pool, None)
+    cache.store = HostStore(pool, 1 << 20, ResumeCosts(512, None))
+    for count in (20, 5):
+        sequence = PagedKVCache(pool, 1000, None)
+        sequence.reserve(count)
+        rows = torch.full((count, 1, 2), 5.0)
+        for layer in range(2):
+            sequence.write(layer, rows, rows)
+        sequence.advance(count)
+        cache.put(sequence, [5] * count)
+        del sequence
+        filled(pool, cache, 6, 3)
+    sequence = cache.take([5] * 30, 1000, None)
+    assert sequence.length == 20
+    assert all((keys == 5).all() for keys in sequence.stored(1))
+
+
 def test_blocks_behind_a_window_are_free_for_others_and_blocks_in_use_stay_known():
     pool = new_pool(8)
     cache = PrefixCache(pool, None)
