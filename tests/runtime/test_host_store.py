@@ -161,6 +161,25 @@ def test_stored_blocks_are_computed_again_where_steps_turn_out_to_be_fast():
     assert (cache.matched([5] * 200), cache.store.used, cache.store.loads) == (again.length, 0, 0)
 
 
+def test_a_copy_that_fails_leaves_the_blocks_in_the_store(monkeypatch):
+    pool = new_pool(4)
+    cache = PrefixCache(pool, None)
+    cache.store = HostStore(pool, 1 << 20, ResumeCosts(512, None))
+    filled(pool, cache, 5, 3)
+    filled(pool, cache, 6, 4)
+
+    def fails(pairs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.store, "load", fails)
+    with pytest.raises(KeyboardInterrupt):
+        cache.take([5] * 100, 1000, None)
+    monkeypatch.undo()
+    assert cache.stored == cache.store.used == 6  # those of 6 made room
+    assert pool.used == cache.blocks == 1
+    assert cache.take([5] * 100, 1000, None).length == 3 * POSITIONS
+
+
 def test_a_block_of_fewer_positions_does_not_replace_a_stored_one():
     pool = new_pool(3)
     cache = PrefixCache(pool, None)
