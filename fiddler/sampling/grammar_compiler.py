@@ -111,9 +111,10 @@ def from_schema(text: str) -> str:
     """
     import llguidance
 
-    defaults = {"whitespace_flexible": True, "whitespace_pattern": BLANKS}
     try:
-        return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=defaults)
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            text, defaults={"whitespace_flexible": True, "whitespace_pattern": BLANKS}
+        )
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema cannot be read: {one_line(error)}") from None
 
