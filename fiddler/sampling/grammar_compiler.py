@@ -27,6 +27,7 @@ BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
 
 _SECONDS, _MEMORY = 2.0, 1 << 30  # limits of one grammar: CPU time, memory beyond that at the start [bytes]
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_SMALL = 1 << 15  # a text that is remembered [characters]; large ones of strangers would fill memory
 _PATIENCE = 60.0  # wall time [s]: the machine may be busy
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
@@ -35,13 +36,16 @@ _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _OPERATOR = re.compile(r"[&~]|(?<=-)-")
 
 
-@lru_cache(maxsize=256)  # a process takes 0.1 s; requests and the lines of a batch often have the same one
 def compiled(text: str, kind: str) -> str:
     """A grammar or a JSON schema in the library's own form; `kind`: "the grammar", or "the JSON schema".
 
     Raises RequestError where it is malformed, or takes too much time or memory to read; ResourceError where no process
-    can be started.
+    can be started. The last small ones are remembered: a process takes 0.1 s, and requests often have the same one.
     """
+    return (_remembered if len(text) <= _SMALL else _compiled)(text, kind)
+
+
+def _compiled(text: str, kind: str) -> str:
     try:
         done = subprocess.run(
             command(__name__, _SECONDS, _MEMORY),
@@ -70,6 +74,9 @@ def compiled(text: str, kind: str) -> str:
         raise RequestError(answer["refused"])
     source: str = answer["source"]
     return source
+
+
+_remembered = lru_cache(maxsize=256)(_compiled)
 
 
 def main(seconds: float, memory: int) -> None:

@@ -79,3 +79,11 @@ def test_a_schema_is_read_once(monkeypatch):
     source = Constraint.json_schema(schema).source
     monkeypatch.setattr("subprocess.run", None)  # no other process can be started
     assert Constraint.json_schema(schema).source == source
+
+
+def test_large_schemas_are_not_remembered(monkeypatch):
+    schema = {"enum": [f"word {number}" for number in range(4000)]}
+    assert Constraint.json_schema(schema).source
+    monkeypatch.setattr("subprocess.run", None)
+    with pytest.raises(TypeError):  # another process would be started
+        Constraint.json_schema(schema)
