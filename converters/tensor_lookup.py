@@ -279,5 +279,5 @@ class TensorLookup:
 
 def _layer(name: str) -> int:
     """The layer in a stored tensor's name; -1 where it has none."""
-    match = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    match = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
     return int(match[1]) if match else -1

@@ -15,7 +15,10 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     exit_on_interrupt()
     sys.argv[0] = sys.argv[0].removesuffix("-python")  # usage lines and completion name the command: see bin/fiddler
-    from fiddler.cli.app import main as run_command_line
+    from fiddler.cli.collector import CollectorPause
+
+    with CollectorPause():
+        from fiddler.cli.app import main as run_command_line
 
     run_command_line()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +39,7 @@ DEMO_MODEL = DEMO_MODELS["stories-18m"]
 
 Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]
+Importing = Callable[[], AbstractContextManager[None]]
 
 
 def load(
@@ -100,27 +102,27 @@ def load_engine(
     notify: Notify = lambda text: None,
     recorder: Recorder = SILENT,
     progress: Progress = lambda done, total: None,
+    importing: Importing = nullcontext,
 ) -> Engine:
-    """`load` with its options as one value. Arguments and errors: see there."""
+    """`load` with its options as one value. Other arguments and errors: see there.
+
+    importing: makes a context in which torch and Numba are imported.
+    """
     check_environment()
-    if not isinstance(path, str | Path | ModelFile | None):
-        raise RequestError(f"the model is {quoted(path)}; give the path of a .gguf file")
     if not isinstance(kernel, str | None) or len(kernel or "") > 60:
         raise RequestError(f"kernel is {quoted(kernel)}; give the name of a tier, as 'avx2'")
-    if not isinstance(path, ModelFile):
-        path = ModelFile.open(DEMO_MODEL if path is None else path_of("the model", path))
-    model_file = path
-    model_file.check_runnable()
+    model_file = _opened(path, importing)
     requested, options = options, _on_cpu_only(model_file, options, notify)
     pinned = _pin(model_file) if options.device != "cpu" and torch_for_gpus() else None
     tokenizer = model_file.tokenizer
-    from fiddler import kernels
-    from fiddler.cpu.loader import on_cpu
-    from fiddler.device.detection import wants_gpu
-    from fiddler.engine import Engine
-    from fiddler.files.weights import mapped_experts
-    from fiddler.kernels.fit_tuning import fit_unknown_cpu
-    from fiddler.telemetry.expert_counts import read_counts
+    with importing():
+        from fiddler import kernels
+        from fiddler.cpu.loader import on_cpu
+        from fiddler.device.detection import wants_gpu
+        from fiddler.engine import Engine
+        from fiddler.files.weights import mapped_experts
+        from fiddler.kernels.fit_tuning import fit_unknown_cpu
+        from fiddler.telemetry.expert_counts import read_counts
 
     started, config, counts = time.perf_counter(), model_file.config, None
     has_experts = config.architecture.has_experts
@@ -151,6 +153,17 @@ def load_engine(
     threads, capacity = kernels.set_threads(options.threads), options.capacity(config.context_length)
     runner = on_cpu(model_file, experts, tier, threads, capacity, options, notify, recorder)
     return Engine(model_file, tokenizer, runner, "cpu", why_not, tier.name, started)
+
+
+def _opened(path: str | Path | ModelFile | None, importing: Importing) -> ModelFile:
+    """The file of a model that runs; errors: see `load`."""
+    if not isinstance(path, str | Path | ModelFile | None):
+        raise RequestError(f"the model is {quoted(path)}; give the path of a .gguf file")
+    if not isinstance(path, ModelFile):
+        path = ModelFile.open(DEMO_MODEL if path is None else path_of("the model", path))
+    with importing():
+        path.check_runnable()
+    return path
 
 
 def _on_cpu_only(model_file: ModelFile, options: LoadOptions, notify: Notify) -> LoadOptions:

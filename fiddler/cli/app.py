@@ -1,7 +1,8 @@
 """The command line: parses, calls one function, prints. Only the `cli` files print and exit. Knows no model.
 
 Results go to stdout; progress, statistics and warnings to stderr. Exit codes: 0 success, 1 an error in one line,
-2 usage error, 130 interrupted. Commands import heavy libraries inside their functions: `--help` stays quick.
+2 usage error, 130 interrupted. The module of a command is imported when the command is called, and heavy libraries
+inside its function: `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -11,41 +12,55 @@ import io
 import os
 import sys
 import traceback
-from pathlib import Path
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
 
-from fiddler.cli.batch import batch
-from fiddler.cli.bench import bench
-from fiddler.cli.calibrate import calibrate
+from fiddler.cli.collector import CollectorPause
 from fiddler.cli.command import Command, Group
 from fiddler.cli.interrupts import exit_on_interrupt
-from fiddler.cli.options import check_local, one_line, say
-from fiddler.cli.perplexity import perplexity
-from fiddler.cli.quantize import convert, quantize
-from fiddler.cli.run import run
-from fiddler.cli.serve import serve
+from fiddler.cli.options import one_line, say
 from fiddler.cli.standard_streams import open_closed
 from fiddler.environment import check_environment
 from fiddler.errors import FiddlerError
 
-__all__ = ["app", "inspect", "main"]
+__all__ = ["COMMANDS", "command_line", "main"]
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # square brackets in help texts are no markup
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run Mixture-of-Experts language models larger than the GPU, unquantised.",
-)
-
-
-for _command in (run, serve, batch, bench, calibrate, perplexity, convert, quantize):
-    app.command(cls=Command)(_command)
+COMMANDS = {
+    "run": "fiddler.cli.run",
+    "serve": "fiddler.cli.serve",
+    "batch": "fiddler.cli.batch",
+    "bench": "fiddler.cli.bench",
+    "calibrate": "fiddler.cli.calibrate",
+    "perplexity": "fiddler.cli.perplexity",
+    "convert": "fiddler.cli.quantize",
+    "quantize": "fiddler.cli.quantize",
+    "inspect": "fiddler.cli.inspect",
+}
+"""The commands, in the order of --help, and the module that has the function of that name."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The program with these commands, names of `COMMANDS`; imports their modules.
+
+    A command behaves alike beside the others and alone; the program's own --help and errors need all of them.
+    """
+    app = typer.Typer(
+        cls=Group,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # square brackets in help texts are no markup
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Run Mixture-of-Experts language models larger than the GPU, unquantised.",
+    )
+    app.callback()(_options)
+    for name in commands:
+        app.command(cls=Command)(getattr(import_module(COMMANDS[name]), name))
+    return app
 
 
 def main() -> NoReturn:
@@ -55,6 +70,9 @@ def main() -> NoReturn:
     try:
         _check_stdout()
         try:
+            called = [name for name in sys.argv[1:2] if name in COMMANDS]
+            with CollectorPause():
+                app = command_line(called or COMMANDS)
             app(standalone_mode=True)
         finally:  # here, not at interpreter exit: a failed flush becomes an error in one line
             sys.stdout.flush()
@@ -88,35 +106,12 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     check_environment()
-
-
-@app.command(cls=Command)
-def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", readable=False, help="Model to inspect.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show a model's architecture, sizes, tensors and tokenizer, without reading tensor data."""
-    check_local(model)
-    from fiddler.files.inspection import describe, to_text
-
-    description = describe(model)
-    from fiddler.kernels import available_tiers, choose_tier
-
-    tiers = [tier.name for tier in available_tiers()]
-    description["kernels"] = {"runs": choose_tier().name, "available": tiers}
-    if as_json:
-        import json
-
-        print(json.dumps(description, indent=2))
-    else:
-        print(to_text(description))
 
 
 def _not_imported(error: BaseException) -> str | None:

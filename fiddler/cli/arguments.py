@@ -10,10 +10,11 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import typer
 
+from fiddler.cli.checked_numbers import is_plain
 from fiddler.cli.habits import ALIASES, ARGUMENTS, BARE, IGNORED, REFUSED, VALUES
 
 __all__ = ["HELP_ALL", "Arguments", "fail"]
@@ -62,6 +63,16 @@ class Arguments:
             return
         self._check_required()
         self.translated = [*options, "--", *self._placed()]
+
+    def check_numbers(self) -> None:
+        """Raise a usage error where a number that typer takes is not written in plain digits."""
+        types = get_type_hints(self._ctx.command.callback)
+        for name, (option, value) in self._given.items():
+            kinds = get_args(types[name]) or (types[name],)
+            if (int in kinds or float in kinds) and not is_plain(value):
+                kind, example = ("whole number", 1000) if int in kinds else ("number", 0.8)
+                names = " / ".join(self._options[option].opts)
+                fail(self._ctx, f"{names}: {_quoted(value)} is no {kind}; write it in plain digits, as {example}")
 
     def explained(self, error: typer.BadParameter) -> str | None:
         """A better line for click's refusal of an option's value; None where it has none."""

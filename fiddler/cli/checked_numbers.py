@@ -10,13 +10,18 @@ import typer
 from fiddler.errors import RequestError
 from fiddler.load_options import parse_size
 
-__all__ = ["MOST_TOKENS", "check_threads", "most_threads", "numbers", "size"]
+__all__ = ["MOST_TOKENS", "check_threads", "is_plain", "most_threads", "numbers", "size"]
 
 MOST_TOKENS = 1 << 24
 """Positions of the longest context that a model file may declare."""
 
 _NUMBER = re.compile("[0-9]{1,12}")
 _MOST_NUMBERS = 1000  # of one option
+
+
+def is_plain(number: str) -> bool:
+    """Whether a number is written as other programs write it; Python alone takes 1_000, and digits of any script."""
+    return number.isascii() and "_" not in number
 
 
 def numbers(option: str, text: str) -> list[int]:

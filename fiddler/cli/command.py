@@ -36,11 +36,13 @@ class Command(TyperCommand):
             ctx.meta[HELP_ALL] = True
             translated = ["--help"]
         try:
-            return super().parse_args(ctx, translated)
+            rest = super().parse_args(ctx, translated)
         except typer.BadParameter as error:
             if (line := arguments.explained(error)) is None:
                 raise
             fail(ctx, line)
+        arguments.check_numbers()
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options (click's hook)."""

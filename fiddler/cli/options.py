@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Never
 import typer
 
 from fiddler.cli.checked_numbers import check_threads, size
+from fiddler.cli.collector import CollectorPause
 from fiddler.cli.habits import hub_name
 from fiddler.cli.option_groups import OptionGroup
 from fiddler.errors import RequestError
@@ -100,7 +101,9 @@ def loaded(model: Path | ModelFile | None, options: LoadOptions, recorder: Recor
 
     model_file = opened(model)
     with loading_bar() as progress:
-        engine = load_engine(model_file, options, notify=say, progress=progress, recorder=recorder)
+        engine = load_engine(
+            model_file, options, notify=say, progress=progress, recorder=recorder, importing=CollectorPause
+        )
     if options.context is not None and options.context > engine.context:
         say(f"warning: the context is {engine.context}, all that the model was trained with, not {options.context}")
     return engine

@@ -67,6 +67,7 @@ def _run(
     if source.is_file():  # a GGUF: its header is mapped
         exit_where_a_file_is_cut_short()
     from fiddler.converters import convert as run_conversion
+    from fiddler.files.inspection import size_text
 
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a half-written file must be removed
@@ -83,7 +84,7 @@ def _run(
     for warning in report.warnings:
         say(f"warning: {warning}")
     say(
-        f"{report.path}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s "
+        f"{report.path}: {report.tensors} tensors, {size_text(report.nbytes)} in {report.seconds:.1f} s "
         f"({report.nbytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s)"
     )
 

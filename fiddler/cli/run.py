@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fiddler.files.model_file import ModelFile
     from fiddler.generation.completion import Stats
     from fiddler.generation.request import Request
+    from fiddler.text.harmony_turn import HarmonyTurn
     from fiddler.text.template_variables import TemplateVariables
 
 __all__ = ["run"]
@@ -177,9 +178,11 @@ def _print_text(
 
     answer: to a message; its first space belongs to the tokenizer. Named tokens are those of an answer in harmony.
     """
-    from fiddler.text.harmony_turn import HarmonyTurn
+    turn: HarmonyTurn | None = None
+    if request.named_tokens:
+        from fiddler.text.harmony_turn import HarmonyTurn
 
-    turn = HarmonyTurn() if request.named_tokens else None
+        turn = HarmonyTurn()
     generation = engine.start(request, prompt_cache=prompt_cache)
     prefixed = answer and engine.tokenizer.add_space_prefix
     for piece in generation:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fiddler.cli.checked_numbers import is_plain
 from fiddler.cli.option_groups import OptionGroup
 from fiddler.cli.text_input import read_utf8
 from fiddler.errors import RequestError
@@ -25,7 +26,7 @@ __all__ = ["SAMPLING", "Grammar", "JsonSchema", "ProbsFile", "SamplingOptions", 
 
 _PANEL, _RARE = "Sampling", "More sampling"
 _FIELDS = {"temp": "temperature", "typical": "typical_p"}  # option -> field of `Sampling`, where they differ
-_BIAS = re.compile(r"\s*(\d+)\s*([+-])(.+)")
+_BIAS = re.compile(r"\s*(\d+)\s*([+-])(.+)", re.ASCII)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 
@@ -166,7 +167,7 @@ def constraint_of(json_schema: str | None, grammar: str | None) -> Constraint | 
 def _biases(options: Sequence[str]) -> dict[int, float]:
     biases: dict[int, float] = {}
     for text in options:
-        parts = _BIAS.fullmatch(text)
+        parts = _BIAS.fullmatch(text) if is_plain(text) else None
         try:
             token, bias = int(parts[1]), float(parts[2] + parts[3])  # type: ignore[index]
         except (TypeError, ValueError):

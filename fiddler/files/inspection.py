@@ -16,7 +16,7 @@ from fiddler.files.model_file import ModelFile
 from fiddler.models.architecture import EXPERTS, AttentionBias, QkNorm, Role, Window
 from fiddler.models.config import Config
 
-__all__ = ["describe", "to_text"]
+__all__ = ["describe", "size_text", "to_text"]
 
 _MAX_CHARS = 200  # of a metadata string
 
@@ -152,13 +152,23 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
     }
 
 
+def size_text(nbytes: int) -> str:
+    """Bytes as a reader takes them in: 93.41 GB, 7.04 MB, 0.51 kB."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if nbytes >= 0.1 * u), (1e3, "kB"))
+    return f"{nbytes / unit:.2f} {name}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e8 else f"{parameters / 1e6:.3g} M"
+
+
 def to_text(description: dict[str, Any]) -> str:
     """Format `describe`'s result as text without control characters; with "kernels" if the caller adds them."""
     a, sizes, tokenizer = description["architecture"], description["bytes"], description["tokenizer"]
     kernels = description.get("kernels")
     lines = [
-        f"{printable(description['name'] or description['path'], _MAX_CHARS)}: {a['parameters'] / 1e9:.3g} B "
-        f"parameters, {sizes['file'] / 1e9:.2f} GB",
+        f"{printable(description['name'] or description['path'], _MAX_CHARS)}: {_count(a['parameters'])} "
+        f"parameters, {size_text(sizes['file'])}",
         *([] if description["runnable"] is True else [f"  does not run: {description['runnable']}"]),
         *(_shape_lines(a, sizes) if "layers" in a else [f"  architecture {printable(a['name'])}"]),
         f"  tokenizer {printable(tokenizer['model'])}, {tokenizer['vocabulary'] or 'no'} tokens, "
@@ -170,7 +180,7 @@ def to_text(description: dict[str, Any]) -> str:
     ]
     width = max((len(t["name"]) for t in description["tensors"]), default=0)
     lines += [
-        f"  {t['name']:<{width}}  {t['type']:<5} {'x'.join(map(str, t['shape'])):<18} {t['bytes'] / 1e6:>10.2f} MB"
+        f"  {t['name']:<{width}}  {t['type']:<5} {'x'.join(map(str, t['shape'])):<18} {size_text(t['bytes']):>10}"
         for t in description["tensors"]
     ]
     return "\n".join(lines)
@@ -179,10 +189,10 @@ def to_text(description: dict[str, Any]) -> str:
 def _shape_lines(a: dict[str, Any], sizes: dict[str, int]) -> list[str]:
     experts = f"{a['experts']} experts of width {a['expert_width']}, {a['experts_per_token']} a token"
     expert_sizes = [
-        f"  experts {sizes['experts'] / 1e9:.2f} GB ({sizes['one_expert'] / 1e6:.1f} MB each), "
-        f"all other weights {sizes['dense'] / 1e9:.2f} GB",
+        f"  experts {size_text(sizes['experts'])} ({size_text(sizes['one_expert'])} each), "
+        f"all other weights {size_text(sizes['dense'])}",
         *(["  one tensor an expert, as in files from before April 2024"] if a["one_tensor_an_expert"] else []),
-        f"  experts read for one token: {sizes['experts_read_per_token'] / 1e9:.2f} GB",
+        f"  experts read for one token: {size_text(sizes['experts_read_per_token'])}",
     ]
     return [
         f"  {a['layers']} layers of width {a['width']}, {experts if a['experts'] else 'no experts'}",

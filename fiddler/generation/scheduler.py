@@ -242,13 +242,11 @@ class Scheduler:
         return False
 
     def _allocate(self, group: SequenceGroup) -> None:
-        """A KV cache for each sequence of a group."""
+        """A KV cache for each sequence of a group, with what is known of its tokens."""
         for index, sequence in enumerate(group.sequences):
             positions = len(sequence.tokens) if self._grows else group.max_positions
-            if index:
-                sequence.cache = self._runner.sequence(positions)
-            else:
-                sequence.cache = self._runner.resume(sequence.tokens if group.reuse else (), positions)
+            sequence.cache = self._runner.resume(sequence.tokens if group.reuse else (), positions)
+            if not index:
                 group.joined(sequence.cache.length)
 
     def _fits(self, group: SequenceGroup, running: Mapping[int, SequenceGroup]) -> bool:

@@ -158,6 +158,13 @@ class DecodeGraphs:
                 self._experts.start_over()
             raise
 
+    def forget_ahead(self) -> None:
+        """Let the next step not be one that was begun ahead: others may have written to that one's blocks since then.
+
+        The logits of the last step must have been read.
+        """
+        self._ahead = None
+
     def logits(self) -> Tensor:
         """Logits of the last step: [1, V], on the CPU. Waits for them."""
         if self._ahead is None:

@@ -48,6 +48,7 @@ from fiddler.offload.plan import Costs
 from fiddler.offload.residency import place, within
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.runtime.block_pool import block_bytes, blocks_for
+from fiddler.runtime.host_store import host_store_bytes
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["GpuModel", "can_decode", "on_gpu"]
@@ -105,12 +106,11 @@ def on_gpu(
     layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
         raise _too_small(budget, sizes, config)
-    grouped = _grouped(device, triton_kernels)
     orchestrator, threads = None, kernels.set_threads(options.threads)
     if experts:
         orchestrator, threads = _orchestrated(
-            *(experts, config.expert_used_count, weight_copy, layout, options, counts, grouped),
-            _Reports(notify, progress, recorder),
+            *(experts, config.expert_used_count, weight_copy, layout, options, counts),
+            *(_grouped(device, triton_kernels), _Reports(notify, progress, recorder)),
         )
     budget.settle()
     linear = GpuLinear(dense.linears, triton_kernels, exact=options.exact)
@@ -122,6 +122,7 @@ def on_gpu(
         _decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
+    runner.store_in_host(host_store_bytes(sum(nbytes for _, nbytes in model_file.file.mappings)))
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
     used = f"{shown(budget.used())} of {shown(budget.total)} used"
     return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
@@ -263,9 +264,8 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     config = model_file.config
     width = max(config.embedding_length, config.head_count * config.head_dim)
     feed_forward = config.feed_forward_length + config.embedding_length
-    tensors = model_file.file.tensors
     declared = config.tensors(tied=model_file.tied)
-    dense = sum(tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
+    dense = sum(model_file.file.tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
     cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(

@@ -5,8 +5,10 @@ Does not know where experts are computed, nor how the pool of blocks gets its me
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,11 @@ from fiddler.models.transformer import Transformer
 from fiddler.offload.evictions import Evictions
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.runtime.block_pool import BlockPool
+from fiddler.runtime.host_store import HostStore
 from fiddler.runtime.kv_cache import KVCache
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 from fiddler.runtime.paged_runner import PagedRunner
+from fiddler.runtime.resume_costs import ResumeCosts
 from fiddler.runtime.runner import StepOutput
 from fiddler.runtime.step import Step
 
@@ -62,6 +66,7 @@ class GpuRunner(PagedRunner):
         self._attention: ModuleType | None = None
         self._cos_sin = torch.empty(0)
         self._elastic: ElasticBudget | None = None
+        self._resume_costs: ResumeCosts | None = None
 
     def share_budget(self, room: Callable[[], int]) -> None:
         """Let the pool grow by up to `room` bytes, then at the cost of resident experts, and give it back later."""
@@ -69,6 +74,14 @@ class GpuRunner(PagedRunner):
         self.pool.room = room
         if self.orchestrator is not None:
             self._elastic = ElasticBudget(self.pool, room, Evictions(self.orchestrator))
+
+    def store_in_host(self, nbytes: int) -> None:
+        """Copy blocks that others need to up to so much of the host's memory, and back where that pays."""
+        experts, curve = self.orchestrator, None
+        if experts is not None and not all(experts.complete(layer) for layer in range(len(experts.layers))):
+            curve = partial(_step_seconds, experts, self.chunk, self.model.config.expert_used_count)
+        self._resume_costs = ResumeCosts(self.chunk, curve)
+        self.prefix_cache.store = HostStore(self.pool, nbytes, self._resume_costs)
 
     def decode_with(self, decoder: DecodeGraphs | None, cos_sin: Tensor, attention: ModuleType) -> None:
         """Run steps of one token of one sequence through `decoder`, and attention of others through its kernels.
@@ -101,9 +114,14 @@ class GpuRunner(PagedRunner):
         """Implements `Runner.step_seconds`: the plans' seconds of the experts; None for a model without any."""
         if self.orchestrator is None:
             return None
-        counts = [count for count in _CURVE_TOKENS if count < self.chunk] + [self.chunk]
-        k = self.model.config.expert_used_count
-        return Curve(tuple(counts), tuple(self.orchestrator.step_seconds(count, k) for count in counts))
+        return _step_seconds(self.orchestrator, self.chunk, self.model.config.expert_used_count)
+
+    def resume(self, ids: Sequence[int], positions: int = 0) -> PagedKVCache:
+        """Implements `Runner.resume`."""
+        if self._decoder is not None:
+            self._decoder.forget_ahead()
+        with self._within_budget():
+            return super().resume(ids, positions)
 
     def copy(self, source: KVCache, target: KVCache | None = None, shared: int = 0) -> PagedKVCache:
         """Implements `Runner.copy`."""
@@ -124,7 +142,7 @@ class GpuRunner(PagedRunner):
             if self._elastic is not None:
                 self._elastic.before_step(self.prefix_cache)
             if self._decoder is None or not single:
-                return super().compute(parts, wanted, logits=logits)
+                return self._compute_several(parts, wanted, logits=logits)
             ((sequence, tokens),) = parts
             assert isinstance(sequence, PagedKVCache)
             sequence.reserve(sequence.length + 1)
@@ -134,6 +152,20 @@ class GpuRunner(PagedRunner):
                 self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
             output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
         sequence.advance(1)
+        return output
+
+    def _compute_several(
+        self, parts: Sequence[tuple[KVCache, Sequence[int]]], wanted: Sequence[int] | None, *, logits: bool
+    ) -> StepOutput:
+        """`compute` of whatever the graphs do not compute."""
+        if self._decoder is not None:
+            self._decoder.forget_ahead()
+        began = time.perf_counter()
+        output = super().compute(parts, wanted, logits=logits)
+        if self._resume_costs is not None:
+            ended = output.logits is not None and len(output.logits) > 0  # which the GPU has sent
+            tokens = sum(len(tokens) for _, tokens in parts)
+            self._resume_costs.stepped(tokens, time.perf_counter() - began, ended=ended)
         return output
 
     def prefill(self, sequence: KVCache, tokens: Sequence[int]) -> Tensor:
@@ -178,6 +210,12 @@ class GpuRunner(PagedRunner):
             raise ResourceError(
                 f"the GPU's memory does not suffice within {shown(self.budget.total)}; give {fewer}less --ctx"
             ) from error
+
+
+def _step_seconds(orchestrator: Orchestrator, chunk: int, k: int) -> Curve:
+    """Expected seconds of the experts of a step of up to `chunk` tokens, each of which chooses `k` in every layer."""
+    counts = [count for count in _CURVE_TOKENS if count < chunk] + [chunk]
+    return Curve(tuple(counts), tuple(orchestrator.step_seconds(count, k) for count in counts))
 
 
 def largest_of(logits: Tensor) -> Tensor:

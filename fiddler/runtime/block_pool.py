@@ -134,7 +134,12 @@ class BlockPool:
 
     def copy(self, source: Block, target: Block, positions: int) -> None:
         """Copy a block's first `positions` of all layers to another block."""
-        self._block(target.number)[..., :positions, :] = self._block(source.number)[..., :positions, :]
+        self.view(target)[..., :positions, :] = self.view(source)[..., :positions, :]
+
+    def view(self, block: Block) -> Tensor:
+        """A block's memory, [L, M, G, POSITIONS, head_dim]."""
+        segment = bisect_right(self._firsts, block.number) - 1
+        return self.segments[segment][block.number - self._firsts[segment]]
 
     def places(self, numbers: np.ndarray, rows: np.ndarray) -> list[Places]:
         """Where rows of blocks lie, int64 [n] each; on the pool's device, for `store` of each layer."""
@@ -174,10 +179,6 @@ class BlockPool:
         self._firsts.append(len(self.offsets))
         self.offsets = np.concatenate([self.offsets, offsets])
         self.segments.append(segment)
-
-    def _block(self, number: int) -> Tensor:
-        segment = bisect_right(self._firsts, number) - 1
-        return self.segments[segment][number - self._firsts[segment]]
 
     def _by_segment(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The segments that hold these blocks, and which of the blocks each holds: indices into `numbers`."""

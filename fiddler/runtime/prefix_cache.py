@@ -1,7 +1,8 @@
 """Past sequences' keys and values, for every prompt that begins with the same tokens: a radix tree of blocks by tokens.
 
 As RadixAttention (SGLang, https://arxiv.org/abs/2312.07104): a path from the root spells a sequence's first tokens, one
-block a node; the least recently used leaves go first. Knows blocks and tokens; no model and no text.
+block a node; the least recently used leaves go first: out of the pool, and where there is a store, to that. So a path's
+first nodes have their blocks in the pool, the others in the store. Knows blocks and tokens; no model and no text.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from weakref import WeakMethod
 
+from fiddler.errors import ResourceError
 from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool
+from fiddler.runtime.host_store import HostStore
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 
 __all__ = ["PrefixCache", "common"]
@@ -20,40 +24,54 @@ Tokens = tuple[int, ...]
 
 
 class _Node:
-    """A block whose first positions hold these tokens, after those of its parents. Only a full one has children."""
+    """A block whose first positions hold these tokens, after those of its parents. Only a full one has children.
 
-    __slots__ = ("block", "children", "order", "parent", "tokens")
+    `block`: in the pool; None where it is `stored`.
+    """
+
+    __slots__ = ("block", "children", "order", "parent", "stored", "tokens")
 
     def __init__(self, tokens: Tokens, block: Block | None, parent: _Node | None) -> None:
         self.tokens, self.block, self.parent = tokens, block, parent
+        self.stored: Block | None = None
         self.children: dict[Tokens, _Node] = {}
         self.order: list[Tokens] = []  # the children's tokens, sorted: those with the longest common prefix are beside
 
 
 class PrefixCache:
-    """Blocks of past sequences, at most `max_blocks`, None: all; fewer where others need the pool's memory."""
+    """Blocks of past sequences, at most `max_blocks`, None: all; fewer where others need the pool's memory.
+
+    `store`: takes the blocks that others need, where copying them back pays.
+    """
 
     def __init__(self, pool: BlockPool, max_blocks: int | None) -> None:
+        self.store: HostStore | None = None
         self._pool, self._max_blocks = pool, max_blocks
         self._root = _Node((), None, None)
         self._nodes: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first, children before parents
+        self._stored: OrderedDict[_Node, None] = OrderedDict()  # those in the store, in the same order
         own = WeakMethod(self._reclaim)  # no cycle: the pool is freed with its last user
         pool.reclaim = lambda: (reclaim := own()) is not None and reclaim()
 
     @property
     def blocks(self) -> int:
-        """Number of blocks in the tree."""
+        """Number of blocks in the tree that are in the pool."""
         return len(self._nodes)
+
+    @property
+    def stored(self) -> int:
+        """Number of blocks in the tree that are in the store."""
+        return len(self._stored)
 
     @property
     def unused(self) -> int:
         """Number of blocks that nobody has beside the tree."""
-        return sum(node.block is not None and node.block.holders == 1 for node in self._nodes)
+        return sum(_unused(node) for node in self._nodes)
 
     def matched(self, ids: Sequence[int]) -> int:
-        """The tokens of the longest common prefix of `ids` and a past sequence."""
-        path, last, count = self._find(tuple(ids))
-        return len(path) * POSITIONS + (count if last is not None else 0)
+        """The tokens of the longest common prefix of `ids` and a past sequence, as far as it is in the pool."""
+        path, length = self._path(tuple(ids))
+        return min(length, len(_blocks(path)) * POSITIONS)
 
     def put(self, sequence: PagedKVCache, tokens: Sequence[int]) -> None:
         """Remember a sequence, which holds the first `sequence.length` of `tokens` and may go on being used."""
@@ -62,7 +80,7 @@ class PrefixCache:
         path = []
         for begin, block in zip(range(0, len(ids), POSITIONS), sequence.blocks, strict=False):
             child = self._child(node, ids[begin : begin + POSITIONS], block)
-            if child is None:
+            if child is None or (child.block is None and not self._adopt(child, block, len(ids) - begin)):
                 break
             path.append(child)
             node = child
@@ -74,20 +92,27 @@ class PrefixCache:
         """A sequence that begins with the longest common prefix of `ids` and a past one; None where there is none.
 
         At least one of `ids` is left to compute, for the logits after it. Several sequences may have the same blocks.
+        Blocks of the store are copied back where that pays, as far as the pool has room.
         """
-        path, last, count = self._find(tuple(ids[: max(len(ids) - 1, 0)]))
-        length = len(path) * POSITIONS + count
-        if last is not None:
-            path = [*path, last]
+        path, length = self._path(tuple(ids[: max(len(ids) - 1, 0)]))
         self._touch(path)
-        if not length:
-            return None
-        return PagedKVCache(self._pool, context, window, [node.block for node in path if node.block], length)
+        blocks = _blocks(path)
+        sequence = PagedKVCache(self._pool, context, window, blocks, min(length, len(blocks) * POSITIONS))
+        if sequence.length < length:  # while others make room, it holds its blocks
+            count = len(blocks) + self._restore(path[len(blocks) :], length - sequence.length)
+            self._touch(path)
+            sequence = PagedKVCache(self._pool, context, window, _blocks(path), min(length, count * POSITIONS))
+        return sequence if sequence.length else None
 
     def clear(self) -> None:
         """Forget all sequences; blocks that nobody else has are free."""
-        while self._nodes:
-            self._evict()
+        for node in list(self._root.children.values()):
+            self._remove(node)
+
+    def _path(self, ids: Tokens) -> tuple[list[_Node], int]:
+        """The nodes of the longest common prefix of `ids` and a past sequence, and its length."""
+        path, last, count = self._find(ids)
+        return (path, len(path) * POSITIONS) if last is None else ([*path, last], len(path) * POSITIONS + count)
 
     def _find(self, ids: Tokens) -> tuple[list[_Node], _Node | None, int]:
         """The nodes of the whole blocks that `ids` begin with; the next node that has some more, and how many."""
@@ -128,32 +153,116 @@ class PrefixCache:
     def _touch(self, path: Sequence[_Node]) -> None:
         """Note that these nodes, from the root on, are used now."""
         for node in reversed(path):  # so that parents are younger than their children
-            self._nodes[node] = None
-            self._nodes.move_to_end(node)
+            nodes = self._stored if node.block is None else self._nodes
+            nodes[node] = None
+            nodes.move_to_end(node)
 
     def _evict(self) -> None:
-        """Forget the least recently used node, which is a leaf."""
+        """Forget the least recently used node in the pool; whatever is behind it is in the store."""
         self._remove(next(iter(self._nodes)))
 
     def _remove(self, node: _Node) -> None:
-        assert not node.children
+        """Forget a node and all behind it."""
         assert node.parent is not None
-        assert node.block is not None
         del node.parent.children[node.tokens]
         node.parent.order.pop(bisect_left(node.parent.order, node.tokens))
-        self._nodes.pop(node, None)
-        node.block.holders -= 1
-        node.block = None
+        behind = [node]
+        for each in behind:
+            behind += each.children.values()
+            each.children = {}  # no cycle
+            self._nodes.pop(each, None)
+            self._stored.pop(each, None)
+            if each.block is not None:
+                each.block.holders -= 1
+            each.block = each.stored = None
+
+    def _adopt(self, node: _Node, block: Block | None, positions: int) -> bool:
+        """Give a stored node a block of the pool with so many of its positions or more; whether these are enough."""
+        if block is None or positions < len(node.tokens):
+            return False
+        block.holders += 1
+        node.block, node.stored = block, None
+        self._stored.pop(node, None)
+        self._nodes[node] = None
+        return True
+
+    def _restore(self, nodes: Sequence[_Node], positions: int) -> int:
+        """Copy the blocks of a path's stored nodes to the pool, as many as it has room for; returns their number.
+
+        positions: that need not be computed then; where computing them takes less time, nothing is copied.
+        """
+        assert self.store is not None
+        if not self.store.pays(len(nodes), positions):
+            return 0
+        for node in nodes:
+            del self._stored[node]  # so that they stay while others make room
+        blocks: list[Block] = []
+        try:
+            with suppress(ResourceError):
+                while len(blocks) < len(nodes):
+                    blocks.append(self._pool.take())
+            pairs = [(node.stored, block) for node, block in zip(nodes, blocks, strict=False) if node.stored]
+            self.store.load(pairs)
+            for node, block in zip(nodes, blocks, strict=False):
+                self._adopt(node, block, POSITIONS)
+        finally:
+            self._touch(nodes)
+        return len(blocks)
 
     def _reclaim(self) -> bool:
-        """Forget nodes until a block is free; False where the tree is empty."""
-        while self._nodes:
+        """Free the least recently used block that nobody else has; False where there is none.
+
+        Blocks in use count as used now. Where a sequence with a window gave back blocks, later ones that it has are
+        forgotten, since only leaves can go.
+        """
+        for _ in range(len(self._nodes)):
+            if not self._nodes:
+                break
             node = next(iter(self._nodes))
-            free = node.block is not None and node.block.holders == 1
-            self._remove(node)
-            if free:
+            if _unused(node):
+                if not self._save(node):
+                    self._remove(node)
                 return True
+            path = _ancestors(node)
+            if any(_unused(each) for each in path):
+                self._remove(node)
+            else:
+                self._touch(path)
         return False
+
+    def _save(self, node: _Node) -> bool:
+        """Move a node's block to the store, which forgets the least recently used ones, where copying it back pays."""
+        if self.store is None or not self.store.pays(1, len(node.tokens)):
+            return False
+        assert node.block is not None
+        while (stored := self.store.save(node.block)) is None and self._stored:
+            self._remove(next(iter(self._stored)))
+        if stored is None:
+            return False
+        node.block.holders -= 1
+        node.block, node.stored = None, stored
+        del self._nodes[node]
+        self._stored[node] = None
+        return True
+
+
+def _blocks(path: Sequence[_Node]) -> list[Block]:
+    """The blocks of a path's first nodes, those in the pool."""
+    return [node.block for node in path if node.block is not None]
+
+
+def _ancestors(node: _Node) -> list[_Node]:
+    """The path from the root to a node, which is its last."""
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    return path[::-1]
+
+
+def _unused(node: _Node) -> bool:
+    """Whether nobody has a node's block beside the tree."""
+    return node.block is not None and node.block.holders == 1
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -74,7 +74,7 @@ class Runner(ABC):
 
     @abstractmethod
     def matched(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` need not be computed again."""
+        """How many of the first `ids` need no memory and need not be computed again."""
 
     @abstractmethod
     def resume(self, ids: Sequence[int], positions: int = 0) -> KVCache:

@@ -18,19 +18,13 @@ from typing import Any
 import numpy as np
 
 from fiddler.errors import FiddlerError, RequestError, quoted
-from fiddler.sampling.grammar_compiler import check, compiled, one_line
+from fiddler.sampling.grammar_compiler import BLANKS, compiled, one_line
 from fiddler.sampling.mask_process import MaskProcess
 from fiddler.text.tokenizer import Tokenizer
 
-__all__ = ["Constraint", "TokenGuide", "Vocabulary", "json_rule"]
-
-_BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
-"""Between the parts of JSON, as in llama.cpp's own grammars: bounded, so that no model writes blanks for ever."""
+__all__ = ["Constraint", "TokenGuide", "Vocabulary", "json_rule", "schema_text"]
 
 _LARGEST = 1 << 20  # of a schema or a grammar [characters]
-_LARGE = (
-    1 << 15
-)  # a schema up to here takes some 0.1 s to check at most, a larger one is checked in a process [characters]
 
 
 @dataclass(frozen=True)
@@ -51,24 +45,8 @@ class Constraint:
         20 blanks or tabs. Raises RequestError with the library's reason where the schema is malformed, cannot be met,
         or has a keyword that the library does not know.
         """
-        matcher = _library().LLMatcher
-        try:
-            if isinstance(schema, str):
-                _check_length("the JSON schema", schema)
-            parsed = json.loads(schema) if isinstance(schema, str) else schema
-            if parsed is True:
-                parsed = {}  # the same schema, in a form that can carry our rule for blanks
-            text = json.dumps(parsed)
-            _check_length("the JSON schema", text)
-            source = matcher.grammar_from_json_schema(
-                text, defaults={"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
-            )
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the JSON schema cannot be read: {one_line(error)}") from None
-        if len(source) > _LARGE:
-            return cls(compiled(source, "the JSON schema"))
-        check(source, "the JSON schema")
-        return cls(source)
+        _library()  # or the line that says what to install
+        return cls(compiled(schema_text(schema), "the JSON schema"))
 
     @classmethod
     def grammar(cls, text: str) -> Constraint:
@@ -85,9 +63,24 @@ class Constraint:
         return cls(compiled(text, "the grammar"))
 
 
+def schema_text(schema: str | Mapping[str, Any]) -> str:
+    """A schema as JSON that the library takes. Raises RequestError where it is none, or too long."""
+    try:
+        if isinstance(schema, str):
+            _check_length("the JSON schema", schema)
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if parsed is True:
+            parsed = {}  # the same schema, in a form that can carry our rule for blanks
+        text = json.dumps(parsed)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be read: {one_line(error)}") from None
+    _check_length("the JSON schema", text)
+    return text
+
+
 def json_rule(schema: Mapping[str, Any]) -> str:
     """JSON of a schema as a part of a Lark rule, with the same blanks as `Constraint.json_schema`."""
-    blanks = {"whitespace_flexible": True, "whitespace_pattern": _BLANKS}
+    blanks = {"whitespace_flexible": True, "whitespace_pattern": BLANKS}
     return f"%json {json.dumps({**schema, 'x-guidance': blanks})}"
 
 

@@ -1,7 +1,8 @@
-"""Converts and checks a grammar in a process with limits: `main`; the parent's side is `compiled`.
+"""Converts and checks a grammar or a JSON schema in a process with limits: `main`; the parent's side is `compiled`.
 
 The `llguidance` library limits the size of a grammar, but not the time that it takes to find it too large: rules that
-double 1,000 times take 10 s, a schema of 15,000 properties 5 s.
+double 1,000 times take 10 s, a schema of 15,000 properties 5 s. Some schemas end the process that reads them: version
+1.9 panics at an `enum` of -2**63, and beside other values reads past an array.
 GBNF: llama.cpp's (https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md), converted. Knows no tokens.
 """
 
@@ -13,14 +14,20 @@ import re
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 
 from fiddler.errors import RequestError, ResourceError
 from fiddler.sampling.process_limits import end_on_timer, limit_memory
 from fiddler.text.python_process import command, environment
 
-__all__ = ["check", "compiled", "converted", "main", "one_line"]
+__all__ = ["BLANKS", "check", "compiled", "converted", "from_schema", "main", "one_line"]
+
+BLANKS = r"[ ]?|\n{1,2}[ \t]{0,20}"
+"""Between the parts of JSON, as in llama.cpp's own grammars: bounded, so that no model writes blanks for ever."""
 
 _SECONDS, _MEMORY = 2.0, 1 << 30  # limits of one grammar: CPU time, memory beyond that at the start [bytes]
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_SMALL = 1 << 15  # a text that is remembered [characters]; large ones of strangers would fill memory
 _PATIENCE = 60.0  # wall time [s]: the machine may be busy
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _GBNF_PART = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.', re.DOTALL)
@@ -30,11 +37,15 @@ _OPERATOR = re.compile(r"[&~]|(?<=-)-")
 
 
 def compiled(text: str, kind: str) -> str:
-    """A grammar in the library's own form; `kind`: "the grammar", or "the JSON schema", which has that form already.
+    """A grammar or a JSON schema in the library's own form; `kind`: "the grammar", or "the JSON schema".
 
     Raises RequestError where it is malformed, or takes too much time or memory to read; ResourceError where no process
-    can be started.
+    can be started. The last small ones are remembered: a process takes 0.1 s, and requests often have the same one.
     """
+    return (_remembered if len(text) <= _SMALL else _compiled)(text, kind)
+
+
+def _compiled(text: str, kind: str) -> str:
     try:
         done = subprocess.run(
             command(__name__, _SECONDS, _MEMORY),
@@ -52,6 +63,8 @@ def compiled(text: str, kind: str) -> str:
         raise ResourceError(f"cannot start {sys.executable} to read {kind}: {error.strerror}") from None
     if done.returncode == -signal.SIGPROF:
         raise RequestError(f"{kind} takes more than {_SECONDS:g} s of computing to read; give a smaller one")
+    if -done.returncode in _FAULTS:
+        raise RequestError(f"{kind} cannot be used: the library that reads it crashes; give another one")
     if done.returncode < 0:
         raise RequestError(f"{kind} takes more than {_MEMORY >> 20} MiB of memory to read; give a smaller one")
     if done.returncode > 0:
@@ -61,6 +74,9 @@ def compiled(text: str, kind: str) -> str:
         raise RequestError(answer["refused"])
     source: str = answer["source"]
     return source
+
+
+_remembered = lru_cache(maxsize=256)(_compiled)
 
 
 def main(seconds: float, memory: int) -> None:
@@ -75,10 +91,14 @@ def main(seconds: float, memory: int) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     text, kind = json.load(sys.stdin.buffer)
     try:
-        answer = {"source": text if kind == "the JSON schema" else converted(text)}
+        answer = {"source": from_schema(text) if kind == "the JSON schema" else converted(text)}
         check(answer["source"], kind)
     except RequestError as error:
         answer = {"refused": str(error)}
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's language; no Exception, and has no public name
+            raise
+        answer = {"refused": f"{kind} cannot be used: the library that reads it fails; give another one"}
     with os.fdopen(1, "wb") as answers:
         answers.write(json.dumps(answer).encode())
 
@@ -90,6 +110,20 @@ def check(source: str, kind: str) -> None:
     reason = llguidance.LLMatcher.validate_grammar(source)
     if reason and not reason.startswith("WARNING"):
         raise RequestError(f"{kind} cannot be used: {one_line(reason)}")
+
+
+def from_schema(text: str) -> str:
+    """A JSON schema in the library's own form. Raises RequestError where it cannot be read. Has no limits of its own;
+    see `compiled`.
+    """
+    import llguidance
+
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            text, defaults={"whitespace_flexible": True, "whitespace_pattern": BLANKS}
+        )
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema cannot be read: {one_line(error)}") from None
 
 
 def converted(text: str) -> str:

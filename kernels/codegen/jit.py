@@ -11,6 +11,7 @@ from numba import config, njit
 
 from fiddler.errors import RequestError
 from fiddler.kernels.codegen.kernel_cache import KernelCache
+from fiddler.kernels.codegen.kernel_library import KernelCompiler
 
 __all__ = ["FASTMATH", "OPTIONS", "cached_on_disk", "kernel"]
 
@@ -40,7 +41,8 @@ def kernel(function: Callable[..., Any] | None = None, parallel: bool = True, fa
         return partial(kernel, parallel=parallel, fastmath=fastmath)
     if config.DISABLE_JIT:
         raise RequestError("Numba compiles nothing: unset NUMBA_DISABLE_JIT, or disable_jit in .numba_config.yaml")
-    compiled = njit(**OPTIONS, parallel=parallel, fastmath=FASTMATH if fastmath else False)(function)
+    flags = FASTMATH if fastmath else False
+    compiled = njit(**OPTIONS, parallel=parallel, fastmath=flags, pipeline_class=KernelCompiler)(function)
     with suppress(RuntimeError):  # no folder for the cache
         compiled._cache = KernelCache(function)  # Numba has no public way to choose a cache
     _kernels.append(compiled)

@@ -21,12 +21,23 @@ from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-__all__ = ["KernelCache", "take_write_failure"]
+__all__ = ["SOURCES", "KernelCache", "take_write_failure"]
 
 _SETTINGS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DISABLE_INTEL_SVML", "DEBUGINFO_DEFAULT")
 """Numba's settings (`NUMBA_OPT` and so on) that change the code. Numba's own key has none of them."""
 
 _DIGEST_BYTES = 32
+
+
+def _digest_of_sources(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+SOURCES = _digest_of_sources(Path(__file__).parents[1])
+"""A digest of all kernels' sources: Numba compares the file of a function alone, but a kernel consists of several."""
 
 _write_failures: list[OSError] = []
 _unreported: list[OSError] = []
@@ -91,8 +102,8 @@ class KernelCache(FunctionCache):
         return repr((versions, self._stamp(), self._index_key(sig, codegen), settings))
 
     def _stamp(self) -> str:
-        """A name for this state of the source file."""
-        return _name(repr(self._impl.locator.get_source_stamp()))
+        """A name for this state of the source file, and of those that it imports."""
+        return _name(repr((self._impl.locator.get_source_stamp(), SOURCES)))
 
     def _path(self, key: str) -> Path:
         return Path(self._cache_path) / f"{self._impl.filename_base}.{self._stamp()}-{_name(key)}.nbc"
@@ -104,7 +115,7 @@ class KernelCache(FunctionCache):
         return list(Path(self._cache_path).glob(f"{escape(name)}-*.{python}.*"))
 
     def _remove_stale(self) -> None:
-        """Remove entries of earlier states of the source file."""
+        """Remove entries of earlier states of the sources."""
         current = f"{self._impl.filename_base}.{self._stamp()}-"
         for path in self._files():
             if not path.name.startswith(current):

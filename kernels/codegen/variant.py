@@ -6,10 +6,8 @@ it rules out. The type's name is part of the key in Numba's on-disk cache.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -108,21 +106,10 @@ class KernelVariant:
         return self.bf16_pairs and self.tier.tiles
 
 
-def _digest() -> str:
-    """A digest of this room's sources: Numba's cache checks one source file, but a kernel consists of several."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-_SOURCES = _digest()
-
-
 class _VariantType(types.Type):
     def __init__(self, tier: str, weights: str, activations: str, tuning: str) -> None:
         self.tier, self.weights, self.activations, self.tuning = tier, weights, activations, tuning
-        super().__init__(name=f"KernelVariant({tier}, {weights}, {activations}, {tuning}, sources {_SOURCES})")
+        super().__init__(name=f"KernelVariant({tier}, {weights}, {activations}, {tuning})")
 
     @property
     def variant(self) -> KernelVariant:

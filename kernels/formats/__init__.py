@@ -1,6 +1,11 @@
-"""Weight formats: how each is stored and how a vector of it is decoded. One file a format."""
+"""Weight formats: how each is stored and how a vector of it is decoded. One file a format.
 
-from typing import Any
+A format's module is imported when the format is looked up: a start imports those of the model's file.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar
 
 from llvmlite import ir
 from numba.core import types
@@ -8,27 +13,57 @@ from numba.core import types
 from fiddler.kernels.codegen.llvm import I64
 from fiddler.kernels.codegen.variant import KernelVariant, compiled
 from fiddler.kernels.formats.block_format import BlockFormat
-from fiddler.kernels.formats.f32 import F32
-from fiddler.kernels.formats.half import BF16, F16
-from fiddler.kernels.formats.iq4_nl import IQ4_NL, IQ4_XS
-from fiddler.kernels.formats.mxfp4 import MXFP4
-from fiddler.kernels.formats.q2_k import Q2_K
-from fiddler.kernels.formats.q3_k import Q3_K
-from fiddler.kernels.formats.q4_0 import Q4_0, Q4_1
-from fiddler.kernels.formats.q4_k import Q4_K
-from fiddler.kernels.formats.q5_0 import Q5_0, Q5_1
-from fiddler.kernels.formats.q5_k import Q5_K
-from fiddler.kernels.formats.q6_k import Q6_K
-from fiddler.kernels.formats.q8_0 import Q8_0
 from fiddler.kernels.formats.weight_format import PlainFormat, WeightFormat
 
 __all__ = ["BLOCK_FORMATS", "FORMATS", "GPU_FORMATS", "format_of", "plain_format_of", "stored_bytes"]
 
-_PLAIN = BF16, F16, F32
-_BLOCKS = Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4
-BLOCK_FORMATS: dict[str, BlockFormat] = {each.name: each for each in _BLOCKS}
+_PLAIN = {"bf16": "half", "f16": "half", "f32": "f32"}
+_BLOCKS = {
+    "q8_0": "q8_0",
+    "q4_0": "q4_0",
+    "q4_1": "q4_0",
+    "q5_0": "q5_0",
+    "q5_1": "q5_0",
+    "q2_k": "q2_k",
+    "q3_k": "q3_k",
+    "q4_k": "q4_k",
+    "q5_k": "q5_k",
+    "q6_k": "q6_k",
+    "iq4_nl": "iq4_nl",
+    "iq4_xs": "iq4_nl",
+    "mxfp4": "mxfp4",
+}
+"""Modules beside this one, by the name of the format; each has it under the same name in capitals."""
+
+_Format = TypeVar("_Format", bound=WeightFormat)
+
+
+class _Formats(Mapping[str, _Format], Generic[_Format]):
+    """Formats by name. Looking one up imports its module, the first time; names, their number and `in` import none."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self._modules = modules
+        self._imported: dict[str, _Format] = {}
+
+    def __getitem__(self, name: str) -> _Format:
+        if name not in self._imported:
+            module = import_module(f"{__name__}.{self._modules[name]}")
+            self._imported[name] = getattr(module, name.upper())
+        return self._imported[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+BLOCK_FORMATS: Mapping[str, BlockFormat] = _Formats(_BLOCKS)
 """The quantised formats, by their names."""
-FORMATS: dict[str, WeightFormat] = {**{each.name: each for each in _PLAIN}, **BLOCK_FORMATS}
+FORMATS: Mapping[str, WeightFormat] = _Formats({**_PLAIN, **_BLOCKS})
 """Every format that the kernels read, by its name."""
 GPU_FORMATS = BLOCK_FORMATS.keys() - {"q2_k", "q3_k"}
 """Names of the quantised formats that a GPU decodes, too: those with a decoder in Triton."""

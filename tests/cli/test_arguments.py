@@ -4,10 +4,10 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 from fiddler.cli.habits import ARGUMENTS, BARE, VALUES
 
-COMMAND_LINE = typer.main.get_command(app)
+COMMAND_LINE = typer.main.get_command(command_line())
 REQUIRED = {
     "bench": "M.gguf",
     "inspect": "M.gguf",
@@ -23,7 +23,7 @@ REQUIRED = {
 
 def usage_error(*arguments):
     """The last line on stderr, after click's two on usage."""
-    done = CliRunner().invoke(app, list(arguments), prog_name="fiddler")
+    done = CliRunner().invoke(command_line(), list(arguments), prog_name="fiddler")
     assert (done.exit_code, done.stdout) == (2, ""), (arguments, done.exception, done.output)
     first, second, empty, line = done.stderr.splitlines()
     assert (first[:7], second[:4], empty, line[:7]) == ("Usage: ", "Try ", "", "Error: ")
@@ -54,6 +54,9 @@ def usage_error(*arguments):
         ("run -p x -n x", "-n / --n-predict: x is no whole number"),
         ("run -p x --seed 1.5", "--seed: 1.5 is no whole number"),
         ("run -p x --temp x", "--temp: x is no number"),
+        ("run -p x -n 1_000", "-n / --n-predict: 1_000 is no whole number; write it in plain digits, as 1000"),
+        ("run -p x -n 5 --temp 0_1.5", "--temp: 0_1.5 is no number; write it in plain digits, as 0.8"),
+        ("serve M.gguf --port=8_080", "--port: 8_080 is no whole number; write it in plain digits, as 1000"),
         ("run -p x -c 0", "-c / --ctx: 0 must be greater than or equal to 1"),
         (
             "run -p x -n --temp",
@@ -106,7 +109,7 @@ def test_every_command_refuses_one_argument_too_many_an_unknown_option_and_each_
 
 def test_an_argument_may_have_the_name_of_a_parameter():
     """`fiddler inspect model` is about a file called model."""
-    done = CliRunner().invoke(app, ["inspect", "model"])
+    done = CliRunner().invoke(command_line(), ["inspect", "model"])
     assert "model: no such file" in str(done.exception)
 
 
@@ -122,7 +125,7 @@ def test_arguments_given_by_name_stand_where_they_belong():
 
 
 def test_a_word_that_is_no_file_may_be_a_prompt():
-    done = CliRunner().invoke(app, ["run", "hello"], input="x")
+    done = CliRunner().invoke(command_line(), ["run", "hello"], input="x")
     assert "hello: no such file; a prompt stands behind -p: fiddler run -p hello" in str(done.exception)
 
 
@@ -130,7 +133,7 @@ def test_completion_never_meets_a_refusal(monkeypatch):
     monkeypatch.setenv("_FIDDLER_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "fiddler run -ngl 99 --frobnicate --te")
     monkeypatch.setenv("COMP_CWORD", "5")
-    done = CliRunner().invoke(app, [], prog_name="fiddler", complete_var="_FIDDLER_COMPLETE")
+    done = CliRunner().invoke(command_line(), [], prog_name="fiddler", complete_var="_FIDDLER_COMPLETE")
     assert "--temp" in done.output.split()
 
 

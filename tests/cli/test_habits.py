@@ -9,11 +9,11 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 from fiddler.cli.habits import ALIASES, COMMANDS, IGNORED, REFUSED, hub_name
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
-COMMAND_LINE = typer.main.get_command(app)
+COMMAND_LINE = typer.main.get_command(command_line())
 
 
 def parsed(*arguments):
@@ -26,7 +26,7 @@ def parsed(*arguments):
 
 def refusal(*arguments):
     """The one line that a wrong usage prints, after click's two lines on usage."""
-    done = CliRunner().invoke(app, list(arguments))
+    done = CliRunner().invoke(command_line(), list(arguments))
     assert done.exit_code == 2, done.output
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert done.stderr.splitlines()[-1] == line
@@ -143,7 +143,7 @@ def test_a_name_on_the_hub_is_told_from_a_path():
 
 def test_help_is_short_and_shows_defaults_and_the_rest_with_help_all():
     def lines(*arguments):
-        return CliRunner(env={"COLUMNS": "80"}).invoke(app, list(arguments)).stdout.splitlines()
+        return CliRunner(env={"COLUMNS": "80"}).invoke(command_line(), list(arguments)).stdout.splitlines()
 
     short, whole = lines("run", "--help"), lines("run", "--help-all")
     assert len(short) < 70 < len(whole)
@@ -161,16 +161,17 @@ def test_perplexity_scores_so_many_chunks_and_version_has_a_short_name(tmp_path)
     (tmp_path / "t").write_text("Once upon a time there was a fiddler. " * 40)
     command = ["perplexity", "-f", str(tmp_path / "t"), "-c", "64", "--json"]
     windows = [
-        json.loads(CliRunner().invoke(app, [*command, *more]).stdout)["windows"] for more in ([], ["--chunks", "2"])
+        json.loads(CliRunner().invoke(command_line(), [*command, *more]).stdout)["windows"]
+        for more in ([], ["--chunks", "2"])
     ]
     assert windows[0] > windows[1] == 2
-    assert CliRunner().invoke(app, ["-V"]).stdout == CliRunner().invoke(app, ["--version"]).stdout
+    assert CliRunner().invoke(command_line(), ["-V"]).stdout == CliRunner().invoke(command_line(), ["--version"]).stdout
 
 
 def test_convert_names_its_output_itself_beside_the_folder(tmp_path, monkeypatch):
     folder = shutil.copytree(TINY, tmp_path / "Tiny-Mixtral")
     monkeypatch.chdir(folder)
-    done = CliRunner().invoke(app, ["convert", "."])
+    done = CliRunner().invoke(command_line(), ["convert", "."])
     assert done.exit_code == 0, done.output
     assert [path.name for path in tmp_path.glob("*.gguf")] == ["Tiny-Mixtral.gguf"]
     assert "name OUT.gguf" in refusal("convert", str(tmp_path / "Tiny-Mixtral.gguf"))

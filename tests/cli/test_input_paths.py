@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 import fiddler
 from fiddler import input_file
-from fiddler.cli.app import app, main
+from fiddler.cli.app import command_line, main
 from fiddler.converters import convert
 from oracles.command import FIDDLER, PATIENCE
 from oracles.permissions import permissions_count
@@ -110,7 +110,7 @@ def refused(monkeypatch, capfd, arguments: list[object]) -> str:
 def test_the_table_has_every_argument_that_takes_a_path():
     """And typer leaves each to us: its own error has several lines."""
     found = set()
-    for command in (registered.callback for registered in app.registered_commands):
+    for command in (registered.callback for registered in command_line().registered_commands):
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             kind, declared, *_ = (*get_args(parameter.annotation), None, None)
             if Path not in (kind, *get_args(kind)):

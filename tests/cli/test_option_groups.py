@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 from fiddler.cli.beams import BEAMS
 from fiddler.cli.option_groups import OptionGroup, with_options
 from fiddler.cli.options import LOADING
@@ -45,7 +45,7 @@ class Colours:
 
 def shared_options():
     """Command -> name of parameter -> its declaration, for parameters of the groups."""
-    commands = get_command(app).commands
+    commands = get_command(command_line()).commands
     return {
         command: {
             option.name: option

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import fiddler
 from fiddler import Sampling
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 from fiddler.cli.sampling_options import SamplingOptions, constraint_of
 from fiddler.sampling.logprobs import LogProbs
 from fiddler.serving.json_fields import probs_of
@@ -54,7 +54,7 @@ def engine():
     ],
 )
 def test_every_sampling_option_reaches_the_field_of_its_name(option, value, message):
-    done = CliRunner().invoke(app, ["run", "-p", "x", option, str(value)])
+    done = CliRunner().invoke(command_line(), ["run", "-p", "x", option, str(value)])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 

@@ -30,7 +30,7 @@ WRONG = [
     [*RUN, "--gpu-memory", "1GiB", "--device", "cpu"],
     [*RUN, "-c", "0"],
     [*RUN, "-n", "-2"],
-    *[[*RUN, "-n", value] for value in ("x", "1.5", "inf", "9" * 5000)],
+    *[[*RUN, "-n", value] for value in ("x", "1.5", "inf", "1_000", "١٢", "9" * 5000)],
     *[[*RUN, option, value] for option in ("--temp", "--dry-multiplier") for value in ("inf", "nan", "-1", "1e999")],
     *[
         [*RUN, option, value]
@@ -40,7 +40,8 @@ WRONG = [
     *[[*RUN, "--seed", value] for value in ("-2", str(2**64), "9" * 30)],
     [*RUN, "--repeat-penalty", "0"],
     [*RUN, "--n-probs", "-1"],
-    *[[*RUN, "--logit-bias", value] for value in ("x", "1+nan", "1+inf", "1+1e7", "²+1", "9" * 5000 + "+1")],
+    *[[*RUN, "--logit-bias", value] for value in ("x", "1+nan", "1+inf", "1+1e7", "²+1", "١+1", "1+١", "1+1_0")],
+    [*RUN, "--logit-bias", "9" * 5000 + "+1"],
     *[[*RUN, "--beams", value] for value in ("0", "10000000", str(2**63))],
     [*RUN, "--beams", "2", "--n-best", "3"],
     [*RUN, "--beams", "2", "--length-penalty", "nan"],
@@ -55,7 +56,7 @@ WRONG = [
     *[[*BENCH, option, "99999999999"] for option in ("-d", "-r", "-n")],
     [*BENCH, "--kernels", "--tokens", "0"],
     [*BENCH, "--kernels", "--types", "q4"],
-    ["perplexity", "-f", "text", "-c", "2"],
+    *[["perplexity", "-f", "text", "-c", value] for value in ("2", "5_12", "５１２")],
     ["calibrate", "--show", "--kernels"],
     ["convert"],
     ["inspect"],
@@ -64,10 +65,10 @@ WRONG = [
 INVOKE = """
 import json, sys
 from typer.testing import CliRunner
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 results = []
 for arguments in json.load(sys.stdin):
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(command_line(), arguments)
     results.append([done.exit_code, repr(done.exception), "torch" in sys.modules or "numba" in sys.modules])
 print(json.dumps(results))
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
-from fiddler.files.inspection import describe, to_text
+from fiddler.files.inspection import describe, size_text, to_text
 from oracles.bad_files import written
 from oracles.bad_gguf import array, f32, ints, mixtral, text, texts, u32
 from oracles.synthetic import write_random_mixtral
@@ -160,3 +160,12 @@ def test_a_file_that_does_not_run_is_described_with_the_reason(tmp_path, key, va
     assert str(tmp_path) not in output["runnable"]
     assert {tensor["name"]: tensor["type"] for tensor in output["tensors"]}["blk.0.ffn_gate_exps.weight"] == "BF16"
     assert f"does not run: {output['runnable']}" in to_text(describe(path))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [(93_405_000_000, "93.41 GB"), (100_000_000, "0.10 GB"), (99_000_000, "99.00 MB"), (6_980_000, "6.98 MB"),
+     (1024, "1.02 kB"), (0, "0.00 kB")],
+)  # fmt: skip
+def test_sizes_are_told_in_a_unit_that_shows_them(nbytes, expected):
+    assert size_text(nbytes) == expected

@@ -88,6 +88,15 @@ def test_a_fuzzed_request_is_answered_as_over_a_socket():
     assert not server().service.worker.running
 
 
+def test_a_query_that_is_no_text_is_refused(tmp_path):
+    finding = b"\xff\xffw\x10\xf7(1\xff\xf7"
+    assert TARGETS["http"].run(finding, tmp_path) == "the query string has a byte beyond ASCII; write it as %XX"
+    for path in ("/health", "/health/", "/nowhere"):
+        exchange = Exchange([b""])
+        server().call({**scope_of(Draw(b""), path, "GET", 0), "query_string": b"a=\xf7"}, exchange)
+        assert exchange.status == 400, exchange.body
+
+
 def test_an_answer_of_another_form_is_a_finding():
     exchange = Exchange([])
     exchange.sent = [{"status": 400, "headers": []}, {"body": b'{"error": {"message": "a", "type": "b", "code": 500}}'}]

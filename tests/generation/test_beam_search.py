@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import fiddler
-from fiddler.cli.app import app
+from fiddler.cli.app import command_line
 from fiddler.errors import FileFormatError, RequestError
 from fiddler.loading import DEMO_MODEL
 from oracles.reference import from_gguf
@@ -154,7 +154,7 @@ def test_logits_of_nan_are_an_error(engine, monkeypatch):
     ],
 )
 def test_contradictory_and_wrong_beam_options_are_wrong_usage(arguments, message):
-    done = CliRunner().invoke(app, ["run", "-p", "Once", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    done = CliRunner().invoke(command_line(), ["run", "-p", "Once", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     assert done.exit_code == 2
     assert message in done.output
 
@@ -163,8 +163,8 @@ def test_the_command_line_prints_the_best_text_or_the_n_best_with_scores(engine)
     """The best text, or the n best below their scores; details of these with --stats."""
     arguments = ["run", "-p", "Once upon a time", "-n", "8", "--precision", "exact", "--device", "cpu", "--beams", "3"]
     beams = engine.beam_search("Once upon a time", 3, 8)
-    assert CliRunner().invoke(app, arguments).stdout == beams[0].text + "\n"
-    done = CliRunner().invoke(app, [*arguments, "--n-best", "2", "--stats"])
+    assert CliRunner().invoke(command_line(), arguments).stdout == beams[0].text + "\n"
+    done = CliRunner().invoke(command_line(), [*arguments, "--n-best", "2", "--stats"])
     assert done.stdout == "".join(
         f"== {rank}: score {beam.score:.4f}\n{beam.text}\n" for rank, beam in enumerate(beams[:2], 1)
     )

@@ -175,7 +175,7 @@ def test_two_beam_searches_share_the_steps(engine, monkeypatch):
 
 
 def test_a_beam_search_without_memory_for_a_fork_waits_and_goes_on(engine, monkeypatch):
-    """Its sequences compute their tokens again, each with a KV cache of its own."""
+    """Its sequences go on with what is known of their tokens, and compute the others again."""
     search, failures = engine.start_beams(Request(PARK, max_tokens=10, ignore_eos=True), BeamOptions(3)), iter(range(3))
     beams, expected = search.run(), parts(alone(free_running(engine, STORY)))
     copy = engine.runner.copy

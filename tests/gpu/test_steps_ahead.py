@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from fiddler.gpu.runner import largest_of
 from fiddler.sampling import sampler
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
+from oracles.gpu_in_place import engine_in_place
+from oracles.synthetic import write_random_mixtral
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GREEDY = fiddler.Sampling(temperature=0.0)
@@ -78,6 +81,33 @@ def test_any_mixture_of_right_and_wrong_guesses_gives_each_sequence_its_own_logi
         right += history[-1] == likely
     assert right > 1500
     assert queue.ahead > 1000
+
+
+def test_a_step_that_was_begun_ahead_is_not_taken_once_others_may_have_written_to_its_blocks():
+    """As where the sequence waited, others computed a prompt in its last block, and it got the same block again."""
+    queue, table = Queue(), np.array([1, 5])
+    decoder = DecodeGraphs(queue, None, SILENT)
+    tokens = [7, 8, 9, 10]
+    for position, token in enumerate(tokens):
+        decoder.step(token, position, table, greedy=position == 3)
+        assert torch.equal(decoder.logits(), expected_logits(tokens[: position + 1]))
+    tokens.append(int(decoder.logits().argmax()))
+    assert queue.ahead == 1
+    queue.memory[5, 0] = 49
+    decoder.forget_ahead()
+    for position in (4, 5):
+        decoder.step(tokens[position], position, table)
+        assert torch.equal(decoder.logits(), expected_logits(tokens[: position + 1]))
+        tokens.append(3)
+
+
+def test_a_runner_takes_no_step_ahead_after_a_prompt_or_a_sequence_that_is_resumed(tmp_path):
+    runner, calls = engine_in_place(write_random_mixtral(tmp_path / "tiny.gguf")).runner, []
+    runner._decoder = SimpleNamespace(forget_ahead=lambda: calls.append("forgotten"))
+    sequence = runner.resume([5, 6, 7])
+    assert len(calls) == 1
+    runner.step([(sequence, [5, 6, 7])])
+    assert len(calls) == 2
 
 
 def test_no_step_is_begun_ahead_where_expert_counts_are_read_or_the_caller_draws():

@@ -86,6 +86,12 @@ def machine(engine, alone, set_up):
             self.scheduler.cancel(handle)
             self.cancelled.add(handle)
 
+        @rule()
+        def others_need_memory(self):
+            """Blocks of past sequences, and of those that wait, go as far as they can."""
+            while runner.pool.reclaim():
+                continue
+
         @rule(steps=st.integers(1, 12))
         def step(self, steps):
             for _ in range(steps):
@@ -101,6 +107,8 @@ def machine(engine, alone, set_up):
                 caches = [each.cache for group in running for each in (*group.sequences, *group.free) if each.cache]
                 held = {block.number for cache in caches for block in cache.blocks}
                 assert len(held) <= pool.used <= len(held) + runner.prefix_cache.blocks
+                store = runner.prefix_cache.store
+                assert store is None or store.used == runner.prefix_cache.stored <= store.capacity
 
         def teardown(self):
             if not hasattr(self, "scheduler"):
@@ -120,6 +128,7 @@ def machine(engine, alone, set_up):
                     alone.check(prompt, event.result.tokens)
             runner.forget()
             assert runner.pool.used == 0
+            assert runner.prefix_cache.store is None or runner.prefix_cache.store.used == 0
 
     return Machine
 

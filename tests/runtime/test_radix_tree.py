@@ -13,6 +13,7 @@ from fiddler.errors import ResourceError
 from fiddler.models.config import Config
 from fiddler.models.mixtral import MIXTRAL
 from fiddler.runtime.block_pool import POSITIONS, BlockPool, blocks_for
+from fiddler.runtime.host_store import HostStore
 from fiddler.runtime.paged_kv_cache import PagedKVCache
 from fiddler.runtime.prefix_cache import PrefixCache, common
 
@@ -110,10 +111,12 @@ def test_a_limit_of_blocks_holds():
 class Requests(RuleBasedStateMachine):
     """Sequences that begin with what the cache has, grow, fork, are cut, remembered and dropped, in a small pool."""
 
+    most = 14  # blocks of past sequences; None: all of the pool's
+
     def __init__(self):
         super().__init__()
         self.pool = new_pool(24)
-        self.cache = PrefixCache(self.pool, 14)
+        self.cache = PrefixCache(self.pool, self.most)
         self.live: list[tuple[PagedKVCache, list[int]]] = []
         self.past: list[list[int]] = []
 
@@ -160,7 +163,8 @@ class Requests(RuleBasedStateMachine):
             sequence, tokens = self.live[index] if goes_on else self.live.pop(index)
             self.cache.put(sequence, tokens)
             self.past.append(list(tokens))
-            assert self.cache.matched(tokens) == len(tokens) or blocks_for(len(tokens)) > 14
+            if self.cache.store is None:
+                assert self.cache.matched(tokens) == len(tokens) or blocks_for(len(tokens)) > 14
 
     @rule(data=st.data())
     def drop(self, data):
@@ -176,7 +180,7 @@ class Requests(RuleBasedStateMachine):
     def no_block_is_lost(self):
         blocks = {block.number for sequence, _ in self.live for block in sequence.blocks}
         assert len(blocks) <= self.pool.used <= len(blocks) + self.cache.blocks
-        assert self.cache.blocks <= 14
+        assert self.most is None or self.cache.blocks <= self.most
 
     def teardown(self):
         self.live.clear()
@@ -187,6 +191,56 @@ class Requests(RuleBasedStateMachine):
 
 Requests.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_requests = Requests.TestCase
+
+
+class Choice:
+    """Costs by which copying pays, or does not."""
+
+    pays = True
+
+    def copy_pays(self, nbytes, positions):
+        assert nbytes > 0
+        assert positions > 0
+        return self.pays
+
+    def copied(self, nbytes, seconds):
+        assert nbytes >= 0
+
+
+class RequestsWithAStore(Requests):
+    """Blocks that others need go to a small store and come back, now and then."""
+
+    most = None
+
+    def __init__(self):
+        super().__init__()
+        self.costs = Choice()
+        self.cache.store = HostStore(self.pool, 9 * self.pool.memory[0].nbytes, self.costs)
+
+    @rule(pays=st.booleans())
+    def weigh(self, pays):
+        self.costs.pays = pays
+
+    @rule()
+    def make_room(self):
+        """Others need all that the pool has."""
+        try:
+            blocks = [self.pool.take() for _ in range(24)]
+        except ResourceError:
+            return
+        del blocks
+
+    @invariant()
+    def the_store_holds_what_the_tree_knows(self):
+        assert self.cache.store.used == self.cache.stored <= 9
+
+    def teardown(self):
+        super().teardown()
+        assert self.cache.store.used == 0
+
+
+RequestsWithAStore.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+test_requests_with_a_store = RequestsWithAStore.TestCase
 
 
 def test_after_ten_thousand_requests_no_block_is_lost():

@@ -59,3 +59,31 @@ def test_a_schema_of_any_size_is_refused_within_its_limits(name):
 def test_a_grammar_is_read_as_before_where_it_takes_less():
     assert Constraint.grammar(doubling(8)).source
     assert Constraint.grammar('start: "a" | "b"').source == 'start: "a" | "b"'
+
+
+@pytest.mark.parametrize("schema", [{"const": -(2**63)}, {"enum": [-(2**63), "b", 1, None]}])
+def test_a_schema_at_which_the_library_crashes_is_refused(schema):
+    """Version 1.9 of llguidance faults at this number; a later one may read it, and this process goes on."""
+
+    def refusal():
+        try:
+            return "" if Constraint.json_schema(schema).source else "nothing"
+        except RequestError as error:
+            return str(error)
+
+    assert refusal() in ("", "the JSON schema cannot be used: the library that reads it crashes; give another one")
+
+
+def test_a_schema_is_read_once(monkeypatch):
+    schema = {"const": "read once"}
+    source = Constraint.json_schema(schema).source
+    monkeypatch.setattr("subprocess.run", None)  # no other process can be started
+    assert Constraint.json_schema(schema).source == source
+
+
+def test_large_schemas_are_not_remembered(monkeypatch):
+    schema = {"enum": [f"word {number}" for number in range(4000)]}
+    assert Constraint.json_schema(schema).source
+    monkeypatch.setattr("subprocess.run", None)
+    with pytest.raises(TypeError):  # another process would be started
+        Constraint.json_schema(schema)

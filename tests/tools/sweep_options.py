@@ -93,9 +93,9 @@ def calls(chosen):
     """Every option of the chosen commands with every value, and every argument."""
     import typer
 
-    from fiddler.cli.app import app
+    from fiddler.cli.app import command_line
 
-    for name, command in typer.main.get_command(app).commands.items():
+    for name, command in typer.main.get_command(command_line()).commands.items():
         if name in chosen:
             base = COMMANDS[name].split()
             for option in (param.opts[-1] for param in command.params if param.param_type_name == "option"):

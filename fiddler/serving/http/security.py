@@ -57,6 +57,8 @@ class Security:
 
     def _refusal(self, scope: Scope, headers: Headers) -> HttpError | None:
         """Why a request is refused; None where it is not."""
+        if not scope["query_string"].isascii():  # starlette cannot read it, nor answer with an error
+            return HttpError(400, "the query string has a byte beyond ASCII; write it as %XX")
         if not self._keys and not _host_allowed(headers.getlist("host"), self._options.host):
             return HttpError(403, "the Host header names another host; call the server by --host, or set an API key")
         if scope["method"] == "OPTIONS":
