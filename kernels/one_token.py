@@ -1,37 +1,66 @@
-"""One token's missing experts: which rows each side computes, by a table of plans, and copies of the GPU's part.
+"""One token's missing experts: which rows each side computes, by a table of plans, as soon as the GPU has chosen them.
 
-Knows arrays, addresses and a C function; not how plans are made, nor where the copies go. Both are calls of a few
+Knows arrays and numbers in memory; not how plans are made, nor who copies what. A layer is one call of a few
 microseconds: beside the CPU's products, which evict it from the caches, Python takes several times as long as alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import partial
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
+from fiddler.kernels.machine.signals import SIGNAL_STRIDE, has_reached, set_signal, signal
 
-__all__ = ["JOB", "PartCopies", "TokenDivision"]
+__all__ = ["NOT_YET", "SEND_HERE", "Signal", "TokenDivision"]
 
-JOB = 5
-"""Numbers of a job: addresses of gate, up and down of some hidden rows; their number; the index of their expert id."""
+NOT_YET = -2
+"""What was waited for is not there: ask again."""
+SEND_HERE = 1 << 20
+"""Added to the number of missing experts: no other thread sends this layer's copies."""
+
+_INVALID = -1
+
+
+class Signal(IntEnum):
+    """Numbers by which the threads and the streams of a step of single tokens wait for each other.
+
+    Each is a uint32 that begins 64 bytes after the one before. A layer has a number, larger than those before it; the
+    copies of its GPU's part have numbers of their own: see `TokenCopies`.
+    """
+
+    ARRIVED = 0  # of the last layer whose inputs and expert ids are on the host; the GPU sets it
+    SENT = 1  # of the last copies that are on the GPU; set in the stream of the copies
+    COMPUTED = 2  # of the last copies that the GPU has used; the GPU sets it
+    SUMMED = 3  # of the last layer whose sum the CPU has written
+    DIVIDED = 4  # of the last layer that is divided
+    QUEUED = 5  # of the last layer whose copies are queued
+    SENDING = 6  # not 0: a thread waits for DIVIDED and sends
+    STOPPED = 7  # not 0: nobody waits for the step
+
+
+_ARRIVED, _DIVIDED, _SENDING = int(Signal.ARRIVED), int(Signal.DIVIDED), int(Signal.SENDING)
 
 
 class TokenDivision:
     """Divides the missing experts of one token; its arrays hold the result until the next call."""
 
-    def __init__(self, chosen: np.ndarray, experts: int, hidden: int) -> None:
-        """chosen: float32 [1, K], distinct expert ids, read by each call. hidden: rows of an expert."""
+    def __init__(self, chosen: np.ndarray, experts: int, hidden: int, signals: np.ndarray) -> None:
+        """chosen: float32 [1, K], distinct expert ids, read by each call. hidden: rows of an expert.
+
+        signals: uint32 [len(Signal) * SIGNAL_STRIDE].
+        """
         if chosen.ndim != 2 or len(chosen) != 1 or chosen.dtype != np.float32 or not chosen.flags.c_contiguous:
             raise ValueError(f"chosen is {chosen.dtype} {chosen.shape}; expected contiguous float32 [1, K]")
+        if signals.shape != (len(Signal) * SIGNAL_STRIDE,) or signals.dtype != np.uint32:
+            raise ValueError(f"signals are {signals.dtype} {signals.shape}; expected uint32")
         k = chosen.shape[1]
+        self.signals = signals
         self._chosen, self._experts, self._k, self.hidden = chosen, experts, k, hidden
         self.expert_ids = np.zeros((1, k), np.int64)
         self.cpu_rows = np.zeros(experts, np.int64)
@@ -50,21 +79,23 @@ class TokenDivision:
             table[missing, :missing] = each
         return table
 
-    def of_layer(self, missing: np.ndarray, counts: np.ndarray) -> Callable[[np.ndarray], int]:
-        """A function that divides the missing experts of `chosen` by a table of `plans`; returns their number.
+    def of_layer(self, missing: np.ndarray, counts: np.ndarray) -> Callable[[int, np.ndarray], int]:
+        """A function that divides the missing experts of `chosen` by a table of `plans`, once ARRIVED has its number.
 
         missing: bool [E], of a layer, read by each call. counts: int64 [E], which it increases for each chosen expert.
-        The function raises ValueError where an expert id is out of range.
+        The function returns the number of missing experts, plus SEND_HERE where no thread waits to send the GPU's part,
+        which the caller has to; else it has set DIVIDED. Or NOT_YET, after half a millisecond or so in which
+        nothing arrived. Raises ValueError where an expert id is out of range.
         """
         for name, array, dtype in (("missing", missing, np.bool_), ("counts", counts, np.int64)):
             if array.shape != (self._experts,) or array.dtype != dtype or not array.flags.c_contiguous:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}; expected contiguous [{self._experts}]")
         arrays = self._chosen, missing, self.expert_ids, self.cpu_rows, self.gpu_rows, counts
-        call, chosen, hidden = _division.entry(), self._chosen, self.hidden
+        call, chosen, hidden, signals = _division.entry(), self._chosen, self.hidden, self.signals
 
-        def divide(plans: np.ndarray) -> int:
-            count: int = call(*arrays, hidden, plans)
-            if count < 0:
+        def divide(number: int, plans: np.ndarray) -> int:
+            count: int = call(signals, number, *arrays, hidden, plans)
+            if count == _INVALID:
                 raise ValueError(f"an expert id of {chosen[0].tolist()} lies outside 0..{len(missing) - 1}")
             return count
 
@@ -73,6 +104,8 @@ class TokenDivision:
 
 @partial(kernel, parallel=False)
 def _divide(
+    signals: np.ndarray,
+    number: int,
     chosen: np.ndarray,
     missing: np.ndarray,
     expert_ids: np.ndarray,
@@ -82,11 +115,13 @@ def _divide(
     hidden: int,
     plans: np.ndarray,
 ) -> int:
-    """See `TokenDivision`. Returns -1, with all as before, where an expert id is out of range."""
+    """See `TokenDivision.of_layer`. Returns _INVALID, with all as before, where an expert id is out of range."""
+    if not has_reached(signals, _ARRIVED, number):
+        return NOT_YET
     count, streamed = 0, 0
     for j in range(chosen.shape[1]):
         if not 0 <= chosen[0, j] < missing.size:
-            return -1
+            return _INVALID
     for j in range(chosen.shape[1]):
         cpu_rows[expert_ids[0, j]] = 0
     for j in range(chosen.shape[1]):
@@ -104,135 +139,16 @@ def _divide(
                 gpu_rows[streamed, 0], gpu_rows[streamed, 1] = j, rows
                 streamed += 1
             i += 1
+    if signal(signals, _SENDING) == 0:
+        return count + SEND_HERE
+    set_signal(signals, _DIVIDED, number)
     return count
-
-
-class PartCopies:
-    """Copies the hidden rows that the GPU computes of one layer's experts, one after the other, as jobs for it."""
-
-    def __init__(
-        self,
-        division: TokenDivision,
-        matrices: np.ndarray,
-        row_bytes: tuple[int, int],
-        down_block: tuple[int, int],
-        width: int,
-        target: tuple[int, int],
-        copy: tuple[int, int, Sequence[int]],
-        jobs: np.ndarray,
-    ) -> None:
-        """matrices: int64 [3, E], addresses of gate, up and down. row_bytes: of gate and up.
-
-        down_block: weights and bytes of a block of down, of which `width` rows are stored. target: address and bytes.
-        copy: the address of a C function that starts a copy of contiguous bytes and returns 0 for success, int
-        function(uint64 target, void *source, size_t nbytes, void *stream); its stream; and, ascending, source addresses
-        that no copy may cross. jobs: int64 [K, JOB], written; unused ones are 0.
-        """
-        k = division.gpu_rows.shape[0]
-        if jobs.shape != (k, JOB) or jobs.dtype != np.int64 or not jobs.flags.c_contiguous:
-            raise ValueError(f"jobs are {jobs.dtype} {jobs.shape}; expected contiguous int64 {k, JOB}")
-        address, stream, borders = copy
-        layout = np.array([division.hidden, *row_bytes, *down_block, width, *target, address, stream], np.int64)
-        self._arguments = (
-            *(division.expert_ids, division.gpu_rows, np.ascontiguousarray(matrices, np.int64), layout),
-            *(np.array(borders, np.int64), jobs),
-        )
-        self._call = _copies.entry()
-
-    def columns(self, part: int) -> tuple[int, int, int, int]:
-        """The copy that a call leaves out, of the columns of down of the part with this index, which are apart.
-
-        Target address, source address, bytes of each of `width` rows, and from one to the next in the source.
-        """
-        expert_ids, gpu_rows, matrices, layout, _, jobs = self._arguments
-        hidden, block_length, block_bytes = int(layout[0]), int(layout[3]), int(layout[4])
-        row_bytes, pitch = (count // block_length * block_bytes for count in (int(gpu_rows[part, 1]), hidden))
-        source = int(matrices[2, expert_ids[0, gpu_rows[part, 0]]]) + pitch - row_bytes
-        return int(jobs[part, 2]), source, row_bytes, pitch
-
-    def __call__(self) -> int:
-        """Start the copies of the last division, but for columns of down of a part of an expert: see `columns`.
-
-        The result is that of the first copy that failed, or 0.
-        """
-        result: int = self._call(*self._arguments)
-        assert result != _NO_ROOM, "the experts exceed the memory of the copies"
-        return result
-
-
-_NO_ROOM = -(1 << 40)  # no int of a C function
-
-
-@partial(kernel, parallel=False)
-def _copy_parts(
-    expert_ids: np.ndarray,
-    gpu_rows: np.ndarray,
-    matrices: np.ndarray,
-    layout: np.ndarray,
-    borders: np.ndarray,
-    jobs: np.ndarray,
-) -> int:
-    """See `PartCopies`. Each matrix begins at a multiple of 16 bytes behind the one before."""
-    hidden, block_length, block_bytes, width = layout[0], layout[3], layout[4], layout[5]
-    address, end, function, stream = layout[6], layout[6] + layout[7], layout[8], layout[9]
-    jobs[:] = 0
-    for i in range(gpu_rows.shape[0]):
-        j, rows = gpu_rows[i, 0], gpu_rows[i, 1]
-        if rows == 0:
-            break
-        expert = expert_ids[0, j]
-        jobs[i, 3], jobs[i, 4] = rows, j
-        for matrix in range(3):
-            source = matrices[matrix, expert]
-            if matrix < 2:
-                nbytes = rows * layout[1 + matrix]
-                source += (hidden - rows) * layout[1 + matrix]
-            else:
-                nbytes = width * (rows // block_length * block_bytes)
-            if address + nbytes > end:
-                return _NO_ROOM
-            jobs[i, matrix] = address
-            if matrix < 2 or rows == hidden:
-                result: int = _copy(function, address, source, nbytes, stream, borders)
-                if result != 0:
-                    return result
-            address += (nbytes + 15) // 16 * 16
-    return 0
-
-
-@partial(kernel, parallel=False)
-def _copy(function: int, target: int, source: int, nbytes: int, stream: int, borders: np.ndarray) -> int:
-    """Call the copy function for contiguous bytes, in pieces that cross no border."""
-    end = source + nbytes
-    while source < end:
-        index, piece_end = np.searchsorted(borders, source, "right"), end
-        if index < borders.size:
-            piece_end = min(end, borders[index])
-        result: int = _call_c(function, target, source, piece_end - source, stream)
-        if result != 0:
-            return result
-        target, source = target + piece_end - source, piece_end
-    return 0
-
-
-@intrinsic
-def _call_c(_context: Any, _function: Any, _target: Any, _source: Any, _nbytes: Any, _stream: Any) -> Any:
-    """function(target, source, nbytes, stream) -> int32 as int64, by C's calling convention."""
-    word, number = ir.IntType(64), ir.IntType(32)
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        kind = ir.FunctionType(number, [word] * 4)
-        return b.sext(b.call(b.inttoptr(arguments[0], kind.as_pointer()), arguments[1:]), word)
-
-    return types.int64(*[types.int64] * 5), generate
 
 
 _IDS = types.int64[:, ::1]
 _division = FunctionPointer(
     _divide,
-    *(types.float32[:, ::1], types.boolean[::1], _IDS, types.int64[::1], _IDS, types.int64[::1], types.int64, _IDS),
+    *(types.uint32[::1], types.int64, types.float32[:, ::1], types.boolean[::1], _IDS, types.int64[::1], _IDS),
+    *(types.int64[::1], types.int64, _IDS),
     returns=types.int64,
-)
-_copies = FunctionPointer(
-    _copy_parts, *(_IDS, _IDS, _IDS, types.int64[::1], types.int64[::1], _IDS), returns=types.int64
 )

@@ -10,46 +10,25 @@ import ctypes
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
 
+from fiddler.device.c_function import Copy2D
 from fiddler.errors import ResourceError
 
 __all__ = [
+    "c_addresses",
     "check_copy",
     "copy_rows_to_device",
     "copy_to_device",
-    "copy_to_device_address",
     "copy_to_host",
     "pin",
     "start",
     "unpin",
     "used_at_first",
     "wait_for_value",
+    "write_value",
 ]
 
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the driver pins a read-only, shared mapping only with this flag
 _HOST, _DEVICE = 1, 2  # CUmemorytype
-
-
-class _Copy2D(ctypes.Structure):
-    """CUDA_MEMCPY2D."""
-
-    _fields_ = [
-        ("srcXInBytes", c_size_t),
-        ("srcY", c_size_t),
-        ("srcMemoryType", c_int),
-        ("srcHost", c_void_p),
-        ("srcDevice", c_uint64),
-        ("srcArray", c_void_p),
-        ("srcPitch", c_size_t),
-        ("dstXInBytes", c_size_t),
-        ("dstY", c_size_t),
-        ("dstMemoryType", c_int),
-        ("dstHost", c_void_p),
-        ("dstDevice", c_uint64),
-        ("dstArray", c_void_p),
-        ("dstPitch", c_size_t),
-        ("WidthInBytes", c_size_t),
-        ("Height", c_size_t),
-    ]
 
 
 class _NvmlMemory(ctypes.Structure):
@@ -77,6 +56,7 @@ def _driver() -> ctypes.CDLL:
     library.cuMemcpy2DAsync_v2.argtypes = [c_void_p, c_void_p]
     if hasattr(library, "cuStreamWaitValue32_v2"):
         library.cuStreamWaitValue32_v2.argtypes = [c_void_p, c_uint64, c_uint, c_uint]
+        library.cuStreamWriteValue32_v2.argtypes = [c_void_p, c_uint64, c_uint, c_uint]
     return library
 
 
@@ -110,12 +90,12 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     _check(_driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream), "a copy to the GPU")
 
 
-def copy_to_device_address() -> int:
-    """The address of the driver's function behind `copy_to_device`, for compiled code; see `check_copy`.
-
-    CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void *source, size_t nbytes, CUstream stream)
-    """
-    return ctypes.cast(_driver().cuMemcpyHtoDAsync_v2, c_void_p).value or 0
+def c_addresses() -> tuple[int, int, int]:
+    """Addresses of the driver's functions for compiled code, as in `CFunctions`; their results: see `check_copy`."""
+    driver = _driver()
+    functions = driver.cuMemcpyHtoDAsync_v2, driver.cuMemcpy2DAsync_v2, driver.cuStreamWriteValue32_v2
+    copy, copy_rows, write = (ctypes.cast(function, c_void_p).value or 0 for function in functions)
+    return copy, copy_rows, write
 
 
 def check_copy(result: int) -> None:
@@ -130,7 +110,7 @@ def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
 
 def copy_rows_to_device(target: int, source: int, row_bytes: int, rows: int, pitch: int, stream: int) -> None:
     """Start a copy of `rows` rows of `row_bytes` bytes, `pitch` bytes apart in host memory, packed on the device."""
-    copy = _Copy2D(
+    copy = Copy2D(
         srcMemoryType=_HOST,
         srcHost=source,
         srcPitch=pitch,
@@ -152,6 +132,14 @@ def wait_for_value(stream: int, address: int, value: int) -> bool:
     if not hasattr(library, "cuStreamWaitValue32_v2"):
         return False
     return int(library.cuStreamWaitValue32_v2(stream, address, value, 0)) == 0
+
+
+def write_value(stream: int, address: int, value: int) -> None:
+    """Make the stream write a uint32 to `address`, in pinned memory, after all its work so far.
+
+    For drivers whose `wait_for_value` is True.
+    """
+    _check(_driver().cuStreamWriteValue32_v2(stream, address, value, 0), "a signal of the GPU")
 
 
 @cache

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fiddler.device import cuda_driver
-from fiddler.device.c_function import CFunction, host_function
+from fiddler.device.c_function import CFunctions, host_functions
 from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.semaphore import CudaSemaphore, HostSemaphore, Semaphore
 from fiddler.errors import ResourceError
@@ -70,12 +70,12 @@ class WeightCopy(Protocol):
         """
         ...
 
-    def c_function(self) -> CFunction | None:
-        """`copy` of contiguous bytes for compiled code; None where threads of ours copy."""
+    def c_functions(self) -> CFunctions:
+        """The driver's functions for compiled code. Where `blocks`, they copy from pinned memory only."""
         ...
 
     def check(self, result: int) -> None:
-        """Raise ResourceError unless a call of `c_function` returned 0."""
+        """Raise ResourceError unless a call of `c_functions` returned 0."""
         ...
 
     def event(self) -> Event:
@@ -129,9 +129,9 @@ class HostCopy:
         """Implements `WeightCopy.copy`."""
         np.copyto(_view(target, row_bytes, rows, row_bytes), _view(source, row_bytes, rows, pitch))
 
-    def c_function(self) -> CFunction | None:
-        """Implements `WeightCopy.c_function`."""
-        return host_function()
+    def c_functions(self) -> CFunctions:
+        """Implements `WeightCopy.c_functions`."""
+        return host_functions()
 
     def check(self, result: int) -> None:
         """Implements `WeightCopy.check`."""
@@ -158,6 +158,10 @@ class _StreamCopy:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+
+    def c_functions(self) -> CFunctions:
+        """Implements `WeightCopy.c_functions`."""
+        return CFunctions(*cuda_driver.c_addresses(), self.stream.cuda_stream)
 
     def check(self, result: int) -> None:
         """Implements `WeightCopy.check`."""
@@ -194,9 +198,9 @@ class PinnedCopy(_StreamCopy):
         self._pinned = pinned  # its last reference unpins it
         pinned.wait()
 
-    def c_function(self) -> CFunction | None:
-        """Implements `WeightCopy.c_function`."""
-        return CFunction(cuda_driver.copy_to_device_address(), self.stream.cuda_stream, tuple(self._pinned.borders))
+    def c_functions(self) -> CFunctions:
+        """Implements `WeightCopy.c_functions`."""
+        return super().c_functions()._replace(borders=tuple(self._pinned.borders))
 
     def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
         """Implements `WeightCopy.copy`."""
@@ -251,10 +255,6 @@ class BounceBufferCopy(_StreamCopy):
         self._free = [torch.cuda.Event() for _ in range(_BUFFERS)]  # reached when the buffer may be filled again
         self._next = 0
         self._threads = ThreadPoolExecutor(_FILLING_THREADS, "fiddler-copy")
-
-    def c_function(self) -> CFunction | None:
-        """Implements `WeightCopy.c_function`."""
-        return None
 
     def copy(self, target: int, source: int, row_bytes: int, rows: int = 1, pitch: int = 0) -> None:
         """Implements `WeightCopy.copy`."""

@@ -1,29 +1,29 @@
 """A decode step of one token on the GPU: replays captured graphs, and computes missing experts on both sides.
 
-Knows which thread does what; not what the graphs hold, nor sampling. The caller's thread reads which experts the router
-chose, plans once, queues the first copies of the GPU's part, hands the rest to the worker thread in a `LayerPlan`, and
-computes the CPU's part. Meanwhile the worker thread queues what reads the copies, a semaphore wait for the CPU's sum,
-and the next graph. So the time between two layers' experts is almost all the GPU's. The copies are the caller's: on the
-worker thread, which must wake up and wait for Python's lock first, they began 0.2 ms later.
+Knows which thread does what; not what the graphs hold, nor sampling. The worker thread queues the step's graphs ahead
+of the GPU, with waits between them: for a layer's streamed experts, and for the CPU's sum. Then it waits, awake, for
+each layer's division, in compiled code, and queues the copies of the GPU's part. The caller's thread waits for the
+experts that the router chose, divides the layer, and computes the CPU's part. So between the CPU's products of two
+layers there are a few calls of Python's, and the copies begin while the CPU does.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from functools import partial
-from queue import Empty, SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
+from fiddler.offload.worker_thread import Task
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["DecodeGraphs", "Graphs", "LayerPlan"]
+__all__ = ["DecodeGraphs", "Graphs"]
 
-_POLL_SECONDS = 1e-3
+_AHEAD = 2  # graphs that are queued before the layers that they follow are divided
 _PAUSE = 8  # steps that are not begun ahead after one that was begun for nothing, as where the likely token is banned
 
 
@@ -59,24 +59,42 @@ class Graphs(Protocol):
         """Queue the first graph for the token that the last step's largest logit will choose, at the next position."""
         ...
 
+    def number(self, graph: int) -> int:
+        """The number of the layer that ends a graph of this step, for the signals."""
+        ...
+
     def queue(self, graph: int) -> None:
-        """Queue a graph and the resident experts of the layer that ends it."""
+        """Queue waits for both sides of the layer that ended the graph before, its streamed experts, and this graph.
+
+        On the worker thread, in order; the first graph is queued by `begin`.
+        """
         ...
 
-    def wait(self, graph: int) -> None:
-        """Wait until a graph's outputs are on the host."""
+    def send(self, layer: int, number: int, plan: TokenPlan) -> None:
+        """Queue the copies of the layer that was divided last. On the caller's thread, see `OneToken.split`."""
         ...
 
-    def send(self, layer: int, plan: TokenPlan) -> None:
-        """Queue the copies of the layer that was divided last, as many as the ring holds. On the caller's thread."""
+    def send_when_divided(self, graph: int) -> bool:
+        """Queue the copies of the layer that ends this graph once it is divided, unless they are queued.
+
+        On the worker thread. False where it was not divided, for a millisecond.
+        """
         ...
 
-    def stream(self) -> None:
-        """Queue the streamed experts that were sent last, and the copies that are left. On the worker thread."""
+    def open(self, graph: int) -> None:
+        """Tell the GPU that `cpu_sum` is that of the layer that ends this graph."""
         ...
 
-    def streamed(self, layer: int) -> bool:
-        """Whether the streamed experts of this layer are computed already."""
+    def streamed(self, graph: int) -> bool:
+        """Whether the streamed experts of the layer that ends this graph are computed already."""
+        ...
+
+    def end(self) -> None:
+        """Say that every layer of this step has its sum."""
+        ...
+
+    def check(self) -> None:
+        """Raise the error of the GPU's that would make `split_token` wait forever, if there is one."""
         ...
 
     def logits(self, ahead: int = 0) -> Tensor:
@@ -89,13 +107,6 @@ class Graphs(Protocol):
         Call it after `logits`.
         """
         ...
-
-
-class LayerPlan(NamedTuple):
-    """The GPU's part of a layer with missing experts, on its way from the caller's thread to the worker thread."""
-
-    streams: bool  # the GPU has a part, whose copies are sent
-    number: int  # of the semaphore wait for the CPU's sum
 
 
 class _Ahead:
@@ -179,61 +190,47 @@ class DecodeGraphs:
         return self._experts
 
     def _compute_missing(self) -> None:
-        """Plan each layer with missing experts, and compute the CPU's part while the worker thread queues the GPU's."""
-        plans, queued = SimpleQueue[LayerPlan](), SimpleQueue[bool]()
-        queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, plans, queued))
+        """Divide each layer with missing experts, and compute the CPU's part."""
+        queueing = self._orchestrator.cooperative_step.begin(self._queue_all)
         for graph, layer in enumerate(self._graphs.breaks):
-            self._compute(graph, layer, plans)
-            if not queued.get():  # the worker thread has ended early
-                break
+            self._compute(graph, layer, queueing)
         queueing.wait()
+        self._graphs.end()
 
-    def _compute(self, graph: int, layer: int, plans: SimpleQueue[LayerPlan]) -> None:
-        """Plan the layer that ends this graph, hand the plan over, and compute the CPU's part."""
-        graphs, orchestrator, cooperative_step = self._graphs, self._orchestrator, self._orchestrator.cooperative_step
+    def _compute(self, graph: int, layer: int, queueing: Task) -> None:
+        """Divide the layer that ends this graph, and compute the CPU's part."""
+        graphs, orchestrator = self._graphs, self._orchestrator
+        number = graphs.number(graph)
         with self._recorder.span("wait", 0):
-            graphs.wait(graph)
-        plan, part = orchestrator.split_token(layer)
-        number = cooperative_step.number()
-        if plan.parts:
-            graphs.send(layer, plan)
-        plans.put(LayerPlan(plan.parts > 0, number))
+            while (split := orchestrator.split_token(layer, number, graphs.send)) is None:
+                graphs.check()
+                if queueing.ended:
+                    queueing.wait()
+        plan, part = split
         if not orchestrator.on_cpu(part, graphs.cpu_sum):
             graphs.cpu_sum[:] = 0
-        cooperative_step.open(number)  # before anything that can wait: the GPU may
+        graphs.open(graph)  # before anything else: the GPU waits
+        if plan.parts:
+            now = time.perf_counter()
+            self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
-            orchestrator.balance.tell(gpu_first=graphs.streamed(layer), lead=plan.lead)
+            orchestrator.balance.tell(gpu_first=graphs.streamed(graph), lead=plan.lead)
         elif plan.missing:
             orchestrator.balance.tell_alone()
 
-    def _queue_all(self, plans: SimpleQueue[LayerPlan], queued: SimpleQueue[bool]) -> None:
-        """On the worker thread: queue the GPU's part of each layer, a wait for the CPU's sum, and the next graph.
+    def _queue_all(self) -> None:
+        """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided."""
+        graphs, sent = self._graphs, 0
+        for graph in range(1, len(graphs.breaks) + 1):
+            graphs.queue(graph)
+            if graph >= _AHEAD:
+                self._send_when_divided(sent)
+                sent += 1
+        for graph in range(sent, len(graphs.breaks)):
+            self._send_when_divided(graph)
 
-        queued: receives True with each graph, and False at the end. This thread waits for a graph as the caller's
-        does, awake: woken from a sleep on a core that has gone to sleep, too, it is late. While the CPU computes, it
-        sleeps.
-        """
-        graphs, cooperative_step = self._graphs, self._orchestrator.cooperative_step
-        try:
-            for graph in range(len(graphs.breaks)):
-                graphs.wait(graph)
-                plan = self._next_plan(plans)
-                if plan is None:
-                    return
-                if plan.streams:
-                    graphs.stream()
-                self._orchestrator.semaphore.wait(plan.number)
-                graphs.queue(graph + 1)
-                queued.put(True)
-                cooperative_step.rest(plan.number)
-        finally:
-            queued.put(False)
-
-    def _next_plan(self, plans: SimpleQueue[LayerPlan]) -> LayerPlan | None:
-        """The caller's plan, which comes within microseconds; None where the step was broken off."""
-        while not self._orchestrator.cooperative_step.stopping:
-            try:
-                return plans.get(timeout=_POLL_SECONDS)
-            except Empty:
-                continue
-        return None
+    def _send_when_divided(self, graph: int) -> None:
+        """Queue the copies of the layer that ends this graph once it is divided, unless the step is broken off."""
+        while not self._graphs.send_when_divided(graph):
+            if self._orchestrator.cooperative_step.stopping:
+                return

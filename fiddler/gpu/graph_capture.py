@@ -7,91 +7,34 @@ which experts the router chose. The next graph begins with the sum of the GPU's 
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fiddler.device import cuda_driver
-from fiddler.gpu import attention_kernels, decode_kernels
+from fiddler.gpu import decode_kernels
+from fiddler.gpu.capture import captured
+from fiddler.gpu.decode_cache import DecodeCache
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.streamed_experts import StreamedExperts
-from fiddler.models.config import Config
+from fiddler.kernels.one_token import Signal
 from fiddler.models.transformer import Transformer
 from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
+from fiddler.offload.token_signals import TokenSignals
 from fiddler.runtime.block_pool import BlockPool, blocks_for
 from fiddler.telemetry.recorder import Recorder
 
-if TYPE_CHECKING:
-    from torch.cuda import _POOL_HANDLE
-
-__all__ = ["CapturedGraphs", "DecodeCache"]
-
-
-class DecodeCache:
-    """The model's `Cache` for one token of one sequence, whose position and block table kernels read on the device.
-
-    So one captured graph serves every position of every sequence.
-    """
-
-    def __init__(self, pool: BlockPool, place: Tensor, cos_sin: Tensor, config: Config) -> None:
-        """place: int64, the position, then the sequence's block table, as `offsets` of the pool."""
-        self._first, self._cos_sin, self._config = pool.memory[0], cos_sin, config
-        self._row = torch.zeros(1, dtype=torch.int64, device=place.device)
-        self._tables = attention_kernels.Tables(place[:1], place[1:], self._row)
-        bounds, size = attention_kernels.latent_tiles([(0, 1)], config.head_count, pool.memory.dtype)
-        self._tiles = attention_kernels.LatentTiles(bounds.to(place.device), size)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """Implements `Cache.attend`."""
-        assert sinks is None, "models with sinks run on the CPU"
-        latent, tables = self._config.latent is not None, self._tables
-        keys, values = self._first[layer, 0], None if latent else self._first[layer, 1]
-        q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, tables, keys, values)
-        out = torch.empty_like(q)
-        if values is None:
-            attention_kernels.attend_latent(q, keys, tables, self._tiles, self._config.rotated, out)
-        else:
-            attention_kernels.attend_rows(q, keys, values, tables, self._row, self._config.window(layer), out)
-        return out
-
-
-@contextmanager
-def _captured(pool: _POOL_HANDLE) -> Iterator[torch.cuda.CUDAGraph]:
-    """Capture the work queued in the current stream as a graph, with memory from `pool`.
-
-    Python's garbage collector pauses meanwhile: it could free another engine's driver resources, such as pinned
-    memory, which the driver does not allow during a capture.
-    """
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()
-    try:
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            yield graph
-        except BaseException:  # torch ends the process at a capture that never ended
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the graph may be empty
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    finally:
-        if collects:
-            gc.enable()
+__all__ = ["CapturedGraphs"]
 
 
 class CapturedGraphs:
     """The graphs of a decode step, for any one sequence in blocks of `pool`.
 
-    `x` [1, D], `expert_ids` [1, K] and `routing_weights` [1, K], float32, are a layer's on the host after `wait`;
-    `cpu_sum` [1, D] is read by the graph after it.
+    `x` [1, D], `expert_ids` [1, K] and `routing_weights` [1, K], float32, are a layer's on the host once the signal
+    ARRIVED has its number; `cpu_sum` [1, D] is read by the graph after it, once SUMMED has.
     """
 
     def __init__(
@@ -124,8 +67,8 @@ class CapturedGraphs:
         self.cpu_sum = self._host_sum.numpy()
         self._token_copied = torch.cuda.Event()  # recorded after the copy of `_host_token`
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self.breaks = [layer for layer in range(len(self._layers)) if not self._orchestrator.complete(layer)]
-        self._arrived = [torch.cuda.Event() for _ in self.breaks]
+        self.breaks = [] if orchestrator is None else orchestrator.incomplete
+        self._signals: TokenSignals | None = None
         self._streamed: StreamedExperts | None = None
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         # of each layer int64 [1, K]; this reference stops later graphs from using their memory
@@ -133,7 +76,7 @@ class CapturedGraphs:
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self.hidden = self._logits = torch.empty(0)
         # of the last two steps, in turns: a step may be queued before the logits of the one before are read
-        self._host_logits = [torch.zeros(1, config.vocab_size, pin_memory=True) for _ in range(2)]
+        self._host_logits: list[Tensor | None] = [None, None]
         self._ended = [torch.cuda.Event() for _ in range(2)]  # recorded after their copies
         self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # of the last two positions, in turns
         self._steps = 0
@@ -149,10 +92,12 @@ class CapturedGraphs:
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
         self._send_token(0, table)
-        if self._streamed is not None:
-            self._streamed.begin()
+        if self.breaks:
+            streamed, signals = self._split
+            signals.begin(len(self.breaks))
+            streamed.begin()
         self._steps += 1
-        self.queue(0)
+        self._replay(0)
 
     def begin_ahead(self, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
@@ -160,7 +105,7 @@ class CapturedGraphs:
             self._token_copied.synchronize()
             self._send_token(2, table)
         self._steps += 1
-        self.queue(0)
+        self._replay(0)
 
     def _send_token(self, begin: int, table: np.ndarray) -> None:
         """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
@@ -171,47 +116,76 @@ class CapturedGraphs:
         cuda_driver.copy_to_device(target, source, 8 * (end - begin), stream.cuda_stream)
         self._token_copied.record(stream)
 
+    def number(self, graph: int) -> int:
+        """Implements `Graphs.number`."""
+        return self._split[1].first + graph
+
     def queue(self, graph: int) -> None:
-        """Queue a graph and the resident experts of the layer that ends it."""
+        """Implements `Graphs.queue`."""
+        number = self.number(graph - 1)
+        streamed, signals = self._split
+        streamed.queue(self.breaks[graph - 1], number)
+        signals.wait(Signal.SUMMED, number)
+        self._replay(graph)
+
+    def _replay(self, graph: int) -> None:
+        """Queue a graph, and the resident experts of the layer that ends it, or the copy of the logits."""
         stream = torch.cuda.current_stream()
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
         if graph == len(self.breaks):
-            host, nbytes = self._host_logits[self._steps % 2], self._logits.numel() * self._logits.element_size()
-            cuda_driver.copy_to_host(host.data_ptr(), self._logits.data_ptr(), nbytes, stream.cuda_stream)
-            self._ended[self._steps % 2].record(stream)
+            slot, logits = self._steps % 2, self._logits
+            host = self._host_logits[slot]
+            if host is None:  # whoever got the last ones may keep them
+                host = self._host_logits[slot] = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+            cuda_driver.copy_to_host(host.data_ptr(), logits.data_ptr(), host.nbytes, stream.cuda_stream)
+            self._ended[slot].record(stream)
             return
-        self._arrived[graph].record(stream)
+        self._split[1].write(Signal.ARRIVED, self.number(graph))
         with self._recorder.queued("experts"):
             self._residents[self.breaks[graph]].replay()
 
-    def wait(self, graph: int) -> None:
-        """Wait until `x`, `expert_ids` and `routing_weights` of the layer that ends this graph are on the host."""
-        self._arrived[graph].synchronize()
+    def send(self, layer: int, number: int, plan: TokenPlan) -> None:
+        """Implements `Graphs.send`."""
+        self._split[0].send(layer, number, plan)
+
+    def send_when_divided(self, graph: int) -> bool:
+        """Implements `Graphs.send_when_divided`."""
+        return self._split[0].send_when_divided(self.breaks[graph], self.number(graph))
+
+    def open(self, graph: int) -> None:
+        """Implements `Graphs.open`."""
+        self._split[1].set(Signal.SUMMED, self.number(graph))
+
+    def streamed(self, graph: int) -> bool:
+        """Implements `Graphs.streamed`."""
+        return self._split[0].computed(self.number(graph))
+
+    def end(self) -> None:
+        """Implements `Graphs.end`."""
+        self._split[1].end()
+
+    def check(self) -> None:
+        """Implements `Graphs.check`."""
+        torch.cuda.current_stream().query()
+
+    @property
+    def _split(self) -> tuple[StreamedExperts, TokenSignals]:
+        assert self._streamed is not None, "only steps with missing experts need it"
+        assert self._signals is not None
+        return self._streamed, self._signals
 
     def logits(self, ahead: int = 0) -> Tensor:
         """Implements `Graphs.logits`."""
         slot = (self._steps - ahead) % 2
         self._ended[slot].synchronize()
-        return self._host_logits[slot].clone()
+        host, self._host_logits[slot] = self._host_logits[slot], None
+        assert host is not None, "the logits of a step are read once"
+        return host
 
     def next_token(self, position: int) -> int:
         """Implements `Graphs.next_token`."""
         return int(self._next_tokens[position % 2])
-
-    def streamed(self, layer: int) -> bool:
-        """Whether the streamed experts of this layer are computed already."""
-        return self._streamed is not None and self._streamed.computed(layer)
-
-    def send(self, layer: int, plan: TokenPlan) -> None:
-        """Implements `Graphs.send`."""
-        assert self._streamed is not None
-        self._streamed.send(layer, plan)
-
-    def stream(self) -> None:
-        """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
-        assert self._streamed is not None
-        self._streamed.queue()
 
     def _capture(self) -> None:
         """Capture the graphs, after a run that compiles and loads their kernels."""
@@ -220,9 +194,12 @@ class CapturedGraphs:
         capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capture_stream):
             if self.breaks:
+                chunks = self._orchestrator.ring.token_chunks(self._k)
+                self._signals = signals = TokenSignals(chunks, pinned=True)
+                bound = self.x, self.expert_ids, self.routing_weights, self.cpu_sum
+                token = self._orchestrator.bind_token(*bound, signals)
                 inputs = self._streamed_inputs, self._y
-                token = self._orchestrator.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
-                self._streamed = StreamedExperts(self._orchestrator, token, *inputs, self._recorder)
+                self._streamed = StreamedExperts(self._orchestrator, token, signals, *inputs, self._recorder)
             self._run(0, None, self._y)
             for layer in self.breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
@@ -232,14 +209,14 @@ class CapturedGraphs:
             self.chosen.clear()
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             if self._streamed is not None:  # in a pool of their own: they run while the others' results are in use
-                self._streamed.capture(partial(_captured, expert_pool))
+                self._streamed.capture(partial(captured, expert_pool))
             begin, state = 0, self._y
             for end in [*self.breaks, None]:
-                with _captured(pool) as graph:
+                with captured(pool) as graph:
                     state = self._run(begin, end, state)
                 self._graphs.append(graph)
                 if end is not None:
-                    with _captured(expert_pool) as self._residents[end]:
+                    with captured(expert_pool) as self._residents[end]:
                         self._run_residents(end, *self._router_outputs[-1], self._y, add=False)
                 begin = len(layers) if end is None else end + 1
         torch.cuda.synchronize()

@@ -6,7 +6,7 @@ budget before the next: the driver, dense weights, KV cache, slots for streamed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -24,17 +24,15 @@ from fiddler.device.weight_copy import WeightCopy, fastest_copy
 from fiddler.errors import FiddlerError, RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, main_variant, mean_expert_bytes
+from fiddler.gpu.decoder import can_decode, decode_with_graphs
 from fiddler.gpu.dense_weights import decoded_bytes, load_dense, warm_up
 from fiddler.gpu.growing_pool import GrowingPool
 from fiddler.gpu.layers import GpuLinear, GpuNorm
 from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels import Tier
-from fiddler.kernels.formats import GPU_FORMATS
-from fiddler.kernels.formats.half import BF16, F16
-from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.load_options import LoadOptions
-from fiddler.models.architecture import EXPERTS, Sinks
+from fiddler.models.architecture import EXPERTS
 from fiddler.models.config import Config
 from fiddler.models.interfaces import Router
 from fiddler.models.rotary import rotary_cos_sin
@@ -51,7 +49,7 @@ from fiddler.runtime.block_pool import block_bytes, blocks_for
 from fiddler.runtime.host_store import host_store_bytes
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["GpuModel", "can_decode", "on_gpu"]
+__all__ = ["GpuModel", "on_gpu"]
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
@@ -119,7 +117,7 @@ def on_gpu(
     model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
     if triton_kernels is not None and can_decode(config, {each for w in experts for each in w.matrix_formats}):
-        _decode_with_graphs(runner, cos_sin, recorder)
+        decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
     runner.store_in_host(host_store_bytes(sum(nbytes for _, nbytes in model_file.file.mappings)))
@@ -221,23 +219,6 @@ def _router(triton_kernels: ModuleType | None) -> Router:
 def _least_blocks(context: int) -> int:
     """Blocks of one sequence of the whole context, and one more, for a copy of a block that it shares."""
     return blocks_for(context) + 1
-
-
-def _decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) -> None:
-    """Capture the graphs of a decode step."""
-    from fiddler.gpu import attention_kernels
-    from fiddler.gpu.decode_graphs import DecodeGraphs
-    from fiddler.gpu.graph_capture import CapturedGraphs
-
-    with torch.inference_mode():
-        graphs = CapturedGraphs(runner.model, runner.orchestrator, runner.pool, cos_sin, recorder)
-    runner.decode_with(DecodeGraphs(graphs, runner.orchestrator, recorder), cos_sin, attention_kernels)
-
-
-def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
-    """Whether `DecodeGraphs` runs a model whose experts have these formats."""
-    known = all(each in (BF16, F16) or each.name in GPU_FORMATS for each in formats)
-    return known and config.architecture.sinks is Sinks.NONE
 
 
 _NO_COSTS = Costs(Curve((1,), (1.0,)), Curve((1,), (1.0,)), 1.0, 0.0)  # of a model whose experts are all resident

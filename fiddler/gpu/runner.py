@@ -78,7 +78,7 @@ class GpuRunner(PagedRunner):
     def store_in_host(self, nbytes: int) -> None:
         """Copy blocks that others need to up to so much of the host's memory, and back where that pays."""
         experts, curve = self.orchestrator, None
-        if experts is not None and not all(experts.complete(layer) for layer in range(len(experts.layers))):
+        if experts is not None and experts.incomplete:
             curve = partial(_step_seconds, experts, self.chunk, self.model.config.expert_used_count)
         self._resume_costs = ResumeCosts(self.chunk, curve)
         self.prefix_cache.store = HostStore(self.pool, nbytes, self._resume_costs)

@@ -1,145 +1,115 @@
 """Streamed experts of one token: their copies through the staging ring, and captured kernels that read it there.
 
-Knows the ring and the kernels' job list; not how work is divided, nor the rest of a step.
+Knows the ring, the kernels' job list and the signals between both; not how work is divided, nor the rest of a step.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fiddler.device import cuda_driver
 from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.kernels.one_token import JOB
+from fiddler.kernels.one_token import NOT_YET, Signal
+from fiddler.kernels.token_copies import JOB
 from fiddler.offload.one_token import OneToken, TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.staging_ring import RowRange
+from fiddler.offload.token_signals import TokenSignals
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["StreamedExperts"]
 
 
-class _Sent(NamedTuple):
-    """Streamed experts of a layer, whose jobs are written, and those that the ring had no room for."""
-
-    layer: int
-    unsent: list[RowRange]
-
-
 class StreamedExperts:
-    """Streams missing experts of the one token whose inputs lie at fixed addresses."""
+    """Streams missing experts of the one token whose inputs lie at fixed addresses.
+
+    A layer that has more than the ring holds is streamed in chunks. Each is a wait for its copies, a captured graph
+    that computes the chunk's jobs, if it has any, and a signal that they are computed.
+    """
 
     def __init__(
-        self, orchestrator: Orchestrator, token: OneToken, inputs: Tensor, y: Tensor, recorder: Recorder
+        self,
+        orchestrator: Orchestrator,
+        token: OneToken,
+        signals: TokenSignals,
+        inputs: Tensor,
+        y: Tensor,
+        recorder: Recorder,
     ) -> None:
         """token: divides the layers. inputs: float32 [D + K] on the GPU, its x and routing weights.
 
         y: float32 [1, D], to add to.
         """
         self._ring, self._layers, self._recorder = orchestrator.ring, orchestrator.layers, recorder
-        self._inputs, self._y = inputs, y
+        self._inputs, self._y, self._signals = inputs, y, signals
         k = len(inputs) - y.shape[1]
-        self._jobs = torch.zeros(k, JOB, dtype=torch.int64, device=inputs.device)
-        self._host_jobs = torch.zeros(k, JOB, dtype=torch.int64, pin_memory=inputs.device.type == "cuda")
-        self._numbers = self._host_jobs.numpy()
-        self._token = token
-        self._ring.bind_token(token.division, self._numbers)
-        self._graphs: dict[tuple[WeightFormat, ...], torch.cuda.CUDAGraph] = {}
-        self._computed = torch.cuda.Event()  # recorded after the streamed experts of `_layer`
-        self._layer = -1
-        self._sent: _Sent | None = None
+        self._rows = min(self._layers[0].gate.shape[1], self._ring.token_rows)
+        self._jobs = torch.zeros(self._ring.token_chunks(k), k, JOB, dtype=torch.int64, device=inputs.device)
+        host_jobs = torch.zeros(self._jobs.shape, dtype=torch.int64, pin_memory=inputs.device.type == "cuda")
+        self._copies = self._ring.token_copies(token.division, host_jobs.numpy(), self._jobs.data_ptr())
+        self._host_jobs = host_jobs  # their memory is pinned as long as this
+        self._graphs: dict[tuple[WeightFormat, ...], list[torch.cuda.CUDAGraph]] = {}
 
     def begin(self) -> None:
-        """Begin a token: nothing of it is sent."""
-        self._layer, self._sent = -1, None
+        """Begin a token: its copies may use the ring."""
+        self._ring.begin_token()
 
-    def computed(self, layer: int) -> bool:
-        """Whether the streamed experts of this layer are computed already."""
-        return self._layer == layer and self._computed.query()
+    def send(self, layer: int, number: int, plan: TokenPlan) -> None:
+        """Queue the copies of a layer that is divided, on the thread that divided it."""
+        nbytes, weight_copy = plan.gpu_rows * self._layers[layer].hidden_row_bytes, self._ring.weight_copy
+        with self._recorder.queued("copy", nbytes, weight_copy.stream):
+            weight_copy.check(self._copies.send(layer, number))
 
-    def send(self, layer: int, plan: TokenPlan) -> None:
-        """Queue copies of the layer that was divided last, as many as the ring holds, and write the kernels' jobs.
+    def send_when_divided(self, layer: int, number: int) -> bool:
+        """Queue the copies of a layer once it is divided, unless they are; False where it was not for a millisecond."""
+        if self._recorder.wants_queued:  # the thread that divides it sends
+            time.sleep(1e-4)
+            return self._signals.has_reached(Signal.DIVIDED, number)
+        result = self._copies.send_when_divided(layer, number)
+        if result == NOT_YET:
+            return False
+        self._ring.weight_copy.check(result)
+        return True
 
-        The jobs before are copied already: this layer's inputs came from the same stream after them.
-        """
-        weights = self._layers[layer]
-        with self._recorder.span("copy", plan.gpu_rows * weights.hidden_row_bytes):
-            if self._ring.send_token(layer, plan):
-                self._sent = _Sent(layer, [])
-                return
-            hidden, room, ids = weights.gate.shape[1], self._ring.rows * self._ring.slots, self._token.expert_ids[0]
-            unsent = [
-                (int(ids[j]), begin, min(begin + room, hidden))
-                for j, rows in self._token.gpu_rows[: plan.parts].tolist()
-                for begin in range(hidden - rows, hidden, room)
-            ]
-            self._sent = self._send_some(_Sent(layer, unsent))
-
-    def queue(self) -> None:
-        """Queue the kernels of the experts that were sent, after their copies; and whatever was left to send."""
-        sent, stream = self._sent, torch.cuda.current_stream()
-        assert sent is not None
-        graph = self._graphs[self._layers[sent.layer].matrix_formats]
-        while True:
-            cuda_driver.copy_to_device(
-                self._jobs.data_ptr(), self._host_jobs.data_ptr(), self._host_jobs.nbytes, stream.cuda_stream
-            )
-            self._ring.arrived.wait()
+    def queue(self, layer: int, number: int) -> None:
+        """Queue the kernels of a layer's streamed experts, after their copies."""
+        for chunk, graph in enumerate(self._graphs[self._layers[layer].matrix_formats]):
+            self._signals.wait(Signal.SENT, self._signals.chunk(number, chunk))
             with self._recorder.queued("experts"):
                 graph.replay()
-            self._ring.done_together()
-            if not sent.unsent:
-                break
-            stream.synchronize()  # the queued copy reads `_host_jobs`
-            sent = self._send_some(sent)
-        self._computed.record(stream)
-        self._layer = sent.layer
+            self._signals.write(Signal.COMPUTED, self._signals.chunk(number, chunk))
+
+    def computed(self, number: int) -> bool:
+        """Whether the streamed experts of the layer with this number are computed already."""
+        return self._signals.has_reached(Signal.COMPUTED, self._signals.chunk(number, len(self._jobs) - 1))
 
     def run(self) -> None:
         """Run the kernels of each type of weights once, which compiles them."""
         for weights in self._of_each_kind():
-            self._run(weights)
+            self._run(weights, 0)
 
     def capture(self, captured: Callable[[], AbstractContextManager[torch.cuda.CUDAGraph]]) -> None:
-        """Capture the kernels of each type of weights as a graph. captured: a context that captures one."""
+        """Capture the kernels of each type of weights and each chunk as a graph. captured: a context that does it."""
         for weights in self._of_each_kind():
-            with captured() as self._graphs[weights.matrix_formats]:
-                self._run(weights)
+            graphs = self._graphs[weights.matrix_formats] = []
+            for chunk in range(len(self._jobs)):
+                with captured() as graph:
+                    self._run(weights, chunk)
+                graphs.append(graph)
 
     def _of_each_kind(self) -> list[ExpertWeights]:
         """A layer of each combination of formats of gate, up and down."""
         return list({weights.matrix_formats: weights for weights in self._layers}.values())
 
-    def _send_some(self, sent: _Sent) -> _Sent:
-        """Queue the next copies, as many as the ring holds, and write their jobs."""
-        count, rows = 0, 0
-        for _, begin, end in sent.unsent:
-            rows += end - begin
-            if rows > self._ring.rows * self._ring.slots:
-                break
-            count += 1
-        parts = self._ring.send_together(sent.layer, sent.unsent[:count])
-        expert_ids = self._token.expert_ids[0].tolist()
-        assert len(parts) <= len(self._numbers)
-        self._numbers[:] = 0
-        for job, part in zip(self._numbers, parts, strict=False):
-            job[:] = *part.addresses, part.end - part.begin, expert_ids.index(part.expert)
-        return sent._replace(unsent=sent.unsent[count:])
-
-    def _run(self, weights: ExpertWeights) -> None:
+    def _run(self, weights: ExpertWeights, chunk: int) -> None:
         width = self._y.shape[1]
         experts_of_one(
-            self._inputs[None, :width],
-            self._jobs,
-            self._inputs[width:],
-            min(weights.gate.shape[1], self._ring.rows * self._ring.slots),
-            weights,
+            *(self._inputs[None, :width], self._jobs[chunk], self._inputs[width:], self._rows, weights),
             expert_ids=None,
             into=self._y,
             add=True,

@@ -6,12 +6,12 @@ plans for each delay that the balance knows, so a layer looks its plan up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fiddler.kernels.one_token import TokenDivision
+from fiddler.kernels.one_token import NOT_YET, SEND_HERE, TokenDivision
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.plan import Balance, Plan, PlanFor
 
@@ -43,11 +43,16 @@ class OneToken:
     `expert_ids` int64 [1, K], `cpu_rows` int64 [E] and `gpu_rows` int64 [K, 2] are those of the layer divided last.
     """
 
-    def __init__(self, chosen: np.ndarray, residents: Residents, hidden: int, counts: np.ndarray) -> None:
-        """chosen: float32 [1, K], expert ids. hidden: rows of an expert. counts: int64 [L, E], see `of_layer`."""
+    def __init__(
+        self, chosen: np.ndarray, residents: Residents, hidden: int, counts: np.ndarray, signals: np.ndarray
+    ) -> None:
+        """chosen: float32 [1, K], expert ids. hidden: rows of an expert. counts: int64 [L, E], see `of_layer`.
+
+        signals: `TokenSignals.numbers`.
+        """
         layers, experts = residents.missing.shape
         self._hidden, self._k = hidden, chosen.shape[1]
-        self.division = TokenDivision(chosen, experts, hidden)
+        self.division = TokenDivision(chosen, experts, hidden, signals)
         self.expert_ids, self.cpu_rows = self.division.expert_ids, self.division.cpu_rows
         self.gpu_rows = self.division.gpu_rows
         self._divide = [self.division.of_layer(residents.missing[layer], counts[layer]) for layer in range(layers)]
@@ -65,11 +70,22 @@ class OneToken:
         made: dict[PlanFor, dict[float, _Plans]] = {each: {} for each in plan}
         self._made = [made[each] for each in plan]
 
-    def split(self, layer: int) -> TokenPlan:
-        """Divide a layer's missing experts among `chosen`."""
+    def split(self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]) -> TokenPlan | None:
+        """Divide a layer's missing experts among `chosen`, once the signal ARRIVED has its number.
+
+        send: called with layer, number and plan where no other thread waits to send the GPU's part.
+        None: nothing arrived within a millisecond.
+        """
         delay = self._balance.seconds
         plans = self._made[layer].get(delay) or self._make(layer, delay)
-        return plans.each[self._divide[layer](plans.table)]
+        missing = self._divide[layer](number, plans.table)
+        if missing == NOT_YET:
+            return None
+        if missing < SEND_HERE:
+            return plans.each[missing]
+        plan = plans.each[missing - SEND_HERE]
+        send(layer, number, plan)
+        return plan
 
     def _make(self, layer: int, delay: float) -> _Plans:
         made, each = [], []

@@ -28,6 +28,7 @@ from fiddler.offload.one_token import OneToken, TokenPlan
 from fiddler.offload.plan import Balance, Costs, Plan, plan_with_sums
 from fiddler.offload.prefetch import Prefetcher
 from fiddler.offload.staging_ring import Part, Ring
+from fiddler.offload.token_signals import TokenSignals
 from fiddler.offload.worker_thread import CooperativeStep, WorkerThread
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -97,6 +98,7 @@ class Orchestrator:
             WorkerThread("fiddler-gpu", setup), self.semaphore
         )
         self._token: OneToken | None = None
+        self._signals = TokenSignals(pinned=False)
         self._token_parts: list[Callable[[int], CpuPart]] = []  # by the CPU's rows
         self.planned_seconds = 0.0  # expected, of all layers of several tokens so far
         self.plan_by(costs)
@@ -141,7 +143,14 @@ class Orchestrator:
 
     def start_over(self) -> None:
         """End a step that was broken off, and drop the weights that were sent for it."""
+        signals = self._signals
+        signals.stop()
         self.cooperative_step.stop()
+        if signals.running:
+            sent = self.ring.weight_copy.event()
+            self.ring.weight_copy.arrive(sent)
+            sent.synchronize()  # each copy that is under way sets a signal
+            signals.release()
         self.prefetcher.begin_step(self._max_tokens)
         self.ring.release()
 
@@ -204,6 +213,11 @@ class Orchestrator:
         """Whether all experts of a layer are resident: no work for the CPU, and no copies."""
         return self._complete[layer]
 
+    @property
+    def incomplete(self) -> list[int]:
+        """The layers some of whose experts are missing."""
+        return [layer for layer, complete in enumerate(self._complete) if not complete]
+
     def split(
         self,
         layer: int,
@@ -226,26 +240,27 @@ class Orchestrator:
         plan = self._plan[layer](tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
-    def bind_token(self, x: np.ndarray, chosen: np.ndarray, routing_weights: np.ndarray, out: np.ndarray) -> OneToken:
-        """Prepare `split_token` for single tokens, whose inputs lie in these arrays at each call.
-
-        x: float32 [1, D]; chosen, routing_weights: float32 [1, K]; out: float32 [1, D], for the CPU's sums.
-        """
-        self._token = token = OneToken(chosen, self.residents, self._hidden, self.prefetcher.counts)
+    def bind_token(
+        self, x: np.ndarray, chosen: np.ndarray, routing_weights: np.ndarray, out: np.ndarray, signals: TokenSignals
+    ) -> OneToken:
+        """Prepare `split_token` for tokens with these x, out [1, D], chosen and routing_weights [1, K], all float32."""
+        counts, self._signals = self.prefetcher.counts, signals
+        self._token = token = OneToken(chosen, self.residents, self._hidden, counts, signals.numbers)
         bound = x, token.expert_ids, routing_weights, token.cpu_rows
         calls = [ffn.bind(*bound, out) for ffn in self._on_cpu]
         self._token_parts = [partial(CpuPart, layer, *bound, call=call) for layer, call in enumerate(calls)]
         self._plan_token()
         return token
 
-    def split_token(self, layer: int) -> tuple[TokenPlan, CpuPart]:
+    def split_token(
+        self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]
+    ) -> tuple[TokenPlan, CpuPart] | None:
         """Divide a layer of the token whose arrays are bound, in microseconds; they hold the division until the next.
 
-        Counts its experts, too.
+        Counts its experts, too. See `OneToken.split`.
         """
-        assert self._token is not None
-        plan = self._token.split(layer)
-        return plan, self._token_parts[layer](plan.cpu_rows)
+        plan = None if self._token is None else self._token.split(layer, number, send)
+        return None if plan is None else (plan, self._token_parts[layer](plan.cpu_rows))
 
     def step_seconds(self, tokens: int, k: int) -> float:
         """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.

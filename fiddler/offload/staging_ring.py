@@ -16,9 +16,9 @@ from torch import Tensor
 from fiddler.device.weight_copy import Event, WeightCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.kernels.one_token import PartCopies, TokenDivision
+from fiddler.kernels.one_token import TokenDivision
+from fiddler.kernels.token_copies import Layout, TokenCopies
 from fiddler.offload.feed_forward import Matrix, matrix_in
-from fiddler.offload.one_token import TokenPlan
 from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["SLOTS", "Part", "Ring", "RowRange", "in_slots", "slot_rows"]
@@ -78,8 +78,7 @@ class Ring:
         self._slot_bytes = self._memory.nbytes // slots
         self._arrived = [weight_copy.event() for _ in range(slots)]
         self._free = [weight_copy.event() for _ in range(slots)]
-        self._all_free, self._holds = weight_copy.event(), False  # copies to come wait for all readers so far
-        self._token_copies: list[PartCopies] = []
+        self._token_read, self._token = weight_copy.event(), False  # whether the last copies were a token's
         self._in_use = [False] * slots
         self._next = 0
 
@@ -94,6 +93,10 @@ class Ring:
 
         Pass each list to `done` before `slots` more are sent.
         """
+        if self._token:  # what reads the token's parts is queued
+            self._token_read.record()
+            self.weight_copy.hold(self._token_read)
+            self._token = False
         for parts in in_slots(row_ranges, self.rows):
             slot, self._next = self._next, (self._next + 1) % self.slots
             assert not self._in_use[slot], "a slot is filled again before its parts were done with"
@@ -101,61 +104,36 @@ class Ring:
             self.weight_copy.hold(self._free[slot])
             yield self._copy(layer, parts, slot, self._slot_bytes)
 
-    def send_together(self, layer: int, row_ranges: Sequence[RowRange]) -> list[Part]:
-        """Start copying rows that fit the ring together, without a bound between slots; one event is for all.
-
-        To be followed by `done_together`.
-        """
-        self._hold_all()
-        return self._copy(layer, row_ranges, 0, self._memory.nbytes)
-
-    @property
-    def arrived(self) -> Event:
-        """Reached when the parts of `send_together` or of `send_token` are on the GPU."""
-        return self._arrived[0]
-
-    def bind_token(self, division: TokenDivision, jobs: np.ndarray) -> None:
-        """Prepare `send_token` for what `division` leaves to the GPU. jobs: int64 [K, JOB], which it fills."""
-        copy, memory = self.weight_copy.c_function(), (self._memory.data_ptr(), self._memory.nbytes)
-        if copy is None:
-            return
-        self._token_copies = [
-            PartCopies(
-                division,
+    def token_copies(self, division: TokenDivision, jobs: np.ndarray, device_jobs: int) -> TokenCopies:
+        """Copies of what `division` leaves to the GPU, into this ring. See `TokenCopies`; and `begin_token`."""
+        layouts = [
+            Layout(
                 np.array(matrices),
                 (gate.row_bytes(self._width), up.row_bytes(self._width)),
                 (down.block_length, down.block_bytes),
-                self._width,
-                memory,
-                copy,
-                jobs,
             )
             for matrices, (gate, up, down) in zip(self._mapped, self._formats, strict=True)
         ]
+        memory = self._memory.data_ptr(), self._memory.nbytes
+        functions = self.weight_copy.c_functions()
+        return TokenCopies(division, layouts, self._width, memory, self.token_rows, functions, jobs, device_jobs)
 
-    def send_token(self, layer: int, plan: TokenPlan) -> bool:
-        """Start copying the GPU's part of the layer that was divided last; False where the ring is too small for it.
+    @property
+    def token_rows(self) -> int:
+        """Hidden rows of one token's experts that the ring holds at once."""
+        return self.rows * self.slots
 
-        To be followed by `done_together`.
-        """
-        if plan.gpu_rows > self.rows * self.slots or not self._token_copies:
-            return False
-        self._hold_all()
-        copies, weight_copy = self._token_copies[layer], self.weight_copy
-        with self._recorder.queued("copy", plan.gpu_rows * self._row_bytes[layer], weight_copy.stream):
-            weight_copy.check(copies())
-            if plan.part is not None:
-                target, source, rows, pitch = copies.columns(plan.part)
-                weight_copy.copy(target, source, rows, self._width, pitch)
-        weight_copy.arrive(self._arrived[0])
-        return True
+    def token_chunks(self, k: int) -> int:
+        """The most chunks in which the ring holds the experts of one token, which has k."""
+        return TokenCopies.chunks(k, self._hidden, self.token_rows)
 
-    def _hold_all(self) -> None:
-        """Make all copies to come wait until the ring is free."""
+    def begin_token(self) -> None:
+        """Make the copies of a token, which use the whole ring, wait for all readers of its slots."""
         assert not any(self._in_use)
-        if not self._holds:
+        if not self._token:
             for free in self._free:
                 self.weight_copy.hold(free)
+        self._token = True
 
     def _copy(self, layer: int, row_ranges: Sequence[RowRange], slot: int, room: int) -> list[Part]:
         """Start copying rows to where a slot begins, one expert after the other, and set the slot's event."""
@@ -184,24 +162,18 @@ class Ring:
         weight_copy.arrive(self._arrived[slot])
         return parts
 
-    def done_together(self) -> None:
-        """Free the ring when the compute stream has done its work so far: all that reads what was sent together."""
-        self._all_free.record()
-        self.weight_copy.hold(self._all_free)
-        self._holds = True
-
     def done(self, parts: Sequence[Part]) -> None:
         """Free the slot of `parts` when the compute stream has done its work so far: all that reads them."""
         slot = parts[0].slot
         self._free[slot].record()
-        self._in_use[slot] = self._holds = False
+        self._in_use[slot] = False
 
     def release(self) -> None:
         """Free all slots, after a step that was broken off: it left parts behind that nobody reads."""
         for slot in range(self.slots):
             if self._in_use[slot]:
                 self._free[slot].record()
-                self._in_use[slot] = self._holds = False
+                self._in_use[slot] = False
 
 
 def _aligned(nbytes: int) -> int:

@@ -18,6 +18,8 @@ _TRIES = 5  # to read both clocks at the same moment
 class GpuTracer(Tracer):
     """A `Tracer` that also records a GPU's work, by events before and after it, which cost microseconds each."""
 
+    wants_queued = True
+
     def __init__(self) -> None:
         super().__init__()
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int, int]] = []

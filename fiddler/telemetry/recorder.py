@@ -23,6 +23,11 @@ class Recorder(Protocol):
         """Whether `chosen` must be called. Where False, a step may save itself the calls."""
         ...
 
+    @property
+    def wants_queued(self) -> bool:
+        """Whether `queued` must surround all work for a GPU. Where False, compiled code may queue some of it."""
+        ...
+
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
         """Surrounds a piece of work of the kind `name`, which reads `nbytes` of weights."""
         ...
@@ -48,6 +53,7 @@ class SilentRecorder:
     """Ignores all events. A recorder of some events inherits from it."""
 
     wants_expert_ids = False
+    wants_queued = False
 
     def span(self, name: str, nbytes: int) -> AbstractContextManager[None]:
         """Implements `Recorder.span`."""

@@ -2,124 +2,72 @@
 
 from __future__ import annotations
 
+import random
 import threading
-import time
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 
 from fiddler.cost_curve import Curve
 from fiddler.gpu.decode_graphs import DecodeGraphs
+from fiddler.kernels.one_token import Signal
 from fiddler.offload.evictions import Evictions
 from fiddler.offload.plan import Costs
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
-from oracles import naive
-from oracles.both_sides import EXACT, LAYERS, D, E, F, orchestrator
+from oracles.both_sides import EXACT, LAYERS, E, F, orchestrator, weights_of
+from oracles.token_graphs import RandomGraphs, check_step
 
 MS = 1e-3
 COSTS = Costs(Curve((1,), (2 * MS,)), Curve((1,), (0.0,)), 4 * MS, 0.0)  # such that one step of the balance moves rows
+STREAM = Costs(Curve((1,), (1e9,)), Curve((1,), (0.0,)), 4 * MS, 0.0)
 K = 2
 TABLE = np.zeros(1, np.int64)
 
 
-class RandomGraphs:
-    """Implements `Graphs`: what a graph hands to the host is drawn at random, and whole layers are computed at once.
-
-    late: seconds by which the worker thread is late. sums: of each layer, what the next graph read.
-    """
-
-    def __init__(self, experts, late=0.0):
-        self.breaks, self.hidden = list(range(LAYERS)), torch.zeros(1, D)
-        self.x, self.cpu_sum = np.zeros((1, D), np.float32), np.full((1, D), np.nan, np.float32)
-        self.expert_ids, self.routing_weights = np.zeros((1, K), np.float32), np.zeros((1, K), np.float32)
-        self._experts, self._late, self._numbers = experts, late, np.random.default_rng(0)
-        self._arrived = [threading.Event() for _ in range(LAYERS)]
-        self.inputs, self.sums, self.gpu_rows, self.fails = [], [], [], False
-        self._sent = None
-        self._token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
-
-    @property
-    def chosen(self):
-        return [torch.from_numpy(expert_ids) for _, expert_ids, _ in self.inputs]
-
-    def begin(self, token, position, table):
-        for event in self._arrived:
-            event.clear()
-        self.inputs, self.sums, self.gpu_rows = [], [], []
-        self._sent = None
-        self.queue(0)
-
-    def queue(self, graph):
-        if graph:  # the graph begins with the sum of both sides
-            self.sums.append(self.cpu_sum.copy())
-        if graph < LAYERS:
-            self.x[:], self.expert_ids[:] = self._numbers.normal(size=D), self._numbers.permutation(E)[:K]
-            self.routing_weights[:] = self._numbers.random(K)
-            self.inputs.append((self.x.copy(), self.expert_ids.astype(np.int64), self.routing_weights.copy()))
-            self.gpu_rows.append({})
-            self._arrived[graph].set()
-
-    def wait(self, graph):
-        assert self._arrived[graph].wait(10)
-
-    def send(self, layer, plan):
-        assert self._sent is None  # the worker thread has queued what reads the layer before
-        expert_ids, gpu_rows = self._token.expert_ids[0].tolist(), self._token.gpu_rows.tolist()
-        assert expert_ids == self.inputs[layer][1][0].tolist()
-        assert all(rows for _, rows in gpu_rows[: plan.parts])
-        assert not any(rows for _, rows in gpu_rows[plan.parts :])
-        self._sent = layer, {expert_ids[j]: rows for j, rows in gpu_rows[: plan.parts]}
-
-    def stream(self):
-        time.sleep(self._late)
-        if self.fails:
-            raise ValueError("broken off")
-        layer, self.gpu_rows[layer] = self._sent
-        self._sent = None
-
-    def streamed(self, layer):
-        return bool(self.gpu_rows[layer])
-
-    def logits(self):
-        return torch.zeros(1, 1)
-
-
-def decode(late=0.0, recorder=SILENT, placed=((0,), (), ())):
-    experts = orchestrator(EXACT, placed, COSTS)
-    graphs = RandomGraphs(experts, late)
+def decode(late=0.0, recorder=SILENT, placed=((0,), (), ()), rows=128):
+    experts = orchestrator(EXACT, placed, COSTS, rows=rows)
+    graphs = RandomGraphs(experts, K, late)
     return DecodeGraphs(graphs, experts, recorder), graphs, experts
 
 
-def cpu_part(layer, x, expert_ids, routing_weights, gpu_rows, residents):
-    """The CPU's sum by float64: missing experts without their last `gpu_rows` hidden rows."""
-    w, total = EXACT[layer], np.zeros(D)
-    for e, weight in zip(expert_ids[0], routing_weights[0], strict=True):
-        if (layer, e) in residents:
-            continue
-        gate, up, down = (naive.from_bits(bits[e], "bf16").astype(np.float64) for bits in (w.gate, w.up, w.down))
-        rows = F - gpu_rows.get(int(e), 0)
-        g, u = gate[:rows] @ x[0], up[:rows] @ x[0]
-        total += weight * (down[:, :rows] @ (g / (1 + np.exp(-g)) * u))
-    return total
-
-
+@pytest.mark.parametrize("rows", [128, 64], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("late", [0.0, 3 * MS])
-def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(late):
-    """Also where the worker thread is late. The next graph reads the CPU's sum of exactly the rows not streamed."""
-    decoder, graphs, experts = decode(late)
+def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(late, rows):
+    """Also where the GPU is late, and where the ring holds less than a layer has."""
+    decoder, graphs, experts = decode(late, rows=rows)
     streamed = 0
     for token in range(30):
         decoder.step(token, token, TABLE)
-        assert len(graphs.sums) == LAYERS
-        for layer, inputs in enumerate(graphs.inputs):
-            expected = cpu_part(layer, *inputs, graphs.gpu_rows[layer], experts.residents)
-            np.testing.assert_allclose(experts_sum := graphs.sums[layer][0], expected, rtol=1e-3, atol=1e-3)
-            assert np.isfinite(experts_sum).all()
-            streamed += any(graphs.gpu_rows[layer].values())
+        streamed += check_step(graphs, experts)
     assert streamed > 0
     assert experts.balance.seconds != 0
+    assert graphs.sent_there
+
+
+def test_the_caller_sends_what_the_worker_thread_is_too_busy_for():
+    """The worker thread still queues graphs when the first layer is divided."""
+    decoder, graphs, experts = decode()
+    graphs.slow = 2 * MS
+    for token in range(10):
+        decoder.step(token, token, TABLE)
+        check_step(graphs, experts)
+    assert graphs.sent_here
+    assert graphs.sent_there
+
+
+@pytest.mark.parametrize("rows", [F, 2 * F, 3 * F])
+def test_all_missing_experts_are_streamed_in_as_many_chunks_as_the_ring_needs(rows):
+    layers = weights_of("bf16", "f32", 1, 12, 64, 32)
+    experts = orchestrator(layers, [[0, 1], [], [3]], STREAM, rows=64 * rows // F // 3 * 3)
+    graphs = RandomGraphs(experts, 6)
+    assert len(graphs.jobs) == -(-6 // (experts.ring.token_rows // 64))
+    decoder = DecodeGraphs(graphs, experts, SILENT)
+    for token in range(10):
+        decoder.step(token, token, TABLE)
+        missing = sum((layer, e) not in experts.residents for layer, i in enumerate(graphs.inputs) for e in i[1][0])
+        assert check_step(graphs, experts) == 64 * missing
 
 
 def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeypatch):
@@ -127,9 +75,10 @@ def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeyp
     decoder, _, experts = decode()
     planned, split_token = [], experts.split_token
 
-    def counted(layer):
-        planned.append((layer, threading.get_ident()))
-        return split_token(layer)
+    def counted(layer, *arguments):
+        if (split := split_token(layer, *arguments)) is not None:
+            planned.append((layer, threading.get_ident()))
+        return split
 
     monkeypatch.setattr(experts, "split_token", counted)
     decoder.step(1, 1, TABLE)
@@ -141,6 +90,7 @@ def chosen_in_steps(decoder, graphs, steps):
     counts = np.zeros((LAYERS, E), np.int64)
     for token in range(steps):
         decoder.step(token, token, TABLE)
+        graphs.synchronize()
         for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
             counts[layer, expert_ids[0]] += 1
     return counts
@@ -187,7 +137,49 @@ def test_an_error_on_either_side_is_raised_and_the_next_step_is_whole(monkeypatc
         monkeypatch.setattr(experts, "on_cpu", on_cpu)
         graphs.fails = False
         decoder.step(token, token, TABLE)
-        assert len(graphs.sums) == LAYERS
+        check_step(graphs, experts)
     # the next step of several tokens waits for no sum that nobody computes
     step = experts.cooperative_step
     assert step.run(lambda: step.rest() or 7, lambda part: None) == 7
+
+
+def test_numbers_of_signals_may_overflow():
+    decoder, graphs, experts = decode()
+    signals = graphs.signals
+    signals._next = 2**32 - 20
+    for signal in Signal:
+        signals.set(signal, signals._next - 1)
+    for token in range(20):
+        decoder.step(token, token, TABLE)
+        check_step(graphs, experts)
+    assert signals.first > 2**32
+
+
+def steps(decoder, token, count=9):
+    for _ in range(count):
+        decoder.step(token, token, TABLE)
+
+
+def test_a_step_broken_off_at_any_moment_leaves_nothing_that_waits(monkeypatch):
+    """By the caller, as by Ctrl-C, or on the worker thread."""
+    decoder, graphs, experts = decode(rows=64)
+    numbers, on_cpu, queue, split = random.Random(0), experts.on_cpu, graphs.queue, experts.split_token
+    for token in range(60):
+        left = numbers.randrange(LAYERS + 1)
+
+        def breaks(call, *arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return call(*arguments)
+
+        name, call = numbers.choice([("on_cpu", on_cpu), ("split_token", split), ("queue", queue)])
+        target = graphs if name == "queue" else experts
+        monkeypatch.setattr(target, name, partial(breaks, call))
+        with pytest.raises(KeyboardInterrupt):
+            steps(decoder, token)
+        monkeypatch.setattr(target, name, call)
+        graphs.synchronize()
+        decoder.step(token, token, TABLE)
+        check_step(graphs, experts)

@@ -16,7 +16,7 @@ from fiddler.cpu import loader as cpu_loader
 from fiddler.cpu.loader import can_decode
 from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
-from fiddler.gpu import dense_weights, loader as gpu_loader
+from fiddler.gpu import decoder, dense_weights
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
@@ -162,7 +162,7 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
     assert can_decode(config, {BF16})
     assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
-    assert gpu_loader.can_decode(config, {BF16, F16})
+    assert decoder.can_decode(config, {BF16, F16})
 
 
 def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_as_a_whole():
@@ -175,9 +175,9 @@ def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_
 
 def test_captured_graphs_take_latent_attention_and_no_sinks():
     config = ModelFile.open(DEMO_MODEL).config
-    assert gpu_loader.can_decode(dataclasses.replace(config, **LATENT), {BF16})
+    assert decoder.can_decode(dataclasses.replace(config, **LATENT), {BF16})
     with_sinks = dataclasses.replace(config, architecture=dataclasses.replace(MIXTRAL, sinks=Sinks.HEAD))
-    assert not gpu_loader.can_decode(with_sinks, {BF16})
+    assert not decoder.can_decode(with_sinks, {BF16})
 
 
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():

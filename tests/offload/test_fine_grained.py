@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fiddler.cost_curve import Curve
-from fiddler.kernels.one_token import JOB
-from fiddler.offload.feed_forward import feed_forward
+from fiddler.gpu.decode_graphs import DecodeGraphs
 from fiddler.offload.plan import Costs
-from fiddler.offload.staging_ring import SLOTS, Part, slot_rows
-from fiddler.telemetry.recorder import Meter
+from fiddler.offload.staging_ring import SLOTS, slot_rows
+from fiddler.telemetry.recorder import SILENT, Meter
 from oracles import naive
 from oracles.both_sides import LAYERS, MAX_TOKENS, Token, compute_layer, orchestrator, weights_of
+from oracles.token_graphs import RandomGraphs, check_step
 
 E, F, D, K = 40, 128, 32, 8
 EXACT = weights_of("bf16", "f32", 1, E, F, D)
@@ -78,44 +78,18 @@ def test_experts_of_a_prompt_are_prefetched_until_the_ring_is_full():
     assert meter.nbytes["copy"] == LAYERS * E * EXACT[0].expert_bytes  # each once, sent ahead or not
 
 
-def of_ring(ring, x, addresses, rows):
-    """The feed-forward [1, D] of hidden rows of an expert that lie in the ring."""
-    part = Part(0, 0, rows, ring.arrived, 0, ring._memory, addresses, D, EXACT[0].matrix_formats)
-    return feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20)
-
-
 @pytest.mark.parametrize("costs", COSTS)
 def test_one_token_s_experts_on_both_sides_match_float64(costs):
     """The GPU's part as a decode step streams it: all its experts together, each computed from where it arrived."""
-    experts, rng = (
-        orchestrator(EXACT, [[0, 1, 2, 3, 4, 5, 6], [], []], COSTS[costs], rows=14 * F),
-        np.random.default_rng(1),
-    )
-    token, jobs, splits = Token(experts, K, D), np.full((K, JOB), -1), 0
-    experts.ring.bind_token(token.bound.division, jobs)
-    for layer in [*range(LAYERS)] * 5:
-        x, expert_ids, routing_weights = inputs = inputs_of(rng, 1)
-        token.x[:], token.routing_weights[:] = x, routing_weights
-        plan, part, gpu_rows = token.split(layer, expert_ids[0].tolist())
-        total = torch.zeros(1, D)
-        if plan.parts:
-            assert experts.ring.send_token(layer, plan)
-            for *addresses, rows, j in jobs[: plan.parts].tolist():
-                assert gpu_rows[expert_ids[0, j]] == rows
-                total += routing_weights[0, j] * of_ring(experts.ring, x, addresses, rows)
-            assert not jobs[plan.parts :].any()
-            experts.ring.done_together()
-        for j, e in enumerate(expert_ids[0].tolist()):
-            if (layer, e) in experts.residents:
-                matrices = experts.residents[layer, e]
-                output = feed_forward(torch.from_numpy(x), *matrices, rounded=False, work=1 << 20)
-                total += routing_weights[0, j] * output
-        if not experts.on_cpu(part, token.cpu_sum):
-            token.cpu_sum[:] = 0
-        check(total.numpy() + token.cpu_sum, layer, inputs)
-        splits += plan.part is not None
-        assert sum(0 < rows < F for rows in gpu_rows.values()) == (plan.part is not None)
-    assert (splits > 0) == (costs == "rows")
+    experts = orchestrator(EXACT, [[0, 1, 2, 3, 4, 5, 6], [], []], COSTS[costs], rows=14 * F)
+    graphs = RandomGraphs(experts, K)
+    decoder, table, splits = DecodeGraphs(graphs, experts, SILENT), np.zeros(1, np.int64), 0
+    for token in range(5):
+        decoder.step(token, token, table)
+        check_step(graphs, experts)
+        splits += sum(0 < rows < F for layer in graphs.gpu_rows for rows in layer.values())
+    if costs != "sets":  # there it depends on which side was first
+        assert (splits > 0) == (costs == "rows")
 
 
 def test_a_slot_holds_several_of_these_experts():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -51,10 +53,42 @@ def test_a_slot_of_the_staging_ring_holds_several_small_experts():
         holds_the_mapping(part, w)
     for parts in slots:
         ring.done(parts)
-    together = ring.send_together(2, [wanted[0], *wanted[2:]])  # no slot's border between them
-    assert [part.expert for part in together] == [0, 2, 3, 4]
-    for part in together:
-        holds_the_mapping(part, w)
+
+
+class Held(HostCopy):
+    """Notes which events later copies wait for, and how often each was recorded by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.events, self.held = [], []
+
+    def event(self):
+        self.events.append(SimpleNamespace(records=0))
+        event = self.events[-1]
+        event.record = lambda: setattr(event, "records", event.records + 1)
+        return event
+
+    def hold(self, event):
+        self.held.append((self.events.index(event), event.records))
+
+
+def test_a_token_s_copies_and_a_prompt_s_wait_for_each_other_s_readers():
+    copy = Held()
+    ring = Ring(copy, EXACT, F, 2)  # events: two of slots that arrive, two of free ones, the token's
+    ring.done(next(ring.send(0, [(0, 0, F)])))
+    assert copy.held == [(2, 0)]
+    ring.begin_token()
+    ring.begin_token()  # of the next token: its copies are ordered by what they wait for
+    assert copy.held[1:] == [(2, 1), (3, 0)]
+    parts = next(ring.send(1, [(1, 0, F)]))
+    assert copy.held[3:] == [(4, 1), (3, 0)]
+    with pytest.raises(AssertionError):
+        ring.begin_token()  # a prompt's parts are in use
+    ring.done(parts)
+    ring.done(next(ring.send(1, [(1, 0, F)])))
+    assert copy.held[5:] == [(2, 1)]  # once
+    ring.begin_token()
+    assert copy.held[6:] == [(2, 2), (3, 1)]
 
 
 @given(

@@ -9,9 +9,11 @@ from fiddler import kernels
 from fiddler.device.weight_copy import HostCopy
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels import ExpertMatrices, KernelVariant
+from fiddler.kernels.one_token import Signal
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Ring
+from fiddler.offload.token_signals import TokenSignals
 from fiddler.telemetry.recorder import SILENT
 from oracles import naive
 
@@ -49,12 +51,16 @@ class Token:
         self.experts = experts
         self.x, self.cpu_sum = np.zeros((1, width), np.float32), np.zeros((1, width), np.float32)
         self.chosen, self.routing_weights = np.zeros((1, k), np.float32), np.zeros((1, k), np.float32)
-        self.bound = experts.bind_token(self.x, self.chosen, self.routing_weights, self.cpu_sum)
+        self.signals = TokenSignals(pinned=False)
+        self.bound = experts.bind_token(self.x, self.chosen, self.routing_weights, self.cpu_sum, self.signals)
 
     def split(self, layer, expert_ids):
         """The plan, the CPU's part, and the GPU's hidden rows of each expert of which it has some."""
         self.chosen[:] = list(expert_ids)
-        plan, part = self.experts.split_token(layer)
+        self.signals.begin(1)
+        self.signals.set(Signal.ARRIVED, self.signals.first)
+        plan, part = self.experts.split_token(layer, self.signals.first, lambda *arguments: None)
+        self.signals.end()
         rows = {int(self.bound.expert_ids[0, j]): rows for j, rows in self.bound.gpu_rows[: plan.parts].tolist()}
         return plan, part, rows
 

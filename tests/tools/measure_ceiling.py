@@ -9,7 +9,7 @@ Generation: tokens a second, beside a ceiling for the very experts that its toke
         + dense bytes / GPU bandwidth + one round trip a layer
 
 Prompts: "auto" (as `run`) in turns with "cpu" (missing experts on the CPU only) and "stream" (on the GPU only).
-Of both: the share of the time that goes into plans.
+And the share of the time that goes into plans.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ class PlanClock:
     def __init__(self, orchestrator):
         self._orchestrator, self._inside = orchestrator, False
         self.seconds = 0.0
-        for name in ("split", "split_token"):
-            setattr(orchestrator, name, self._timed(getattr(orchestrator, name)))
+        orchestrator.split = self._timed(orchestrator.split)
 
     def plan_by(self, costs):
         """Plan with these costs from now on."""
@@ -167,7 +166,7 @@ class Bench:
         return [self.random.randrange(3, self.config.vocab_size) for _ in range(count)]
 
     def generate(self, count):
-        """Seconds of each token, the share that plans take, and bytes of each layer's experts, token by token."""
+        """Seconds of each token, and bytes of each layer's experts, token by token."""
         self.way("auto")
         prompt, ids, samples = self.ids(PROMPT), self.ids(WARM + count), []
         for counted in (False, True):  # which experts are chosen is read in a second pass: it takes time
@@ -176,15 +175,13 @@ class Bench:
             self.chosen.wants_expert_ids = counted
             for i, token in enumerate(ids):
                 if i == WARM:
-                    self.clock.seconds, self.chosen.expert_ids = 0.0, []
+                    self.chosen.expert_ids = []
                 begun = time.perf_counter()
                 self.runner.step([(self.sequence, [token])])
                 if not counted and i >= WARM:
                     samples.append(time.perf_counter() - begun)
-            if not counted:
-                planning = self.clock.seconds / sum(samples)
         self.chosen.wants_expert_ids = False
-        return samples, planning, self._bytes()
+        return samples, self._bytes()
 
     def _bytes(self):
         """(missing, resident) bytes of the experts chosen in each layer, of each token."""
@@ -220,7 +217,7 @@ class Bench:
 
 
 def report_generation(bench, count):
-    samples, planning, tokens = bench.generate(count)
+    samples, tokens = bench.generate(count)
     links = bench.calibration.expert_bytes / bench.costs.memory
     gpu = gpu_bandwidth(bench.device, 1 << (28 if bench.device.type == "cuda" else 24))
     trip, dense = round_trip(bench.device, bench.config.embedding_length), bench.dense_bytes()
@@ -230,7 +227,7 @@ def report_generation(bench, count):
     print(f"a token reads {missing:.2f} GB of missing experts, {resident:.2f} of residents, {dense / 1e9:.2f} beside")
     seconds = median(samples)
     print(f"generation {1 / seconds:.1f} tokens/s ({1 / max(samples):.1f}-{1 / min(samples):.1f}), ", end="")
-    print(f"{least / seconds:.0%} of the ceiling's {1 / least:.1f}; plans take {planning:.1%} of a token")
+    print(f"{least / seconds:.0%} of the ceiling's {1 / least:.1f}")
 
 
 def report_prompts(bench, lengths, repetitions):

@@ -1,0 +1,156 @@
+"""A thread in a GPU's place for steps of single tokens: it runs what is queued, in order, and waits at the signals."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from fiddler.kernels.one_token import Signal
+from fiddler.kernels.token_copies import JOB
+from fiddler.offload.feed_forward import feed_forward
+from fiddler.offload.staging_ring import Part
+from fiddler.offload.token_signals import TokenSignals
+from oracles import naive
+
+POLL = 1e-5
+
+
+class RandomGraphs:
+    """Implements `Graphs`: what a graph hands to the host is random; streamed experts are computed from the ring.
+
+    late: seconds by which the GPU is late with the streamed experts of a layer. slow: seconds that `queue` takes.
+    Of each layer: `inputs` x, expert ids and routing weights; `gpu_rows` hidden rows that were streamed, by expert;
+    `gpu_sums` and `sums`, the GPU's and the CPU's, which the next graph reads. Valid after `synchronize`.
+    """
+
+    def __init__(self, experts, k, late=0.0, seed=0):
+        (self.experts, _, self.width), self.late, self.k = experts.layers[0].shape, late, k
+        self.breaks, self.hidden = [*range(len(experts.layers))], torch.zeros(1, self.width)
+        self.x, self.cpu_sum = (np.full((1, self.width), np.nan, np.float32) for _ in range(2))
+        self.expert_ids, self.routing_weights = (np.zeros((1, k), np.float32) for _ in range(2))
+        self.ring, self.layers, self.random = experts.ring, experts.layers, np.random.default_rng(seed)
+        chunks = self.ring.token_chunks(k)
+        self.signals = TokenSignals(chunks, pinned=False)
+        token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum, self.signals)
+        jobs = np.zeros((chunks, k, JOB), np.int64)
+        self.jobs = np.zeros_like(jobs)  # on the GPU
+        self.copies = self.ring.token_copies(token.division, jobs, self.jobs.ctypes.data)
+        self.slow, self.fails, self.sent_here, self.sent_there = 0.0, False, 0, 0
+        self.inputs, self.gpu_rows, self.gpu_sums, self.sums = [], [], [], []
+        self._queue = SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self):
+        self._queue.put(None)
+
+    def _run(self):
+        while (work := self._queue.get()) is not None:
+            work()
+
+    def synchronize(self):
+        done = threading.Event()
+        self._queue.put(done.set)
+        assert done.wait(10), "the GPU waits for a signal that nobody sets"
+
+    @property
+    def chosen(self):
+        self.synchronize()
+        return [torch.from_numpy(expert_ids) for _, expert_ids, _ in self.inputs]
+
+    def begin(self, token, position, table):
+        self.synchronize()
+        self.inputs, self.gpu_rows, self.gpu_sums, self.sums = [], [], [], []
+        self.signals.begin(len(self.breaks))
+        self.ring.begin_token()
+        self._queue.put(partial(self._graph, 0, self.number(0)))
+
+    def number(self, graph):
+        return self.signals.first + graph
+
+    def queue(self, graph):
+        if self.fails:
+            raise ValueError("broken off")
+        time.sleep(self.slow)
+        number, layer = self.number(graph - 1), graph - 1
+        for chunk in range(len(self.jobs)):
+            self._queue.put(partial(self._wait, Signal.SENT, self.signals.chunk(number, chunk)))
+            self._queue.put(partial(self._stream, layer, chunk))
+            self._queue.put(partial(self.signals.set, Signal.COMPUTED, self.signals.chunk(number, chunk)))
+        self._queue.put(partial(self._wait, Signal.SUMMED, number))
+        self._queue.put(partial(self._graph, graph, number + 1))
+
+    def _wait(self, signal, number):
+        while not self.signals.has_reached(signal, number):
+            time.sleep(POLL)
+
+    def _graph(self, graph, number):
+        if graph:
+            self.sums.append(self.cpu_sum.copy())
+        if graph < len(self.breaks):
+            self.x[:] = self.random.normal(size=self.width)
+            self.expert_ids[:] = self.random.permutation(self.experts)[: self.k]
+            self.routing_weights[:] = self.random.random(self.k)
+            self.inputs.append((self.x.copy(), self.expert_ids.astype(np.int64), self.routing_weights.copy()))
+            self.gpu_rows.append({})
+            self.gpu_sums.append(np.zeros((1, self.width)))
+            self.signals.set(Signal.ARRIVED, number)
+
+    def _stream(self, layer, chunk):
+        time.sleep(self.late)
+        x, expert_ids, routing_weights = self.inputs[layer]
+        rows_of, formats = self.gpu_rows[layer], self.layers[layer].matrix_formats
+        for *addresses, rows, j in self.jobs[chunk].tolist():
+            if rows == 0:
+                continue
+            expert = int(expert_ids[0, j])
+            rows_of[expert] = rows_of.get(expert, 0) + rows
+            part = Part(expert, 0, rows, None, 0, self.ring._memory, addresses, self.width, formats)
+            y = feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20).numpy()
+            self.gpu_sums[layer] += routing_weights[0, j] * y
+
+    def send(self, layer, number, plan):
+        self.sent_here += 1
+        assert self.copies.send(layer, number) == 0
+
+    def send_when_divided(self, graph):
+        result = self.copies.send_when_divided(self.breaks[graph], self.number(graph))
+        self.sent_there += result == 0
+        return result == 0
+
+    def open(self, graph):
+        self.signals.set(Signal.SUMMED, self.number(graph))
+
+    def streamed(self, graph):
+        last = self.signals.chunk(self.number(graph), len(self.jobs) - 1)
+        return self.signals.has_reached(Signal.COMPUTED, last)
+
+    def end(self):
+        self.signals.end()
+
+    def check(self):
+        pass
+
+    def logits(self, ahead=0):
+        return torch.zeros(1, 1)
+
+
+def check_step(graphs, experts):
+    """Assert that both sides together computed each layer's missing experts, by float64; returns the streamed rows."""
+    graphs.synchronize()
+    streamed = 0
+    assert len(graphs.sums) == len(graphs.breaks)
+    for layer, (x, expert_ids, routing_weights) in enumerate(graphs.inputs):
+        w = experts.layers[layer]
+        missing = np.array([[(layer, e) not in experts.residents for e in expert_ids[0].tolist()]])
+        expected, tolerance = naive.expert_ffn(
+            *(x, expert_ids, routing_weights * missing), *(w.gate, w.up, w.down), "bf16", rounded=False
+        )
+        assert (np.abs(graphs.sums[layer] + graphs.gpu_sums[layer] - expected) <= 2 * tolerance + 1e-6).all()
+        assert all((layer, e) not in experts.residents for e in graphs.gpu_rows[layer])
+        streamed += sum(graphs.gpu_rows[layer].values())
+    return streamed
