@@ -27,5 +27,5 @@ def test_a_rehearsal_on_the_cpu_reports_generation_prompts_and_plans(tmp_path, m
         kernels.set_threads(threads)
     output = capsys.readouterr().out
     assert "tiny.gguf: 2 of 10 experts on the GPU" in output
-    assert re.search(r"generation [\d.]+ tokens/s .* of the ceiling's [\d.]+; plans take [\d.]+% of a token", output)
+    assert re.search(r"generation [\d.]+ tokens/s .* of the ceiling's [\d.]+", output)
     assert re.search(r"^\| 8 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+-[\d.]+ \| [\d.]+% \|$", output, re.MULTILINE)

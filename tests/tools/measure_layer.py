@@ -2,9 +2,9 @@
 
     python tests/tools/measure_layer.py MODEL.gguf --resident 0.25
 
-Printed: microseconds of the caller's thread, medians of `--rounds` rounds (quartiles). Of a layer: the wait for the router's choice, with the
-division and, where the worker thread is busy, the copies' calls; the CPU's kernel; what is in between. Of a token: what
-comes before its layers and after them. "clock" is what a phase takes to measure.
+Printed: microseconds of the caller's thread, medians of `--rounds` rounds (quartiles). Of a layer: the wait for the
+router's choice, with the division and, where the worker thread is busy, the copies' calls; the CPU's kernel; what is in
+between. Of a token: what comes before its layers and after them. "clock" is what a phase takes to measure.
 """
 
 from __future__ import annotations
