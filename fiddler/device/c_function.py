@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-__all__ = ["CFunctions", "host_functions"]
+__all__ = ["CFunctions", "Copy2D", "host_functions"]
 
 
 class CFunctions(NamedTuple):
