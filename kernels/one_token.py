@@ -90,11 +90,11 @@ class TokenDivision:
         for name, array, dtype in (("missing", missing, np.bool_), ("counts", counts, np.int64)):
             if array.shape != (self._experts,) or array.dtype != dtype or not array.flags.c_contiguous:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}; expected contiguous [{self._experts}]")
-        arrays = self._chosen, missing, self.expert_ids, self.cpu_rows, self.gpu_rows, counts
-        call, chosen, hidden, signals = _division.entry(), self._chosen, self.hidden, self.signals
+        arrays = self.signals, self._chosen, missing, self.expert_ids, self.cpu_rows, self.gpu_rows, counts
+        call, chosen, hidden = _division.entry(), self._chosen, self.hidden
 
         def divide(number: int, plans: np.ndarray) -> int:
-            count: int = call(signals, number, *arrays, hidden, plans)
+            count: int = call(arrays, number, hidden, plans)
             if count == _INVALID:
                 raise ValueError(f"an expert id of {chosen[0].tolist()} lies outside 0..{len(missing) - 1}")
             return count
@@ -103,19 +103,9 @@ class TokenDivision:
 
 
 @partial(kernel, parallel=False)
-def _divide(
-    signals: np.ndarray,
-    number: int,
-    chosen: np.ndarray,
-    missing: np.ndarray,
-    expert_ids: np.ndarray,
-    cpu_rows: np.ndarray,
-    gpu_rows: np.ndarray,
-    counts: np.ndarray,
-    hidden: int,
-    plans: np.ndarray,
-) -> int:
+def _divide(arrays: tuple[np.ndarray, ...], number: int, hidden: int, plans: np.ndarray) -> int:
     """See `TokenDivision.of_layer`. Returns _INVALID, with all as before, where an expert id is out of range."""
+    signals, chosen, missing, expert_ids, cpu_rows, gpu_rows, counts = arrays
     if not has_reached(signals, _ARRIVED, number):
         return NOT_YET
     count, streamed = 0, 0
@@ -146,9 +136,6 @@ def _divide(
 
 
 _IDS = types.int64[:, ::1]
-_division = FunctionPointer(
-    _divide,
-    *(types.uint32[::1], types.int64, types.float32[:, ::1], types.boolean[::1], _IDS, types.int64[::1], _IDS),
-    *(types.int64[::1], types.int64, _IDS),
-    returns=types.int64,
-)
+_INTS = types.int64[::1]
+_ARRAYS = types.Tuple((types.uint32[::1], types.float32[:, ::1], types.boolean[::1], _IDS, _INTS, _IDS, _INTS))
+_division = FunctionPointer(_divide, _ARRAYS, types.int64, types.int64, _IDS, returns=types.int64)

@@ -71,7 +71,7 @@ class TokenCopies:
         matrices = np.ascontiguousarray([each.matrices for each in layers], np.int64)
         bytes_of = np.array([[*each.row_bytes, *each.down_block] for each in layers], np.int64)
         fixed = [division.hidden, width, *target, rows, device_jobs, one, rows_of, write, stream]
-        self._arguments = (
+        self._arrays = (
             *(division.signals, division.expert_ids, division.gpu_rows, matrices, bytes_of),
             *(np.array(fixed, np.int64), np.array(borders, np.int64), jobs, np.zeros((len(jobs), k), np.int64)),
             rows_copy_words(),
@@ -85,7 +85,7 @@ class TokenCopies:
 
     def send(self, layer: int, number: int) -> int:
         """Start the copies of this layer, which is divided, and set DIVIDED; 0, or the first other result of a copy."""
-        return self._checked(self._call(*self._arguments, layer, number, False))
+        return self._checked(self._call(self._arrays, layer, number, False))
 
     def send_when_divided(self, layer: int, number: int) -> int:
         """Start the copies as soon as DIVIDED is `number`, unless QUEUED says that its caller has; on another thread.
@@ -93,7 +93,7 @@ class TokenCopies:
         Returns as `send`, or NOT_YET after some 0.5 ms in which the layer was not divided. From the first call on, as
         long as SENDING is not 0, the copies of layers that are divided are left to this function.
         """
-        return self._checked(self._call(*self._arguments, layer, number, True))
+        return self._checked(self._call(self._arrays, layer, number, True))
 
     @staticmethod
     def _checked(result: int) -> int:
@@ -102,22 +102,9 @@ class TokenCopies:
 
 
 @partial(kernel, parallel=False)
-def _send(
-    signals: np.ndarray,
-    expert_ids: np.ndarray,
-    gpu_rows: np.ndarray,
-    matrices: np.ndarray,
-    bytes_of: np.ndarray,
-    fixed: np.ndarray,
-    borders: np.ndarray,
-    jobs: np.ndarray,
-    begins: np.ndarray,
-    rows_copy: np.ndarray,
-    layer: int,
-    number: int,
-    waits: bool,
-) -> int:
-    """See `TokenCopies`. begins: int64 [C, K], the first hidden row of each job."""
+def _send(arrays: tuple[np.ndarray, ...], layer: int, number: int, waits: bool) -> int:
+    """See `TokenCopies`."""
+    signals, expert_ids, gpu_rows, matrices, bytes_of, fixed, borders, jobs, begins, rows_copy = arrays
     if waits:
         set_signal(signals, _SENDING, 1)
         if not has_reached(signals, _DIVIDED, number):
@@ -126,9 +113,8 @@ def _send(
             return 0
     result: int = _make_jobs(expert_ids, gpu_rows, bytes_of[layer], fixed, jobs, begins)
     if result == 0:
-        result = _queue_copies(
-            signals, expert_ids, matrices[layer], bytes_of[layer], fixed, borders, jobs, begins, rows_copy, number
-        )
+        of_layer = expert_ids, matrices[layer], bytes_of[layer], fixed, borders, rows_copy
+        result = _queue_copies(signals, of_layer, jobs, begins, number)
     set_signal(signals, _QUEUED, number)
     if not waits:
         set_signal(signals, _DIVIDED, number)
@@ -144,7 +130,10 @@ def _make_jobs(
     jobs: np.ndarray,
     begins: np.ndarray,
 ) -> int:
-    """Divide a layer's rows among chunks. Each matrix begins at a multiple of 16 bytes behind the one before."""
+    """Divide a layer's rows among chunks. Each matrix begins at a multiple of 16 bytes behind the one before.
+
+    begins: int64 [C, K], the first hidden row of each job.
+    """
     hidden, width, begun, nbytes, room = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
     jobs[:] = 0
     chunk, count, used, address = 0, 0, 0, begun
@@ -170,18 +159,10 @@ def _make_jobs(
 
 @partial(kernel, parallel=False)
 def _queue_copies(
-    signals: np.ndarray,
-    expert_ids: np.ndarray,
-    matrices: np.ndarray,
-    bytes_of: np.ndarray,
-    fixed: np.ndarray,
-    borders: np.ndarray,
-    jobs: np.ndarray,
-    begins: np.ndarray,
-    rows_copy: np.ndarray,
-    number: int,
+    signals: np.ndarray, of_layer: tuple[np.ndarray, ...], jobs: np.ndarray, begins: np.ndarray, number: int
 ) -> int:
     """Call the C functions for the jobs, then for each chunk's rows and signal."""
+    expert_ids, matrices, bytes_of, fixed, borders, rows_copy = of_layer
     function, write, stream, chunks = fixed[6], fixed[8], fixed[9], jobs.shape[0]
     sent = signals.ctypes.data + 4 * SIGNAL_STRIDE * _SENT
     result: int = call_copy(function, fixed[5], jobs.ctypes.data, jobs.nbytes, stream)
@@ -230,10 +211,8 @@ def _copy_part(
     return int(copy_columns(functions, job[2], source, row_bytes, width, pitch, borders, rows_copy))
 
 
-_INTS, _MATRIX = types.int64[::1], types.int64[:, ::1]
-_copies = FunctionPointer(
-    _send,
-    *(types.uint32[::1], _MATRIX, _MATRIX, types.int64[:, :, ::1], _MATRIX, _INTS, _INTS, types.int64[:, :, ::1]),
-    *(_MATRIX, _INTS, types.int64, types.int64, types.boolean),
-    returns=types.int64,
+_INTS, _MATRIX, _CUBE = types.int64[::1], types.int64[:, ::1], types.int64[:, :, ::1]
+_ARRAYS = types.Tuple(
+    (types.uint32[::1], _MATRIX, _MATRIX, _CUBE, _MATRIX, _INTS, _INTS, _CUBE, _MATRIX, _INTS),
 )
+_copies = FunctionPointer(_send, _ARRAYS, types.int64, types.int64, types.boolean, returns=types.int64)

@@ -64,7 +64,7 @@ class Graphs(Protocol):
         ...
 
     def queue(self, graph: int) -> None:
-        """Queue waits for both sides of the layer that ended the graph before, its streamed experts, and this graph.
+        """Queue the experts of the layer that ended the graph before, with waits for copies and sums, and this graph.
 
         On the worker thread, in order; the first graph is queued by `begin`.
         """

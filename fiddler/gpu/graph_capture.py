@@ -122,14 +122,16 @@ class CapturedGraphs:
 
     def queue(self, graph: int) -> None:
         """Implements `Graphs.queue`."""
-        number = self.number(graph - 1)
+        number, layer = self.number(graph - 1), self.breaks[graph - 1]
         streamed, signals = self._split
-        streamed.queue(self.breaks[graph - 1], number)
+        with self._recorder.queued("experts"):
+            self._residents[layer].replay()
+        streamed.queue(layer, number)
         signals.wait(Signal.SUMMED, number)
         self._replay(graph)
 
     def _replay(self, graph: int) -> None:
-        """Queue a graph, and the resident experts of the layer that ends it, or the copy of the logits."""
+        """Queue a graph, and the signal that its outputs are on the host, or the copy of the logits."""
         stream = torch.cuda.current_stream()
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
@@ -142,8 +144,6 @@ class CapturedGraphs:
             self._ended[slot].record(stream)
             return
         self._split[1].write(Signal.ARRIVED, self.number(graph))
-        with self._recorder.queued("experts"):
-            self._residents[self.breaks[graph]].replay()
 
     def send(self, layer: int, number: int, plan: TokenPlan) -> None:
         """Implements `Graphs.send`."""
@@ -242,7 +242,8 @@ class CapturedGraphs:
         if end is None:
             self.hidden = h
             self._logits = self._model.logits(h)
-            decode_kernels.next_token(self._logits, self._token, self._next_tokens)
+            if not self.breaks:  # else no step is begun ahead
+                decode_kernels.next_token(self._logits, self._token, self._next_tokens)
         return h
 
     def _run_residents(
