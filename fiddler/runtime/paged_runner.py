@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -54,7 +55,11 @@ class PagedRunner(Runner):
 
     def kv_bytes(self, positions: int) -> int:
         """Implements `Runner.kv_bytes`."""
-        return blocks_for(positions) * block_bytes(self.model.config, self.cache_dtype)
+        return blocks_for(positions) * self._block_bytes
+
+    @cached_property
+    def _block_bytes(self) -> int:
+        return block_bytes(self.model.config, self.cache_dtype)
 
     def room(self, weights: int) -> int | None:
         """Implements `Runner.room`."""
