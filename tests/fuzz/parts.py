@@ -93,7 +93,7 @@ def _compute(file: GgufFile, precision: str, tier: str) -> None:
         assert engine.logits([1, 2, 3]).shape[-1] == model.config.vocab_size
         sequence = engine.runner.sequence()
         engine.runner.prefill(sequence, [1, 2])
-        for token in (3, 4):
+        for token in (3, 4)[: engine.context - 2]:
             engine.runner.step([(sequence, [token])])
 
 

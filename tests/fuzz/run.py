@@ -192,6 +192,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(load_targets(arguments.tiers)[names[0]].run(arguments.input.read_bytes(), Path(folder)) or "read")
         return
+    arguments.findings.mkdir(parents=True, exist_ok=True)
     print(f"seeds {arguments.seed} to {arguments.seed + arguments.jobs - 1}, {arguments.jobs} at once", flush=True)
     print("| target | executions | a second of a core | edges | slowest, ms | peak memory, MB |", flush=True)
     print("|---|---|---|---|---|---|", flush=True)

@@ -102,3 +102,8 @@ def test_an_answer_of_another_form_is_a_finding():
     exchange.sent = [{"status": 400, "headers": []}, {"body": b'{"error": {"message": "a", "type": "b", "code": 500}}'}]
     with pytest.raises(AssertionError):
         checked(exchange, "/completion", "POST")
+
+
+def test_a_model_with_a_context_of_three_positions_is_read(tmp_path):
+    """A finding in the target itself: it computed a fourth."""
+    assert parts_target(["avx2"]).run(b"\x7f@+\x02\x02\xfb\xfb", tmp_path) is None
