@@ -92,12 +92,13 @@ class CapturedGraphs:
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
         self._send_token(0, table)
-        if self.breaks:
+        self._steps += 1
+        self._replay(0)
+        if self.breaks:  # while the GPU runs that graph
             streamed, signals = self._split
             signals.begin(len(self.breaks))
             streamed.begin()
-        self._steps += 1
-        self._replay(0)
+        self._end(0)
 
     def begin_ahead(self, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
@@ -106,6 +107,7 @@ class CapturedGraphs:
             self._send_token(2, table)
         self._steps += 1
         self._replay(0)
+        self._end(0)
 
     def _send_token(self, begin: int, table: np.ndarray) -> None:
         """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
@@ -129,13 +131,16 @@ class CapturedGraphs:
         streamed.queue(layer, number)
         signals.wait(Signal.SUMMED, number)
         self._replay(graph)
+        self._end(graph)
 
     def _replay(self, graph: int) -> None:
-        """Queue a graph, and the signal that its outputs are on the host, or the copy of the logits."""
-        stream = torch.cuda.current_stream()
         with self._recorder.queued("dense"):
             self._graphs[graph].replay()
+
+    def _end(self, graph: int) -> None:
+        """Queue the signal that a graph's outputs are on the host, or the copy of the logits."""
         if graph == len(self.breaks):
+            stream = torch.cuda.current_stream()
             slot, logits = self._steps % 2, self._logits
             host = self._host_logits[slot]
             if host is None:  # whoever got the last ones may keep them
