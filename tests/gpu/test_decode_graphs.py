@@ -149,6 +149,8 @@ def test_numbers_of_signals_may_overflow():
     signals._next = 2**32 - 20
     for signal in Signal:
         signals.set(signal, signals._next - 1)
+    for signal in (Signal.SENT, Signal.COMPUTED):
+        signals.set(signal, signals.chunk(signals._next, 0) - 1)
     for token in range(20):
         decoder.step(token, token, TABLE)
         check_step(graphs, experts)
