@@ -15,12 +15,12 @@ from numba import types
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
-from fiddler.kernels.machine.signals import SIGNAL_STRIDE, has_reached, set_signal, signal
+from fiddler.kernels.machine.signals import SIGNAL_STRIDE, set_signal, signal, wait_for
 
 __all__ = ["NOT_YET", "SEND_HERE", "Signal", "TokenDivision"]
 
 NOT_YET = -2
-"""What was waited for is not there: ask again."""
+"""Nothing arrived: ask again."""
 SEND_HERE = 1 << 20
 """Added to the number of missing experts: no other thread sends this layer's copies."""
 
@@ -106,7 +106,7 @@ class TokenDivision:
 def _divide(arrays: tuple[np.ndarray, ...], number: int, hidden: int, plans: np.ndarray) -> int:
     """See `TokenDivision.of_layer`. Returns _INVALID, with all as before, where an expert id is out of range."""
     signals, chosen, missing, expert_ids, cpu_rows, gpu_rows, counts = arrays
-    if not has_reached(signals, _ARRIVED, number):
+    if not wait_for(signals, _ARRIVED, number):
         return NOT_YET
     count, streamed = 0, 0
     for j in range(chosen.shape[1]):

@@ -15,7 +15,7 @@ from numba import types
 from fiddler.kernels.codegen.copy_calls import call_copy, call_write, copy, copy_columns, rows_copy_words
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
-from fiddler.kernels.machine.signals import SIGNAL_STRIDE, has_reached, is_at, set_signal, signal
+from fiddler.kernels.machine.signals import SIGNAL_STRIDE, is_at, set_signal, signal, wait_for
 from fiddler.kernels.one_token import NOT_YET, Signal, TokenDivision
 
 __all__ = ["JOB", "Layout", "TokenCopies"]
@@ -107,7 +107,7 @@ def _send(arrays: tuple[np.ndarray, ...], layer: int, number: int, waits: bool) 
     signals, expert_ids, gpu_rows, matrices, bytes_of, fixed, borders, jobs, begins, rows_copy = arrays
     if waits:
         set_signal(signals, _SENDING, 1)
-        if not has_reached(signals, _DIVIDED, number):
+        if not wait_for(signals, _DIVIDED, number):
             return NOT_YET
         if is_at(signals, _QUEUED, number):
             return 0
@@ -170,7 +170,7 @@ def _queue_copies(
         if result != 0:
             return result
         if chunk > 0 and jobs[chunk, 0, 3] > 0:
-            while not has_reached(signals, _COMPUTED, number * chunks + chunk - 1):
+            while not wait_for(signals, _COMPUTED, number * chunks + chunk - 1):
                 if signal(signals, _STOPPED) != 0:
                     return 0
         for i in range(jobs.shape[1]):

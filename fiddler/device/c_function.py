@@ -66,7 +66,7 @@ _COPY_ROWS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Copy2D), ctypes.c_voi
 _WRITE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)(_write)
 
 
-def host_functions(borders: tuple[int, ...] = ()) -> CFunctions:
+def host_functions() -> CFunctions:
     """Copies from memory to memory, within the call."""
     copy, copy_rows, write = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in (_COPY, _COPY_ROWS, _WRITE))
-    return CFunctions(copy, copy_rows, write, 0, borders)
+    return CFunctions(copy, copy_rows, write, 0)

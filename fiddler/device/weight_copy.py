@@ -71,7 +71,7 @@ class WeightCopy(Protocol):
         ...
 
     def c_functions(self) -> CFunctions:
-        """The driver's functions for compiled code. Where `blocks`, they copy from pinned memory only."""
+        """C functions for compiled code. Where `blocks`, they copy from pinned memory only."""
         ...
 
     def check(self, result: int) -> None:

@@ -77,7 +77,7 @@ class Graphs(Protocol):
     def send_when_divided(self, graph: int) -> bool:
         """Queue the copies of the layer that ends this graph once it is divided, unless they are queued.
 
-        On the worker thread. False where it was not divided, for a millisecond.
+        On the worker thread. False where it was not divided for half a millisecond.
         """
         ...
 
@@ -87,6 +87,10 @@ class Graphs(Protocol):
 
     def streamed(self, graph: int) -> bool:
         """Whether the streamed experts of the layer that ends this graph are computed already."""
+        ...
+
+    def stop(self) -> None:
+        """Let each wait in compiled code end: the step fails."""
         ...
 
     def end(self) -> None:
@@ -221,16 +225,23 @@ class DecodeGraphs:
     def _queue_all(self) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided."""
         graphs, sent = self._graphs, 0
-        for graph in range(1, len(graphs.breaks) + 1):
-            graphs.queue(graph)
-            if graph >= _AHEAD:
-                self._send_when_divided(sent)
-                sent += 1
-        for graph in range(sent, len(graphs.breaks)):
-            self._send_when_divided(graph)
+        try:
+            for graph in range(1, len(graphs.breaks) + 1):
+                if self._orchestrator.cooperative_step.stopping:
+                    return
+                graphs.queue(graph)
+                if graph >= _AHEAD:
+                    self._send_when_divided(sent)
+                    sent += 1
+            for graph in range(sent, len(graphs.breaks)):
+                self._send_when_divided(graph)
+        except BaseException:
+            graphs.stop()  # the caller may wait in compiled code
+            raise
 
     def _send_when_divided(self, graph: int) -> None:
         """Queue the copies of the layer that ends this graph once it is divided, unless the step is broken off."""
         while not self._graphs.send_when_divided(graph):
             if self._orchestrator.cooperative_step.stopping:
                 return
+            self._graphs.check()

@@ -35,7 +35,7 @@ def decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) -
     from fiddler.gpu.graph_capture import CapturedGraphs
 
     experts, decoder = runner.orchestrator, None
-    if experts is None or not experts.incomplete or TokenSignals.work():
+    if experts is None or not experts.incomplete or TokenSignals.can_wait():
         with torch.inference_mode():
             graphs = CapturedGraphs(runner.model, experts, runner.pool, cos_sin, recorder)
         decoder = DecodeGraphs(graphs, experts, recorder)

@@ -92,7 +92,7 @@ class CapturedGraphs:
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
         self._send_token(0, table)
-        self._steps += 1
+        self._next_step()
         self._replay(0)
         if self.breaks:  # while the GPU runs that graph
             streamed, signals = self._split
@@ -105,9 +105,17 @@ class CapturedGraphs:
         if not np.array_equal(self._host_token[2 : 2 + len(table)], table):
             self._token_copied.synchronize()
             self._send_token(2, table)
-        self._steps += 1
+        self._next_step()
         self._replay(0)
         self._end(0)
+
+    def _next_step(self) -> None:
+        """Count a step, and see to memory for its logits: no wait is queued yet that pinning could wait for."""
+        self._steps += 1
+        slot = self._steps % 2
+        if self._host_logits[slot] is None:  # whoever got the last ones may keep them
+            shape, dtype = self._logits.shape, self._logits.dtype
+            self._host_logits[slot] = torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def _send_token(self, begin: int, table: np.ndarray) -> None:
         """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
@@ -143,8 +151,7 @@ class CapturedGraphs:
             stream = torch.cuda.current_stream()
             slot, logits = self._steps % 2, self._logits
             host = self._host_logits[slot]
-            if host is None:  # whoever got the last ones may keep them
-                host = self._host_logits[slot] = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+            assert host is not None
             cuda_driver.copy_to_host(host.data_ptr(), logits.data_ptr(), host.nbytes, stream.cuda_stream)
             self._ended[slot].record(stream)
             return
@@ -165,6 +172,10 @@ class CapturedGraphs:
     def streamed(self, graph: int) -> bool:
         """Implements `Graphs.streamed`."""
         return self._split[0].computed(self.number(graph))
+
+    def stop(self) -> None:
+        """Implements `Graphs.stop`."""
+        self._split[1].stop()
 
     def end(self) -> None:
         """Implements `Graphs.end`."""

@@ -149,6 +149,8 @@ class GpuRunner(PagedRunner):
             greedy = greedy and logits and _reserved(sequence, sequence.length + 2)
             table = self.pool.offsets[sequence.table]
             with self._on_threads(0) if self._decoder.uses_cpu else nullcontext():
+                if self._decoder.uses_cpu:  # the worker thread keeps one core busy meanwhile
+                    kernels.set_threads(self._kernel_threads)
                 self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
             output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
         sequence.advance(1)

@@ -66,10 +66,10 @@ class StreamedExperts:
             weight_copy.check(self._copies.send(layer, number))
 
     def send_when_divided(self, layer: int, number: int) -> bool:
-        """Queue the copies of a layer once it is divided, unless they are; False where it was not for a millisecond."""
+        """Queue the copies of a layer once it is divided, unless they are; False where it was not for 0.5 ms."""
         if self._recorder.wants_queued:  # the thread that divides it sends
             time.sleep(1e-4)
-            return self._signals.has_reached(Signal.DIVIDED, number)
+            return self._signals.is_at(Signal.DIVIDED, number)
         result = self._copies.send_when_divided(layer, number)
         if result == NOT_YET:
             return False
@@ -86,12 +86,13 @@ class StreamedExperts:
 
     def computed(self, number: int) -> bool:
         """Whether the streamed experts of the layer with this number are computed already."""
-        return self._signals.has_reached(Signal.COMPUTED, self._signals.chunk(number, len(self._jobs) - 1))
+        return self._signals.is_at(Signal.COMPUTED, self._signals.chunk(number, len(self._jobs) - 1))
 
     def run(self) -> None:
-        """Run the kernels of each type of weights once, which compiles them."""
+        """Run the kernels of each type of weights and each chunk once, which compiles them."""
         for weights in self._of_each_kind():
-            self._run(weights, 0)
+            for chunk in range(len(self._jobs)):  # their addresses may be aligned differently
+                self._run(weights, chunk)
 
     def capture(self, captured: Callable[[], AbstractContextManager[torch.cuda.CUDAGraph]]) -> None:
         """Capture the kernels of each type of weights and each chunk as a graph. captured: a context that does it."""

@@ -23,7 +23,6 @@ class TokenPlan(NamedTuple):
 
     missing: int
     parts: int  # experts of which the GPU has rows
-    part: int | None  # the index among them of one that is split
     gpu_rows: int  # of all experts
     cpu_rows: int
     seconds: float  # expected
@@ -74,7 +73,7 @@ class OneToken:
         """Divide a layer's missing experts among `chosen`, once the signal ARRIVED has its number.
 
         send: called with layer, number and plan where no other thread waits to send the GPU's part.
-        None: nothing arrived within a millisecond.
+        None: nothing arrived within half a millisecond.
         """
         delay = self._balance.seconds
         plans = self._made[layer].get(delay) or self._make(layer, delay)
@@ -96,9 +95,9 @@ class OneToken:
             parts = [count for count in plan.gpu_rows if count]
             split = [i for i, count in enumerate(parts) if count < self._hidden]
             assert len(split) <= 1, "a plan splits one expert"
-            rows, part = sum(parts), split[0] if split else None
+            rows = sum(parts)
             cpu_rows = missing * self._hidden - rows
-            each.append(TokenPlan(missing, len(parts), part, rows, cpu_rows, plan.seconds, plan.lead))
+            each.append(TokenPlan(missing, len(parts), rows, cpu_rows, plan.seconds, plan.lead))
         plans = _Plans(self.division.plans([plan.gpu_rows for plan in made]), each)
         self._made[layer][delay] = plans
         return plans

@@ -5,6 +5,8 @@ Knows numbers and the current stream; not the work between them. See `kernels.on
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 
@@ -61,9 +63,19 @@ class TokenSignals:
         return number * self._chunks + chunk
 
     @staticmethod
-    def work() -> bool:
-        """Whether the driver lets a stream wait for a number in pinned memory."""
-        return TokenSignals(pinned=True)._wait(Signal.SUMMED, 0)
+    def can_wait() -> bool:
+        """Whether a stream may wait for a number that another stream writes, or the host.
+
+        The driver must be able to, and the environment must not put all streams into one queue, nor let each kernel's
+        launch wait for its end.
+        """
+        if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+            return False
+        if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+            return False
+        works = TokenSignals(pinned=True)._wait(Signal.SUMMED, 0)
+        torch.cuda.current_stream().synchronize()  # it reads this memory
+        return works
 
     def wait(self, signal: Signal, number: int) -> None:
         """Hold the current stream until a signal is `number` or later."""
@@ -79,7 +91,7 @@ class TokenSignals:
         """Set a signal at once."""
         self.numbers[signal * SIGNAL_STRIDE] = number & 0xFFFFFFFF
 
-    def has_reached(self, signal: Signal, number: int) -> bool:
+    def is_at(self, signal: Signal, number: int) -> bool:
         """Whether a signal is `number` or later."""
         return (int(self.numbers[signal * SIGNAL_STRIDE]) - number) & 0xFFFFFFFF < 1 << 31
 

@@ -29,7 +29,7 @@ def rows_copy_words() -> np.ndarray:
 
 
 def _c_call(*widths: int) -> Any:
-    """An intrinsic: function(address, ...) calls a C function with integers of these widths, int -> int64."""
+    """An intrinsic's signature and code: function(address, ...) calls a C function with integers of these widths."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         kinds = [ir.IntType(width) for width in widths]

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["SIGNAL_STRIDE", "has_reached", "is_at", "set_signal", "signal"]
+__all__ = ["SIGNAL_STRIDE", "is_at", "set_signal", "signal", "wait_for"]
 
 SIGNAL_STRIDE = 16
 """uint32s from one signal to the next: each has a cache line of its own."""
@@ -63,7 +63,7 @@ def is_at(signals: np.ndarray, index: int, number: int) -> bool:
 
 
 @njit(**_OPTIONS)
-def has_reached(signals: np.ndarray, index: int, number: int) -> bool:
+def wait_for(signals: np.ndarray, index: int, number: int) -> bool:
     """Wait awake until a signal is `number` or later; False if it is not after some 0.5 ms."""
     for _ in range(_TRIES):  # noqa: SIM110 - compiled
         if is_at(signals, index, number):

@@ -179,7 +179,7 @@ def test_steps_through_the_kernels_give_the_logits_of_torch(path):
 @kernels_run
 @pytest.mark.skipif(GPU, reason="graphs do this")
 def test_single_tokens_read_position_and_blocks_through_the_kernels(path):
-    from fiddler.gpu.graph_capture import DecodeCache
+    from fiddler.gpu.decode_cache import DecodeCache
 
     engine = load(path, device="cpu", precision="exact")
     runner, ids = engine.runner, list(range(30, 64))

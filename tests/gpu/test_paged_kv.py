@@ -164,7 +164,7 @@ def test_steps_through_the_kernels_give_the_logits_of_the_cpu(path):
 @kernels_run
 @pytest.mark.skipif(GPU, reason="graphs do this")
 def test_single_tokens_read_position_and_blocks_through_the_kernels(path, monkeypatch):
-    from fiddler.gpu.graph_capture import DecodeCache
+    from fiddler.gpu.decode_cache import DecodeCache
 
     monkeypatch.setattr(attention_kernels, "_SPLITS", 2)  # the interpreter is slow
     engine = load(path, device="cpu", precision="exact")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -137,8 +136,10 @@ def test_the_wait_for_a_layer_ends_when_another_thread_says_that_it_arrived():
         division.plans([(0,) * n for n in range(K + 1)]),
     )
 
+    asked = threading.Event()
+
     def arrive():
-        time.sleep(0.02)
+        assert asked.wait(10)
         division.signals[Signal.ARRIVED * SIGNAL_STRIDE] = NUMBER + 1
 
     thread = threading.Thread(target=arrive)
@@ -146,6 +147,7 @@ def test_the_wait_for_a_layer_ends_when_another_thread_says_that_it_arrived():
     results = []
     while not results or results[-1] == NOT_YET:
         results.append(divide(NUMBER + 1, plans))
+        asked.set()
     thread.join()
     assert results[-1] == K
     assert len(results) > 1

@@ -194,7 +194,7 @@ def test_another_thread_sends_a_layer_once_it_is_divided_unless_its_divider_has(
     assert device.calls == calls
 
 
-@pytest.mark.parametrize("fails", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("fails", range(1, 9))
 def test_the_first_copy_that_fails_ends_the_others_and_names_the_driver_s_error(fails):
     device = Device(4, fails=fails)
     device.divide((1, 2, 3), (F, 32, 0))

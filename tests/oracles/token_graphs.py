@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from functools import partial
 from queue import SimpleQueue
 
@@ -18,6 +19,16 @@ from fiddler.offload.token_signals import TokenSignals
 from oracles import naive
 
 POLL = 1e-5
+
+
+def run(queue, errors):
+    """Do what is queued, until None is."""
+    while (work := queue.get()) is not None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            errors.append(error)
+        del work
 
 
 class RandomGraphs:
@@ -42,15 +53,9 @@ class RandomGraphs:
         self.copies = self.ring.token_copies(token.division, jobs, self.jobs.ctypes.data)
         self.slow, self.fails, self.sent_here, self.sent_there = 0.0, False, 0, 0
         self.inputs, self.gpu_rows, self.gpu_sums, self.sums = [], [], [], []
-        self._queue = SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def close(self):
-        self._queue.put(None)
-
-    def _run(self):
-        while (work := self._queue.get()) is not None:
-            work()
+        self._queue, self.errors = SimpleQueue(), []
+        threading.Thread(target=run, args=(self._queue, self.errors), daemon=True).start()
+        weakref.finalize(self, self._queue.put, None).atexit = False
 
     def synchronize(self):
         done = threading.Event()
@@ -85,7 +90,7 @@ class RandomGraphs:
         self._queue.put(partial(self._graph, graph, number + 1))
 
     def _wait(self, signal, number):
-        while not self.signals.has_reached(signal, number):
+        while not self.signals.is_at(signal, number):
             time.sleep(POLL)
 
     def _graph(self, graph, number):
@@ -118,8 +123,9 @@ class RandomGraphs:
         assert self.copies.send(layer, number) == 0
 
     def send_when_divided(self, graph):
+        there = self.signals.is_at(Signal.QUEUED, self.number(graph))  # the caller sent it
         result = self.copies.send_when_divided(self.breaks[graph], self.number(graph))
-        self.sent_there += result == 0
+        self.sent_there += result == 0 and not there
         return result == 0
 
     def open(self, graph):
@@ -127,13 +133,17 @@ class RandomGraphs:
 
     def streamed(self, graph):
         last = self.signals.chunk(self.number(graph), len(self.jobs) - 1)
-        return self.signals.has_reached(Signal.COMPUTED, last)
+        return self.signals.is_at(Signal.COMPUTED, last)
 
     def end(self):
         self.signals.end()
 
     def check(self):
-        pass
+        for error in self.errors:
+            raise error
+
+    def stop(self):
+        self.signals.stop()
 
     def logits(self, ahead=0):
         return torch.zeros(1, 1)
