@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 
 from oracles.deepseek_moe import DeepSeekReference, DeepSeekShape, make_deepseek_checkpoint
 from oracles.families import CASES, FamilyReference, make_family_checkpoint
+from oracles.fast_logits import check_fast_logits
+from oracles.flipped_experts import ChosenExperts
 from oracles.reference import Reference, Shape, from_gguf, make_checkpoint
 
 WAYS = {
@@ -60,6 +62,16 @@ def test_gpu_logits_of_every_family_match_transformers(name, tmp_path):
     fiddler.convert(folder, tmp_path / "model.gguf")
     ids = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_logits_match(tmp_path / "model.gguf", FamilyReference(folder)(ids), ids, "exact", 1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("gpt-oss")])
+def test_fast_gpu_logits_of_every_family_are_those_of_transformers_but_for_roundings(name, way, tmp_path):
+    folder = make_family_checkpoint(CASES[name], tmp_path / "hf")
+    fiddler.convert(folder, tmp_path / "model.gguf")
+    recorder = ChosenExperts()
+    engine = load(tmp_path / "model.gguf", device="cuda", precision="fast", recorder=recorder, **WAYS[way])
+    print(check_fast_logits(engine, recorder, FamilyReference(folder), 1.5e-2))  # noqa: T201
 
 
 def test_gpu_logits_of_deepseek_moe_match_its_forward_pass(tmp_path):

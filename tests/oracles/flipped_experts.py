@@ -27,7 +27,7 @@ class ChosenExperts(SilentRecorder):
         self.by_layer: dict[int, list[Tensor]] = {}
 
     def chosen(self, layer: int, expert_ids: Tensor) -> None:
-        self.by_layer.setdefault(layer, []).append(expert_ids.clone())
+        self.by_layer.setdefault(layer, []).append(expert_ids.clone().cpu())
 
 
 @dataclass(frozen=True)
