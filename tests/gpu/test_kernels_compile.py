@@ -13,6 +13,7 @@ decode_kernels = pytest.importorskip("fiddler.gpu.decode_kernels")
 expert_kernels = pytest.importorskip("fiddler.gpu.expert_kernels")
 
 import triton.language as tl  # noqa: E402
+from triton.backends import compiler as backend  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -92,11 +93,15 @@ def compiled(kernel, kinds, constants):
     """For an H100, by a kernel, the kinds of its arguments and its constants."""
     names = kernel.arg_names
     types = dict(zip((a for a in names if a not in constants), (KINDS[kind] for kind in kinds), strict=True))
-    signature = dict.fromkeys(names, "constexpr") | types
     # as at run time: addresses and sizes are multiples of 16
-    even = {(names.index(a),): [["tt.divisibility", 16]] for a, kind in types.items() if kind != "fp32"}
-    values = {(names.index(a),): value for a, value in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, values, even), target=GPUTarget("cuda", 90, 32))
+    even = [names.index(a) for a, kind in types.items() if kind != "fp32"]
+    if hasattr(backend, "AttrsDescriptor"):  # Triton 3.2
+        source = ASTSource(kernel, types, constants, backend.AttrsDescriptor.from_hints(dict.fromkeys(even, 16)))
+    else:
+        signature = dict.fromkeys(names, "constexpr") | types
+        values = {(names.index(a),): value for a, value in constants.items()}
+        source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in even})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 
 @pytest.mark.parametrize("name", CASES)
