@@ -10,7 +10,7 @@ import ctypes
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from functools import cache
 
-from fiddler.device.c_function import Copy2D
+from fiddler.device.c_functions import Copy2D
 from fiddler.errors import ResourceError
 
 __all__ = [

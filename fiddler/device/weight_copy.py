@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fiddler.device import cuda_driver
-from fiddler.device.c_function import CFunctions, host_functions
+from fiddler.device.c_functions import CFunctions, host_functions
 from fiddler.device.pinned_mapping import PinnedMapping
 from fiddler.device.semaphore import CudaSemaphore, HostSemaphore, Semaphore
 from fiddler.errors import ResourceError

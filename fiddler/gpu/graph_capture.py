@@ -95,9 +95,8 @@ class CapturedGraphs:
         self._next_step()
         self._replay(0)
         if self.breaks:  # while the GPU runs that graph
-            streamed, signals = self._split
-            signals.begin(len(self.breaks))
-            streamed.begin()
+            self._numbers.begin(len(self.breaks))
+            self._streaming.begin()
         self._end(0)
 
     def begin_ahead(self, table: np.ndarray) -> None:
@@ -128,16 +127,15 @@ class CapturedGraphs:
 
     def number(self, graph: int) -> int:
         """Implements `Graphs.number`."""
-        return self._split[1].first + graph
+        return self._numbers.first + graph
 
     def queue(self, graph: int) -> None:
         """Implements `Graphs.queue`."""
         number, layer = self.number(graph - 1), self.breaks[graph - 1]
-        streamed, signals = self._split
         with self._recorder.queued("experts"):
             self._residents[layer].replay()
-        streamed.queue(layer, number)
-        signals.wait(Signal.SUMMED, number)
+        self._streaming.queue(layer, number)
+        self._numbers.wait(Signal.SUMMED, number)
         self._replay(graph)
         self._end(graph)
 
@@ -155,41 +153,45 @@ class CapturedGraphs:
             cuda_driver.copy_to_host(host.data_ptr(), logits.data_ptr(), host.nbytes, stream.cuda_stream)
             self._ended[slot].record(stream)
             return
-        self._split[1].write(Signal.ARRIVED, self.number(graph))
+        self._numbers.write(Signal.ARRIVED, self.number(graph))
 
     def send(self, layer: int, number: int, plan: TokenPlan) -> None:
         """Implements `Graphs.send`."""
-        self._split[0].send(layer, number, plan)
+        self._streaming.send(layer, number, plan)
 
     def send_when_divided(self, graph: int) -> bool:
         """Implements `Graphs.send_when_divided`."""
-        return self._split[0].send_when_divided(self.breaks[graph], self.number(graph))
+        return self._streaming.send_when_divided(self.breaks[graph], self.number(graph))
 
     def open(self, graph: int) -> None:
         """Implements `Graphs.open`."""
-        self._split[1].set(Signal.SUMMED, self.number(graph))
+        self._numbers.set(Signal.SUMMED, self.number(graph))
 
     def streamed(self, graph: int) -> bool:
         """Implements `Graphs.streamed`."""
-        return self._split[0].computed(self.number(graph))
+        return self._streaming.computed(self.number(graph))
 
     def stop(self) -> None:
         """Implements `Graphs.stop`."""
-        self._split[1].stop()
+        self._numbers.stop()
 
     def end(self) -> None:
         """Implements `Graphs.end`."""
-        self._split[1].end()
+        self._numbers.end()
 
     def check(self) -> None:
         """Implements `Graphs.check`."""
         torch.cuda.current_stream().query()
 
     @property
-    def _split(self) -> tuple[StreamedExperts, TokenSignals]:
+    def _streaming(self) -> StreamedExperts:
         assert self._streamed is not None, "only steps with missing experts need it"
-        assert self._signals is not None
-        return self._streamed, self._signals
+        return self._streamed
+
+    @property
+    def _numbers(self) -> TokenSignals:
+        assert self._signals is not None, "only steps with missing experts need them"
+        return self._signals
 
     def logits(self, ahead: int = 0) -> Tensor:
         """Implements `Graphs.logits`."""

@@ -255,11 +255,9 @@ class Orchestrator:
     def split_token(
         self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]
     ) -> tuple[TokenPlan, CpuPart] | None:
-        """Divide a layer of the token whose arrays are bound, in microseconds; they hold the division until the next.
-
-        Counts its experts, too. See `OneToken.split`.
-        """
-        plan = None if self._token is None else self._token.split(layer, number, send)
+        """Divide a layer of the token whose arrays are bound, and count its experts. See `OneToken.split`."""
+        assert self._token is not None
+        plan = self._token.split(layer, number, send)
         return None if plan is None else (plan, self._token_parts[layer](plan.cpu_rows))
 
     def step_seconds(self, tokens: int, k: int) -> float:

@@ -73,7 +73,6 @@ class Ring:
         # addresses of gate, up and down of each layer's experts
         self._mapped = [tuple(each.addresses.tolist() for each in (w.gate, w.up, w.down)) for w in layers]
         self._formats = [w.matrix_formats for w in layers]
-        self._row_bytes = [w.hidden_row_bytes for w in layers]
         self._memory = torch.empty(self.nbytes(layers, rows, slots), dtype=torch.uint8, device=weight_copy.device)
         self._slot_bytes = self._memory.nbytes // slots
         self._arrived = [weight_copy.event() for _ in range(slots)]

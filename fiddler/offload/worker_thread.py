@@ -152,12 +152,9 @@ class CooperativeStep(Generic[Part]):
         self._done.numbered = number
         return number
 
-    def rest(self, number: int | None = None) -> None:
-        """On the worker thread: sleep, without keeping a core busy, until the parts up to `number` are done.
-
-        None: all parts that have a number, where this is the thread that plans.
-        """
-        self._done.wait(self._done.numbered if number is None else number)
+    def rest(self) -> None:
+        """On the worker thread: sleep, without keeping a core busy, until all parts that have a number are done."""
+        self._done.wait(self._done.numbered)
 
     def open(self, number: int | None) -> None:
         """Release wait `number` and all before it; None: all waits."""

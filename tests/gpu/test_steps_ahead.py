@@ -52,7 +52,9 @@ class Queue:
         self._next[position % 2] = self._token
 
     def logits(self, ahead=0):
-        return self._steps[-1 - ahead]
+        logits, self._steps[-1 - ahead] = self._steps[-1 - ahead], None
+        assert logits is not None, "the logits of a step are read once"
+        return logits
 
     def next_token(self, position):
         return self._next[position % 2]
@@ -90,8 +92,9 @@ def test_a_step_that_was_begun_ahead_is_not_taken_once_others_may_have_written_t
     tokens = [7, 8, 9, 10]
     for position, token in enumerate(tokens):
         decoder.step(token, position, table, greedy=position == 3)
-        assert torch.equal(decoder.logits(), expected_logits(tokens[: position + 1]))
-    tokens.append(int(decoder.logits().argmax()))
+        logits = decoder.logits()
+        assert torch.equal(logits, expected_logits(tokens[: position + 1]))
+    tokens.append(int(logits.argmax()))
     assert queue.ahead == 1
     queue.memory[5, 0] = 49
     decoder.forget_ahead()
@@ -143,8 +146,9 @@ def test_a_token_that_the_model_prefers_and_a_ban_forbids_costs_few_steps():
     tokens = [7]
     for position in range(14):
         decoder.step(tokens[-1], position, np.array([1, 5, 2, 9]), greedy=True)
-        assert torch.equal(decoder.logits(), expected_logits(tokens))
-        tokens.append((int(decoder.logits().argmax()) + 1) % VOCABULARY)
+        logits = decoder.logits()
+        assert torch.equal(logits, expected_logits(tokens))
+        tokens.append((int(logits.argmax()) + 1) % VOCABULARY)
     assert queue.ahead == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fiddler.device import cuda_driver
-from fiddler.device.c_function import Copy2D
+from fiddler.device.c_functions import Copy2D
 from fiddler.errors import ResourceError
 from fiddler.kernels.machine.signals import SIGNAL_STRIDE
 from fiddler.kernels.one_token import NOT_YET, Signal, TokenDivision
