@@ -3,13 +3,14 @@
     python tests/tools/soak.py --minutes 60                      # an engine in this process, on the shipped model
     python tests/tools/soak.py --server --minutes 8 --clients 16   # `fiddler serve` as a process
     python tests/tools/soak.py MODEL.gguf --minutes 8 --threads 2
+    python tests/tools/soak.py --gpu-experts 16 --precision exact    # on a GPU, with so many of the experts there
 
 Short and long prompts, beams, batches, constrained texts, chats, texts that are cancelled and requests that are
-refused, in rounds of 10 s. After each round, while nothing runs: anonymous memory (RssAnon), of it the KV caches, whose
-blocks are taken once and used again; the rest; anonymous memory of child processes; threads and descriptors. The exit
-code is 1 where greedy or seeded text at the end differs from that at the start, or, of the rounds behind the warm-up,
-the last third has more rest, or children with more memory, in the median than the first third by more than --bound, or
-more threads or descriptors at most.
+refused, in rounds of 10 s. After each round, while nothing runs: anonymous memory (RssAnon), of it the KV caches on the
+CPU, whose blocks are taken once and used again; the rest; anonymous memory of child processes; threads and descriptors.
+The exit code is 1 where greedy or seeded text at the end differs from that at the start, or, of the rounds behind the
+warm-up, the last third has more rest, or children with more memory, in the median than the first third by more than
+--bound, or more threads or descriptors at most.
 """
 
 from __future__ import annotations
@@ -97,12 +98,17 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=8.0, help="MiB by which memory may grow behind the warm-up")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--gpu-experts", type=int, help="compute on a GPU, with so many experts in its memory")
+    parser.add_argument("--precision", choices=("fast", "exact"), help="exact on a GPU: there texts may part else")
     arguments = parser.parse_args()
     begun = time.monotonic()
+    options = {name: getattr(arguments, name) for name in ("threads", "gpu_experts", "precision")}
+    options = {name: value for name, value in options.items() if value is not None}
+    options["device"] = "cuda" if "gpu_experts" in options else "cpu"
     work = (
-        ServerWork(arguments.model, arguments.threads, arguments.clients)
+        ServerWork(arguments.model, options, arguments.clients)
         if arguments.server
-        else EngineWork(arguments.model, arguments.threads)
+        else EngineWork(arguments.model, options)
     )
     pid = work.process.pid if isinstance(work, ServerWork) else os.getpid()
     if isinstance(work, ServerWork):
@@ -113,7 +119,7 @@ def main() -> None:
     warm = None
     while (minutes := (time.monotonic() - begun) / 60) < arguments.minutes:
         work.round(ROUND)
-        row = usage(pid, work.kv_bytes())
+        row = usage(pid, work.kv_bytes() if options["device"] == "cpu" else 0)  # a GPU's are not this process's memory
         rows.append(row)
         if warm is None and minutes >= arguments.warm_up:
             warm = len(rows) - 1

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -40,10 +41,11 @@ def text(chance: random.Random, least: int, most: int) -> str:
 class EngineWork:
     """One engine, asked from one thread. `done`: requests by kind; `refused`: those that had to be and were."""
 
-    def __init__(self, model: str | None, threads: int | None) -> None:
+    def __init__(self, model: str | None, options: dict[str, Any]) -> None:
+        """options: of `load`."""
         self.done = Counter[str]()
         self._chance = random.Random(1)
-        self.engine = load(*([] if model is None else [model]), device="cpu", context=CONTEXT, threads=threads)
+        self.engine = load(*([] if model is None else [model]), context=CONTEXT, **options)
         runner = self.engine.runner
         runner.prefix_cache = PrefixCache(runner.pool, REMEMBERED)
         kinds: tuple[Callable[[Engine, random.Random], None], ...] = (
@@ -139,11 +141,12 @@ def refused(engine: Engine, chance: random.Random) -> None:
 class ServerWork:
     """`fiddler serve` in a process of its own, asked by many clients at once."""
 
-    def __init__(self, model: str | None, threads: int | None, clients: int) -> None:
+    def __init__(self, model: str | None, options: dict[str, Any], clients: int) -> None:
+        """options: of `load`, which the command has as well."""
         self.done = Counter[str]()
-        options = ["--chat-template-file", str(TEMPLATE), "--ctx", str(CONTEXT)]
-        options += [] if threads is None else ["--threads", str(threads)]
-        self.process = ServerProcess(*([] if model is None else [model]), *options)
+        given = {"chat-template-file": TEMPLATE, "ctx": CONTEXT, **options}
+        flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        self.process = ServerProcess(*([] if model is None else [model]), *flags)
         self._clients, self._rounds = clients, 0
 
     def round(self, seconds: float) -> None:
