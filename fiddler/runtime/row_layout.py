@@ -82,18 +82,18 @@ class PlanarRows(RowLayout):
 
     def store(self, heads: Tensor, numbers: Tensor, rows: Tensor, values: Tensor) -> None:
         """Implements `RowLayout.store`."""
-        for plane, part in zip(self._planes(heads), codes_and_scales(values), strict=True):
+        for plane, part in zip(self.planes(heads), codes_and_scales(values), strict=True):
             plane[numbers, :, rows] = part
 
     def load(self, heads: Tensor) -> Tensor:
         """Implements `RowLayout.load`."""
-        return values_of(*self._planes(heads))
+        return values_of(*self.planes(heads))
 
     def copy(self, source: Tensor, target: Tensor, positions: int) -> None:
         """Implements `RowLayout.copy`: all rows, which are few, in one copy."""
         target.copy_(source)
 
-    def _planes(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+    def planes(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the memory [..., nbytes]: codes [..., POSITIONS, head_dim], scales [..., POSITIONS, blocks]."""
         end = POSITIONS * self.head_dim
         codes, scales = heads[..., :end].view(torch.int8), heads[..., end:].view(torch.float16)

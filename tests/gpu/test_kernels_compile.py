@@ -50,7 +50,11 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
     "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
-    "attend to a prompt": (attention_kernels._attend_tile, "fhhllllfsiiii", PAGED | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128}),
+    "attend to a prompt": (
+        attention_kernels._attend_tile,
+        "fhhllllfsiiii",
+        PAGED | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+    ),
     "attend to a prompt in 32 bits": (
         attention_kernels._attend_tile,
         "fffllllfsiiii",
