@@ -15,7 +15,6 @@ from fiddler import kernels
 from fiddler.cpu.layers import CpuExperts, CpuLinear, EmbeddingRows, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.cpu.step_timing import step_curve
-from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
 from fiddler.kernels import KernelVariant, Tier

@@ -23,7 +23,7 @@ def row_bytes(head_dim: int) -> int:
 
 def codes_and_scales(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Floats [..., head_dim] as int8 codes [..., head_dim] and float16 scales [..., head_dim / 32]."""
-    blocks = rows.float().unflatten(-1, (-1, BLOCK))
+    blocks = _split(rows.float(), BLOCK)
     # on a GPU torch multiplies by the reciprocal of a number that is on the host, which rounds otherwise
     scales = blocks.abs().amax(-1, keepdim=True) / torch.full((), 127.0, device=rows.device)
     scaled = blocks * torch.where(scales == 0, 0.0, 1 / scales)
@@ -36,18 +36,23 @@ def codes_and_scales(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def values_of(codes: Tensor, scales: Tensor) -> Tensor:
     """The opposite: float32 [..., head_dim]."""
-    return (scales.float()[..., None] * codes.unflatten(-1, (-1, BLOCK)).float()).flatten(-2)
+    return (scales.float()[..., None] * _split(codes, BLOCK).float()).flatten(-2)
 
 
 def encoded(rows: Tensor) -> Tensor:
     """Floats [..., head_dim] as bytes, uint8 [..., row_bytes]."""
     codes, scales = codes_and_scales(rows)
-    blocks = [part.view(torch.uint8) for part in (scales[..., None], codes.unflatten(-1, (-1, BLOCK)))]
+    blocks = [part.view(torch.uint8) for part in (scales[..., None], _split(codes, BLOCK))]
     return torch.cat(blocks, -1).flatten(-2)
 
 
 def decoded(stored: Tensor) -> Tensor:
     """The opposite: float32 [..., head_dim]."""
-    blocks = stored.unflatten(-1, (-1, _BYTES))
+    blocks = _split(stored, _BYTES)
     scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
     return values_of(blocks[..., 2:].contiguous().view(torch.int8).flatten(-2), scales)
+
+
+def _split(rows: Tensor, length: int) -> Tensor:
+    """Rows [..., n * length] as [..., n, length]."""
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // length, length)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fiddler.runtime.q8_0_rows import codes_and_scales, decoded, encoded, row_bytes, values_of
+from fiddler.runtime.q8_0_rows import BLOCK, codes_and_scales, decoded, encoded, row_bytes, values_of
 
 __all__ = ["POSITIONS", "PlanarRows", "RowLayout"]
 
@@ -97,7 +97,8 @@ class PlanarRows(RowLayout):
         """Views of the memory [..., nbytes]: codes [..., POSITIONS, head_dim], scales [..., POSITIONS, blocks]."""
         end = POSITIONS * self.head_dim
         codes, scales = heads[..., :end].view(torch.int8), heads[..., end:].view(torch.float16)
-        return codes.unflatten(-1, (POSITIONS, -1)), scales.unflatten(-1, (POSITIONS, -1))
+        outer = heads.shape[:-1]
+        return codes.view(*outer, POSITIONS, self.head_dim), scales.view(*outer, POSITIONS, self.head_dim // BLOCK)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

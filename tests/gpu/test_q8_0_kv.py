@@ -36,6 +36,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
 GREEDY = Sampling(temperature=0.0)
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
+TYPES = torch.float16, torch.uint8  # of which the second stands for Q8_0
 CONFIG = Config(MIXTRAL, 64, 1024, 192, 2, 16, 4, 2, 96, 4, 2, 1e-5, 1e4)
 
 
@@ -52,6 +53,16 @@ def gpu_engine(path, **options):
     if GPU:
         return quantised(path, device="cuda", **{"gpu_experts": 3} | options)
     return engine_in_place(path, dtype=torch.uint8)
+
+
+def same_text(reference, prompt, tokens, expected):
+    """Assert that texts are equal; on a GPU they may part where other codes decide between the two best tokens."""
+    assert GPU or tokens == expected
+    for index, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)):
+        if ours != theirs:
+            best = reference.logits([*prompt, *expected[:index]])[-1].topk(2).values
+            assert best[0] - best[1] <= 1e-2 * best[0].abs(), (index, tokens, expected)
+            return
 
 
 def test_rows_are_where_they_were_after_copies_moves_and_a_stay_in_host_memory():
@@ -110,10 +121,13 @@ def test_a_prompt_cache_file_goes_from_a_gpu_to_a_cpu_and_back(path, tmp_path):
 def test_beams_and_sequences_that_share_blocks_stay_apart(path):
     engine, reference = gpu_engine(path), quantised(path)
     beams, expected = (each.beam_search(IDS[:30], width=3, max_tokens=8) for each in (engine, reference))
-    assert [beam.tokens for beam in beams] == [beam.tokens for beam in expected]
-    alone = [engine.generate(IDS[:n], GREEDY, max_tokens=12).tokens for n in (40, 41, 70)]
+    assert GPU or [beam.tokens for beam in beams] == [beam.tokens for beam in expected]
+    for beam, other in zip(beams, expected, strict=True):
+        assert abs(beam.score - other.score) < 1e-2
+    alone = {n: engine.generate(IDS[:n], GREEDY, max_tokens=12).tokens for n in (40, 41, 70)}
     engine.runner.forget()
-    assert [engine.generate(IDS[:n], GREEDY, max_tokens=12).tokens for n in (70, 41, 40)][::-1] == alone
+    for n in (70, 41, 40):
+        same_text(reference, IDS[:n], engine.generate(IDS[:n], GREEDY, max_tokens=12).tokens, alone[n])
 
 
 def test_preempted_sequences_go_on_from_host_memory(tmp_path):
@@ -135,7 +149,8 @@ def test_preempted_sequences_go_on_from_host_memory(tmp_path):
     while not scheduler.idle:
         results |= {event.handle: event.result.tokens for event in scheduler.step() if isinstance(event, Finished)}
     assert store.saves >= store.loads > 0
-    assert [results[handle] for handle in handles] == alone
+    for handle, ids, tokens in zip(handles, prompts, alone, strict=True):
+        same_text(quantised(path), ids, results[handle], tokens)
 
 
 @on_gpu
@@ -207,48 +222,43 @@ def test_the_pool_begins_with_34_bytes_for_32_numbers(path):
     assert half.runner.kv_bytes(1000) * 34 == engine.runner.kv_bytes(1000) * wide
 
 
+def attention_of(config, dtype, positions, count):
+    """A call that stores and attends to blocks of this type: single rows of sequences, or those of one prompt."""
+    from fiddler.gpu import attention_kernels
+
+    single, blocks = count <= 64, -(-positions // POSITIONS)
+    pool = GrowingPool(config, dtype, DEVICE, blocks * (count if single else 1), torch.float16)
+    pool.memory.zero_()
+    memories, index = pool.memory[0, 0], torch.arange(count, device=DEVICE)
+    at, firsts = (index * 0 + positions - 1, index * blocks) if single else (index, index * 0)
+    tables = attention_kernels.Tables(at, torch.from_numpy(pool.offsets).to(DEVICE), firsts)
+    q = torch.randn(count, config.head_count, config.head_dim, device=DEVICE)
+    k, out = torch.randn(count, config.head_count_kv, config.head_dim, device=DEVICE), torch.empty_like(q)
+    rows, half = [(n, 1) for n in range(count)] if single else [(0, count)], torch.float16
+    latent, cos_sin = config.latent is not None, cos_sin_of(config, positions).to(DEVICE)
+    kernels = attention_kernels
+    bounds, size = kernels.latent_tiles(rows, len(q[0]), half) if latent else kernels.tiles_of(rows, half)
+    tiles = kernels.LatentTiles(bounds.to(DEVICE), size)
+
+    def work():
+        turned = kernels.rotate_and_store(q, k, k, cos_sin, tables, memories[0], None if latent else memories[1])
+        if latent:
+            kernels.attend_latent(turned, memories[0], tables, tiles, config.rotated, out, half)
+        elif single:
+            kernels.attend_rows(turned, memories[0], memories[1], tables, index, None, out)
+        else:
+            kernels.attend_tiles(turned, memories[0], memories[1], tables, tiles, None, out, half)
+
+    return work
+
+
 @on_gpu
 @pytest.mark.parametrize("positions", [150, 4000, 32000])
 def test_time_of_attention_over_each_type_is_printed(positions):
     """For `pytest -rP`: of Mixtral's heads and DeepSeek-V2-Lite's latents; a token, 64 sequences, and a prompt."""
-    from fiddler.gpu import attention_kernels
-
     mixtral = Config(MIXTRAL, 64, 1 << 16, 4096, 1, 16, 32, 8, 128, 4, 2, 1e-5, 1e4)
-    for config in (mixtral, replace(SHAPES["deepseek-v2-lite"], block_count=1, context_length=1 << 16)):
-        blocks, heads, dim = -(-positions // POSITIONS), config.head_count, config.head_dim
-        cos_sin = cos_sin_of(config, positions).to(DEVICE)
-        for name, count in (("a token", 1), ("64 tokens", 64), ("a prompt", min(positions, 4000))):
-            line = f"{config.architecture.name}, {positions} positions, {name}:"
-            for dtype in (torch.float16, torch.uint8):
-                sequences = count if count <= 64 else 1
-                pool = GrowingPool(config, dtype, DEVICE, sequences * blocks, torch.float16)
-                pool.memory.zero_()
-                first = pool.memory[0, 0]
-                at = (
-                    torch.arange(count, device=DEVICE) if count > 64 else torch.full((count,), positions - 1).to(DEVICE)
-                )
-                firsts = torch.arange(count, device=DEVICE) * blocks * (count <= 64)
-                tables = attention_kernels.Tables(at, torch.from_numpy(pool.offsets).to(DEVICE), firsts)
-                q, rows = torch.randn(count, heads, dim, device=DEVICE), [(0, count)]
-                k, out = torch.randn(count, config.head_count_kv, dim, device=DEVICE), torch.empty_like(q)
-                if count <= 64:
-                    rows = [(n, 1) for n in range(count)]
-                if config.latent is not None:
-                    bounds, size = attention_kernels.latent_tiles(rows, heads, torch.float16)
-                else:
-                    bounds, size = attention_kernels.tiles_of(rows, torch.float16)
-                tiles = attention_kernels.LatentTiles(bounds.to(DEVICE), size)
-
-                def work(q=q, k=k, out=out, tables=tables, tiles=tiles, first=first, config=config, cos_sin=cos_sin):
-                    values = None if config.latent is not None else first[1]
-                    turned = attention_kernels.rotate_and_store(q, k, k, cos_sin, tables, first[0], values)
-                    arguments = turned, first[0]
-                    if values is None:
-                        attention_kernels.attend_latent(*arguments, tables, tiles, config.rotated, out, torch.float16)
-                    elif len(q) <= 64:
-                        attention_kernels.attend_rows(*arguments, values, tables, tiles.bounds[:, 0], None, out)
-                    else:
-                        attention_kernels.attend_tiles(*arguments, values, tables, tiles, None, out, torch.float16)
-
-                line += f" {'float16' if dtype == torch.float16 else 'Q8_0'} {replayed(work) * 1e6:.1f} us"
-            sys.stdout.write(line + "\n")
+    for config in (mixtral, replace(SHAPES["deepseek-v2-lite"], block_count=2, context_length=1 << 16)):
+        for name, count in (("a token", 1), ("64 sequences", 64), ("a prompt", min(positions, 4000))):
+            half, blocks = (replayed(attention_of(config, dtype, positions, count)) * 1e6 for dtype in TYPES)
+            line = f"{config.architecture.name}, {positions} positions, {name}: {half:.1f} us, Q8_0 {blocks:.1f} us"
+            sys.stdout.write(f"{line}, {blocks / half:.2f}\n")
