@@ -177,11 +177,16 @@ def attend_latent(
     if splits > 1:
         parts = torch.empty(count, splits, size, latent, device=q.device)
         maxima, sums = (torch.empty(count, splits, size, device=q.device) for _ in range(2))
-    n, c, stages = (16, min(latent, 32), 1) if dtype == torch.float32 else (32, latent, 2)
+    # positions at once, and warps: Q8_0 is decoded in registers, which must suffice
+    quantised = keys.dtype == torch.uint8
+    n, warps = 16 if quantised and size == 32 else 32, 8 if quantised or size == 32 else 4
+    c, stages = latent, 2
+    if dtype == torch.float32:
+        n, c, stages, warps = 16, min(latent, 32), 1, 8
     _attend_latent[(count, splits)](
         q, keys, tiles.bounds, *tables, parts, maxima, sums, dim**-0.5, heads, rotated, dim, POSITIONS,
         UNIT_BYTES // keys.itemsize, splits == 1, rotated % 32 == 0, PRODUCTS[dtype], size, n, r, latent, c,
-        num_warps=4 if size == 16 and stages == 2 else 8, num_stages=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _merge_latent[(size, count)](

@@ -85,10 +85,20 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "fuullllfsiiii",
         Q8_0 | {"W": tl.float32, "M": 32, "N": 32, "DIM": 256},
     ),
+    "attend to float16 of a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fhhllllfsiiii",
+        PAGED | {"W": tl.float32, "M": 32, "N": 32, "DIM": 128},
+    ),
+    "attend to latents in float16 of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "fhllllfffsiii",
+        PAGED | LATENT | {"ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
+    ),
     "attend to latents in Q8_0": (
         latent_kernels._attend_latent,
         "fullllfffsiii",
-        Q8_0 | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 32, "C": 512},
+        Q8_0 | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 16, "C": 512},
     ),
     "attend to latents in Q8_0 of a prompt in 32 bits": (
         latent_kernels._attend_latent,
