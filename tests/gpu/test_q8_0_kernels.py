@@ -145,9 +145,9 @@ def naive(q, keys, values, window):
     for i in range(n):
         position = total - n + i
         seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
-        for head in range(heads):
-            k, v = (each[seen, head * groups // heads] for each in (keys, values))
-            out[i, head] = torch.softmax(k @ q[i, head].double() * dim**-0.5, 0) @ v
+        each = q[i].double().view(groups, heads // groups, dim)
+        scores = torch.einsum("grd,sgd->grs", each, keys[seen]) * dim**-0.5
+        out[i] = torch.einsum("grs,sge->gre", torch.softmax(scores, -1), values[seen]).flatten(0, 1)
     return out
 
 
