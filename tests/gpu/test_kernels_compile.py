@@ -31,6 +31,8 @@ from fiddler.offload import block_kernels, grouped_block_kernels, grouped_kernel
 
 KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
+Q8_0 = {"P": 32, "UNIT": 64}
+LATENT = {"WHOLE": True, "R": 64, "L": 512}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
     "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
@@ -51,24 +53,66 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
     "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
-    "attend to a prompt": (attention_kernels._attend_tile, "fhhllllfsiiii", PAGED | {"M": 64, "N": 64, "DIM": 128}),
+    "attend to a prompt": (
+        attention_kernels._attend_tile,
+        "fhhllllfsiiii",
+        PAGED | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+    ),
     "attend to a prompt in 32 bits": (
         attention_kernels._attend_tile,
         "fffllllfsiiii",
-        PAGED | {"UNIT": 16, "M": 32, "N": 32, "DIM": 256},
+        PAGED | {"UNIT": 16, "W": tl.float32, "M": 32, "N": 32, "DIM": 256},
     ),
     "attend to latents": (
         latent_kernels._attend_latent,
         "fhllllfffsiii",
-        PAGED | {"WHOLE": False, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
+        PAGED | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 32, "C": 512},
     ),
     "attend to latents of a prompt in 32 bits": (
         latent_kernels._attend_latent,
         "ffllllfffsiii",
-        PAGED | {"UNIT": 16, "WHOLE": True, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
+        PAGED | LATENT | {"UNIT": 16, "ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
     ),
     "merge latents": (latent_kernels._merge_latent, "ffflfii", {"SPLITS": 16, "M": 32, "L": 512}),
     "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),
+    "rotate into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 64}),
+    "rotate latents into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 512}),
+    "attend to Q8_0": (attention_kernels._attend, "fuullllfffsiiii", Q8_0 | {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "attend to Q8_0 of a prompt": (
+        attention_kernels._attend_tile,
+        "fuullllfsiiii",
+        Q8_0 | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+    ),
+    "attend to Q8_0 of a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fuullllfsiiii",
+        Q8_0 | {"W": tl.float32, "M": 32, "N": 32, "DIM": 256},
+    ),
+    "attend to float16 of a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fhhllllfsiiii",
+        PAGED | {"W": tl.float32, "M": 32, "N": 32, "DIM": 128},
+    ),
+    "attend to latents in float16 of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "fhllllfffsiii",
+        PAGED | LATENT | {"ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
+    ),
+    "attend to latents in Q8_0": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 16, "C": 512},
+    ),
+    "attend to latents in Q8_0 of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
+    ),
+    "attend to latents in Q8_0 behind a part of a block": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"WHOLE": False, "ALONE": False, "W": tl.float16, "M": 16, "N": 32, "C": 512},
+    ),
     "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
