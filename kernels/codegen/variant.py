@@ -26,6 +26,7 @@ __all__ = [
     "bf16_pairs",
     "compiled",
     "constant_of",
+    "int8_packed",
     "int8_rows",
     "k_blocked",
     "outer_rows",
@@ -93,7 +94,13 @@ class KernelVariant:
     @property
     def bf16_pairs(self) -> bool:
         """The packed layout (many tokens) stores bf16 pairs too, and the CPU multiplies these (`vdpbf16ps`)."""
-        return (self.bf16_rows or self.int8_rows) and self.tier.dot_bf16
+        return (self.bf16_rows or self.int8_rows) and self.tier.dot_bf16 and not self.int8_packed
+
+    @property
+    def int8_packed(self) -> bool:
+        """The packed layout (many tokens) stores activations as int8, too, multiplied as integers (`vpdpbusd`)."""
+        tier = self.tier
+        return self.int8_rows and self.tuning.int8_packed and tier.dot_int8 and tier.lanes == 16 and not tier.tiles
 
     @property
     def k_blocked(self) -> bool:
@@ -158,6 +165,7 @@ bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)
 k_blocked = constant_of(lambda variant: variant.k_blocked, types.boolean)
 quantised = constant_of(lambda variant: variant.quantised, types.boolean)
 int8_rows = constant_of(lambda variant: variant.int8_rows, types.boolean)
+int8_packed = constant_of(lambda variant: variant.int8_packed, types.boolean)
 amx = constant_of(lambda variant: variant.amx, types.boolean)
 outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
 # with AMX, outer products compute only the remainders: the 32- and 48-token tiles need not be compiled

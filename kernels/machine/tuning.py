@@ -53,6 +53,10 @@ class Tuning:
     """Whether several tokens in bf16 pairs are multiplied K-block by K-block. Zen 5: faster than whole rows one by one;
     Emerald Rapids: four whole rows at once are 1.1 to 1.5 times as fast (2026-11-23)."""
 
+    int8_packed: bool = False
+    """Whether many tokens are multiplied with quantised weights in int8, where 512 bits have `vpdpbusd` and there are no
+    tile registers: TODO."""
+
     dot_prefetch_bytes: int = 8192
     """Prefetch distance of a dot-product tile [bytes]: 38 to 41, with 4 KB 41 to 42 GB/s on Zen 5 (2026-11-22)."""
     dot_pass_rows: int = 4
@@ -129,7 +133,7 @@ TUNINGS = {
     for row in (
         replace(_ZEN5, name="zen3"),
         replace(_ZEN5, name="zen4", weights_prefetch_level=2),
-        _ZEN5,
+        replace(_ZEN5, int8_packed=True),
         _INTEL,
         replace(_INTEL, name="intel_amx"),
         replace(_INTEL, name="portable"),

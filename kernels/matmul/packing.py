@@ -26,15 +26,16 @@ from fiddler.kernels.codegen.variant import (
     amx,
     bf16_pairs,
     constant_of,
+    int8_packed,
     int8_rows,
     k_blocked,
     panel_tokens,
     tuned,
 )
-from fiddler.kernels.matmul.int8_activations import int8_row_bytes, store_int8
+from fiddler.kernels.matmul.int8_activations import GROUP_WORDS, int8_row_bytes, store_int8, store_int8_packed
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
 
-__all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "row_stride"]
+__all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "packed_words", "row_stride"]
 
 _LINE, _SETS = 64, 64  # line size [bytes] and sets of the first-level caches of Zen and Xeon
 _float_row_tokens, _pair_row_tokens = tuned("float_row_tokens"), tuned("pair_row_tokens")
@@ -141,6 +142,14 @@ def row_stride(variant: KernelVariant, width: int) -> int:
 
 
 @njit(**OPTIONS)
+def packed_words(variant: KernelVariant, width: int) -> int:
+    """Words of a token's `width` activations in the packed layout."""
+    if int8_packed(variant):
+        return width // 32 * GROUP_WORDS
+    return width // 2 if bf16_pairs(variant) else width
+
+
+@njit(**OPTIONS)
 def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int) -> np.ndarray:
     """Offset of each group's activations of `width` elements a token, from `begin` on, and the end [words]: [G + 1].
 
@@ -148,7 +157,7 @@ def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int
     """
     stride = row_stride(variant, width)
     in_rows = stride * activation_bytes(variant) // 4
-    in_panels = max(in_rows, (width + 1) // 2) if bf16_pairs(variant) else width
+    in_panels = max(in_rows, packed_words(variant, width + 1)) if bf16_pairs(variant) else packed_words(variant, width)
     offsets = np.empty(groups.expert.size + 1, np.int64)
     offsets[0] = begin
     for g in range(groups.expert.size):
@@ -184,13 +193,17 @@ def _pack(
                         store_activation(variant, start, m * stride + i, x[source, i])
             continue
         padded = (count + 15) // 16 * 16
-        row = width // 2 if bf16_pairs(variant) else width
+        row = packed_words(variant, width)
         for panel in range(0, padded, panel_width):
             wide = min(panel_width, padded - panel)
             for m in range(panel, panel + wide):
                 word = panel * row + m - panel
                 source = token[first[g] + min(m, count - 1)]  # padding is computed and never read
-                if bf16_pairs(variant):
+                if int8_packed(variant):
+                    for i in range(begin, end, 32):
+                        group = start + 4 * (word + i // 32 * GROUP_WORDS * wide)
+                        store_int8_packed(group, wide, x.ctypes.data + 4 * (source * width + i))
+                elif bf16_pairs(variant):
                     for p in range(begin // 2, end // 2):
                         store_pair(start, word + p * wide, x[source, 2 * p], x[source, 2 * p + 1])
                 else:
