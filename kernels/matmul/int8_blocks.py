@@ -1,6 +1,7 @@
 """Products of a block of quantised weight rows with many tokens in int8. Knows addresses and strides.
 
-Some hundred weights of each row become int8 once, in a scratch that stays in a cache, and are multiplied with all tokens.
+Some hundred weights of each row become int8 once, in a scratch that stays in a cache, and are multiplied with all
+tokens.
 """
 
 from __future__ import annotations

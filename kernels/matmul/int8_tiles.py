@@ -1,8 +1,8 @@
 """The inner loop for many tokens with int8 activations: rows of int8 weights and 16 or more packed tokens.
 
 A vector holds four elements of each of 16 tokens, unsigned: the int8 plus 128. Its products with four weights of a row
-are added as integers (`vpdpbusd`), starting from -128 times the sum of the weights. The integers of a group are scaled in
-float32. Knows pointers and strides only.
+are added as integers (`vpdpbusd`), starting from -128 times the sum of the weights. The integers of a group are scaled
+in float32. Knows pointers and strides only.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Tile:
         b, words, vectors = self.b, GROUP // 4 // self.halves, range(self.vectors)
         function = ir.FunctionType(_WORDS, [_WORDS] * 3)
         dot = cgutils.get_or_insert_function(b.module, function, "llvm.x86.avx512.vpdpbusd.512")
-        sums = {}
+        sums: dict[tuple[int, int, int], ir.Value] = {}
         for half in range(self.halves):
             for r in rows:
                 start = splat(b, self._scalar(i, r, 0, half, I32), _LANES)
@@ -117,7 +117,7 @@ class _Tile:
         self, i: ir.Value, rows: range, products: dict[tuple[int, int, int], ir.Value]
     ) -> dict[tuple[int, int], ir.Value]:
         """The products of a group, each half times its scale."""
-        b, result = self.b, {}
+        b, result = self.b, dict[tuple[int, int], ir.Value]()
         for half in range(self.halves):
             for r in rows:
                 scale = splat(b, self._scalar(i, r, 1, half, F32), _LANES)

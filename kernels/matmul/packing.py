@@ -40,7 +40,7 @@ __all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pa
 _LINE, _SETS = 64, 64  # line size [bytes] and sets of the first-level caches of Zen and Xeon
 _float_row_tokens, _pair_row_tokens = tuned("float_row_tokens"), tuned("pair_row_tokens")
 _k_blocked_row_tokens, _amx_row_tokens = tuned("k_blocked_row_tokens"), tuned("amx_row_tokens")
-_int8_row_tokens = tuned("int8_row_tokens")
+_int8_row_tokens, _int8_remainder_tokens = tuned("int8_row_tokens"), tuned("int8_remainder_tokens")
 _amx_packed_tokens, _row_spread_lines = tuned("amx_packed_tokens"), tuned("row_spread_lines")
 _remainder_tokens = constant_of(
     lambda variant: (
@@ -112,7 +112,10 @@ def _row_tokens(variant: KernelVariant, count: int, even: bool) -> int:
     few = _float_row_tokens(variant)
     if int8_rows(variant):
         few = _int8_row_tokens(variant)
-        return count if count <= few else count % 16 if count % 16 <= few else 0
+        if count <= few:
+            return count
+        few = _int8_remainder_tokens(variant) if int8_packed(variant) else few
+        return count % 16 if count % 16 <= few else 0
     if k_blocked(variant):
         few = _k_blocked_row_tokens(variant)
     elif bf16_pairs(variant):
