@@ -54,9 +54,9 @@ class KernelVariant:
 
     `weights`: the format's name, one of `WEIGHTS`. `activations`: "f32"; or "bf16": each is rounded to bf16 once,
     before the products; or "q8", of quantised weights: few tokens are rounded to int8 with a scale for each 32, for
-    products of integers, and many to bf16 as the weights are, where the CPU multiplies bf16 pairs. Sums are float32 in
-    any case. `tuning`: block sizes and thresholds; the row for this CPU
-    unless given.
+    products of integers, and so are many where `int8_packed`; else many are rounded to bf16 as the weights are, where
+    the CPU multiplies bf16 pairs. Sums of scaled products are float32 in any case. `tuning`: block sizes and
+    thresholds; the row for this CPU unless given.
     """
 
     tier: Tier

@@ -4,8 +4,8 @@ Two layouts, counted in words of 4 bytes:
 *rows*, for few tokens: token after token, in bf16 where weights are bf16 and activations rounded to it, as int8 with
 scales (`int8_activations`) where weights are quantised and activations rounded so, else float32;
 *packed*: panel after panel of tokens; a panel is words [elements or pairs of a token, tokens]. Entry (p, t) is the bf16
-elements 2p and 2p + 1 of token t where the CPU multiplies bf16 pairs, else its element p in float32. The last panel may
-have fewer tokens; tokens are padded to a multiple of 16.
+elements 2p and 2p + 1 of token t where the CPU multiplies bf16 pairs, else its element p in float32; groups of int8 are
+described in `int8_activations`. The last panel may have fewer tokens; tokens are padded to a multiple of 16.
 
 All of it is compiled: the weights evict Python's code and data from the caches between two products of one token.
 """
