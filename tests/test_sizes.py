@@ -63,6 +63,8 @@ EXCEPTIONS = {
     "kernels.matmul.grouped._take_tasks": SCALARS,
     "kernels.matmul.grouped.grouped_products": ONE_KERNEL,
     "kernels.matmul.grouped.run": "the way into `grouped_products`, whose arguments these are",
+    "kernels.matmul.int8_blocks.multiply_int8": SCALARS,
+    "kernels.matmul.int8_tiles.int8_tile": SCALARS,
     "kernels.matmul.outer_blocks.multiply_outer": SCALARS,
     "kernels.matmul.outer_blocks.multiply_outer_floats": SCALARS,
     "kernels.matmul.outer_tiles.outer_tile": INSTRUCTIONS,

@@ -26,6 +26,7 @@ __all__ = [
     "bf16_pairs",
     "compiled",
     "constant_of",
+    "int8_packed",
     "int8_rows",
     "k_blocked",
     "outer_rows",
@@ -53,9 +54,9 @@ class KernelVariant:
 
     `weights`: the format's name, one of `WEIGHTS`. `activations`: "f32"; or "bf16": each is rounded to bf16 once,
     before the products; or "q8", of quantised weights: few tokens are rounded to int8 with a scale for each 32, for
-    products of integers, and many to bf16 as the weights are, where the CPU multiplies bf16 pairs. Sums are float32 in
-    any case. `tuning`: block sizes and thresholds; the row for this CPU
-    unless given.
+    products of integers, and so are many where `int8_packed`; else many are rounded to bf16 as the weights are, where
+    the CPU multiplies bf16 pairs. Sums of scaled products are float32 in any case. `tuning`: block sizes and
+    thresholds; the row for this CPU unless given.
     """
 
     tier: Tier
@@ -93,7 +94,13 @@ class KernelVariant:
     @property
     def bf16_pairs(self) -> bool:
         """The packed layout (many tokens) stores bf16 pairs too, and the CPU multiplies these (`vdpbf16ps`)."""
-        return (self.bf16_rows or self.int8_rows) and self.tier.dot_bf16
+        return (self.bf16_rows or self.int8_rows) and self.tier.dot_bf16 and not self.int8_packed
+
+    @property
+    def int8_packed(self) -> bool:
+        """The packed layout (many tokens) stores activations as int8, too, multiplied as integers (`vpdpbusd`)."""
+        tier = self.tier
+        return self.int8_rows and self.tuning.int8_packed and tier.dot_int8 and tier.lanes == 16 and not tier.tiles
 
     @property
     def k_blocked(self) -> bool:
@@ -158,6 +165,7 @@ bf16_pairs = constant_of(lambda variant: variant.bf16_pairs, types.boolean)
 k_blocked = constant_of(lambda variant: variant.k_blocked, types.boolean)
 quantised = constant_of(lambda variant: variant.quantised, types.boolean)
 int8_rows = constant_of(lambda variant: variant.int8_rows, types.boolean)
+int8_packed = constant_of(lambda variant: variant.int8_packed, types.boolean)
 amx = constant_of(lambda variant: variant.amx, types.boolean)
 outer_rows = constant_of(lambda variant: variant.tier.outer_rows, types.intp)
 # with AMX, outer products compute only the remainders: the 32- and 48-token tiles need not be compiled

@@ -126,6 +126,11 @@ class BlockFormat(WeightFormat):
         """Groups of a block."""
         return self.block_length // GROUP
 
+    @property
+    def has_minimum(self) -> bool:
+        """Whether a minimum is subtracted: where no offset is."""
+        return self.offset == 0
+
     def lanes_of(self, group: int, lanes: int, part: int) -> int:
         """The lane of `Scales` that holds for this vector of `lanes` weights of a group."""
         return (GROUP * group + lanes * part) // self.scale_length

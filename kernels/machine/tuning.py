@@ -53,6 +53,12 @@ class Tuning:
     """Whether several tokens in bf16 pairs are multiplied K-block by K-block. Zen 5: faster than whole rows one by one;
     Emerald Rapids: four whole rows at once are 1.1 to 1.5 times as fast (2026-11-23)."""
 
+    int8_packed: bool = False
+    """Whether many tokens are multiplied with quantised weights in int8, where vectors of 512 bits have `vpdpbusd` and
+    there are no tile registers; otherwise in bf16 pairs or float32. Zen 5, experts of Mixtral's shape with 128 tokens
+    each: Q8_0 1.6, Q6_K 1.42, Q4_K 1.41, Q5_K 1.36 times as fast as in bf16 pairs (2026-11-30); no other CPU was
+    measured."""
+
     dot_prefetch_bytes: int = 8192
     """Prefetch distance of a dot-product tile [bytes]: 38 to 41, with 4 KB 41 to 42 GB/s on Zen 5 (2026-11-22)."""
     dot_pass_rows: int = 4
@@ -72,6 +78,9 @@ class Tuning:
     """The same in bf16 pairs: 24 are slower packed, by a third, 25 to 28 1.02 to 1.03 in rows (Intel, 2026-11-23)."""
     int8_row_tokens: int = 4
     """The same with int8 activations, and tokens that stay in rows beside packed ones."""
+    int8_remainder_tokens: int = 2
+    """Tokens that stay in rows beside packed ones in int8, at most: 18 tokens as fast either way, 19 and 20 are 1.2 to
+    1.4 times as fast with all packed (Zen 5, Q6_K, 2026-11-30)."""
     k_blocked_row_tokens: int = 14
     """The same K-blocked (Zen 5, 2026-11-22)."""
     remainder_tokens: int = 8
@@ -129,7 +138,7 @@ TUNINGS = {
     for row in (
         replace(_ZEN5, name="zen3"),
         replace(_ZEN5, name="zen4", weights_prefetch_level=2),
-        _ZEN5,
+        replace(_ZEN5, int8_packed=True),
         _INTEL,
         replace(_INTEL, name="intel_amx"),
         replace(_INTEL, name="portable"),

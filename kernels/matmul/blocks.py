@@ -19,12 +19,15 @@ from fiddler.kernels.codegen.variant import (
     KernelVariant,
     amx,
     bf16_pairs,
+    int8_packed,
     outer_rows,
     quantised,
 )
 from fiddler.kernels.matmul.amx_blocks import k_words_many, multiply_tiles
 from fiddler.kernels.matmul.decoded_blocks import decoded_words, multiply_blocks, multiply_decoded
 from fiddler.kernels.matmul.dot_blocks import multiply_dots
+from fiddler.kernels.matmul.int8_blocks import multiply_int8
+from fiddler.kernels.matmul.int8_weights import int8_row_words
 from fiddler.kernels.matmul.outer_blocks import multiply_outer, multiply_outer_floats, outer_k_words
 from fiddler.kernels.matmul.stores import store_float
 
@@ -71,6 +74,9 @@ call_block_product = block_product.call
 @njit(**OPTIONS)
 def scratch_words(variant: KernelVariant, rows: int) -> int:
     """Scratch of `block_product` for blocks of weights that it copies or widens [words of 4 bytes]."""
+    if int8_packed(variant):
+        unpacked: int = rows * int8_row_words(variant)
+        return unpacked
     if quantised(variant):
         decoded: int = rows * decoded_words(variant)
         return decoded
@@ -149,6 +155,8 @@ def _packed_product_of(
 ) -> Callable[..., None]:
     # selected before compilation: compiling the other variants' unused code took a third of the time
     kind: KernelVariant = cast(Any, variant).variant  # the arguments are Numba's types
+    if kind.int8_packed:
+        return multiply_int8
     if kind.quantised:
         return multiply_decoded
     if kind.amx:

@@ -10,8 +10,8 @@ from numba import njit
 
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS
 from fiddler.kernels.codegen.scalar_math import silu
-from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, int8_rows, panel_tokens
-from fiddler.kernels.matmul.int8_activations import store_int8_column
+from fiddler.kernels.codegen.variant import KernelVariant, bf16_pairs, int8_packed, int8_rows, panel_tokens
+from fiddler.kernels.matmul.int8_activations import GROUP_WORDS, store_int8_column, store_int8_columns_packed
 from fiddler.kernels.matmul.stores import load_float, store_activation, store_pairs, store_word
 
 __all__ = ["CLAMPED", "PLAIN", "SWIGLU", "add_bias", "add_weighted", "clamped_swiglu", "store_hidden", "swiglu"]
@@ -79,7 +79,13 @@ def store_hidden(
     padded = (tokens + 15) // 16 * 16
     for panel in range(0, padded, panel_width):
         wide = min(panel_width, padded - panel)
-        if bf16_pairs(variant):
+        if int8_packed(variant):
+            for r in range(0, rows, 32):
+                group = h + 4 * GROUP_WORDS * (panel * (hidden // 32) + (begin + r) // 32 * wide)
+                for m in range(0, wide, 16):
+                    source = a.ctypes.data + 4 * (r * a.shape[1] + panel + m)
+                    store_int8_columns_packed(group + 4 * m, wide, source, 4 * a.shape[1])
+        elif bf16_pairs(variant):
             for r in range(0, rows, 2):
                 word, low = panel * (hidden // 2) + (begin + r) // 2 * wide - panel, a.ctypes.data + 4 * r * a.shape[1]
                 for m in range(panel, panel + wide, 16):

@@ -4,8 +4,8 @@ Two layouts, counted in words of 4 bytes:
 *rows*, for few tokens: token after token, in bf16 where weights are bf16 and activations rounded to it, as int8 with
 scales (`int8_activations`) where weights are quantised and activations rounded so, else float32;
 *packed*: panel after panel of tokens; a panel is words [elements or pairs of a token, tokens]. Entry (p, t) is the bf16
-elements 2p and 2p + 1 of token t where the CPU multiplies bf16 pairs, else its element p in float32. The last panel may
-have fewer tokens; tokens are padded to a multiple of 16.
+elements 2p and 2p + 1 of token t where the CPU multiplies bf16 pairs, else its element p in float32; groups of int8 are
+described in `int8_activations`. The last panel may have fewer tokens; tokens are padded to a multiple of 16.
 
 All of it is compiled: the weights evict Python's code and data from the caches between two products of one token.
 """
@@ -26,20 +26,21 @@ from fiddler.kernels.codegen.variant import (
     amx,
     bf16_pairs,
     constant_of,
+    int8_packed,
     int8_rows,
     k_blocked,
     panel_tokens,
     tuned,
 )
-from fiddler.kernels.matmul.int8_activations import int8_row_bytes, store_int8
+from fiddler.kernels.matmul.int8_activations import GROUP_WORDS, int8_row_bytes, store_int8, store_int8_packed
 from fiddler.kernels.matmul.stores import store_activation, store_pair, store_word
 
-__all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "row_stride"]
+__all__ = ["GROUPS", "Groups", "call_pack", "group_offsets", "group_tokens", "pack", "packed_words", "row_stride"]
 
 _LINE, _SETS = 64, 64  # line size [bytes] and sets of the first-level caches of Zen and Xeon
 _float_row_tokens, _pair_row_tokens = tuned("float_row_tokens"), tuned("pair_row_tokens")
 _k_blocked_row_tokens, _amx_row_tokens = tuned("k_blocked_row_tokens"), tuned("amx_row_tokens")
-_int8_row_tokens = tuned("int8_row_tokens")
+_int8_row_tokens, _int8_remainder_tokens = tuned("int8_row_tokens"), tuned("int8_remainder_tokens")
 _amx_packed_tokens, _row_spread_lines = tuned("amx_packed_tokens"), tuned("row_spread_lines")
 _remainder_tokens = constant_of(
     lambda variant: (
@@ -111,7 +112,10 @@ def _row_tokens(variant: KernelVariant, count: int, even: bool) -> int:
     few = _float_row_tokens(variant)
     if int8_rows(variant):
         few = _int8_row_tokens(variant)
-        return count if count <= few else count % 16 if count % 16 <= few else 0
+        if count <= few:
+            return count
+        few = _int8_remainder_tokens(variant) if int8_packed(variant) else few
+        return count % 16 if count % 16 <= few else 0
     if k_blocked(variant):
         few = _k_blocked_row_tokens(variant)
     elif bf16_pairs(variant):
@@ -141,6 +145,14 @@ def row_stride(variant: KernelVariant, width: int) -> int:
 
 
 @njit(**OPTIONS)
+def packed_words(variant: KernelVariant, width: int) -> int:
+    """Words of a token's `width` activations in the packed layout."""
+    if int8_packed(variant):
+        return width // 32 * GROUP_WORDS
+    return width // 2 if bf16_pairs(variant) else width
+
+
+@njit(**OPTIONS)
 def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int) -> np.ndarray:
     """Offset of each group's activations of `width` elements a token, from `begin` on, and the end [words]: [G + 1].
 
@@ -148,7 +160,7 @@ def group_offsets(variant: KernelVariant, groups: Groups, width: int, begin: int
     """
     stride = row_stride(variant, width)
     in_rows = stride * activation_bytes(variant) // 4
-    in_panels = max(in_rows, (width + 1) // 2) if bf16_pairs(variant) else width
+    in_panels = max(in_rows, packed_words(variant, width + 1)) if bf16_pairs(variant) else packed_words(variant, width)
     offsets = np.empty(groups.expert.size + 1, np.int64)
     offsets[0] = begin
     for g in range(groups.expert.size):
@@ -184,13 +196,17 @@ def _pack(
                         store_activation(variant, start, m * stride + i, x[source, i])
             continue
         padded = (count + 15) // 16 * 16
-        row = width // 2 if bf16_pairs(variant) else width
+        row = packed_words(variant, width)
         for panel in range(0, padded, panel_width):
             wide = min(panel_width, padded - panel)
             for m in range(panel, panel + wide):
                 word = panel * row + m - panel
                 source = token[first[g] + min(m, count - 1)]  # padding is computed and never read
-                if bf16_pairs(variant):
+                if int8_packed(variant):
+                    for i in range(begin, end, 32):
+                        group = start + 4 * (word + i // 32 * GROUP_WORDS * wide)
+                        store_int8_packed(group, wide, x.ctypes.data + 4 * (source * width + i))
+                elif bf16_pairs(variant):
                     for p in range(begin // 2, end // 2):
                         store_pair(start, word + p * wide, x[source, 2 * p], x[source, 2 * p + 1])
                 else:
