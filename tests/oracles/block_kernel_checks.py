@@ -78,7 +78,7 @@ def check_experts_of_one(kinds, device, shape=(3, 512, 256), begin=256):
     w = quantised_layer(kinds, "f32", shape)
     on_device, (x, expert_ids, routing_weights) = _OnDevice(w, device), _inputs(w, 1, 2)
     expected = experts_in_float64(w, x, expert_ids, routing_weights)
-    table = torch.tensor([[*on_device.addresses(e), w.shape[1], 0] for e in range(w.shape[0])], device=device)
+    table = torch.tensor([[*on_device.addresses(e), w.shape[1], 0, 0] for e in range(w.shape[0])], device=device)
     tensors = [torch.from_numpy(array).to(device) for array in (x, expert_ids, routing_weights)]
     into = torch.ones(1, w.shape[2], device=device)
 
@@ -90,8 +90,8 @@ def check_experts_of_one(kinds, device, shape=(3, 512, 256), begin=256):
     assert np.abs(run(table, tensors[1], w.shape[1], add=True) - 1 - expected).max() <= bound
     assert np.abs(run(table, tensors[1], w.shape[1], add=False) - expected).max() <= bound
     # the last rows of both experts, streamed; the last job has none
-    jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j] for j, e in enumerate(expert_ids[0].tolist())]
-    part = run(torch.tensor([*jobs, [0] * 5], device=device), None, w.shape[1] - begin, add=False)
+    jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j, 0] for j, e in enumerate(expert_ids[0].tolist())]
+    part = run(torch.tensor([*jobs, [0] * 6], device=device), None, w.shape[1] - begin, add=False)
     np.testing.assert_allclose(part, _of_rows(w, begin, x, expert_ids, routing_weights), atol=bound)
 
 
