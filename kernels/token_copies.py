@@ -164,11 +164,14 @@ def _make_jobs(
 def _queue_copies(
     signals: np.ndarray, of_layer: tuple[np.ndarray, ...], jobs: np.ndarray, begins: np.ndarray, number: int
 ) -> int:
-    """Call the C functions for the jobs, then for each chunk's rows and signal."""
+    """Call the C functions for each chunk's rows and signal, and for all jobs behind the rows of the first chunk.
+
+    A large copy begins some 7 us later behind a small one than behind a large one.
+    """
     expert_ids, matrices, bytes_of, fixed, borders, rows_copy = of_layer
     function, write, stream, chunks = fixed[6], fixed[8], fixed[9], jobs.shape[0]
     sent = signals.ctypes.data + 4 * SIGNAL_STRIDE * _SENT
-    result: int = call_copy(function, fixed[5], jobs.ctypes.data, jobs.nbytes, stream)
+    result: int = 0
     for chunk in range(chunks):
         if result != 0:
             return result
@@ -183,6 +186,8 @@ def _queue_copies(
             result = _copy_part(
                 matrices[:, expert], bytes_of, fixed, borders, jobs[chunk, i], begins[chunk, i], rows_copy
             )
+        if result == 0 and chunk == 0:
+            result = call_copy(function, fixed[5], jobs.ctypes.data, jobs.nbytes, stream)
         if result == 0:
             result = call_write(write, stream, sent, number * chunks + chunk)
     return result

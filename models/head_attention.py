@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fiddler.models.architecture import Role, Rotary
 from fiddler.models.config import Config
-from fiddler.models.interfaces import Cache, Linear, Norm
-from fiddler.models.rotary import to_neighbours
+from fiddler.models.interfaces import Cache, Heads, Linear, Norm
 from fiddler.models.router import centred
 
 __all__ = ["Attention"]
@@ -20,8 +19,10 @@ __all__ = ["Attention"]
 class Attention:
     """A block's attention over heads' keys and values, with its norm and its residual."""
 
-    def __init__(self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, norm: Norm) -> None:
-        self._config, self._index, self._linear, self._norm = config, index, linear, norm
+    def __init__(
+        self, config: Config, index: int, weights: Mapping[str, Tensor], linear: Linear, norm: Norm, heads: Heads
+    ) -> None:
+        self._config, self._index, self._linear, self._norm, self._make_heads = config, index, linear, norm, heads
         name = partial(config.architecture.tensor_name, layer=index)
         self._attn_norm = weights[name(Role.ATTENTION_NORM)]
         fused = config.has(Role.QUERY_KEY_VALUE)
@@ -61,16 +62,11 @@ class Attention:
         for tensor, bias in zip(qkv, self._biases, strict=False):
             tensor += bias
         q, k, v = qkv
-        if self._qk_norms:
-            q, k = (
-                self._norm(tensor.reshape(-1, len(weight)), weight, config.rms_epsilon)
-                for tensor, weight in zip((q, k), self._qk_norms, strict=True)
-            )
-        q, k, v = (tensor.view(len(v), -1, head_dim) for tensor in (q, k, v))
+        halves = config.rotated if config.architecture.rotary is Rotary.HALVES else 0
+        q, k = self._make_heads(q, k, self._qk_norms, config.rms_epsilon, head_dim, halves)
+        v = v.view(len(v), -1, head_dim)
         if config.clamp_kqv is not None:
             q, k, v = (tensor.clamp(-config.clamp_kqv, config.clamp_kqv) for tensor in (q, k, v))
-        if config.architecture.rotary is Rotary.HALVES:
-            q, k = to_neighbours(q, config.rotated), to_neighbours(k, config.rotated)
         if config.attention_scale is not None:
             q = q * (config.attention_scale * head_dim**0.5)
         if config.rotated_scale != 1.0:  # of queries and of keys

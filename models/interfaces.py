@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fiddler.models.architecture import RouterRule
 
-__all__ = ["Cache", "Embeddings", "Experts", "Linear", "Norm", "Router", "RouterWeights"]
+__all__ = ["Cache", "Embeddings", "Experts", "Heads", "Linear", "Norm", "Router", "RouterWeights"]
 
 
 class Experts(Protocol):
@@ -58,6 +58,16 @@ class Linear(Protocol):
 
     def per_head(self, x: Tensor, name: str) -> Tensor:
         """x [T, H, in] float32 -> each head's product with its own matrix of the weight [H, out, in], [T, H, out]."""
+        ...
+
+
+class Heads(Protocol):
+    """Makes heads of queries and keys, as a `Cache` takes them."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, norms: Sequence[Tensor], epsilon: float, head_dim: int, halves: int
+    ) -> tuple[Tensor, Tensor]:
+        """q [T, H * head_dim], k [T, G * head_dim] -> [T, H, head_dim], [T, G, head_dim]; see `rotary.heads`."""
         ...
 
 

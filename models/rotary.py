@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fiddler.models.config import Config
+from fiddler.models.interfaces import Norm
 from fiddler.models.rope_scaling import RopeKind
+from fiddler.models.router import rms_norm
 
-__all__ = ["rotary_cos_sin", "rotary_frequencies", "rotate", "to_neighbours"]
+__all__ = ["heads", "rotary_cos_sin", "rotary_frequencies", "rotate", "to_neighbours"]
+
+
+def heads(
+    q: Tensor,
+    k: Tensor,
+    norms: Sequence[Tensor],
+    epsilon: float,
+    head_dim: int,
+    halves: int,
+    norm: Norm = rms_norm,
+) -> tuple[Tensor, Tensor]:
+    """Heads of queries [T, H, head_dim] and of keys [T, G, head_dim], as a KV cache takes them.
+
+    q, k: products [T, H or G * head_dim]. norms: none, or the weights of RMS norms of both, of each head or of all.
+    halves: a head's elements that rotate, where each does with the one half of them away: they become neighbours; 0
+    where they are, already.
+    """
+    shaped = []
+    for i, x in enumerate((q, k)):
+        each = norm(x.reshape(-1, len(norms[i])), norms[i], epsilon) if norms else x
+        each = each.view(len(x), -1, head_dim)
+        shaped.append(to_neighbours(each, halves) if halves else each)
+    return shaped[0], shaped[1]
 
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:

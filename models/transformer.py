@@ -19,8 +19,9 @@ from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import Role, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.head_attention import Attention
-from fiddler.models.interfaces import Cache, Embeddings, Experts, Linear, Norm, Router, RouterWeights
+from fiddler.models.interfaces import Cache, Embeddings, Experts, Heads, Linear, Norm, Router, RouterWeights
 from fiddler.models.latent_attention import LatentAttention
+from fiddler.models.rotary import heads
 from fiddler.models.router import centred, rms_norm, route
 
 __all__ = ["Block", "Transformer"]
@@ -41,6 +42,7 @@ class Transformer:
         norm: Norm = rms_norm,
         dense_span: Callable[[], AbstractContextManager[None]] = nullcontext,
         token_embd: Embeddings | None = None,
+        make_heads: Heads = heads,
     ) -> None:
         """weights: the tensors that `linear` does not multiply by: embeddings, norms and routers.
 
@@ -56,7 +58,8 @@ class Transformer:
         self.token_embd: Embeddings = (
             weights[name(Role.TOKEN_EMBEDDING)] if token_embd is None else token_embd
         )  # [V, D]
-        self.blk = [Block(config, index, weights, linear, router, norm) for index in range(config.block_count)]
+        parts = weights, linear, router, norm, make_heads
+        self.blk = [Block(config, index, *parts) for index in range(config.block_count)]
         self.output_norm, self._output = weights[name(Role.OUTPUT_NORM)], name(Role.OUTPUT)
         self._linear, self._norm, self._dense_span = linear, norm, dense_span
         self.experts = experts
@@ -107,13 +110,14 @@ class Block:
         linear: Linear,
         router: Router,
         norm: Norm,
+        make_heads: Heads,
     ) -> None:
         self.config, self.index = config, index
         self.dense = index not in config.sparse_layers
         """Whether it has one feed-forward in place of experts."""
         name, epsilon = partial(config.architecture.tensor_name, layer=index), config.rms_epsilon
-        attention = Attention if config.latent is None else LatentAttention
-        self.attention = attention(config, index, weights, linear, norm)
+        parts = config, index, weights, linear, norm
+        self.attention = LatentAttention(*parts) if config.latent is not None else Attention(*parts, make_heads)
         self._linear, self._norm, self._router, self._epsilon = linear, norm, router, epsilon
         self._weights = RouterWeights(weights[name(Role.FFN_NORM)], weights[name(Role.FFN_NORM)])
         if self.dense:

@@ -24,6 +24,7 @@ EXCEPTIONS = {
     "fiddler.gpu.block_gemv._gemv": TRITON,
     "fiddler.gpu.decode_kernels._gemv": TRITON,
     "fiddler.gpu.decode_kernels._gemv_per_head": TRITON,
+    "fiddler.gpu.decode_kernels._heads": TRITON,
     "fiddler.gpu.expert_kernels._down": TRITON,
     "fiddler.gpu.expert_kernels._up": TRITON,
     "fiddler.gpu.kv_kernels._rotate_store": TRITON,

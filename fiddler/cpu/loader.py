@@ -39,7 +39,7 @@ from fiddler.models.architecture import (
 )
 from fiddler.models.config import Config
 from fiddler.models.latent_attention import per_head_matrices
-from fiddler.models.rotary import rotary_frequencies
+from fiddler.models.rotary import heads, rotary_frequencies
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.block_pool import array_dtype
 from fiddler.runtime.q8_0_rows import BLOCK
@@ -114,14 +114,15 @@ def on_cpu(
             linears[name] = LinearWeight(values, variant_for(tier, kind, exact))
     linear, cpu_experts = CpuLinear(linears, recorder), CpuExperts(list(experts), recorder)
     table = None if embeddings is None else EmbeddingRows(embeddings)
-    model = Transformer(config, weights, linear, cpu_experts, route, rms_norm, token_embd=table)
+    make_heads = partial(heads, norm=rms_norm)
+    model = Transformer(config, weights, linear, cpu_experts, route, rms_norm, token_embd=table, make_heads=make_heads)
     variants = {weight.variant for weight in linears.values() if isinstance(weight, LinearWeight)}
     variants |= {variant for expert in experts for variant in expert.variants}
     decodes = main is not None and _decodes(config, linears, experts)
     kernels.precompile(variants, notify, decode=decodes, kv_dtype=array_dtype(cache_dtype))
     decoder = decoder_of(model, weights, linears, experts, main, embeddings) if main is not None and decodes else None
     silent = CpuLinear(linears), CpuExperts(list(experts)), route, rms_norm
-    timed = Transformer(config, weights, *silent, token_embd=table)
+    timed = Transformer(config, weights, *silent, token_embd=table, make_heads=make_heads)
     setup = _setup(config, threads, variants, cache_dtype)
     measure = partial(step_curve, model=timed, setup=setup, notify=notify)
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder, measure)

@@ -7,12 +7,14 @@ host: each reads its varying inputs on the device, so that a captured graph can 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "next_token", "norm", "rounded_to", "works"]
+__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "heads", "next_token", "norm", "rounded_to", "works"]
 
 
 def works(device: torch.device) -> str | None:
@@ -100,6 +102,63 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     y = torch.empty_like(x)
     _norm[(len(x),)](x, weight, y, width, epsilon, triton.next_power_of_2(width), num_warps=16 if width > 1024 else 4)
     return y
+
+
+@triton.jit
+def _heads(
+    q,
+    k,
+    q_norm,
+    k_norm,
+    q_out,
+    k_out,
+    q_parts,
+    q_part,
+    k_parts,
+    k_part,
+    q_row,
+    k_row,
+    head_dim,
+    halves,
+    epsilon,
+    NORM: tl.constexpr,
+    K: tl.constexpr,
+):
+    part = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    of_q = part < q_parts
+    width = q_part if of_q else k_part
+    index = part if of_q else part - q_parts
+    i = tl.arange(0, K)
+    inside = i < width
+    source = q + t * q_row if of_q else k + t * k_row
+    x = tl.load(source + index * width + i, mask=inside, other=0.0)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
+        x = x * scale * tl.load((q_norm if of_q else k_norm) + i, mask=inside, other=0.0)
+    element = i % head_dim
+    half = tl.maximum(halves // 2, 1)
+    place = tl.where(element < halves, i - element + element % half * 2 + element // half, i)
+    target = q_out + t * q_parts * q_part if of_q else k_out + t * k_parts * k_part
+    tl.store(target + index * width + place, x, mask=inside)
+
+
+def heads(
+    q: Tensor, k: Tensor, norms: Sequence[Tensor], epsilon: float, head_dim: int, halves: int
+) -> tuple[Tensor, Tensor]:
+    """Implements `Heads`: one launch for queries and keys."""
+    if not norms and not halves:
+        return q.view(len(q), -1, head_dim), k.view(len(k), -1, head_dim)
+    sizes = [len(norms[i]) if norms else head_dim for i in range(2)]
+    parts = [x.shape[1] // size for x, size in zip((q, k), sizes, strict=True)]
+    q_out, k_out = (torch.empty(len(x), x.shape[1] // head_dim, head_dim, device=x.device) for x in (q, k))
+    q_norm, k_norm = norms if norms else (q, k)
+    block = triton.next_power_of_2(max(sizes))
+    _heads[(sum(parts), len(q))](
+        q, k, q_norm, k_norm, q_out, k_out, parts[0], sizes[0], parts[1], sizes[1], q.stride(0), k.stride(0),
+        head_dim, halves, epsilon, bool(norms), block, num_warps=1 if block <= 256 else 8,
+    )  # fmt: skip
+    return q_out, k_out
 
 
 @triton.jit

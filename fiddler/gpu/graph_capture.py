@@ -91,19 +91,24 @@ class CapturedGraphs:
         """Implements `Graphs.begin`."""
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
-        self._send_token(0, table)
-        self._next_step()
+        self._copy_token(0, table)
         self._replay(0)
-        if self.breaks:  # while the GPU runs that graph
+        if self.breaks:
             self._numbers.begin(len(self.breaks))
+            self._end(0)
+        self._token_copied.record()  # while the GPU runs that graph, as the rest
+        self._next_step()
+        if self.breaks:
             self._streaming.begin()
-        self._end(0)
+        else:
+            self._end(0)
 
     def begin_ahead(self, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
         if not np.array_equal(self._host_token[2 : 2 + len(table)], table):
             self._token_copied.synchronize()
-            self._send_token(2, table)
+            self._copy_token(2, table)
+            self._token_copied.record()
         self._next_step()
         self._replay(0)
         self._end(0)
@@ -116,14 +121,12 @@ class CapturedGraphs:
             shape, dtype = self._logits.shape, self._logits.dtype
             self._host_logits[slot] = torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def _send_token(self, begin: int, table: np.ndarray) -> None:
+    def _copy_token(self, begin: int, table: np.ndarray) -> None:
         """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
         end = 2 + len(table)
         self._host_token[2:end] = table
-        stream = torch.cuda.current_stream()
         target, source = self._token.data_ptr() + 8 * begin, self._host_token.ctypes.data + 8 * begin
-        cuda_driver.copy_to_device(target, source, 8 * (end - begin), stream.cuda_stream)
-        self._token_copied.record(stream)
+        cuda_driver.copy_to_device(target, source, 8 * (end - begin), torch.cuda.current_stream().cuda_stream)
 
     def number(self, graph: int) -> int:
         """Implements `Graphs.number`."""

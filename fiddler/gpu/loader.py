@@ -35,7 +35,7 @@ from fiddler.load_options import LoadOptions
 from fiddler.models.architecture import EXPERTS
 from fiddler.models.config import Config
 from fiddler.models.interfaces import Router
-from fiddler.models.rotary import rotary_cos_sin
+from fiddler.models.rotary import heads, rotary_cos_sin
 from fiddler.models.router import route
 from fiddler.models.transformer import Transformer
 from fiddler.offload.cost_benchmark import calibrated
@@ -115,7 +115,8 @@ def on_gpu(
     linear = GpuLinear(dense.linears, triton_kernels, exact=options.exact)
     router, norm, dense_span = _router(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
     layer = _no_experts if orchestrator is None else orchestrator.layer
-    model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings)
+    make_heads = heads if triton_kernels is None else triton_kernels.heads
+    model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings, make_heads)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
     if triton_kernels is not None and can_decode({each for w in experts for each in w.matrix_formats}):
         decode_with_graphs(runner, cos_sin, recorder)

@@ -2,7 +2,7 @@
 
 Knows tensors and rules; not the model. `models/router.py` is the counterpart in plain torch, which the tests compare it
 with. A small router is one kernel; a larger one, whose matrix one of the GPU's processors would take long to read, is
-three: norm, product, choice.
+three: norm, product, choice; of one token two, the first of which normalises and multiplies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fiddler.gpu.decode_kernels import gemv, norm
+from fiddler.gpu.decode_kernels import norm
 from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.models.router import LEAST_SUM
@@ -117,6 +117,20 @@ def _choose(
 
 
 @triton.jit
+def _normed_logits(h, norm, w, x, logits, width, epsilon, K: tl.constexpr):
+    """The product of one token's normalised h with a row of w; the first program writes that h, x, as well."""
+    e = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K)
+    inside = k < width
+    row = tl.load(w + e * width + k, mask=inside, other=0.0)
+    a = tl.load(h + k, mask=inside, other=0.0)
+    a = a * tl.rsqrt(tl.sum(a * a, 0) / width + epsilon) * tl.load(norm + k, mask=inside, other=0.0)
+    tl.store(logits + e, tl.sum(row * a, 0))
+    if e == 0:
+        tl.store(x + k, a, mask=inside)
+
+
+@triton.jit
 def _choose_each(
     logits,
     bias,
@@ -215,8 +229,14 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
     )  # fmt: skip
     outputs = expert_ids, routing_weights, experts
     if gate.numel() > _ELEMENTS_OF_ONE:
-        x = norm(h, weights.norm, epsilon)
-        logits = gemv(x, gate, rounded=False) if tokens == 1 else F.linear(x, gate)
+        if tokens == 1:
+            x, logits = torch.empty_like(h), torch.empty(1, experts, device=h.device)
+            _normed_logits[(experts,)](
+                h, weights.norm, gate, x, logits, width, epsilon, triton.next_power_of_2(width), num_warps=8
+            )
+        else:
+            x = norm(h, weights.norm, epsilon)
+            logits = F.linear(x, gate)
         _choose_each[(tokens,)](logits, *biases, *outputs, rule.scale, *constants, num_warps=4)
         return x, expert_ids, routing_weights
     x, wide = torch.empty_like(h), triton.next_power_of_2(width)

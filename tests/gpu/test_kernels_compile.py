@@ -37,6 +37,9 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
     "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
+    "heads": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": True, "K": 128}),
+    "heads without norms": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": False, "K": 64}),
+    "normed logits": (router_kernels._normed_logits, "fffffis", {"K": 4096}),
     "up": (
         expert_kernels._up,
         "llffffii",

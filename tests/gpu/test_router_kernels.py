@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from math import exp, inf
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.models.router import LEAST_SUM, route
 from oracles.gpu_time import replayed
+from oracles.interpreter import run_in_interpreter
 
 try:
     from fiddler.gpu import router_kernels
@@ -67,13 +66,7 @@ def naive(logits, weights, rule, k):
 
 @pytest.mark.skipif(GPU or INTERPRETED or router_kernels is None, reason="the kernels run in this process")
 def test_the_router_is_right_in_tritons_interpreter():
-    ignored = [
-        each for kind in ("DeprecationWarning", "RuntimeWarning") for each in ("-W", f"ignore::{kind}")
-    ]  # NumPy's
-    command = [sys.executable, "-m", "pytest", "-q", *ignored, "-k", "kernels", str(Path(__file__))]
-    environment, root = {**os.environ, "TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)
 
 
 def random_weights(experts, width, selection, bias, generator):
