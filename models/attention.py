@@ -53,7 +53,7 @@ def attend(q: Tensor, keys: Rows, values: Rows, window: int | None, sinks: Tenso
         visible = slice(max(0, total - n - window + 1), total)  # to any of the queries
         keys, values = keys[visible], values[visible]
     if n > 1 and (q.is_cuda or (window is not None and len(keys) > window)):
-        return _attend_masked(q.float(), keys[:], values[:], window, sinks)
+        return _attend_masked(q.float(), keys[:], values[:], window, sinks, whole=sinks is not None and q.is_cuda)
     return _attend_in_blocks(q.float(), keys, values, sinks)
 
 
@@ -99,15 +99,16 @@ def _blocks(q: Tensor, keys: Rows, values: Rows) -> Iterator[tuple[Tensor, Tenso
             yield torch.bmm(probabilities, v), scores.amax(-1) - probabilities.amax(-1).log()
 
 
-def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
-    """`attend` with an explicit mask, a chunk of queries at a time."""
+def _attend_masked(
+    q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None, *, whole: bool
+) -> Tensor:
+    """`attend` with an explicit mask, a chunk of queries at a time. whole: see `_attend_whole`."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
     repeat = heads // groups
     grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
     k, v = keys.transpose(0, 1).float(), values.transpose(0, 1).float()  # [G, S, head_dim]
     out = torch.empty_like(grouped)
-    whole = sinks is not None and q.is_cuda  # scores of all heads lie in memory
     step = max(1, _MASK_ELEMENTS // ((heads if whole else repeat) * total))
     for begin in range(0, n, step):
         end = min(begin + step, n)
@@ -134,11 +135,12 @@ def _attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) 
     """Masked attention with sinks on a CPU: q [1, G, n, d], k and v [1, G, S, d], mask [n, S], sinks [1, G, n, 1]."""
     bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     result, lse = _FLASH(q, k, v, 0.0, False, attn_mask=bias[None, None])
-    return result * torch.sigmoid(lse[..., None] - sinks)
+    out: Tensor = result * torch.sigmoid(lse[..., None] - sinks)
+    return out
 
 
 def _attend_whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
-    """`_attend_flash` on any device: the scores lie in memory."""
+    """`_attend_flash` on any device: the scores of all heads lie in memory."""
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill_(~mask, -torch.inf)
     return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ v
 

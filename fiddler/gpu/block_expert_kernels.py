@@ -142,16 +142,8 @@ def quantised_experts_of_one(
     gate_bias, up_bias, down_bias = (x if each is None else each for each in biases or (None,) * 3)  # x: not read
     r, g = tile(width)
     _up[(triton.cdiv(max_rows, r), count)](
-        jobs,
-        ids,
-        x,
-        h,
-        gate_bias,
-        up_bias,
-        width // GROUP,
-        of_gate.row_bytes(width),
-        of_up.row_bytes(width),
-        max_rows,
+        *(jobs, ids, x, h, gate_bias, up_bias),
+        *(width // GROUP, of_gate.row_bytes(width), of_up.row_bytes(width), max_rows),
         BY_ID=by_id,
         GATE=DECODERS[of_gate.name],
         UP=DECODERS[of_up.name],
@@ -163,14 +155,7 @@ def quantised_experts_of_one(
     )
     r, g = tile(max_rows)
     _down[(triton.cdiv(width, r),)](
-        jobs,
-        ids,
-        routing_weights,
-        h,
-        into,
-        down_bias,
-        width,
-        max_rows,
+        *(jobs, ids, routing_weights, h, into, down_bias, width, max_rows),
         BY_ID=by_id,
         ADD=add,
         BIASED=biases is not None and biases.down is not None,

@@ -153,14 +153,7 @@ def experts_of_one(
     r, k, warps = (4, 2048, 8) if max_rows > 4096 else (4, 512, 4)
     k = max(16, min(k, triton.next_power_of_2(max_rows)))
     _down[(triton.cdiv(width, r),)](
-        jobs,
-        ids,
-        routing_weights,
-        h,
-        into,
-        of_down,
-        width,
-        max_rows,
+        *(jobs, ids, routing_weights, h, into, of_down, width, max_rows),
         BY_ID=by_id,
         ADD=add,
         EVEN=weights.gate.shape[1] % 16 == 0,

@@ -210,3 +210,39 @@ def test_single_tokens_go_through_the_kernels_of_captured_graphs(path, monkeypat
         with torch.inference_mode():
             logits = engine.runner.logits(engine.runner.model(torch.tensor([token]), cache))
         assert close(logits[0], expected[position]), position
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_torch_alone_gives_the_logits_of_the_cpu(tmp_path, monkeypatch):
+    import fiddler
+    from oracles.families import CASES, make_family_checkpoint
+
+    folder = make_family_checkpoint(CASES["gpt-oss, YaRN"], tmp_path / "hf")  # quantised weights need Triton
+    fiddler.convert(folder, tmp_path / "model.gguf")
+    expected = load(tmp_path / "model.gguf", device="cpu", precision="exact").logits([*range(30, 100)])
+    monkeypatch.setattr("fiddler.gpu.loader._triton_kernels", lambda *arguments, required: None)
+    engine = load(tmp_path / "model.gguf", device="cuda", precision="exact", gpu_experts=5)
+    assert engine.runner._decoder is None
+    sequence = engine.runner.sequence()
+    rows = [
+        engine.runner.step([(sequence, part)]).logits for part in ([*range(30, 95)], *([i] for i in range(95, 100)))
+    ]
+    assert close(torch.cat(rows), expected)
+    assert close(engine.logits([*range(30, 100)]), expected)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_a_batch_and_greedy_text_are_those_of_the_cpu(path):
+    import fiddler
+
+    greedy = fiddler.Sampling(temperature=0.0)
+    prompts = [[100 + n, *range(200, 200 + 11 * n)] for n in range(1, 5)]
+    reference = load(path, device="cpu", precision="exact")
+    expected = [reference.generate(prompt, greedy, 20, ignore_eos=True).tokens for prompt in prompts]
+    for options in ({}, {"gpu_experts": 5}, {"gpu_experts": 0, "missing": "stream"}):
+        engine = load(path, device="cuda", precision="exact", **options)
+        requests = [engine.start(fiddler.Request(prompt, greedy, 20, ignore_eos=True)) for prompt in prompts]
+        batch = {index: outcome.tokens for index, outcome in engine.batch(requests)}
+        assert [batch[index] for index in range(len(prompts))] == expected
+        alone = [engine.generate(prompt, greedy, 20, ignore_eos=True).tokens for prompt in prompts]
+        assert alone == expected
