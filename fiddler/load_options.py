@@ -72,16 +72,6 @@ class LoadOptions:
         if self.cache_type_k != self.cache_type_v:
             given = " and ".join(f"{name} {quoted(getattr(self, name))}" for name in _CACHE_TYPES)
             raise RequestError(f"{given}: keys and values have one type here; give both the same")
-        if self.needs_gpu:
-            self.check_gpu_cache()
-
-    def check_gpu_cache(self) -> None:
-        """Raise RequestError where the KV cache has a type that a GPU does not take."""
-        if self.cache_type_k is not None:
-            raise RequestError(
-                f"cache_type_k {self.cache_type_k} is for the CPU: on a GPU keys and values are float16, with "
-                "--precision exact float32; leave it out, or give --device cpu"
-            )
 
     @property
     def exact(self) -> bool:

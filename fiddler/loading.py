@@ -72,8 +72,8 @@ def load(
     threads: None for every core the process may use. context: positions a sequence can have; the model's own
     limit where that is smaller. precision: "fast" rounds activations to bf16 before products with bf16 weights and
     stores their KV cache as float16; "exact", and every model of f16 weights, computes in float32.
-    cache_type_k, cache_type_v: of the KV cache on the CPU, both the same: "f32", "f16", or "q8_0", half as large as
-    "f16"; None: as precision says.
+    cache_type_k, cache_type_v: of the KV cache, both the same: "f32", "f16", or "q8_0", half as large as "f16"; None:
+    as precision says. Attention computes as precision says, whatever the type.
     kernel: a tier by name; None for that of the environment's FIDDLER_KERNEL, or the best available. notify: called
     with one-line messages, as when kernels must be compiled first, which takes seconds. recorder: receives the
     events of each step: times, and the experts that it chose.
@@ -139,7 +139,6 @@ def load_engine(
     if options.of_gpu_only and not has_experts:
         notify("warning: --expert-counts, --gpu-experts and --missing mean nothing: the model has no experts")
     if gpu:
-        options.check_gpu_cache()
         kernels.precompile({variant for layer in experts for variant in layer.variants}, notify)
         pinned = pinned or _pin(model_file)
         loaded = _on_gpu(model_file, experts, tier, pinned, options, counts, notify, progress, recorder)

@@ -28,6 +28,8 @@ EXCEPTIONS = {
     "fiddler.gpu.expert_kernels._down": TRITON,
     "fiddler.gpu.expert_kernels._up": TRITON,
     "fiddler.gpu.kv_kernels._rotate_store": TRITON,
+    "fiddler.gpu.kv_rows.read_rows": TRITON,
+    "fiddler.gpu.kv_rows.write_pairs": TRITON,
     "fiddler.gpu.latent_kernels._attend_latent": TRITON,
     "fiddler.gpu.latent_kernels._merge_latent": TRITON,
     "fiddler.gpu.router_kernels._choose": TRITON,

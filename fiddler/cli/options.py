@@ -75,7 +75,7 @@ LOADING = OptionGroup(
         ),
         "precision": typer.Option(help="fast: 16-bit activations with bf16 weights; exact: float32."),
         "cache_type_k": typer.Option(
-            "-ctk", "--cache-type-k", help="Type of keys in the KV cache (CPU); f16 if not given, f32 with exact."
+            "-ctk", "--cache-type-k", help="Type of keys in the KV cache; f16 if not given, f32 with exact."
         ),
         "cache_type_v": typer.Option("-ctv", "--cache-type-v", help="The same of values: the same type."),
     },

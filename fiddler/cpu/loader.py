@@ -15,7 +15,6 @@ from fiddler import kernels
 from fiddler.cpu.layers import CpuExperts, CpuLinear, EmbeddingRows, rms_norm, route, routing_of
 from fiddler.cpu.runner import CpuRunner
 from fiddler.cpu.step_timing import step_curve
-from fiddler.errors import RequestError
 from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, LinearWeight, main_variant, variant_for
 from fiddler.kernels import KernelVariant, Tier
@@ -23,7 +22,7 @@ from fiddler.kernels.formats import FORMATS
 from fiddler.kernels.formats.block_format import BlockFormat
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.machine.cpu import cpu_model
-from fiddler.load_options import CacheType, LoadOptions
+from fiddler.load_options import LoadOptions
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
 from fiddler.models.architecture import (
     EXPERT_BIASES,
@@ -42,7 +41,7 @@ from fiddler.models.latent_attention import per_head_matrices
 from fiddler.models.rotary import heads, rotary_frequencies
 from fiddler.models.transformer import Transformer
 from fiddler.runtime.block_pool import array_dtype
-from fiddler.runtime.q8_0_rows import BLOCK
+from fiddler.runtime.cache_type import cache_types
 from fiddler.runtime.runner import Runner
 from fiddler.telemetry.recorder import Recorder
 
@@ -92,7 +91,7 @@ def on_cpu(
     """A runner for the whole model on the CPU. Calls `notify` with one line where kernels must be compiled first."""
     exact = options.exact
     config, main = model_file.config, main_variant(model_file, tier, exact=exact)
-    cache_dtype = _cache_dtype(model_file, options.cache_type_k, main)
+    cache_dtype = cache_types(model_file, options.cache_type_k, main).stored
     linears: dict[str, LinearWeight | Tensor] = {}
     weights: dict[str, Tensor] = {}
     embeddings: kernels.StoredRows | None = None
@@ -126,18 +125,6 @@ def on_cpu(
     setup = _setup(config, threads, variants, cache_dtype)
     measure = partial(step_curve, model=timed, setup=setup, notify=notify)
     return CpuRunner(model, context, cache_dtype, threads, decoder, recorder, measure)
-
-
-def _cache_dtype(model_file: ModelFile, wanted: CacheType | None, main: KernelVariant | None) -> torch.dtype:
-    """The KV cache's type: uint8 stands for Q8_0. Raises RequestError where the model's heads are no whole blocks."""
-    default: CacheType = "f16" if main is not None and main.activations != "f32" else "f32"
-    head_dim = model_file.config.head_dim
-    if wanted == "q8_0" and head_dim % BLOCK:
-        raise RequestError(
-            f"cache_type_k q8_0: {model_file.file.shown_path} has heads of {head_dim} numbers, and blocks of Q8_0 have "
-            f"{BLOCK}; give f16"
-        )
-    return {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.uint8}[wanted or default]
 
 
 def _setup(config: Config, threads: int, variants: Collection[KernelVariant], cache_dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.kv_kernels import Tables, rotate_and_store
+from fiddler.gpu.kv_rows import PRODUCTS, read_rows
 from fiddler.gpu.latent_kernels import LatentTiles, attend_latent, latent_tiles
 from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
 
@@ -70,7 +71,6 @@ def _attend(
     d = tl.arange(0, DIM)
     n = tl.arange(0, N)
     a = tl.load(q + (row * heads + head) * dim + d, mask=d < dim, other=0.0) * scale
-    base = (head // repeat) * P
     top = float("-inf")
     total = 0.0
     out = tl.zeros([DIM], tl.float32)
@@ -81,10 +81,8 @@ def _attend(
         pos = begin_n + n
         inside = pos < last
         block = tl.load(table + pos // P, mask=inside, other=0) * UNIT
-        offset = (block + (base + pos % P) * dim)[:, None] + d[None, :]
-        mask = inside[:, None] & (d < dim)[None, :]
-        k = tl.load(keys + offset, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
+        k = read_rows(keys, block, head // repeat, pos % P, inside, 0, d, dim, dim, P, tl.float32, True)
+        v = read_rows(values, block, head // repeat, pos % P, inside, 0, d, dim, dim, P, tl.float32, True)
         score = tl.where(inside, tl.sum(k * a[None, :], 1), float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 0))
         p = tl.exp(score - new_top)
@@ -157,6 +155,7 @@ def _attend_tile(
     sinks,
     P: tl.constexpr,
     UNIT: tl.constexpr,
+    W: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
@@ -172,9 +171,8 @@ def _attend_tile(
     d = tl.arange(0, DIM)
     q_offset = ((row + m) * heads + head)[:, None] * dim + d[None, :]
     q_mask = (m < count)[:, None] & (d < dim)[None, :]
-    a = tl.load(q + q_offset, mask=q_mask, other=0.0).to(keys.dtype.element_ty)
+    a = tl.load(q + q_offset, mask=q_mask, other=0.0).to(W)
     own = position + m
-    base = (head // repeat) * P
     end = position + count
     oldest = tl.maximum(position + 1 - window, 0)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -187,10 +185,8 @@ def _attend_tile(
         pos = begin + n
         inside = (pos >= oldest) & (pos < end)  # elsewhere a block may be given back, or not yet written
         block = tl.load(table + pos // P, mask=inside, other=0) * UNIT
-        offset = (block + (base + pos % P) * dim)[:, None] + d[None, :]
-        mask = inside[:, None] & (d < dim)[None, :]
-        k = tl.load(keys + offset, mask=mask, other=0.0)
-        v = tl.load(values + offset, mask=mask, other=0.0)
+        k = read_rows(keys, block, head // repeat, pos % P, inside, 0, d, dim, dim, P, W, True)
+        v = read_rows(values, block, head // repeat, pos % P, inside, 0, d, dim, dim, P, W, True)
         score = tl.dot(a, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
         seen = inside[None, :] & (pos[None, :] <= own[:, None]) & (pos[None, :] > own[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
@@ -207,7 +203,7 @@ def _attend_tile(
 def tiles_of(rows: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, int]:
     """Tiles of consecutive rows for `attend_tiles`, [first, count] int64 [n, 2] on the CPU, and the most rows of one.
 
-    rows: of each sequence, the first row and how many. dtype: of keys and values.
+    rows: of each sequence, the first row and how many. dtype: of products.
     """
     most = max(count for _, count in rows)
     size = 16 if most <= 16 else (64 if dtype == torch.float16 else 32)
@@ -227,19 +223,20 @@ def attend_tiles(
     tiles: tuple[Tensor, int],
     window: int | None,
     out: Tensor,
+    dtype: torch.dtype,
     sinks: Tensor | None = None,
 ) -> None:
     """Causal attention of tiles of rows of q [T, H, d], see `tiles_of`, into `out`; other arguments as `attend_rows`.
 
-    Products have the type of keys and values, sums float32.
+    dtype: of products, float16 or float32; sums are float32.
     """
     heads, dim = q.shape[1:]
     (rows, size), padded_dim = tiles, max(16, triton.next_power_of_2(dim))
-    narrow = keys.dtype == torch.float16 and padded_dim <= 128
+    narrow = dtype == torch.float16 and padded_dim <= 128
     reach = (1 << 31) - 1 if window is None else window
     _attend_tile[(heads, len(rows))](
         q, keys, values, rows, *tables, out, dim**-0.5, reach, heads, heads // keys.shape[0], dim,
         q if sinks is None else sinks,  # q: not read
-        POSITIONS, UNIT_BYTES // keys.itemsize, size, 64 if narrow else 32, padded_dim,
+        POSITIONS, UNIT_BYTES // keys.itemsize, PRODUCTS[dtype], size, 64 if narrow else 32, padded_dim,
         sinks is not None, num_warps=4, num_stages=3 if narrow else 1,
     )  # fmt: skip

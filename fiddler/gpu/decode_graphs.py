@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -56,7 +57,18 @@ class Graphs(Protocol):
         ...
 
     def begin_ahead(self, table: np.ndarray) -> None:
-        """Queue the first graph for the token that the last step's largest logit will choose, at the next position."""
+        """Queue the first graph for the token that the last step's largest logit will choose, at the next position.
+
+        On the worker thread where there are breaks; that step begins with `take_ahead`, or `begin` leaves it out.
+        """
+        ...
+
+    def arrived_ahead(self) -> bool:
+        """Whether the first graph of a step with breaks has ended that `begin_ahead` queued."""
+        ...
+
+    def take_ahead(self) -> None:
+        """Go on with the step with breaks that `begin_ahead` queued, as after `begin`."""
         ...
 
     def number(self, graph: int) -> int:
@@ -108,13 +120,13 @@ class Graphs(Protocol):
     def next_token(self, position: int) -> int:
         """The token of the largest logit after `position`, one of the last two: the one that `begin_ahead` takes.
 
-        Call it after `logits`.
+        Call it after `logits`; where there are breaks, once `arrived_ahead`.
         """
         ...
 
 
 class _Ahead:
-    """A step that was begun before its token was known. token: that of the largest logit, once that is read."""
+    """A step that was begun before its token was known. token: that of the largest logit, once that is known."""
 
     def __init__(self, position: int, table: np.ndarray) -> None:
         self.token: int | None = None
@@ -156,15 +168,21 @@ class DecodeGraphs:
         An interrupted step must have ended before this one: see `Orchestrator.start_over`.
         """
         ahead, self._ahead = self._ahead, None
+        if ahead is not None and self.uses_cpu:
+            self._await(ahead)
         if ahead is None or not ahead.is_step(token, position, table):
             self._graphs.begin(token, position, table)
             self._pause = self._pause - 1 if ahead is None else _PAUSE
-        if greedy and self._pause <= 0 and not self.uses_cpu and not self._recorder.wants_expert_ids:
-            self._graphs.begin_ahead(table)
-            self._ahead = _Ahead(position + 1, table)
+        elif self.uses_cpu:
+            self._graphs.take_ahead()
+        begins_next = greedy and self._pause <= 0 and not self._recorder.wants_expert_ids
         try:
             if self.uses_cpu:
-                self._compute_missing()
+                self._compute_missing(table if begins_next else None)
+            elif begins_next:
+                self._graphs.begin_ahead(table)
+            if begins_next:
+                self._ahead = _Ahead(position + 1, table)
             if self._recorder.wants_expert_ids:
                 for layer, expert_ids in enumerate(self._graphs.chosen):
                     self._recorder.chosen(layer, expert_ids)
@@ -182,7 +200,7 @@ class DecodeGraphs:
 
     def logits(self) -> Tensor:
         """Logits of the last step: [1, V], on the CPU. Waits for them."""
-        if self._ahead is None:
+        if self._ahead is None or self.uses_cpu:  # with breaks, a step begun ahead has no logits yet
             return self._graphs.logits()
         logits = self._graphs.logits(1)
         self._ahead.token = self._graphs.next_token(self._ahead.position - 1)
@@ -193,9 +211,15 @@ class DecodeGraphs:
         assert self._experts is not None, "a model without experts has no missing ones"
         return self._experts
 
-    def _compute_missing(self) -> None:
-        """Divide each layer with missing experts, and compute the CPU's part."""
-        queueing = self._orchestrator.cooperative_step.begin(self._queue_all)
+    def _await(self, ahead: _Ahead) -> None:
+        """Wait until the first graph of a step with breaks has ended: then its token is known, too."""
+        while not self._graphs.arrived_ahead():
+            self._graphs.check()
+        ahead.token = self._graphs.next_token(ahead.position - 1)
+
+    def _compute_missing(self, ahead: np.ndarray | None) -> None:
+        """Divide each layer with missing experts, and compute the CPU's part. ahead: see `_queue_all`."""
+        queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
         for graph, layer in enumerate(self._graphs.breaks):
             self._compute(graph, layer, queueing)
         queueing.wait()
@@ -222,8 +246,11 @@ class DecodeGraphs:
         elif plan.missing:
             orchestrator.balance.tell_alone()
 
-    def _queue_all(self) -> None:
-        """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided."""
+    def _queue_all(self, ahead: np.ndarray | None) -> None:
+        """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.
+
+        ahead: then begin the next step, whose table this is, unless the step is broken off.
+        """
         graphs, sent = self._graphs, 0
         try:
             for graph in range(1, len(graphs.breaks) + 1):
@@ -235,6 +262,8 @@ class DecodeGraphs:
                     sent += 1
             for graph in range(sent, len(graphs.breaks)):
                 self._send_when_divided(graph)
+            if ahead is not None and not self._orchestrator.cooperative_step.stopping:
+                graphs.begin_ahead(ahead)
         except BaseException:
             graphs.stop()  # the caller may wait in compiled code
             raise

@@ -18,6 +18,7 @@ from fiddler.gpu import decode_kernels
 from fiddler.gpu.capture import captured
 from fiddler.gpu.decode_cache import DecodeCache
 from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.gpu.host_logits import HostLogits
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.kernels.one_token import Signal
 from fiddler.models.transformer import Transformer
@@ -75,11 +76,10 @@ class CapturedGraphs:
         self.chosen: list[Tensor] = []
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self.hidden = self._logits = torch.empty(0)
-        # of the last two steps, in turns: a step may be queued before the logits of the one before are read
-        self._host_logits: list[Tensor | None] = [None, None]
-        self._ended = [torch.cuda.Event() for _ in range(2)]  # recorded after their copies
+        self._host_logits = HostLogits()
         self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # of the last two positions, in turns
-        self._steps = 0
+        self._choose: torch.cuda.CUDAGraph | None = None  # of the next token, where experts are missing
+        self._begun_ahead = False  # a step whose experts are missing
         self._capture()
 
     @property
@@ -89,6 +89,9 @@ class CapturedGraphs:
 
     def begin(self, token: int, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin`."""
+        if self._begun_ahead:
+            self._begun_ahead = False
+            self._numbers.skip(len(self.breaks))
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
         self._copy_token(0, table)
@@ -97,7 +100,7 @@ class CapturedGraphs:
             self._numbers.begin(len(self.breaks))
             self._end(0)
         self._token_copied.record()  # while the GPU runs that graph, as the rest
-        self._next_step()
+        self._host_logits.begin(self._logits)
         if self.breaks:
             self._streaming.begin()
         else:
@@ -109,17 +112,26 @@ class CapturedGraphs:
             self._token_copied.synchronize()
             self._copy_token(2, table)
             self._token_copied.record()
-        self._next_step()
+        if self._choose is None:
+            self._host_logits.begin(self._logits)
+            self._replay(0)
+            self._end(0)
+            return
+        self._choose.replay()
         self._replay(0)
-        self._end(0)
+        self._begun_ahead = True
+        self._numbers.write(Signal.ARRIVED, self._numbers.next)
 
-    def _next_step(self) -> None:
-        """Count a step, and see to memory for its logits: no wait is queued yet that pinning could wait for."""
-        self._steps += 1
-        slot = self._steps % 2
-        if self._host_logits[slot] is None:  # whoever got the last ones may keep them
-            shape, dtype = self._logits.shape, self._logits.dtype
-            self._host_logits[slot] = torch.empty(shape, dtype=dtype, pin_memory=True)
+    def arrived_ahead(self) -> bool:
+        """Implements `Graphs.arrived_ahead`."""
+        return self._numbers.is_at(Signal.ARRIVED, self._numbers.next)
+
+    def take_ahead(self) -> None:
+        """Implements `Graphs.take_ahead`."""
+        self._begun_ahead = False
+        self._numbers.begin(len(self.breaks))
+        self._host_logits.begin(self._logits)
+        self._streaming.begin()
 
     def _copy_token(self, begin: int, table: np.ndarray) -> None:
         """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
@@ -149,12 +161,7 @@ class CapturedGraphs:
     def _end(self, graph: int) -> None:
         """Queue the signal that a graph's outputs are on the host, or the copy of the logits."""
         if graph == len(self.breaks):
-            stream = torch.cuda.current_stream()
-            slot, logits = self._steps % 2, self._logits
-            host = self._host_logits[slot]
-            assert host is not None
-            cuda_driver.copy_to_host(host.data_ptr(), logits.data_ptr(), host.nbytes, stream.cuda_stream)
-            self._ended[slot].record(stream)
+            self._host_logits.copy(self._logits)
             return
         self._numbers.write(Signal.ARRIVED, self.number(graph))
 
@@ -198,11 +205,7 @@ class CapturedGraphs:
 
     def logits(self, ahead: int = 0) -> Tensor:
         """Implements `Graphs.logits`."""
-        slot = (self._steps - ahead) % 2
-        self._ended[slot].synchronize()
-        host, self._host_logits[slot] = self._host_logits[slot], None
-        assert host is not None, "the logits of a step are read once"
-        return host
+        return self._host_logits.read(ahead)
 
     def next_token(self, position: int) -> int:
         """Implements `Graphs.next_token`."""
@@ -226,6 +229,7 @@ class CapturedGraphs:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
             if self._streamed is not None:
                 self._streamed.run()
+                decode_kernels.next_token(self._logits, self._token, self._next_tokens)
             self._router_outputs.clear()
             self.chosen.clear()
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
@@ -240,6 +244,9 @@ class CapturedGraphs:
                     with captured(expert_pool) as self._residents[end]:
                         self._run_residents(end, *self._router_outputs[-1], self._y, add=False)
                 begin = len(layers) if end is None else end + 1
+            if self.breaks:
+                with captured(pool) as self._choose:
+                    decode_kernels.next_token(self._logits, self._token, self._next_tokens)
         torch.cuda.synchronize()
 
     def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
@@ -263,7 +270,7 @@ class CapturedGraphs:
         if end is None:
             self.hidden = h
             self._logits = self._model.logits(h)
-            if not self.breaks:  # else no step is begun ahead
+            if not self.breaks:  # else a graph of its own, if a step is begun ahead
                 decode_kernels.next_token(self._logits, self._token, self._next_tokens)
         return h
 

@@ -14,6 +14,7 @@ import torch
 
 from fiddler.models.config import Config
 from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool, block_bytes
+from fiddler.runtime.row_layout import PlanarRows, RowLayout
 
 __all__ = ["GrowingPool"]
 
@@ -21,10 +22,22 @@ _SEGMENT_BYTES = 1 << 26  # by which it grows
 
 
 class GrowingPool(BlockPool):
-    """A `BlockPool` that begins with `least` blocks, which it always has."""
+    """A `BlockPool` that begins with `least` blocks, which it always has.
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, least: int) -> None:
-        super().__init__(config, dtype, device, least)
+    Q8_0 lies in it as Triton's kernels read it: `PlanarRows`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        least: int,
+        read_as: torch.dtype | None = None,
+    ) -> None:
+        """dtype, read_as: see `RowLayout`."""
+        layout = (PlanarRows if dtype == torch.uint8 else RowLayout).of(config.head_dim, dtype, read_as)
+        super().__init__(config, dtype, device, least, layout)
         self.array = None  # not all of it, where tests put the CPU in the GPU's place
         self.room: Callable[[], int] = lambda: 0
         """Bytes by which the pool may grow now."""

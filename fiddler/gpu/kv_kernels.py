@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fiddler.gpu.kv_rows import write_pairs
 from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
 
 __all__ = ["Tables", "rotate_and_store"]
@@ -70,15 +71,13 @@ def _rotate_store(
             tl.store(rotated + q_offset, a * c - b * s, mask=inside)
             tl.store(rotated + q_offset + 1, a * s + b * c, mask=inside)
         else:
-            k_offset = block + (head * P + pos % P) * dim + 2 * i
-            tl.store(keys + k_offset, (a * c - b * s).to(keys.dtype.element_ty), mask=inside)
-            tl.store(keys + k_offset + 1, (a * s + b * c).to(keys.dtype.element_ty), mask=inside)
+            write_pairs(keys, block, head, pos % P, a * c - b * s, a * s + b * c, i, inside, dim, P)
     else:
         v_head = row - heads - groups
-        v_offset = block + (v_head * P + pos % P) * dim + 2 * i
-        for half in tl.static_range(2):
-            element = tl.load(v + t * v_row + v_head * dim + 2 * i + half, mask=inside, other=0.0)
-            tl.store(values + v_offset + half, element.to(values.dtype.element_ty), mask=inside)
+        v_source = v + t * v_row + v_head * dim + 2 * i
+        x = tl.load(v_source, mask=inside, other=0.0)
+        y = tl.load(v_source + 1, mask=inside, other=0.0)
+        write_pairs(values, block, v_head, pos % P, x, y, i, inside, dim, P)
 
 
 def rotate_and_store(
@@ -87,16 +86,17 @@ def rotate_and_store(
     """Rotate q [T, H, d] and k [T, G, d] to the rows' positions; store k and v [T, G, d] in the rows' blocks.
 
     cos_sin: float32 [positions, ..., pairs, 2], cosine and sine of a head's first pairs; the others are not rotated.
-    keys, values: a layer's in the pool's first block, [G, POSITIONS, d]; None: v is not stored. q, k, v: float32, the
+    keys, values: a layer's in the pool's first block, [G, *layout.shape]; None: v is not stored. q, k, v: float32, the
     heads of a token contiguous. Returns the rotated q, float32.
     """
     tokens, heads, dim = q.shape
     groups = keys.shape[0]
     rotated = torch.empty(tokens, heads, dim, device=q.device)
     pairs = max(2, triton.next_power_of_2(dim // 2))
+    fused = {"enable_fp_fusion": False} if keys.dtype == torch.uint8 else {}  # else codes would not be those of a CPU
     _rotate_store[(heads + (1 if values is None else 2) * groups, tokens)](
         q, k, v, cos_sin, *tables, rotated, keys, keys if values is None else values, heads, groups, dim,
         2 * cos_sin.shape[-2], q.stride(0), k.stride(0), v.stride(0), POSITIONS, UNIT_BYTES // keys.itemsize, pairs,
-        num_warps=1,
+        num_warps=1, **fused,
     )  # fmt: skip
     return rotated

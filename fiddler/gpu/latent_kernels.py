@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fiddler.gpu.kv_kernels import Tables
+from fiddler.gpu.kv_rows import PRODUCTS, read_rows
 from fiddler.runtime.block_pool import POSITIONS, UNIT_BYTES
 
 __all__ = ["LatentTiles", "attend_latent", "latent_tiles"]
@@ -50,7 +51,9 @@ def _attend_latent(
     dim,
     P: tl.constexpr,
     UNIT: tl.constexpr,
+    ALONE: tl.constexpr,
     WHOLE: tl.constexpr,
+    W: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -79,9 +82,9 @@ def _attend_latent(
     # a query multiplied by its head's matrix may exceed 16 bits: its largest element is 1 in the products
     size = tl.maximum(tl.max(tl.abs(q_rotated), 1), tl.max(tl.abs(q_latent), 1))
     size = tl.where(size > 0.0, size, 1.0)
-    q_rotated = (q_rotated / size[:, None]).to(keys.dtype.element_ty)
+    q_rotated = (q_rotated / size[:, None]).to(W)
     if C == L:
-        q_latent = (q_latent / size[:, None]).to(keys.dtype.element_ty)
+        q_latent = (q_latent / size[:, None]).to(W)
     factor = size * (scale * _LOG2_E)
     part = tl.cdiv(tl.cdiv(end, splits), N) * N
     begin = split * part
@@ -93,10 +96,8 @@ def _attend_latent(
         pos = begin_n + n
         inside = pos < last
         block = tl.load(table + pos // P, mask=inside, other=0) * UNIT
-        offset = (block + (pos % P) * dim)[:, None]
-        k_rotated = tl.load(keys + offset + r[None, :], mask=inside[:, None] & (r < rotated)[None, :], other=0.0)
-        mask = inside[:, None] & (latent < width)[None, :]
-        k_latent = tl.load(keys + offset + rotated + latent[None, :], mask=mask, other=0.0)
+        k_rotated = read_rows(keys, block, 0, pos % P, inside, 0, r, rotated, dim, P, W, WHOLE)
+        k_latent = read_rows(keys, block, 0, pos % P, inside, rotated, latent, width, dim, P, W, WHOLE)
         score = tl.dot(q_rotated, tl.trans(k_rotated), input_precision="ieee")
         if C == L:
             score = tl.dot(q_latent, tl.trans(k_latent), score, input_precision="ieee")
@@ -104,8 +105,8 @@ def _attend_latent(
             for begin_c in range(0, L, C):
                 c = begin_c + tl.arange(0, C)
                 a = tl.load(q + row + rotated + c[None, :], mask=inside_m & (c < width)[None, :], other=0.0)
-                b_mask = inside[:, None] & (c < width)[None, :]
-                b = tl.load(keys + offset + rotated + c[None, :], mask=b_mask, other=0.0)
+                after = rotated + begin_c
+                b = read_rows(keys, block, 0, pos % P, inside, after, tl.arange(0, C), dim - after, dim, P, W, WHOLE)
                 score = tl.dot(a / size[:, None], tl.trans(b), score, input_precision="ieee")
         score *= factor[:, None]
         score = tl.where(inside[None, :] & (pos[None, :] <= own[:, None]), score, float("-inf"))
@@ -116,7 +117,7 @@ def _attend_latent(
         total = total * rescale + tl.sum(p, 1)
         result = tl.dot(p.to(k_latent.dtype), k_latent, result * rescale[:, None], input_precision="ieee")
         top = new_top
-    if WHOLE:
+    if ALONE:
         y = out + row + rotated + latent[None, :]
         tl.store(y, result / total[:, None], mask=inside_m & (latent < width)[None, :])
     else:
@@ -148,7 +149,7 @@ def _merge_latent(
 def latent_tiles(rows: Sequence[tuple[int, int]], heads: int, dtype: torch.dtype) -> LatentTiles:
     """Tiles, on the CPU, of the heads of consecutive tokens: of each sequence the first token's row, and how many.
 
-    dtype: of the stored vectors.
+    dtype: of products.
     """
     most = max(count for _, count in rows) * heads
     size = 16 if most <= 16 or dtype == torch.float32 else 32
@@ -159,12 +160,14 @@ def latent_tiles(rows: Sequence[tuple[int, int]], heads: int, dtype: torch.dtype
     return LatentTiles(torch.from_numpy(np.concatenate(bounds)), size)
 
 
-def attend_latent(q: Tensor, keys: Tensor, tables: Tables, tiles: LatentTiles, rotated: int, out: Tensor) -> None:
+def attend_latent(
+    q: Tensor, keys: Tensor, tables: Tables, tiles: LatentTiles, rotated: int, out: Tensor, dtype: torch.dtype
+) -> None:
     """Causal latent attention of tiles of rows of q [T, H, d], into the same rows of `out` [T, H, d], float32.
 
-    keys: a layer's in the pool's first block, [1, POSITIONS, d], of each position the rotated key [rotated] and the
-    latent. Writes the weighted sums of the latents, out[..., rotated:], alone. Products have the type of keys, sums
-    float32. Scores are divided by the root of d.
+    keys: a layer's in the pool's first block, [1, *layout.shape], of each position the rotated key [rotated] and the
+    latent. Writes the weighted sums of the latents, out[..., rotated:], alone. dtype: of products, float16 or float32;
+    sums are float32. Scores are divided by the root of d.
     """
     heads, dim = q.shape[1:]
     count, size = len(tiles.bounds), tiles.size
@@ -174,11 +177,16 @@ def attend_latent(q: Tensor, keys: Tensor, tables: Tables, tiles: LatentTiles, r
     if splits > 1:
         parts = torch.empty(count, splits, size, latent, device=q.device)
         maxima, sums = (torch.empty(count, splits, size, device=q.device) for _ in range(2))
-    n, c, stages = (16, min(latent, 32), 1) if keys.itemsize == 4 else (32, latent, 2)
+    # positions at once, and warps: Q8_0 is decoded in registers, which must suffice
+    quantised = keys.dtype == torch.uint8
+    n, warps = 16 if quantised and size == 32 else 32, 8 if quantised or size == 32 else 4
+    c, stages = latent, 2
+    if dtype == torch.float32:
+        n, c, stages, warps = 16, min(latent, 32), 1, 8
     _attend_latent[(count, splits)](
         q, keys, tiles.bounds, *tables, parts, maxima, sums, dim**-0.5, heads, rotated, dim, POSITIONS,
-        UNIT_BYTES // keys.itemsize, splits == 1, size, n, r, latent, c,
-        num_warps=4 if size == 16 and stages == 2 else 8, num_stages=stages,
+        UNIT_BYTES // keys.itemsize, splits == 1, rotated % 32 == 0, PRODUCTS[dtype], size, n, r, latent, c,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _merge_latent[(size, count)](

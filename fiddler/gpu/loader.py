@@ -47,6 +47,7 @@ from fiddler.offload.plan import Costs
 from fiddler.offload.residency import place, within
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 from fiddler.runtime.block_pool import block_bytes, blocks_for
+from fiddler.runtime.cache_type import cache_types
 from fiddler.runtime.host_store import host_store_bytes
 from fiddler.telemetry.recorder import Recorder
 
@@ -90,16 +91,16 @@ def on_gpu(
     budget = Budget(device, options.gpu_memory)
     config, main = model_file.config, main_variant(model_file, tier, exact=options.exact)
     context = options.capacity(config.context_length)
-    cache_dtype = torch.float16 if main is not None and main.activations != "f32" else torch.float32
+    cache_dtype, read_as = cache_types(model_file, options.cache_type_k, main)
     sizes = _sizes(model_file, experts, context, cache_dtype)
     _check(budget, sizes, config)
     triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
-    pool = GrowingPool(config, cache_dtype, device, _least_blocks(context))
+    pool = GrowingPool(config, cache_dtype, device, _least_blocks(context), read_as)
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
-    warm_up(device, cache_dtype)
+    warm_up(device, read_as)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated by now
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     layout = lay_out(budget.room(), sizes, max_residents)

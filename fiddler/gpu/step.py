@@ -37,7 +37,8 @@ class GpuStep(Step):
         firsts = [0, *accumulate(len(table) for table in tables)][:-1]
         single = [begin for begin, count in zip(begins, counts, strict=False) if count == 1]
         many = [(begin, count) for begin, count in zip(begins, counts, strict=False) if count > 1]
-        dtype, heads, nothing = pool.memory.dtype, config.head_count, (torch.empty(0, 2, dtype=torch.int64), 0)
+        self._dtype = dtype = pool.layout.read_as
+        heads, nothing = config.head_count, (torch.empty(0, 2, dtype=torch.int64), 0)
         if config.latent is None:
             of_single, of_many = nothing, attention.tiles_of(many, dtype) if many else nothing
         else:
@@ -75,7 +76,8 @@ class GpuStep(Step):
         if len(self._single):
             self._attention.attend_rows(q, keys, values, tables, self._single, window, out, sinks=sinks)
         if len(self._tiles[0]):
-            self._attention.attend_tiles(q, keys, values, tables, self._tiles, window, out, sinks=sinks)
+            tiles = self._tiles
+            self._attention.attend_tiles(q, keys, values, tables, tiles, window, out, self._dtype, sinks=sinks)
         return out
 
     def _attend_latent(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class GpuStep(Step):
         for bounds, size in (self._tiles_of_single, self._tiles):
             if len(bounds):
                 tiles = attention.LatentTiles(bounds, size)
-                attention.attend_latent(q, keys, tables, tiles, self._config.rotated, out)
+                attention.attend_latent(q, keys, tables, tiles, self._config.rotated, out, self._dtype)
         return out
 
 

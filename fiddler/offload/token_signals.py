@@ -43,6 +43,15 @@ class TokenSignals:
         self.set(Signal.STOPPED, 0)
         self.running = True
 
+    @property
+    def next(self) -> int:
+        """The number of the first layer of the next step."""
+        return self._next
+
+    def skip(self, layers: int) -> None:
+        """Leave out the numbers of a step with so many layers, whose first one was used for nothing."""
+        self._next += layers
+
     def stop(self) -> None:
         """Let the thread that sends end soon, if a step has begun: it is broken off."""
         if self.running:

@@ -6,6 +6,7 @@ how long it lives: with the last of them it is free again, whatever broke off in
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from bisect import bisect_right
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from fiddler.errors import ResourceError
 from fiddler.models.config import Config
-from fiddler.runtime.q8_0_rows import decoded, encoded, row_bytes
+from fiddler.runtime.row_layout import POSITIONS, RowLayout
 
 __all__ = ["POSITIONS", "UNIT_BYTES", "Block", "BlockPool", "Places", "array_dtype", "block_bytes", "blocks_for"]
 
-POSITIONS = 32  # in a block
 UNIT_BYTES = 64  # a block's size, and the address of each allocation, are multiples of it
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE: no swap is set aside; named since Python 3.13
 _NUMPY = {torch.float16: np.uint16, torch.float32: np.float32, torch.uint8: np.uint8}
@@ -59,17 +59,26 @@ class Places(NamedTuple):
 class BlockPool:
     """`capacity` blocks at most. On the CPU, memory is taken from the system as blocks are first written.
 
-    `segments`: the memory, each float16 or float32 [blocks, L, M, G, POSITIONS, head_dim], M: keys and values, or, of
-    latent attention, one vector that is both; with the type uint8 the last dimension is bytes of Q8_0. `memory`: the
-    first of them. `array`: the memory as our kernels take it, float16 as its bits, where it is all on the CPU; else
-    None.
+    `segments`: the memory, each [blocks, L, M, G, *layout.shape], M: keys and values, or, of latent attention, one
+    vector that is both. `layout`: what is in the memory of a head's `POSITIONS` rows. `memory`: the first segment.
+    `array`: the memory as our kernels take it, float16 as its bits, where it is all on the CPU; else None.
     `offsets`: int64, by a block's number: where it begins, in units of `UNIT_BYTES` from the begin of the pool.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        """Raises ResourceError where the system does not give the addresses of a single block."""
-        shape = _shape(config, dtype)
-        self.head_dim, self.quantised = config.head_dim, dtype == torch.uint8
+    def __init__(
+        self,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int,
+        layout: RowLayout | None = None,
+    ) -> None:
+        """layout: of rows of this dtype; None: that of our kernels on the CPU.
+
+        Raises ResourceError where the system does not give the addresses of a single block.
+        """
+        self.layout = layout or RowLayout.of(config.head_dim, dtype)
+        shape = (*_heads(config), *self.layout.shape)
         self.array: np.ndarray | None = None
         if device.type == "cpu":
             nbytes = block_bytes(config, dtype)
@@ -134,10 +143,10 @@ class BlockPool:
 
     def copy(self, source: Block, target: Block, positions: int) -> None:
         """Copy a block's first `positions` of all layers to another block."""
-        self.view(target)[..., :positions, :] = self.view(source)[..., :positions, :]
+        self.layout.copy(self.view(source), self.view(target), positions)
 
     def view(self, block: Block) -> Tensor:
-        """A block's memory, [L, M, G, POSITIONS, head_dim]."""
+        """A block's memory, [L, M, G, *layout.shape]."""
         segment = bisect_right(self._firsts, block.number) - 1
         return self.segments[segment][block.number - self._firsts[segment]]
 
@@ -155,9 +164,7 @@ class BlockPool:
         """Write a layer's keys and values [n, G, head_dim] to n places; of latent attention, the keys alone."""
         for segment, numbers, rows, news in places:
             for memory, new in zip(range(segment.shape[2]), memories, strict=False):
-                values = new if news is None else new[news]
-                stored = encoded(values) if self.quantised else values.to(segment.dtype)
-                segment[numbers, layer, memory, :, rows] = stored
+                self.layout.store(segment[:, layer, memory], numbers, rows, new if news is None else new[news])
 
     def blocks(self, layer: int, memory: int, numbers: np.ndarray) -> Tensor:
         """A layer's keys or values of n blocks: a copy, [G, n, POSITIONS, head_dim], float32 where they are Q8_0."""
@@ -169,7 +176,7 @@ class BlockPool:
         stored = parts[0]
         if len(parts) > 1:
             stored = torch.cat(parts, 1)[:, torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
-        return decoded(stored) if self.quantised else stored
+        return self.layout.load(stored)
 
     def _append(self, segment: Tensor) -> None:
         """Add memory behind the last block."""
@@ -202,13 +209,12 @@ def array_dtype(dtype: torch.dtype) -> np.dtype:
 
 def block_bytes(config: Config, dtype: torch.dtype) -> int:
     """Size of a block [bytes]."""
-    return int(np.prod(_shape(config, dtype))) * dtype.itemsize
+    return math.prod(_heads(config)) * RowLayout.of(config.head_dim, dtype).nbytes
 
 
-def _shape(config: Config, dtype: torch.dtype) -> tuple[int, ...]:
-    memories = 2 if config.latent is None else 1
-    length = row_bytes(config.head_dim) if dtype == torch.uint8 else config.head_dim
-    return config.block_count, memories, config.head_count_kv, POSITIONS, length
+def _heads(config: Config) -> tuple[int, int, int]:
+    """L, M and G of a pool's memory."""
+    return config.block_count, 2 if config.latent is None else 1, config.head_count_kv
 
 
 def _address_space(nbytes: int, capacity: int) -> tuple[mmap.mmap, int]:

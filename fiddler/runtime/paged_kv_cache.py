@@ -82,13 +82,15 @@ class PagedKVCache(KVCache):
             self._places = self.length, end, self.pool.places(numbers, rows)
         self.pool.store(layer, self._places[2], (keys, values))
         memories = self.pool.memory.shape[2]
-        stored = [_BlockRows(self.pool, layer, memory, table, end) for memory in range(memories)]
+        read_as = self.pool.layout.read_as
+        stored = [_BlockRows(self.pool, layer, memory, table, end, read_as) for memory in range(memories)]
         return stored[0], stored[-1]
 
     def stored(self, layer: int) -> list[Tensor]:
         """Implements `KVCache.stored`. Copies; a sequence with a window has only the positions that it still sees."""
-        memories = range(self.pool.memory.shape[2])
-        return [_BlockRows(self.pool, layer, memory, self.table, self.length)[:] for memory in memories]
+        pool, table = self.pool, self.table
+        memories = range(pool.memory.shape[2])
+        return [_BlockRows(pool, layer, memory, table, self.length, pool.layout.exact)[:] for memory in memories]
 
     def truncate(self, length: int) -> None:
         """Implements `KVCache.truncate`; gives back the blocks behind it."""
@@ -140,12 +142,14 @@ class PagedKVCache(KVCache):
 class _BlockRows:
     """Positions in blocks, as `Rows`. A slice copies them together."""
 
-    def __init__(self, pool: BlockPool, layer: int, memory: int, numbers: np.ndarray, length: int) -> None:
-        """memory: 0 for keys, 1 for values. numbers: int64, of the sequence's blocks."""
+    def __init__(
+        self, pool: BlockPool, layer: int, memory: int, numbers: np.ndarray, length: int, dtype: torch.dtype
+    ) -> None:
+        """memory: 0 for keys, 1 for values. numbers: int64, of the sequence's blocks. dtype: of slices."""
         self._pool, self._layer, self._memory = pool, layer, memory
         self._numbers, self._length = numbers, length
-        self.dtype = torch.float32 if pool.quantised else pool.memory.dtype
-        self.shape = length, pool.memory.shape[3], pool.head_dim
+        self.dtype = dtype
+        self.shape = length, pool.memory.shape[3], pool.layout.head_dim
 
     def __len__(self) -> int:
         return self._length
@@ -156,4 +160,4 @@ class _BlockRows:
         first = begin // POSITIONS
         blocks = self._pool.blocks(self._layer, self._memory, self._numbers[first : blocks_for(end)])
         rows = blocks.flatten(1, 2)  # [G, n, head_dim]
-        return rows[:, begin - first * POSITIONS : end - first * POSITIONS].transpose(0, 1)
+        return rows[:, begin - first * POSITIONS : end - first * POSITIONS].transpose(0, 1).to(self.dtype)

@@ -17,7 +17,7 @@ from fiddler.offload.plan import Costs
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
 from oracles.both_sides import EXACT, LAYERS, E, F, orchestrator, weights_of
-from oracles.token_graphs import RandomGraphs, check_step
+from oracles.token_graphs import RandomGraphs, check_step, likely_after
 
 MS = 1e-3
 COSTS = Costs(Curve((1,), (2 * MS,)), Curve((1,), (0.0,)), 4 * MS, 0.0)  # such that one step of the balance moves rows
@@ -83,6 +83,32 @@ def test_a_plan_is_made_once_for_each_layer_although_the_balance_changes(monkeyp
     monkeypatch.setattr(experts, "split_token", counted)
     decoder.step(1, 1, TABLE)
     assert planned == [(layer, threading.get_ident()) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("late", [0.0, 3 * MS])
+def test_any_mixture_of_right_and_wrong_guesses_computes_each_step_for_its_own_token(late):
+    """With other sequences between, counts that are read, and callers that draw; the balance changes meanwhile."""
+    recorder = ExpertCounts(LAYERS, E)
+    recorder.wants_expert_ids = False
+    decoder, graphs, experts = decode(late, recorder)
+    numbers, taken, wrong, tokens = random.Random(0), 0, 0, [[1], [2]]
+    for _ in range(120):
+        recorder.wants_expert_ids = numbers.random() < 0.05
+        sequence = tokens[numbers.random() < 0.1]
+        if numbers.random() < 0.1:
+            decoder.forget_ahead()
+        begun, token, position = graphs.begun_ahead, sequence[-1], len(sequence) - 1
+        decoder.step(token, position, TABLE + (sequence is tokens[1]), greedy=numbers.random() < 0.95)
+        graphs.synchronize()
+        last = graphs.history[-2 if graphs.begun_ahead else -1]
+        assert last == (token, position)
+        taken += begun and graphs.history.count(last) == 1
+        check_step(graphs, experts)
+        likely = likely_after(token)
+        sequence.append(likely if numbers.random() < 0.9 else likely + 1)
+        wrong += sequence[-1] != likely
+    assert taken > 20
+    assert wrong > 5
 
 
 def chosen_in_steps(decoder, graphs, steps):
@@ -157,9 +183,11 @@ def test_numbers_of_signals_may_overflow():
     assert signals.first > 2**32
 
 
-def steps(decoder, token, count=9):
-    for _ in range(count):
-        decoder.step(token, token, TABLE)
+def steps(decoder, token, count=24):
+    """Every other step begins the next one ahead, once the pause after a wrong guess is over."""
+    for position in range(count):
+        decoder.step(token, position, TABLE, greedy=position % 2 == 0)
+        token = likely_after(token)
 
 
 @pytest.mark.parametrize("costs", [COSTS, STREAM], ids=["both sides", "streamed in chunks"])
@@ -179,7 +207,8 @@ def test_a_step_broken_off_at_any_call_leaves_nothing_that_waits(monkeypatch, co
             return call(*arguments)
 
         calls = [(experts, "on_cpu"), (experts, "split_token")]
-        calls += [(graphs, name) for name in ("begin", "queue", "send_when_divided", "open", "end")]
+        calls += [(graphs, name) for name in ("begin", "begin_ahead", "take_ahead", "queue", "send_when_divided")]
+        calls += [(graphs, name) for name in ("open", "end")]
         target, name = numbers.choice(calls)
         call = getattr(target, name)
         monkeypatch.setattr(target, name, partial(breaks, call))

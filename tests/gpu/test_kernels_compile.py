@@ -33,6 +33,10 @@ KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i":
 PAGED = {"P": 32, "UNIT": 32}
 NO_SINKS = {"SINKS": False}
 PLAIN = {"BIASED": False, "CLAMPED": False}
+BIASED = {"up": dict.fromkeys(PLAIN, True), "down": {"BIASED": True, "BY_ID": True}}
+BIASED["up of many"] = BIASED["up"]
+Q8_0 = {"P": 32, "UNIT": 64}
+LATENT = {"WHOLE": True, "R": 64, "L": 512}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
     "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
@@ -54,35 +58,77 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
     "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
-    "attend": (attention_kernels._attend, "fhhllllfffsiiiif", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128} | NO_SINKS),
+    "attend": (attention_kernels._attend, "fhhllllfffsiiiif", PAGED | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128}),
     "attend of many": (
         attention_kernels._attend,
         "fhhllllfffsiiiif",
-        PAGED | {"SPLITS": 1, "N": 64, "DIM": 128} | NO_SINKS,
+        PAGED | NO_SINKS | {"SPLITS": 1, "N": 64, "DIM": 128},
     ),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
     "attend to a prompt": (
         attention_kernels._attend_tile,
         "fhhllllfsiiiif",
-        PAGED | {"M": 64, "N": 64, "DIM": 128} | NO_SINKS,
+        PAGED | NO_SINKS | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
     ),
     "attend to a prompt in 32 bits": (
         attention_kernels._attend_tile,
         "fffllllfsiiiif",
-        PAGED | {"UNIT": 16, "M": 32, "N": 32, "DIM": 256} | NO_SINKS,
+        PAGED | NO_SINKS | {"UNIT": 16, "W": tl.float32, "M": 32, "N": 32, "DIM": 256},
     ),
     "attend to latents": (
         latent_kernels._attend_latent,
         "fhllllfffsiii",
-        PAGED | {"WHOLE": False, "M": 32, "N": 32, "R": 64, "L": 512, "C": 512},
+        PAGED | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 32, "C": 512},
     ),
     "attend to latents of a prompt in 32 bits": (
         latent_kernels._attend_latent,
         "ffllllfffsiii",
-        PAGED | {"UNIT": 16, "WHOLE": True, "M": 16, "N": 16, "R": 64, "L": 512, "C": 32},
+        PAGED | LATENT | {"UNIT": 16, "ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
     ),
     "merge latents": (latent_kernels._merge_latent, "ffflfii", {"SPLITS": 16, "M": 32, "L": 512}),
     "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),
+    "rotate into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 64}),
+    "rotate latents into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 512}),
+    "attend to Q8_0": (
+        attention_kernels._attend,
+        "fuullllfffsiiiif",
+        Q8_0 | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128},
+    ),
+    "attend to Q8_0 of a prompt": (
+        attention_kernels._attend_tile,
+        "fuullllfsiiiif",
+        Q8_0 | NO_SINKS | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+    ),
+    "attend to Q8_0 of a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fuullllfsiiiif",
+        Q8_0 | NO_SINKS | {"W": tl.float32, "M": 32, "N": 32, "DIM": 256},
+    ),
+    "attend to float16 of a prompt in 32 bits": (
+        attention_kernels._attend_tile,
+        "fhhllllfsiiiif",
+        PAGED | NO_SINKS | {"W": tl.float32, "M": 32, "N": 32, "DIM": 128},
+    ),
+    "attend to latents in float16 of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "fhllllfffsiii",
+        PAGED | LATENT | {"ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
+    ),
+    "attend to latents in Q8_0": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"ALONE": False, "W": tl.float16, "M": 32, "N": 16, "C": 512},
+    ),
+    "attend to latents in Q8_0 of a prompt in 32 bits": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"ALONE": True, "W": tl.float32, "M": 16, "N": 16, "C": 32},
+    ),
+    "attend to latents in Q8_0 behind a part of a block": (
+        latent_kernels._attend_latent,
+        "fullllfffsiii",
+        Q8_0 | LATENT | {"WHOLE": False, "ALONE": False, "W": tl.float16, "M": 16, "N": 32, "C": 512},
+    ),
     "up of many": (
         grouped_kernels._up,
         "blllbffiii",
@@ -95,11 +141,10 @@ CASES = {  # name: kernel, types of its arguments in order, constants
 SWITCHES = ("SIGMOID", "RENORMALISE", "BIASED", "SELECTION")
 NO_GROUPS = {"G": 1, "GROUPS": 1, "USED": 1, "TWO": False}
 ONE_OF_MANY = {"WIDE": 4096, "K": 2048, "N": 8, "TOP": 2, "J": 2}
-for named in ("attend", "attend of many", "attend to a prompt", "attend to a prompt in 32 bits"):
+for named in [each for each in CASES if "SINKS" in CASES[each][2]]:
     kernel, kinds, constants = CASES[named]
     CASES[f"{named} with sinks"] = kernel, kinds, constants | {"SINKS": True}
-for named, biased in (("up", {"BIASED": True, "CLAMPED": True}), ("down", {"BIASED": True, "BY_ID": True}),
-                      ("up of many", {"BIASED": True, "CLAMPED": True})):  # fmt: skip
+for named, biased in BIASED.items():
     kernel, kinds, constants = CASES[named]
     CASES[f"{named} with biases"] = kernel, kinds, constants | biased
 for switches in itertools.product((False, True), repeat=4):
@@ -174,11 +219,9 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
         ),
         "down of many": (grouped_block_kernels.down_blocks, "blfllfiii", {**down, **MANY}),
     }
-    biased = {"up": {"BIASED": True, "CLAMPED": True}, "down": {"BIASED": True, "BY_ID": True}}
-    biased["up of many"] = biased["up"]
-    for name, more in biased.items() if kind == "mxfp4" else ():
+    for name, biased in BIASED.items() if kind == "mxfp4" else ():
         kernel, kinds, constants = cases[name]
-        cases[f"{name} with biases"] = kernel, kinds, constants | more
+        cases[f"{name} with biases"] = kernel, kinds, constants | biased
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, case in cases.items():
         assert compiled(*case).metadata.shared <= 200 << 10, name  # of 227 KiB

@@ -122,7 +122,7 @@ def test_latent_kernels_over_scattered_blocks_match_float64(dtype, bound, heads,
     for many in (False, True):
         bounds, size = attention_kernels.latent_tiles([each for each in parts if (each[1] > 1) == many], heads, dtype)
         tiles = attention_kernels.LatentTiles(bounds.to(DEVICE), size)
-        attention_kernels.attend_latent(turned, keys, tables, tiles, rotated, out)
+        attention_kernels.attend_latent(turned, keys, tables, tiles, rotated, out, dtype)
     for (begin, count), rows in zip(parts, expected, strict=True):
         error = (out[begin : begin + count, :, rotated:].cpu() - rows).abs().max()
         assert error < bound, (begin, count, error)
@@ -254,7 +254,7 @@ def test_time_of_latent_attention_is_printed(heads):
 
         def work(q=q, k=k, out=out, tables=tables, tiles=tiles):
             turned = attention_kernels.rotate_and_store(q, k, k, cos_sin, tables, keys, None)
-            attention_kernels.attend_latent(turned, keys, tables, tiles, 64, out)
+            attention_kernels.attend_latent(turned, keys, tables, tiles, 64, out, torch.float16)
 
         seconds = replayed(work)
         sys.stdout.write(f"{heads} heads, {name}, {positions} positions: {seconds * 1e6:.1f} us\n")

@@ -116,7 +116,7 @@ def test_attention_kernels_over_scattered_blocks_match_float64(dtype, bound, hea
     single = torch.tensor([begin for begin, count in parts if count == 1], device=DEVICE)
     attention_kernels.attend_rows(turned, first[0], first[1], tables, single, window, out)
     tiles, size = attention_kernels.tiles_of([part for part in parts if part[1] > 1], dtype)
-    attention_kernels.attend_tiles(turned, first[0], first[1], tables, (tiles.to(DEVICE), size), window, out)
+    attention_kernels.attend_tiles(turned, first[0], first[1], tables, (tiles.to(DEVICE), size), window, out, dtype)
     for (begin, count), rows in zip(parts, expected, strict=True):
         error = (out[begin : begin + count].cpu() - rows).abs().max()
         assert error < (bound if count > 1 else 2e-5), (begin, count, error)
@@ -306,7 +306,9 @@ def test_time_of_attention_is_printed(positions):
     tables = attention_kernels.Tables(torch.arange(positions, device=DEVICE), table, firsts)
     tiles, size = attention_kernels.tiles_of([(0, positions)], torch.float16)
     out, tiles = torch.empty_like(q), tiles.to(DEVICE)
-    ours = replayed(lambda: attention_kernels.attend_tiles(q, keys, values, tables, (tiles, size), None, out))
+    ours = replayed(
+        lambda: attention_kernels.attend_tiles(q, keys, values, tables, (tiles, size), None, out, torch.float16)
+    )
     half = [torch.randn(1, n, positions, 128, device=DEVICE, dtype=torch.float16) for n in (32, 32, 32)]
     torchs = replayed(lambda: torch.nn.functional.scaled_dot_product_attention(*half, is_causal=True))
     sys.stdout.write(f"a prompt of {positions}: {ours * 1e6:.0f} us, torch {torchs * 1e6:.0f} us\n")

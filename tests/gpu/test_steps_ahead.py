@@ -196,12 +196,15 @@ def test_the_next_token_is_numpys_first_largest(size):
 
 
 @GPU
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, monkeypatch):
-    """Beside sampled ones, ones that are given up, and cached prefixes; over block boundaries and to the end."""
-    engine = fiddler.load(device="cuda", precision=precision, context=128)
+@pytest.mark.parametrize("precision,residents", [("exact", None), ("fast", None), ("exact", 20)])
+def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, residents, monkeypatch):
+    """Beside sampled ones, ones that are given up, and cached prefixes; over block boundaries and to the end.
+
+    Where the CPU computes some experts, sums are rounded differently each time; in `exact` no choice here notices.
+    """
+    engine = fiddler.load(device="cuda", precision=precision, context=128, gpu_experts=residents)
     decoder = engine.runner._decoder
-    assert not decoder.uses_cpu
+    assert decoder.uses_cpu is (residents is not None)
     prompts = ["Once upon a time, in a small village", "The", "Two plus two is", "It was a dark night; " * 6]
     begun, begin_ahead = [], decoder._graphs.begin_ahead
     monkeypatch.setattr(decoder._graphs, "begin_ahead", lambda table: (begun.append(1), begin_ahead(table)))

@@ -15,15 +15,18 @@ from fiddler.telemetry.recorder import SILENT
 from oracles.both_sides_runner import runner_of_both_sides
 
 
-def engine_in_place(path, *, least=40, attention=None, residents=None):
-    """least: blocks of the pool. attention: `attention_kernels`, which Triton's interpreter runs; None: torch."""
+def engine_in_place(path, *, least=40, attention=None, residents=None, dtype=torch.float32):
+    """least: blocks of the pool. attention: `attention_kernels`, which Triton's interpreter runs; None: torch.
+
+    dtype: of the KV cache.
+    """
     engine = fiddler.load(path, device="cpu", precision="exact")
     config = engine.config
-    placed = [[0] for _ in range(config.block_count)] if residents is None else residents
+    placed = [[0] for _ in config.sparse_layers] if residents is None else residents
     both = runner_of_both_sides(path, SILENT, placed)
-    pool = GrowingPool(config, torch.float32, torch.device("cpu"), least)
+    pool = GrowingPool(config, dtype, torch.device("cpu"), least)
     budget = SimpleNamespace(total=1 << 40)
-    runner = GpuRunner(both.model, both.orchestrator, engine.context, torch.float32, 1, 100, pool, budget)
+    runner = GpuRunner(both.model, both.orchestrator, engine.context, dtype, 1, 100, pool, budget)
     if attention is not None:
         runner.decode_with(None, cos_sin_of(config, engine.context), attention)
     return Engine(engine.model_file, engine.tokenizer, runner, "cpu", "", engine.backend, 0.0)

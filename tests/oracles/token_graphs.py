@@ -21,6 +21,11 @@ from oracles import naive
 POLL = 1e-5
 
 
+def likely_after(token):
+    """The token of the largest logit after this one."""
+    return (7 * token + 3) % 50
+
+
 def run(queue, errors):
     """Do what is queued, until None is."""
     while (work := queue.get()) is not None:
@@ -35,8 +40,9 @@ class RandomGraphs:
     """Implements `Graphs`: what a graph hands to the host is random; streamed experts are computed from the ring.
 
     late: seconds by which the GPU is late with the streamed experts of a layer. slow: seconds that `queue` takes.
-    Of each layer: `inputs` x, expert ids and routing weights; `gpu_rows` hidden rows that were streamed, by expert;
-    `gpu_sums` and `sums`, the GPU's and the CPU's, which the next graph reads. Valid after `synchronize`.
+    Of each layer of the last step, without one that was only begun ahead: `inputs` x, expert ids and routing weights;
+    `gpu_rows` hidden rows that were streamed, by expert; `gpu_sums` and `sums`, the GPU's and the CPU's, which the next
+    graph reads. `history`: token and position of each step that was begun. Valid after `synchronize`.
     """
 
     def __init__(self, experts, k, late=0.0, seed=0):
@@ -53,7 +59,8 @@ class RandomGraphs:
         self.jobs = np.zeros_like(jobs)  # on the GPU
         self.copies = self.ring.token_copies(token.division, jobs, self.jobs.ctypes.data)
         self.slow, self.fails, self.sent_here, self.sent_there = 0.0, False, 0, 0
-        self.inputs, self.gpu_rows, self.gpu_sums, self.sums = [], [], [], []
+        self.history, self.token, self.begun_ahead, self.chosen_tokens = [], None, False, [None, None]
+        self._records = []  # of each step: `inputs`, `gpu_rows`, `gpu_sums`, `sums`
         self._queue, self.errors = SimpleQueue(), []
         threading.Thread(target=run, args=(self._queue, self.errors), daemon=True).start()
         weakref.finalize(self, self._queue.put, None).atexit = False
@@ -68,12 +75,57 @@ class RandomGraphs:
         self.synchronize()
         return [torch.from_numpy(expert_ids) for _, expert_ids, _ in self.inputs]
 
+    @property
+    def inputs(self):
+        return self._record(0)
+
+    @property
+    def gpu_rows(self):
+        return self._record(1)
+
+    @property
+    def gpu_sums(self):
+        return self._record(2)
+
+    @property
+    def sums(self):
+        return self._record(3)
+
+    def _record(self, index):
+        return self._records[-2 if self.begun_ahead else -1][index]
+
     def begin(self, token, position, table):
-        self.synchronize()
-        self.inputs, self.gpu_rows, self.gpu_sums, self.sums = [], [], [], []
+        if self.begun_ahead:
+            self.begun_ahead = False
+            self.signals.skip(len(self.breaks))
+        self._queue.put(partial(self._token, token, position))
         self.signals.begin(len(self.breaks))
         self.ring.begin_token()
         self._queue.put(partial(self._graph, 0, self.number(0)))
+
+    def begin_ahead(self, table):
+        self._queue.put(self._choose)
+        self._queue.put(partial(self._graph, 0, self.signals.next))
+        self.begun_ahead = True
+
+    def arrived_ahead(self):
+        return self.signals.is_at(Signal.ARRIVED, self.signals.next)
+
+    def take_ahead(self):
+        self.begun_ahead = False
+        self.signals.begin(len(self.breaks))
+        self.ring.begin_token()
+
+    def next_token(self, position):
+        return self.chosen_tokens[position % 2]
+
+    def _choose(self):
+        token, position = self.token
+        self.chosen_tokens[position % 2] = likely_after(token)
+        self._token(likely_after(token), position + 1)
+
+    def _token(self, token, position):
+        self.token = token, position
 
     def number(self, graph):
         return self.signals.first + graph
@@ -95,21 +147,26 @@ class RandomGraphs:
             time.sleep(POLL)
 
     def _graph(self, graph, number):
+        if graph == 0:
+            self.history.append(self.token)
+            self._records = [*self._records[-1:], ([], [], [], [])]
+        inputs, gpu_rows, gpu_sums, sums = self._records[-1]
         if graph:
-            self.sums.append(self.cpu_sum.copy())
+            sums.append(self.cpu_sum.copy())
         if graph < len(self.breaks):
             self.x[:] = self.random.normal(size=self.width)
             self.expert_ids[:] = self.random.permutation(self.experts)[: self.k]
             self.routing_weights[:] = self.random.random(self.k)
-            self.inputs.append((self.x.copy(), self.expert_ids.astype(np.int64), self.routing_weights.copy()))
-            self.gpu_rows.append({})
-            self.gpu_sums.append(np.zeros((1, self.width)))
+            inputs.append((self.x.copy(), self.expert_ids.astype(np.int64), self.routing_weights.copy()))
+            gpu_rows.append({})
+            gpu_sums.append(np.zeros((1, self.width)))
             self.signals.set(Signal.ARRIVED, number)
 
     def _stream(self, layer, chunk):
         time.sleep(self.late)
-        x, expert_ids, routing_weights = self.inputs[layer]
-        rows_of, formats = self.gpu_rows[layer], self.layers[layer].matrix_formats
+        inputs, gpu_rows, gpu_sums, _ = self._records[-1]
+        x, expert_ids, routing_weights = inputs[layer]
+        rows_of, formats = gpu_rows[layer], self.layers[layer].matrix_formats
         for *addresses, rows, j, first in self.jobs[chunk].tolist():
             if rows == 0:
                 continue
@@ -119,7 +176,7 @@ class RandomGraphs:
             biases = None if self.biases is None else [each[first : first + rows] for each in self.biases[:2]]
             options = {"biases": biases, "clamped": self.layers[layer].clamped}
             y = feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20, **options).numpy()
-            self.gpu_sums[layer] += routing_weights[0, j] * y
+            gpu_sums[layer] += routing_weights[0, j] * y
 
     def send(self, layer, number, plan):
         self.sent_here += 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import torch
 
 import fiddler
 from fiddler import Sampling
-from fiddler.converters.conversion import convert
 from fiddler.errors import FiddlerError, RequestError
 from fiddler.load_options import LoadOptions
 from fiddler.runtime.block_pool import BlockPool
@@ -19,11 +16,10 @@ from fiddler.runtime.kv_cache_file import PromptCache
 from fiddler.runtime.prefix_cache import PrefixCache
 from fiddler.runtime.q8_0_rows import decoded, encoded
 from oracles.command import fails_in_one_line, run
-from oracles.families import CASES, make_family_checkpoint
+from oracles.q8_0_models import IDS, MODELS, latent_model, one_by_one, quantised
 from oracles.synthetic import write_random_mixtral
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
-IDS = [1, *range(3, 400, 3)]
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -43,10 +39,6 @@ def loaded(path, **options):
     return fiddler.load(path, device="cpu", **{"precision": "exact"} | options)
 
 
-def quantised(path, **options):
-    return loaded(path, cache_type_k="q8_0", cache_type_v="q8_0", **options)
-
-
 def rounding(path):
     """The model in torch, with a float32 cache of rounded keys and values."""
     engine = loaded(path)
@@ -57,24 +49,9 @@ def rounding(path):
     return engine
 
 
-MODELS = {
-    "heads of 32": {"d": 128, "head_dim": 32},
-    "heads of 96": {"d": 96, "heads": 2, "kv_heads": 1, "head_dim": 96},
-    "a window": {"d": 128, "head_dim": 32, "window": 40},
-}
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     return write_random_mixtral(tmp_path_factory.mktemp("q8") / "tiny.gguf", **MODELS[request.param])
-
-
-def one_by_one(engine, ids, count):
-    """Logits after a prompt, and after each of the last `count` tokens, fed alone."""
-    runner = engine.runner
-    sequence = runner.sequence()
-    rows = [runner.step([(sequence, ids[:-count])]).logits[-1]]
-    return torch.stack(rows + [runner.step([(sequence, [token])]).logits[-1] for token in ids[-count:]])
 
 
 def test_rows_have_the_bytes_and_numbers_that_gguf_computes():
@@ -150,10 +127,7 @@ def test_a_prompt_cache_file_gives_back_the_same_blocks(model, tmp_path):
 
 @pytest.mark.parametrize("latent", [24, 28])
 def test_latent_attention_has_it_too_where_its_vector_is_whole_blocks(tmp_path, latent):
-    case = CASES["deepseek2, V2, f16, fused, tied"]
-    case = dataclasses.replace(case, options={**case.options, "kv_lora_rank": latent, "qk_rope_head_dim": 8})
-    path = tmp_path / "m.gguf"
-    convert(make_family_checkpoint(case, tmp_path / "checkpoint"), path)
+    path = latent_model(tmp_path, latent)
     if latent == 28:
         with pytest.raises(RequestError, match="heads of 36 numbers"):
             quantised(path)
@@ -173,8 +147,6 @@ def test_what_does_not_go_is_one_line_that_names_the_value(tmp_path):
         ({"cache_type_k": "q8_0", "cache_type_v": "f16"}, "give both the same"),
         ({"cache_type_k": "q4_0", "cache_type_v": "q4_0"}, "cache_type_k is 'q4_0'; give 'f32', 'f16' or 'q8_0'"),
         ({"cache_type_k": 8, "cache_type_v": 8}, "cache_type_k is 8"),
-        ({"cache_type_k": "q8_0", "cache_type_v": "q8_0", "device": "cuda"}, "cache_type_k q8_0 is for the CPU"),
-        ({"cache_type_k": "q8_0", "cache_type_v": "q8_0", "gpu_memory": 1 << 30}, "cache_type_k q8_0 is for the CPU"),
     ):
         with pytest.raises(RequestError) as caught:
             LoadOptions(**options)

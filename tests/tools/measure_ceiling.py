@@ -165,23 +165,29 @@ class Bench:
     def ids(self, count):
         return [self.random.randrange(3, self.config.vocab_size) for _ in range(count)]
 
-    def generate(self, count):
-        """Seconds of each token, and bytes of each layer's experts, token by token."""
+    def generate(self, count, *, greedy):
+        """Seconds of each token, bytes of each layer's experts, token by token, and how many tokens are different.
+
+        greedy: the tokens of the largest logits, which the GPU may take before the caller knows them; else random ones.
+        """
         self.way("auto")
-        prompt, ids, samples = self.ids(PROMPT), self.ids(WARM + count), []
+        prompt, ids, samples, taken = self.ids(PROMPT), self.ids(1 + WARM + count), [], []
         for counted in (False, True):  # which experts are chosen is read in a second pass: it takes time
             self.sequence.truncate(0)
             self.runner.prefill(self.sequence, prompt)
+            token = ids[0]
             self.chosen.wants_expert_ids = counted
-            for i, token in enumerate(ids):
+            for i in range(WARM + count):
                 if i == WARM:
                     self.chosen.expert_ids = []
                 begun = time.perf_counter()
-                self.runner.step([(self.sequence, [token])])
+                logits = self.runner.step([(self.sequence, [token])], greedy=greedy).logits
+                token = int(logits[0].numpy().argmax()) if greedy else ids[i + 1]
                 if not counted and i >= WARM:
                     samples.append(time.perf_counter() - begun)
+                    taken.append(token)
         self.chosen.wants_expert_ids = False
-        return samples, self._bytes()
+        return samples, self._bytes(), len(set(taken))
 
     def _bytes(self):
         """(missing, resident) bytes of the experts chosen in each layer, of each token."""
@@ -217,17 +223,20 @@ class Bench:
 
 
 def report_generation(bench, count):
-    samples, tokens = bench.generate(count)
     links = bench.calibration.expert_bytes / bench.costs.memory
     gpu = gpu_bandwidth(bench.device, 1 << (28 if bench.device.type == "cuda" else 24))
     trip, dense = round_trip(bench.device, bench.config.embedding_length), bench.dense_bytes()
-    least = median(ceiling(layers, dense, links, gpu, trip) for layers in tokens)
     print(f"both links {links / 1e9:.1f} GB/s, GPU {gpu / 1e9:.0f} GB/s, a round trip {trip * 1e6:.0f} us")
-    missing, resident = (median(sum(layer[i] for layer in layers) for layers in tokens) / 1e9 for i in (0, 1))
-    print(f"a token reads {missing:.2f} GB of missing experts, {resident:.2f} of residents, {dense / 1e9:.2f} beside")
-    seconds = median(samples)
-    print(f"generation {1 / seconds:.1f} tokens/s ({1 / max(samples):.1f}-{1 / min(samples):.1f}), ", end="")
-    print(f"{least / seconds:.0%} of the ceiling's {1 / least:.1f}")
+    for greedy in (False, True):
+        samples, tokens, different = bench.generate(count, greedy=greedy)
+        least = median(ceiling(layers, dense, links, gpu, trip) for layers in tokens)
+        missing, resident = (median(sum(layer[i] for layer in layers) for layers in tokens) / 1e9 for i in (0, 1))
+        print(
+            f"a token reads {missing:.2f} GB of missing experts, {resident:.2f} of residents, {dense / 1e9:.2f} beside"
+        )
+        seconds, kind = median(samples), f"greedy, {different} different ones" if greedy else "random"
+        print(f"generation {1 / seconds:.1f} tokens/s ({1 / max(samples):.1f}-{1 / min(samples):.1f}), ", end="")
+        print(f"{least / seconds:.0%} of the ceiling's {1 / least:.1f}; {count} tokens, {kind}")
 
 
 def report_prompts(bench, lengths, repetitions):
