@@ -20,8 +20,9 @@ from fiddler.kernels.one_token import NOT_YET, Signal, TokenDivision
 
 __all__ = ["JOB", "Layout", "TokenCopies"]
 
-JOB = 5
-"""Numbers of a job: addresses of gate, up and down of some hidden rows; their number; the index of their expert id."""
+JOB = 6
+"""Numbers of a job: addresses of gate, up and down of some hidden rows; their number; the index of their expert id; the
+index of the first one among the hidden rows of all layers' experts."""
 
 _NO_ROOM = -(1 << 40)  # no int of a C function
 _SENT, _COMPUTED, _STOPPED = int(Signal.SENT), int(Signal.COMPUTED), int(Signal.STOPPED)
@@ -111,7 +112,7 @@ def _send(arrays: tuple[np.ndarray, ...], layer: int, number: int, waits: bool) 
             return NOT_YET
         if is_at(signals, _QUEUED, number):
             return 0
-    result: int = _make_jobs(expert_ids, gpu_rows, bytes_of[layer], fixed, jobs, begins)
+    result: int = _make_jobs(expert_ids, gpu_rows, bytes_of[layer], fixed, layer * matrices.shape[2], jobs, begins)
     if result == 0:
         of_layer = expert_ids, matrices[layer], bytes_of[layer], fixed, borders, rows_copy
         result = _queue_copies(signals, of_layer, jobs, begins, number)
@@ -127,12 +128,13 @@ def _make_jobs(
     gpu_rows: np.ndarray,
     bytes_of: np.ndarray,
     fixed: np.ndarray,
+    experts: int,
     jobs: np.ndarray,
     begins: np.ndarray,
 ) -> int:
     """Divide a layer's rows among chunks. Each matrix begins at a multiple of 16 bytes behind the one before.
 
-    begins: int64 [C, K], the first hidden row of each job.
+    experts: of the layers before. begins: int64 [C, K], the first hidden row of each job.
     """
     hidden, width, begun, nbytes, room = fixed[0], fixed[1], fixed[2], fixed[3], fixed[4]
     jobs[:] = 0
@@ -147,6 +149,7 @@ def _make_jobs(
                 chunk, count, used, address = chunk + 1, 0, 0, begun
             begins[chunk, count] = hidden - left
             jobs[chunk, count, 3], jobs[chunk, count, 4] = rows, j
+            jobs[chunk, count, 5] = (experts + expert_ids[0, j]) * hidden + hidden - left
             for matrix in range(3):
                 jobs[chunk, count, matrix] = address
                 matrix_bytes = rows * bytes_of[matrix] if matrix < 2 else width * (rows // bytes_of[2] * bytes_of[3])

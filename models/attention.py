@@ -42,19 +42,18 @@ def attend(q: Tensor, keys: Rows, values: Rows, window: int | None, sinks: Tenso
     keys and values [S, G, head_dim]: query i is position S - n + i and attends to the positions up to its own, at
     most the last `window` of them. Keys and values may have 16 bits; the arithmetic is float32, except on a GPU for
     fp16 keys that the window does not cut: 16-bit products, float32 sums. On a CPU, memory does not grow with S.
-    sinks: float32 [H], a logit of each head that the softmax has beside its scores; it adds nothing to the output. On a
-    CPU only.
+    sinks: float32 [H], a logit of each head that the softmax has beside its scores; it adds nothing to the output, and
+    the arithmetic is float32.
     """
     n, total = len(q), len(keys)
-    assert sinks is None or not q.is_cuda
     fused = q.shape[-1] <= _WIDEST_FUSED and (window is None or total <= window)
-    if q.is_cuda and keys.dtype == torch.float16 and fused:
+    if q.is_cuda and keys.dtype == torch.float16 and fused and sinks is None:
         return _attend_fp16(q, keys[:], values[:])
     if window is not None:
         visible = slice(max(0, total - n - window + 1), total)  # to any of the queries
         keys, values = keys[visible], values[visible]
     if n > 1 and (q.is_cuda or (window is not None and len(keys) > window)):
-        return _attend_masked(q.float(), keys[:], values[:], window, sinks)
+        return _attend_masked(q.float(), keys[:], values[:], window, sinks, whole=sinks is not None and q.is_cuda)
     return _attend_in_blocks(q.float(), keys, values, sinks)
 
 
@@ -100,15 +99,17 @@ def _blocks(q: Tensor, keys: Rows, values: Rows) -> Iterator[tuple[Tensor, Tenso
             yield torch.bmm(probabilities, v), scores.amax(-1) - probabilities.amax(-1).log()
 
 
-def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
-    """`attend` with an explicit mask, a chunk of queries at a time."""
+def _attend_masked(
+    q: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None, *, whole: bool
+) -> Tensor:
+    """`attend` with an explicit mask, a chunk of queries at a time. whole: see `_attend_whole`."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
     repeat = heads // groups
     grouped = q.view(n, groups, repeat, head_dim).transpose(0, 1)  # [G, n, H / G, head_dim]
     k, v = keys.transpose(0, 1).float(), values.transpose(0, 1).float()  # [G, S, head_dim]
     out = torch.empty_like(grouped)
-    step = max(1, _MASK_ELEMENTS // (repeat * total))
+    step = max(1, _MASK_ELEMENTS // ((heads if whole else repeat) * total))
     for begin in range(0, n, step):
         end = min(begin + step, n)
         first, last = total - n + begin, total - n + end  # positions of this chunk
@@ -124,12 +125,24 @@ def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, window: int | None, 
         if sinks is None:
             result = F.scaled_dot_product_attention(chunk, *visible, mask)
         else:
-            bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-            result, lse = _FLASH(chunk, *visible, 0.0, False, attn_mask=bias[None, None])
-            of_rows = sinks.view(groups, 1, repeat).expand(-1, end - begin, -1).reshape(1, groups, -1)
-            result = result * torch.sigmoid(lse - of_rows)[..., None]
+            of_rows = sinks.view(groups, 1, repeat).expand(-1, end - begin, -1).reshape(1, groups, -1, 1)
+            result = (_attend_whole if whole else _attend_flash)(chunk, *visible, mask, of_rows)
         out[:, begin:end] = result.view(groups, end - begin, repeat, head_dim)
     return out.transpose(0, 1).reshape(n, heads, head_dim)
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """Masked attention with sinks on a CPU: q [1, G, n, d], k and v [1, G, S, d], mask [n, S], sinks [1, G, n, 1]."""
+    bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    result, lse = _FLASH(q, k, v, 0.0, False, attn_mask=bias[None, None])
+    out: Tensor = result * torch.sigmoid(lse[..., None] - sinks)
+    return out
+
+
+def _attend_whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """`_attend_flash` on any device: the scores of all heads lie in memory."""
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill_(~mask, -torch.inf)
+    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ v
 
 
 def _attend_fp16(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fiddler.files.weights import ExpertWeights, LinearWeight
 from fiddler.kernels import KernelVariant
 from fiddler.models import router
 from fiddler.models.activation import activated
-from fiddler.models.architecture import Activation, RouterRule, Scoring
+from fiddler.models.architecture import RouterRule, Scoring
 from fiddler.models.interfaces import RouterWeights
 from fiddler.telemetry.recorder import SILENT, Recorder
 
@@ -44,8 +44,7 @@ class CpuExperts:
             if len({variant.grouping for variant in w.variants}) > 1:
                 return _product_by_product(x, expert_ids, routing_weights, w)
             if layer not in self._checked:
-                clamped = w.activation is Activation.CLAMPED
-                self._checked[layer] = kernels.ExpertFfn(w.gate, w.up, w.down, w.variants, clamped=clamped)
+                self._checked[layer] = w.ffn()
             y = self._checked[layer](x.numpy(), expert_ids.numpy(), routing_weights.numpy())
         return torch.from_numpy(y)
 

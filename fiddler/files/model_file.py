@@ -18,7 +18,7 @@ from fiddler.errors import FileFormatError
 from fiddler.files.gguf_file import GgufFile, TensorInfo
 from fiddler.files.gguf_header import VIEW_TYPES, Header
 from fiddler.files.stored_tensors import stored_names
-from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role, Sinks
+from fiddler.models.architecture import EXPERTS, ROPE_DIVISORS, Role
 from fiddler.models.config import Config
 from fiddler.models.metadata import further_tensors, read_config
 from fiddler.models.rope_scaling import RopeKind
@@ -83,8 +83,6 @@ class ModelFile:
     @cached_property
     def gpu_obstacle(self) -> str | None:
         """Why the model runs on the CPU only, in a few words; None where a GPU can run it."""
-        if self.config.architecture.sinks is not Sinks.NONE:
-            return f"a {self.config.architecture.name} runs on the CPU only"
         from fiddler.kernels.formats import GPU_FORMATS  # late: inspecting a file needs no kernels
 
         for name, tensor in self.config.tensors(tied=self.tied).items():

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from fiddler.files.model_file import ModelFile
-from fiddler.kernels import ExpertMatrices, KernelVariant, Tier
+from fiddler.kernels import ExpertFfn, ExpertMatrices, KernelVariant, Tier
 from fiddler.kernels.formats import FORMATS, format_of
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.models.architecture import EXPERT_BIASES, EXPERTS, Activation, Role
@@ -61,6 +61,18 @@ class ExpertWeights:
     def quantised(self) -> bool:
         """Whether its weights lie in blocks with scales."""
         return self.variant.quantised
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the activation is `Activation.CLAMPED`."""
+        return self.activation is Activation.CLAMPED
+
+    def ffn(self, *, down_bias: bool = True) -> ExpertFfn:
+        """The CPU's kernels with these weights. down_bias: False leaves adding the biases of down to others."""
+        down = self.down
+        if down.bias is not None and not down_bias:
+            down = replace(down, bias=np.zeros(down.bias.shape, np.float32))
+        return ExpertFfn(self.gate, self.up, down, self.variants, clamped=self.clamped)
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:

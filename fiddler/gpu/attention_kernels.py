@@ -50,11 +50,13 @@ def _attend(
     heads,
     repeat,
     dim,
+    sinks,
     SPLITS: tl.constexpr,
     P: tl.constexpr,
     UNIT: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -72,6 +74,9 @@ def _attend(
     top = float("-inf")
     total = 0.0
     out = tl.zeros([DIM], tl.float32)
+    if SINKS:  # one of the parts begins with the head's sink, as with a score whose value is 0
+        top = tl.where(split == 0, tl.load(sinks + head), float("-inf"))
+        total = tl.where(split == 0, 1.0, 0.0)
     for begin_n in range(first, last, N):
         pos = begin_n + n
         inside = pos < last
@@ -111,10 +116,12 @@ def attend_rows(
     rows: Tensor,
     window: int | None,
     out: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of some rows of q [T, H, d], each over the blocks of its sequence up to its position, into `out`.
 
-    keys, values: see `rotate_and_store`. rows: int64 [B]; meant for sequences that have one row.
+    keys, values: see `rotate_and_store`. rows: int64 [B]; meant for sequences that have one row. sinks: float32 [H], a
+    logit of each head that the softmax has beside its scores; it adds nothing to the output.
     """
     heads, dim = q.shape[1:]
     batch, splits = len(rows), max(1, _SPLITS // triton.next_power_of_2(len(rows)))
@@ -124,7 +131,8 @@ def attend_rows(
     reach = (1 << 31) - 1 if window is None else window
     _attend[(heads, splits, batch)](
         q, keys, values, rows, *tables, partial_out, maxima, sums, dim**-0.5, reach, heads, heads // keys.shape[0],
-        dim, splits, POSITIONS, UNIT_BYTES // keys.itemsize, 64, padded_dim, num_warps=4,
+        dim, q if sinks is None else sinks, splits, POSITIONS, UNIT_BYTES // keys.itemsize, 64, padded_dim,
+        sinks is not None, num_warps=4,
     )  # fmt: skip
     _merge[(heads, batch)](partial_out, maxima, sums, rows, out, heads, dim, splits, padded_dim, num_warps=1)
 
@@ -144,12 +152,14 @@ def _attend_tile(
     heads,
     repeat,
     dim,
+    sinks,
     P: tl.constexpr,
     UNIT: tl.constexpr,
     W: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     head = tl.program_id(0)
     row = tl.load(tiles + 2 * tl.program_id(1))
@@ -168,6 +178,9 @@ def _attend_tile(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     result = tl.zeros([M, DIM], tl.float32)
+    if SINKS:
+        top = tl.zeros([M], tl.float32) + tl.load(sinks + head) * _LOG2_E
+        total += 1.0
     for begin in range(oldest // N * N, end, N):
         pos = begin + n
         inside = (pos >= oldest) & (pos < end)  # elsewhere a block may be given back, or not yet written
@@ -211,6 +224,7 @@ def attend_tiles(
     window: int | None,
     out: Tensor,
     dtype: torch.dtype,
+    sinks: Tensor | None = None,
 ) -> None:
     """Causal attention of tiles of rows of q [T, H, d], see `tiles_of`, into `out`; other arguments as `attend_rows`.
 
@@ -222,6 +236,7 @@ def attend_tiles(
     reach = (1 << 31) - 1 if window is None else window
     _attend_tile[(heads, len(rows))](
         q, keys, values, rows, *tables, out, dim**-0.5, reach, heads, heads // keys.shape[0], dim,
+        q if sinks is None else sinks,  # q: not read
         POSITIONS, UNIT_BYTES // keys.itemsize, PRODUCTS[dtype], size, 64 if narrow else 32, padded_dim,
-        num_warps=4, num_stages=3 if narrow else 1,
+        sinks is not None, num_warps=4, num_stages=3 if narrow else 1,
     )  # fmt: skip

@@ -16,6 +16,8 @@ from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.block_gemv import floats_at, tile
 from fiddler.kernels.formats.block_format import GROUP
 from fiddler.kernels.formats.triton_decoders import DECODERS
+from fiddler.offload.activation_kernels import hidden_activation
+from fiddler.offload.expert_biases import JobBiases
 
 __all__ = ["quantised_experts_of_one"]
 
@@ -26,6 +28,8 @@ def _up(
     expert_ids,
     x,
     h,
+    gate_bias,
+    up_bias,
     groups,
     gate_bytes,
     up_bytes,
@@ -33,11 +37,13 @@ def _up(
     BY_ID: tl.constexpr,
     GATE: tl.constexpr,
     UP: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
 ):
     j = tl.program_id(1)
-    job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
+    job = jobs + 6 * (tl.load(expert_ids + j) if BY_ID else j)
     rows = tl.load(job + 3)
     r = tl.program_id(0) * R + tl.arange(0, R)
     if tl.program_id(0) * R < rows:
@@ -54,9 +60,13 @@ def _up(
             mask = (r < rows)[:, None] & (group < groups)
             g += GATE(gate_row, group, lane, mask) * a
             u += UP(up_row, group, lane, mask) * a
-        total = tl.sum(tl.sum(g, 2), 1)
-        activated = total / (1 + tl.exp(-total)) * tl.sum(tl.sum(u, 2), 1)
-        tl.store(h + j * max_rows + r, activated, mask=r < rows)
+        of_gate = tl.sum(tl.sum(g, 2), 1)
+        of_up = tl.sum(tl.sum(u, 2), 1)
+        if BIASED:
+            first = tl.load(job + 5)
+            of_gate += tl.load(gate_bias + first + r, mask=r < rows, other=0.0)
+            of_up += tl.load(up_bias + first + r, mask=r < rows, other=0.0)
+        tl.store(h + j * max_rows + r, hidden_activation(of_gate, of_up, CLAMPED), mask=r < rows)
 
 
 @triton.jit
@@ -66,10 +76,12 @@ def _down(
     routing_weights,
     h,
     y,
+    bias,
     width,
     max_rows,
     BY_ID: tl.constexpr,
     ADD: tl.constexpr,
+    BIASED: tl.constexpr,
     DOWN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
@@ -81,8 +93,10 @@ def _down(
     r = tl.program_id(0) * R + tl.arange(0, R)
     lane = tl.arange(0, 32)
     total = tl.zeros([R, G, 32], tl.float32)
+    if BIASED:
+        biases = tl.zeros([R], tl.float32)
     for j in range(J):
-        job = jobs + 5 * (tl.load(expert_ids + j) if BY_ID else j)
+        job = jobs + 6 * (tl.load(expert_ids + j) if BY_ID else j)
         rows = tl.load(job + 3).to(tl.int32)
         groups = rows // 32
         routing_weight = tl.load(routing_weights + (j if BY_ID else tl.load(job + 4)))
@@ -93,7 +107,12 @@ def _down(
             group = (begin + tl.arange(0, G))[None, :]
             a = floats_at(h + j * max_rows, group, lane, groups) * routing_weight
             total += DOWN(down_row, group, lane, (r < width)[:, None] & (group < groups)) * a
+        if BIASED:
+            of_expert = bias + tl.load(expert_ids + j) * width
+            biases += tl.load(of_expert + r, mask=r < width, other=0.0) * routing_weight
     sums = tl.sum(tl.sum(total, 2), 1)
+    if BIASED:
+        sums += biases
     if ADD:
         sums += tl.load(y + r, mask=r < width, other=0.0)
     tl.store(y + r, sums, mask=r < width)
@@ -109,6 +128,7 @@ def quantised_experts_of_one(
     expert_ids: Tensor | None,
     into: Tensor,
     add: bool,
+    biases: JobBiases | None,
 ) -> None:
     """`expert_kernels.experts_of_one` for quantised experts, in float32 whatever the precision.
 
@@ -119,34 +139,26 @@ def quantised_experts_of_one(
     count = len(jobs) if expert_ids is None else expert_ids.numel()
     h = torch.empty(count, max_rows, device=x.device)
     by_id, ids = expert_ids is not None, jobs if expert_ids is None else expert_ids
+    gate_bias, up_bias, down_bias = (x if each is None else each for each in biases or (None,) * 3)  # x: not read
     r, g = tile(width)
     _up[(triton.cdiv(max_rows, r), count)](
-        jobs,
-        ids,
-        x,
-        h,
-        width // GROUP,
-        of_gate.row_bytes(width),
-        of_up.row_bytes(width),
-        max_rows,
+        *(jobs, ids, x, h, gate_bias, up_bias),
+        *(width // GROUP, of_gate.row_bytes(width), of_up.row_bytes(width), max_rows),
         BY_ID=by_id,
         GATE=DECODERS[of_gate.name],
         UP=DECODERS[of_up.name],
+        BIASED=biases is not None,
+        CLAMPED=weights.clamped,
         R=r,
         G=g,
         num_warps=4,
     )
     r, g = tile(max_rows)
     _down[(triton.cdiv(width, r),)](
-        jobs,
-        ids,
-        routing_weights,
-        h,
-        into,
-        width,
-        max_rows,
+        *(jobs, ids, routing_weights, h, into, down_bias, width, max_rows),
         BY_ID=by_id,
         ADD=add,
+        BIASED=biases is not None and biases.down is not None,
         DOWN=DECODERS[of_down.name],
         BLOCK=of_down.block_length,
         BLOCK_BYTES=of_down.block_bytes,

@@ -29,14 +29,15 @@ class DecodeCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
-        assert sinks is None, "models with sinks run on the CPU"
         latent, tables = self._config.latent is not None, self._tables
         keys, values = self._first[layer, 0], None if latent else self._first[layer, 1]
         q = attention_kernels.rotate_and_store(q, k, v, self._cos_sin, tables, keys, values)
         out = torch.empty_like(q)
         if values is None:
+            assert sinks is None, "attention to latents has no sinks"
             rotated, dtype = self._config.rotated, self._dtype
             attention_kernels.attend_latent(q, keys, tables, self._tiles, rotated, out, dtype)
         else:
-            attention_kernels.attend_rows(q, keys, values, tables, self._row, self._config.window(layer), out)
+            window = self._config.window(layer)
+            attention_kernels.attend_rows(q, keys, values, tables, self._row, window, out, sinks=sinks)
         return out

@@ -11,18 +11,15 @@ from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels.formats import GPU_FORMATS
 from fiddler.kernels.formats.half import BF16, F16
 from fiddler.kernels.formats.weight_format import WeightFormat
-from fiddler.models.architecture import Sinks
-from fiddler.models.config import Config
 from fiddler.offload.token_signals import TokenSignals
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["can_decode", "decode_with_graphs"]
 
 
-def can_decode(config: Config, formats: Collection[WeightFormat]) -> bool:
+def can_decode(formats: Collection[WeightFormat]) -> bool:
     """Whether `DecodeGraphs` runs a model whose experts have these formats."""
-    known = all(each in (BF16, F16) or each.name in GPU_FORMATS for each in formats)
-    return known and config.architecture.sinks is Sinks.NONE
+    return all(each in (BF16, F16) or each.name in GPU_FORMATS for each in formats)
 
 
 def decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) -> None:

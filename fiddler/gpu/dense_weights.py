@@ -16,7 +16,7 @@ from torch import Tensor
 from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.model_file import ModelFile
 from fiddler.kernels.formats import FORMATS
-from fiddler.models.architecture import FLOATS, Role
+from fiddler.models.architecture import EXPERT_BIASES, FLOATS, Role
 from fiddler.models.config import Config
 from fiddler.models.interfaces import Embeddings
 from fiddler.models.latent_attention import per_head_matrices
@@ -30,7 +30,7 @@ _PER_HEAD = (Role.KEY_UP, Role.VALUE_UP, Role.KEY_VALUE_UP)
 
 
 class DenseWeights(NamedTuple):
-    """Everything but experts, on the GPU, by name."""
+    """Everything but experts and their biases, on the GPU, by name."""
 
     tensors: dict[str, Tensor]
     """Those of `Transformer`, but for the embeddings: float32."""
@@ -67,12 +67,13 @@ class _Loader:
 
 
 def load_dense(model_file: ModelFile, weight_copy: WeightCopy) -> DenseWeights:
-    """Everything but experts, on the GPU."""
+    """Everything but experts and their biases, on the GPU."""
     config, name_of = model_file.config, model_file.config.architecture.tensor_name
     loader = _Loader(model_file, weight_copy)
     (embeddings,) = loader.load([name_of(Role.TOKEN_EMBEDDING)])
     tensors = config.tensors(tied=model_file.tied)
-    floats = {name: loader.load([name])[0] for name, tensor in tensors.items() if tensor.role in FLOATS}
+    roles = FLOATS - {*EXPERT_BIASES}
+    floats = {name: loader.load([name])[0] for name, tensor in tensors.items() if tensor.role in roles}
     output = name_of(Role.OUTPUT)
     linears = {output: embeddings if model_file.tied else loader.load([output])[0]}
     for names in _products(config):
@@ -95,11 +96,11 @@ def _floats(values: Matrix) -> Tensor:
 
 
 def decoded_bytes(model_file: ModelFile) -> int:
-    """GPU memory that decoding takes beyond the file's bytes: of what is quantised there, and float32 in memory."""
+    """GPU memory that decoding takes beyond the file's bytes: of what is not float32 there, and is in memory."""
     more = 0
     for name, tensor in model_file.config.tensors(tied=model_file.tied).items():
         stored = model_file.stored(name)[0]
-        if tensor.role in (*FLOATS, *_PER_HEAD) and stored.type not in _KINDS:
+        if stored.type != "F32" if tensor.role in FLOATS else tensor.role in _PER_HEAD and stored.type not in _KINDS:
             more += 4 * math.prod(stored.shape) - stored.nbytes
     return more
 

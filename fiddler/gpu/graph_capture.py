@@ -277,7 +277,7 @@ class CapturedGraphs:
     def _run_residents(
         self, layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor, into: Tensor, *, add: bool
     ) -> None:
-        weights = self._layers[layer]
+        weights, biases = self._layers[layer], self._orchestrator.biases
         experts_of_one(
             x,
             self._orchestrator.residents.table[layer],
@@ -287,4 +287,5 @@ class CapturedGraphs:
             expert_ids=expert_ids,
             into=into,
             add=add,
+            biases=None if biases is None else biases.of_layer(layer),
         )

@@ -39,6 +39,7 @@ from fiddler.models.rotary import heads, rotary_cos_sin
 from fiddler.models.router import route
 from fiddler.models.transformer import Transformer
 from fiddler.offload.cost_benchmark import calibrated
+from fiddler.offload.expert_biases import ExpertBiases
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.gpu_side import Grouped
 from fiddler.offload.orchestrator import Orchestrator
@@ -100,7 +101,7 @@ def on_gpu(
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
     warm_up(device, read_as)
-    sizes = replace(sizes, fixed=_WORKSPACE_BYTES)  # the rest is allocated by now
+    sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated by now
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     layout = lay_out(budget.room(), sizes, max_residents)
     if layout is None:
@@ -118,7 +119,7 @@ def on_gpu(
     make_heads = heads if triton_kernels is None else triton_kernels.heads
     model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings, make_heads)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
-    if triton_kernels is not None and can_decode(config, {each for w in experts for each in w.matrix_formats}):
+    if triton_kernels is not None and can_decode({each for w in experts for each in w.matrix_formats}):
         decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
     runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations

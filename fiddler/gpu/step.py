@@ -66,17 +66,18 @@ class GpuStep(Step):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Implements `Cache.attend`."""
-        assert sinks is None, "models with sinks run on the CPU"
         if self._config.latent is not None:
+            assert sinks is None, "attention to latents has no sinks"
             return self._attend_latent(layer, q, k)
         keys, values = self._first[layer, 0], self._first[layer, 1]
         window, tables = self._config.window(layer), self._tables
         q = self._attention.rotate_and_store(q, k, v, self._cos_sin_table, tables, keys, values)
         out = torch.empty_like(q)
         if len(self._single):
-            self._attention.attend_rows(q, keys, values, tables, self._single, window, out)
+            self._attention.attend_rows(q, keys, values, tables, self._single, window, out, sinks=sinks)
         if len(self._tiles[0]):
-            self._attention.attend_tiles(q, keys, values, tables, self._tiles, window, out, self._dtype)
+            tiles = self._tiles
+            self._attention.attend_tiles(q, keys, values, tables, tiles, window, out, self._dtype, sinks=sinks)
         return out
 
     def _attend_latent(self, layer: int, q: Tensor, k: Tensor) -> Tensor:

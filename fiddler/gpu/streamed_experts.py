@@ -46,6 +46,7 @@ class StreamedExperts:
         y: float32 [1, D], to add to.
         """
         self._ring, self._layers, self._recorder = orchestrator.ring, orchestrator.layers, recorder
+        self._biases = None if orchestrator.biases is None else orchestrator.biases.hidden
         self._inputs, self._y, self._signals = inputs, y, signals
         k = len(inputs) - y.shape[1]
         self._rows = min(self._layers[0].gate.shape[1], self._ring.token_rows)
@@ -114,4 +115,5 @@ class StreamedExperts:
             expert_ids=None,
             into=self._y,
             add=True,
+            biases=self._biases,
         )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fiddler.device.weight_copy import WeightCopy
 from fiddler.files.weights import ExpertWeights
+from fiddler.kernels.token_copies import JOB
+from fiddler.offload.expert_biases import first_row
 from fiddler.offload.feed_forward import Matrix, matrix_in
 
 __all__ = ["Residents"]
@@ -26,8 +28,8 @@ class Residents:
         self._memory: dict[tuple[int, int], Tensor] = {}  # of the three
         self._addresses: dict[tuple[int, int], tuple[int, int, int]] = {}
         experts = len(layers[0].gate)
-        # for kernels with expert ids on the device: addresses of gate, up, down, hidden rows, 0; zeros: not resident
-        self.table = torch.zeros(len(layers), experts, 5, dtype=torch.int64, device=device)
+        # for kernels with expert ids on the device, jobs as in `expert_kernels`; zeros: not resident
+        self.table = torch.zeros(len(layers), experts, JOB, dtype=torch.int64, device=device)
         self.missing = np.ones((len(layers), experts), np.bool_)
         """bool [L, E], whether an expert is not resident; the same array at all times."""
 
@@ -87,7 +89,7 @@ class Residents:
                 self._weights[layer, e], self._memory[layer, e] = (gate, up, down), memory
                 self._addresses[layer, e] = addresses
                 self.missing[layer, e] = False
-                table[layer, e] = torch.tensor([*addresses, hidden, 0])
+                table[layer, e] = torch.tensor([*addresses, hidden, 0, first_row(layer, e, len(weights.gate), hidden)])
                 progress(memory.nbytes)
         arrived = weight_copy.event()
         weight_copy.arrive(arrived)

@@ -17,7 +17,6 @@ from statistics import median
 import numpy as np
 import torch
 
-from fiddler import kernels
 from fiddler.device.weight_copy import Event
 from fiddler.files.weights import ExpertWeights
 from fiddler.host_memory import available_memory, populate
@@ -70,7 +69,7 @@ class CpuSide:
     def __init__(self, layers: Sequence[ExpertWeights], k: int) -> None:
         """k: experts that each token chooses."""
         self._layers, self._experts = _in_memory(layers)
-        self._ffn = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variants) for w in self._layers]
+        self._ffn = [w.ffn() for w in self._layers]
         self._all_experts, self._hidden, self._width = layers[0].shape
         self._k = k
         self._inputs: dict[int, np.ndarray] = {}

@@ -34,6 +34,7 @@ class Job(NamedTuple):
     rows: int
     first: int
     end: int
+    biases: int = 0  # index of the first hidden row's, see `expert_biases.first_row`
 
 
 def torch_type(weights: ExpertWeights) -> torch.dtype:
@@ -50,12 +51,23 @@ def matrix_in(memory: Tensor, offset: int, rows: int, columns: int, kind: Weight
     return StoredMatrix(stored.view(rows, row_bytes), kind)
 
 
-def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, *, rounded: bool, work: int) -> Tensor:
+def feed_forward(
+    x: Tensor,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    *,
+    rounded: bool,
+    work: int,
+    biases: tuple[Tensor, Tensor] | None = None,
+    clamped: bool = False,
+) -> Tensor:
     """down . (silu(gate . x) * (up . x)): x [t, D] -> [t, D] float32, for any of an expert's hidden rows.
 
     gate, up: [rows, D]; down: [D, rows]. rounded: x is in the weights' type, products are of 16 bits with float32
     sums; else everything is float32, x and the widened weights. work: workspace for temporaries [bytes], roughly.
-    Quantised weights are decoded to the type of x.
+    Quantised weights are decoded to the type of x. biases: float32 [rows], of the products with gate and up.
+    clamped: the activation is `Activation.CLAMPED`.
     """
     if (
         isinstance(gate, Tensor)
@@ -63,24 +75,43 @@ def feed_forward(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, *, rounded: 
         and isinstance(down, Tensor)
         and (rounded or gate.dtype == torch.float32)
     ):
-        return _products(x, gate, up, down, work)
+        return _products(x, gate, up, down, work, biases, clamped=clamped)
     # widened a few rows at a time: their results add up
     max_rows = max(256, work // (12 * gate.shape[1]) // 256 * 256)
     total = torch.zeros(x.shape, device=x.device)
     for begin in range(0, len(gate), max_rows):
         end = min(begin + max_rows, len(gate))
-        total += _products(x, *_widened(gate, up, down, begin, end, x.dtype), work)
+        some = None if biases is None else (biases[0][begin:end], biases[1][begin:end])
+        total += _products(x, *_widened(gate, up, down, begin, end, x.dtype), work, some, clamped=clamped)
     return total
 
 
-def _products(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, work: int) -> Tensor:
+def _products(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    work: int,
+    biases: tuple[Tensor, Tensor] | None,
+    *,
+    clamped: bool,
+) -> Tensor:
     """`feed_forward` with weights in the type of x."""
     max_tokens = max(64, work // (_BYTES * len(gate)))
     outputs = []
     for piece in x.split(max_tokens):
-        h = F.silu(F.linear(piece, gate).float()).mul_(F.linear(piece, up))
+        g, u = F.linear(piece, gate).float(), F.linear(piece, up)
+        if biases is not None:
+            g, u = g.add_(biases[0]), u.float().add_(biases[1])
+        h = _clamped(g, u.float()) if clamped else F.silu(g).mul_(u)
         outputs.append(F.linear(h.to(gate.dtype), down).float())
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _clamped(g: Tensor, u: Tensor) -> Tensor:
+    """`Activation.CLAMPED` of float32 products, in their memory."""
+    g, u = g.clamp_(max=7.0), u.clamp_(-7.0, 7.0).add_(1.0)
+    return torch.sigmoid(1.702 * g).mul_(g).mul_(u)
 
 
 def _widened(

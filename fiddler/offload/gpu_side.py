@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
+from fiddler.offload.expert_biases import ExpertBiases, JobBiases, first_row
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import Job, Matrix, feed_forward, torch_type
 from fiddler.offload.staging_ring import Part, Ring
@@ -34,6 +35,7 @@ class Grouped(Protocol):
         into: Tensor,
         workspace_bytes: int,
         weights: ExpertWeights,
+        biases: JobBiases | None,
     ) -> None:
         """Add several experts' results to `into`, with 16-bit products."""
         ...
@@ -53,6 +55,7 @@ class SortedInputs(NamedTuple):
     weights: ExpertWeights  # of the layer
     rounded: bool  # activations are
     y: Tensor  # [T, D] float32
+    layer: int = 0
 
     def positions(self, expert: int) -> slice:
         """Where an expert's tokens are."""
@@ -63,11 +66,17 @@ class GpuSide:
     """Queues the GPU's part of a layer."""
 
     def __init__(
-        self, residents: Residents, ring: Ring, workspace_bytes: int, recorder: Recorder, grouped: Grouped | None
+        self,
+        residents: Residents,
+        ring: Ring,
+        workspace_bytes: int,
+        recorder: Recorder,
+        grouped: Grouped | None,
+        biases: ExpertBiases | None = None,
     ) -> None:
         """workspace_bytes: for temporaries, see `feed_forward`. grouped: None computes the experts one by one."""
         self._residents, self._ring, self._recorder = residents, ring, recorder
-        self._workspace_bytes, self._grouped = workspace_bytes, grouped
+        self._workspace_bytes, self._grouped, self._biases = workspace_bytes, grouped, biases
 
     def add_experts(
         self,
@@ -83,6 +92,7 @@ class GpuSide:
     ) -> None:
         """Add to y [T, D] the residents of the layer and the last `gpu_rows` hidden rows of each missing expert.
 
+        And the biases of down of all experts, the CPU's included.
         x [T, D], expert_ids and routing_weights [T, K], on the GPU; first: see `tokens_by_expert`. prefetched: parts
         of this layer that were sent before, of one slot of the ring after the other.
         """
@@ -90,7 +100,9 @@ class GpuSide:
         order = torch.argsort(expert_ids.reshape(-1), stable=True)
         inputs = x.to(dtype) if rounded else x
         sorted_weights = routing_weights.reshape(-1)[order]
-        this = SortedInputs(inputs, order // expert_ids.shape[1], sorted_weights, first, w, rounded, y)
+        this = SortedInputs(inputs, order // expert_ids.shape[1], sorted_weights, first, w, rounded, y, layer)
+        if self._biases is not None:
+            self._biases.add_down(layer, expert_ids, routing_weights, y)
         self._add_residents(this, layer, w.gate.shape[1])
         for parts in prefetched:
             self.add_parts(this, [part for part in parts if part.expert in gpu_rows])
@@ -109,11 +121,11 @@ class GpuSide:
         resident = [e for e in used if (layer, e) in self._residents]
         if this.rounded and self._grouped is not None:
             if resident:
-                jobs = [self._job(this, e, self._residents.addresses(layer, e), hidden) for e in resident]
+                jobs = [self._job(this, e, self._residents.addresses(layer, e), 0, hidden) for e in resident]
                 self._add_grouped(this, jobs, hidden)
             return
         for e in resident:
-            self._add_one(this, e, self._residents[layer, e])
+            self._add_one(this, e, self._residents[layer, e], 0)
 
     def _add_streamed(
         self,
@@ -141,15 +153,18 @@ class GpuSide:
             return
         parts[0].arrived.wait()
         if this.rounded and self._grouped is not None:
-            jobs = [self._job(this, part.expert, part.addresses, part.end - part.begin) for part in parts]
+            jobs = [self._job(this, part.expert, part.addresses, part.begin, part.end) for part in parts]
             self._add_grouped(this, sorted(jobs, key=lambda job: job.first), max(job.rows for job in jobs))
             return
         for part in parts:
-            self._add_one(this, part.expert, part.matrices())
+            self._add_one(this, part.expert, part.matrices(), part.begin)
 
     @staticmethod
-    def _job(this: SortedInputs, expert: int, addresses: tuple[int, int, int], rows: int) -> Job:
-        return Job(addresses, rows, int(this.first[expert]), int(this.first[expert + 1]))
+    def _job(this: SortedInputs, expert: int, addresses: tuple[int, int, int], begin: int, end: int) -> Job:
+        """The tokens of an expert, for its hidden rows [begin, end)."""
+        experts, hidden, _ = this.weights.shape
+        biases = first_row(this.layer, expert, experts, hidden, begin)
+        return Job(addresses, end - begin, int(this.first[expert]), int(this.first[expert + 1]), biases)
 
     def _add_grouped(self, this: SortedInputs, jobs: Sequence[Job], max_rows: int) -> None:
         """Add several experts at once, in 16 bits."""
@@ -157,13 +172,21 @@ class GpuSide:
         with self._recorder.queued("experts"):
             self._grouped.experts_of_many(
                 *(this.inputs, this.token, this.routing_weights, jobs, max_rows, this.y, self._workspace_bytes),
-                this.weights,
+                *(this.weights, None if self._biases is None else self._biases.hidden),
             )
 
-    def _add_one(self, this: SortedInputs, expert: int, matrices: tuple[Matrix, Matrix, Matrix]) -> None:
-        """Add one expert, in plain torch."""
-        positions = this.positions(expert)
+    def _add_one(self, this: SortedInputs, expert: int, matrices: tuple[Matrix, Matrix, Matrix], begin: int) -> None:
+        """Add one expert's hidden rows from `begin` on, in plain torch."""
+        positions, biases = this.positions(expert), None
         rows = this.token[positions]
+        if self._biases is not None:
+            biases = self._biases.of_rows(this.layer, expert, begin, begin + len(matrices[0]))
         with self._recorder.queued("experts"):
-            output = feed_forward(this.inputs[rows], *matrices, rounded=this.rounded, work=self._workspace_bytes)
+            output = feed_forward(
+                *(this.inputs[rows], *matrices),
+                rounded=this.rounded,
+                work=self._workspace_bytes,
+                biases=biases,
+                clamped=this.weights.clamped,
+            )
             this.y.index_add_(0, rows, output.mul_(this.routing_weights[positions, None]))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fiddler.offload.activation_kernels import hidden_activation
+
 __all__ = ["down_blocks", "up_blocks"]
 
 
@@ -27,6 +29,8 @@ def up_blocks(
     jobs,
     blocks,
     h,
+    gate_bias,
+    up_bias,
     width,
     gate_bytes,
     up_bytes,
@@ -35,13 +39,15 @@ def up_blocks(
     W: tl.constexpr,
     GATE: tl.constexpr,
     UP: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
 ):
-    """silu(gate . x) * (up . x) of each block's tokens and N hidden rows, into h."""
+    """The hidden activations of each block's tokens and N hidden rows, into h."""
     block = blocks + 2 * tl.program_id(0)
-    job = jobs + 6 * tl.load(block)
+    job = jobs + 7 * tl.load(block)
     rows = tl.load(job + 3)
     if tl.program_id(1) * N < rows:
         gate = tl.multiple_of(tl.load(job).to(tl.pointer_type(tl.uint8)), 16)
@@ -60,7 +66,11 @@ def up_blocks(
             a = tl.load(a_at + begin * 32, mask=(begin * 32 + k < width)[None, :], other=0.0)
             g = tl.dot(a, _tile(GATE, gate + row * gate_bytes, begin, groups, W, N, G), g)
             u = tl.dot(a, _tile(UP, up + row * up_bytes, begin, groups, W, N, G), u)
-        activated = g / (1 + tl.exp(-g)) * u
+        if BIASED:
+            first = tl.load(job + 6)
+            g += tl.load(gate_bias + first + n, mask=n < rows, other=0.0)[None, :]
+            u += tl.load(up_bias + first + n, mask=n < rows, other=0.0)[None, :]
+        activated = hidden_activation(g, u, CLAMPED)
         tl.store(
             h + (m - base)[:, None] * max_rows + n[None, :], activated.to(W), mask=valid[:, None] & (n < rows)[None, :]
         )
@@ -88,7 +98,7 @@ def down_blocks(
 ):
     """Adds routing weight * down . h of each block's tokens, for N columns of y."""
     block = blocks + 2 * tl.program_id(0)
-    job = jobs + 6 * tl.load(block)
+    job = jobs + 7 * tl.load(block)
     rows = tl.load(job + 3).to(tl.int32)
     down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(tl.uint8)), 16)
     m = tl.load(block + 1) + tl.arange(0, M)

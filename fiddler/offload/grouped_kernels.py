@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.triton_decoders import DECODERS
+from fiddler.offload.activation_kernels import hidden_activation
+from fiddler.offload.expert_biases import JobBiases
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
 
@@ -34,17 +36,21 @@ def _up(
     jobs,
     blocks,
     h,
+    gate_bias,
+    up_bias,
     width,
     max_rows,
     base,
     W: tl.constexpr,
     EVEN: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
     block = blocks + 2 * tl.program_id(0)
-    job = jobs + 6 * tl.load(block)
+    job = jobs + 7 * tl.load(block)
     rows = tl.load(job + 3)
     if tl.program_id(1) * N < rows:
         gate = tl.multiple_of(tl.load(job).to(tl.pointer_type(W)), 16)
@@ -69,7 +75,11 @@ def _up(
                 a = tl.load(a_at + begin, mask=inside[None, :], other=0.0)
                 g = tl.dot(a, tl.load(gate + b_at + begin, mask=inside[:, None], other=0.0), g)
                 u = tl.dot(a, tl.load(up + b_at + begin, mask=inside[:, None], other=0.0), u)
-        activated = g / (1 + tl.exp(-g)) * u
+        if BIASED:
+            first = tl.load(job + 6)
+            g += tl.load(gate_bias + first + n, mask=n < rows, other=0.0)[None, :]
+            u += tl.load(up_bias + first + n, mask=n < rows, other=0.0)[None, :]
+        activated = hidden_activation(g, u, CLAMPED)
         tl.store(
             h + (m - base)[:, None] * max_rows + n[None, :], activated.to(W), mask=valid[:, None] & (n < rows)[None, :]
         )
@@ -93,7 +103,7 @@ def _down(
     K: tl.constexpr,
 ):
     block = blocks + 2 * tl.program_id(0)
-    job = jobs + 6 * tl.load(block)
+    job = jobs + 7 * tl.load(block)
     rows = tl.load(job + 3)
     if EVEN:
         rows = tl.multiple_of(rows, 16)
@@ -129,22 +139,26 @@ class _Launch(NamedTuple):
     """What the kernels of both products are handed alike."""
 
     token: Tensor
-    jobs: Tensor  # int64 [jobs, 6]: addresses, hidden rows, first and end position
+    jobs: Tensor  # int64 [jobs, 7]: addresses, hidden rows, first and end position, index of the first row's biases
     blocks: Tensor  # int64 [programs, 2]: a job, and a position in it
     programs: int
     max_rows: int
     base: int  # the first position
     m: int  # positions of a block
+    biases: JobBiases | None
 
 
-def _multiply(launch: _Launch, x: Tensor, h: Tensor, routing_weights: Tensor, into: Tensor, *, even: bool) -> None:
+def _multiply(
+    launch: _Launch, x: Tensor, h: Tensor, routing_weights: Tensor, into: Tensor, *, even: bool, clamped: bool
+) -> None:
     """Both products with 16-bit weights. even: each job's hidden rows are a multiple of 16."""
     width, (n, k) = x.shape[1], (128, 64)
-    token, jobs, blocks, programs, max_rows, base, m = launch
+    token, jobs, blocks, programs, max_rows, base, m, biases = launch
     weight_type, warps = _WEIGHT_TYPES[x.dtype], 8 if m > 64 else 4
     up_grid, down_grid = (programs, triton.cdiv(max_rows, n)), (programs, triton.cdiv(width, n))
-    up = x, token, jobs, blocks, h, width, max_rows, base, weight_type, width % k == 0, m, n, k
-    _up[up_grid](*up, num_warps=warps, num_stages=4 if m > 64 else 3)
+    of_gate, of_up = (x, x) if biases is None else biases[:2]  # x: not read
+    up = x, token, jobs, blocks, h, of_gate, of_up, width, max_rows, base, weight_type, width % k == 0
+    _up[up_grid](*up, biases is not None, clamped, m, n, k, num_warps=warps, num_stages=4 if m > 64 else 3)
     down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base, weight_type, even, m, n, k
     _down[down_grid](*down, num_warps=warps, num_stages=4)
 
@@ -154,13 +168,15 @@ def _multiply_blocks(
 ) -> None:
     """Both products with quantised weights."""
     width, (n, groups) = x.shape[1], (64, 2)
-    token, jobs, blocks, programs, max_rows, base, m = launch
+    token, jobs, blocks, programs, max_rows, base, m, biases = launch
     of_gate, of_up, of_down = weights.matrix_formats
     of_both = {"W": _WEIGHT_TYPES[x.dtype], "M": m, "N": n, "G": groups, "num_warps": 8 if m > 64 else 4}
     row_bytes = of_gate.row_bytes(width), of_up.row_bytes(width)
-    decoders = {"GATE": DECODERS[of_gate.name], "UP": DECODERS[of_up.name]}
-    up = x, token, jobs, blocks, h, width, *row_bytes, max_rows, base
-    up_blocks[(programs, triton.cdiv(max_rows, n))](*up, **decoders, **of_both)
+    parts = {"GATE": DECODERS[of_gate.name], "UP": DECODERS[of_up.name]}
+    parts |= {"BIASED": biases is not None, "CLAMPED": weights.clamped}
+    gate_bias, up_bias = (x, x) if biases is None else biases[:2]  # x: not read
+    up = x, token, jobs, blocks, h, gate_bias, up_bias, width, *row_bytes, max_rows, base
+    up_blocks[(programs, triton.cdiv(max_rows, n))](*up, **parts, **of_both)
     stored = {"BLOCK": of_down.block_length, "BLOCK_BYTES": of_down.block_bytes}
     stored |= {"DOWN": DECODERS[of_down.name], "ALIGNED": gcd(of_down.block_bytes, 16)}
     down = h, token, routing_weights, jobs, blocks, into, width, max_rows, base
@@ -189,16 +205,18 @@ class Grouped:
         into: Tensor,
         workspace_bytes: int,
         weights: ExpertWeights,
+        biases: JobBiases | None = None,
     ) -> None:
         """Add to `into` [T, D] float32, for every job and each of its tokens, the weighted feed-forward.
 
         x: [T, D] in the weights' type. token, routing_weights: [T * K], row of x and routing weight at each position
         in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. weights: of the layer, or
-        of another one stored alike; quantised ones are decoded to x's type. The results of a token's jobs are added in
-        any order: two give the same bits each time, three or more need not.
+        of another one stored alike; quantised ones are decoded to x's type. biases: of gate and up, None for none;
+        those of down are never added. The results of a token's jobs are added in any order: two give the same bits each
+        time, three or more need not.
         """
         for part in _in_pieces(jobs, max(1, workspace_bytes // (x.element_size() * max_rows))):
-            self._run(x, token, routing_weights, part, max_rows, into, weights)
+            self._run(x, token, routing_weights, part, max_rows, into, weights, biases)
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
@@ -214,19 +232,23 @@ class Grouped:
         max_rows: int,
         into: Tensor,
         weights: ExpertWeights,
+        biases: JobBiases | None,
     ) -> None:
         base, largest = jobs[0].first, max(job.end - job.first for job in jobs)
         m = 16 if largest <= 16 else 64 if largest <= 64 else 128
         blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
-        numbers = [number for job in jobs for number in (*job.addresses, job.rows, job.first, job.end)]
-        device_list = self._to_device(numbers + [number for block in blocks for number in block], x.device)
-        job_list, block_list = device_list[: 6 * len(jobs)], device_list[6 * len(jobs) :]
+        # blocks first: these are two numbers each, so that the jobs begin at a multiple of 16 bytes, too
+        numbers = [number for block in blocks for number in block]
+        numbers += [each for job in jobs for each in (*job.addresses, job.rows, job.first, job.end, job.biases)]
+        device_list = self._to_device(numbers, x.device)
+        block_list, job_list = device_list[: 2 * len(blocks)], device_list[2 * len(blocks) :]
         h = torch.empty(jobs[-1].end - base, max_rows, dtype=x.dtype, device=x.device)
-        launch = _Launch(token, job_list, block_list, len(blocks), max_rows, base, m)
+        launch = _Launch(token, job_list, block_list, len(blocks), max_rows, base, m, biases)
         if weights.quantised:
             _multiply_blocks(launch, x, h, routing_weights, into, weights)
         else:
-            _multiply(launch, x, h, routing_weights, into, even=all(job.rows % 16 == 0 for job in jobs))
+            even = all(job.rows % 16 == 0 for job in jobs)
+            _multiply(launch, x, h, routing_weights, into, even=even, clamped=weights.clamped)
 
     def _to_device(self, numbers: list[int], device: torch.device) -> Tensor:
         """Copy int64 numbers to the GPU: lists lie one after the other, and over again when the memory is full."""

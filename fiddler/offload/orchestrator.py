@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fiddler import kernels
 from fiddler.files.weights import ExpertWeights
+from fiddler.offload.expert_biases import ExpertBiases
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import tokens_by_expert
 from fiddler.offload.gpu_side import GpuSide, Grouped
@@ -83,14 +83,15 @@ class Orchestrator:
         experts, self._hidden, width = layers[0].shape
         self._experts = experts
         self._row_bytes = [w.hidden_row_bytes for w in layers]
-        self._on_cpu = [kernels.ExpertFfn(w.gate, w.up, w.down, w.variants) for w in layers]
+        self.biases = ExpertBiases.of(layers, ring.weight_copy.device)
+        self._on_cpu = [w.ffn(down_bias=False) for w in layers]  # the GPU adds those of down
         self._complete = [residents.complete(layer) for layer in range(len(layers))]
         self._pinned = ring.weight_copy.device.type == "cuda"
         self._x, self._y = self._host(max_tokens, width), self._host(max_tokens, width)
         self._expert_ids = self._host(max_tokens, 1, dtype=torch.int64)
         self._routing_weights = self._host(max_tokens, 1)
         self._host_copied = ring.weight_copy.event()
-        self._gpu_side = GpuSide(residents, ring, workspace_bytes, recorder, grouped)
+        self._gpu_side = GpuSide(residents, ring, workspace_bytes, recorder, grouped, self.biases)
         self.prefetcher = Prefetcher(layers, residents, ring, recorder)
         self.semaphore = ring.weight_copy.semaphore()
         setup = partial(torch.cuda.set_device, ring.weight_copy.device) if self._pinned else lambda: None

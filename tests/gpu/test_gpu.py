@@ -74,7 +74,7 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
         return h.double() @ down[e][:, rows].double().T
 
     def job(e, rows=hidden, weight_index=0):
-        return [gate[e].data_ptr(), up[e].data_ptr(), down[e].data_ptr(), rows, weight_index]
+        return [gate[e].data_ptr(), up[e].data_ptr(), down[e].data_ptr(), rows, weight_index, 0]
 
     def run(jobs, expert_ids, into, add):
         table = torch.tensor(jobs, device=DEVICE)
@@ -99,7 +99,7 @@ def test_expert_kernels_for_one_token_match_float64(size, rounded):
     absent = [job(e, hidden if e else 0) for e in range(experts)]
     y = run(absent, [[1, 0]], torch.ones(1, width, device=DEVICE), True)
     assert (y - 1 - 0.7 * naive(1)).abs().max() <= bound
-    y = run([job(1, weight_index=1), [0] * 5], None, torch.zeros(1, width, device=DEVICE), True)
+    y = run([job(1, weight_index=1), [0] * 6], None, torch.zeros(1, width, device=DEVICE), True)
     assert (y - 0.3 * naive(1)).abs().max() <= bound
 
 

@@ -31,6 +31,10 @@ from fiddler.offload import block_kernels, grouped_block_kernels, grouped_kernel
 
 KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
+NO_SINKS = {"SINKS": False}
+PLAIN = {"BIASED": False, "CLAMPED": False}
+BIASED = {"up": dict.fromkeys(PLAIN, True), "down": {"BIASED": True, "BY_ID": True}}
+BIASED["up of many"] = BIASED["up"]
 Q8_0 = {"P": 32, "UNIT": 64}
 LATENT = {"WHOLE": True, "R": 64, "L": 512}
 CASES = {  # name: kernel, types of its arguments in order, constants
@@ -40,28 +44,36 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "heads": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": True, "K": 128}),
     "heads without norms": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": False, "K": 64}),
     "normed logits": (router_kernels._normed_logits, "fffffis", {"K": 4096}),
-    "up": (expert_kernels._up, "llffii", {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048}),
+    "up": (
+        expert_kernels._up,
+        "llffffii",
+        {"BY_ID": True, "W": tl.bfloat16, "ROUNDED": True, "R": 2, "K": 2048} | PLAIN,
+    ),
     "down": (
         expert_kernels._down,
-        "llfffii",
-        {"BY_ID": False, "ADD": True, "EVEN": True, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
+        "llffffii",
+        {"BY_ID": False, "ADD": True, "EVEN": True, "BIASED": False, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
     "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
-    "attend": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 16, "N": 64, "DIM": 128}),
-    "attend of many": (attention_kernels._attend, "fhhllllfffsiiii", PAGED | {"SPLITS": 1, "N": 64, "DIM": 128}),
+    "attend": (attention_kernels._attend, "fhhllllfffsiiiif", PAGED | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "attend of many": (
+        attention_kernels._attend,
+        "fhhllllfffsiiiif",
+        PAGED | NO_SINKS | {"SPLITS": 1, "N": 64, "DIM": 128},
+    ),
     "merge": (attention_kernels._merge, "ffflfii", {"SPLITS": 16, "DIM": 128}),
     "attend to a prompt": (
         attention_kernels._attend_tile,
-        "fhhllllfsiiii",
-        PAGED | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+        "fhhllllfsiiiif",
+        PAGED | NO_SINKS | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
     ),
     "attend to a prompt in 32 bits": (
         attention_kernels._attend_tile,
-        "fffllllfsiiii",
-        PAGED | {"UNIT": 16, "W": tl.float32, "M": 32, "N": 32, "DIM": 256},
+        "fffllllfsiiiif",
+        PAGED | NO_SINKS | {"UNIT": 16, "W": tl.float32, "M": 32, "N": 32, "DIM": 256},
     ),
     "attend to latents": (
         latent_kernels._attend_latent,
@@ -77,21 +89,25 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "rotate latents": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 512}),
     "rotate into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 64}),
     "rotate latents into Q8_0": (kv_kernels._rotate_store, "fffflllfuuiiiiiii", Q8_0 | {"PAIRS": 512}),
-    "attend to Q8_0": (attention_kernels._attend, "fuullllfffsiiii", Q8_0 | {"SPLITS": 16, "N": 64, "DIM": 128}),
+    "attend to Q8_0": (
+        attention_kernels._attend,
+        "fuullllfffsiiiif",
+        Q8_0 | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128},
+    ),
     "attend to Q8_0 of a prompt": (
         attention_kernels._attend_tile,
-        "fuullllfsiiii",
-        Q8_0 | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
+        "fuullllfsiiiif",
+        Q8_0 | NO_SINKS | {"W": tl.float16, "M": 64, "N": 64, "DIM": 128},
     ),
     "attend to Q8_0 of a prompt in 32 bits": (
         attention_kernels._attend_tile,
-        "fuullllfsiiii",
-        Q8_0 | {"W": tl.float32, "M": 32, "N": 32, "DIM": 256},
+        "fuullllfsiiiif",
+        Q8_0 | NO_SINKS | {"W": tl.float32, "M": 32, "N": 32, "DIM": 256},
     ),
     "attend to float16 of a prompt in 32 bits": (
         attention_kernels._attend_tile,
-        "fhhllllfsiiii",
-        PAGED | {"W": tl.float32, "M": 32, "N": 32, "DIM": 128},
+        "fhhllllfsiiiif",
+        PAGED | NO_SINKS | {"W": tl.float32, "M": 32, "N": 32, "DIM": 128},
     ),
     "attend to latents in float16 of a prompt in 32 bits": (
         latent_kernels._attend_latent,
@@ -113,7 +129,11 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "fullllfffsiii",
         Q8_0 | LATENT | {"WHOLE": False, "ALONE": False, "W": tl.float16, "M": 16, "N": 32, "C": 512},
     ),
-    "up of many": (grouped_kernels._up, "blllbiii", {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64}),
+    "up of many": (
+        grouped_kernels._up,
+        "blllbffiii",
+        {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64} | PLAIN,
+    ),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
     "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
     "fetch": (grouped_kernels._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
@@ -121,6 +141,12 @@ CASES = {  # name: kernel, types of its arguments in order, constants
 SWITCHES = ("SIGMOID", "RENORMALISE", "BIASED", "SELECTION")
 NO_GROUPS = {"G": 1, "GROUPS": 1, "USED": 1, "TWO": False}
 ONE_OF_MANY = {"WIDE": 4096, "K": 2048, "N": 8, "TOP": 2, "J": 2}
+for named in [each for each in CASES if "SINKS" in CASES[each][2]]:
+    kernel, kinds, constants = CASES[named]
+    CASES[f"{named} with sinks"] = kernel, kinds, constants | {"SINKS": True}
+for named, biased in BIASED.items():
+    kernel, kinds, constants = CASES[named]
+    CASES[f"{named} with biases"] = kernel, kinds, constants | biased
 for switches in itertools.product((False, True), repeat=4):
     rule = dict(zip(SWITCHES, switches, strict=True))
     named = "route: " + ", ".join(name for name in SWITCHES if rule[name])
@@ -160,10 +186,8 @@ def test_a_triton_kernel_compiles_for_an_h100(name, tmp_path, monkeypatch):
     if name.startswith("attend"):
         assert "ld.global.v4.b32" in result.asm["ptx"] or "cp.async.cg.shared.global" in result.asm["ptx"]
     if name in (
-        "up",
-        "down",
-        "gemv",
-        "gemv per head",
+        *("up", "up with biases", "down", "down with biases"),
+        *("gemv", "gemv per head"),
     ):  # weights are read 16 bytes at a time: less would not saturate the memory
         assert "ld.global.v4.b32" in result.asm["ptx"]
         assert not re.search(r"ld\.global\.b16", result.asm["ptx"])
@@ -182,11 +206,22 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
     cases = {
         "decode": (block_kernels._decode, "ulfii", {"DECODE": decoder, "BY_ID": True, "G": 64}),
         "gemv": (block_gemv._gemv, "fuffiii", {"DECODE": decoder, "ONTO": True, **one}),
-        "up": (block_expert_kernels._up, "llffiiii", {"BY_ID": True, "GATE": decoder, "UP": decoder, **one}),
-        "down": (block_expert_kernels._down, "llfffii", {"BY_ID": False, "ADD": True, "J": 2, **down, **one}),
-        "up of many": (grouped_block_kernels.up_blocks, "blllbiiiii", {"GATE": decoder, "UP": decoder, **MANY}),
+        "up": (block_expert_kernels._up, "llffffiiii", {"BY_ID": True, "GATE": decoder, "UP": decoder, **one} | PLAIN),
+        "down": (
+            block_expert_kernels._down,
+            "llffffii",
+            {"BY_ID": False, "ADD": True, "BIASED": False, "J": 2, **down, **one},
+        ),
+        "up of many": (
+            grouped_block_kernels.up_blocks,
+            "blllbffiiiii",
+            {"GATE": decoder, "UP": decoder, **MANY} | PLAIN,
+        ),
         "down of many": (grouped_block_kernels.down_blocks, "blfllfiii", {**down, **MANY}),
     }
+    for name, biased in BIASED.items() if kind == "mxfp4" else ():
+        kernel, kinds, constants = cases[name]
+        cases[f"{name} with biases"] = kernel, kinds, constants | biased
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, case in cases.items():
         assert compiled(*case).metadata.shared <= 200 << 10, name  # of 227 KiB

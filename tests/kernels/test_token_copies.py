@@ -96,7 +96,7 @@ class Device:
     def rows_of(self, layer, ids, chunk):
         """Of a chunk, by expert: the first of the hidden rows that its jobs have, and their bytes as they must be."""
         found = {}
-        for *addresses, rows, j in self.jobs[chunk].tolist():
+        for *addresses, rows, j, first in self.jobs[chunk].tolist():
             if rows == 0:
                 continue
             assert not any((address - self.ring.ctypes.data) % 16 for address in addresses)
@@ -106,6 +106,7 @@ class Device:
             begins = [b for b in range(0, F - rows + 1, 32) if gate[b * ROWS : (b + rows) * ROWS].tobytes() == here[0]]
             assert len(begins) == 1
             (begin,) = begins
+            assert first == (layer * self.memory.shape[2] + ids[j]) * F + begin
             assert up[begin * ROWS : (begin + rows) * ROWS].tobytes() == here[1]
             columns = down[:DOWN].reshape(WIDTH, -1)[:, begin // 32 * 34 : (begin + rows) // 32 * 34]
             assert self.ring[at[2] : at[2] + columns.size].tobytes() == columns.tobytes()

@@ -18,6 +18,7 @@ from fiddler.errors import FileFormatError
 from fiddler.files.model_file import ModelFile
 from fiddler.gpu import decoder, dense_weights
 from fiddler.kernels.formats.half import BF16, F16
+from fiddler.kernels.formats.mxfp4 import MXFP4
 from fiddler.loading import DEMO_MODEL
 from fiddler.models import ARCHITECTURES, MIXTRAL, transformer
 from fiddler.models.architecture import (
@@ -162,7 +163,6 @@ def test_a_part_that_a_path_does_not_know_is_never_run(other, monkeypatch):
         Transformer(dataclasses.replace(config, architecture=other), {}, None, None)
     assert can_decode(config, {BF16})
     assert not can_decode(dataclasses.replace(config, architecture=other), {BF16})
-    assert decoder.can_decode(config, {BF16, F16})
 
 
 def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_as_a_whole():
@@ -173,18 +173,16 @@ def test_the_compiled_step_takes_scaled_frequencies_and_queries_that_are_scaled_
     assert not can_decode(dataclasses.replace(yarn, rope_dimension_count=config.head_dim // 2), {BF16})
 
 
-def test_captured_graphs_take_latent_attention_and_no_sinks():
-    config = ModelFile.open(DEMO_MODEL).config
-    assert decoder.can_decode(dataclasses.replace(config, **LATENT), {BF16})
-    with_sinks = dataclasses.replace(config, architecture=dataclasses.replace(MIXTRAL, sinks=Sinks.HEAD))
-    assert not decoder.can_decode(with_sinks, {BF16})
-
-
 def test_the_compiled_step_takes_one_format_that_its_kernels_read():
     config = ModelFile.open(DEMO_MODEL).config
     assert can_decode(config, {F16})
     assert not can_decode(config, {BF16, F16})
     assert not can_decode(config, {dataclasses.replace(BF16, name="q8_0", block_length=32, block_bytes=34)})
+
+
+def test_captured_graphs_take_the_formats_that_a_gpu_reads():
+    assert decoder.can_decode({BF16, F16, MXFP4})
+    assert not decoder.can_decode({BF16, dataclasses.replace(BF16, name="q3_x")})
 
 
 def test_a_model_of_unknown_parts_runs_without_the_compiled_step(monkeypatch):

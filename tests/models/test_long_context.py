@@ -18,7 +18,7 @@ from tools.measure_memory import measured_prefill
 BLOCK = 4096  # past positions in a block of `fiddler.models.attention`
 
 
-def naive(q, keys, values, window):
+def naive(q, keys, values, window, sinks=None):
     """`attend` in float64: a full mask [queries, keys]; keys and values repeated for every query head."""
     n, heads, head_dim = q.shape
     total, groups = keys.shape[:2]
@@ -26,7 +26,10 @@ def naive(q, keys, values, window):
     scores = torch.einsum("nhd,shd->hns", q.double(), k) / head_dim**0.5
     distance = torch.arange(total - n, total)[:, None] - torch.arange(total)
     masked = (distance < 0) | (distance >= (window or total))
-    return torch.einsum("hns,shd->nhd", scores.masked_fill(masked, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(masked, -torch.inf)
+    if sinks is not None:  # one more score of each row, which has no value
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, n, -1)], -1)
+    return torch.einsum("hns,shd->nhd", scores.softmax(-1)[..., :total], v)
 
 
 @settings(max_examples=40, deadline=None)
@@ -38,12 +41,17 @@ def naive(q, keys, values, window):
     half=st.integers(1, 12),
     window=st.one_of(st.none(), st.integers(1, 300)),
     kind=st.sampled_from([torch.float16, torch.float32]),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, seed=0)
-@example(n=1, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, seed=0)
-@example(n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=BLOCK + 99, kind=torch.float32, seed=0)
-def test_attention_in_torch_matches_the_float64_oracle(n, past, groups, repeat, half, window, kind, seed):
+@example(
+    n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, with_sinks=False, seed=0
+)
+@example(n=1, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=None, kind=torch.float16, with_sinks=False, seed=0)
+@example(
+    n=64, past=2 * BLOCK + 1, groups=2, repeat=4, half=8, window=BLOCK + 99, kind=torch.float32, with_sinks=True, seed=0
+)
+def test_attention_in_torch_matches_the_float64_oracle(n, past, groups, repeat, half, window, kind, with_sinks, seed):
     generator = torch.Generator().manual_seed(seed)
     total, head_dim = past + n, 2 * half
     q = 3 * torch.randn(n, groups * repeat, head_dim, generator=generator)
@@ -51,10 +59,15 @@ def test_attention_in_torch_matches_the_float64_oracle(n, past, groups, repeat, 
     keys, values = (torch.randn(groups, total + 5, head_dim, generator=generator).to(kind) for _ in range(2))
     keys[:, total:] = values[:, total:] = torch.nan
     cached = [half[:, :total].transpose(0, 1) for half in (keys, values)]
-    output = attention.attend(q, *cached, window)
+    sinks = 3 * torch.randn(groups * repeat, generator=generator) if with_sinks else None
+    output = attention.attend(q, *cached, window, sinks)
     assert output.dtype == torch.float32
     # a float32 score of this size is off by 1e-6 or so, and so are the softmax weights
-    torch.testing.assert_close(output.double(), naive(q, *cached, window), rtol=0, atol=2e-5)
+    expected = naive(q, *cached, window, sinks)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-5)
+    if sinks is not None and n > 1:  # as on a GPU without Triton, where scores lie in memory
+        whole = attention._attend_masked(q, *cached, window, sinks, whole=True)
+        torch.testing.assert_close(whole.double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1000])

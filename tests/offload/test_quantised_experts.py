@@ -80,7 +80,7 @@ def test_streamed_experts_are_copied_as_they_are_stored():
     inputs = step(np.random.default_rng(0), 1)
     compute_layer(experts, 0, *inputs)
     assert meter.nbytes["copy"] == 2 * layers[0].expert_bytes
-    assert experts.residents.table.shape == (len(PLACED), E, 5)
+    assert experts.residents.table.shape == (len(PLACED), E, 6)
     placed = orchestrator(layers, PLACED, COSTS["streamed"], rows=F)
     assert placed.residents.nbytes(0, 0) == layers[0].expert_bytes  # each matrix ends at a multiple of 16 here
 

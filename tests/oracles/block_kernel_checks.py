@@ -19,7 +19,7 @@ from fiddler.offload.feed_forward import Job, tokens_by_expert
 from fiddler.offload.grouped_kernels import Grouped
 from oracles.quantised_layers import dequantised, experts_in_float64, quantised_layer
 
-__all__ = ["check_decoder", "check_experts_of_many", "check_experts_of_one", "check_gemv"]
+__all__ = ["OnDevice", "check_decoder", "check_experts_of_many", "check_experts_of_one", "check_gemv", "inputs_of"]
 
 
 def check_decoder(kind, device, rows=8, columns=768):
@@ -51,7 +51,7 @@ def check_gemv(kind, device, rows=7, columns=768):
     assert (np.abs(gemv(*on_device[:2], kind_of, on_device[2]).cpu().numpy() - expected - onto) <= 2e-6 * scale).all()
 
 
-class _OnDevice:
+class OnDevice:
     """A layer's experts in a device's memory, and their hidden rows from `begin` on."""
 
     def __init__(self, w, device):
@@ -59,14 +59,15 @@ class _OnDevice:
         self._memory = []  # kept: jobs hold addresses
 
     def addresses(self, e, begin=0):
-        down_from = self.w.matrix_formats[2].row_bytes(begin)
+        down_from = self.w.matrix_formats[2].row_bytes(begin) if self.w.quantised else begin
         parts = self.w.gate[e][begin:], self.w.up[e][begin:], self.w.down[e][:, down_from:]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)).to(self._device) for part in parts]
         self._memory += tensors
         return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def _inputs(w, tokens, k):
+def inputs_of(w, tokens, k):
+    """x [T, D], expert_ids and routing_weights [T, K]."""
     experts, _, width = w.shape
     rng = np.random.default_rng(2)
     expert_ids = np.array([rng.permutation(experts)[:k] for _ in range(tokens)], np.int64)
@@ -76,9 +77,9 @@ def _inputs(w, tokens, k):
 def check_experts_of_one(kinds, device, shape=(3, 512, 256), begin=256):
     """One token's experts, resident and streamed, of whole experts and of their hidden rows from `begin` on."""
     w = quantised_layer(kinds, "f32", shape)
-    on_device, (x, expert_ids, routing_weights) = _OnDevice(w, device), _inputs(w, 1, 2)
+    on_device, (x, expert_ids, routing_weights) = OnDevice(w, device), inputs_of(w, 1, 2)
     expected = experts_in_float64(w, x, expert_ids, routing_weights)
-    table = torch.tensor([[*on_device.addresses(e), w.shape[1], 0] for e in range(w.shape[0])], device=device)
+    table = torch.tensor([[*on_device.addresses(e), w.shape[1], 0, 0] for e in range(w.shape[0])], device=device)
     tensors = [torch.from_numpy(array).to(device) for array in (x, expert_ids, routing_weights)]
     into = torch.ones(1, w.shape[2], device=device)
 
@@ -90,8 +91,8 @@ def check_experts_of_one(kinds, device, shape=(3, 512, 256), begin=256):
     assert np.abs(run(table, tensors[1], w.shape[1], add=True) - 1 - expected).max() <= bound
     assert np.abs(run(table, tensors[1], w.shape[1], add=False) - expected).max() <= bound
     # the last rows of both experts, streamed; the last job has none
-    jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j] for j, e in enumerate(expert_ids[0].tolist())]
-    part = run(torch.tensor([*jobs, [0] * 5], device=device), None, w.shape[1] - begin, add=False)
+    jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j, 0] for j, e in enumerate(expert_ids[0].tolist())]
+    part = run(torch.tensor([*jobs, [0] * 6], device=device), None, w.shape[1] - begin, add=False)
     np.testing.assert_allclose(part, _of_rows(w, begin, x, expert_ids, routing_weights), atol=bound)
 
 
@@ -109,7 +110,7 @@ def _of_rows(w, begin, x, expert_ids, routing_weights):
 def check_experts_of_many(kinds, device, dtype, tokens, shape=(3, 512, 256), begin=256):
     """Several tokens' experts, whole and in two parts, with products of 16 bits."""
     w = quantised_layer(kinds, "f32", shape)
-    on_device, inputs = _OnDevice(w, device), _inputs(w, tokens, 2)
+    on_device, inputs = OnDevice(w, device), inputs_of(w, tokens, 2)
     x, expert_ids, routing_weights = inputs
     expected = experts_in_float64(w, *inputs)
     _, first = tokens_by_expert(expert_ids, w.shape[0])

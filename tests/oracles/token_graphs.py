@@ -51,6 +51,7 @@ class RandomGraphs:
         self.x, self.cpu_sum = (np.full((1, self.width), np.nan, np.float32) for _ in range(2))
         self.expert_ids, self.routing_weights = (np.zeros((1, k), np.float32) for _ in range(2))
         self.ring, self.layers, self.random = experts.ring, experts.layers, np.random.default_rng(seed)
+        self.biases = None if experts.biases is None else experts.biases.hidden
         chunks = self.ring.token_chunks(k)
         self.signals = TokenSignals(chunks, pinned=False)
         token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum, self.signals)
@@ -166,13 +167,15 @@ class RandomGraphs:
         inputs, gpu_rows, gpu_sums, _ = self._records[-1]
         x, expert_ids, routing_weights = inputs[layer]
         rows_of, formats = gpu_rows[layer], self.layers[layer].matrix_formats
-        for *addresses, rows, j in self.jobs[chunk].tolist():
+        for *addresses, rows, j, first in self.jobs[chunk].tolist():
             if rows == 0:
                 continue
             expert = int(expert_ids[0, j])
             rows_of[expert] = rows_of.get(expert, 0) + rows
             part = Part(expert, 0, rows, None, 0, self.ring._memory, addresses, self.width, formats)
-            y = feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20).numpy()
+            biases = None if self.biases is None else [each[first : first + rows] for each in self.biases[:2]]
+            options = {"biases": biases, "clamped": self.layers[layer].clamped}
+            y = feed_forward(torch.from_numpy(x), *part.matrices(), rounded=False, work=1 << 20, **options).numpy()
             gpu_sums[layer] += routing_weights[0, j] * y
 
     def send(self, layer, number, plan):
@@ -206,7 +209,12 @@ class RandomGraphs:
         return torch.zeros(1, 1)
 
 
-def check_step(graphs, experts):
+def of_bf16(w, *inputs):
+    """The sum in float64, and its tolerance."""
+    return naive.expert_ffn(*inputs, w.gate, w.up, w.down, "bf16", rounded=False)
+
+
+def check_step(graphs, experts, in_float64=of_bf16):
     """Assert that both sides together computed each layer's missing experts, by float64; returns the streamed rows."""
     graphs.synchronize()
     streamed = 0
@@ -214,9 +222,7 @@ def check_step(graphs, experts):
     for layer, (x, expert_ids, routing_weights) in enumerate(graphs.inputs):
         w = experts.layers[layer]
         missing = np.array([[(layer, e) not in experts.residents for e in expert_ids[0].tolist()]])
-        expected, tolerance = naive.expert_ffn(
-            *(x, expert_ids, routing_weights * missing), *(w.gate, w.up, w.down), "bf16", rounded=False
-        )
+        expected, tolerance = in_float64(w, x, expert_ids, routing_weights * missing)
         assert (np.abs(graphs.sums[layer] + graphs.gpu_sums[layer] - expected) <= 2 * tolerance + 1e-6).all()
         assert all((layer, e) not in experts.residents for e in graphs.gpu_rows[layer])
         streamed += sum(graphs.gpu_rows[layer].values())

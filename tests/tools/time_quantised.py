@@ -53,7 +53,7 @@ def times(kind):
     size = w.expert_bytes // 3
     memory = torch.randint(0, 256, (EXPERTS, 3, size), dtype=torch.uint8, device=device)
     addresses = [[memory[e, m].data_ptr() for m in range(3)] for e in range(EXPERTS)]
-    table = torch.tensor([[*at, HIDDEN, 0] for at in addresses], device=device)
+    table = torch.tensor([[*at, HIDDEN, 0, 0] for at in addresses], device=device)
     x, y, shares = torch.randn(1, WIDTH, device=device), torch.zeros(1, WIDTH, device=device), torch.ones(2).to(device)
     ids = [torch.tensor([i % EXPERTS, (i + 3) % EXPERTS], device=device) for i in range(RUNS + 5)]
     found = [seconds(lambda i: experts_of_one(x, table, shares, HIDDEN, w, expert_ids=ids[i], into=y, add=True))]
