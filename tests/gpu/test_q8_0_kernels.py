@@ -75,7 +75,7 @@ def grown(config, dtype, read_as, blocks):
     return pool
 
 
-def quantised(rows):
+def of_gguf(rows):
     """gguf's Q8_0 of float32 rows; it divides by tiny scales."""
     with np.errstate(over="ignore"):
         return gguf.quantize(rows, Q8_0)
@@ -86,7 +86,7 @@ def stored(rows, dtype):
     if dtype != torch.uint8:
         return rows.to(dtype).double()
     flat = np.ascontiguousarray(rows.numpy()).reshape(-1, rows.shape[-1])
-    return torch.from_numpy(gguf.dequantize(quantised(flat), Q8_0).reshape(rows.shape)).double()
+    return torch.from_numpy(gguf.dequantize(of_gguf(flat), Q8_0).reshape(rows.shape)).double()
 
 
 def rows_of_every_kind(dim):
@@ -139,9 +139,9 @@ def test_kernels_encode_in_every_bit_as_the_cpu_and_gguf_do(dim):
             assert torch.equal(bits, expected_scales[row].view(torch.int16)), row
     finite = values[values.isfinite().all(1) & (values.abs() < 1e30).all(1)]
     codes, scales = codes_and_scales(finite)
-    of_gguf = quantised(finite.numpy()).reshape(-1, 34)
-    np.testing.assert_array_equal(of_gguf[:, :2].copy().view(np.float16), scales.reshape(-1, 1).numpy())
-    np.testing.assert_array_equal(of_gguf[:, 2:].view(np.int8), codes.reshape(-1, 32).numpy())
+    expected = of_gguf(finite.numpy()).reshape(-1, 34)
+    np.testing.assert_array_equal(expected[:, :2].copy().view(np.float16), scales.reshape(-1, 1).numpy())
+    np.testing.assert_array_equal(expected[:, 2:].view(np.int8), codes.reshape(-1, 32).numpy())
 
 
 def naive(q, keys, values, window):
