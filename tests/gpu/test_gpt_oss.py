@@ -87,7 +87,8 @@ def test_attention_kernels_with_sinks_match_float64(dtype, bound, heads, groups,
     single = torch.tensor([begin for begin, count in parts if count == 1], device=DEVICE)
     attention_kernels.attend_rows(q, first, second, tables, single, window, out, sinks=sinks)
     tiles, most = attention_kernels.tiles_of([part for part in parts if part[1] > 1], dtype)
-    attention_kernels.attend_tiles(q, first, second, tables, (tiles.to(DEVICE), most), window, out, sinks=sinks)
+    tiles = tiles.to(DEVICE), most
+    attention_kernels.attend_tiles(q, first, second, tables, tiles, window, out, dtype, sinks=sinks)
     expected = torch.from_numpy(np.stack(expected))
     for begin, count in parts:
         error = (out[begin : begin + count].cpu() - expected[begin : begin + count]).abs().max()
