@@ -77,7 +77,7 @@ def grown(config, dtype, read_as, blocks):
 
 def of_gguf(rows):
     """gguf's Q8_0 of float32 rows; it divides by tiny scales."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return gguf.quantize(rows, Q8_0)
 
 
