@@ -47,7 +47,7 @@ class Transformer:
         """weights: the tensors that `linear` does not multiply by: embeddings, norms and routers.
 
         dense_span: its context surrounds the dense half of each block: all but the experts. token_embd: embeddings that
-        are not in `weights`.
+        are not in `weights`. make_heads: of queries and keys, where attention is no latent attention.
         Raises FileFormatError for an architecture with a part that does not run.
         """
         unknown = first_unknown(config.architecture, _RUNS)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from fiddler.models.rotary import rotate
 from fiddler.runtime.block_pool import POSITIONS
 from oracles.gpu_in_place import cos_sin_of, engine_in_place
 from oracles.gpu_time import replayed
+from oracles.interpreter import run_in_interpreter
 from tools.random_model import SHAPES, write_random_model
 
 try:
@@ -54,13 +53,7 @@ LARGE = [(128, 64, 512), (16, 64, 512), (6, 64, 512)] if GPU else []
 
 @pytest.mark.skipif(GPU or INTERPRETED or latent_kernels is None, reason="the kernels run in this process")
 def test_the_kernels_are_right_in_tritons_interpreter():
-    ignored = [
-        each for kind in ("DeprecationWarning", "RuntimeWarning") for each in ("-W", f"ignore::{kind}")
-    ]  # NumPy's
-    command = [sys.executable, "-m", "pytest", "-q", *ignored, "-k", "kernels", str(Path(__file__))]
-    environment, root = {**os.environ, "TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

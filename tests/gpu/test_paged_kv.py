@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from fiddler.models.config import Config
 from fiddler.runtime.block_pool import POSITIONS
 from oracles.gpu_in_place import cos_sin_of, engine_in_place, growing
 from oracles.gpu_time import replayed
+from oracles.interpreter import run_in_interpreter
 from oracles.scheduler_machine import Alone, mix
 from oracles.synthetic import write_random_mixtral
 
@@ -41,13 +40,7 @@ except ImportError:
 
 @pytest.mark.skipif(GPU or INTERPRETED or attention_kernels is None, reason="the kernels run in this process")
 def test_the_kernels_are_right_in_tritons_interpreter():
-    ignored = [
-        each for kind in ("DeprecationWarning", "RuntimeWarning") for each in ("-W", f"ignore::{kind}")
-    ]  # NumPy's
-    command = [sys.executable, "-m", "pytest", "-q", *ignored, "-k", "kernels", str(Path(__file__))]
-    environment, root = {**os.environ, "TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)
 
 
 def naive(q, keys, values, window):

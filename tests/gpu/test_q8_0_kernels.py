@@ -6,10 +6,7 @@ Without a GPU, Triton's interpreter runs them.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -22,6 +19,7 @@ from fiddler.models.config import Config, LatentWidths
 from fiddler.runtime.block_pool import POSITIONS
 from fiddler.runtime.q8_0_rows import codes_and_scales
 from oracles.gpu_in_place import cos_sin_of, engine_in_place
+from oracles.interpreter import run_in_interpreter
 from oracles.q8_0_models import MODELS, latent_model, one_by_one, quantised
 from oracles.synthetic import write_random_mixtral
 from tools.random_model import SHAPES
@@ -48,13 +46,7 @@ TYPES = [(torch.uint8, torch.float16, 4e-3), (torch.uint8, torch.float32, 2e-5),
 
 @pytest.mark.skipif(GPU or INTERPRETED or attention_kernels is None, reason="the kernels run in this process")
 def test_the_kernels_are_right_in_tritons_interpreter():
-    ignored = [
-        each for kind in ("DeprecationWarning", "RuntimeWarning") for each in ("-W", f"ignore::{kind}")
-    ]  # NumPy's
-    command = [sys.executable, "-m", "pytest", "-q", *ignored, "-k", "kernels", str(Path(__file__))]
-    environment, root = {**os.environ, "TRITON_INTERPRET": "1"}, Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

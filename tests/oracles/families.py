@@ -73,9 +73,13 @@ class FamilyReference:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers' own deprecations
             options = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if is_packed(folder) else {}
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager", **options
-            ).eval()
+            self.model = (
+                transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager", **options
+                )
+                .float()
+                .eval()
+            )  # transformers 5.17 leaves experts that were MXFP4 in bf16
         self.routers: list[RouterStep] = []
         """Of the last call, layer by layer."""
         for name, module in self.model.named_modules():
