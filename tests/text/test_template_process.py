@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ MESSAGES = [{"role": "user", "content": 'Hello </s> "x" <b>é\n'}]
 @pytest.fixture(scope="module")
 def process():
     renderer = TemplateProcess(LIMITS)
+    yield renderer
+    renderer.close()
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """With the time that the product gives: the kernel may take 0.3 s of it to map what a bomb asks for."""
+    renderer = TemplateProcess(replace(LIMITS, seconds=Limits().seconds))
     yield renderer
     renderer.close()
 
@@ -176,8 +185,8 @@ def test_templates_that_try_to_escape_are_refused(process, template):
 
 
 @pytest.mark.parametrize("template, fragments", [(bomb, texts) for bomb, *texts in BOMBS.values()], ids=BOMBS)
-def test_templates_that_exhaust_time_or_memory_are_refused_in_bounded_time(process, template, fragments):
-    assert_refused(process, template, *fragments)
+def test_templates_that_exhaust_time_or_memory_are_refused_in_bounded_time(process, patient, template, fragments):
+    assert_refused(process if TIME in fragments else patient, template, *fragments)
 
 
 def test_the_default_limits_refuse_bombs_too():
