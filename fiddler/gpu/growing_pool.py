@@ -27,6 +27,8 @@ class GrowingPool(BlockPool):
     Q8_0 lies in it as Triton's kernels read it: `PlanarRows`.
     """
 
+    object_bytes = 236  # a weak reference to each block, too
+
     def __init__(
         self,
         config: Config,

@@ -65,6 +65,9 @@ class BlockPool:
     `offsets`: int64, by a block's number: where it begins, in units of `UNIT_BYTES` from the begin of the pool.
     """
 
+    object_bytes = 96
+    """Host memory of a `Block` and its number, and of what the pool refers to it by, as measured [bytes]."""
+
     def __init__(
         self,
         config: Config,

@@ -2,12 +2,12 @@
 
 As RadixAttention (SGLang, https://arxiv.org/abs/2312.07104): a path from the root spells a sequence's first tokens, one
 block a node; the least recently used leaves go first: out of the pool, and where there is a store, to that. So a path's
-first nodes have their blocks in the pool, the others in the store. Knows blocks and tokens; no model and no text.
+first nodes have their blocks in the pool, the others in the store. A limit of nodes bounds the tree's own memory, which
+is the host's. Knows blocks and tokens; no model and no text.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,39 +17,34 @@ from fiddler.errors import ResourceError
 from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool
 from fiddler.runtime.host_store import HostStore
 from fiddler.runtime.paged_kv_cache import PagedKVCache
+from fiddler.runtime.radix_node import NODE_BYTES, RadixNode, packed
 
-__all__ = ["PrefixCache", "common"]
+__all__ = ["TREE_BYTES", "PrefixCache", "common"]
 
-Tokens = tuple[int, ...]
+TREE_BYTES = 64 << 20
+"""The most host memory of the tree itself, keys and values aside [bytes].
 
-
-class _Node:
-    """A block whose first positions hold these tokens, after those of its parents. Only a full one has children.
-
-    `block`: in the pool; None where it is `stored`.
-    """
-
-    __slots__ = ("block", "children", "order", "parent", "stored", "tokens")
-
-    def __init__(self, tokens: Tokens, block: Block | None, parent: _Node | None) -> None:
-        self.tokens, self.block, self.parent = tokens, block, parent
-        self.stored: Block | None = None
-        self.children: dict[Tokens, _Node] = {}
-        self.order: list[Tokens] = []  # the children's tokens, sorted: those with the longest common prefix are beside
+For 3.6 million positions of a pool on a GPU, 4.7 million on the CPU: more than 100 GB of keys and values but for the
+smallest models, with which a server would else grow by gigabytes until the pool is full.
+"""
 
 
 class PrefixCache:
-    """Blocks of past sequences, at most `max_blocks`, None: all; fewer where others need the pool's memory.
+    """Blocks of past sequences, at most `max_blocks` of the pool's, None: all; fewer where others need its memory.
 
     `store`: takes the blocks that others need, where copying them back pays.
     """
 
-    def __init__(self, pool: BlockPool, max_blocks: int | None) -> None:
+    def __init__(self, pool: BlockPool, max_blocks: int | None, max_nodes: int | None = None) -> None:
+        """max_nodes: the most blocks in pool and store together; None: for which the tree takes `TREE_BYTES`."""
         self.store: HostStore | None = None
+        self.node_bytes = NODE_BYTES + pool.object_bytes
+        """Host memory of a block that is known, keys and values aside [bytes]: an estimate."""
         self._pool, self._max_blocks = pool, max_blocks
-        self._root = _Node((), None, None)
-        self._nodes: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first, children before parents
-        self._stored: OrderedDict[_Node, None] = OrderedDict()  # those in the store, in the same order
+        self._max_nodes = TREE_BYTES // self.node_bytes if max_nodes is None else max_nodes
+        self._root = RadixNode(b"", None, None)
+        self._nodes = OrderedDict[RadixNode, None]()  # the least recently used first, children before parents
+        self._stored = OrderedDict[RadixNode, None]()  # those in the store, in the same order
         own = WeakMethod(self._reclaim)  # no cycle: the pool is freed with its last user
         pool.reclaim = lambda: (reclaim := own()) is not None and reclaim()
 
@@ -70,23 +65,26 @@ class PrefixCache:
 
     def matched(self, ids: Sequence[int]) -> int:
         """The tokens of the longest common prefix of `ids` and a past sequence, as far as it is in the pool."""
-        path, length = self._path(tuple(ids))
+        path, length = self._path(ids)
         return min(length, len(_blocks(path)) * POSITIONS)
 
     def put(self, sequence: PagedKVCache, tokens: Sequence[int]) -> None:
         """Remember a sequence, which holds the first `sequence.length` of `tokens` and may go on being used."""
-        ids, node = tuple(tokens[: sequence.length]), self._root
+        ids = tokens[: sequence.length]
         assert sequence.length == len(ids), "tokens of some positions are unknown"
-        path = []
-        for begin, block in zip(range(0, len(ids), POSITIONS), sequence.blocks, strict=False):
-            child = self._child(node, ids[begin : begin + POSITIONS], block)
-            if child is None or (child.block is None and not self._adopt(child, block, len(ids) - begin)):
+        texts, blocks = list(packed(ids)), sequence.blocks
+        path, _ = self._root.walk(texts)
+        del path[len(_blocks(path)) :]  # those in the store come again below
+        node = path[-1] if path else self._root
+        for index in range(len(path), len(texts)):
+            block, positions = blocks[index], len(ids) - index * POSITIONS
+            child = self._child(node, texts[index], block)
+            if child is None or (child.block is None and not self._adopt(child, block, positions)):
                 break
             path.append(child)
             node = child
         self._touch(path)
-        while self._max_blocks is not None and len(self._nodes) > self._max_blocks:
-            self._evict()
+        self._limit()
 
     def take(self, ids: Sequence[int], context: int, window: int | None) -> PagedKVCache | None:
         """A sequence that begins with the longest common prefix of `ids` and a past one; None where there is none.
@@ -94,7 +92,7 @@ class PrefixCache:
         At least one of `ids` is left to compute, for the logits after it. Several sequences may have the same blocks.
         Blocks of the store are copied back where that pays, as far as the pool has room.
         """
-        path, length = self._path(tuple(ids[: max(len(ids) - 1, 0)]))
+        path, length = self._path(ids[: max(len(ids) - 1, 0)])
         self._touch(path)
         blocks = _blocks(path)
         sequence = PagedKVCache(self._pool, context, window, blocks, min(length, len(blocks) * POSITIONS))
@@ -106,79 +104,64 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget all sequences; blocks that nobody else has are free."""
-        for node in list(self._root.children.values()):
+        for node in reversed(list(self._root.children)):  # a list's last elements go fastest
             self._remove(node)
 
-    def _path(self, ids: Tokens) -> tuple[list[_Node], int]:
+    def _path(self, ids: Sequence[int]) -> tuple[list[RadixNode], int]:
         """The nodes of the longest common prefix of `ids` and a past sequence, and its length."""
-        path, last, count = self._find(ids)
-        return (path, len(path) * POSITIONS) if last is None else ([*path, last], len(path) * POSITIONS + count)
+        path, rest = self._root.walk(packed(ids))
+        last, count = (path[-1] if path else self._root).closest(rest)
+        length = len(path) * POSITIONS + count
+        return (path, length) if last is None else ([*path, last], length)
 
-    def _find(self, ids: Tokens) -> tuple[list[_Node], _Node | None, int]:
-        """The nodes of the whole blocks that `ids` begin with; the next node that has some more, and how many."""
-        node, path, begin = self._root, list[_Node](), 0
-        while (child := node.children.get(ids[begin : begin + POSITIONS])) is not None and len(
-            child.tokens
-        ) == POSITIONS:
-            path.append(child)
-            node, begin = child, begin + POSITIONS
-        rest = ids[begin : begin + POSITIONS]
-        if not rest or not node.order:
-            return path, None, 0
-        at = bisect_left(node.order, rest)
-        beside = node.order[max(at - 1, 0) : at + 1]
-        best = max(beside, key=lambda tokens: common(tokens, rest))
-        count = common(best, rest)
-        return path, node.children[best] if count else None, count
-
-    def _child(self, node: _Node, tokens: Tokens, block: Block | None) -> _Node | None:
+    def _child(self, node: RadixNode, tokens: bytes, block: Block | None) -> RadixNode | None:
         """The child with these tokens, or with more where they fill no block; made if there is none.
 
         None where the block was given back.
         """
-        child = node.children.get(tokens)
-        if child is not None or block is None:
-            return child
-        at = bisect_left(node.order, tokens)
-        if at < len(node.order) and node.order[at][: len(tokens)] == tokens:
-            return node.children[node.order[at]]
-        if at and tokens[: len(node.order[at - 1])] == node.order[at - 1]:
-            self._remove(node.children[node.order[at - 1]])  # it has no child: it is not full
-        child = _Node(tokens, block, node)
+        at, children = node.place(tokens), node.children
+        if at < len(children) and children[at].tokens.startswith(tokens):
+            return children[at]
+        if block is None:
+            return None
+        if at and tokens.startswith(children[at - 1].tokens):
+            at -= 1
+            self._remove(children[at])  # it has no child: it is not full
+        child = RadixNode(tokens, block, node)
         block.holders += 1
-        node.children[tokens] = child
-        insort(node.order, tokens)
+        node.add(at, child)
         return child
 
-    def _touch(self, path: Sequence[_Node]) -> None:
+    def _touch(self, path: Sequence[RadixNode]) -> None:
         """Note that these nodes, from the root on, are used now."""
         for node in reversed(path):  # so that parents are younger than their children
             nodes = self._stored if node.block is None else self._nodes
             nodes[node] = None
             nodes.move_to_end(node)
 
-    def _evict(self) -> None:
-        """Forget the least recently used node in the pool; whatever is behind it is in the store."""
-        self._remove(next(iter(self._nodes)))
+    def _limit(self) -> None:
+        """Forget the least recently used nodes beyond the limits; those in the store first: they were used before."""
+        while self._max_blocks is not None and len(self._nodes) > self._max_blocks:
+            self._remove(next(iter(self._nodes)))  # whatever is behind it is in the store
+        while len(self._nodes) + len(self._stored) > self._max_nodes:
+            self._remove(next(iter(self._stored or self._nodes)))
 
-    def _remove(self, node: _Node) -> None:
+    def _remove(self, node: RadixNode) -> None:
         """Forget a node and all behind it."""
         assert node.parent is not None
-        del node.parent.children[node.tokens]
-        node.parent.order.pop(bisect_left(node.parent.order, node.tokens))
+        node.parent.drop(node)
         behind = [node]
         for each in behind:
-            behind += each.children.values()
-            each.children = {}  # no cycle
+            behind += each.drop_all()  # no cycle
             self._nodes.pop(each, None)
             self._stored.pop(each, None)
             if each.block is not None:
                 each.block.holders -= 1
             each.block = each.stored = None
 
-    def _adopt(self, node: _Node, block: Block | None, positions: int) -> bool:
+    def _adopt(self, node: RadixNode, block: Block | None, positions: int) -> bool:
         """Give a stored node a block of the pool with so many of its positions or more; whether these are enough."""
-        if block is None or positions < len(node.tokens):
+        if block is None or positions < node.length:
             return False
         block.holders += 1
         node.block, node.stored = block, None
@@ -186,7 +169,7 @@ class PrefixCache:
         self._nodes[node] = None
         return True
 
-    def _restore(self, nodes: Sequence[_Node], positions: int) -> int:
+    def _restore(self, nodes: Sequence[RadixNode], positions: int) -> int:
         """Copy the blocks of a path's stored nodes to the pool, as many as it has room for; returns their number.
 
         positions: that need not be computed then; where computing them takes less time, nothing is copied.
@@ -230,9 +213,9 @@ class PrefixCache:
                 self._touch(path)
         return False
 
-    def _save(self, node: _Node) -> bool:
+    def _save(self, node: RadixNode) -> bool:
         """Move a node's block to the store, which forgets the least recently used ones, where copying it back pays."""
-        if self.store is None or not self.store.pays(1, len(node.tokens)):
+        if self.store is None or not self.store.pays(1, node.length):
             return False
         assert node.block is not None
         while (stored := self.store.save(node.block)) is None and self._stored:
@@ -246,12 +229,12 @@ class PrefixCache:
         return True
 
 
-def _blocks(path: Sequence[_Node]) -> list[Block]:
+def _blocks(path: Sequence[RadixNode]) -> list[Block]:
     """The blocks of a path's first nodes, those in the pool."""
     return [node.block for node in path if node.block is not None]
 
 
-def _ancestors(node: _Node) -> list[_Node]:
+def _ancestors(node: RadixNode) -> list[RadixNode]:
     """The path from the root to a node, which is its last."""
     path = []
     while node.parent is not None:
@@ -260,7 +243,7 @@ def _ancestors(node: _Node) -> list[_Node]:
     return path[::-1]
 
 
-def _unused(node: _Node) -> bool:
+def _unused(node: RadixNode) -> bool:
     """Whether nobody has a node's block beside the tree."""
     return node.block is not None and node.block.holders == 1
 
