@@ -8,7 +8,6 @@ is the host's. Knows blocks and tokens; no model and no text.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from weakref import WeakMethod
@@ -17,7 +16,7 @@ from fiddler.errors import ResourceError
 from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool
 from fiddler.runtime.host_store import HostStore
 from fiddler.runtime.paged_kv_cache import PagedKVCache
-from fiddler.runtime.radix_node import NODE_BYTES, RadixNode, packed
+from fiddler.runtime.radix_node import NODE_BYTES, RadixNode, UseOrder, packed
 
 __all__ = ["TREE_BYTES", "PrefixCache", "common"]
 
@@ -43,8 +42,8 @@ class PrefixCache:
         self._pool, self._max_blocks = pool, max_blocks
         self._max_nodes = TREE_BYTES // self.node_bytes if max_nodes is None else max_nodes
         self._root = RadixNode(b"", None, None)
-        self._nodes = OrderedDict[RadixNode, None]()  # the least recently used first, children before parents
-        self._stored = OrderedDict[RadixNode, None]()  # those in the store, in the same order
+        self._nodes = UseOrder()  # those in the pool, children before parents
+        self._stored = UseOrder()  # those in the store, likewise
         own = WeakMethod(self._reclaim)  # no cycle: the pool is freed with its last user
         pool.reclaim = lambda: (reclaim := own()) is not None and reclaim()
 
@@ -134,17 +133,16 @@ class PrefixCache:
 
     def _touch(self, path: Sequence[RadixNode]) -> None:
         """Note that these nodes, from the root on, are used now."""
-        for node in reversed(path):  # so that parents are younger than their children
-            nodes = self._stored if node.block is None else self._nodes
-            nodes[node] = None
-            nodes.move_to_end(node)
+        count = len(_blocks(path))
+        self._stored.use(reversed(path[count:]))  # so that parents are younger than their children
+        self._nodes.use(reversed(path[:count]))
 
     def _limit(self) -> None:
         """Forget the least recently used nodes beyond the limits; those in the store first: they were used before."""
         while self._max_blocks is not None and len(self._nodes) > self._max_blocks:
-            self._remove(next(iter(self._nodes)))  # whatever is behind it is in the store
+            self._remove(self._nodes.oldest)  # whatever is behind it is in the store
         while len(self._nodes) + len(self._stored) > self._max_nodes:
-            self._remove(next(iter(self._stored or self._nodes)))
+            self._remove((self._stored or self._nodes).oldest)
 
     def _remove(self, node: RadixNode) -> None:
         """Forget a node and all behind it."""
@@ -153,9 +151,10 @@ class PrefixCache:
         behind = [node]
         for each in behind:
             behind += each.drop_all()  # no cycle
-            self._nodes.pop(each, None)
-            self._stored.pop(each, None)
-            if each.block is not None:
+            if each.block is None:
+                self._stored.remove(each)
+            else:
+                self._nodes.remove(each)
                 each.block.holders -= 1
             each.block = each.stored = None
 
@@ -164,9 +163,9 @@ class PrefixCache:
         if block is None or positions < node.length:
             return False
         block.holders += 1
+        self._stored.remove(node)
         node.block, node.stored = block, None
-        self._stored.pop(node, None)
-        self._nodes[node] = None
+        self._nodes.use([node])
         return True
 
     def _restore(self, nodes: Sequence[RadixNode], positions: int) -> int:
@@ -178,7 +177,7 @@ class PrefixCache:
         if not self.store.pays(len(nodes), positions):
             return 0
         for node in nodes:
-            del self._stored[node]  # so that they stay while others make room
+            self._stored.remove(node)  # so that they stay while others make room
         blocks: list[Block] = []
         try:
             with suppress(ResourceError):
@@ -201,7 +200,7 @@ class PrefixCache:
         for _ in range(len(self._nodes)):
             if not self._nodes:
                 break
-            node = next(iter(self._nodes))
+            node = self._nodes.oldest
             if _unused(node):
                 if not self._save(node):
                     self._remove(node)
@@ -219,13 +218,13 @@ class PrefixCache:
             return False
         assert node.block is not None
         while (stored := self.store.save(node.block)) is None and self._stored:
-            self._remove(next(iter(self._stored)))
+            self._remove(self._stored.oldest)
         if stored is None:
             return False
         node.block.holders -= 1
+        self._nodes.remove(node)
         node.block, node.stored = None, stored
-        del self._nodes[node]
-        self._stored[node] = None
+        self._stored.use([node])
         return True
 
 
