@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 
@@ -27,7 +27,7 @@ class GrowingPool(BlockPool):
     Q8_0 lies in it as Triton's kernels read it: `PlanarRows`.
     """
 
-    object_bytes = 236  # a weak reference to each block, too
+    object_bytes = 184  # a weak reference to each block, too
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class GrowingPool(BlockPool):
         self.make_room: Callable[[int], bool] = lambda nbytes: False
         """Lets others give up memory until there is room for so many bytes; returns whether there is."""
         self._block_bytes = block_bytes(config, dtype)
-        self._live = WeakValueDictionary[int, Block]()  # by number, those in use
+        self._live: list[ref[Block]] = []  # by number, those in use and some that were
         self._by = max(1, _SEGMENT_BYTES // self._block_bytes)  # blocks of a segment
 
     @property
@@ -87,7 +87,7 @@ class GrowingPool(BlockPool):
     def take(self) -> Block:
         """Implements `BlockPool.take`."""
         block = super().take()
-        self._live[block.number] = block
+        self._live[block.number : block.number + 1] = [ref(block)]  # the first of all, or the next one
         return block
 
     def shrink(self, number: int) -> bool:
@@ -100,6 +100,7 @@ class GrowingPool(BlockPool):
             if not self.reclaim():
                 return False
         self._move_below(number)
+        del self._live[number:]
         index = self._firsts.index(number)
         del self._firsts[index:], self.segments[index:]
         self.offsets = self.offsets[:number]
@@ -110,11 +111,11 @@ class GrowingPool(BlockPool):
 
     def _move_below(self, number: int) -> None:
         """Move blocks from this number on to free ones below, of which there are enough."""
-        high = [block for block in self._live.values() if block.number >= number]
+        high = [block for each in self._live[number:] if (block := each()) is not None]
         for block in high:
             target = super().take()
             assert target.number < number, "the first free block is taken"
             self.copy(block, target, POSITIONS)
             block.number, target.number = target.number, block.number
+            self._live[block.number] = ref(block)
         self.moves += len(high)
-        self._live = WeakValueDictionary({block.number: block for block in self._live.values()})
