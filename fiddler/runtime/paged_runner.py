@@ -75,6 +75,14 @@ class PagedRunner(Runner):
         """Implements `Runner.kv_taken`."""
         return self.pool.taken_bytes
 
+    def past_blocks(self) -> int:
+        """Implements `Runner.past_blocks`."""
+        return self.prefix_cache.blocks + self.prefix_cache.stored
+
+    def past_bytes(self) -> int:
+        """Implements `Runner.past_bytes`."""
+        return self.prefix_cache.nbytes
+
     def matched(self, ids: Sequence[int]) -> int:
         """Implements `Runner.matched`."""
         return self.prefix_cache.matched(ids)

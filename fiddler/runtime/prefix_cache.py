@@ -23,8 +23,8 @@ __all__ = ["TREE_BYTES", "PrefixCache", "common"]
 TREE_BYTES = 64 << 20
 """The most host memory of the tree itself, keys and values aside [bytes].
 
-For 3.6 million positions of a pool on a GPU, 4.7 million on the CPU: more than 100 GB of keys and values but for the
-smallest models, with which a server would else grow by gigabytes until the pool is full.
+Enough for 4.7 million positions of a pool on a GPU, 5.8 million on the CPU: keys and values of so many take more memory
+than one GPU has, but for models of a few KiB a position. With these a server would else grow until the pool is full.
 """
 
 
@@ -56,6 +56,11 @@ class PrefixCache:
     def stored(self) -> int:
         """Number of blocks in the tree that are in the store."""
         return len(self._stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of the tree itself, keys and values aside [bytes]: an estimate, by its number of nodes."""
+        return (self.blocks + self.stored) * self.node_bytes
 
     @property
     def unused(self) -> int:

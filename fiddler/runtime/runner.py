@@ -96,6 +96,14 @@ class Runner(ABC):
         """Memory that KV caches have taken so far, those of past sequences included [bytes]; 0 where unknown."""
         return 0
 
+    def past_blocks(self) -> int:
+        """Blocks of past sequences that `resume` may find, those in a host store included; 0 where there are none."""
+        return 0
+
+    def past_bytes(self) -> int:
+        """Host memory by which `resume` finds them, keys and values aside [bytes]: an estimate."""
+        return 0
+
     @abstractmethod
     def keep(self, sequence: KVCache, tokens: Sequence[int]) -> None:
         """Remember `sequence`, which its user gives up, for `resume`; it holds the first of `tokens`."""

@@ -112,11 +112,12 @@ class Requests(RuleBasedStateMachine):
     """Sequences that begin with what the cache has, grow, fork, are cut, remembered and dropped, in a small pool."""
 
     most = 14  # blocks of past sequences; None: all of the pool's
+    nodes = 1000  # blocks of past sequences in pool and store
 
     def __init__(self):
         super().__init__()
         self.pool = new_pool(24)
-        self.cache = PrefixCache(self.pool, self.most)
+        self.cache = PrefixCache(self.pool, self.most, self.nodes)
         self.live: list[tuple[PagedKVCache, list[int]]] = []
         self.past: list[list[int]] = []
 
@@ -164,7 +165,8 @@ class Requests(RuleBasedStateMachine):
             self.cache.put(sequence, tokens)
             self.past.append(list(tokens))
             if self.cache.store is None:
-                assert self.cache.matched(tokens) == len(tokens) or blocks_for(len(tokens)) > 14
+                limit = min(self.nodes, self.most)
+                assert self.cache.matched(tokens) == len(tokens) or blocks_for(len(tokens)) > limit
 
     @rule(data=st.data())
     def drop(self, data):
@@ -181,6 +183,19 @@ class Requests(RuleBasedStateMachine):
         blocks = {block.number for sequence, _ in self.live for block in sequence.blocks}
         assert len(blocks) <= self.pool.used <= len(blocks) + self.cache.blocks
         assert self.most is None or self.cache.blocks <= self.most
+        assert self.cache.blocks + self.cache.stored <= self.nodes
+
+    @invariant()
+    def every_node_can_be_forgotten_and_its_children_first(self):
+        in_pool, stored, behind = list(self.cache._nodes), list(self.cache._stored), [self.cache._root]
+        for node in behind:
+            behind += node.children
+            for child in node.children:
+                order = stored if child.block is None else in_pool
+                assert node not in order or order.index(child) < order.index(node)
+                assert child.block is None or node not in stored
+        assert {*in_pool, *stored} == {*behind[1:]}
+        assert len(in_pool) + len(stored) == len(behind) - 1
 
     def teardown(self):
         self.live.clear()
@@ -191,6 +206,16 @@ class Requests(RuleBasedStateMachine):
 
 Requests.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_requests = Requests.TestCase
+
+
+class RequestsWithFewNodes(Requests):
+    """The tree's own memory has a lower limit than its part of the pool."""
+
+    nodes = 9
+
+
+RequestsWithFewNodes.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+test_requests_with_few_nodes = RequestsWithFewNodes.TestCase
 
 
 class Choice:
@@ -241,6 +266,16 @@ class RequestsWithAStore(Requests):
 
 RequestsWithAStore.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 test_requests_with_a_store = RequestsWithAStore.TestCase
+
+
+class RequestsWithAStoreAndFewNodes(RequestsWithAStore):
+    """Pool and store could hold 33 blocks, and the tree may have fewer nodes."""
+
+    nodes = 18
+
+
+RequestsWithAStoreAndFewNodes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_requests_with_a_store_and_few_nodes = RequestsWithAStoreAndFewNodes.TestCase
 
 
 def test_after_ten_thousand_requests_no_block_is_lost():

@@ -7,10 +7,11 @@
 
 Short and long prompts, beams, batches, constrained texts, chats, texts that are cancelled and requests that are
 refused, in rounds of 10 s. After each round, while nothing runs: anonymous memory (RssAnon), of it the KV caches on the
-CPU, whose blocks are taken once and used again; the rest; anonymous memory of child processes; threads and descriptors.
-The exit code is 1 where greedy or seeded text at the end differs from that at the start, or, of the rounds behind the
-warm-up, the last third has more rest, or children with more memory, in the median than the first third by more than
---bound, or more threads or descriptors at most.
+CPU, whose blocks are taken once and used again; the tree that finds past prompts' blocks, estimated by their number,
+which has a limit of its own (`TREE_BYTES`); the rest; anonymous memory of child processes; threads and descriptors. The
+exit code is 1 where greedy or seeded text at the end differs from that at the start, the tree is beyond its limit, or,
+of the rounds behind the warm-up, the last third has more rest, or children with more memory, in the median than the
+first third by more than --bound, or more threads or descriptors at most.
 """
 
 from __future__ import annotations
@@ -25,34 +26,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.soak_work import EngineWork, ServerWork
+from fiddler.runtime.prefix_cache import TREE_BYTES
+from tools.soak_work import EngineWork, Held, ServerWork
 
 ROUND = 10.0  # [s]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of a process: anonymous memory, of it KV caches, and that of its children [MiB]; threads; descriptors."""
+    """Of a process: anonymous memory, of it KV caches and the tree of past blocks, that of child processes [MiB]."""
 
     anonymous: float
     kv: float
+    tree: float
+    blocks: int
     children: float
     threads: int
     descriptors: int
 
     @property
     def rest(self) -> float:
-        """Anonymous memory beside the KV caches [MiB]."""
-        return self.anonymous - self.kv
+        """Anonymous memory beside the KV caches and the tree [MiB]."""
+        return self.anonymous - self.kv - self.tree
 
 
-def usage(pid: int, kv_bytes: int) -> Usage:
-    """The usage of a process now."""
+def usage(pid: int, held: Held, *, on_gpu: bool) -> Usage:
+    """The usage of a process now, whose KV caches are, or are not, in a GPU's memory."""
     status = _status(pid)
     children = sum(int(_status(child).get("RssAnon", "0").split()[0]) for child in descendants(pid))
     descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir())) - (pid == os.getpid())  # less that of the listing
     return Usage(
-        int(status["RssAnon"].split()[0]) / 1024, kv_bytes / 2**20, children / 1024, int(status["Threads"]), descriptors
+        anonymous=int(status["RssAnon"].split()[0]) / 1024,
+        kv=0 if on_gpu else held.kv_bytes / 2**20,
+        tree=held.tree_bytes / 2**20,
+        blocks=held.blocks,
+        children=children / 1024,
+        threads=int(status["Threads"]),
+        descriptors=descriptors,
     )
 
 
@@ -77,7 +87,7 @@ def growth(rows: list[Usage], bound: float) -> list[str]:
     """What grew from the first to the last third of the rows, in a line each."""
     third = max(1, len(rows) // 3)
     first, last = rows[:third], rows[-third:]
-    lines = []
+    lines = [f"tree: {row.tree:.1f} MiB" for row in rows if row.tree > TREE_BYTES / 2**20]
     for name in ("rest", "children"):
         before, after = (statistics.median(getattr(row, name) for row in part) for part in (first, last))
         if after - before > bound:
@@ -114,18 +124,21 @@ def main() -> None:
     if isinstance(work, ServerWork):
         atexit.register(work.process.__exit__)  # where a round fails
     texts, rows = work.texts(), list[Usage]()
-    print("| minute | requests | anonymous | KV caches | rest | children, MiB | threads | descriptors |", flush=True)
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| minute | requests | blocks | anonymous | KV caches | tree | rest | children, MiB | threads | descriptors |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     warm = None
     while (minutes := (time.monotonic() - begun) / 60) < arguments.minutes:
         work.round(ROUND)
-        row = usage(pid, work.kv_bytes() if options["device"] == "cpu" else 0)  # a GPU's are not this process's memory
+        row = usage(pid, work.held(), on_gpu=options["device"] == "cuda")
         rows.append(row)
         if warm is None and minutes >= arguments.warm_up:
             warm = len(rows) - 1
         print(
-            f"| {(time.monotonic() - begun) / 60:.1f} | {work.done.total()} | {row.anonymous:.1f} | {row.kv:.1f} "
-            f"| {row.rest:.1f} | {row.children:.1f} | {row.threads} | {row.descriptors} |",
+            f"| {(time.monotonic() - begun) / 60:.1f} | {work.done.total()} | {row.blocks} "
+            f"| {row.anonymous:.1f} | {row.kv:.1f} | {row.tree:.1f} | {row.rest:.1f} | {row.children:.1f} "
+            f"| {row.threads} | {row.descriptors} |",
             flush=True,
         )
     wrong = [] if work.texts() == texts else ["greedy or seeded text differs from that at the start"]

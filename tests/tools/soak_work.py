@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -20,7 +20,7 @@ from fiddler.engine import Engine
 from fiddler.runtime.prefix_cache import PrefixCache
 from tools.server_process import ServerProcess
 
-__all__ = ["EngineWork", "ServerWork"]
+__all__ = ["EngineWork", "Held", "ServerWork"]
 
 STORY = "once upon a time there was a little cat dog bird who liked to play in the big garden with a ball"
 WORDS = STORY.split()
@@ -31,6 +31,14 @@ PROBES = ("Once upon a time", "The cat sat", " ".join(WORDS * 6))
 REMEMBERED = 512  # blocks of past sequences: full within the first rounds
 CONTEXT = 1024
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+class Held(NamedTuple):
+    """Memory of the KV caches [bytes]; blocks of past prompts; an estimate of the tree that finds these [bytes]."""
+
+    kv_bytes: int
+    blocks: int
+    tree_bytes: int
 
 
 def text(chance: random.Random, least: int, most: int) -> str:
@@ -67,9 +75,10 @@ class EngineWork:
         settings = Sampling(temperature=0.0), Sampling(temperature=0.8, seed=7)
         return [self.engine.generate(probe, each, max_tokens=48).text for probe in PROBES for each in settings]
 
-    def kv_bytes(self) -> int:
-        """Memory of the KV caches."""
-        return self.engine.runner.kv_taken()
+    def held(self) -> Held:
+        """KV caches and past prompts."""
+        runner = self.engine.runner
+        return Held(runner.kv_taken(), runner.past_blocks(), runner.past_bytes())
 
     def close(self) -> None:
         """Free the model."""
@@ -182,10 +191,12 @@ class ServerWork:
         with httpx.Client(base_url=self.process.url, timeout=600) as http:
             return [http.post("/completion", json=body).json()["content"] for body in bodies]
 
-    def kv_bytes(self) -> int:
-        """Memory of the KV caches."""
+    def held(self) -> Held:
+        """KV caches and past prompts."""
         lines = httpx.get(f"{self.process.url}/metrics", timeout=600).text.splitlines()
-        return int(float(next(line.split()[1] for line in lines if line.startswith("fiddler_kv_cache_bytes "))))
+        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        names = "kv_cache_bytes", "prefix_cache_blocks", "prefix_cache_tree_bytes"
+        return Held(*(int(float(values[f"fiddler_{name}"])) for name in names))
 
     def close(self) -> None:
         """End the server, which must have said nothing of errors on stderr."""

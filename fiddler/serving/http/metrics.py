@@ -87,8 +87,13 @@ class _Collector(Collector):
         for end in _TEXTS:
             texts.add_metric([end], getattr(self._service.worker.counters, end))
         yield texts
-        taken = self._service.engine.runner.kv_taken()
-        yield GaugeMetricFamily("fiddler_kv_cache_bytes", "Memory of keys and values, past prompts' included.", taken)
+        runner = self._service.engine.runner
+        for name, text, value in (
+            ("fiddler_kv_cache_bytes", "Memory of keys and values, past prompts' included.", runner.kv_taken()),
+            ("fiddler_prefix_cache_blocks", "Blocks of past prompts that are found again.", runner.past_blocks()),
+            ("fiddler_prefix_cache_tree_bytes", "Host memory of the tree that finds them.", runner.past_bytes()),
+        ):
+            yield GaugeMetricFamily(name, text, value)
         buckets, total = self._service.first_tokens.cumulative()
         yield HistogramMetricFamily(
             "fiddler_time_to_first_token_seconds", "From a request to its first token [s].", buckets, total
