@@ -6,8 +6,6 @@ needs soon is free; where all have grown beyond the memory, one gives way, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fiddler.generation.sequence_group import SequenceGroup
 from fiddler.runtime.runner import Runner
 
@@ -22,21 +20,24 @@ class KVBudget:
     def __init__(self, runner: Runner, limit: int | None) -> None:
         self._runner, self._limit = runner, limit
 
-    def fits(self, group: SequenceGroup, running: Iterable[SequenceGroup]) -> bool:
-        """Whether this group fits beside the running ones: as far as all of them grow soon, or to their full length."""
+    def fits(self, group: SequenceGroup, growth: int) -> bool:
+        """Whether this group fits beside running ones, whose `growth` this is in all [bytes]."""
         if self._limit is None:
             return True
-        used = self._runner.kv_used()
-        if used is None:
-            return self._limit >= sum(
-                each.max_sequences * self._runner.kv_bytes(each.max_positions) for each in (*running, group)
-            )
+        if not self._runner.shares:
+            return self._limit >= growth + self.growth(group)
         known = self._runner.matched(group.sequences[0].tokens) if group.reuse else 0
         shared = max(0, self._runner.kv_bytes(known) - self._runner.kv_bytes(1))  # it writes to the last block
-        growth = self._growth(group, shared)
-        for each in running:
-            growth += self._growth(each, self._runner.kv_bytes(_cached(each)))
-        return self._limit >= used + growth
+        free = self._limit - growth - self._growth(group, shared)
+        return free >= 0 and (self._runner.kv_used(free) or 0) <= free
+
+    def growth(self, group: SequenceGroup) -> int:
+        """Bytes that a running group needs soon, beside those that it has; all it may need, where it has its own."""
+        if self._limit is None:
+            return 0
+        if not self._runner.shares:
+            return group.max_sequences * self._runner.kv_bytes(group.max_positions)
+        return self._growth(group, self._runner.kv_bytes(_cached(group)))
 
     def exceeded(self) -> bool:
         """Whether the running groups have grown beyond the limit."""

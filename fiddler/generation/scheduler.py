@@ -8,7 +8,7 @@ gives way to them. Knows no files and no text: each group chooses its tokens and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fiddler.errors import FiddlerError, ResourceError
 from fiddler.generation.batch_size import BatchSize
@@ -16,13 +16,11 @@ from fiddler.generation.events import Event, Failed, Finished, Joined, PromptRea
 from fiddler.generation.kv_budget import KVBudget
 from fiddler.generation.sequence_group import Advance, PreparedRequest, SequenceGroup
 from fiddler.generation.sequence_step import compute, tokens_per_sequence
+from fiddler.generation.shared_prompts import awaits_prompt
 from fiddler.generation.turns import Turns
-from fiddler.runtime.prefix_cache import common
 from fiddler.runtime.runner import Runner
 
 __all__ = ["Scheduler"]
-
-_WORTH_WAITING = 64  # tokens that a prompt has in common with one that is being read
 
 
 class Scheduler:
@@ -50,6 +48,7 @@ class Scheduler:
         self._step_tokens = runner.chunk if step_tokens is None else min(step_tokens, runner.chunk)
         self._grows = batch_size.maximum == 1
         self._waiting: list[tuple[int, SequenceGroup]] = []  # without memory: not yet, or not any more
+        self._passed = 0  # of them, the first ones, which await another one's prompt as long as nothing is computed
         self._running: dict[int, SequenceGroup] = {}
         self._events: list[Event] = []  # not yet returned by `step`
         self._added = 0
@@ -79,7 +78,7 @@ class Scheduler:
 
     def cancel(self, handle: int) -> None:
         """End a request: it has no more events, and its memory is free for others. Nothing happens if it has ended."""
-        self._waiting = [entry for entry in self._waiting if entry[0] != handle]
+        self._waiting, self._passed = [entry for entry in self._waiting if entry[0] != handle], 0
         self._events = [event for event in self._events if event.handle != handle]
         with self._runner.lock:
             if handle in self._running:
@@ -87,8 +86,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Cancel all requests."""
-        self._waiting.clear()
-        self._events = []
+        self._waiting, self._passed, self._events = [], 0, []
         with self._runner.lock:
             for handle in list(self._running):
                 self._leave(handle)
@@ -104,11 +102,13 @@ class Scheduler:
         Other errors than those of a request are raised; the sequences are then as they were before.
         """
         with self._runner.lock:
+            self._passed = 0
             if self._waiting:
                 self._join()
             self.stepped = 0
             if self._running:
                 self._run_step()
+            self._passed = 0
         return self.take_events()
 
     def _run_step(self) -> None:
@@ -190,19 +190,23 @@ class Scheduler:
         """Let a group wait, the last of its priority or the `first`: interactive ones before the others."""
         end = sum([each.interactive for _, each in self._waiting])
         begin, end = (0, end) if group.interactive else (end, len(self._waiting))
-        self._waiting.insert(begin if first else end, (handle, group))
+        at = begin if first else end
+        self._waiting.insert(at, (handle, group))
+        self._passed = min(self._passed, at)
 
     def _join(self) -> None:
         """Let as many waiting groups join as memory and the batch size allow, at least one. Some may fail."""
-        passed = 0  # groups that wait for another one's prompt
-        while passed < len(self._waiting):
-            handle, group = self._waiting[passed]
-            if self._running and not self._fits(group, self._running) and not self._batch_pauses_for(group):
-                return
-            if self._awaits_prefix(group):
-                passed += 1
+        growth = self._growth()
+        while self._passed < len(self._waiting):
+            handle, group = self._waiting[self._passed]
+            if self._running and not self._fits(group, growth):
+                if not self._batch_pauses_for(group):
+                    return
+                growth = self._growth()
+            if awaits_prompt(group, self._running.values(), self._runner):
+                self._passed += 1
                 continue
-            self._waiting.remove((handle, group))
+            del self._waiting[self._passed]
             error = None
             try:
                 self._allocate(group)
@@ -213,7 +217,9 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
+                growth = 0
             else:
+                growth += self._kv_budget.growth(group)
                 cache = group.sequences[0].cache
                 assert cache is not None
                 self._events.append(Joined(handle, cache.length, len(group.prompt)))
@@ -224,20 +230,7 @@ class Scheduler:
             return False
         while any(not each.interactive for each in self._running.values()):
             self._pause(self._last_joined())
-            if not self._running or self._fits(group, self._running):
-                return True
-        return False
-
-    def _awaits_prefix(self, group: SequenceGroup) -> bool:
-        """Whether a running group reads a prompt whose beginning is this one's, too: it need not be computed twice."""
-        if not group.reuse or not self._runner.shares:
-            return False
-        prompt, first = group.prompt, group.prompt[:_WORTH_WAITING]
-        for other in self._running.values():
-            cache = other.sequences[0].cache
-            if cache is None or cache.length >= len(other.prompt) or other.prompt[:_WORTH_WAITING] != first:
-                continue
-            if len(first) == _WORTH_WAITING and common(prompt, other.prompt) > self._runner.matched(prompt):
+            if not self._running or self._fits(group, self._growth()):
                 return True
         return False
 
@@ -249,11 +242,15 @@ class Scheduler:
             if not index:
                 group.joined(sequence.cache.length)
 
-    def _fits(self, group: SequenceGroup, running: Mapping[int, SequenceGroup]) -> bool:
-        """Whether this group fits beside `running` ones. The batch size counts for those of its priority or above."""
-        beside = [each for each in running.values() if each.interactive or not group.interactive]
+    def _growth(self) -> int:
+        """Bytes that the running groups need soon."""
+        return sum([self._kv_budget.growth(group) for group in self._running.values()])
+
+    def _fits(self, group: SequenceGroup, growth: int) -> bool:
+        """Whether this group fits beside the running ones. The batch size counts for those of its priority or above."""
+        beside = [each for each in self._running.values() if each.interactive or not group.interactive]
         sequences = group.max_sequences + sum([each.max_sequences for each in beside])
-        return sequences <= self._batch_size.now and self._kv_budget.fits(group, running.values())
+        return sequences <= self._batch_size.now and self._kv_budget.fits(group, growth)
 
     def _sequences(self) -> int:
         return sum([group.max_sequences for group in self._running.values()])

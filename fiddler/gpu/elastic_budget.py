@@ -49,7 +49,7 @@ class ElasticBudget:
             return
         lacking = self._evictions.nbytes - self._room()
         number = self._pool.below(lacking) if lacking > 0 else self._pool.capacity
-        in_use = self._pool.used - prefix_cache.unused
+        in_use = self._pool.used - prefix_cache.unused()
         if number is None or in_use > _USED * number:
             self._idle = 0
             return

@@ -69,7 +69,8 @@ class PagedRunner(Runner):
         """Implements `Runner.kv_used`."""
         nbytes = self.kv_bytes(1)
         held = self.pool.used * nbytes
-        return held if held <= enough else held - self.prefix_cache.unused * nbytes
+        over = -(-(held - enough) // nbytes)  # blocks
+        return held if over <= 0 else held - self.prefix_cache.unused(over) * nbytes
 
     def kv_taken(self) -> int:
         """Implements `Runner.kv_taken`."""

@@ -62,10 +62,9 @@ class PrefixCache:
         """Host memory of the tree itself, keys and values aside [bytes]: an estimate, by its number of nodes."""
         return (self.blocks + self.stored) * self.node_bytes
 
-    @property
-    def unused(self) -> int:
-        """Number of blocks that nobody has beside the tree."""
-        return sum(_unused(node) for node in self._nodes)
+    def unused(self, enough: int | None = None) -> int:
+        """Number of blocks that nobody has beside the tree; counting stops at `enough`."""
+        return self._nodes.unused(self.blocks if enough is None else enough)
 
     def matched(self, ids: Sequence[int]) -> int:
         """The tokens of the longest common prefix of `ids` and a past sequence, as far as it is in the pool."""

@@ -128,6 +128,14 @@ class UseOrder:
         assert self._end.newer is not None
         return self._end.newer
 
+    def unused(self, enough: int) -> int:
+        """Number of nodes whose block nobody else has, counted from the oldest one on up to `enough`."""
+        count, node = 0, self._end.newer
+        while count < enough and node is not None and node.block is not None:
+            count += node.block.holders == 1
+            node = node.newer
+        return count
+
     def use(self, nodes: Iterable[RadixNode]) -> None:
         """Note that these nodes, of which some may not be here yet, are used now, one after the other."""
         end = self._end

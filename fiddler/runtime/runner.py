@@ -86,8 +86,8 @@ class Runner(ABC):
     def kv_used(self, enough: int = 0) -> int | None:
         """KV cache of the sequences in use [bytes], a shared part once; None where each has its own from the start.
 
-        What `resume` alone might find is not in it: that gives way. enough: up to so many bytes it may be, which is
-        told at once; counting takes longer.
+        What `resume` alone might find is not in it: that gives way. enough: where it is no more than that, it may be
+        less than is returned, which is no more than that, either: counting takes time.
         """
         del enough
         return None

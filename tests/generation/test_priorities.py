@@ -141,9 +141,9 @@ def test_a_shared_prompt_counts_once_in_the_budget(demo, runner):
     same, other = (request(demo, first, 320, 1).begin() for first in (100, 200))
     assert runner.kv_used() == 0  # only the prefix cache has it
     tight = KVBudget(runner, one // 2)
-    assert tight.fits(same, [])
-    assert not tight.fits(other, [])
-    assert KVBudget(runner, one).fits(other, [])
+    assert tight.fits(same, 0)
+    assert not tight.fits(other, 0)
+    assert KVBudget(runner, one).fits(other, 0)
     assert not tight.exceeded()
 
 
