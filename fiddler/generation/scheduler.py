@@ -102,13 +102,11 @@ class Scheduler:
         Other errors than those of a request are raised; the sequences are then as they were before.
         """
         with self._runner.lock:
-            self._passed = 0
             if self._waiting:
                 self._join()
-            self.stepped = 0
+            self.stepped, self._passed = 0, 0
             if self._running:
                 self._run_step()
-            self._passed = 0
         return self.take_events()
 
     def _run_step(self) -> None:
@@ -217,7 +215,6 @@ class Scheduler:
                 self._give_way(handle, error)
                 if self._running:
                     return
-                growth = 0
             else:
                 growth += self._kv_budget.growth(group)
                 cache = group.sequences[0].cache

@@ -102,6 +102,27 @@ def test_no_request_overtakes_one_that_awaits_memory(demo, runner):
     scheduler.close()
 
 
+def test_those_that_join_together_have_memory_beside_each_other(demo, runner):
+    """Each needs 300 positions soon, and there are 700: two of three."""
+    scheduler = Scheduler(runner, BatchSize(8), runner.kv_bytes(700))
+    first = scheduler.add(request(demo, range(300, 600), 300))
+    others = [scheduler.add(request(demo, [first + n] * 30, 300)) for n in (7, 8, 9)]
+    assert running(scheduler) == [first]
+    scheduler.cancel(first)
+    scheduler.step()
+    assert running(scheduler) == others[:2]
+    scheduler.close()
+
+
+def test_who_knows_a_whole_prompt_awaits_nobody(demo, runner):
+    scheduler = Scheduler(runner, BatchSize(8), 1 << 40)
+    scheduler.add(request(demo, PREFIX))
+    while not scheduler.idle:
+        scheduler.step()
+    alike = [scheduler.add(request(demo, PREFIX)) for _ in range(3)]
+    assert running(scheduler) == alike
+
+
 def test_the_memory_in_use_is_counted_as_far_as_the_question_needs(runner):
     one = runner.kv_bytes(1)
     past = [runner.sequence() for _ in range(6)]
