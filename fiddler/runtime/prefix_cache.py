@@ -23,8 +23,8 @@ __all__ = ["TREE_BYTES", "PrefixCache", "common"]
 TREE_BYTES = 64 << 20
 """The most host memory of the tree itself, keys and values aside [bytes].
 
-Enough for 4.7 million positions of a pool on a GPU, 5.8 million on the CPU: keys and values of so many take more memory
-than one GPU has, but for models of a few KiB a position. With these a server would else grow until the pool is full.
+Enough for 4.7 million positions of a pool on a GPU, 5.8 million on the CPU: keys and values of so many take 100 GB and
+more, but for models of less than 20 KiB a position. With these a server would else grow until the pool is full.
 """
 
 
