@@ -50,6 +50,7 @@ class Scheduler:
         self._waiting: list[tuple[int, SequenceGroup]] = []  # without memory: not yet, or not any more
         self._passed = 0  # of them, the first ones, which await another one's prompt as long as nothing is computed
         self._running: dict[int, SequenceGroup] = {}
+        self._known_growth: int | None = None  # see `_growth`
         self._events: list[Event] = []  # not yet returned by `step`
         self._added = 0
         self.stepped = 0
@@ -104,7 +105,7 @@ class Scheduler:
         with self._runner.lock:
             if self._waiting:
                 self._join()
-            self.stepped, self._passed = 0, 0
+            self.stepped, self._passed, self._known_growth = 0, 0, None
             if self._running:
                 self._run_step()
         return self.take_events()
@@ -194,13 +195,10 @@ class Scheduler:
 
     def _join(self) -> None:
         """Let as many waiting groups join as memory and the batch size allow, at least one. Some may fail."""
-        growth = self._growth()
         while self._passed < len(self._waiting):
             handle, group = self._waiting[self._passed]
-            if self._running and not self._fits(group, growth):
-                if not self._batch_pauses_for(group):
-                    return
-                growth = self._growth()
+            if self._running and not self._fits(group) and not self._batch_pauses_for(group):
+                return
             if awaits_prompt(group, self._running.values(), self._runner):
                 self._passed += 1
                 continue
@@ -210,13 +208,14 @@ class Scheduler:
                 self._allocate(group)
             except (ResourceError, MemoryError) as raised:
                 error = _without_traceback(raised)
+            if error is None and self._known_growth is not None:
+                self._known_growth += self._kv_budget.growth(group)
             self._running[handle] = group
             if error is not None:
                 self._give_way(handle, error)
                 if self._running:
                     return
             else:
-                growth += self._kv_budget.growth(group)
                 cache = group.sequences[0].cache
                 assert cache is not None
                 self._events.append(Joined(handle, cache.length, len(group.prompt)))
@@ -227,7 +226,7 @@ class Scheduler:
             return False
         while any(not each.interactive for each in self._running.values()):
             self._pause(self._last_joined())
-            if not self._running or self._fits(group, self._growth()):
+            if not self._running or self._fits(group):
                 return True
         return False
 
@@ -240,14 +239,16 @@ class Scheduler:
                 group.joined(sequence.cache.length)
 
     def _growth(self) -> int:
-        """Bytes that the running groups need soon."""
-        return sum([self._kv_budget.growth(group) for group in self._running.values()])
+        """Bytes that the running groups need soon; counted again where one has left or a step has run."""
+        if self._known_growth is None:
+            self._known_growth = sum([self._kv_budget.growth(group) for group in self._running.values()])
+        return self._known_growth
 
-    def _fits(self, group: SequenceGroup, growth: int) -> bool:
+    def _fits(self, group: SequenceGroup) -> bool:
         """Whether this group fits beside the running ones. The batch size counts for those of its priority or above."""
         beside = [each for each in self._running.values() if each.interactive or not group.interactive]
         sequences = group.max_sequences + sum([each.max_sequences for each in beside])
-        return sequences <= self._batch_size.now and self._kv_budget.fits(group, growth)
+        return sequences <= self._batch_size.now and self._kv_budget.fits(group, self._growth())
 
     def _sequences(self) -> int:
         return sum([group.max_sequences for group in self._running.values()])
@@ -268,7 +269,7 @@ class Scheduler:
 
     def _pause(self, handle: int) -> None:
         """A group gives its memory back and waits: later it computes again what `resume` does not find by then."""
-        group = self._running.pop(handle)
+        group, self._known_growth = self._running.pop(handle), None
         for sequence in group.sequences:
             if sequence.cache is not None:
                 self._runner.share(sequence.cache, sequence.tokens)
@@ -278,7 +279,7 @@ class Scheduler:
 
     def _leave(self, handle: int) -> None:
         """Remove a group. Its sequences are remembered."""
-        group = self._running.pop(handle)
+        group, self._known_growth = self._running.pop(handle), None
         for sequence in (*group.free, *reversed(group.sequences)):
             cache, sequence.cache, sequence.logits = sequence.cache, None, None
             if cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 import fiddler
@@ -100,6 +102,31 @@ def test_no_request_overtakes_one_that_awaits_memory(demo, runner):
     scheduler.step()
     assert running(scheduler) == [first, small]
     scheduler.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_growth_that_is_known_is_that_of_the_running_ones_whatever_happens(demo, runner, seed):
+    numbers, limit = random.Random(seed), runner.kv_bytes(1300)
+    scheduler, handles, counted = Scheduler(runner, BatchSize(6), limit), [], 0
+    for _ in range(250):
+        chance = numbers.random()
+        if chance < 0.35:
+            ids = [
+                *PREFIX[: numbers.choice((0, 70, 100))],
+                *numbers.choices(range(300, 800), k=numbers.randrange(1, 60)),
+            ]
+            priority = numbers.choice(("interactive", "batch"))
+            handles.append(scheduler.add(request(demo, ids, numbers.randrange(1, 300), priority)))
+        elif chance < 0.45 and handles:
+            scheduler.cancel(handles.pop(numbers.randrange(len(handles))))
+        else:
+            scheduler.step()
+        fresh = sum(scheduler._kv_budget.growth(group) for group in scheduler._running.values())
+        assert scheduler._known_growth in (None, fresh)
+        counted += scheduler._known_growth is not None
+    assert counted > 20
+    scheduler.close()
+    assert runner.kv_used() == 0
 
 
 def test_those_that_join_together_have_memory_beside_each_other(demo, runner):
