@@ -165,15 +165,18 @@ def heads(
 def _next_token(logits, token, host, size, K: tl.constexpr):
     k = tl.arange(0, K)
     largest = tl.full([K], float("-inf"), tl.float32)
-    ids = k
+    ids, not_finite = k, k < 0
     for begin in range(0, size, K):
-        some = tl.load(logits + begin + k, mask=begin + k < size, other=float("-inf"))
+        inside = begin + k < size
+        some = tl.load(logits + begin + k, mask=inside, other=float("-inf"))
+        not_finite = not_finite | (inside & (some - some != 0.0))
         larger = some > largest  # never where it is NaN
         largest = tl.where(larger, some, largest)
         ids = tl.where(larger, begin + k, ids)
     chosen = tl.min(tl.where(largest == tl.max(largest, 0), ids, size), 0)
     position = tl.load(token + 1)
-    tl.store(host + position % 2, chosen.to(tl.int64))
+    finite = tl.max(not_finite.to(tl.int32), 0) == 0
+    tl.store(host + position % 2, tl.where(finite, chosen, -1).to(tl.int64))
     tl.store(token, chosen.to(tl.int64))
     tl.store(token + 1, position + 1)
 
@@ -181,8 +184,8 @@ def _next_token(logits, token, host, size, K: tl.constexpr):
 def next_token(logits: Tensor, token: Tensor, host: Tensor) -> None:
     """logits [1, V] float32; token: int64, a token id and its position. Makes them those of a greedy next step.
 
-    host: int64 [2], pinned memory, where the new id goes to the place of the old position modulo 2. The lowest id among
-    equals; a valid one, whatever the logits are.
+    host: int64 [2], pinned memory, where the new id goes to the place of the old position modulo 2, or -1 where not all
+    logits are finite. The lowest id among equals; `token` is a valid one, whatever the logits are.
     """
     _next_token[(1,)](logits, token, host, logits.shape[1], 8192, num_warps=32)
 

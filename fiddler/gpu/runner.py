@@ -68,12 +68,15 @@ class GpuRunner(PagedRunner):
         self._elastic: ElasticBudget | None = None
         self._resume_costs: ResumeCosts | None = None
 
-    def share_budget(self, room: Callable[[], int]) -> None:
-        """Let the pool grow by up to `room` bytes, then at the cost of resident experts, and give it back later."""
+    def share_budget(self, room: Callable[[], int], later: int = 0) -> None:
+        """Let the pool grow by up to `room` bytes, then at the cost of resident experts, and give it back later.
+
+        later: bytes by which one sequence may let it grow.
+        """
         assert isinstance(self.pool, GrowingPool), "the pool has one size"
         self.pool.room = room
         if self.orchestrator is not None:
-            self._elastic = ElasticBudget(self.pool, room, Evictions(self.orchestrator))
+            self._elastic = ElasticBudget(self.pool, room, Evictions(self.orchestrator), later)
 
     def store_in_host(self, nbytes: int) -> None:
         """Copy blocks that others need to up to so much of the host's memory, and back where that pays."""
@@ -152,7 +155,9 @@ class GpuRunner(PagedRunner):
                 if self._decoder.uses_cpu:  # the worker thread keeps one core busy meanwhile
                     kernels.set_threads(self._kernel_threads)
                 self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
-            output = StepOutput(self._decoder.hidden, self._decoder.logits() if logits else None)
+            hidden, row = self._decoder.hidden, self._decoder.logits() if logits else None
+            largest = self._decoder.largest
+            output = StepOutput(hidden, row, None if largest is None else torch.tensor([largest]).numpy())
         sequence.advance(1)
         return output
 

@@ -167,15 +167,17 @@ def measure_growth(bench):
         return torch.stack(logits), other.residents()
 
     begin = bench.residents()
+    print(f"\ngrowth: {bench.runner.pool.capacity} blocks of {POSITIONS} positions at first, ", end="")
     logits, least = grown(bench)
+    print(f"{bench.runner.pool.capacity} then")
     bench.runner.forget()
     prompt = bench.ids(64)
     for _ in range(40):
         bench.request(prompt, 32, reuse=False).run()
-    print(f"\ngrowth to {len(ids)} tokens by {PIECE}: residents {begin}, then {least}, later {bench.residents()}")
+    print(f"growth to {len(ids)} tokens by {PIECE}: residents {begin}, then {least}, later {bench.residents()}")
     bench.engine.close()
     del bench.engine, bench.runner, bench.orchestrator, bench._step
-    large = Bench(argparse.Namespace(**vars(args)), gpu_memory=None, gpu_experts=None)
+    large = Bench(argparse.Namespace(**vars(args)), gpu_memory=None, gpu_experts=None, precision=args.precision)
     expected, residents = grown(large)
     error = (logits - expected).abs().max() / expected.abs().max()
     last = (logits[-1] - expected[-1]).abs().max() / expected[-1].abs().max()
