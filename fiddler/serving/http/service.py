@@ -184,7 +184,8 @@ class Texts:
         self._deliveries: deque[Delivery] = deque()
         self._due: asyncio.Future[None] | None = None  # while somebody waits for events
         self._opened, self._begun = time.perf_counter(), set[int]()
-        self._deadline = asyncio.get_running_loop().time() + service.options.timeout
+        self._expired = False
+        self._timer = asyncio.get_running_loop().call_later(service.options.timeout, self._expire)
 
     def put(self, delivery: Delivery) -> None:
         """Add an event."""
@@ -211,9 +212,10 @@ class Texts:
         if not self._deliveries:
             if not self.left:
                 raise StopAsyncIteration
+            if self._expired:
+                raise TimeoutError
             self._due = asyncio.get_running_loop().create_future()
-            async with asyncio.timeout_at(self._deadline):
-                await self._due
+            await self._due
         delivery = self._deliveries.popleft()
         if isinstance(delivery.event, Failed):
             raise delivery.event.error
@@ -223,4 +225,11 @@ class Texts:
         """Nobody waits any more: what still runs ends before its next step."""
         if not self._closed:
             self._closed = True
+            self._timer.cancel()
             self._service.closed(self)
+
+    def _expire(self) -> None:
+        """The time of one request is over."""
+        self._expired = True
+        if self._due is not None and not self._due.done():
+            self._due.set_exception(TimeoutError())
