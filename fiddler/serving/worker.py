@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fiddler.errors import FiddlerError
 from fiddler.generation.events import Event, Failed, Finished, Joined, PromptRead, Token
 from fiddler.generation.request import Request
-from fiddler.serving.gathering import StepTimes, patience
+from fiddler.serving.batching_delay import StepTimes, batching_delay
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
@@ -116,7 +116,7 @@ class Worker:
                 self._changed.notify()
 
     def expect(self, arriving: int) -> None:
-        """Say how many others have arrived and will be submitted: `patience` says how long they are waited for."""
+        """Say how many others have arrived and will be submitted: an idle worker waits for them (`batching_delay`)."""
         with self._changed:
             self._arriving = arriving
             if self._gathering and not arriving:
@@ -176,7 +176,7 @@ class Worker:
                 self._gathering = True
                 while not self._commands.closed:
                     now, arriving = time.perf_counter(), self._arriving > 0
-                    left = patience(expected, now - first, now - last, arriving=arriving)
+                    left = batching_delay(expected, now - first, now - last, arriving=arriving)
                     if left <= 0 or (self._commands and not arriving):
                         break
                     self._changed.wait(left)

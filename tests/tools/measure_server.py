@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -178,6 +179,7 @@ def main():
         ServerProcess(str(args.model), *options, env={"FIDDLER_DEVICE": args.device}) as server,
         fiddler.load(args.model, args.device, context=args.ctx, notify=print, **gpu) as engine,
     ):
+        gc.freeze()  # as commands do: collections would walk through torch's modules
         print(f"{args.model.name}: {engine.where}", flush=True)
         Turns(args, engine, server).run()
 

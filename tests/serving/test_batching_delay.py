@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from statistics import median
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ import fiddler
 from fiddler.generation.events import Failed, Finished, Token
 from fiddler.generation.request import Request
 from fiddler.sampling.sampler import Sampling
-from fiddler.serving.gathering import StepTimes, patience
+from fiddler.serving.batching_delay import StepTimes, batching_delay
 from fiddler.serving.worker import Worker
 from tools.measure_server import served
 
@@ -78,8 +79,8 @@ def request(prompt="Once upon a time"):
         (None, 0.0, 0.002, False, 0.003),
     ],
 )
-def test_patience_is_a_tenth_of_the_step_and_a_fiftieth_of_silence(expected, waited, quiet, arriving, seconds):
-    assert patience(expected, waited, quiet, arriving=arriving) == pytest.approx(seconds, abs=1e-12)
+def test_batching_delay_is_a_tenth_of_the_step_and_a_fiftieth_of_silence(expected, waited, quiet, arriving, seconds):
+    assert batching_delay(expected, waited, quiet, arriving=arriving) == pytest.approx(seconds, abs=1e-12)
 
 
 @given(st.floats(0, 10), st.floats(0, 1), st.lists(st.integers(1, 4096), min_size=1, max_size=20), st.integers(1, 4096))
@@ -101,7 +102,7 @@ def test_requests_that_arrive_together_share_all_steps(engine):
             worker.expect(16)
             for number in range(16):
                 worker.submit(number, [request()], 15 - number)
-                time.sleep(0.0005)
+                time.sleep(0.0001)
             receiver.wait(16)
             steps.append(worker.counters.steps - before)
             if steps[-1] == NEW:
@@ -150,16 +151,14 @@ def steps_of(url):
     return int(float(next(line.split()[1] for line in lines if line.startswith("llamacpp:n_decode_total "))))
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_eight_clients_at_once_take_the_steps_of_one(server, stream):
-    """They send within a millisecond; a machine that is held up meanwhile may spoil a try."""
+def test_eight_clients_at_once_take_the_steps_of_one(server):
+    """They send within a millisecond; a machine that is held up meanwhile may spoil a try, hardly five of nine."""
     fields = {"max_tokens": NEW, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
-    fields |= {"stream": stream, "stream_options": {"include_usage": True}}
     bodies = [{"prompt": f"{name} had a ball" * 5, **fields} for name in "ABCDEFGH"]
     steps = []
-    while len(steps) < 8 and NEW not in steps:
+    for _ in range(9):
         before = steps_of(server.url)
         _, answers = asyncio.run(served(server.url, bodies, spread=0.0))
         assert [tokens for tokens, _ in answers] == [NEW] * 8
         steps.append(steps_of(server.url) - before)
-    assert NEW in steps, steps
+    assert median(steps) == NEW, steps

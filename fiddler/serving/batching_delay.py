@@ -1,11 +1,11 @@
-"""How long a server that was idle waits for requests that arrive together, so that they share the first step. Pure.
+"""Batching delay: how long an idle server waits for requests that arrive together, to share their first step. Pure.
 
 Where experts are missing, one prompt by itself takes nearly as long as sixteen together: a step reads each expert once.
 """
 
 from __future__ import annotations
 
-__all__ = ["StepTimes", "patience"]
+__all__ = ["StepTimes", "batching_delay"]
 
 _SHARE, _LEAST, _MOST = 0.1, 5e-3, 50e-3  # of the expected step; seconds
 _QUIET_SHARE, _QUIET_MOST = 0.02, 5e-3
@@ -29,8 +29,8 @@ class StepTimes:
         return max((seconds * min(1.0, tokens / known) for known, seconds in self._known.values()), default=None)
 
 
-def patience(expected: float | None, waited: float, quiet: float, *, arriving: bool) -> float:
-    """Seconds to wait now, with none of the requests begun; 0 or less: begin.
+def batching_delay(expected: float | None, waited: float, quiet: float, *, arriving: bool) -> float:
+    """Seconds to wait for more requests before the first step of some; 0 or less: begin.
 
     expected: seconds of their first step, None: unknown. waited: seconds since the first of them; quiet: since the last
     one. arriving: whether others have arrived that are still being read and encoded: they are waited for up to a tenth
