@@ -169,7 +169,7 @@ class Worker:
         """Let requests join that arrive together with those that ended the idleness, before all of their first step."""
         first = last = time.perf_counter()
         left = 1.0
-        while left > 0 and not self._scheduler.idle:
+        while left > 0 and self._scheduler.has_room and not self._scheduler.idle:
             self._tell(self._scheduler.take_events(), first)
             expected = self._step_times(sum(text.prompt - (text.cached or 0) for text in self._running.values()))
             with self._changed:
