@@ -168,10 +168,8 @@ class Worker:
     def _gather(self) -> None:
         """Let requests join that arrive together with those that ended the idleness, before all of their first step."""
         first = last = time.perf_counter()
-        left = 1.0
+        expected, left = self._expected_seconds(first), 1.0
         while left > 0 and self._scheduler.has_room and not self._scheduler.idle:
-            self._tell(self._scheduler.take_events(), first)
-            expected = self._step_times(sum(text.prompt - (text.cached or 0) for text in self._running.values()))
             with self._changed:
                 self._gathering = True
                 while not self._commands.closed:
@@ -184,9 +182,16 @@ class Worker:
                 if self._commands.closed:
                     return
                 commands, self._commands = self._commands, _Commands()
-            if commands.submitted:
-                last = time.perf_counter()
             self._obey(commands)
+            if commands.submitted:  # their step will take longer, and so may the delay
+                last = time.perf_counter()
+                expected = self._expected_seconds(first)
+                left = batching_delay(expected, last - first, 0.0, arriving=arriving)
+
+    def _expected_seconds(self, begun: float) -> float | None:
+        """Of a first step of all texts, which joined at `begun`."""
+        self._tell(self._scheduler.take_events(), begun)
+        return self._step_times(sum(text.prompt - (text.cached or 0) for text in self._running.values()))
 
     def _obey(self, commands: _Commands) -> None:
         for owner, requests in commands.submitted:
