@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fiddler.offload.one_token import TokenPlan
-from fiddler.offload.orchestrator import Orchestrator
+from fiddler.offload.orchestrator import CpuPart, Orchestrator
 from fiddler.offload.worker_thread import Task
 from fiddler.telemetry.recorder import Recorder
 
@@ -56,15 +56,11 @@ class Graphs(Protocol):
         """Queue the first graph. table: int64, the sequence's blocks, as `offsets` of their pool."""
         ...
 
-    def begin_ahead(self, table: np.ndarray) -> None:
-        """Queue the first graph for the token that the last step's largest logit will choose, at the next position.
+    def begin_ahead(self, position: int, table: np.ndarray) -> None:
+        """Queue the first graph for the token that the last step's largest logit will choose, at the next `position`.
 
         On the worker thread where there are breaks; that step begins with `take_ahead`, or `begin` leaves it out.
         """
-        ...
-
-    def arrived_ahead(self) -> bool:
-        """Whether the first graph of a step with breaks has ended that `begin_ahead` queued."""
         ...
 
     def take_ahead(self) -> None:
@@ -118,9 +114,9 @@ class Graphs(Protocol):
         ...
 
     def next_token(self, position: int) -> int:
-        """The token of the largest logit after `position`, one of the last two: the one that `begin_ahead` takes.
+        """The token of the largest logit after `position`, after which `begin_ahead` was called; waits for it.
 
-        Call it after `logits`; where there are breaks, once `arrived_ahead`.
+        That step begins with this token. -1 where not all logits are finite. Call it after `logits`.
         """
         ...
 
@@ -130,11 +126,11 @@ class _Ahead:
 
     def __init__(self, position: int, table: np.ndarray) -> None:
         self.token: int | None = None
-        self.position, self._table = position, table
+        self.position, self.table = position, table
 
     def is_step(self, token: int, position: int, table: np.ndarray) -> bool:
         """Whether it was begun for this token of this sequence."""
-        blocks = self._table
+        blocks = self.table
         return (token, position) == (self.token, self.position) and np.array_equal(table[: len(blocks)], blocks)
 
 
@@ -151,6 +147,8 @@ class DecodeGraphs:
         self._graphs, self._experts, self._recorder = graphs, orchestrator, recorder
         self.uses_cpu = bool(graphs.breaks)
         """Whether some experts are not resident on the GPU."""
+        self.largest: int | None = None
+        """After `logits`, see `StepOutput.largest`; None where the GPU was not asked for it."""
         self._ahead: _Ahead | None = None
         self._pause = 0  # steps until the next one may be begun ahead
 
@@ -167,22 +165,21 @@ class DecodeGraphs:
         `hidden` is not needed.
         An interrupted step must have ended before this one: see `Orchestrator.start_over`.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and self.uses_cpu:
-            self._await(ahead)
-        if ahead is None or not ahead.is_step(token, position, table):
+        ahead, self._ahead, self.largest = self._ahead, None, None
+        taken = ahead is not None and ahead.is_step(token, position, table)
+        if not taken:
             self._graphs.begin(token, position, table)
             self._pause = self._pause - 1 if ahead is None else _PAUSE
         elif self.uses_cpu:
             self._graphs.take_ahead()
         begins_next = greedy and self._pause <= 0 and not self._recorder.wants_expert_ids
+        following = _Ahead(position + 1, table) if begins_next else None
         try:
             if self.uses_cpu:
-                self._compute_missing(table if begins_next else None)
-            elif begins_next:
-                self._graphs.begin_ahead(table)
-            if begins_next:
-                self._ahead = _Ahead(position + 1, table)
+                self._compute_missing(following, arrived=taken)
+            elif following is not None:
+                self._graphs.begin_ahead(following.position, table)
+            self._ahead = following
             if self._recorder.wants_expert_ids:
                 for layer, expert_ids in enumerate(self._graphs.chosen):
                     self._recorder.chosen(layer, expert_ids)
@@ -200,10 +197,11 @@ class DecodeGraphs:
 
     def logits(self) -> Tensor:
         """Logits of the last step: [1, V], on the CPU. Waits for them."""
-        if self._ahead is None or self.uses_cpu:  # with breaks, a step begun ahead has no logits yet
+        ahead = self._ahead
+        if ahead is None:
             return self._graphs.logits()
-        logits = self._graphs.logits(1)
-        self._ahead.token = self._graphs.next_token(self._ahead.position - 1)
+        logits = self._graphs.logits(0 if self.uses_cpu else 1)  # with breaks, the step begun ahead has none yet
+        ahead.token = self.largest = self._graphs.next_token(ahead.position - 1)
         return logits
 
     @property
@@ -211,45 +209,52 @@ class DecodeGraphs:
         assert self._experts is not None, "a model without experts has no missing ones"
         return self._experts
 
-    def _await(self, ahead: _Ahead) -> None:
-        """Wait until the first graph of a step with breaks has ended: then its token is known, too."""
-        while not self._graphs.arrived_ahead():
-            self._graphs.check()
-        ahead.token = self._graphs.next_token(ahead.position - 1)
+    def _compute_missing(self, ahead: _Ahead | None, *, arrived: bool) -> None:
+        """Divide each layer with missing experts, and compute the CPU's part. ahead: see `_queue_all`.
 
-    def _compute_missing(self, ahead: np.ndarray | None) -> None:
-        """Divide each layer with missing experts, and compute the CPU's part. ahead: see `_queue_all`."""
+        arrived: the first layer's inputs are there, or nearly; so it is divided, and its copies begin, before the
+        worker thread wakes up, which then holds Python's lock for a while; unless copies in several chunks wait for
+        products that the worker thread queues.
+        """
+        at_once = arrived and self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
+        first = self._divide(0, None) if at_once else None
         queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
-        for graph, layer in enumerate(self._graphs.breaks):
-            self._compute(graph, layer, queueing)
+        for graph in range(len(self._graphs.breaks)):
+            plan, part = first or self._divide(graph, queueing)
+            first = None
+            self._compute(graph, plan, part)
         queueing.wait()
         self._graphs.end()
 
-    def _compute(self, graph: int, layer: int, queueing: Task) -> None:
-        """Divide the layer that ends this graph, and compute the CPU's part."""
+    def _divide(self, graph: int, queueing: Task | None) -> tuple[TokenPlan, CpuPart]:
+        """Divide the layer that ends this graph, once it has; raises the error of `queueing` if that fails before."""
         graphs, orchestrator = self._graphs, self._orchestrator
-        number = graphs.number(graph)
+        layer, number = graphs.breaks[graph], graphs.number(graph)
         with self._recorder.span("wait", 0):
             while (split := orchestrator.split_token(layer, number, graphs.send)) is None:
                 graphs.check()
-                if queueing.ended:
+                if queueing is not None and queueing.ended:
                     queueing.wait()
-        plan, part = split
+        return split
+
+    def _compute(self, graph: int, plan: TokenPlan, part: CpuPart) -> None:
+        """Compute the CPU's part of the layer that ends this graph."""
+        graphs, orchestrator = self._graphs, self._orchestrator
         if not orchestrator.on_cpu(part, graphs.cpu_sum):
             graphs.cpu_sum[:] = 0
         graphs.open(graph)  # before anything else: the GPU waits
         if plan.parts:
             now = time.perf_counter()
-            self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[layer].hidden_row_bytes)
+            self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[part.layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
             orchestrator.balance.tell(gpu_first=graphs.streamed(graph), lead=plan.lead)
         elif plan.missing:
             orchestrator.balance.tell_alone()
 
-    def _queue_all(self, ahead: np.ndarray | None) -> None:
+    def _queue_all(self, ahead: _Ahead | None) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.
 
-        ahead: then begin the next step, whose table this is, unless the step is broken off.
+        ahead: then begin this next step, unless the step is broken off.
         """
         graphs, sent = self._graphs, 0
         try:
@@ -263,7 +268,7 @@ class DecodeGraphs:
             for graph in range(sent, len(graphs.breaks)):
                 self._send_when_divided(graph)
             if ahead is not None and not self._orchestrator.cooperative_step.stopping:
-                graphs.begin_ahead(ahead)
+                graphs.begin_ahead(ahead.position, ahead.table)
         except BaseException:
             graphs.stop()  # the caller may wait in compiled code
             raise

@@ -162,18 +162,29 @@ def heads(
 
 
 @triton.jit
-def _next_token(logits, token, host, size, K: tl.constexpr):
-    k = tl.arange(0, K)
-    largest = tl.full([K], float("-inf"), tl.float32)
-    ids = k
-    for begin in range(0, size, K):
-        some = tl.load(logits + begin + k, mask=begin + k < size, other=float("-inf"))
-        larger = some > largest  # never where it is NaN
-        largest = tl.where(larger, some, largest)
-        ids = tl.where(larger, begin + k, ids)
-    chosen = tl.min(tl.where(largest == tl.max(largest, 0), ids, size), 0)
+def _largest(logits, values, ids, size, K: tl.constexpr):
+    """The largest logit of a block, not 0 behind it where one is not finite; and the first id of the largest one."""
+    k = tl.program_id(0) * K + tl.arange(0, K)
+    inside = k < size
+    x = tl.load(logits + k, mask=inside, other=float("-inf"))
+    finite = tl.max((inside & (x - x != 0.0)).to(tl.int32), 0) == 0
+    x = tl.where(x == x, x, float("-inf"))
+    largest = tl.max(x, 0)
+    tl.store(ids + tl.program_id(0), tl.min(tl.where(inside & (x == largest), k, size), 0).to(tl.int64))
+    tl.store(values + 2 * tl.program_id(0), largest)
+    tl.store(values + 2 * tl.program_id(0) + 1, tl.where(finite, 0.0, 1.0))
+
+
+@triton.jit
+def _next_token(values, ids, token, host, blocks, size, N: tl.constexpr):
+    n = tl.arange(0, N)
+    inside = n < blocks
+    x = tl.load(values + 2 * n, mask=inside, other=float("-inf"))
+    not_finite = tl.load(values + 2 * n + 1, mask=inside, other=0.0)
+    first = tl.load(ids + n, mask=inside, other=0)
+    chosen = tl.min(tl.where(inside & (x == tl.max(x, 0)), first, size), 0)
     position = tl.load(token + 1)
-    tl.store(host + position % 2, chosen.to(tl.int64))
+    tl.store(host + position % 2, tl.where(tl.max(not_finite, 0) == 0.0, chosen, -1).to(tl.int64))
     tl.store(token, chosen.to(tl.int64))
     tl.store(token + 1, position + 1)
 
@@ -181,10 +192,15 @@ def _next_token(logits, token, host, size, K: tl.constexpr):
 def next_token(logits: Tensor, token: Tensor, host: Tensor) -> None:
     """logits [1, V] float32; token: int64, a token id and its position. Makes them those of a greedy next step.
 
-    host: int64 [2], pinned memory, where the new id goes to the place of the old position modulo 2. The lowest id among
-    equals; a valid one, whatever the logits are.
+    host: int64 [2], pinned memory, where the new id goes to the place of the old position modulo 2, or -1 where not all
+    logits are finite. The lowest id among equals; `token` is a valid one, whatever the logits are.
     """
-    _next_token[(1,)](logits, token, host, logits.shape[1], 8192, num_warps=32)
+    size = logits.shape[1]
+    blocks = triton.cdiv(size, 4096)
+    values = torch.empty(blocks, 2, device=logits.device)
+    ids = torch.empty(blocks, dtype=torch.int64, device=logits.device)
+    _largest[(blocks,)](logits, values, ids, size, 4096, num_warps=8)
+    _next_token[(1,)](values, ids, token, host, blocks, size, triton.next_power_of_2(blocks), num_warps=1)
 
 
 @triton.jit

@@ -23,12 +23,12 @@ _GIVEN = 0.5  # the fraction of the residents' memory that new sequences may tak
 class ElasticBudget:
     """Evicts residents while sequences need blocks; loads them again where blocks were unused for some time."""
 
-    def __init__(self, pool: GrowingPool, room: Callable[[], int], evictions: Evictions) -> None:
-        """room: bytes that may still be allocated."""
+    def __init__(self, pool: GrowingPool, room: Callable[[], int], evictions: Evictions, later: int = 0) -> None:
+        """room: bytes that may still be allocated. later: those that residents give up for one sequence at least."""
         self._pool: GrowingPool = proxy(pool)  # no cycle: the pool is freed with its last user
         self._room, self._evictions = room, evictions
         self._steps = self._idle = 0
-        self._given = int(_GIVEN * evictions.evictable)
+        self._given = max(later, int(_GIVEN * evictions.evictable))
         pool.room, pool.displaceable, pool.make_room = room, self.displaceable, self.make_room
 
     def displaceable(self) -> int:

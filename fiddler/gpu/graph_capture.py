@@ -30,6 +30,8 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["CapturedGraphs"]
 
+_PENDING = -2  # in place of a token that is not chosen yet
+
 
 class CapturedGraphs:
     """The graphs of a decode step, for any one sequence in blocks of `pool`.
@@ -77,7 +79,8 @@ class CapturedGraphs:
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self.hidden = self._logits = torch.empty(0)
         self._host_logits = HostLogits()
-        self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # of the last two positions, in turns
+        self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # after the last two positions, in turns
+        self._next = self._next_tokens.numpy()
         self._choose: torch.cuda.CUDAGraph | None = None  # of the next token, where experts are missing
         self._begun_ahead = False  # a step whose experts are missing
         self._capture()
@@ -90,6 +93,8 @@ class CapturedGraphs:
     def begin(self, token: int, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin`."""
         if self._begun_ahead:
+            while not self._numbers.is_at(Signal.ARRIVED, self._numbers.next):  # else it could choose a token later
+                self.check()
             self._begun_ahead = False
             self._numbers.skip(len(self.breaks))
         self._token_copied.synchronize()
@@ -106,7 +111,7 @@ class CapturedGraphs:
         else:
             self._end(0)
 
-    def begin_ahead(self, table: np.ndarray) -> None:
+    def begin_ahead(self, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
         if not np.array_equal(self._host_token[2 : 2 + len(table)], table):
             self._token_copied.synchronize()
@@ -117,14 +122,12 @@ class CapturedGraphs:
             self._replay(0)
             self._end(0)
             return
+        self._next[(position - 1) % 2] = _PENDING
         self._choose.replay()
         self._replay(0)
         self._begun_ahead = True
         self._numbers.write(Signal.ARRIVED, self._numbers.next)
-
-    def arrived_ahead(self) -> bool:
-        """Implements `Graphs.arrived_ahead`."""
-        return self._numbers.is_at(Signal.ARRIVED, self._numbers.next)
+        self._host_logits.reserve(self._logits)
 
     def take_ahead(self) -> None:
         """Implements `Graphs.take_ahead`."""
@@ -209,7 +212,9 @@ class CapturedGraphs:
 
     def next_token(self, position: int) -> int:
         """Implements `Graphs.next_token`."""
-        return int(self._next_tokens[position % 2])
+        while (token := int(self._next[position % 2])) == _PENDING:
+            self.check()
+        return token
 
     def _capture(self) -> None:
         """Capture the graphs, after a run that compiles and loads their kernels."""

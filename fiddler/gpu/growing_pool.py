@@ -16,9 +16,10 @@ from fiddler.models.config import Config
 from fiddler.runtime.block_pool import POSITIONS, Block, BlockPool, block_bytes
 from fiddler.runtime.row_layout import PlanarRows, RowLayout
 
-__all__ = ["GrowingPool"]
+__all__ = ["SEGMENT_BYTES", "GrowingPool"]
 
-_SEGMENT_BYTES = 1 << 26  # by which it grows
+SEGMENT_BYTES = 1 << 26
+"""By which the pool grows, or a block where that is larger."""
 
 
 class GrowingPool(BlockPool):
@@ -49,7 +50,7 @@ class GrowingPool(BlockPool):
         """Lets others give up memory until there is room for so many bytes; returns whether there is."""
         self._block_bytes = block_bytes(config, dtype)
         self._live: list[ref[Block]] = []  # by number, those in use and some that were
-        self._by = max(1, _SEGMENT_BYTES // self._block_bytes)  # blocks of a segment
+        self._by = max(1, SEGMENT_BYTES // self._block_bytes)  # blocks of a segment
 
     @property
     def segment_bytes(self) -> int:
@@ -76,8 +77,13 @@ class GrowingPool(BlockPool):
         return True
 
     def displace(self) -> bool:
-        """Implements `BlockPool.displace`."""
-        return self.make_room(self.segment_bytes) and self.grow()
+        """Implements `BlockPool.displace`. Where the room is in pieces, others give up more."""
+        nbytes = self.segment_bytes
+        while self.make_room(nbytes):
+            if self.grow():
+                return True
+            nbytes = self.room() + 1
+        return False
 
     def below(self, nbytes: int) -> int | None:
         """Number of the first block of the last segments that have so many bytes; None where that were all of it."""

@@ -20,8 +20,12 @@ class HostLogits:
 
     def begin(self, like: Tensor) -> None:
         """Count a step, and see to memory for its logits; no wait may be queued that pinning it could wait for."""
+        self.reserve(like)
         self._steps += 1
-        slot = self._steps % 2
+
+    def reserve(self, like: Tensor) -> None:
+        """See to memory for the next step's logits, on the thread that has time for it."""
+        slot = (self._steps + 1) % 2
         if self._slots[slot] is None:  # whoever got the last ones may keep them
             self._slots[slot] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fiddler import kernels
 from fiddler.cost_curve import Curve
@@ -26,18 +24,15 @@ from fiddler.files.model_file import ModelFile
 from fiddler.files.weights import ExpertWeights, main_variant, mean_expert_bytes
 from fiddler.gpu.decoder import can_decode, decode_with_graphs
 from fiddler.gpu.dense_weights import decoded_bytes, load_dense, warm_up
-from fiddler.gpu.growing_pool import GrowingPool
-from fiddler.gpu.layers import GpuLinear, GpuNorm
-from fiddler.gpu.memory_layout import Layout, Sizes, lay_out, least_room
+from fiddler.gpu.growing_pool import SEGMENT_BYTES, GrowingPool
+from fiddler.gpu.memory_layout import FirstBlocks, Layout, Sizes, first_blocks, lay_out, least_room
 from fiddler.gpu.runner import GpuRunner
+from fiddler.gpu.transformer import transformer_on_gpu
 from fiddler.kernels import Tier
 from fiddler.load_options import LoadOptions
 from fiddler.models.architecture import EXPERTS
 from fiddler.models.config import Config
-from fiddler.models.interfaces import Router
-from fiddler.models.rotary import heads, rotary_cos_sin
-from fiddler.models.router import route
-from fiddler.models.transformer import Transformer
+from fiddler.models.rotary import rotary_cos_sin
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_biases import ExpertBiases
 from fiddler.offload.expert_cache import Residents
@@ -52,6 +47,7 @@ from fiddler.runtime.host_store import host_store_bytes
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["GpuModel", "on_gpu"]
+_FIRST_POSITIONS = 4096  # of a sequence, for which there is memory from the start
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
@@ -97,15 +93,18 @@ def on_gpu(
     triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
-    pool = GrowingPool(config, cache_dtype, device, _least_blocks(context), read_as)
+    max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
+    sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
+    layers = len(config.sparse_layers) if counts is None else None
+    begin = _first_blocks(budget.room(), sizes, max_residents, block_bytes(config, cache_dtype), layers)
+    pool = GrowingPool(config, cache_dtype, device, begin.blocks, read_as)
     with torch.inference_mode():
         cos_sin = torch.view_as_real(rotary_cos_sin(config, torch.arange(context, device=device), rotated_alone=True))
     warm_up(device, read_as)
-    sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated by now
-    max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
-    layout = lay_out(budget.room(), sizes, max_residents)
+    layout = lay_out(budget.room(), replace(sizes, fixed=sizes.fixed + begin.spare), begin.max_residents)
     if layout is None:
         raise _too_small(budget, sizes, config)
+    layout = replace(layout, chunk=min(layout.chunk, begin.chunk))
     orchestrator, threads = None, kernels.set_threads(options.threads)
     if experts:
         orchestrator, threads = _orchestrated(
@@ -113,24 +112,22 @@ def on_gpu(
             *(_grouped(device, triton_kernels), _Reports(notify, progress, recorder)),
         )
     budget.settle()
-    linear = GpuLinear(dense.linears, triton_kernels, exact=options.exact)
-    router, norm, dense_span = _router(triton_kernels), GpuNorm(triton_kernels), partial(recorder.queued, "dense")
-    layer = _no_experts if orchestrator is None else orchestrator.layer
-    make_heads = heads if triton_kernels is None else triton_kernels.heads
-    model = Transformer(config, dense.tensors, linear, layer, router, norm, dense_span, dense.embeddings, make_heads)
+    model = transformer_on_gpu(config, dense, orchestrator, triton_kernels, recorder, exact=options.exact)
     runner = GpuRunner(model, orchestrator, context, cache_dtype, threads, layout.chunk, pool, budget)
     if triton_kernels is not None and can_decode({each for w in experts for each in w.matrix_formats}):
         decode_with_graphs(runner, cos_sin, recorder)
     budget.settle()
-    runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token)  # steps allocate activations
+    runner.share_budget(lambda: budget.room() - layout.chunk * sizes.token, begin.later)  # steps allocate activations
     runner.store_in_host(host_store_bytes(sum(nbytes for _, nbytes in model_file.file.mappings)))
     resident = "all" if orchestrator is None else f"{len(orchestrator.residents)} of {sizes.experts} experts"
     used = f"{shown(budget.used())} of {shown(budget.total)} used"
     return GpuModel(runner, orchestrator, f"{torch.cuda.get_device_name(device)}, {resident} on it, {used}")
 
 
-def _no_experts(layer: int, x: Tensor, expert_ids: Tensor, routing_weights: Tensor) -> Tensor:
-    raise AssertionError("a model without experts has no layer that computes some")
+def _first_blocks(room: int, sizes: Sizes, max_residents: int, nbytes: int, layers: int | None) -> FirstBlocks:
+    """`first_blocks` of `nbytes` each."""
+    blocks = _least_blocks(min(sizes.context, _FIRST_POSITIONS)), _least_blocks(sizes.context)
+    return first_blocks(room, sizes, max_residents, blocks, nbytes, SEGMENT_BYTES, layers)
 
 
 class _Reports(NamedTuple):
@@ -208,15 +205,6 @@ def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped
     from fiddler.offload.grouped_kernels import Grouped as TritonGrouped
 
     return TritonGrouped(device)
-
-
-def _router(triton_kernels: ModuleType | None) -> Router:
-    """Triton's router, where Triton runs."""
-    if triton_kernels is None:
-        return route
-    from fiddler.gpu.router_kernels import route as triton_route
-
-    return triton_route
 
 
 def _least_blocks(context: int) -> int:

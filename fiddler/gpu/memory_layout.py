@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Layout", "Sizes", "lay_out", "least_room"]
+__all__ = ["FirstBlocks", "Layout", "Sizes", "first_blocks", "lay_out", "least_room"]
 
 _CHUNKS = (4096, 2048, 1024, 512, 256, 128)  # tokens per step
 _ACTIVATION_FRACTION = 0.1  # of the room, for a step's activations where a shorter chunk is possible
@@ -29,6 +29,40 @@ class Layout:
     chunk: int
     residents: int
     slots: bool
+
+
+@dataclass(frozen=True)
+class FirstBlocks:
+    """Blocks of keys and values that a model begins with, and what that asks of its layout."""
+
+    blocks: int
+    later: int  # bytes by which one sequence of the whole context lets them grow, at the cost of residents
+    spare: int  # bytes to leave, since they grow by segments
+    chunk: int  # the most tokens of a step
+    max_residents: int
+
+
+def first_blocks(
+    room: int,
+    sizes: Sizes,
+    max_residents: int,
+    blocks: tuple[int, int],
+    block_bytes: int,
+    segment_bytes: int,
+    layers: int | None,
+) -> FirstBlocks:
+    """Whether there is memory for the keys and values of a whole context from the start.
+
+    Not where some experts are missing then: more of them are resident as long as sequences are short. They give their
+    memory back, so they complete no layer, and their places are divided evenly. room, sizes: without keys and values.
+    blocks: the least, and those of the whole context. layers: with experts; None where places are not divided evenly.
+    """
+    least, whole = blocks
+    later = (whole - least) * block_bytes
+    layout = lay_out(room, replace(sizes, fixed=sizes.fixed + whole * block_bytes), max_residents)
+    if layers is None or later <= segment_bytes or layout is None or not layout.slots:
+        return FirstBlocks(whole, 0, 0, sizes.context, max_residents)
+    return FirstBlocks(least, later, segment_bytes, layout.chunk, min(max_residents, sizes.experts - layers))
 
 
 def _chunks(sizes: Sizes) -> list[int]:

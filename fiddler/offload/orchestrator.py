@@ -76,9 +76,7 @@ class Orchestrator:
 
         grouped: computes several experts on the GPU at once; without it torch computes them one by one.
         """
-        self.layers = layers
-        self.residents = residents
-        self.ring = ring
+        self.layers, self.residents, self.ring = layers, residents, ring
         self._recorder, self._max_tokens = recorder, max_tokens
         experts, self._hidden, width = layers[0].shape
         self._experts = experts
@@ -131,6 +129,7 @@ class Orchestrator:
         `forward` calls `layer` for each layer. last_layer_tokens: tokens that the last layer will have.
         """
         self.start_over()
+        self._signals.ended = False
         self.prefetcher.begin_step(last_layer_tokens)
 
         def run() -> Tensor:
@@ -144,7 +143,8 @@ class Orchestrator:
 
     def start_over(self) -> None:
         """End a step that was broken off, and drop the weights that were sent for it."""
-        signals = self._signals
+        if (signals := self._signals).ended:
+            return
         signals.stop()
         self.cooperative_step.stop()
         if signals.running:

@@ -31,6 +31,8 @@ class TokenSignals:
         """The number of the step's first layer with missing experts."""
         self.running = False
         """Whether a step has begun, and not ended."""
+        self.ended = False
+        """Whether the last step ended as it should, and none of several tokens has begun since then."""
         self._next, self._chunks = 1, chunks
         self._memory = torch.zeros(len(Signal) * SIGNAL_STRIDE, dtype=torch.int32, pin_memory=pinned)
         self.numbers = self._memory.numpy().view(np.uint32)
@@ -41,7 +43,7 @@ class TokenSignals:
         self.first, self._next = self._next, self._next + layers
         self.set(Signal.SENDING, 0)
         self.set(Signal.STOPPED, 0)
-        self.running = True
+        self.running, self.ended = True, False
 
     @property
     def next(self) -> int:
@@ -59,7 +61,7 @@ class TokenSignals:
 
     def end(self) -> None:
         """End a step whose last layer has its sum."""
-        self.running = False
+        self.running, self.ended = False, True
 
     def release(self) -> None:
         """End a step that was broken off: let the GPU pass all its waits. No copies are under way any more."""

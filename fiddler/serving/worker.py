@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fiddler.errors import FiddlerError
 from fiddler.generation.events import Event, Failed, Finished, Joined, PromptRead, Token
 from fiddler.generation.request import Request
+from fiddler.serving.batching_delay import StepTimes, batching_delay
 
 if TYPE_CHECKING:
     from fiddler.engine import Engine
@@ -73,6 +74,9 @@ class _Commands:
     cancelled: set[object] = field(default_factory=set)
     closed: bool = False
 
+    def __bool__(self) -> bool:
+        return bool(self.submitted or self.cancelled or self.closed)
+
 
 class Worker:
     """Runs requests of any threads on a thread of its own, many at once."""
@@ -93,20 +97,30 @@ class Worker:
         self._scheduler = engine.scheduler(parallel)
         self._running: dict[int, Running] = {}  # by handle
         self._commands, self._changed = _Commands(), threading.Condition()
+        self._arriving, self._gathering, self._step_times = 0, False, StepTimes()
         self._thread = threading.Thread(target=self._run, name="fiddler-worker", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, owner: object, requests: Sequence[Request]) -> None:
+    def submit(self, owner: object, requests: Sequence[Request], arriving: int = 0) -> None:
         """Generate a text for each request. The events of text i have the number i; each ends with Finished or Failed.
 
-        owner: any hashable object, by which `cancel` knows them.
+        owner: any hashable object, by which `cancel` knows them. arriving: see `expect`.
         """
         with self._changed:
             self._commands.submitted.append((owner, requests))
-            self._changed.notify()
+            self._arriving = arriving
+            if not (self._gathering and arriving):  # else it would wake only to wait again
+                self._changed.notify()
+
+    def expect(self, arriving: int) -> None:
+        """Say how many others have arrived and will be submitted: an idle worker waits for them (`batching_delay`)."""
+        with self._changed:
+            self._arriving = arriving
+            if self._gathering and not arriving:
+                self._changed.notify()
 
     def cancel(self, owner: object) -> None:
         """End what was submitted as `owner`, before the next step. It has no more events from then on."""
@@ -135,17 +149,49 @@ class Worker:
     def _run(self) -> None:
         try:
             while True:
+                idle = self._scheduler.idle
                 with self._changed:
-                    while self._scheduler.idle and self._commands == _Commands():
+                    while idle and not self._commands:
                         self._changed.wait()
                     commands, self._commands = self._commands, _Commands()
                 if commands.closed:
                     return
                 self._obey(commands)
-                self._step()
+                if idle and not self._scheduler.idle:
+                    self._gather()
+                if not self._commands.closed:
+                    self._step()
         finally:
             self._scheduler.close()
             self._running.clear()
+
+    def _gather(self) -> None:
+        """Let requests join that arrive together with those that ended the idleness, before all of their first step."""
+        first = last = time.perf_counter()
+        expected, left = self._expected_seconds(first), 1.0
+        while left > 0 and self._scheduler.has_room and not self._scheduler.idle:
+            with self._changed:
+                self._gathering = True
+                while not self._commands.closed:
+                    now, arriving = time.perf_counter(), self._arriving > 0
+                    left = batching_delay(expected, now - first, now - last, arriving=arriving)
+                    if left <= 0 or (self._commands and not arriving):
+                        break
+                    self._changed.wait(left)
+                self._gathering = False
+                if self._commands.closed:
+                    return
+                commands, self._commands = self._commands, _Commands()
+            self._obey(commands)
+            if commands.submitted:  # their step will take longer, and so may the delay
+                last = time.perf_counter()
+                expected = self._expected_seconds(first)
+                left = batching_delay(expected, last - first, 0.0, arriving=arriving)
+
+    def _expected_seconds(self, begun: float) -> float | None:
+        """Of a first step of all texts, which joined at `begun`."""
+        self._tell(self._scheduler.take_events(), begun)
+        return self._step_times(sum(text.prompt - (text.cached or 0) for text in self._running.values()))
 
     def _obey(self, commands: _Commands) -> None:
         for owner, requests in commands.submitted:
@@ -185,10 +231,14 @@ class Worker:
             self._report(error)
             self._end_all(error)
             return
+        seconds, before = time.perf_counter() - begun, self.counters.prompt_tokens
         if self._scheduler.stepped:
             self.counters.steps += 1
             self.counters.stepped += self._scheduler.stepped
         self._tell(events, begun)
+        if read := self.counters.prompt_tokens - before:
+            others = self._scheduler.stepped - sum(isinstance(event, PromptRead) for event in events)
+            self._step_times.took(read + max(0, others), seconds)
 
     def _tell(self, events: Sequence[Event], begun: float) -> None:
         """Count events and deliver them; `begun`: the beginning of the step, in which requests join."""

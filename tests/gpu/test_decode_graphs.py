@@ -105,6 +105,9 @@ def test_any_mixture_of_right_and_wrong_guesses_computes_each_step_for_its_own_t
         taken += begun and graphs.history.count(last) == 1
         check_step(graphs, experts)
         likely = likely_after(token)
+        if numbers.random() < 0.95:  # else the GPU's choice stays unknown
+            decoder.logits()
+            assert decoder.largest in ((None, likely) if not graphs.begun_ahead else (likely,))
         sequence.append(likely if numbers.random() < 0.9 else likely + 1)
         wrong += sequence[-1] != likely
     assert taken > 20
@@ -187,6 +190,7 @@ def steps(decoder, token, count=24):
     """Every other step begins the next one ahead, once the pause after a wrong guess is over."""
     for position in range(count):
         decoder.step(token, position, TABLE, greedy=position % 2 == 0)
+        decoder.logits()
         token = likely_after(token)
 
 

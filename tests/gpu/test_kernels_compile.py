@@ -54,6 +54,8 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         "llffffii",
         {"BY_ID": False, "ADD": True, "EVEN": True, "BIASED": False, "W": tl.bfloat16, "J": 2, "R": 4, "K": 2048},
     ),
+    "largest": (decode_kernels._largest, "ffli", {"K": 4096}),
+    "next token": (decode_kernels._next_token, "flllii", {"N": 64}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),

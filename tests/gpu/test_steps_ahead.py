@@ -39,7 +39,8 @@ class Queue:
     def begin(self, token, position, table):
         self._run(token, position, table)
 
-    def begin_ahead(self, table):
+    def begin_ahead(self, position, table):
+        assert position == self._position
         self.ahead += 1
         self._run(self._token, self._position, table)
 
@@ -79,6 +80,7 @@ def test_any_mixture_of_right_and_wrong_guesses_gives_each_sequence_its_own_logi
         logits = decoder.logits()
         assert torch.equal(logits, expected_logits(history))
         likely = int(logits.argmax())
+        assert decoder.largest in (None, likely)
         history.append(likely if numbers.random() < 0.95 else numbers.randrange(VOCABULARY))
         right += history[-1] == likely
     assert right > 1500
@@ -189,10 +191,14 @@ def test_the_next_token_is_numpys_first_largest(size):
             chosen = int(logits[0].numpy().argmax())
             assert token.tolist() == [chosen, position + 1]
             assert host[position % 2] == chosen
-    for value in (float("nan"), float("-inf")):
-        token = torch.tensor([5, 0], device="cuda")
-        decode_kernels.next_token(torch.full((1, size), value, device="cuda"), token, host)
-        assert 0 <= token[0].item() < size
+    for value in (float("nan"), float("-inf"), float("inf")):
+        one = torch.zeros(1, size)
+        one[0, numbers.integers(size)] = value
+        for logits in (torch.full((1, size), value), one):
+            token = torch.tensor([5, 0], device="cuda")
+            decode_kernels.next_token(logits.cuda(), token, host)
+            assert 0 <= token[0].item() < size
+            assert host[0] == -1
 
 
 @GPU
@@ -207,7 +213,7 @@ def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, resid
     assert decoder.uses_cpu is (residents is not None)
     prompts = ["Once upon a time, in a small village", "The", "Two plus two is", "It was a dark night; " * 6]
     begun, begin_ahead = [], decoder._graphs.begin_ahead
-    monkeypatch.setattr(decoder._graphs, "begin_ahead", lambda table: (begun.append(1), begin_ahead(table)))
+    monkeypatch.setattr(decoder._graphs, "begin_ahead", lambda *step: (begun.append(1), begin_ahead(*step)))
 
     def texts():
         results = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
 
 from fiddler.errors import RequestError
-from fiddler.gpu.memory_layout import Sizes, lay_out, least_room
+from fiddler.gpu.memory_layout import Sizes, first_blocks, lay_out, least_room
 from fiddler.offload.residency import place, within
 from fiddler.telemetry.expert_counts import read_counts
 
@@ -111,6 +112,41 @@ def test_mixtral_8x7b_on_24_gib_has_steps_of_4096_tokens_and_50_to_60_residents(
     assert 50 <= layout.residents <= 60
     assert lay_out(100 << 30, sizes, 256).residents == 256
     assert not lay_out(100 << 30, sizes, 256).slots
+
+
+@given(
+    room=st.integers(0, 10**6),
+    sizes=st.builds(
+        Sizes,
+        fixed=st.integers(0, 10**4),
+        token=st.integers(1, 30),
+        slots=st.integers(1, 10**4),
+        expert=st.integers(1, 10**4),
+        experts=st.sampled_from([8, 16, 64]),
+        context=st.integers(128, 9000),
+    ),
+    max_residents=st.integers(0, 70),
+    whole=st.integers(1, 100),
+    block=st.integers(1, 10**4),
+)
+def test_residents_can_give_back_what_keys_and_values_of_the_whole_context_need_later(
+    room, sizes, max_residents, whole, block
+):
+    least, segment, layers = min(whole, 10), 5000, 8
+    begin = first_blocks(room, sizes, max_residents, (least, whole), block, segment, layers)
+    of_whole = lay_out(room, replace(sizes, fixed=sizes.fixed + whole * block), max_residents)
+    if not begin.later:
+        assert begin.blocks == whole
+        return
+    assert begin.blocks == least
+    left = room - begin.blocks * block
+    layout = lay_out(left, replace(sizes, fixed=sizes.fixed + begin.spare), begin.max_residents)
+    assert layout.slots
+    assert layout.residents >= min(of_whole.residents, begin.max_residents)
+    assert layout.residents <= sizes.experts - layers  # no layer is complete
+    step = sizes.token * min(layout.chunk, begin.chunk)
+    unused = left - sizes.fixed - sizes.slots - step - layout.residents * sizes.expert
+    assert unused + layout.residents * sizes.expert >= begin.later + segment - block  # segments are no longer
 
 
 def test_experts_of_different_sizes_stay_within_the_bytes():

@@ -100,11 +100,12 @@ class FamilyReference:
         self.routers.append(RouterStep(logits, lambda changed: rule(changed)[1]))
 
     def _add_router(self, module: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, logits = inputs[0].reshape(-1, inputs[0].shape[-1]), outputs[0]
+        first, last = (2, 0) if outputs[2].is_floating_point() else (0, 2)  # GraniteMoE's in transformers 5.17: turned
+        x, logits = inputs[0].reshape(-1, inputs[0].shape[-1]), outputs[first]
 
         def choose(changed: Tensor) -> Tensor:
             """The module's own choice for an input whose product with its matrix is `changed`."""
-            chosen: Tensor = module.forward(x + (changed - logits) @ torch.linalg.pinv(module.weight).T)[2]
+            chosen: Tensor = module.forward(x + (changed - logits) @ torch.linalg.pinv(module.weight).T)[last]
             return chosen
 
         self.routers.append(RouterStep(logits, choose, getattr(module, "num_group", None) or 1))

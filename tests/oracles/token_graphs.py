@@ -96,6 +96,7 @@ class RandomGraphs:
 
     def begin(self, token, position, table):
         if self.begun_ahead:
+            self._wait(Signal.ARRIVED, self.signals.next)
             self.begun_ahead = False
             self.signals.skip(len(self.breaks))
         self._queue.put(partial(self._token, token, position))
@@ -103,13 +104,12 @@ class RandomGraphs:
         self.ring.begin_token()
         self._queue.put(partial(self._graph, 0, self.number(0)))
 
-    def begin_ahead(self, table):
+    def begin_ahead(self, position, table):
+        assert self.token[1] == position - 1
+        self.chosen_tokens[(position - 1) % 2] = None
         self._queue.put(self._choose)
         self._queue.put(partial(self._graph, 0, self.signals.next))
         self.begun_ahead = True
-
-    def arrived_ahead(self):
-        return self.signals.is_at(Signal.ARRIVED, self.signals.next)
 
     def take_ahead(self):
         self.begun_ahead = False
@@ -117,7 +117,9 @@ class RandomGraphs:
         self.ring.begin_token()
 
     def next_token(self, position):
-        return self.chosen_tokens[position % 2]
+        while (token := self.chosen_tokens[position % 2]) is None:
+            time.sleep(POLL)
+        return token
 
     def _choose(self):
         token, position = self.token

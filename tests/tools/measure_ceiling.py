@@ -84,6 +84,11 @@ class PlanClock:
         return timed
 
 
+def _largest(output):
+    """The token of a step's largest logit, as a greedy sampler takes it."""
+    return int(output.logits[0].numpy().argmax() if output.largest is None else output.largest[0])
+
+
 def ceiling(layers, dense_bytes, links, gpu, round_trip):
     """Seconds of a token; layers: (missing bytes, resident bytes) of each; links, gpu: bytes a second."""
     experts = sum(max(missing / links, resident / gpu) for missing, resident in layers)
@@ -181,8 +186,8 @@ class Bench:
                 if i == WARM:
                     self.chosen.expert_ids = []
                 begun = time.perf_counter()
-                logits = self.runner.step([(self.sequence, [token])], greedy=greedy).logits
-                token = int(logits[0].numpy().argmax()) if greedy else ids[i + 1]
+                output = self.runner.step([(self.sequence, [token])], greedy=greedy)
+                token = _largest(output) if greedy else ids[i + 1]
                 if not counted and i >= WARM:
                     samples.append(time.perf_counter() - begun)
                     taken.append(token)

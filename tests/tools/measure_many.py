@@ -53,11 +53,14 @@ class Bench:
 
     def timed_step(self, parts, wanted=None, **options):
         """A step of the runner."""
-        begun = time.perf_counter()
+        begun, planned = time.perf_counter(), self.of_plans()
         output = self._step(parts, wanted, **options)
-        tokens = sum(len(tokens) for _, tokens in parts)
-        self.steps.append((time.perf_counter() - begun, len(parts), tokens, self.residents()))
+        seconds, tokens = time.perf_counter() - begun, sum(len(tokens) for _, tokens in parts)
+        self.steps.append((seconds, len(parts), tokens, self.residents(), self.of_plans() - planned))
         return output
+
+    def of_plans(self):
+        return 0.0 if self.orchestrator is None else self.orchestrator.planned_seconds
 
     def residents(self):
         return 0 if self.orchestrator is None else len(self.orchestrator.residents)
@@ -71,9 +74,9 @@ class Bench:
     def planned(self):
         """Seconds that the plans of all steps so far expected; by the measured steps where there are no plans."""
         if self.orchestrator is not None:
-            return self.orchestrator.planned_seconds
+            return self.of_plans()
         costs = self.runner.step_seconds()
-        return sum(costs(tokens) for _, _, tokens, _ in self.steps)
+        return sum(costs(step[2]) for step in self.steps)
 
 
 def measure_batch(bench):
@@ -99,7 +102,8 @@ def measure_batch(bench):
             if steps:
                 print(f"  {label}: {len(steps)} steps, {sum(s[0] for s in steps):.1f} s, median ", end="")
                 print(f"{median(s[0] for s in steps):.3f} s, {max(s[1] for s in steps)} sequences and ", end="")
-                print(f"{max(s[2] for s in steps)} tokens at most, residents {steps[0][3]} to {steps[-1][3]}")
+                print(f"{max(s[2] for s in steps)} tokens at most, residents {steps[0][3]} to {steps[-1][3]}, ", end="")
+                print(f"plans {sum(s[4] for s in steps):.1f} s")
 
 
 def measure_prefix(bench):
@@ -140,7 +144,7 @@ def measure_priority(bench):
     while len(samples) < 5:
         for _ in range(6):
             scheduler.step()
-        steps = [seconds for seconds, sequences, tokens, _ in bench.steps[-4:] if sequences == tokens]
+        steps = [seconds for seconds, sequences, tokens, *_ in bench.steps[-4:] if sequences == tokens]
         begun, handle, first = time.perf_counter(), scheduler.add(bench.request(prompt, 4, reuse=False)), None
         ended = False
         while not ended:
@@ -167,15 +171,17 @@ def measure_growth(bench):
         return torch.stack(logits), other.residents()
 
     begin = bench.residents()
+    print(f"\ngrowth: {bench.runner.pool.capacity} blocks of {POSITIONS} positions at first, ", end="")
     logits, least = grown(bench)
+    print(f"{bench.runner.pool.capacity} then")
     bench.runner.forget()
     prompt = bench.ids(64)
     for _ in range(40):
         bench.request(prompt, 32, reuse=False).run()
-    print(f"\ngrowth to {len(ids)} tokens by {PIECE}: residents {begin}, then {least}, later {bench.residents()}")
+    print(f"growth to {len(ids)} tokens by {PIECE}: residents {begin}, then {least}, later {bench.residents()}")
     bench.engine.close()
     del bench.engine, bench.runner, bench.orchestrator, bench._step
-    large = Bench(argparse.Namespace(**vars(args)), gpu_memory=None, gpu_experts=None)
+    large = Bench(argparse.Namespace(**vars(args)), gpu_memory=None, gpu_experts=None, precision=args.precision)
     expected, residents = grown(large)
     error = (logits - expected).abs().max() / expected.abs().max()
     last = (logits[-1] - expected[-1]).abs().max() / expected[-1].abs().max()

@@ -42,6 +42,7 @@ async def read_object(request: Request) -> dict[str, Any]:
         raise HttpError(408, f"the body did not arrive within {_PATIENCE:g} s") from None
     except ClientDisconnect:
         raise HttpError(400, "the client left before the body had arrived") from None
+    service.arrived()
     body = b"".join(parts)
     try:
         return await service.on_text(parse_object, body) if size > _LARGE else parse_object(body)

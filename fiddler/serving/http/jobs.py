@@ -51,7 +51,8 @@ async def job_of(
     settings = settings_of(body, service.options.defaults, service.options.token_limit)
     if grammar is not None:
         settings = replace(settings, grammar=grammar, schema=None)
-    constraint = await service.on_grammar(constraint_of, settings)
+    constrained = settings.grammar is not None or settings.schema is not None
+    constraint = await service.on_grammar(constraint_of, settings) if constrained else None
     return await service.on_text(_job, service, settings, prompts, constraint, named_tokens)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -32,6 +33,7 @@ __all__ = ["Service", "Texts"]
 T = TypeVar("T")
 _TEXT_THREADS, _GRAMMAR_THREADS = 4, 2
 _MORE_TIME = 10.0  # for a client to read the end of a stream that took all its time [s]
+_TOGETHER = 64  # events of an answer in one piece; more take memory
 
 
 class Service:
@@ -51,6 +53,7 @@ class Service:
         self.worker = Worker(engine, self._receive, report, options.parallel)
         self._texts: set[Texts] = set()
         self._open = 0  # texts of all requests
+        self._arriving: set[asyncio.Task[Any] | None] = set()  # of requests whose texts are still to be opened
         self.watchers = 0  # of the experts
         self.first_tokens = Histogram()
         self._stopping = self._ended = False
@@ -96,8 +99,23 @@ class Service:
         self._open += len(requests)
         texts = Texts(self, len(requests), streamed, max(ping, 0))
         self._texts.add(texts)
-        self.worker.submit(texts, requests)
+        self._arriving.discard(asyncio.current_task())
+        self.worker.submit(texts, requests, len(self._arriving))
         return texts
+
+    def arrived(self) -> None:
+        """The body of the current task's request has arrived: an idle worker waits a moment for its texts."""
+        task = asyncio.current_task()
+        if task is not None and task not in self._arriving:
+            self._arriving.add(task)
+            task.add_done_callback(self._gone)
+            self.worker.expect(len(self._arriving))
+
+    def _gone(self, task: asyncio.Task[Any]) -> None:
+        """A request has ended; it may have opened no texts."""
+        if task in self._arriving:
+            self._arriving.remove(task)
+            self.worker.expect(len(self._arriving))
 
     def stream(
         self,
@@ -155,16 +173,19 @@ def _distribute(deliveries: list[Delivery]) -> None:
 class Texts:
     """The texts of one HTTP request: iterate for their events, until all have ended.
 
-    streamed: whether the client wants them as a stream. ping: seconds of silence before a comment in it; 0 for none.
+    streamed: whether the client wants them as a stream; if not, events come many at a time. ping: seconds of silence
+    before a comment in a stream; 0 for none.
     """
 
     def __init__(self, service: Service, count: int, streamed: bool, ping: float) -> None:
         self.count = self.left = count  # `left`: that have not ended
         self.streamed, self.ping = streamed, ping
         self._service, self._closed = service, False
-        self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._deliveries: deque[Delivery] = deque()
+        self._due: asyncio.Future[None] | None = None  # while somebody waits for events
         self._opened, self._begun = time.perf_counter(), set[int]()
-        self._deadline = asyncio.get_running_loop().time() + service.options.timeout
+        self._expired = False
+        self._timer = asyncio.get_running_loop().call_later(service.options.timeout, self._expire)
 
     def put(self, delivery: Delivery) -> None:
         """Add an event."""
@@ -173,7 +194,10 @@ class Texts:
             if isinstance(delivery.event, Token) and delivery.number not in self._begun:
                 self._begun.add(delivery.number)
                 self._service.first_tokens.add(delivery.at - self._opened)
-            self._queue.put_nowait(delivery)
+            self._deliveries.append(delivery)
+            enough = self.streamed or not self.left or len(self._deliveries) >= _TOGETHER
+            if self._due is not None and not self._due.done() and (enough or isinstance(delivery.event, Failed)):
+                self._due.set_result(None)
 
     def fail(self, error: FiddlerError) -> None:
         """End all that have not ended."""
@@ -185,10 +209,14 @@ class Texts:
 
     async def __anext__(self) -> Delivery:
         """The next event. Raises the error of a text that failed, and TimeoutError after the time of one request."""
-        if self._queue.empty() and not self.left:
-            raise StopAsyncIteration
-        async with asyncio.timeout_at(self._deadline):
-            delivery = await self._queue.get()
+        if not self._deliveries:
+            if not self.left:
+                raise StopAsyncIteration
+            if self._expired:
+                raise TimeoutError
+            self._due = asyncio.get_running_loop().create_future()
+            await self._due
+        delivery = self._deliveries.popleft()
         if isinstance(delivery.event, Failed):
             raise delivery.event.error
         return delivery
@@ -197,4 +225,11 @@ class Texts:
         """Nobody waits any more: what still runs ends before its next step."""
         if not self._closed:
             self._closed = True
+            self._timer.cancel()
             self._service.closed(self)
+
+    def _expire(self) -> None:
+        """The time of one request is over."""
+        self._expired = True
+        if self._due is not None and not self._due.done():
+            self._due.set_exception(TimeoutError())

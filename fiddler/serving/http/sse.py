@@ -77,55 +77,65 @@ class EventStream(Response):
         """
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._events, self._close, self._ping, self._timeout = events, close, ping or None, timeout
+        self._events, self._close, self._ping, self._timeout = events, close, ping, timeout
         self._failure, self._report = failure or (lambda error: [sse(error_object(error))]), report
+        self._sending, self._last = asyncio.Lock(), 0.0  # one message at a time; when it was sent, by the loop's clock
+        self._started = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events (ASGI)."""
-        gone, pending = asyncio.ensure_future(_gone(receive)), self._next()
-        started = False
+        self._last = asyncio.get_running_loop().time()
+        gone, events = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self._send_events(send))
+        pings = [asyncio.ensure_future(self._send_pings(send))] if self._ping else []
         try:
             async with asyncio.timeout(self._timeout):
-                while not gone.done():
-                    both: set[asyncio.Future[Any]] = {pending, gone}
-                    await asyncio.wait(both, timeout=self._ping, return_when=asyncio.FIRST_COMPLETED)
-                    if gone.done():
-                        return
-                    parts, ended = [_PING], False
-                    if pending.done():
-                        parts, ended = await self._chunk(pending, started)
-                        pending = pending if ended else self._next()
-                    if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                        started = True
-                    await send({"type": "http.response.body", "body": b"".join(parts), "more_body": not ended})
-                    if ended:
-                        return
+                await asyncio.wait({gone, events}, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            if not started:
+            if not self._started:
                 raise
+        else:
+            if events.done():
+                events.result()  # raises its error
         finally:
             self._close()
-            await _cancelled(pending, gone)
+            await _cancelled(gone, events, *pings)
 
-    async def _chunk(self, pending: asyncio.Future[bytes | None], started: bool) -> tuple[list[bytes], bool]:
-        """The next events, and whether they are the last ones. Raises an error that comes before all events."""
-        try:
-            part = await pending
-        except Exception as error:
-            known = http_error(error)
-            if known.status == 500:
-                self._report(error)
-            if not started:
-                raise known from error
-            return list(self._failure(known)), True
-        return ([], True) if part is None else ([part], False)
+    async def _send_events(self, send: Send) -> None:
+        """Send all events. Raises an error that comes before all of them."""
+        while True:
+            try:
+                event, last = await anext(self._events, None), b""
+            except Exception as error:
+                known = http_error(error)
+                if known.status == 500:
+                    self._report(error)
+                if not self._started:
+                    raise known from error
+                event, last = None, b"".join(self._failure(known))
+            if event is None:
+                await self._send(send, last, ended=True)
+                return
+            await self._send(send, event)
 
-    def _next(self) -> asyncio.Future[bytes | None]:
-        async def following() -> bytes | None:
-            return await anext(self._events, None)
+    async def _send_pings(self, send: Send) -> None:
+        """Send comments as long as there are silences."""
+        while True:
+            quiet = asyncio.get_running_loop().time() - self._last
+            if quiet >= self._ping:
+                await self._send(send, _PING)
+                quiet = 0.0
+            await asyncio.sleep(self._ping - quiet)
 
-        return asyncio.ensure_future(following())
+    async def _send(self, send: Send, part: bytes, *, ended: bool = False) -> None:
+        async with self._sending:
+            if self._ended:
+                return
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._ended = ended
+            await send({"type": "http.response.body", "body": part, "more_body": not ended})
+            self._last = asyncio.get_running_loop().time()
 
 
 async def _gone(receive: Receive) -> None:
