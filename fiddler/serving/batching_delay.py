@@ -18,7 +18,12 @@ class StepTimes:
         self._known: dict[int, tuple[int, float]] = {}  # by the magnitude of the tokens: tokens and seconds of the last
 
     def took(self, tokens: int, seconds: float) -> None:
-        """Take in a step that read `tokens` of prompts."""
+        """Take in a step that read `tokens` of prompts. It corrects others that took longer than it allows.
+
+        The first step of a start does: it reads weights from disk, or compiles.
+        """
+        for magnitude, (known, longer) in self._known.items():
+            self._known[magnitude] = known, min(longer, seconds * max(1.0, known / tokens))
         self._known[tokens.bit_length()] = tokens, seconds
 
     def __call__(self, tokens: int) -> float | None:

@@ -93,6 +93,19 @@ def test_a_step_is_never_expected_to_take_longer_than_it_does(fixed, each, steps
     assert times(steps[-1]) == pytest.approx(fixed + each * steps[-1])
 
 
+def test_a_first_step_that_compiles_is_forgotten_with_the_next_one():
+    times = StepTimes()
+    times.took(416, 20.0)
+    assert times(26) == pytest.approx(1.25)
+    times.took(26, 0.027)
+    assert times(26) == 0.027
+    assert times(416) == pytest.approx(0.432)
+    times.took(13, 0.05)  # a machine that was held up once: fewer tokens than 26 took longer
+    assert (times(13), times(26)) == (0.05, 0.05)
+    times.took(26, 0.027)
+    assert (times(13), times(26)) == (0.027, 0.027)
+
+
 def test_requests_that_arrive_together_share_all_steps(engine):
     """Each is submitted while the next ones are being read. A machine that is held up for 50 ms may spoil a try."""
     with Receiver(engine, parallel=16) as receiver:
