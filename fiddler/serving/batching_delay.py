@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["StepTimes", "batching_delay"]
 
 _SHARE, _LEAST, _MOST = 0.1, 5e-3, 50e-3  # of the expected step; seconds
-_QUIET_SHARE, _QUIET_MOST = 0.02, 5e-3
+_QUIET_SHARE, _QUIET_MOST = 0.01, 5e-3
 
 
 class StepTimes:
@@ -39,7 +39,7 @@ def batching_delay(expected: float | None, waited: float, quiet: float, *, arriv
 
     expected: seconds of their first step, None: unknown. waited: seconds since the first of them; quiet: since the last
     one. arriving: whether others have arrived that are still being read and encoded: they are waited for up to a tenth
-    of the step, 5 to 50 ms. Others may be on their way: silence of a fiftieth of the step, at most 5 ms, says no.
+    of the step, 5 to 50 ms. Others may be on their way: silence of a hundredth of the step, at most 5 ms, says no.
     """
     limit = _MOST if expected is None else min(max(_SHARE * expected, _LEAST), _MOST)
     if arriving:

@@ -65,13 +65,13 @@ def request(prompt="Once upon a time"):
 @pytest.mark.parametrize(
     ("expected", "waited", "quiet", "arriving", "seconds"),
     [
-        (0.3, 0.0, 0.0, False, 0.005),  # a fiftieth would be 6 ms: nobody else on the way for 5 ms
-        (0.2, 0.0, 0.0, False, 0.004),
-        (0.2, 0.010, 0.001, False, 0.003),
-        (0.2, 0.018, 0.0, False, 0.002),  # a tenth of the step is over soon
+        (0.6, 0.0, 0.0, False, 0.005),  # a hundredth would be 6 ms: nobody else on the way for 5 ms
+        (0.2, 0.0, 0.0, False, 0.002),
+        (0.2, 0.010, 0.0005, False, 0.0015),
+        (0.2, 0.019, 0.0, False, 0.001),  # a tenth of the step is over soon
         (0.2, 0.021, 0.0, True, -0.001),
         (0.2, 0.010, 0.010, True, 0.010),  # others are being read: silence does not count
-        (0.002, 0.0, 0.0, False, 0.00004),
+        (0.002, 0.0, 0.0, False, 0.00002),
         (0.002, 0.0, 0.0, True, 0.005),
         (60.0, 0.0, 0.0, True, 0.05),
         (60.0, 0.0, 0.0, False, 0.005),
@@ -79,7 +79,7 @@ def request(prompt="Once upon a time"):
         (None, 0.0, 0.002, False, 0.003),
     ],
 )
-def test_batching_delay_is_a_tenth_of_the_step_and_a_fiftieth_of_silence(expected, waited, quiet, arriving, seconds):
+def test_batching_delay_is_a_tenth_of_the_step_and_a_hundredth_of_silence(expected, waited, quiet, arriving, seconds):
     assert batching_delay(expected, waited, quiet, arriving=arriving) == pytest.approx(seconds, abs=1e-12)
 
 
