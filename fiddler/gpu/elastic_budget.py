@@ -28,7 +28,8 @@ class ElasticBudget:
         self._pool: GrowingPool = proxy(pool)  # no cycle: the pool is freed with its last user
         self._room, self._evictions = room, evictions
         self._steps = self._idle = 0
-        self._given = max(later, int(_GIVEN * evictions.evictable))
+        evictable = evictions.evictable
+        self._given = min(evictable, max(later, int(_GIVEN * evictable)))
         pool.room, pool.displaceable, pool.make_room = room, self.displaceable, self.make_room
 
     def displaceable(self) -> int:

@@ -80,7 +80,7 @@ class CapturedGraphs:
         self._host_logits = HostLogits()
         self._choices = HostChoices(len(self._layers), self._k)
         self._choose: torch.cuda.CUDAGraph | None = None  # of the next token, where experts are missing
-        self._begun_ahead = False  # a step whose experts are missing
+        self._begun_ahead: int | None = None  # the first number of a step whose experts are missing
         self._capture()
 
     @property
@@ -90,11 +90,11 @@ class CapturedGraphs:
 
     def begin(self, token: int, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin`."""
-        if self._begun_ahead:
-            while not self._numbers.is_at(Signal.ARRIVED, self._numbers.next):  # else it could choose a token later
+        if (ahead := self._begun_ahead) is not None:
+            while not self._numbers.is_at(Signal.ARRIVED, ahead):  # else it could choose a token later
                 self.check()
-            self._begun_ahead = False
-            self._numbers.skip(len(self.breaks))
+            self._numbers.skip_to(ahead + len(self.breaks))
+            self._begun_ahead = None
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
         self._copy_token(0, table)
@@ -123,14 +123,14 @@ class CapturedGraphs:
         self._choices.expect(position - 1)
         self._choose.replay()
         self._replay(0)
-        self._begun_ahead = True
         self._numbers.write(Signal.ARRIVED, self._numbers.next)
+        self._begun_ahead = self._numbers.next
         self._host_logits.reserve(self._logits)
 
     def take_ahead(self) -> None:
         """Implements `Graphs.take_ahead`."""
-        self._begun_ahead = False
         self._numbers.begin(len(self.breaks))
+        self._begun_ahead = None  # only now: a step that is interrupted before begins with its numbers again
         self._host_logits.begin(self._logits)
         self._streaming.begin()
 

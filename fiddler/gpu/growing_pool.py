@@ -77,13 +77,8 @@ class GrowingPool(BlockPool):
         return True
 
     def displace(self) -> bool:
-        """Implements `BlockPool.displace`. Where the room is in pieces, others give up more."""
-        nbytes = self.segment_bytes
-        while self.make_room(nbytes):
-            if self.grow():
-                return True
-            nbytes = self.room() + 1
-        return False
+        """Implements `BlockPool.displace`."""
+        return self.make_room(self.segment_bytes) and self.grow()
 
     def below(self, nbytes: int) -> int | None:
         """Number of the first block of the last segments that have so many bytes; None where that were all of it."""

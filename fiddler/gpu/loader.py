@@ -47,6 +47,7 @@ from fiddler.runtime.host_store import host_store_bytes
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["GpuModel", "on_gpu"]
+_SEPARATE_BYTES = 10 << 20  # from which torch's allocator gives a tensor memory of its own, which can be freed alone
 _FIRST_POSITIONS = 4096  # of a sequence, for which there is memory from the start
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
@@ -95,7 +96,7 @@ def on_gpu(
     dense = load_dense(model_file, weight_copy)
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
-    layers = len(config.sparse_layers) if counts is None else None
+    layers = len(config.sparse_layers) if counts is None and sizes.expert >= _SEPARATE_BYTES else None
     begin = _first_blocks(budget.room(), sizes, max_residents, block_bytes(config, cache_dtype), layers)
     pool = GrowingPool(config, cache_dtype, device, begin.blocks, read_as)
     with torch.inference_mode():

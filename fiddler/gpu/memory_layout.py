@@ -53,16 +53,18 @@ def first_blocks(
 ) -> FirstBlocks:
     """Whether there is memory for the keys and values of a whole context from the start.
 
-    Not where some experts are missing then: more of them are resident as long as sequences are short. They give their
-    memory back, so they complete no layer, and their places are divided evenly. room, sizes: without keys and values.
-    blocks: the least, and those of the whole context. layers: with experts; None where places are not divided evenly.
+    Not where some experts of every layer are missing then: more are resident as long as sequences are short. They give
+    their memory back, so they complete no layer, and their places are divided evenly. room, sizes: without keys and
+    values. blocks: the least, and those of the whole context. layers: with experts; None where residents may not do so.
     """
     least, whole = blocks
-    later = (whole - least) * block_bytes
-    layout = lay_out(room, replace(sizes, fixed=sizes.fixed + whole * block_bytes), max_residents)
-    if layers is None or later <= segment_bytes or layout is None or not layout.slots:
+    later, fixed = (whole - least) * block_bytes, sizes.fixed + whole * block_bytes
+    layout, spared = (lay_out(room, replace(sizes, fixed=fixed + more), max_residents) for more in (0, segment_bytes))
+    if layers is None or later <= segment_bytes or layout is None or spared is None:
         return FirstBlocks(whole, 0, 0, sizes.context, max_residents)
-    return FirstBlocks(least, later, segment_bytes, layout.chunk, min(max_residents, sizes.experts - layers))
+    if not layout.slots or layout.residents > sizes.experts - layers:
+        return FirstBlocks(whole, 0, 0, sizes.context, max_residents)
+    return FirstBlocks(least, later, segment_bytes, spared.chunk, min(max_residents, sizes.experts - layers))
 
 
 def _chunks(sizes: Sizes) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ class GpuRunner(PagedRunner):
         pool: BlockPool,
         budget: Budget,
     ) -> None:
-        """pool: has room for a sequence of the whole context. orchestrator: None for a model without experts."""
+        """pool: has room for a sequence of the whole context, or grows to it. orchestrator: None without experts."""
         super().__init__(model, context, cache_dtype, threads, chunk, pool)
         self.budget = budget
         self.orchestrator = orchestrator
@@ -203,7 +203,10 @@ class GpuRunner(PagedRunner):
     def _host_logits(self, rows: int) -> Tensor:
         """Memory for logits [rows, V]; pinned, which a copy takes a tenth of the time to, unless that were a lot."""
         size = self.model.config.vocab_size
-        return torch.empty(rows, size, pin_memory=self.pool.device.type == "cuda" and 4 * rows * size <= _MOST_PINNED)
+        if self.pool.device.type == "cuda" and 4 * rows * size <= _MOST_PINNED:
+            with suppress(RuntimeError):  # the driver may pin no more
+                return torch.empty(rows, size, pin_memory=True)
+        return torch.empty(rows, size)
 
     def _logits_by_chunk(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Of each chunk of rows the first one, and its logits on the GPU, which may lack room for those of all."""

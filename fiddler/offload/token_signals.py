@@ -50,9 +50,9 @@ class TokenSignals:
         """The number of the first layer of the next step."""
         return self._next
 
-    def skip(self, layers: int) -> None:
-        """Leave out the numbers of a step with so many layers, whose first one was used for nothing."""
-        self._next += layers
+    def skip_to(self, number: int) -> None:
+        """Leave out the numbers before this one: a step that was begun for nothing has used some."""
+        self._next = max(self._next, number)
 
     def stop(self) -> None:
         """Let the thread that sends end soon, if a step has begun: it is broken off."""

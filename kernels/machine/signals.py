@@ -17,7 +17,7 @@ SIGNAL_STRIDE = 16
 """uint32s from one signal to the next: each has a cache line of its own."""
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
-_TRIES = 1 << (13 if _X86 else 18)  # some 0.2 to 0.5 ms: `_pause` takes 20 to 50 ns
+_TRIES = 1 << (13 if _X86 else 18)  # some 0.2 to 0.5 ms: `_pause` takes 20 to 50 ns, less before Skylake
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "no_cfunc_wrapper": True}
 
 

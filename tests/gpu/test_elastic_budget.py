@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,6 +39,15 @@ def impatient(monkeypatch):
 )
 def test_the_resident_that_was_chosen_least_often_is_evicted_first(residents, counts, fixed, least):
     assert least_valuable(residents, counts, fixed) == least
+
+
+@pytest.mark.parametrize("later", [0, 1 << 12, 1 << 40])
+def test_residents_promise_no_more_memory_than_they_have(path, later):
+    runner = engine_in_place(path, residents=[[0, 1], [2], [0, 1, 2, 3]]).runner
+    evictions = elastic_to(SimpleNamespace(runner=runner), 29)
+    budget = elastic_budget.ElasticBudget(runner.pool, runner.pool.room, evictions, later)
+    assert budget.displaceable() == min(evictions.evictable, max(later, evictions.evictable // 2))
+    assert evictions.evictable > 1 << 12
 
 
 def test_a_context_grows_at_the_residents_cost_and_they_come_back_afterwards(path, impatient):

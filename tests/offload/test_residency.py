@@ -142,11 +142,20 @@ def test_residents_can_give_back_what_keys_and_values_of_the_whole_context_need_
     left = room - begin.blocks * block
     layout = lay_out(left, replace(sizes, fixed=sizes.fixed + begin.spare), begin.max_residents)
     assert layout.slots
-    assert layout.residents >= min(of_whole.residents, begin.max_residents)
+    assert layout.residents >= of_whole.residents
     assert layout.residents <= sizes.experts - layers  # no layer is complete
     step = sizes.token * min(layout.chunk, begin.chunk)
     unused = left - sizes.fixed - sizes.slots - step - layout.residents * sizes.expert
-    assert unused + layout.residents * sizes.expert >= begin.later + segment - block  # segments are no longer
+    assert unused + layout.residents * sizes.expert >= begin.later + segment  # segments are no longer
+
+
+@pytest.mark.parametrize("room, first", [(20 << 30, 129), (26 << 30, 129), (29 << 30, 1025), (80 << 30, 1025)])
+def test_a_model_that_nearly_fits_has_memory_for_the_whole_context_from_the_start(room, first):
+    """32 layers of 8 experts of 100 MB: residents that complete layers could not give their memory back."""
+    sizes = Sizes(fixed=128 << 20, token=4096 * 60, slots=105 << 20, expert=100_000_000, experts=256, context=32768)
+    begin = first_blocks(room, sizes, 256, (129, 1025), 4 << 20, 64 << 20, 32)
+    assert begin.blocks == first
+    assert begin.max_residents == (256 if first == 1025 else 224)
 
 
 def test_experts_of_different_sizes_stay_within_the_bytes():

@@ -98,7 +98,7 @@ class RandomGraphs:
         if self.begun_ahead:
             self._wait(Signal.ARRIVED, self.signals.next)
             self.begun_ahead = False
-            self.signals.skip(len(self.breaks))
+            self.signals.skip_to(self.signals.next + len(self.breaks))
         self._queue.put(partial(self._token, token, position))
         self.signals.begin(len(self.breaks))
         self.ring.begin_token()

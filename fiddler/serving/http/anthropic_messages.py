@@ -25,7 +25,7 @@ _BLOCKS = {"reasoning": "thinking", "content": "text", "call": "tool_use"}
 
 async def messages(request: Request) -> Response:
     """POST /v1/messages."""
-    service, body = service_of(request), await read_object(request)
+    service, body = service_of(request), await read_object(request, generates=True)
     job = await chat_job(service, anthropic_settings(body), anthropic_conversation(body))
     answering = _Answering(service, job)
     texts = service.open(job.job.requests, body)

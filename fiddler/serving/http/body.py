@@ -24,8 +24,11 @@ def service_of(request: Request) -> Service:
     return service
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The body's JSON object. Raises HttpError for one that is too large or too slow, RequestError for no object."""
+async def read_object(request: Request, *, generates: bool = False) -> dict[str, Any]:
+    """The body's JSON object. Raises HttpError for one that is too large or too slow, RequestError for no object.
+
+    generates: texts will be opened for it, see `Service.arrived`.
+    """
     service = service_of(request)
     limit, parts, size = service.options.body_limit, list[bytes](), 0
     length = request.headers.get("content-length", "0")
@@ -42,7 +45,8 @@ async def read_object(request: Request) -> dict[str, Any]:
         raise HttpError(408, f"the body did not arrive within {_PATIENCE:g} s") from None
     except ClientDisconnect:
         raise HttpError(400, "the client left before the body had arrived") from None
-    service.arrived()
+    if generates:
+        service.arrived()
     body = b"".join(parts)
     try:
         return await service.on_text(parse_object, body) if size > _LARGE else parse_object(body)

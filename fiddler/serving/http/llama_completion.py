@@ -24,7 +24,7 @@ __all__ = ["completion"]
 
 async def completion(request: Request) -> Response:
     """POST /completion. Several prompts, or several choices, give a list of results."""
-    service, body = service_of(request), await read_object(request)
+    service, body = service_of(request), await read_object(request, generates=True)
     fields = body.get("response_fields") or []
     if not isinstance(fields, list) or not all(isinstance(path, str) for path in fields):
         raise RequestError(f"response_fields are {quoted(fields)}; give a list of names")

@@ -25,7 +25,7 @@ __all__ = ["chat_completions", "chat_tokens", "usage_of"]
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
-    service, body = service_of(request), await read_object(request)
+    service, body = service_of(request), await read_object(request, generates=True)
     job = await chat_job(service, body, conversation_of(body))
     answering = _Answering(service, job, body)
     texts = service.open(job.job.requests, body)

@@ -26,7 +26,7 @@ __all__ = ["completions", "prompts_of"]
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions."""
-    service, body = service_of(request), await read_object(request)
+    service, body = service_of(request), await read_object(request, generates=True)
     if body.get("suffix"):
         raise HttpError(400, "suffix: no model here fills in the middle; leave it out")
     if flag(body, "echo") and body.get("logprobs") not in (None, False):

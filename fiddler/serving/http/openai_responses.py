@@ -25,7 +25,7 @@ __all__ = ["responses", "responses_tokens"]
 
 async def responses(request: Request) -> Response:
     """POST /v1/responses."""
-    service, body = service_of(request), await read_object(request)
+    service, body = service_of(request), await read_object(request, generates=True)
     job = await chat_job(service, responses_settings(body), responses_conversation(body))
     answering = _Answering(service, job, body)
     texts = service.open(job.job.requests, body)

@@ -110,6 +110,7 @@ class EventStream(Response):
                 if known.status == 500:
                     self._report(error)
                 if not self._started:
+                    self._ended = True  # else a comment could come before the error
                     raise known from error
                 event, last = None, b"".join(self._failure(known))
             if event is None:
