@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "heads", "next_token", "norm", "rounded_to", "to_host_by_turns", "works"]
+__all__ = [
+    "gather",
+    "gemv",
+    "gemv_per_head",
+    "hand_over",
+    "heads",
+    "next_token",
+    "norm",
+    "rounded_to",
+    "to_host_by_turns",
+    "works",
+]
 
 
 def works(device: torch.device) -> str | None:

@@ -27,8 +27,7 @@ class HostChoices:
         self._next = self._tokens.numpy()
 
     def queue_expert_ids(self, chosen: Sequence[Tensor], token: Tensor) -> None:
-        """Copy the experts of the last layers, int64 [1, K] each, to the host. token: see `decode_kernels.next_token`.
-        """
+        """Copy the last layers' experts, int64 [1, K] each, to the host. token: see `decode_kernels.next_token`."""
         if layers := self._expert_ids.shape[1]:
             decode_kernels.to_host_by_turns(torch.cat(list(chosen[-layers:])), token, self._expert_ids)
 

@@ -133,7 +133,7 @@ def test_experts_are_counted_once_a_step_also_where_the_next_one_is_begun_ahead_
     queue, counts = Queue(), ExpertCounts(1, VOCABULARY)
     decoder, tokens = DecodeGraphs(queue, None, counts), [7]
     for position in range(12):
-        decoder.step(tokens[-1], position, np.array([1, 5, 2]), greedy=position % 3 != 0)
+        decoder.step(tokens[-1], position, np.array([1, 5, 2, 9]), greedy=position % 3 != 0)
         if position % 3 == 0 and position % 2:
             decoder.without_logits()
         else:
