@@ -80,7 +80,8 @@ ONLY_IN = {
     " kernels.formats.k_scales_triton kernels.formats.mxfp4_triton kernels.formats.q4_0_triton"
     " kernels.formats.q4_k_triton kernels.formats.q5_0_triton kernels.formats.q5_k_triton kernels.formats.q6_k_triton"
     " kernels.formats.q8_0_triton kernels.formats.triton_loads"
-    " offload.activation_kernels offload.block_kernels offload.grouped_block_kernels offload.grouped_kernels",
+    " offload.activation_kernels offload.block_kernels offload.decoded_experts offload.grouped_block_kernels"
+    " offload.grouped_kernels",
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }
