@@ -1,0 +1,112 @@
+"""Checks of the Triton kernels that multiply int8, on a GPU or, with the device "cpu", in Triton's interpreter.
+
+The oracle rounds activations in numpy, as `matmul/int8_activations.py` says, and multiplies them in float64 by the
+weights that `gguf` dequantises. Importing it needs Triton. Each check raises AssertionError where a value is wrong.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fiddler.gpu import int8_activations, int8_gemv
+from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.kernels.formats import BLOCK_FORMATS
+from fiddler.offload.stored_matrix import StoredMatrix
+from oracles.block_kernel_checks import OnDevice, inputs_of
+from oracles.quantised_layers import dequantised, quantised_layer
+
+__all__ = ["check_experts", "check_gemv", "check_rounding", "rounded"]
+
+
+def rounded(x):
+    """x [..., K] float32, rounded to 127ths of the largest magnitude of each 32 and back, float64."""
+    groups = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, 32)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        inverse = np.where(largest == 0, np.float32(0), np.float32(127) / largest)
+        codes = np.rint(groups * inverse)
+        codes = np.where(np.isnan(codes), 0, codes)
+        return (codes.astype(np.float64) * (largest / np.float32(127))).reshape(x.shape)
+
+
+def check_rounding(device, columns=2080):
+    """Every code and scale, in their places; NaN and infinities make a scale that is no number, or infinite."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, columns)).astype(np.float32)
+    x[0, :32], x[0, 33:64], x[0, 64:96] = 0, 1e-3, np.arange(32) - 15.5
+    x[0, 100], x[0, 150], x[0, 200], x[0, 201] = np.nan, np.inf, -np.inf, np.nan
+    memory = int8_activations.rounded(torch.from_numpy(x).to(device)).cpu().numpy()
+    planes, groups = int8_activations.planes_of(columns), columns // 32
+    codes = memory[: planes * 64].view(np.int8).reshape(2, 2, planes, 16).transpose(2, 0, 1, 3).reshape(-1, 32)[:groups]
+    scales = memory[planes * 64 :].view(np.float32)[:groups]
+    with np.errstate(all="ignore"):
+        actual, expected = (codes * scales[:, None].astype(np.float64)).reshape(-1), rounded(x)[0]
+    np.testing.assert_array_equal(actual, expected)
+    assert not np.isfinite(scales[[3, 4, 6]]).any()
+    assert np.isfinite(np.delete(scales, [3, 4, 6])).all()
+
+
+def check_gemv(kind, device, rows=7, columns=768):
+    """One token's product matches the oracle, with all bytes of blocks random; no number comes of one that is none."""
+    rng, kind_of = np.random.default_rng(1), BLOCK_FORMATS[kind]
+    stored = kind_of.encode(rng.normal(size=(rows, columns)) * np.exp(rng.normal(size=(rows, 1))))
+    x, onto = rng.normal(size=(1, columns)).astype(np.float32), rng.normal(size=(1, rows)).astype(np.float32)
+    weights = dequantised(stored, kind)
+    expected, scale = rounded(x) @ weights.T, np.abs(rounded(x)) @ np.abs(weights).T
+    w = StoredMatrix(torch.from_numpy(np.ascontiguousarray(stored)).to(device), kind_of)
+    assert int8_gemv.multiplies(w)
+    for tile in (int8_gemv.ROWS, int8_gemv.Tile(1, 32, 1), int8_gemv.Tile(2, 64, 4)):
+        a = int8_activations.rounded(torch.from_numpy(x).to(device))
+        y = int8_gemv.gemv(a, w, tile=tile).cpu().numpy()
+        assert (np.abs(y - expected) <= 1e-6 * scale).all(), (kind, tile)
+        y = int8_gemv.gemv(a, w, torch.from_numpy(onto).to(device), tile).cpu().numpy()
+        assert (np.abs(y - expected - onto) <= 2e-6 * scale).all(), (kind, tile)
+    for value in (np.nan, np.inf, -np.inf):
+        x[0, -3] = value
+        a = int8_activations.rounded(torch.from_numpy(x).to(device))
+        assert not int8_gemv.gemv(a, w).isfinite().any(), (kind, value)
+
+
+def check_experts(kinds, device, shape=(3, 512, 256), begin=256):
+    """One token's experts, resident and streamed, of whole experts and of their hidden rows from `begin` on."""
+    w = quantised_layer(kinds, "q8", shape)
+    on_device, (x, expert_ids, routing_weights) = OnDevice(w, device), inputs_of(w, 1, 2)
+    table = torch.tensor([[*on_device.addresses(e), w.shape[1], 0, 0] for e in range(w.shape[0])], device=device)
+    tensors = [torch.from_numpy(array).to(device) for array in (x, expert_ids, routing_weights)]
+    into = torch.ones(1, w.shape[2], device=device)
+
+    def run(jobs, ids, rows, *, add):
+        experts_of_one(tensors[0], jobs, tensors[2].reshape(-1), rows, w, expert_ids=ids, into=into, add=add)
+        return into.cpu().numpy()
+
+    expected, bound = _of_rows(w, 0, x, expert_ids, routing_weights)
+    assert (np.abs(run(table, tensors[1], w.shape[1], add=True) - 1 - expected) <= bound + 1e-6).all()
+    assert (np.abs(run(table, tensors[1], w.shape[1], add=False) - expected) <= bound).all()
+    # the last rows of both experts, streamed; the last job has none
+    jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j, 0] for j, e in enumerate(expert_ids[0].tolist())]
+    part = run(torch.tensor([*jobs, [0] * 6], device=device), None, w.shape[1] - begin, add=False)
+    expected, bound = _of_rows(w, begin, x, expert_ids, routing_weights)
+    assert (np.abs(part - expected) <= bound).all()
+    tensors[0][0, 7] = torch.nan
+    assert not np.isfinite(run(table, tensors[1], w.shape[1], add=False)).any()
+
+
+def _steps_in_doubt(h):
+    """For hidden activations so near to the middle of two codes that float32 may round them otherwise: a code's step."""
+    groups = h.reshape(-1, 32)
+    step = np.abs(groups).max(-1, keepdims=True) / 127
+    return np.where(np.abs(np.abs(groups / step) % 1 - 0.5) < 1e-4, step, 0).reshape(h.shape)
+
+
+def _of_rows(w, begin, x, expert_ids, routing_weights):
+    """What the hidden rows from `begin` on add up to, [1, D] float64; and how far from that the kernels may be."""
+    y, bound = np.zeros(x.shape), np.zeros(x.shape)
+    for e, weight in zip(expert_ids[0].tolist(), routing_weights[0].tolist(), strict=True):
+        stored = zip((w.gate, w.up, w.down), w.matrix_formats, strict=True)
+        gate, up, down = (dequantised(matrices[e], kind.name) for matrices, kind in stored)
+        g = rounded(x)[0] @ gate[begin:].T
+        h = g / (1 + np.exp(-g)) * (rounded(x)[0] @ up[begin:].T)
+        y[0] += weight * (rounded(h) @ down[:, begin:].T)
+        bound[0] += weight * ((1e-6 * np.abs(rounded(h)) + _steps_in_doubt(h)) @ np.abs(down[:, begin:]).T)
+    return y, bound
