@@ -1,4 +1,4 @@
-"""Triton kernels for one token's quantised experts with activations in int8. Knows addresses; not who streams the weights.
+"""Triton kernels for one token's quantised experts with activations in int8. Knows addresses; not who streams weights.
 
 Three launches after the token is rounded: products with gate and up; hidden activations, rounded, too
 (`int8_activations`); products with down. `expert_kernels` says what the arguments are.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.int8_activations import planes_of, rounded, rounded_hidden
-from fiddler.gpu.int8_gemv import DOWN, ROWS, Tile, int8_dots, shape_of
+from fiddler.gpu.int8_gemv import TILES, int8_dots, shape_of
 from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.expert_biases import JobBiases
 
@@ -119,14 +119,13 @@ def int8_experts_of_one(
     into: Tensor,
     add: bool,
     biases: JobBiases | None,
-    tiles: tuple[Tile, Tile] = (ROWS, DOWN),
 ) -> None:
     """`expert_kernels.experts_of_one` for quantised experts that this file `takes`.
 
-    The rows of each job are whole blocks of down. tiles: of gate and up, and of down.
+    The rows of each job are whole blocks of down.
     """
-    width, of_down, tile = x.shape[1], weights.matrix_formats[2], tiles[1]
-    sums = _multiplied_up(x, jobs, expert_ids, max_rows, weights, tiles[0])
+    width, of_down = x.shape[1], weights.matrix_formats[2]
+    sums, tile = _multiplied_up(x, jobs, expert_ids, max_rows, weights), TILES[of_down.name].long
     of_rows = None if biases is None else (biases.gate, biases.up)
     hidden = rounded_hidden(jobs, expert_ids, sums, of_rows, clamped=weights.clamped)
     down_bias, dot = None if biases is None else biases.down, DOTS[of_down.name]
@@ -149,14 +148,13 @@ def int8_experts_of_one(
     )
 
 
-def _multiplied_up(
-    x: Tensor, jobs: Tensor, expert_ids: Tensor | None, max_rows: int, weights: ExpertWeights, tile: Tile
-) -> Tensor:
+def _multiplied_up(x: Tensor, jobs: Tensor, expert_ids: Tensor | None, max_rows: int, weights: ExpertWeights) -> Tensor:
     """The products of jobs' gate and up with x [1, D], float32 [n, 2, rows]."""
     width, (of_gate, of_up, _) = x.shape[1], weights.matrix_formats
     count = len(jobs) if expert_ids is None else expert_ids.numel()
     sums = torch.empty(count, 2, max_rows, device=x.device)
     units = [width // DOTS[each.name].unit for each in (of_gate, of_up)]
+    tile = TILES[of_gate.name].wide
     r, p = shape_of(tile, max(units))
     _up[(triton.cdiv(max_rows, r), count, 2)](
         *(jobs, jobs if expert_ids is None else expert_ids, rounded(x), sums),

@@ -16,7 +16,7 @@ from fiddler.gpu.int8_activations import planes_of
 from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.stored_matrix import StoredMatrix
 
-__all__ = ["DOWN", "ROWS", "Tile", "gemv", "int8_dots", "multiplies", "shape_of"]
+__all__ = ["TILES", "Tile", "Tiles", "gemv", "int8_dots", "multiplies", "shape_of"]
 
 
 class Tile(NamedTuple):
@@ -29,8 +29,18 @@ class Tile(NamedTuple):
     warps: int
 
 
-ROWS, DOWN = Tile(4, 128, 4), Tile(4, 128, 4)
-"""For matrices whose rows are as wide as the model; for an expert's down."""
+class Tiles(NamedTuple):
+    """Of a format's kernels."""
+
+    wide: Tile
+    """For rows as wide as the model."""
+    long: Tile
+    """For down, whose rows are the longest and the fewest."""
+
+
+_TILES = Tiles(Tile(4, 128, 4), Tile(4, 128, 4))
+TILES = dict.fromkeys(DOTS, _TILES)
+"""By the name of the format. `tests/tools/time_quantised.py --tiles` compares some."""
 
 
 @triton.jit
@@ -78,8 +88,9 @@ def shape_of(tile: Tile, units: int) -> tuple[int, int]:
     return tile.rows * max(1, tile.warps * 32 // lanes), lanes
 
 
-def gemv(a: Tensor, w: StoredMatrix, onto: Tensor | None = None, tile: Tile = ROWS) -> Tensor:
+def gemv(a: Tensor, w: StoredMatrix, onto: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """Rounded activations (`int8_activations.rounded`) . w [N, K] transposed, plus `onto`: [1, N] float32."""
+    tile = tile or TILES[w.format.name].wide
     rows, columns = w.shape
     y, dot = torch.empty(1, rows, device=a.device), DOTS[w.format.name]
     r, p = shape_of(tile, columns // dot.unit)

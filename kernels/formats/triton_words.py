@@ -1,16 +1,17 @@
 """What Triton's products of int8 share: loads of 16 bytes, activations, and 4-way dot products. Knows no type.
 
 A dot is the twin of a decoder for activations in int8: `dot(row, unit, a, planes)` -> float32 [R, P], the products of
-units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`. row: addresses (uint8
-pointers) of rows, [R, 1]. unit: numbers of units in a row, [1, P], each one that is there. A thread of the GPU has whole
-units: it loads a unit's codes 16 bytes at a time and its activations once for all R rows.
+units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`. row: addresses
+(uint8 pointers) of rows, [R, 1]. unit: numbers of units in a row, [1, P], each one that is there. A thread of the GPU
+has whole units: it loads a unit's codes 16 bytes at a time, and its activations once for all R rows.
 
-Activations (`gpu/int8_activations.py` makes them) are, for pairs of groups of 32, four planes of 16 int8 a pair: the two
-halves of the pair's first group and those of its second one, so that neighbouring threads read neighbouring bytes;
+Activations (`gpu/int8_activations.py` makes them) are, for pairs of groups of 32, four planes of 16 int8 a pair: the
+two halves of the pair's first group and those of its second one, so that neighbouring threads read neighbouring bytes;
 then a scale a group, float32. planes: the number of pairs.
 
-All loads are instructions of PTX, which leave the layout of threads alone: `tl.load` would have its own, and numbers
-would go through shared memory. They are predicated nowhere: dots are asked for units that are there. Instructions do not run in Triton's interpreter: there, arithmetic on bytes gives the same integers.
+Loads are instructions of PTX, too: each `tl.load` would choose its own layout of threads, and numbers would go from one
+to the other through shared memory. Such instructions do not run in Triton's interpreter: there, arithmetic on bytes
+gives the same integers.
 """
 
 from __future__ import annotations
