@@ -9,14 +9,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fiddler.gpu import int8_activations, int8_gemv
+from fiddler.gpu import block_gemv, decode_kernels, int8_activations, int8_gemv
 from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.gpu.layers import GpuLinear
 from fiddler.kernels.formats import BLOCK_FORMATS
+from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.stored_matrix import StoredMatrix
 from oracles.block_kernel_checks import OnDevice, inputs_of
 from oracles.quantised_layers import dequantised, quantised_layer
 
-__all__ = ["check_experts", "check_gemv", "check_rounding", "rounded"]
+__all__ = ["check_experts", "check_gemv", "check_hidden", "check_linear", "check_rounding", "rounded"]
 
 
 def rounded(x):
@@ -36,19 +38,43 @@ def check_rounding(device, columns=2080):
     x = rng.normal(size=(1, columns)).astype(np.float32)
     x[0, :32], x[0, 33:64], x[0, 64:96] = 0, 1e-3, np.arange(32) - 15.5
     x[0, 100], x[0, 150], x[0, 200], x[0, 201] = np.nan, np.inf, -np.inf, np.nan
-    memory = int8_activations.rounded(torch.from_numpy(x).to(device)).cpu().numpy()
-    planes, groups = int8_activations.planes_of(columns), columns // 32
-    codes = memory[: planes * 64].view(np.int8).reshape(2, 2, planes, 16).transpose(2, 0, 1, 3).reshape(-1, 32)[:groups]
-    scales = memory[planes * 64 :].view(np.float32)[:groups]
+    codes, scales = _read(int8_activations.rounded(torch.from_numpy(x).to(device)), columns)
     with np.errstate(all="ignore"):
-        actual, expected = (codes * scales[:, None].astype(np.float64)).reshape(-1), rounded(x)[0]
-    np.testing.assert_array_equal(actual, expected)
+        np.testing.assert_array_equal((codes * scales[:, None]).reshape(-1), rounded(x)[0])
     assert not np.isfinite(scales[[3, 4, 6]]).any()
     assert np.isfinite(np.delete(scales, [3, 4, 6])).all()
 
 
+def _read(memory, columns):
+    """Codes [K / 32, 32] and scales [K / 32], float64, of rounded activations in a device's memory."""
+    planes, groups = int8_activations.planes_of(columns), columns // 32
+    memory = memory.cpu().numpy()
+    codes = memory[: planes * 64].view(np.int8).reshape(2, 2, planes, 16).transpose(2, 0, 1, 3).reshape(-1, 32)
+    return codes[:groups].astype(np.float64), memory[planes * 64 :].view(np.float32)[:groups].astype(np.float64)
+
+
+def check_hidden(device, rows=(96, 0, 544), max_rows=544):
+    """Jobs with unlike numbers of rows: biases added, activations clamped, and rounded to a code, or the next one."""
+    rng = np.random.default_rng(3)
+    sums, biases = (4 * rng.normal(size=shape).astype(np.float32) for shape in ((3, 2, max_rows), (2, 2000)))
+    jobs = torch.tensor([[0, 0, 0, count, 0, 300 * j] for j, count in enumerate(rows)], device=device)
+    on_device = [torch.from_numpy(each).to(device) for each in (sums, *biases)]
+    for clamped in (False, True):
+        memory = int8_activations.rounded_hidden(jobs, None, on_device[0], tuple(on_device[1:]), clamped=clamped)
+        for j, count in enumerate(rows):
+            g, u = (sums[j, m, :count] + biases[m, 300 * j :][:count] for m in range(2))
+            if clamped:
+                expected = np.minimum(g, 7.0) / (1 + np.exp(-1.702 * np.minimum(g, 7.0))) * (np.clip(u, -7.0, 7.0) + 1)
+            else:
+                expected = g / (1 + np.exp(-g.astype(np.float64))) * u
+            codes, scales = _read(memory[j], max_rows)
+            actual = (codes * scales[:, None]).reshape(-1)[:count]
+            error = np.abs(actual - rounded(expected.astype(np.float32)))
+            assert (error <= 1e-6 * np.abs(expected) + _steps_in_doubt(expected)).all(), (clamped, j)
+
+
 def check_gemv(kind, device, rows=7, columns=768):
-    """One token's product matches the oracle, with all bytes of blocks random; no number comes of one that is none."""
+    """One token's product matches the oracle; none is finite where an activation is not."""
     rng, kind_of = np.random.default_rng(1), BLOCK_FORMATS[kind]
     stored = kind_of.encode(rng.normal(size=(rows, columns)) * np.exp(rng.normal(size=(rows, 1))))
     x, onto = rng.normal(size=(1, columns)).astype(np.float32), rng.normal(size=(1, rows)).astype(np.float32)
@@ -56,7 +82,7 @@ def check_gemv(kind, device, rows=7, columns=768):
     expected, scale = rounded(x) @ weights.T, np.abs(rounded(x)) @ np.abs(weights).T
     w = StoredMatrix(torch.from_numpy(np.ascontiguousarray(stored)).to(device), kind_of)
     assert int8_gemv.multiplies(w)
-    for tile in (None, int8_gemv.Tile(1, 32, 1), int8_gemv.Tile(2, 64, 4)):
+    for tile in (None, int8_gemv.Tile(2, 32, 1)):
         a = int8_activations.rounded(torch.from_numpy(x).to(device))
         y = int8_gemv.gemv(a, w, tile=tile).cpu().numpy()
         assert (np.abs(y - expected) <= 1e-6 * scale).all(), (kind, tile)
@@ -66,6 +92,24 @@ def check_gemv(kind, device, rows=7, columns=768):
         x[0, -3] = value
         a = int8_activations.rounded(torch.from_numpy(x).to(device))
         assert not int8_gemv.gemv(a, w).isfinite().any(), (kind, value)
+
+
+def check_linear(device, kinds=("q4_k", "q8_0", "iq4_nl"), columns=512):
+    """In `fast` a model's products are those of int8 where a format has them, else and in `exact` those of float32."""
+    rng = np.random.default_rng(4)
+    x = torch.from_numpy(rng.normal(size=(1, columns)).astype(np.float32)).to(device)
+    stored = {kind: torch.from_numpy(BLOCK_FORMATS[kind].encode(rng.normal(size=(3, columns)))) for kind in kinds}
+    weights = {kind: StoredMatrix(each.to(device), BLOCK_FORMATS[kind]) for kind, each in stored.items()}
+    in_float32 = [block_gemv.gemv(x, each.stored, each.format) for each in weights.values()]
+    a = int8_activations.rounded(x)
+    in_int8 = [int8_gemv.gemv(a, weights[kind]) if kind in DOTS else None for kind in kinds]
+    for exact in (False, True):
+        linear = GpuLinear(weights, decode_kernels, exact=exact)
+        for kind, together, int8, float32 in zip(kinds, linear.together(x, kinds), in_int8, in_float32, strict=True):
+            expected = float32 if exact or int8 is None else int8
+            assert torch.equal(together, expected), (kind, exact)
+            assert torch.equal(linear(x, kind), expected), (kind, exact)
+            assert int8 is None or not torch.equal(int8, float32), kind
 
 
 def check_experts(kinds, device, shape=(3, 512, 256), begin=256):
