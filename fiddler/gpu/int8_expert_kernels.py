@@ -19,7 +19,7 @@ from fiddler.gpu.int8_gemv import TILES, int8_dots, shape_of
 from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.expert_biases import JobBiases
 
-__all__ = ["int8_experts_of_one", "takes"]
+__all__ = ["int8_experts_of_one"]
 
 
 @triton.jit
@@ -103,11 +103,6 @@ def _down(
     tl.store(y + r, dots, mask=r < width)
 
 
-def takes(weights: ExpertWeights) -> bool:
-    """Whether experts like these are multiplied in int8: in `fast`, where each matrix has such a product."""
-    return weights.variant.int8_rows and all(each.name in DOTS for each in weights.matrix_formats)
-
-
 def int8_experts_of_one(
     x: Tensor,
     jobs: Tensor,
@@ -120,7 +115,7 @@ def int8_experts_of_one(
     add: bool,
     biases: JobBiases | None,
 ) -> None:
-    """`expert_kernels.experts_of_one` for quantised experts that this file `takes`.
+    """`expert_kernels.experts_of_one` for quantised experts, with activations in int8.
 
     The rows of each job are whole blocks of down.
     """

@@ -33,8 +33,7 @@ class GpuLinear:
         """weights: by name; weights that go `together` may be consecutive parts of one tensor.
 
         kernels: `fiddler.gpu.decode_kernels`, or None where it does not run. exact: float32 activations with bf16
-        and quantised weights, too; else they are rounded to bf16, and those of one token to int8 where quantised
-        weights have such a product.
+        and quantised weights, too; else they are rounded to bf16, or one token's with quantised weights to int8.
         """
         self._weights = weights
         self._kernels = kernels
@@ -72,7 +71,7 @@ class GpuLinear:
         return torch.cat(products).transpose(0, 1)
 
     def _int8(self, x: Tensor, weights: Sequence[Matrix]) -> Tensor | None:
-        """One token, rounded to int8 where one of the weights is multiplied with that."""
+        """One token, rounded to int8 where one of the weights is multiplied by that."""
         if len(x) > 1 or self._kernels is None or self._exact:
             return None
         stored = [each for each in weights if isinstance(each, StoredMatrix)]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fiddler.kernels.formats.triton_loads import half_at, signed_bytes_at
-from fiddler.kernels.formats.triton_words import activations_at, dot16, float16_at, scale_at, unaligned_32
+from fiddler.kernels.formats.triton_words import float16_at, group_dot, scale_at, unaligned_32
 
 __all__ = ["q8_0", "q8_0_dot"]
 
@@ -23,8 +23,5 @@ def q8_0_dot(row, unit, a, planes):
     """Units of 32 weights. See `triton_words` for the arguments."""
     block = (row + unit * 34).to(tl.int64)
     c0, c1, c2, c3, c4, c5, c6, c7 = unaligned_32(block + 2)
-    x0, x1, x2, x3 = activations_at(a, unit, 0, planes)
-    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
-    x0, x1, x2, x3 = activations_at(a, unit, 1, planes)
-    dots = dot16(c4, c5, c6, c7, x0, x1, x2, x3, dots)
+    dots, _ = group_dot(c0, c1, c2, c3, c4, c5, c6, c7, a, unit, planes)
     return float16_at(block) * (dots.to(tl.float32) * scale_at(a, unit, planes))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fiddler.kernels.formats import GPU_FORMATS
-from fiddler.kernels.formats.iq4_nl_triton import iq4_nl, iq4_xs
-from fiddler.kernels.formats.mxfp4_triton import mxfp4
-from fiddler.kernels.formats.q4_0_triton import q4_0, q4_1
+from fiddler.kernels.formats.iq4_nl_triton import iq4_nl, iq4_nl_dot, iq4_xs, iq4_xs_dot
+from fiddler.kernels.formats.mxfp4_triton import mxfp4, mxfp4_dot
+from fiddler.kernels.formats.q4_0_triton import q4_0, q4_0_dot, q4_1, q4_1_dot
 from fiddler.kernels.formats.q4_k_triton import q4_k, q4_k_dot
-from fiddler.kernels.formats.q5_0_triton import q5_0, q5_1
+from fiddler.kernels.formats.q5_0_triton import q5_0, q5_0_dot, q5_1, q5_1_dot
 from fiddler.kernels.formats.q5_k_triton import q5_k, q5_k_dot
 from fiddler.kernels.formats.q6_k_triton import q6_k, q6_k_dot
 from fiddler.kernels.formats.q8_0_triton import q8_0, q8_0_dot
@@ -31,5 +31,8 @@ class Dot(NamedTuple):
     """Weights that one thread multiplies at a time."""
 
 
-DOTS = {"q4_k": Dot(q4_k_dot, 64), "q5_k": Dot(q5_k_dot, 64), "q6_k": Dot(q6_k_dot, 32), "q8_0": Dot(q8_0_dot, 32)}
-"""By the name of the format; others are multiplied in float32 only."""
+_UNITS_OF_32 = q4_0_dot, q4_1_dot, q5_0_dot, q5_1_dot, q6_k_dot, q8_0_dot, iq4_nl_dot, iq4_xs_dot, mxfp4_dot
+DOTS = {each.__name__.removesuffix("_dot"): Dot(each, 32) for each in _UNITS_OF_32}
+DOTS |= {"q4_k": Dot(q4_k_dot, 64), "q5_k": Dot(q5_k_dot, 64)}
+"""By the name of the format."""
+assert DOTS.keys() == DECODERS.keys()

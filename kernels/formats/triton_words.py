@@ -23,9 +23,12 @@ from fiddler.kernels.formats.triton_loads import byte_at
 
 __all__ = [
     "activations_at",
+    "byte_of_16",
     "dot4",
     "dot16",
     "float16_at",
+    "group_dot",
+    "half_bits_at",
     "half_of",
     "int8_at",
     "scale_at",
@@ -68,14 +71,14 @@ def _shifted(low, high, bits):
 
 @triton.jit
 def unaligned_16(address):
-    """The 4 words at each even address, an int64, of the 16 bytes that it lies in and the next ones."""
+    """The 4 words at each address, an int64, from the 16 bytes that it lies in and the next ones."""
     a0, a1, a2, a3 = words_at(address & -16)
     b0, b1, b2, b3 = words_at((address + 15) & -16)
     offset = address.to(tl.int32) & 15
     far = offset >= 8
     a0, a1, a2 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2)
     a3, b0, b1 = tl.where(far, b1, a3), tl.where(far, b2, b0), tl.where(far, b3, b1)
-    far, bits = (offset & 4) != 0, (offset & 2) * 8
+    far, bits = (offset & 4) != 0, (offset & 3) * 8
     a0, a1, a2 = tl.where(far, a1, a0), tl.where(far, a2, a1), tl.where(far, a3, a2)
     a3, b0 = tl.where(far, b0, a3), tl.where(far, b1, b0)
     return _shifted(a0, a1, bits), _shifted(a1, a2, bits), _shifted(a2, a3, bits), _shifted(a3, b0, bits)
@@ -83,7 +86,7 @@ def unaligned_16(address):
 
 @triton.jit
 def unaligned_32(address):
-    """The 8 words at each even address, an int64."""
+    """The 8 words at each address, an int64."""
     a0, a1, a2, a3 = words_at(address & -16)
     b0, b1, b2, b3 = words_at((address & -16) + 16)
     c0, c1, c2, c3 = words_at((address + 31) & -16)
@@ -92,7 +95,7 @@ def unaligned_32(address):
     a0, a1, a2, a3 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2), tl.where(far, b1, a3)
     b0, b1, b2, b3 = tl.where(far, b2, b0), tl.where(far, b3, b1), tl.where(far, c0, b2), tl.where(far, c1, b3)
     c0, c1 = tl.where(far, c2, c0), tl.where(far, c3, c1)
-    far, bits = (offset & 4) != 0, (offset & 2) * 8
+    far, bits = (offset & 4) != 0, (offset & 3) * 8
     a0, a1, a2, a3 = tl.where(far, a1, a0), tl.where(far, a2, a1), tl.where(far, a3, a2), tl.where(far, b0, a3)
     b0, b1, b2, b3 = tl.where(far, b1, b0), tl.where(far, b2, b1), tl.where(far, b3, b2), tl.where(far, c0, b3)
     c0 = tl.where(far, c1, c0)
@@ -124,6 +127,43 @@ def sum16(b0, b1, b2, b3, onto):
     """The sum of 16 int8 in 4 words, plus `onto`, int32."""
     one = tl.full(b0.shape, 0x01010101, tl.int32)
     return dot16(one, one, one, one, b0, b1, b2, b3, onto)
+
+
+@triton.jit
+def byte_of_16(words, w0, w1, w2, w3):
+    """Of 8 codes of 4 bits in a word, the byte in w0 to w3 that each numbers: of the low codes, of the high ones."""
+    low, late = words & 0x77777777, 0x32103210 | (words >> 1 & 0x44444444)
+    first = _permuted(_permuted(w0, w1, low), _permuted(w2, w3, low), late)
+    low, late = low >> 16, late >> 16
+    last = _permuted(_permuted(w0, w1, low), _permuted(w2, w3, low), late)
+    return _permuted(first, last, 0x6420), _permuted(first, last, 0x7531)
+
+
+@triton.jit
+def _permuted(a, b, selector):
+    """The 4 bytes of two words that the low 4 codes of `selector`, 0 to 7, number."""
+    if INTERPRETED:
+        result = selector * 0
+        for byte in tl.static_range(4):
+            index = (selector >> (4 * byte)) & 7
+            result |= ((tl.where(index < 4, a, b) >> (index % 4 * 8)) & 255) << (8 * byte)
+        return result
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, group, planes):
+    """Of groups of 32 int8, 16 in c0 to c3 and 16 in d0 to d3, and their activations: products, and sums of the latter.
+
+    int32: [R, P] and [1, P].
+    """
+    x0, x1, x2, x3 = activations_at(a, group, 0, planes)
+    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
+    sums = sum16(x0, x1, x2, x3, tl.zeros(group.shape, tl.int32))
+    x0, x1, x2, x3 = activations_at(a, group, 1, planes)
+    return dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots), sum16(x0, x1, x2, x3, sums)
 
 
 @triton.jit
@@ -172,13 +212,19 @@ def int8_at(address):
 
 
 @triton.jit
+def half_bits_at(address):
+    """The 16 bits at each even address, an int64, as int32."""
+    if INTERPRETED:
+        return tl.load(address.to(tl.pointer_type(tl.uint16))).to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.u16 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def float16_at(address):
     """The float16 at each even address, an int64, as float32."""
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.float16))).to(tl.float32)
-    return half_of(
-        tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1)
-    )
+    return half_of(half_bits_at(address))
 
 
 @triton.jit

@@ -239,7 +239,7 @@ def test_rounding_to_int8_compiles_for_an_h100(tmp_path, monkeypatch):
         compiled(int8_activations._round_hidden, "llfuffiii", {"BY_ID": True, "G": 16} | rule)
 
 
-@pytest.mark.parametrize("kind", sorted(DOTS))
+@pytest.mark.parametrize("kind", sorted(GPU_FORMATS))
 def test_the_int8_products_of_a_format_compile_for_an_h100(kind, tmp_path, monkeypatch):
     """To 4-way dot products of weights that are loaded 16 bytes at a time, and go through no shared memory."""
     dot, stored = DOTS[kind].function, BLOCK_FORMATS[kind]

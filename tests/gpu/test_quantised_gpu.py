@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fiddler.kernels.formats.triton_decoders import DOTS
 from oracles import block_kernel_checks as checks, int8_kernel_checks
 
 DEVICE = "cuda"
@@ -58,13 +57,13 @@ def test_a_models_products_are_of_int8_in_fast_alone():
     int8_kernel_checks.check_linear(DEVICE)
 
 
-@pytest.mark.parametrize("kind", sorted(DOTS))
+@pytest.mark.parametrize("kind", sorted(GPU_FORMATS))
 def test_products_of_int8_match_float64(kind):
     for rows, columns in ((7, 768), (300, 4096), (33, 14336)):
         int8_kernel_checks.check_gemv(kind, DEVICE, rows, columns)
 
 
-@pytest.mark.parametrize("kinds", [("q4_k", "q4_k", "q6_k"), ("q8_0",) * 3, ("q8_0", "q5_k", "q4_k")])
+@pytest.mark.parametrize("kinds", [*MIXTURES, ("q4_0", "q5_0", "q4_1")])
 def test_experts_with_activations_in_int8_match_float64(kinds):
     for shape in ((3, 512, 256), LARGE):
         int8_kernel_checks.check_experts(kinds, DEVICE, shape)

@@ -29,13 +29,14 @@ checks.check_rounding("cpu")
 checks.check_hidden("cpu")
 checks.check_linear("cpu")
 for kind in sorted(DOTS):
-    checks.check_gemv(kind, "cpu", 3, 512)
+    checks.check_gemv(kind, "cpu", 3, 256)
+checks.check_gemv("q4_k", "cpu", 9, 768)
 checks.check_gemv("q8_0", "cpu", 5, 352)  # an odd number of groups
 for kinds in MIXTURES:
     checks.check_experts(kinds, "cpu", (2, 512, 256))
 print("right")
 """
-INT8_MIXTURES = [("q4_k", "q4_k", "q6_k"), ("q8_0", "q5_k", "q4_k")]
+INT8_MIXTURES = [("q4_k", "q4_k", "q6_k"), ("mxfp4", "q5_k", "q4_k")]
 MIXTURES = [("q4_k", "q8_0", "q6_k"), ("mxfp4", "q5_k", "iq4_nl")]
 
 

@@ -13,7 +13,6 @@ from fiddler.gpu import block_gemv, decode_kernels, int8_activations, int8_gemv
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.layers import GpuLinear
 from fiddler.kernels.formats import BLOCK_FORMATS
-from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.stored_matrix import StoredMatrix
 from oracles.block_kernel_checks import OnDevice, inputs_of
 from oracles.quantised_layers import dequantised, quantised_layer
@@ -95,21 +94,24 @@ def check_gemv(kind, device, rows=7, columns=768):
 
 
 def check_linear(device, kinds=("q4_k", "q8_0", "iq4_nl"), columns=512):
-    """In `fast` a model's products are those of int8 where a format has them, else and in `exact` those of float32."""
+    """In `fast` a model's products are those of int8 where a matrix begins at 16 bytes; in `exact` those of float32."""
     rng = np.random.default_rng(4)
     x = torch.from_numpy(rng.normal(size=(1, columns)).astype(np.float32)).to(device)
     stored = {kind: torch.from_numpy(BLOCK_FORMATS[kind].encode(rng.normal(size=(3, columns)))) for kind in kinds}
     weights = {kind: StoredMatrix(each.to(device), BLOCK_FORMATS[kind]) for kind, each in stored.items()}
     in_float32 = [block_gemv.gemv(x, each.stored, each.format) for each in weights.values()]
     a = int8_activations.rounded(x)
-    in_int8 = [int8_gemv.gemv(a, weights[kind]) if kind in DOTS else None for kind in kinds]
+    in_int8 = [int8_gemv.gemv(a, weights[kind]) for kind in kinds]
     for exact in (False, True):
         linear = GpuLinear(weights, decode_kernels, exact=exact)
         for kind, together, int8, float32 in zip(kinds, linear.together(x, kinds), in_int8, in_float32, strict=True):
-            expected = float32 if exact or int8 is None else int8
+            expected = float32 if exact else int8
             assert torch.equal(together, expected), (kind, exact)
             assert torch.equal(linear(x, kind), expected), (kind, exact)
-            assert int8 is None or not torch.equal(int8, float32), kind
+            assert not torch.equal(int8, float32), kind
+    shifted = torch.cat([torch.zeros(2, dtype=torch.uint8), stored["q8_0"].flatten()]).to(device)[2:].view(3, -1)
+    weights["elsewhere"] = StoredMatrix(shifted, BLOCK_FORMATS["q8_0"])
+    assert torch.equal(GpuLinear(weights, decode_kernels, exact=False)(x, "elsewhere"), in_float32[1])
 
 
 def check_experts(kinds, device, shape=(3, 512, 256), begin=256):

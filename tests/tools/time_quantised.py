@@ -20,7 +20,6 @@ from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.int8_gemv import Tile, Tiles
 from fiddler.kernels import ExpertMatrices, KernelVariant
 from fiddler.kernels.formats import FORMATS
-from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_kernels import Grouped
 from fiddler.offload.stored_matrix import StoredMatrix
@@ -60,7 +59,7 @@ class Layer:
         stored = self.memory[i % EXPERTS, i // EXPERTS % 2].view(HIDDEN, -1)
         if self.kind == "bf16":
             decode_kernels.gemv(self.x, stored.view(torch.bfloat16), rounded=True)
-        elif self.weights.variant.int8_rows and self.kind in DOTS:
+        elif self.weights.variant.int8_rows:
             int8_gemv.gemv(int8_activations.rounded(self.x), StoredMatrix(stored, self.stored), None, tile)
         else:
             block_gemv.gemv(self.x, stored, self.stored)
@@ -134,7 +133,7 @@ def main():
     x = torch.randn(1, WIDTH, device="cuda")
     print(f"rounding {WIDTH} activations: {seconds(lambda i: int8_activations.rounded(x)) * 1e6:.1f} us", flush=True)
     for kind in options.kinds:
-        for activations in ("bf16",) if kind == "bf16" else ("f32", "q8") if kind in DOTS else ("f32",):
+        for activations in ("bf16",) if kind == "bf16" else ("f32", "q8"):
             layer = Layer(kind, activations)
             one, product = seconds(layer.experts), seconds(layer.product)
             name = {"bf16": "fast", "f32": "exact", "q8": "fast"}[activations]
