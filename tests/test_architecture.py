@@ -76,11 +76,11 @@ ONLY_IN = {
     " telemetry.expert_counts telemetry.gpu_timeline telemetry.recorder",
     "tqdm": "cli",
     "triton": "gpu.attention_kernels gpu.block_expert_kernels gpu.block_gemv gpu.decode_kernels gpu.expert_kernels"
-    " gpu.kv_kernels gpu.kv_rows gpu.latent_kernels gpu.router_kernels kernels.formats.iq4_nl_triton"
-    " kernels.formats.k_scales_triton kernels.formats.mxfp4_triton kernels.formats.q4_0_triton"
-    " kernels.formats.q4_k_triton kernels.formats.q5_0_triton kernels.formats.q5_k_triton kernels.formats.q6_k_triton"
-    " kernels.formats.q8_0_triton kernels.formats.triton_loads"
-    " offload.activation_kernels offload.block_kernels offload.decoded_experts offload.grouped_block_kernels"
+    " gpu.int8_activations gpu.int8_expert_kernels gpu.int8_gemv gpu.kv_kernels gpu.kv_rows gpu.latent_kernels"
+    " gpu.router_kernels kernels.formats.iq4_nl_triton kernels.formats.k_scales_triton kernels.formats.mxfp4_triton"
+    " kernels.formats.q4_0_triton kernels.formats.q4_k_triton kernels.formats.q5_0_triton kernels.formats.q5_k_triton"
+    " kernels.formats.q6_k_triton kernels.formats.q8_0_triton kernels.formats.triton_loads kernels.formats.triton_words"
+    " offload.activation_kernels offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels"
     " offload.grouped_kernels",
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",

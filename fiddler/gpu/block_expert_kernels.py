@@ -130,7 +130,7 @@ def quantised_experts_of_one(
     add: bool,
     biases: JobBiases | None,
 ) -> None:
-    """`expert_kernels.experts_of_one` for quantised experts, in float32 whatever the precision.
+    """`expert_kernels.experts_of_one` for quantised experts, in float32.
 
     The rows of each job are whole blocks of down.
     """

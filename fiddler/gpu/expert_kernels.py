@@ -10,6 +10,7 @@ from torch import Tensor
 from fiddler.files.weights import ExpertWeights
 from fiddler.gpu.block_expert_kernels import quantised_experts_of_one
 from fiddler.gpu.decode_kernels import rounded_to
+from fiddler.gpu.int8_expert_kernels import int8_experts_of_one
 from fiddler.offload.activation_kernels import hidden_activation
 from fiddler.offload.expert_biases import JobBiases
 from fiddler.offload.feed_forward import torch_type
@@ -134,7 +135,8 @@ def experts_of_one(
     """
     assert biases is None or biases.down is None or expert_ids is not None, "whose biases of down are these?"
     if weights.quantised:
-        quantised_experts_of_one(
+        multiply = int8_experts_of_one if weights.variant.int8_rows else quantised_experts_of_one
+        multiply(
             *(x, jobs, routing_weights, max_rows, weights), expert_ids=expert_ids, into=into, add=add, biases=biases
         )
         return

@@ -33,7 +33,7 @@ class GpuLinear:
         """weights: by name; weights that go `together` may be consecutive parts of one tensor.
 
         kernels: `fiddler.gpu.decode_kernels`, or None where it does not run. exact: float32 activations with bf16
-        and quantised weights, too.
+        and quantised weights, too; else they are rounded to bf16, or one token's with quantised weights to int8.
         """
         self._weights = weights
         self._kernels = kernels
@@ -48,7 +48,8 @@ class GpuLinear:
         weights = [self._weights[name] for name in names]
         joined = _joined(weights)
         if joined is None:
-            return [self._matmul(x, weight) for weight in weights]
+            int8 = self._int8(x, weights)
+            return [self._matmul(x, weight, int8=int8) for weight in weights]
         return list(self._matmul(x, joined).split([len(weight) for weight in weights], 1))
 
     def feed_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -69,8 +70,22 @@ class GpuLinear:
             products.append(torch.bmm(each[heads], weight[heads].float().mT))
         return torch.cat(products).transpose(0, 1)
 
-    def _matmul(self, x: Tensor, weight: Matrix, onto: Tensor | None = None) -> Tensor:
+    def _int8(self, x: Tensor, weights: Sequence[Matrix]) -> Tensor | None:
+        """One token, rounded to int8 where one of the weights is multiplied by that."""
+        if len(x) > 1 or self._kernels is None or self._exact:
+            return None
+        stored = [each for each in weights if isinstance(each, StoredMatrix)]
+        if not stored:
+            return None
+        from fiddler.gpu import int8_activations, int8_gemv  # need Triton
+
+        return int8_activations.rounded(x) if any(map(int8_gemv.multiplies, stored)) else None
+
+    def _matmul(self, x: Tensor, weight: Matrix, onto: Tensor | None = None, *, int8: Tensor | None = None) -> Tensor:
+        """int8: x rounded by `_int8`, if somebody did."""
         if isinstance(weight, StoredMatrix):
+            if len(x) == 1 and self._kernels is not None:
+                return self._multiply_one(x, weight, onto, self._int8(x, [weight]) if int8 is None else int8)
             return self._matmul_stored(x, weight, onto)
         rounded = weight.dtype == torch.bfloat16 and not self._exact
         if len(x) == 1 and self._kernels is not None:
@@ -86,12 +101,16 @@ class GpuLinear:
             y = torch.cat([F.linear(x, block.float()) for block in blocks], 1)
         return y if onto is None else y.add_(onto)
 
-    def _matmul_stored(self, x: Tensor, weight: StoredMatrix, onto: Tensor | None) -> Tensor:
-        """`_matmul` with quantised weights: several tokens decode them, some rows at a time."""
-        if len(x) == 1 and self._kernels is not None:
-            from fiddler.gpu.block_gemv import gemv  # needs Triton
+    def _multiply_one(self, x: Tensor, weight: StoredMatrix, onto: Tensor | None, int8: Tensor | None) -> Tensor:
+        """One token with quantised weights. int8: x rounded, where a product takes it."""
+        from fiddler.gpu import block_gemv, int8_gemv  # need Triton
 
-            return gemv(x, weight.stored, weight.format, onto)
+        if int8 is not None and int8_gemv.multiplies(weight):
+            return int8_gemv.gemv(int8, weight, onto)
+        return block_gemv.gemv(x, weight.stored, weight.format, onto)
+
+    def _matmul_stored(self, x: Tensor, weight: StoredMatrix, onto: Tensor | None) -> Tensor:
+        """`_matmul` with quantised weights, which several tokens decode, some rows at a time."""
         dtype = torch.float32 if self._exact else torch.bfloat16
         step = max(1, _WIDENED // weight.shape[1])
         blocks = (weight.rows(begin, begin + step).decoded(dtype) for begin in range(0, len(weight), step))

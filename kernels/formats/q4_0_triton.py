@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from fiddler.kernels.formats.triton_loads import half_at, nibbles_at
+from fiddler.kernels.formats.triton_words import float16_at, group_dot, scale_at, unaligned_16
 
-__all__ = ["q4_0", "q4_1"]
+__all__ = ["q4_0", "q4_0_dot", "q4_1", "q4_1_dot"]
 
 
 @triton.jit
@@ -23,3 +24,29 @@ def q4_1(row, group, lane, mask):
     block = row + group * 20
     scale, minimum = half_at(block, mask)[:, :, None], half_at(block + 2, mask)[:, :, None]
     return scale * nibbles_at(block + 4, lane, mask).to(tl.float32) + minimum
+
+
+@triton.jit
+def _dot(codes, unit, a, planes):
+    """Of units of 32 codes at addresses: products and sums of activations, int32, and the scale of these."""
+    c0, c1, c2, c3 = unaligned_16(codes)
+    m: tl.constexpr = 0x0F0F0F0F
+    d0, d1, d2, d3 = c0 >> 4 & m, c1 >> 4 & m, c2 >> 4 & m, c3 >> 4 & m
+    dots, sums = group_dot(c0 & m, c1 & m, c2 & m, c3 & m, d0, d1, d2, d3, a, unit, planes)
+    return dots, sums, scale_at(a, unit, planes)
+
+
+@triton.jit
+def q4_0_dot(row, unit, a, planes):
+    """Units of 32 weights. See `triton_words` for the arguments."""
+    block = (row + unit * 18).to(tl.int64)
+    dots, sums, scale = _dot(block + 2, unit, a, planes)
+    return float16_at(block) * ((dots - 8 * sums).to(tl.float32) * scale)
+
+
+@triton.jit
+def q4_1_dot(row, unit, a, planes):
+    """Units of 32 weights. See `triton_words` for the arguments."""
+    block = (row + unit * 20).to(tl.int64)
+    dots, sums, scale = _dot(block + 4, unit, a, planes)
+    return (float16_at(block) * dots.to(tl.float32) + float16_at(block + 2) * sums.to(tl.float32)) * scale

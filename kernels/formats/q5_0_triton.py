@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from fiddler.kernels.formats.triton_loads import bytes_at, half_at, nibbles_at
+from fiddler.kernels.formats.triton_words import float16_at, group_dot, half_bits_at, scale_at, unaligned_16
 
-__all__ = ["q5_0", "q5_1"]
+__all__ = ["q5_0", "q5_0_dot", "q5_1", "q5_1_dot"]
 
 
 @triton.jit
@@ -30,3 +31,41 @@ def q5_1(row, group, lane, mask):
     code = nibbles_at(block + 8, lane, mask) | _fifth_bit(block + 4, lane, mask)
     scale, minimum = half_at(block, mask)[:, :, None], half_at(block + 2, mask)[:, :, None]
     return scale * code.to(tl.float32) + minimum
+
+
+@triton.jit
+def _fifth(code, bits):
+    """Codes of 4 bits with the fifth bit of each, bits 0 to 3 of `bits`."""
+    return code & 0x0F0F0F0F | (bits & 15) * 0x02040810 & 0x10101010
+
+
+@triton.jit
+def _dot(fifth, unit, a, planes):
+    """Of units of 32 codes behind their fifth bits at addresses: products, sums of activations, and these' scale."""
+    b = half_bits_at(fifth) | half_bits_at(fifth + 2) << 16
+    c0, c1, c2, c3 = unaligned_16(fifth + 4)
+    d0, d1, d2, d3 = (
+        _fifth(c0 >> 4, b >> 16),
+        _fifth(c1 >> 4, b >> 20),
+        _fifth(c2 >> 4, b >> 24),
+        _fifth(c3 >> 4, b >> 28),
+    )
+    c0, c1, c2, c3 = _fifth(c0, b), _fifth(c1, b >> 4), _fifth(c2, b >> 8), _fifth(c3, b >> 12)
+    dots, sums = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    return dots, sums, scale_at(a, unit, planes)
+
+
+@triton.jit
+def q5_0_dot(row, unit, a, planes):
+    """Units of 32 weights. See `triton_words` for the arguments."""
+    block = (row + unit * 22).to(tl.int64)
+    dots, sums, scale = _dot(block + 2, unit, a, planes)
+    return float16_at(block) * ((dots - 16 * sums).to(tl.float32) * scale)
+
+
+@triton.jit
+def q5_1_dot(row, unit, a, planes):
+    """Units of 32 weights. See `triton_words` for the arguments."""
+    block = (row + unit * 24).to(tl.int64)
+    dots, sums, scale = _dot(block + 4, unit, a, planes)
+    return (float16_at(block) * dots.to(tl.float32) + float16_at(block + 2) * sums.to(tl.float32)) * scale

@@ -21,13 +21,16 @@ from fiddler.gpu import (  # noqa: E402
     attention_kernels,
     block_expert_kernels,
     block_gemv,
+    int8_activations,
+    int8_expert_kernels,
+    int8_gemv,
     kv_kernels,
     latent_kernels,
     router_kernels,
 )
 from fiddler.kernels.formats import BLOCK_FORMATS, GPU_FORMATS  # noqa: E402
-from fiddler.kernels.formats.triton_decoders import DECODERS  # noqa: E402
-from fiddler.offload import block_kernels, decoded_experts, grouped_block_kernels, grouped_kernels  # noqa: E402
+from fiddler.kernels.formats.triton_decoders import DECODERS, DOTS  # noqa: E402
+from fiddler.offload import block_kernels, expert_decode_kernels, grouped_block_kernels, grouped_kernels  # noqa: E402
 
 KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
@@ -208,7 +211,7 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
     cases = {
         "decode": (block_kernels._decode, "ulfii", {"DECODE": decoder, "BY_ID": True, "G": 64}),
         "decode experts": (
-            decoded_experts._decode_matrices,
+            expert_decode_kernels._decode_matrices,
             "l",
             {"DECODE": decoder, "ALIGNED": down["ALIGNED"], "W": tl.bfloat16, "G": 64},
         ),
@@ -232,3 +235,36 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, case in cases.items():
         assert compiled(*case).metadata.shared <= 200 << 10, name  # of 227 KiB
+
+
+def test_rounding_to_int8_compiles_for_an_h100(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled(int8_activations._round, "fuii", {"G": 16})
+    for rule in (dict.fromkeys(PLAIN, False), dict.fromkeys(PLAIN, True)):
+        compiled(int8_activations._round_hidden, "llfuffiii", {"BY_ID": True, "G": 16} | rule)
+
+
+@pytest.mark.parametrize("kind", sorted(GPU_FORMATS))
+def test_the_int8_products_of_a_format_compile_for_an_h100(kind, tmp_path, monkeypatch):
+    """To 4-way dot products of weights that are loaded 16 bytes at a time, and go through no shared memory."""
+    dot, stored = DOTS[kind].function, BLOCK_FORMATS[kind]
+    tile = {"R": 4, "P": 128}
+    down = {"BLOCK": stored.block_length, "BLOCK_BYTES": stored.block_bytes, "ALIGNED": gcd(stored.block_bytes, 16)}
+    down |= {"DOT": dot, "UNIT": DOTS[kind].unit, "BY_ID": True, "ADD": True, "BIASED": True, "J": 2}
+    cases = {
+        "gemv": (int8_gemv._gemv, "uuffiiii", {"DOT": dot, "ONTO": True, **tile}),
+        "up": (
+            int8_expert_kernels._up,
+            "lluf" + "i" * 6,
+            {"BY_ID": True, "GATE": dot, "UP": dot, "ALIKE": True, **tile},
+        ),
+        "down": (int8_expert_kernels._down, "llfuffiii", down | tile),
+    }
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, case in cases.items():
+        ptx = compiled(*case).asm["ptx"]
+        products = ptx.split("dp4a.s32.s32")
+        assert len(products) - 1 >= tile["R"] * DOTS[kind].unit // 4, name
+        assert "ld.global.nc.v4.b32" in ptx, name
+        assert not any("bar.sync" in between for between in products[1:-1]), name
+        assert not re.search(r"ld\.global\.(b8|b16)", ptx), name

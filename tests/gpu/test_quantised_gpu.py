@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-from oracles import block_kernel_checks as checks
+from oracles import block_kernel_checks as checks, int8_kernel_checks
 
 DEVICE = "cuda"
 MIXTURES = [("q8_0",) * 3, ("q4_k", "q4_k", "q6_k"), ("q5_k", "mxfp4", "iq4_nl"), ("q4_0", "iq4_xs", "q5_1")]
@@ -46,6 +46,27 @@ def test_quantised_experts_match_float64(kinds):
         checks.check_experts_of_one(kinds, DEVICE, shape)
         for tokens in (3, 60, 200):
             checks.check_experts_of_many(kinds, DEVICE, torch.bfloat16, tokens, shape)
+
+
+def test_activations_are_rounded_to_int8_as_numpy_does():
+    int8_kernel_checks.check_rounding(DEVICE)
+    int8_kernel_checks.check_hidden(DEVICE)
+
+
+def test_a_models_products_are_of_int8_in_fast_alone():
+    int8_kernel_checks.check_linear(DEVICE)
+
+
+@pytest.mark.parametrize("kind", sorted(GPU_FORMATS))
+def test_products_of_int8_match_float64(kind):
+    for rows, columns in ((7, 768), (300, 4096), (33, 14336)):
+        int8_kernel_checks.check_gemv(kind, DEVICE, rows, columns)
+
+
+@pytest.mark.parametrize("kinds", [*MIXTURES, ("q4_0", "q5_0", "q4_1")])
+def test_experts_with_activations_in_int8_match_float64(kinds):
+    for shape in ((3, 512, 256), LARGE):
+        int8_kernel_checks.check_experts(kinds, DEVICE, shape)
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,33 @@ grouped_kernels._TILED = 1  # most experts are decoded beforehand
 checks.check_experts_of_many(("q8_0", "q4_1", "q5_0"), "cpu", torch.float16, 4, (2, 128, 64), 64)
 print("right")
 """
+INT8 = """
+from fiddler.kernels.formats.triton_decoders import DOTS
+from oracles import int8_kernel_checks as checks
+
+checks.check_rounding("cpu")
+checks.check_hidden("cpu")
+checks.check_linear("cpu")
+for kind in sorted(DOTS):
+    checks.check_gemv(kind, "cpu", 3, 256)
+checks.check_gemv("q4_k", "cpu", 9, 768)
+checks.check_gemv("q8_0", "cpu", 5, 352)  # an odd number of groups
+for kinds in MIXTURES:
+    checks.check_experts(kinds, "cpu", (2, 512, 256))
+print("right")
+"""
+INT8_MIXTURES = [("q4_k", "q4_k", "q6_k"), ("mxfp4", "q5_k", "q4_k")]
 MIXTURES = [("q4_k", "q8_0", "q6_k"), ("mxfp4", "q5_k", "iq4_nl")]
 
 
-def test_quantised_weights_are_decoded_and_multiplied_as_float64_does(tmp_path):
+@pytest.mark.parametrize(
+    "program",
+    [PROGRAM.replace("MIXTURES", repr(MIXTURES)), INT8.replace("MIXTURES", repr(INT8_MIXTURES))],
+    ids=["float32", "int8"],
+)
+def test_kernels_decode_and_multiply_quantised_weights_as_float64_does(program, tmp_path):
+    """In float32, and with activations rounded to int8."""
     if interpreted(PROBE, tmp_path).returncode:
         pytest.skip("Triton's interpreter fails with this version of numpy")
-    finished = interpreted(PROGRAM.replace("MIXTURES", repr(MIXTURES)), tmp_path)
+    finished = interpreted(program, tmp_path)
     assert finished.stdout == "right\n", finished.stderr[-2000:]
