@@ -22,6 +22,7 @@ from fiddler.offload.feed_forward import Job
 
 __all__ = ["Part", "decoded", "parts_in"]
 
+_ROWS, _GROUPS, _WARPS = 4, 64, 4  # what a program decodes: rows, and groups of 32 weights of each
 _WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -33,20 +34,22 @@ class Part(NamedTuple):
 
 
 @triton.jit
-def _decode_matrices(matrices, DECODE: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr, G: tl.constexpr):
-    """Decode a row of each matrix of a list [n, 5]: address, bytes from row to row, rows, groups of one, where to."""
-    matrix = matrices + 5 * tl.program_id(2)
-    r = tl.program_id(0).to(tl.int64)
-    groups = tl.load(matrix + 3).to(tl.int32)
-    if (r < tl.load(matrix + 2)) & (tl.program_id(1) * G < groups):
+def _decode_matrices(
+    matrices, DECODE: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr, R: tl.constexpr, G: tl.constexpr
+):
+    """Decode rows of the matrices of a list [n, 6]: address, bytes from row to row, rows, groups of one, where to, 0."""
+    matrix = matrices + 6 * tl.program_id(2)
+    rows, groups = tl.load(matrix + 2).to(tl.int32), tl.load(matrix + 3).to(tl.int32)
+    if (tl.program_id(0) * R < rows) & (tl.program_id(1) * G < groups):
         source = tl.multiple_of(tl.load(matrix).to(tl.pointer_type(tl.uint8)), ALIGNED)
         target = tl.multiple_of(tl.load(matrix + 4).to(tl.pointer_type(W)), 16)
         row_bytes = tl.multiple_of(tl.load(matrix + 1), ALIGNED)
+        r = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
         group = (tl.program_id(1) * G + tl.arange(0, G))[None, :]
         lane = tl.arange(0, 32)
-        inside = group < groups
-        values = DECODE(source + (r * row_bytes + tl.zeros([1, 1], tl.int64)), group, lane, inside)
-        at = target + r * groups * 32 + group[:, :, None] * 32 + lane[None, None, :]
+        inside = (r < rows) & (group < groups)
+        values = DECODE(source + r * row_bytes, group, lane, inside)
+        at = target + ((r.to(tl.int64) * groups + group) * 32)[:, :, None] + lane[None, None, :]
         tl.store(at, values.to(W), mask=inside[:, :, None])
 
 
@@ -97,19 +100,23 @@ def decoded(
         for address, stored, is_down in zip(job.addresses, formats, (False, False, True), strict=True):
             rows, columns = (width, job.rows) if is_down else (job.rows, width)
             row_bytes = stored.row_bytes(all_rows if is_down else width)
-            matrices[stored].append((address, row_bytes, rows, columns // GROUP, target))
+            matrices[stored].append((address, row_bytes, rows, columns // GROUP, target, 0))
             addresses.append(target)
             target += rows * columns * memory.element_size()
         jobs.append(job._replace(addresses=(addresses[0], addresses[1], addresses[2])))
-    for stored, of_format in matrices.items():
-        groups = max(matrix[3] for matrix in of_format)
-        g = min(64, triton.next_power_of_2(groups))
-        _decode_matrices[(max(matrix[2] for matrix in of_format), triton.cdiv(groups, g), len(of_format))](
-            to_device([number for matrix in of_format for number in matrix], memory.device),
+    numbers = to_device([number for some in matrices.values() for matrix in some for number in matrix], memory.device)
+    for stored, some in matrices.items():
+        groups = max(matrix[3] for matrix in some)
+        g = min(_GROUPS, triton.next_power_of_2(groups))
+        r = _GROUPS * _ROWS // g
+        _decode_matrices[(triton.cdiv(max(matrix[2] for matrix in some), r), triton.cdiv(groups, g), len(some))](
+            numbers,
             DECODE=DECODERS[stored.name],
             ALIGNED=gcd(stored.block_bytes, 16),
             W=_WEIGHT_TYPES[memory.dtype],
+            R=r,
             G=g,
-            num_warps=4,
+            num_warps=_WARPS,
         )
+        numbers = numbers[6 * len(some) :]
     return jobs

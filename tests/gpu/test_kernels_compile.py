@@ -213,7 +213,7 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
         "decode experts": (
             expert_decode_kernels._decode_matrices,
             "l",
-            {"DECODE": decoder, "ALIGNED": down["ALIGNED"], "W": tl.bfloat16, "G": 64},
+            {"DECODE": decoder, "ALIGNED": down["ALIGNED"], "W": tl.bfloat16, "R": 4, "G": 64},
         ),
         "gemv": (block_gemv._gemv, "fuffiii", {"DECODE": decoder, "ONTO": True, **one}),
         "up": (block_expert_kernels._up, "llffffiiii", {"BY_ID": True, "GATE": decoder, "UP": decoder, **one} | PLAIN),
