@@ -55,7 +55,7 @@ def _dot(codes, unit, a, planes):
     c1, d1 = byte_of_16(c1, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
     c2, d2 = byte_of_16(c2, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
     c3, d3 = byte_of_16(c3, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
-    dots, _ = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    dots = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
     return dots.to(tl.float32) * scale_at(a, unit, planes)
 
 

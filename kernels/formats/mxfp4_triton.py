@@ -35,5 +35,5 @@ def mxfp4_dot(row, unit, a, planes):
     c1, d1 = byte_of_16(c1, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
     c2, d2 = byte_of_16(c2, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
     c3, d3 = byte_of_16(c3, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
-    dots, _ = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    dots = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
     return _scale(int8_at(block) & 255) * (dots.to(tl.float32) * scale_at(a, unit, planes))

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 
 from fiddler.kernels.formats.triton_loads import bytes_at, half_at, nibbles_at
-from fiddler.kernels.formats.triton_words import float16_at, group_dot, half_bits_at, scale_at, unaligned_16
+from fiddler.kernels.formats.triton_words import (
+    activations_at,
+    dot16,
+    float16_at,
+    half_bits_at,
+    scale_at,
+    sum16,
+    unaligned_16,
+)
 
 __all__ = ["q5_0", "q5_0_dot", "q5_1", "q5_1_dot"]
 
@@ -51,7 +59,11 @@ def _dot(fifth, unit, a, planes):
         _fifth(c3 >> 4, b >> 28),
     )
     c0, c1, c2, c3 = _fifth(c0, b), _fifth(c1, b >> 4), _fifth(c2, b >> 8), _fifth(c3, b >> 12)
-    dots, sums = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    x0, x1, x2, x3 = activations_at(a, unit, 0, planes)
+    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
+    sums = sum16(x0, x1, x2, x3, tl.zeros(unit.shape, tl.int32))
+    x0, x1, x2, x3 = activations_at(a, unit, 1, planes)
+    dots, sums = dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots), sum16(x0, x1, x2, x3, sums)
     return dots, sums, scale_at(a, unit, planes)
 
 

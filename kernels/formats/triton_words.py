@@ -24,15 +24,16 @@ from fiddler.kernels.formats.triton_loads import byte_at
 __all__ = [
     "activations_at",
     "byte_of_16",
-    "dot4",
     "dot16",
     "float16_at",
     "group_dot",
     "half_bits_at",
     "half_of",
     "int8_at",
+    "nibble_dots",
     "scale_at",
     "scales_at",
+    "signed_dot16",
     "sum16",
     "unaligned_16",
     "unaligned_32",
@@ -105,21 +106,32 @@ def unaligned_32(address):
 
 
 @triton.jit
-def dot4(a, b, onto):
-    """Of 4 int8 in a word each: the sum of their products, plus `onto`, int32."""
+def _dot4(a, b, onto, SIGNED: tl.constexpr):
+    """Of 4 bytes in a word each, those of `b` signed: the sum of their products, plus `onto`, int32."""
     if INTERPRETED:
         for byte in tl.static_range(4):
-            onto += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+            first = (a << (24 - 8 * byte)) >> 24
+            onto += (first if SIGNED else first & 255) * ((b << (24 - 8 * byte)) >> 24)
         return onto
+    if SIGNED:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
+        )
     return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
+        "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
 def dot16(a0, a1, a2, a3, b0, b1, b2, b3, onto):
-    """Of 16 int8 in 4 words each: the sum of their products, plus `onto`, int32."""
-    return dot4(a3, b3, dot4(a2, b2, dot4(a1, b1, dot4(a0, b0, onto))))
+    """Of 16 unsigned bytes and 16 int8 in 4 words each: the sum of their products, plus `onto`, int32."""
+    return _dot4(a3, b3, _dot4(a2, b2, _dot4(a1, b1, _dot4(a0, b0, onto, False), False), False), False)
+
+
+@triton.jit
+def signed_dot16(a0, a1, a2, a3, b0, b1, b2, b3, onto):
+    """`dot16` of two times 16 int8."""
+    return _dot4(a3, b3, _dot4(a2, b2, _dot4(a1, b1, _dot4(a0, b0, onto, True), True), True), True)
 
 
 @triton.jit
@@ -155,15 +167,23 @@ def _permuted(a, b, selector):
 
 @triton.jit
 def group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, group, planes):
-    """Of groups of 32 int8, 16 in c0 to c3 and 16 in d0 to d3, and their activations: products, and sums of the latter.
-
-    int32: [R, P] and [1, P].
-    """
+    """The products of groups of 32 int8, 16 in c0 to c3 and 16 in d0 to d3, with their activations, int32."""
     x0, x1, x2, x3 = activations_at(a, group, 0, planes)
-    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
-    sums = sum16(x0, x1, x2, x3, tl.zeros(group.shape, tl.int32))
+    dots = signed_dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
     x0, x1, x2, x3 = activations_at(a, group, 1, planes)
-    return dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots), sum16(x0, x1, x2, x3, sums)
+    return signed_dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots)
+
+
+@triton.jit
+def nibble_dots(c0, c1, c2, c3, x0, x1, x2, x3, y0, y1, y2, y3, low, high):
+    """Add to `low` the products of 16 low codes of 4 bits with x, to `high` those of the high ones with y, times 16.
+
+    The high codes are not shifted: that would be an instruction for each word.
+    """
+    m: tl.constexpr = 0x0F0F0F0F
+    n: tl.constexpr = -0x0F0F0F10
+    low = dot16(c0 & m, c1 & m, c2 & m, c3 & m, x0, x1, x2, x3, low)
+    return low, dot16(c0 & n, c1 & n, c2 & n, c3 & n, y0, y1, y2, y3, high)
 
 
 @triton.jit
