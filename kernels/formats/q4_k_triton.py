@@ -22,9 +22,9 @@ def q4_k(row, group, lane, mask):
 
 
 @triton.jit
-def q4_k_dot(row, unit, a, planes):
+def q4_k_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 64 weights: those whose codes share 32 bytes. See `triton_words` for the arguments."""
-    block = (row + unit // 4 * 144).to(tl.int64)
+    block = row + unit // 4 * 144
     low, high = tl.zeros(block.shape, tl.int32), tl.zeros(block.shape, tl.int32)
     low_sum, high_sum = tl.zeros(unit.shape, tl.int32), tl.zeros(unit.shape, tl.int32)
     for half in tl.static_range(2):

@@ -48,10 +48,10 @@ def _fifth(code, bits):
 
 
 @triton.jit
-def _dot(fifth, unit, a, planes):
-    """Of units of 32 codes behind their fifth bits at addresses: products, sums of activations, and these' scale."""
-    b = half_bits_at(fifth) | half_bits_at(fifth + 2) << 16
-    c0, c1, c2, c3 = unaligned_16(fifth + 4)
+def _dot(row, fifth, unit, a, planes, EVEN: tl.constexpr):
+    """Of units of 32 codes, their fifth bits at bytes `fifth` of rows: as `q4_0_triton` has them without these."""
+    b = half_bits_at(row + fifth) | half_bits_at(row + fifth + 2) << 16
+    c0, c1, c2, c3 = unaligned_16(row, fifth + 4, EVEN)
     d0, d1, d2, d3 = (
         _fifth(c0 >> 4, b >> 16),
         _fifth(c1 >> 4, b >> 20),
@@ -68,16 +68,16 @@ def _dot(fifth, unit, a, planes):
 
 
 @triton.jit
-def q5_0_dot(row, unit, a, planes):
+def q5_0_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 22).to(tl.int64)
-    dots, sums, scale = _dot(block + 2, unit, a, planes)
+    block = row + unit * 22
+    dots, sums, scale = _dot(row, unit * 22 + 2, unit, a, planes, EVEN)
     return float16_at(block) * ((dots - 16 * sums).to(tl.float32) * scale)
 
 
 @triton.jit
-def q5_1_dot(row, unit, a, planes):
+def q5_1_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 24).to(tl.int64)
-    dots, sums, scale = _dot(block + 4, unit, a, planes)
+    block = row + unit * 24
+    dots, sums, scale = _dot(row, unit * 24 + 4, unit, a, planes, EVEN)
     return (float16_at(block) * dots.to(tl.float32) + float16_at(block + 2) * sums.to(tl.float32)) * scale

@@ -23,9 +23,9 @@ def q5_k(row, group, lane, mask):
 
 
 @triton.jit
-def q5_k_dot(row, unit, a, planes):
+def q5_k_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 64 weights: those whose codes share 32 bytes. See `triton_words` for the arguments."""
-    block, shift = (row + unit // 4 * 176).to(tl.int64), unit % 4 * 2
+    block, shift = row + unit // 4 * 176, unit % 4 * 2
     low, high = tl.zeros(block.shape, tl.int32), tl.zeros(block.shape, tl.int32)
     low_bits, high_bits = tl.zeros(block.shape, tl.int32), tl.zeros(block.shape, tl.int32)
     low_sum, high_sum = tl.zeros(unit.shape, tl.int32), tl.zeros(unit.shape, tl.int32)

@@ -1,9 +1,10 @@
 """What Triton's products of int8 share: loads of 16 bytes, activations, and 4-way dot products. Knows no type.
 
-A dot is the twin of a decoder for activations in int8: `dot(row, unit, a, planes)` -> float32 [R, P], the products of
-units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`. row: addresses
-(uint8 pointers) of rows, [R, 1]. unit: numbers of units in a row, [1, P], each one that is there. A thread of the GPU
-has whole units: it loads a unit's codes 16 bytes at a time, and its activations once for all R rows.
+A dot is the twin of a decoder for activations in int8: `dot(row, unit, a, planes, EVEN)` -> float32 [R, P], the
+products of units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`.
+row: addresses (int64) of rows, [R, 1]. EVEN: they are multiples of 16. unit: numbers of units in a row, [1, P], each
+one that is there. A thread of the GPU has whole units: it loads a unit's codes 16 bytes at a time, and its activations
+once for all R rows.
 
 Activations (`gpu/int8_activations.py` makes them) are, for pairs of groups of 32, four planes of 16 int8 a pair: the
 two halves of the pair's first group and those of its second one, so that neighbouring threads read neighbouring bytes;
@@ -71,11 +72,25 @@ def _shifted(low, high, bits):
 
 
 @triton.jit
-def unaligned_16(address):
-    """The 4 words at each address, an int64, from the 16 bytes that it lies in and the next ones."""
-    a0, a1, a2, a3 = words_at(address & -16)
-    b0, b1, b2, b3 = words_at((address + 15) & -16)
-    offset = address.to(tl.int32) & 15
+def _parts(row, begin, size: tl.constexpr, EVEN: tl.constexpr):
+    """Of `size` bytes from `begin` on: where the 16 bytes with the first one begin, and with the last one; the offset.
+
+    EVEN: the offset is that of all rows, [1, P], so that choosing words by it is prepared once for them.
+    """
+    if EVEN:
+        first, last, offset = row + (begin & -16), row + (begin + (size - 1) & -16), begin & 15
+    else:
+        first, last = row + begin & -16, row + begin + (size - 1) & -16
+        offset = (row + begin).to(tl.int32) & 15
+    return first, last, offset
+
+
+@triton.jit
+def unaligned_16(row, begin, EVEN: tl.constexpr):
+    """The 4 words at bytes `begin` of rows, from the 16 bytes that the first one lies in and the next ones."""
+    first, last, offset = _parts(row, begin, 16, EVEN)
+    a0, a1, a2, a3 = words_at(first)
+    b0, b1, b2, b3 = words_at(last)
     far = offset >= 8
     a0, a1, a2 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2)
     a3, b0, b1 = tl.where(far, b1, a3), tl.where(far, b2, b0), tl.where(far, b3, b1)
@@ -86,12 +101,12 @@ def unaligned_16(address):
 
 
 @triton.jit
-def unaligned_32(address):
-    """The 8 words at each address, an int64."""
-    a0, a1, a2, a3 = words_at(address & -16)
-    b0, b1, b2, b3 = words_at((address & -16) + 16)
-    c0, c1, c2, c3 = words_at((address + 31) & -16)
-    offset = address.to(tl.int32) & 15
+def unaligned_32(row, begin, EVEN: tl.constexpr):
+    """The 8 words at bytes `begin` of rows."""
+    first, last, offset = _parts(row, begin, 32, EVEN)
+    a0, a1, a2, a3 = words_at(first)
+    b0, b1, b2, b3 = words_at(first + 16)
+    c0, c1, c2, c3 = words_at(last)
     far = offset >= 8
     a0, a1, a2, a3 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2), tl.where(far, b1, a3)
     b0, b1, b2, b3 = tl.where(far, b2, b0), tl.where(far, b3, b1), tl.where(far, c0, b2), tl.where(far, c1, b3)
