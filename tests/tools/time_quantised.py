@@ -29,7 +29,7 @@ EXPERTS, HIDDEN, WIDTH = 8, 14336, 4096
 KINDS = "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs", "mxfp4"
 RUNS, REPLAYS = 16, 15
 TILES = [Tile(rows, 128, 4) for rows in (4, 2, 1, 8)] + [Tile(rows, 32, 4) for rows in (4, 2, 1)]
-TILES += [Tile(2, 64, 2), Tile(2, 256, 8), Tile(1, 256, 8)]
+TILES += [Tile(4, 64, 4), Tile(2, 64, 2), Tile(2, 256, 8), Tile(1, 256, 8)]
 
 
 class Layer:
