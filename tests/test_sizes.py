@@ -50,6 +50,8 @@ EXCEPTIONS = {
     "kernels.decode.CompiledDecodeStep.__init__": "the way into `decode`, whose arguments these are",
     "kernels.decode_step.decode": ONE_KERNEL,
     "kernels.expert_ffn.expert_ffn": "the way into `grouped_products`, whose arguments these are",
+    "kernels.formats.triton_words.group_dot": TRITON,
+    "kernels.formats.triton_words.nibble_dots": TRITON,
     "kernels.matmul.amx_blocks.multiply_tiles": ONE_KERNEL,
     "kernels.matmul.amx_tiles.matrix_tile": INSTRUCTIONS,
     "kernels.matmul.blocks._block_product": SCALARS,

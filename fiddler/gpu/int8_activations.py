@@ -68,14 +68,15 @@ def _round_hidden(
     rows = tl.load(job + 3)
     if tl.program_id(0) * (G * 32) < rows:
         group, lane = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, 32)
+        inside = group * 32 < rows  # whole groups, so that a thread loads 16 bytes at a time
         r = group[:, None] * 32 + lane[None, :]
-        of_gate = tl.load(sums + 2 * j * max_rows + r, mask=r < rows, other=0.0)
-        of_up = tl.load(sums + (2 * j + 1) * max_rows + r, mask=r < rows, other=0.0)
+        of_gate = tl.load(sums + 2 * j * max_rows + r, mask=inside[:, None], other=0.0)
+        of_up = tl.load(sums + (2 * j + 1) * max_rows + r, mask=inside[:, None], other=0.0)
         if BIASED:
             first = tl.load(job + 5)
-            of_gate += tl.load(gate_bias + first + r, mask=r < rows, other=0.0)
-            of_up += tl.load(up_bias + first + r, mask=r < rows, other=0.0)
-        _store(a + j * job_bytes, group, lane, hidden_activation(of_gate, of_up, CLAMPED), group * 32 < rows, planes)
+            of_gate += tl.load(gate_bias + first + r, mask=inside[:, None], other=0.0)
+            of_up += tl.load(up_bias + first + r, mask=inside[:, None], other=0.0)
+        _store(a + j * job_bytes, group, lane, hidden_activation(of_gate, of_up, CLAMPED), inside, planes)
 
 
 def planes_of(width: int) -> int:

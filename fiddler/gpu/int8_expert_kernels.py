@@ -38,6 +38,8 @@ def _up(
     GATE: tl.constexpr,
     UP: tl.constexpr,
     ALIKE: tl.constexpr,
+    GATE_EVEN: tl.constexpr,
+    UP_EVEN: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -50,9 +52,9 @@ def _up(
         base = tl.multiple_of(tl.load(job + matrix).to(tl.pointer_type(tl.uint8)), 16)
         index = tl.minimum(r.to(tl.int64), rows - 1)
         if ALIKE or matrix == 0:
-            total = int8_dots(base + (index * gate_bytes)[:, None], a, gate_units, planes, GATE, R, P)
+            total = int8_dots(base + (index * gate_bytes)[:, None], a, gate_units, planes, GATE, GATE_EVEN, R, P)
         else:
-            total = int8_dots(base + (index * up_bytes)[:, None], a, up_units, planes, UP, R, P)
+            total = int8_dots(base + (index * up_bytes)[:, None], a, up_units, planes, UP, UP_EVEN, R, P)
         tl.store(sums + (2 * j + matrix) * max_rows + r, tl.sum(total, 1), mask=r < rows)
 
 
@@ -91,16 +93,21 @@ def _down(
         down = tl.multiple_of(tl.load(job + 2).to(tl.pointer_type(tl.uint8)), 16)
         row_bytes = tl.multiple_of(rows // BLOCK * BLOCK_BYTES, ALIGNED)
         row = down + (index * row_bytes)[:, None]
-        total += int8_dots(row, a + j * job_bytes, rows // UNIT, planes, DOT, R, P) * routing_weight
+        of_job = a + j * job_bytes
+        if ALIGNED == 16 or row_bytes % 16 == 0:
+            dots = int8_dots(row, of_job, rows // UNIT, planes, DOT, True, R, P)
+        else:
+            dots = int8_dots(row, of_job, rows // UNIT, planes, DOT, False, R, P)
+        total += dots * routing_weight
         if BIASED:
             of_expert = bias + tl.load(expert_ids + j) * width
             biases += tl.load(of_expert + r, mask=r < width, other=0.0) * routing_weight
-    dots = tl.sum(total, 1)
+    sums = tl.sum(total, 1)
     if BIASED:
-        dots += biases
+        sums += biases
     if ADD:
-        dots += tl.load(y + r, mask=r < width, other=0.0)
-    tl.store(y + r, dots, mask=r < width)
+        sums += tl.load(y + r, mask=r < width, other=0.0)
+    tl.store(y + r, sums, mask=r < width)
 
 
 def int8_experts_of_one(
@@ -158,6 +165,8 @@ def _multiplied_up(x: Tensor, jobs: Tensor, expert_ids: Tensor | None, max_rows:
         GATE=DOTS[of_gate.name].function,
         UP=DOTS[of_up.name].function,
         ALIKE=of_gate.name == of_up.name,
+        GATE_EVEN=of_gate.row_bytes(width) % 16 == 0,
+        UP_EVEN=of_up.row_bytes(width) % 16 == 0,
         R=r,
         P=p,
         num_warps=tile.warps,

@@ -44,12 +44,15 @@ TILES = dict.fromkeys(DOTS, _TILES)
 
 
 @triton.jit
-def int8_dots(row, a, units, planes, DOT: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
-    """The products of rows at addresses [R, 1] with the activations at `a`, in parts: float32 [R, P]."""
-    total = tl.zeros([R, P], tl.float32)
+def int8_dots(row, a, units, planes, DOT: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    """The products of rows at pointers [R, 1] with the activations at `a`, in parts: float32 [R, P].
+
+    EVEN: rows begin at multiples of 16 bytes.
+    """
+    total, row = tl.zeros([R, P], tl.float32), row.to(tl.int64)
     for begin in range(0, units, P):
         unit = (begin + tl.arange(0, P))[None, :]
-        total += tl.where(unit < units, DOT(row, tl.where(unit < units, unit, 0), a, planes), 0.0)
+        total += tl.where(unit < units, DOT(row, tl.where(unit < units, unit, 0), a, planes, EVEN), 0.0)
     return total
 
 
@@ -64,13 +67,14 @@ def _gemv(
     planes,
     row_bytes,
     DOT: tl.constexpr,
+    EVEN: tl.constexpr,
     ONTO: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
 ):
     r = tl.program_id(0) * R + tl.arange(0, R)
     row = w + (tl.minimum(r, rows - 1).to(tl.int64) * row_bytes)[:, None]
-    dots = tl.sum(int8_dots(row, a, units, planes, DOT, R, P), 1)
+    dots = tl.sum(int8_dots(row, a, units, planes, DOT, EVEN, R, P), 1)
     if ONTO:
         dots += tl.load(onto + r, mask=r < rows, other=0.0)
     tl.store(y + r, dots, mask=r < rows)
@@ -97,6 +101,7 @@ def gemv(a: Tensor, w: StoredMatrix, onto: Tensor | None = None, tile: Tile | No
         *(a, w.stored, y if onto is None else onto, y),
         *(rows, columns // dot.unit, planes_of(columns), w.stored.shape[1]),
         DOT=dot.function,
+        EVEN=w.stored.shape[1] % 16 == 0,
         ONTO=onto is not None,
         R=r,
         P=p,

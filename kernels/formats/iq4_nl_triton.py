@@ -48,29 +48,29 @@ def iq4_xs(row, group, lane, mask):
 
 
 @triton.jit
-def _dot(codes, unit, a, planes):
-    """The products of units of 32 codes at addresses with activations, float32 without the weights' scale."""
-    c0, c1, c2, c3 = unaligned_16(codes)
+def _dot(row, codes, unit, a, planes, EVEN: tl.constexpr):
+    """Of units of 32 codes, at bytes `codes` of rows: products with activations, float32, less the weights' scale."""
+    c0, c1, c2, c3 = unaligned_16(row, codes, EVEN)
     c0, d0 = byte_of_16(c0, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
     c1, d1 = byte_of_16(c1, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
     c2, d2 = byte_of_16(c2, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
     c3, d3 = byte_of_16(c3, -0x4052677F, -0x09152231, 0x26190D01, 0x71594535)
-    dots, _ = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    dots = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
     return dots.to(tl.float32) * scale_at(a, unit, planes)
 
 
 @triton.jit
-def iq4_nl_dot(row, unit, a, planes):
+def iq4_nl_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 18).to(tl.int64)
-    return float16_at(block) * _dot(block + 2, unit, a, planes)
+    block = row + unit * 18
+    return float16_at(block) * _dot(row, unit * 18 + 2, unit, a, planes, EVEN)
 
 
 @triton.jit
-def iq4_xs_dot(row, unit, a, planes):
+def iq4_xs_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block, part = (row + unit // 8 * 136).to(tl.int64), unit % 8
+    block, part = row + unit // 8 * 136, unit % 8
     low = int8_at(block + (4 + part // 2)) >> part % 2 * 4 & 15
     high = half_bits_at(block + 2) >> part * 2 & 3
     scale = float16_at(block) * ((low | high << 4) - 32).to(tl.float32)
-    return scale * _dot(block + (8 + 16 * part), unit, a, planes)
+    return scale * _dot(row, unit // 8 * 136 + part * 16 + 8, unit, a, planes, EVEN)

@@ -27,13 +27,13 @@ def mxfp4(row, group, lane, mask):
 
 
 @triton.jit
-def mxfp4_dot(row, unit, a, planes):
+def mxfp4_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 17).to(tl.int64)
-    c0, c1, c2, c3 = unaligned_16(block + 1)
+    block = unit * 17
+    c0, c1, c2, c3 = unaligned_16(row, block + 1, EVEN)
     c0, d0 = byte_of_16(c0, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
     c1, d1 = byte_of_16(c1, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
     c2, d2 = byte_of_16(c2, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
     c3, d3 = byte_of_16(c3, 0x03020100, 0x0C080604, -0x02010100, -0x0B070504)
-    dots, _ = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
-    return _scale(int8_at(block) & 255) * (dots.to(tl.float32) * scale_at(a, unit, planes))
+    dots = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    return _scale(int8_at(row + block) & 255) * (dots.to(tl.float32) * scale_at(a, unit, planes))

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fiddler.kernels.formats.k_scales_triton import k_scale_and_minimum, k_scaled
 from fiddler.kernels.formats.triton_loads import bytes_at
-from fiddler.kernels.formats.triton_words import activations_at, dot16, sum16, words_at
+from fiddler.kernels.formats.triton_words import activations_at, nibble_dots, sum16, words_at
 
 __all__ = ["q4_k", "q4_k_dot"]
 
@@ -22,21 +22,15 @@ def q4_k(row, group, lane, mask):
 
 
 @triton.jit
-def q4_k_dot(row, unit, a, planes):
+def q4_k_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 64 weights: those whose codes share 32 bytes. See `triton_words` for the arguments."""
-    block = (row + unit // 4 * 144).to(tl.int64)
-    c0, c1, c2, c3 = words_at(block + (16 + unit % 4 * 32))
-    c4, c5, c6, c7 = words_at(block + (32 + unit % 4 * 32))
-    m: tl.constexpr = 0x0F0F0F0F
-    zero, low, high = tl.zeros(unit.shape, tl.int32), tl.zeros(c0.shape, tl.int32), tl.zeros(c0.shape, tl.int32)
-    x0, x1, x2, x3 = activations_at(a, 2 * unit, 0, planes)
-    low, low_sum = dot16(c0 & m, c1 & m, c2 & m, c3 & m, x0, x1, x2, x3, low), sum16(x0, x1, x2, x3, zero)
-    x0, x1, x2, x3 = activations_at(a, 2 * unit, 1, planes)
-    low, low_sum = dot16(c4 & m, c5 & m, c6 & m, c7 & m, x0, x1, x2, x3, low), sum16(x0, x1, x2, x3, low_sum)
-    x0, x1, x2, x3 = activations_at(a, 2 * unit + 1, 0, planes)
-    high = dot16(c0 >> 4 & m, c1 >> 4 & m, c2 >> 4 & m, c3 >> 4 & m, x0, x1, x2, x3, high)
-    high_sum = sum16(x0, x1, x2, x3, zero)
-    x0, x1, x2, x3 = activations_at(a, 2 * unit + 1, 1, planes)
-    high = dot16(c4 >> 4 & m, c5 >> 4 & m, c6 >> 4 & m, c7 >> 4 & m, x0, x1, x2, x3, high)
-    high_sum = sum16(x0, x1, x2, x3, high_sum)
-    return k_scaled(block, unit, low, high, low_sum, high_sum, a, planes)
+    block = row + unit // 4 * 144
+    low, high = tl.zeros(block.shape, tl.int32), tl.zeros(block.shape, tl.int32)
+    low_sum, high_sum = tl.zeros(unit.shape, tl.int32), tl.zeros(unit.shape, tl.int32)
+    for half in tl.static_range(2):
+        c0, c1, c2, c3 = words_at(block + (16 + 16 * half + unit % 4 * 32))
+        x0, x1, x2, x3 = activations_at(a, 2 * unit, half, planes)
+        y0, y1, y2, y3 = activations_at(a, 2 * unit + 1, half, planes)
+        low, high = nibble_dots(c0, c1, c2, c3, x0, x1, x2, x3, y0, y1, y2, y3, low, high)
+        low_sum, high_sum = sum16(x0, x1, x2, x3, low_sum), sum16(y0, y1, y2, y3, high_sum)
+    return k_scaled(block, unit, low, high >> 4, low_sum, high_sum, a, planes)

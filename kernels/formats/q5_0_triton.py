@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 
 from fiddler.kernels.formats.triton_loads import bytes_at, half_at, nibbles_at
-from fiddler.kernels.formats.triton_words import float16_at, group_dot, half_bits_at, scale_at, unaligned_16
+from fiddler.kernels.formats.triton_words import (
+    activations_at,
+    dot16,
+    float16_at,
+    half_bits_at,
+    scale_at,
+    sum16,
+    unaligned_16,
+)
 
 __all__ = ["q5_0", "q5_0_dot", "q5_1", "q5_1_dot"]
 
@@ -40,10 +48,10 @@ def _fifth(code, bits):
 
 
 @triton.jit
-def _dot(fifth, unit, a, planes):
-    """Of units of 32 codes behind their fifth bits at addresses: products, sums of activations, and these' scale."""
-    b = half_bits_at(fifth) | half_bits_at(fifth + 2) << 16
-    c0, c1, c2, c3 = unaligned_16(fifth + 4)
+def _dot(row, fifth, unit, a, planes, EVEN: tl.constexpr):
+    """Of units of 32 codes, their fifth bits at bytes `fifth` of rows: as `q4_0_triton` has them without these."""
+    b = half_bits_at(row + fifth) | half_bits_at(row + fifth + 2) << 16
+    c0, c1, c2, c3 = unaligned_16(row, fifth + 4, EVEN)
     d0, d1, d2, d3 = (
         _fifth(c0 >> 4, b >> 16),
         _fifth(c1 >> 4, b >> 20),
@@ -51,21 +59,25 @@ def _dot(fifth, unit, a, planes):
         _fifth(c3 >> 4, b >> 28),
     )
     c0, c1, c2, c3 = _fifth(c0, b), _fifth(c1, b >> 4), _fifth(c2, b >> 8), _fifth(c3, b >> 12)
-    dots, sums = group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, unit, planes)
+    x0, x1, x2, x3 = activations_at(a, unit, 0, planes)
+    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
+    sums = sum16(x0, x1, x2, x3, tl.zeros(unit.shape, tl.int32))
+    x0, x1, x2, x3 = activations_at(a, unit, 1, planes)
+    dots, sums = dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots), sum16(x0, x1, x2, x3, sums)
     return dots, sums, scale_at(a, unit, planes)
 
 
 @triton.jit
-def q5_0_dot(row, unit, a, planes):
+def q5_0_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 22).to(tl.int64)
-    dots, sums, scale = _dot(block + 2, unit, a, planes)
+    block = row + unit * 22
+    dots, sums, scale = _dot(row, unit * 22 + 2, unit, a, planes, EVEN)
     return float16_at(block) * ((dots - 16 * sums).to(tl.float32) * scale)
 
 
 @triton.jit
-def q5_1_dot(row, unit, a, planes):
+def q5_1_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 24).to(tl.int64)
-    dots, sums, scale = _dot(block + 4, unit, a, planes)
+    block = row + unit * 24
+    dots, sums, scale = _dot(row, unit * 24 + 4, unit, a, planes, EVEN)
     return (float16_at(block) * dots.to(tl.float32) + float16_at(block + 2) * sums.to(tl.float32)) * scale

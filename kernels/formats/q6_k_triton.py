@@ -11,6 +11,7 @@ from fiddler.kernels.formats.triton_words import (
     dot16,
     float16_at,
     int8_at,
+    nibble_dots,
     scale_at,
     sum16,
     unaligned_16,
@@ -33,29 +34,22 @@ def q6_k(row, group, lane, mask):
 
 
 @triton.jit
-def _six(code, bits, shift):
-    """Codes with the two high bits of each: of the low codes, and of the high ones."""
-    bits = bits >> shift
-    return code & 0x0F0F0F0F | bits << 4 & 0x30303030, code >> 4 & 0x0F0F0F0F | bits & 0x30303030
-
-
-@triton.jit
-def q6_k_dot(row, unit, a, planes):
+def q6_k_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights: halves of two groups, whose low bits share 16 bytes. See `triton_words`."""
-    block, part = (row + unit // 8 * 210).to(tl.int64), unit % 8
+    block, part = unit // 8 * 210, unit % 8
     group, half = unit // 8 * 8 + part // 4 * 4 + part % 4 // 2, part % 2  # and the next group but one
-    c0, c1, c2, c3 = unaligned_16(block + part * 16)
-    b0, b1, b2, b3 = unaligned_16(block + (128 + part // 4 * 32 + half * 16))
-    shift = part % 4 // 2 * 2
-    c0, d0 = _six(c0, b0, shift)
-    c1, d1 = _six(c1, b1, shift)
-    c2, d2 = _six(c2, b2, shift)
-    c3, d3 = _six(c3, b3, shift)
-    zero, scales = tl.zeros(unit.shape, tl.int32), block + (192 + part // 4 * 8 + part % 4)
     x0, x1, x2, x3 = activations_at(a, group, half, planes)
-    first = dot16(c0, c1, c2, c3, x0, x1, x2, x3, -32 * sum16(x0, x1, x2, x3, zero))
-    x0, x1, x2, x3 = activations_at(a, group + 2, half, planes)
-    second = dot16(d0, d1, d2, d3, x0, x1, x2, x3, -32 * sum16(x0, x1, x2, x3, zero))
-    first, second = first * int8_at(scales), second * int8_at(scales + 4)
-    total = first.to(tl.float32) * scale_at(a, group, planes) + second.to(tl.float32) * scale_at(a, group + 2, planes)
-    return float16_at(block + 208) * total
+    y0, y1, y2, y3 = activations_at(a, group + 2, half, planes)
+    none, zero = tl.zeros(unit.shape, tl.int32), tl.zeros((row + unit).shape, tl.int32)
+    c0, c1, c2, c3 = unaligned_16(row, block + part * 16, EVEN)
+    low, high = nibble_dots(c0, c1, c2, c3, x0, x1, x2, x3, y0, y1, y2, y3, zero, zero)
+    c0, c1, c2, c3 = unaligned_16(row, block + (128 + part // 4 * 32 + half * 16), EVEN)
+    shift = part % 4 // 2 * 2
+    m, n = 0x03030303 << shift, 0x30303030 << shift
+    low_bits = dot16(c0 & m, c1 & m, c2 & m, c3 & m, x0, x1, x2, x3, zero) >> shift
+    high_bits = dot16(c0 & n, c1 & n, c2 & n, c3 & n, y0, y1, y2, y3, zero) >> shift
+    low += (low_bits - 2 * sum16(x0, x1, x2, x3, none)) * 16
+    high = (high >> 4) + high_bits - 32 * sum16(y0, y1, y2, y3, none)
+    scales = row + block + (192 + part // 4 * 8 + part % 4)
+    low, high = (low * int8_at(scales)).to(tl.float32), (high * int8_at(scales + 4)).to(tl.float32)
+    return float16_at(row + block + 208) * (low * scale_at(a, group, planes) + high * scale_at(a, group + 2, planes))

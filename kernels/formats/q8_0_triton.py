@@ -19,9 +19,9 @@ def q8_0(row, group, lane, mask):
 
 
 @triton.jit
-def q8_0_dot(row, unit, a, planes):
+def q8_0_dot(row, unit, a, planes, EVEN: tl.constexpr):
     """Units of 32 weights. See `triton_words` for the arguments."""
-    block = (row + unit * 34).to(tl.int64)
-    c0, c1, c2, c3, c4, c5, c6, c7 = unaligned_32(block + 2)
-    dots, _ = group_dot(c0, c1, c2, c3, c4, c5, c6, c7, a, unit, planes)
-    return float16_at(block) * (dots.to(tl.float32) * scale_at(a, unit, planes))
+    block = unit * 34
+    c0, c1, c2, c3, c4, c5, c6, c7 = unaligned_32(row, block + 2, EVEN)
+    dots = group_dot(c0, c1, c2, c3, c4, c5, c6, c7, a, unit, planes)
+    return float16_at(row + block) * (dots.to(tl.float32) * scale_at(a, unit, planes))

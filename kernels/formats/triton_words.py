@@ -1,9 +1,10 @@
 """What Triton's products of int8 share: loads of 16 bytes, activations, and 4-way dot products. Knows no type.
 
-A dot is the twin of a decoder for activations in int8: `dot(row, unit, a, planes)` -> float32 [R, P], the products of
-units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`. row: addresses
-(uint8 pointers) of rows, [R, 1]. unit: numbers of units in a row, [1, P], each one that is there. A thread of the GPU
-has whole units: it loads a unit's codes 16 bytes at a time, and its activations once for all R rows.
+A dot is the twin of a decoder for activations in int8: `dot(row, unit, a, planes, EVEN)` -> float32 [R, P], the
+products of units of a row, of 32 or 64 weights each (`Dot.unit` in `triton_decoders`), with the activations at `a`.
+row: addresses (int64) of rows, [R, 1]. EVEN: they are multiples of 16. unit: numbers of units in a row, [1, P], each
+one that is there. A thread of the GPU has whole units: it loads a unit's codes 16 bytes at a time, and its activations
+once for all R rows.
 
 Activations (`gpu/int8_activations.py` makes them) are, for pairs of groups of 32, four planes of 16 int8 a pair: the
 two halves of the pair's first group and those of its second one, so that neighbouring threads read neighbouring bytes;
@@ -24,15 +25,16 @@ from fiddler.kernels.formats.triton_loads import byte_at
 __all__ = [
     "activations_at",
     "byte_of_16",
-    "dot4",
     "dot16",
     "float16_at",
     "group_dot",
     "half_bits_at",
     "half_of",
     "int8_at",
+    "nibble_dots",
     "scale_at",
     "scales_at",
+    "signed_dot16",
     "sum16",
     "unaligned_16",
     "unaligned_32",
@@ -70,11 +72,25 @@ def _shifted(low, high, bits):
 
 
 @triton.jit
-def unaligned_16(address):
-    """The 4 words at each address, an int64, from the 16 bytes that it lies in and the next ones."""
-    a0, a1, a2, a3 = words_at(address & -16)
-    b0, b1, b2, b3 = words_at((address + 15) & -16)
-    offset = address.to(tl.int32) & 15
+def _parts(row, begin, size: tl.constexpr, EVEN: tl.constexpr):
+    """Of `size` bytes from `begin` on: where the 16 bytes with the first one begin, and with the last one; the offset.
+
+    EVEN: the offset is that of all rows, [1, P], so that choosing words by it is prepared once for them.
+    """
+    if EVEN:
+        first, last, offset = row + (begin & -16), row + (begin + (size - 1) & -16), begin & 15
+    else:
+        first, last = row + begin & -16, row + begin + (size - 1) & -16
+        offset = (row + begin).to(tl.int32) & 15
+    return first, last, offset
+
+
+@triton.jit
+def unaligned_16(row, begin, EVEN: tl.constexpr):
+    """The 4 words at bytes `begin` of rows, from the 16 bytes that the first one lies in and the next ones."""
+    first, last, offset = _parts(row, begin, 16, EVEN)
+    a0, a1, a2, a3 = words_at(first)
+    b0, b1, b2, b3 = words_at(last)
     far = offset >= 8
     a0, a1, a2 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2)
     a3, b0, b1 = tl.where(far, b1, a3), tl.where(far, b2, b0), tl.where(far, b3, b1)
@@ -85,12 +101,12 @@ def unaligned_16(address):
 
 
 @triton.jit
-def unaligned_32(address):
-    """The 8 words at each address, an int64."""
-    a0, a1, a2, a3 = words_at(address & -16)
-    b0, b1, b2, b3 = words_at((address & -16) + 16)
-    c0, c1, c2, c3 = words_at((address + 31) & -16)
-    offset = address.to(tl.int32) & 15
+def unaligned_32(row, begin, EVEN: tl.constexpr):
+    """The 8 words at bytes `begin` of rows."""
+    first, last, offset = _parts(row, begin, 32, EVEN)
+    a0, a1, a2, a3 = words_at(first)
+    b0, b1, b2, b3 = words_at(first + 16)
+    c0, c1, c2, c3 = words_at(last)
     far = offset >= 8
     a0, a1, a2, a3 = tl.where(far, a2, a0), tl.where(far, a3, a1), tl.where(far, b0, a2), tl.where(far, b1, a3)
     b0, b1, b2, b3 = tl.where(far, b2, b0), tl.where(far, b3, b1), tl.where(far, c0, b2), tl.where(far, c1, b3)
@@ -105,21 +121,32 @@ def unaligned_32(address):
 
 
 @triton.jit
-def dot4(a, b, onto):
-    """Of 4 int8 in a word each: the sum of their products, plus `onto`, int32."""
+def _dot4(a, b, onto, SIGNED: tl.constexpr):
+    """Of 4 bytes in a word each, those of `b` signed: the sum of their products, plus `onto`, int32."""
     if INTERPRETED:
         for byte in tl.static_range(4):
-            onto += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+            first = (a << (24 - 8 * byte)) >> 24
+            onto += (first if SIGNED else first & 255) * ((b << (24 - 8 * byte)) >> 24)
         return onto
+    if SIGNED:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
+        )
     return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
+        "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, onto], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
 def dot16(a0, a1, a2, a3, b0, b1, b2, b3, onto):
-    """Of 16 int8 in 4 words each: the sum of their products, plus `onto`, int32."""
-    return dot4(a3, b3, dot4(a2, b2, dot4(a1, b1, dot4(a0, b0, onto))))
+    """Of 16 unsigned bytes and 16 int8 in 4 words each: the sum of their products, plus `onto`, int32."""
+    return _dot4(a3, b3, _dot4(a2, b2, _dot4(a1, b1, _dot4(a0, b0, onto, False), False), False), False)
+
+
+@triton.jit
+def signed_dot16(a0, a1, a2, a3, b0, b1, b2, b3, onto):
+    """`dot16` of two times 16 int8."""
+    return _dot4(a3, b3, _dot4(a2, b2, _dot4(a1, b1, _dot4(a0, b0, onto, True), True), True), True)
 
 
 @triton.jit
@@ -155,15 +182,23 @@ def _permuted(a, b, selector):
 
 @triton.jit
 def group_dot(c0, c1, c2, c3, d0, d1, d2, d3, a, group, planes):
-    """Of groups of 32 int8, 16 in c0 to c3 and 16 in d0 to d3, and their activations: products, and sums of the latter.
-
-    int32: [R, P] and [1, P].
-    """
+    """The products of groups of 32 int8, 16 in c0 to c3 and 16 in d0 to d3, with their activations, int32."""
     x0, x1, x2, x3 = activations_at(a, group, 0, planes)
-    dots = dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
-    sums = sum16(x0, x1, x2, x3, tl.zeros(group.shape, tl.int32))
+    dots = signed_dot16(c0, c1, c2, c3, x0, x1, x2, x3, tl.zeros(c0.shape, tl.int32))
     x0, x1, x2, x3 = activations_at(a, group, 1, planes)
-    return dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots), sum16(x0, x1, x2, x3, sums)
+    return signed_dot16(d0, d1, d2, d3, x0, x1, x2, x3, dots)
+
+
+@triton.jit
+def nibble_dots(c0, c1, c2, c3, x0, x1, x2, x3, y0, y1, y2, y3, low, high):
+    """Add to `low` the products of 16 low codes of 4 bits with x, to `high` those of the high ones with y, times 16.
+
+    The high codes are not shifted: that would be an instruction for each word.
+    """
+    m: tl.constexpr = 0x0F0F0F0F
+    n: tl.constexpr = -0x0F0F0F10
+    low = dot16(c0 & m, c1 & m, c2 & m, c3 & m, x0, x1, x2, x3, low)
+    return low, dot16(c0 & n, c1 & n, c2 & n, c3 & n, y0, y1, y2, y3, high)
 
 
 @triton.jit

@@ -250,20 +250,22 @@ def test_the_int8_products_of_a_format_compile_for_an_h100(kind, tmp_path, monke
     dot, stored = DOTS[kind].function, BLOCK_FORMATS[kind]
     tile = {"R": 4, "P": 128}
     down = {"BLOCK": stored.block_length, "BLOCK_BYTES": stored.block_bytes, "ALIGNED": gcd(stored.block_bytes, 16)}
+    up = {"BY_ID": True, "GATE": dot, "GATE_EVEN": True, "UP_EVEN": False, **tile}
     down |= {"DOT": dot, "UNIT": DOTS[kind].unit, "BY_ID": True, "ADD": True, "BIASED": True, "J": 2}
     cases = {
-        "gemv": (int8_gemv._gemv, "uuffiiii", {"DOT": dot, "ONTO": True, **tile}),
-        "up": (
+        "gemv": (int8_gemv._gemv, "uuffiiii", {"DOT": dot, "EVEN": False, "ONTO": True, **tile}),
+        "up": (int8_expert_kernels._up, "lluf" + "i" * 6, {"UP": dot, "ALIKE": True, **up}),
+        "up of two types": (
             int8_expert_kernels._up,
             "lluf" + "i" * 6,
-            {"BY_ID": True, "GATE": dot, "UP": dot, "ALIKE": True, **tile},
+            {"UP": DOTS["mxfp4" if kind == "q4_k" else "q4_k"].function, "ALIKE": False, **up},
         ),
         "down": (int8_expert_kernels._down, "llfuffiii", down | tile),
     }
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name, case in cases.items():
         ptx = compiled(*case).asm["ptx"]
-        products = ptx.split("dp4a.s32.s32")
+        products = ptx.split("dp4a.")
         assert len(products) - 1 >= tile["R"] * DOTS[kind].unit // 4, name
         assert "ld.global.nc.v4.b32" in ptx, name
         assert not any("bar.sync" in between for between in products[1:-1]), name

@@ -34,6 +34,7 @@ checks.check_linear("cpu")
 for kind in sorted(DOTS):
     checks.check_gemv(kind, "cpu", 3, 256)
 checks.check_gemv("q4_k", "cpu", 9, 768)
+checks.check_gemv("q6_k", "cpu", 3, 2048)  # rows of whole times 16 bytes
 checks.check_gemv("q8_0", "cpu", 5, 352)  # an odd number of groups
 for kinds in MIXTURES:
     checks.check_experts(kinds, "cpu", (2, 512, 256))

@@ -20,6 +20,7 @@ from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.int8_gemv import Tile, Tiles
 from fiddler.kernels import ExpertMatrices, KernelVariant
 from fiddler.kernels.formats import FORMATS
+from fiddler.kernels.formats.triton_decoders import DOTS
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_kernels import Grouped
 from fiddler.offload.stored_matrix import StoredMatrix
@@ -27,10 +28,8 @@ from fiddler.offload.stored_matrix import StoredMatrix
 EXPERTS, HIDDEN, WIDTH = 8, 14336, 4096
 KINDS = "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_xs", "mxfp4"
 RUNS, REPLAYS = 16, 15
-TILES = [
-    Tile(*each) for each in ((4, 128, 4), (2, 128, 4), (1, 128, 4), (8, 128, 4), (4, 64, 4), (4, 32, 4), (2, 32, 4))
-]
-TILES += [Tile(*each) for each in ((2, 64, 2), (4, 256, 8), (2, 256, 8))]
+TILES = [Tile(rows, 128, 4) for rows in (4, 2, 1, 8)] + [Tile(rows, 32, 4) for rows in (4, 2, 1)]
+TILES += [Tile(4, 64, 4), Tile(2, 64, 2), Tile(2, 256, 8), Tile(1, 256, 8)]
 
 
 class Layer:
@@ -110,13 +109,18 @@ def rate(nbytes, time):
     return f"{time * 1e6:6.1f} us {nbytes / time / 1e9:5.0f} GB/s"
 
 
+def unlike(columns, kind):
+    """The tiles, less those that give the same programs for rows of so many columns."""
+    return {(*int8_gemv.shape_of(tile, columns // DOTS[kind].unit), tile.warps): tile for tile in TILES[::-1]}.values()
+
+
 def compare_tiles(layer):
     """The fastest for wide rows by the product of one matrix, then for down by whole experts."""
-    found = {tile: seconds(lambda i, tile=tile: layer.product(i, tile)) for tile in TILES}
+    found = {tile: seconds(lambda i, tile=tile: layer.product(i, tile)) for tile in unlike(WIDTH, layer.kind)}
     for tile, time in found.items():
         print(f"  gemv {tuple(tile)}: {rate(layer.nbytes / 3, time)}", flush=True)
     wide, usual = min(found, key=found.get), int8_gemv.TILES[layer.kind]
-    for tile in TILES:
+    for tile in unlike(HIDDEN, layer.kind):
         int8_gemv.TILES[layer.kind] = Tiles(wide, tile)
         time = seconds(layer.experts)
         print(f"  experts, up {tuple(wide)}, down {tuple(tile)}: {rate(2 * layer.nbytes, time)}", flush=True)
