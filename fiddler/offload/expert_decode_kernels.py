@@ -37,7 +37,7 @@ class Part(NamedTuple):
 def _decode_matrices(
     matrices, DECODE: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr, R: tl.constexpr, G: tl.constexpr
 ):
-    """Decode rows of the matrices of a list [n, 6]: address, bytes from row to row, rows, groups of one, where to, 0."""
+    """Decode the matrices of a list [n, 6]: address, bytes from row to row, rows, groups of one, where to, 0."""
     matrix = matrices + 6 * tl.program_id(2)
     rows, groups = tl.load(matrix + 2).to(tl.int32), tl.load(matrix + 3).to(tl.int32)
     if (tl.program_id(0) * R < rows) & (tl.program_id(1) * G < groups):

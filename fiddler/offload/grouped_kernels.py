@@ -18,8 +18,8 @@ from torch import Tensor
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.offload.activation_kernels import hidden_activation
-from fiddler.offload.expert_decode_kernels import decoded, parts_in
 from fiddler.offload.expert_biases import JobBiases
+from fiddler.offload.expert_decode_kernels import decoded, parts_in
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
 
