@@ -17,7 +17,7 @@ from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.machine.signals import SIGNAL_STRIDE, set_signal, signal, wait_for
 
-__all__ = ["NOT_YET", "SEND_HERE", "Signal", "TokenDivision", "stay_awake"]
+__all__ = ["NOT_YET", "SEND_HERE", "Signal", "TokenDivision"]
 
 NOT_YET = -2
 """Nothing arrived: ask again."""
@@ -139,19 +139,3 @@ _IDS = types.int64[:, ::1]
 _INTS = types.int64[::1]
 _ARRAYS = types.Tuple((types.uint32[::1], types.float32[:, ::1], types.boolean[::1], _IDS, _INTS, _IDS, _INTS))
 _division = FunctionPointer(_divide, _ARRAYS, types.int64, types.int64, _IDS, returns=types.int64)
-
-
-@partial(kernel, parallel=False)
-def _stay_awake(signals: np.ndarray, number: int) -> bool:
-    return bool(wait_for(signals, 0, number))
-
-
-_awake = FunctionPointer(_stay_awake, types.uint32[::1], types.int64, returns=types.boolean)
-
-
-def stay_awake() -> Callable[[np.ndarray, int], bool]:
-    """A function that waits for a number (int) in the first of some signals, uint32 [SIGNAL_STRIDE], awake.
-
-    True once it is there, False where it is not after some 0.5 ms.
-    """
-    return _awake.entry()

@@ -225,7 +225,7 @@ class DecodeGraphs:
         """
         at_once = arrived and self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
         first = self._divide(0, None) if at_once else None
-        queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead), another=True)
+        queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
         for graph in range(len(self._graphs.breaks)):
             plan, part = first or self._divide(graph, queueing)
             first = None

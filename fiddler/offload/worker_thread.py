@@ -11,11 +11,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from fiddler.device.semaphore import HostSemaphore, Semaphore
-from fiddler.kernels.machine.signals import SIGNAL_STRIDE
-from fiddler.kernels.one_token import stay_awake
 
 __all__ = ["CooperativeStep", "Task", "WorkerThread"]
 
@@ -28,10 +24,8 @@ Result = TypeVar("Result")
 class Task:
     """A call for a `WorkerThread`."""
 
-    def __init__(self, call: Callable[[], None], *, another: bool = False) -> None:
-        """another: one more task comes soon, for which the thread stays awake for half a millisecond."""
+    def __init__(self, call: Callable[[], None]) -> None:
         self._call: Callable[[], None] | None = call
-        self.another = another
         self._lock = threading.Lock()
         self._lock.acquire()
         self._error: BaseException | None = None
@@ -75,27 +69,20 @@ class WorkerThread:
     def __init__(self, name: str, setup: Callable[[], None] = lambda: None) -> None:
         """setup: runs on the thread before all tasks."""
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self._queued = np.zeros(SIGNAL_STRIDE, np.uint32)  # tasks so far, modulo 2**32
-        arguments = self._tasks, setup, self._queued
-        threading.Thread(target=_run_tasks, args=arguments, name=name, daemon=True).start()
+        threading.Thread(target=_run_tasks, args=(self._tasks, setup), name=name, daemon=True).start()
         weakref.finalize(self, self._tasks.put, None)
 
     def take(self, task: Task) -> None:
         """Queue a task after all earlier ones. A task that is queued twice runs once."""
         if not task.ended:
             self._tasks.put(task)
-            self._queued[0] = int(self._queued[0]) + 1 & 0xFFFFFFFF
 
 
-def _run_tasks(tasks: SimpleQueue[Task | None], setup: Callable[[], None], queued: np.ndarray) -> None:
+def _run_tasks(tasks: SimpleQueue[Task | None], setup: Callable[[], None]) -> None:
     setup()
-    wait, begun = stay_awake(), 0
     while (task := tasks.get()) is not None:
         task.run()
-        begun, another = begun + 1, task.another
         del task  # while idle, refer neither to the task nor to its exception
-        if another:  # sleeping, and waking up with Python's lock, takes some 70 us
-            wait(queued, begun + 1)
 
 
 class CooperativeStep(Generic[Part]):
@@ -147,12 +134,9 @@ class CooperativeStep(Generic[Part]):
             del part_error  # as in `Task.wait`
             self.stop()
 
-    def begin(self, step: Callable[[], None], *, another: bool = False) -> Task:
-        """Start work on the worker thread that leaves no parts; a step may have several, one after the other.
-
-        another: see `Task`.
-        """
-        self._task = task = Task(step, another=another)
+    def begin(self, step: Callable[[], None]) -> Task:
+        """Start work on the worker thread that leaves no parts; a step may have several, one after the other."""
+        self._task = task = Task(step)
         self._worker.take(task)
         return task
 
