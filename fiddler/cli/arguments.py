@@ -105,7 +105,7 @@ class Arguments:
     def _wrong_number(self, name: str, value: str) -> str | None:
         """Why an option's number is refused, in words that are the same with every release of typer."""
         kind, declared = self._number_type(name)
-        if kind is None:
+        if kind is None or (declared and declared.parser):  # a parser has reasons of its own
             return None
         try:
             number = kind(value)
