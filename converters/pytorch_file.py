@@ -1,12 +1,14 @@
 """One PyTorch `.bin` file: a dictionary of tensors, loaded by torch's safe loader from a mapping.
 
-The safe loader (`weights_only`) builds tensors only and runs no code of the file. Knows the container; does not know
+The safe loader (`weights_only`) builds tensors only and runs no code of the file. Before torch 2.10 a file can make it
+read and write elsewhere in memory (CVE-2026-24747); such a torch reads none here. Knows the container; does not know
 the tensors' purpose or a model's other shards.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +21,16 @@ from fiddler.input_file import present
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PytorchFile"]
+__all__ = ["PytorchFile", "loads_safely"]
 
+_SAFE_TORCH = (2, 10)  # https://github.com/pytorch/pytorch/security/advisories/GHSA-63cw-57p8-fm3p
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 class PytorchFile:
     """An open file: `tensors` by name, and their `rows`; the same as `SafetensorsFile`.
 
-    Opening raises CheckpointError if the file is damaged or holds anything but tensors by name.
+    Opening raises CheckpointError if the file is damaged or holds anything but tensors by name, or torch is too old.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +56,11 @@ class PytorchFile:
         return values
 
 
+def loads_safely(version: str) -> bool:
+    """Whether the safe loader of a version of torch, as "2.13.0+cpu", is safe with files of strangers."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) >= _SAFE_TORCH
+
+
 def _load(path: Path) -> dict[str, torch.Tensor]:
     import torch  # late: a checkpoint in safetensors needs no torch
 
@@ -61,6 +69,11 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} {problem}; download the whole checkpoint")
     if not path.stat().st_size:
         raise CheckpointError(f"{path} is empty; download it again")
+    if not loads_safely(torch.__version__):
+        raise CheckpointError(
+            f"{path}: torch {torch.__version__} can be misled by .bin files (CVE-2026-24747); install torch 2.10 or "
+            "newer, or download the model's safetensors"
+        )
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

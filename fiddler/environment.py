@@ -25,11 +25,13 @@ _STACK = re.compile(r"\s*\d+\s*[bkmg]?\s*", re.ASCII | re.IGNORECASE)
 _CPU_NAMES = """generic x86-64 x86-64-v2 x86-64-v3 x86-64-v4 nocona core2 penryn bonnell atom silvermont slm goldmont
     goldmont-plus tremont nehalem corei7 westmere sandybridge corei7-avx ivybridge core-avx-i haswell core-avx2
     broadwell skylake skx skylake-avx512 cascadelake cooperlake cannonlake icelake-client icelake-server rocketlake
-    tigerlake sapphirerapids alderlake raptorlake meteorlake arrowlake arrowlake-s lunarlake gracemont sierraforest
-    grandridge graniterapids graniterapids-d emeraldrapids clearwaterforest pantherlake diamondrapids knl knm k8 opteron
-    athlon64 athlon-fx k8-sse3 opteron-sse3 athlon64-sse3 amdfam10 barcelona btver1 btver2 bdver1 bdver2 bdver3 bdver4
-    znver1 znver2 znver3 znver4 znver5"""
-"""LLVM's names of x86-64 CPUs (llvm/lib/TargetParser/X86TargetParser.cpp)."""
+    tigerlake sapphirerapids alderlake knl knm k8 opteron athlon64 athlon-fx k8-sse3 opteron-sse3 athlon64-sse3
+    amdfam10 barcelona btver1 btver2 bdver1 bdver2 bdver3 bdver4 znver1 znver2 znver3"""
+"""LLVM's names of x86-64 CPUs (llvm/lib/TargetParser/X86TargetParser.cpp) that Numba's LLVMs know, from 15 on."""
+
+_LLVM_20_CPU_NAMES = """raptorlake meteorlake arrowlake arrowlake-s lunarlake gracemont sierraforest grandridge
+    graniterapids graniterapids-d emeraldrapids clearwaterforest pantherlake diamondrapids znver4 znver5"""
+"""Those that LLVM 20 knows and 15 does not; no Numba has an LLVM between them."""
 
 _Rule = tuple[Callable[[str], bool], str]
 
@@ -43,8 +45,16 @@ def _counts(value: str) -> bool:
 
 
 def _is_cpu(value: str) -> bool:
-    """Whether LLVM knows an x86-64 CPU of this name; it answers others with thousands of lines."""
-    return os.uname().machine != "x86_64" or value in {"", *_CPU_NAMES.split()}
+    """Whether Numba's LLVM knows an x86-64 CPU of this name; it answers others with thousands of lines."""
+    if os.uname().machine != "x86_64" or value in {"", *_CPU_NAMES.split()}:
+        return True
+    return value in _LLVM_20_CPU_NAMES.split() and _llvm_version() >= 20
+
+
+def _llvm_version() -> int:
+    from llvmlite.binding import llvm_version_info  # loads LLVM: some 50 ms
+
+    return int(llvm_version_info[0])
 
 
 def _like(pattern: str) -> Callable[[str], bool]:
@@ -72,7 +82,7 @@ _RULES: Mapping[str, _Rule] = {
         "tbb, omp and workqueue in some order, with spaces between them",
     ),
     "NUMBA_OPT": (lambda value: value in ("0", "1", "2", "3", "max"), "0, 1, 2, 3 or max"),
-    "NUMBA_CPU_NAME": (_is_cpu, "LLVM's name of one, as znver4"),
+    "NUMBA_CPU_NAME": (_is_cpu, "a name that Numba's LLVM knows, as znver3"),
     "NUMBA_CPU_FEATURES": (lambda value: bool(_FEATURES.fullmatch(value)), "LLVM's, as +avx2,-avx512f"),
     "OMP_NUM_THREADS": (_counts, "a number from 1"),
     "OMP_THREAD_LIMIT": _POSITIVE,

@@ -63,7 +63,7 @@ ONLY_IN = {
     "gguf": "files.gguf_header converters",
     "jinja2": "text.template_sandbox",  # a process of its own
     "llguidance": "sampling.constraint sampling.grammar_compiler sampling.mask_worker",  # constraints
-    "llvmlite": "files.bus_error kernels",
+    "llvmlite": "environment files.bus_error kernels",  # LLVM's version, where a CPU's name needs a new one
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
     "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"

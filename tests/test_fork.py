@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,8 @@ print(answer(engine))
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_forked_child_of_a_process_that_runs_kernels_is_refused_in_one_line(tmp_path, threads):
+    if threads > len(os.sched_getaffinity(0)):
+        pytest.skip("this process may use one CPU")
     model = write_random_mixtral(tmp_path / "tiny.gguf")
     command = [sys.executable, "-c", FORK, str(model), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

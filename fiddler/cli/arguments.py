@@ -10,9 +10,10 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from fiddler.cli.checked_numbers import is_plain
 from fiddler.cli.habits import ALIASES, ARGUMENTS, BARE, IGNORED, REFUSED, VALUES
@@ -66,13 +67,12 @@ class Arguments:
 
     def check_numbers(self) -> None:
         """Raise a usage error where a number that typer takes is not written in plain digits."""
-        types = get_type_hints(self._ctx.command.callback)
         for name, (option, value) in self._given.items():
-            kinds = get_args(types[name]) or (types[name],)
-            if (int in kinds or float in kinds) and not is_plain(value):
-                kind, example = ("whole number", 1000) if int in kinds else ("number", 0.8)
+            kind = self._number_type(name)[0]
+            if kind and not is_plain(value):
+                example = 1000 if kind is int else 0.8
                 names = " / ".join(self._options[option].opts)
-                fail(self._ctx, f"{names}: {_quoted(value)} is no {kind}; write it in plain digits, as {example}")
+                fail(self._ctx, f"{names}: {_no_number(kind, value)}; write it in plain digits, as {example}")
 
     def explained(self, error: typer.BadParameter) -> str | None:
         """A better line for click's refusal of an option's value; None where it has none."""
@@ -82,11 +82,7 @@ class Arguments:
         option, value = self._given[name]
         if value in self._options:
             return f"{option} needs a value, and {value} is an option; {_sentence(self._options[option])}"
-        message = error.message.removeprefix("Value error, ").removesuffix(".")
-        for kind in ("integer", "number"):
-            if message.startswith(f"Input should be a valid {kind}"):
-                message = f"{_quoted(value)} is no {'whole number' if kind == 'integer' else kind}"
-        message = message.replace("Input should be", f"{_quoted(value)} must be")
+        message = self._wrong_number(name, value) or error.message.removeprefix("Value error, ").removesuffix(".")
         instead = next(
             (
                 text
@@ -97,6 +93,30 @@ class Arguments:
         )
         names = " / ".join(self._options[option].opts)
         return f"{names}: {message}" + (f"; {instead}" if instead else "")
+
+    def _number_type(self, name: str) -> tuple[type[int] | type[float] | None, OptionInfo | None]:
+        """Whether an option is a whole number, a number or neither (None), and its declaration, which has bounds."""
+        hint = get_type_hints(self._ctx.command.callback, include_extras=True)[name]
+        hint, *declared = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        kinds = get_args(hint) or (hint,)
+        kind = int if int in kinds else float if float in kinds else None
+        return kind, next((each for each in declared if isinstance(each, OptionInfo)), None)
+
+    def _wrong_number(self, name: str, value: str) -> str | None:
+        """Why an option's number is refused, in words that are the same with every release of typer."""
+        kind, declared = self._number_type(name)
+        if kind is None or (declared and declared.parser):  # a parser has reasons of its own
+            return None
+        try:
+            number = kind(value)
+        except ValueError:
+            return _no_number(kind, value)
+        least, most = (declared.min, declared.max) if declared else (None, None)
+        if least is not None and number < least:
+            return f"{_quoted(value)} must be greater than or equal to {least}"
+        if most is not None and number > most:
+            return f"{_quoted(value)} must be less than or equal to {most}"
+        return None
 
     def _read(self, arguments: Sequence[str]) -> Iterator[str]:
         """The options and their values, by our names; what stands for itself goes to `_bare` and `_named`."""
@@ -239,6 +259,10 @@ def _sentence(param: Any) -> str:
     """An option's help, to stand behind a semicolon."""
     text = (param.help or "").rstrip(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _no_number(kind: type[int] | type[float], value: str) -> str:
+    return f"{_quoted(value)} is no {'whole number' if kind is int else 'number'}"
 
 
 def _quoted(text: str, always: bool = False) -> str:

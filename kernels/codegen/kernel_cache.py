@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 from contextlib import suppress
+from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,11 @@ class KernelCache(FunctionCache):
         return repr((versions, self._stamp(), self._index_key(sig, codegen), settings))
 
     def _stamp(self) -> str:
-        """A name for this state of the source file, and of those that it imports."""
-        return _name(repr((self._impl.locator.get_source_stamp(), SOURCES)))
+        """A name for this state of the source file, and of those that it imports.
+
+        Not Numba's own stamp: releases have different ones, and two of them would remove each other's entries.
+        """
+        return _name(repr((_digest_of_file(self._py_func.__code__.co_filename), SOURCES)))
 
     def _path(self, key: str) -> Path:
         return Path(self._cache_path) / f"{self._impl.filename_base}.{self._stamp()}-{_name(key)}.nbc"
@@ -120,6 +124,11 @@ class KernelCache(FunctionCache):
         for path in self._files():
             if not path.name.startswith(current):
                 _remove(path)
+
+
+@cache
+def _digest_of_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _name(text: str) -> str:

@@ -58,6 +58,9 @@ def usage_error(*arguments):
         ("run -p x -n 5 --temp 0_1.5", "--temp: 0_1.5 is no number; write it in plain digits, as 0.8"),
         ("serve M.gguf --port=8_080", "--port: 8_080 is no whole number; write it in plain digits, as 1000"),
         ("run -p x -c 0", "-c / --ctx: 0 must be greater than or equal to 1"),
+        ("run -p x -c 1e3", "-c / --ctx: 1e3 is no whole number"),
+        ("run -p x --repeat-last-n -2", "--repeat-last-n: -2 must be greater than or equal to -1"),
+        ("serve M.gguf --port 65536", "--port: 65536 must be less than or equal to 65535"),
         (
             "run -p x -n --temp",
             "-n needs a value, and --temp is an option; tokens to generate; -1: until the end or --ctx",

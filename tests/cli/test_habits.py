@@ -74,7 +74,7 @@ def test_other_names_are_our_options(habit, ours):
 def test_the_value_of_an_option_is_never_taken_for_a_habit(text):
     assert parsed("run", "M", "-p", text)["prompt"] == text
     assert parsed("run", f"--prompt={text}")["prompt"] == text
-    assert parsed("run", "--", text)["model"].name == text
+    assert str(parsed("run", "--", text)["model"]) == text  # a Path, but for early releases of typer
 
 
 @pytest.mark.parametrize(

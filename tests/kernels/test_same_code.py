@@ -70,6 +70,14 @@ def test_a_parallel_kernel_shares_neither_its_loop_nor_any_function_with_others(
     assert words_of(tmp_path, PARALLEL) == ["external", "internal"]
 
 
+def test_two_releases_of_numba_keep_the_entries_of_each_other(monkeypatch):
+    """Their own stamps of a file differ, and entries with another stamp are removed as those of earlier sources."""
+    cache = norm_router._rms_norm._cache
+    before = cache._stamp()
+    monkeypatch.setattr(type(cache._impl.locator), "get_source_stamp", lambda locator: "another release's")
+    assert cache._stamp() == before
+
+
 def test_a_kernel_is_not_read_from_disk_once_any_of_the_kernels_sources_has_changed(monkeypatch, tmp_path):
     """Numba compares only the file of the function itself, but a kernel calls functions of others."""
     cache = norm_router._rms_norm._cache

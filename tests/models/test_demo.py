@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -98,17 +99,25 @@ def test_every_expert_gets_a_tenth_to_four_times_its_even_share_of_the_held_out_
     assert float(fraction.max()) <= 4 / config.expert_count
 
 
-def test_generated_text_has_known_words_and_does_not_loop(path):
-    """Words occur in a held-out text; whether the sentences make sense is for a reader to judge."""
+def test_generated_texts_have_known_words_and_do_not_loop(path):
+    """Words occur in a held-out text; whether the sentences make sense is for a reader to judge.
+
+    One text is a chance result: of 100 seeds 2 to 5 have fewer than 95 % known words, most of them by a name that comes
+    back. All 100 have 98.6 to 99.2 % and 98.2 to 98.4 % different fours; a mean of 20 has a standard error of 0.4 and
+    0.6 at most.
+    """
     vocabulary = {word for text in HELDOUT.values() for word in WORD.findall(text.read_text(encoding="utf-8").lower())}
     engine = fiddler.load(path, threads=THREADS)
-    for seed in range(5):
+    known, different = [], []
+    for seed in range(20):
         text = engine.generate("Once upon a time", fiddler.Sampling(temperature=0.7, seed=seed), 120).text
         words = WORD.findall(text.lower())
         assert len(words) > 40
-        assert sum(word in vocabulary for word in words) >= 0.95 * len(words)
         fours = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-        assert len(set(fours)) >= 0.85 * len(fours)
+        known.append(sum(word in vocabulary for word in words) / len(words))
+        different.append(len(set(fours)) / len(fours))
+    assert mean(known) >= 0.965
+    assert mean(different) >= 0.95
 
 
 def card_figures(before: str, after: str) -> list[float]:

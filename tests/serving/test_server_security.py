@@ -65,6 +65,15 @@ def test_paths_that_are_none_need_the_key_too(keyed, path):
     assert keyed.get(path, headers=WITH_KEY).status_code in (404, 307)
 
 
+@pytest.mark.parametrize("host", ["x/v1/messages?", "x/health?", "x/health#", "[", "a]b", "@", ""])
+def test_a_host_header_that_looks_like_another_path_changes_nothing(keyed, host):
+    """Early releases of starlette build `request.url` from it (CVE-2026-48710)."""
+    assert keyed.get("/slots", headers={"Host": host}).status_code == 401
+    answer = keyed.get("/no-such-path", headers={**WITH_KEY, "Host": host})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (404, "there is no '/no-such-path' here")
+    assert "type" not in answer.json()  # as errors of /v1/messages have
+
+
 @pytest.mark.parametrize("headers", [WITH_KEY, {"authorization": f"bearer {KEY}"}, {"X-Api-Key": KEY}])
 def test_the_key_is_taken_from_either_header(keyed, headers):
     answer = keyed.post("/completion", json={"prompt": "Once", "n_predict": 2}, headers=headers)

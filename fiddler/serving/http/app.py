@@ -87,12 +87,13 @@ def application(options: ServerOptions) -> Starlette:
 
 async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = {404: f"there is no {request.url.path[:200]!a} here", 405: f"{request.method[:20]!a} is not for this path"}
-    return error_response(HttpError(error.status_code, text.get(error.status_code, error.detail)), request.url.path)
+    path = request.scope["path"]  # `request.url` is parsed again from the Host header
+    text = {404: f"there is no {path[:200]!a} here", 405: f"{request.method[:20]!a} is not for this path"}
+    return error_response(HttpError(error.status_code, text.get(error.status_code, error.detail)), path)
 
 
 async def _error(request: Request, error: Exception) -> Response:
     known = http_error(error)
     if known.status == 500:
         request.app.state.service.report(error)
-    return error_response(known, request.url.path)
+    return error_response(known, request.scope["path"])

@@ -89,7 +89,7 @@ async def slots(request: Request) -> Response:
 
 async def not_supported(request: Request) -> Response:
     """Any route of other servers that this one does not have."""
-    raise HttpError(501, f"{request.url.path} is not supported: fiddler only generates text")
+    raise HttpError(501, f"{request.scope['path']} is not supported: fiddler only generates text")
 
 
 def _slot_count(service: Service) -> int:
