@@ -25,6 +25,7 @@ checks.check_experts_of_many(("q8_0", "q4_1", "q5_0"), "cpu", torch.float16, 4, 
 print("right")
 """
 INT8 = """
+from fiddler.gpu import int8_gemv
 from fiddler.kernels.formats.triton_decoders import DOTS
 from oracles import int8_kernel_checks as checks
 
@@ -36,6 +37,8 @@ for kind in sorted(DOTS):
 checks.check_gemv("q4_k", "cpu", 9, 768)
 checks.check_gemv("q6_k", "cpu", 3, 2048)  # rows of whole times 16 bytes
 checks.check_gemv("q8_0", "cpu", 5, 352)  # an odd number of groups
+large = int8_gemv.Tile(32, 32, 2)  # fewer programs: the interpreter takes its time for each
+int8_gemv.TILES.update(dict.fromkeys(DOTS, int8_gemv.Tiles(large, large)))
 for kinds in MIXTURES:
     checks.check_experts(kinds, "cpu", (2, 512, 256))
 print("right")

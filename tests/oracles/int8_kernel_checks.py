@@ -13,6 +13,7 @@ from fiddler.gpu import block_gemv, decode_kernels, int8_activations, int8_gemv
 from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.gpu.layers import GpuLinear
 from fiddler.kernels.formats import BLOCK_FORMATS
+from fiddler.offload.expert_biases import JobBiases
 from fiddler.offload.stored_matrix import StoredMatrix
 from oracles.block_kernel_checks import OnDevice, inputs_of
 from oracles.quantised_layers import dequantised, quantised_layer
@@ -122,13 +123,18 @@ def check_experts(kinds, device, shape=(3, 512, 256), begin=256):
     tensors = [torch.from_numpy(array).to(device) for array in (x, expert_ids, routing_weights)]
     into = torch.ones(1, w.shape[2], device=device)
 
-    def run(jobs, ids, rows, *, add):
-        experts_of_one(tensors[0], jobs, tensors[2].reshape(-1), rows, w, expert_ids=ids, into=into, add=add)
+    def run(jobs, ids, rows, *, add, biases=None):
+        shares = tensors[2].reshape(-1)
+        experts_of_one(tensors[0], jobs, shares, rows, w, expert_ids=ids, into=into, add=add, biases=biases)
         return into.cpu().numpy()
 
     expected, bound = _of_rows(w, 0, x, expert_ids, routing_weights)
     assert (np.abs(run(table, tensors[1], w.shape[1], add=True) - 1 - expected) <= bound + 1e-6).all()
     assert (np.abs(run(table, tensors[1], w.shape[1], add=False) - expected) <= bound).all()
+    none, down = torch.zeros(w.shape[1], device=device), torch.randn(w.shape[0], w.shape[2]).to(device)
+    biased = run(table, tensors[1], w.shape[1], add=False, biases=JobBiases(none, none, down))
+    of_down = routing_weights.astype(np.float64) @ down.cpu().numpy()[expert_ids[0]]
+    assert (np.abs(biased - expected - of_down) <= bound + 1e-6).all()
     # the last rows of both experts, streamed; the last job has none
     jobs = [[*on_device.addresses(e, begin), w.shape[1] - begin, j, 0] for j, e in enumerate(expert_ids[0].tolist())]
     part = run(torch.tensor([*jobs, [0] * 6], device=device), None, w.shape[1] - begin, add=False)
