@@ -50,7 +50,8 @@ __all__ = ["GpuModel", "on_gpu"]
 _SEPARATE_BYTES = 10 << 20  # from which torch's allocator gives a tensor memory of its own, which can be freed alone
 _FIRST_POSITIONS = 4096  # of a sequence, for which there is memory from the start
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
-_DECODED_BYTES = 192 << 20  # more of it for quantised experts, which are decoded into half of all
+_DECODED_BYTES = 64 << 20, 512 << 20  # for quantised experts of a prompt in 16 bits: the least, and the most
+_DECODED_FRACTION = 1 / 64  # of the room
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
 _DENSE_BYTES = 16  # per token and element of a dense layer's feed-forward, and of D: gate, up and what is made of them
@@ -95,8 +96,10 @@ def on_gpu(
     triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
+    decoded = not options.exact and any(weights.quantised for weights in experts)
+    grouped = _grouped(device, triton_kernels, budget.room(), quantised=decoded) if experts else None
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
-    sizes = replace(sizes, fixed=_workspace_bytes(experts) + ExpertBiases.nbytes(experts))  # the rest is allocated here
+    sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
     layers = len(config.sparse_layers) if counts is None and sizes.expert >= _SEPARATE_BYTES else None
     begin = _first_blocks(budget.room(), sizes, max_residents, block_bytes(config, cache_dtype), layers)
     pool = GrowingPool(config, cache_dtype, device, begin.blocks, read_as)
@@ -111,7 +114,7 @@ def on_gpu(
     if experts:
         orchestrator, threads = _orchestrated(
             *(experts, config.expert_used_count, weight_copy, layout, options, counts),
-            *(_grouped(device, triton_kernels), _Reports(notify, progress, recorder)),
+            *(grouped, _Reports(notify, progress, recorder)),
         )
     budget.settle()
     model = transformer_on_gpu(config, dense, orchestrator, triton_kernels, recorder, exact=options.exact)
@@ -159,7 +162,7 @@ def _orchestrated(
     sizes = [weights.expert_bytes for weights in experts]
     placement = within(placement, sizes, layout.residents * mean_expert_bytes(experts), counts)
     residents = _load_residents(experts, placement, ring, reports.progress)
-    limits, threads = (layout.chunk, _workspace_bytes(experts)), kernels.set_threads(threads)
+    limits, threads = (layout.chunk, _WORKSPACE_BYTES), kernels.set_threads(threads)
     return Orchestrator(experts, residents, ring, costs, *limits, reports.recorder, grouped), threads
 
 
@@ -200,18 +203,14 @@ def _load_residents(
     return residents
 
 
-def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped | None:
-    """Triton's kernels for several tokens, where Triton runs."""
+def _grouped(device: torch.device, triton_kernels: ModuleType | None, room: int, *, quantised: bool) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs. quantised: some experts are, and decoded to 16 bits."""
     if triton_kernels is None:
         return None
     from fiddler.offload.grouped_kernels import Grouped as TritonGrouped
 
-    return TritonGrouped(device)
-
-
-def _workspace_bytes(experts: Sequence[ExpertWeights]) -> int:
-    """Memory for temporaries of the experts that are on the GPU."""
-    return _WORKSPACE_BYTES + _DECODED_BYTES * any(weights.quantised for weights in experts)
+    least, most = _DECODED_BYTES
+    return TritonGrouped(device, max(least, min(most, int(room * _DECODED_FRACTION) // 16 * 16)) if quantised else 0)
 
 
 def _least_blocks(context: int) -> int:
@@ -245,10 +244,11 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     feed_forward = config.feed_forward_length + config.embedding_length
     declared = config.tensors(tied=model_file.tied)
     dense = sum(model_file.file.tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
+    decoded_experts = _DECODED_BYTES[0] * any(weights.quantised for weights in experts)
     cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
-        fixed=dense + decoded_bytes(model_file) + position_bytes + _workspace_bytes(experts),
+        fixed=dense + decoded_bytes(model_file) + position_bytes + _WORKSPACE_BYTES + decoded_experts,
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
         slots=Ring.nbytes(experts, slot_rows(experts), SLOTS) if experts else 0,
         expert=mean_expert_bytes(experts),

@@ -191,7 +191,9 @@ class Grouped:
     A small copy to the GPU would wait for all the weights that are being copied: kernels read pinned memory instead.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, decoded_bytes: int = 0) -> None:
+        """decoded_bytes: for quantised experts decoded beforehand; 0 for a layer of 16-bit ones."""
+        self._decoded = torch.empty(decoded_bytes, dtype=torch.uint8, device=device)
         self._host_lists = torch.zeros(_NUMBERS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device_lists = torch.zeros(_NUMBERS, dtype=torch.int64, device=device)
         self._host_numbers = self._host_lists.numpy()
@@ -213,24 +215,21 @@ class Grouped:
 
         x: [T, D] in the weights' type. token, routing_weights: [T * K], row of x and routing weight at each position
         in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. weights: of the layer, or
-        of another one stored alike; quantised ones are decoded to x's type, by tiles or, where a job has many tokens,
-        beforehand, for which half of the workspace is. biases: of gate and up, None for none;
-        those of down are never added. The results of a token's jobs are added in any order: two give the same bits each
-        time, three or more need not.
+        of another one stored alike; quantised ones are decoded to x's type, into tiles or, where a job has many tokens,
+        beforehand. biases: of gate and up, None for none; those of down are never added. The results of a token's jobs
+        are added in any order: two give the same bits each time, three or more need not.
         """
-        many: list[Job] = []
-        if weights.quantised:
-            jobs, many = ([job for job in jobs if (job.end - job.first > _TILED) == more] for more in (False, True))
-            workspace_bytes //= 2
-        temporaries = workspace_bytes // x.element_size()
-        for piece in _in_pieces(jobs, max(1, temporaries // max_rows)):
+        tokens = max(1, workspace_bytes // (x.element_size() * max_rows))
+        most = _TILED if weights.quantised and len(self._decoded) else len(token)
+        tiled, many = ([job for job in jobs if (job.end - job.first > most) == more] for more in (False, True))
+        for piece in _in_pieces(tiled, tokens):
             self._run(x, token, routing_weights, piece, max_rows, into, weights, biases)
-        for piece in _in_pieces(many, max(1, temporaries // max_rows)):
-            for parts in parts_in(piece, temporaries // (3 * x.shape[1]), weights):
-                rows = [part.job.rows for part in parts]
-                memory = torch.empty(3 * sum(rows) * x.shape[1], dtype=x.dtype, device=x.device)
-                decoded_jobs = decoded(parts, weights, memory, self._to_device)
-                self._run(x, token, routing_weights, decoded_jobs, max(rows), into, weights, biases, in_16_bits=True)
+        memory = self._decoded.view(x.dtype)
+        for piece in _in_pieces(many, tokens):
+            for parts in parts_in(piece, len(memory) // (3 * x.shape[1]), weights):
+                in_16_bits = decoded(parts, weights, memory, self._to_device)
+                rows = max(job.rows for job in in_16_bits)
+                self._run(x, token, routing_weights, in_16_bits, rows, into, weights, biases, in_16_bits=True)
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""

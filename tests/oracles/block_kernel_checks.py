@@ -107,7 +107,7 @@ def _of_rows(w, begin, x, expert_ids, routing_weights):
     return y
 
 
-def check_experts_of_many(kinds, device, dtype, tokens, shape=(3, 512, 256), begin=256):
+def check_experts_of_many(kinds, device, dtype, tokens, shape=(3, 512, 256), begin=256, decoded_bytes=0):
     """Several tokens' experts, whole and in two parts, with products of 16 bits."""
     w = quantised_layer(kinds, "f32", shape)
     on_device, inputs = OnDevice(w, device), inputs_of(w, tokens, 2)
@@ -117,7 +117,7 @@ def check_experts_of_many(kinds, device, dtype, tokens, shape=(3, 512, 256), beg
     order = np.argsort(expert_ids.reshape(-1), kind="stable")
     token, weights = order // expert_ids.shape[1], routing_weights.reshape(-1)[order]
     token, weights = torch.from_numpy(token).to(device), torch.from_numpy(weights).to(device)
-    y, grouped = torch.zeros(tokens, w.shape[2], device=device), Grouped(torch.device(device))
+    y, grouped = torch.zeros(tokens, w.shape[2], device=device), Grouped(torch.device(device), decoded_bytes)
     inputs16 = torch.from_numpy(x).to(device).to(dtype)
     used = [e for e in range(w.shape[0]) if first[e + 1] > first[e]]
     for workspace_bytes in (1 << 30, 2 * w.shape[1] * 5):  # at once, and five tokens at a time
