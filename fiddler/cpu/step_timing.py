@@ -27,11 +27,11 @@ from fiddler.runtime.runner import Runner
 
 __all__ = ["step_curve"]
 
-_TOKENS = (1, 8, 32, 64, 128, 256, 512)
+_TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024)
 _SECONDS = 0.2  # a piece of work is timed so long, and at least so often
 _LEAST = 3
 _LARGEST_FILE = 1 << 16  # [bytes]
-_VERSION = 1  # of the kernels and of how they are measured
+_VERSION = 2  # of the kernels and of how they are measured
 
 
 def step_curve(runner: Runner, model: Transformer, setup: str, notify: Callable[[str], None]) -> Curve:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import fiddler
+from fiddler.cpu.runner import chunk_of
 from fiddler.cpu.step_timing import _plausible
 from oracles.synthetic import write_random_mixtral
 
@@ -35,7 +36,7 @@ def test_a_curve_is_measured_once_and_again_where_its_file_is_damaged(path, tmp_
 
     def curve(context=64, precision="fast"):
         lines.clear()
-        engine = fiddler.load(path, device="cpu", context=context, precision=precision, notify=lines.append)
+        engine = fiddler.load(path, "cpu", threads=1, context=context, precision=precision, notify=lines.append)
         found = engine.runner.step_seconds()
         assert engine.runner.pool.used == 0
         return found, sum("measuring how the time of a step grows" in line for line in lines)
@@ -53,6 +54,12 @@ def test_a_curve_is_measured_once_and_again_where_its_file_is_damaged(path, tmp_
             file.write_text("{" if damage is None else json.dumps(content | damage))
         assert curve()[1] == 1
         assert curve()[1] == 0
+
+
+def test_more_threads_take_more_tokens_of_a_prompt_at_once(path):
+    assert [chunk_of(threads) for threads in (1, 7, 8, 64)] == [512, 512, 1024, 1024]
+    engine = fiddler.load(path, device="cpu", threads=1)
+    assert engine.runner.chunk == 512
 
 
 def test_a_curve_that_cannot_be_stored_is_a_warning(path, tmp_path, monkeypatch):
