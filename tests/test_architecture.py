@@ -77,11 +77,11 @@ ONLY_IN = {
     "tqdm": "cli",
     "triton": "gpu.attention_kernels gpu.block_expert_kernels gpu.block_gemv gpu.decode_kernels gpu.expert_kernels"
     " gpu.int8_activations gpu.int8_expert_kernels gpu.int8_gemv gpu.kv_kernels gpu.kv_rows gpu.latent_kernels"
-    " gpu.router_kernels kernels.formats.iq4_nl_triton kernels.formats.k_scales_triton kernels.formats.mxfp4_triton"
-    " kernels.formats.q4_0_triton kernels.formats.q4_k_triton kernels.formats.q5_0_triton kernels.formats.q5_k_triton"
-    " kernels.formats.q6_k_triton kernels.formats.q8_0_triton kernels.formats.triton_loads kernels.formats.triton_words"
-    " offload.activation_kernels offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels"
-    " offload.grouped_kernels",
+    " gpu.router_kernels kernels.formats.triton_loads kernels.formats.triton_words offload.activation_kernels"
+    " offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels offload.grouped_kernels "
+    + " ".join(
+        f"kernels.formats.{kind}_triton" for kind in "iq4_nl k_scales mxfp4 q4_0 q4_k q5_0 q5_k q6_k q8_0".split()
+    ),
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }

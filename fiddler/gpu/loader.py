@@ -96,8 +96,7 @@ def on_gpu(
     triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
-    decoded = not options.exact and any(weights.quantised for weights in experts)
-    grouped = _grouped(device, triton_kernels, budget.room(), quantised=decoded) if experts else None
+    grouped = _grouped(device, triton_kernels, budget.room(), experts, exact=options.exact)
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
     layers = len(config.sparse_layers) if counts is None and sizes.expert >= _SEPARATE_BYTES else None
@@ -203,14 +202,18 @@ def _load_residents(
     return residents
 
 
-def _grouped(device: torch.device, triton_kernels: ModuleType | None, room: int, *, quantised: bool) -> Grouped | None:
-    """Triton's kernels for several tokens, where Triton runs. quantised: some experts are, and decoded to 16 bits."""
-    if triton_kernels is None:
+def _grouped(
+    device: torch.device, triton_kernels: ModuleType | None, room: int, experts: Sequence[ExpertWeights], *, exact: bool
+) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs. room: bytes, a part of which they may take."""
+    if triton_kernels is None or not experts:
         return None
     from fiddler.offload.grouped_kernels import Grouped as TritonGrouped
 
+    if exact or not any(weights.quantised for weights in experts):
+        return TritonGrouped(device)
     least, most = _DECODED_BYTES
-    return TritonGrouped(device, max(least, min(most, int(room * _DECODED_FRACTION) // 16 * 16)) if quantised else 0)
+    return TritonGrouped(device, max(least, min(most, int(room * _DECODED_FRACTION) // 16 * 16)))
 
 
 def _least_blocks(context: int) -> int:
