@@ -79,9 +79,7 @@ ONLY_IN = {
     " gpu.int8_activations gpu.int8_expert_kernels gpu.int8_gemv gpu.kv_kernels gpu.kv_rows gpu.latent_kernels"
     " gpu.router_kernels kernels.formats.triton_loads kernels.formats.triton_words offload.activation_kernels"
     " offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels offload.grouped_kernels "
-    + " ".join(
-        f"kernels.formats.{kind}_triton" for kind in "iq4_nl k_scales mxfp4 q4_0 q4_k q5_0 q5_k q6_k q8_0".split()
-    ),
+    + " ".join(f"kernels.formats.{path.stem}" for path in ROOT.glob("kernels/formats/*_triton.py")),
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",
 }
