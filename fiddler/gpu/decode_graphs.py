@@ -41,11 +41,6 @@ class Graphs(Protocol):
         """The step's hidden state [1, D], on the GPU."""
         ...
 
-    @property
-    def chosen(self) -> Sequence[Tensor]:
-        """The experts that the step's routers chose, of each layer int64 [1, K], on the GPU."""
-        ...
-
     # these four stay where they are, and are bound by `Orchestrator.bind_token`
     x: np.ndarray  # float32 [1, D], of a layer whose graph has ended
     expert_ids: np.ndarray  # float32 [1, K]
@@ -120,6 +115,13 @@ class Graphs(Protocol):
         """
         ...
 
+    def chosen_at(self, position: int) -> Tensor:
+        """The experts that the routers chose at a position, one of the last two: int64 [L, K], on the CPU.
+
+        Those of layers with routed experts. Call it after `logits`.
+        """
+        ...
+
 
 class _Ahead:
     """A step that was begun before its token was known. token: that of the largest logit, once that is known."""
@@ -150,6 +152,7 @@ class DecodeGraphs:
         self.largest: int | None = None
         """After `logits`, see `StepOutput.largest`; None where the GPU was not asked for it."""
         self._ahead: _Ahead | None = None
+        self._position = 0  # of the last step
         self._pause = 0  # steps until the next one may be begun ahead
 
     @property
@@ -172,17 +175,14 @@ class DecodeGraphs:
             self._pause = self._pause - 1 if ahead is None else _PAUSE
         elif self.uses_cpu:
             self._graphs.take_ahead()
-        begins_next = greedy and self._pause <= 0 and not self._recorder.wants_expert_ids
+        begins_next = greedy and self._pause <= 0
         following = _Ahead(position + 1, table) if begins_next else None
         try:
             if self.uses_cpu:
                 self._compute_missing(following, arrived=taken)
             elif following is not None:
                 self._graphs.begin_ahead(following.position, table)
-            self._ahead = following
-            if self._recorder.wants_expert_ids:
-                for layer, expert_ids in enumerate(self._graphs.chosen):
-                    self._recorder.chosen(layer, expert_ids)
+            self._ahead, self._position = following, position
         except BaseException:
             if self._experts is not None:
                 self._experts.start_over()
@@ -196,13 +196,20 @@ class DecodeGraphs:
         self._ahead = None
 
     def logits(self) -> Tensor:
-        """Logits of the last step: [1, V], on the CPU. Waits for them."""
+        """Logits of the last step: [1, V], on the CPU. Waits for them, and tells which experts were chosen."""
         ahead = self._ahead
-        if ahead is None:
-            return self._graphs.logits()
-        logits = self._graphs.logits(0 if self.uses_cpu else 1)  # with breaks, the step begun ahead has none yet
-        ahead.token = self.largest = self._graphs.next_token(ahead.position - 1)
+        logits = self._graphs.logits(0 if ahead is None or self.uses_cpu else 1)  # with breaks, `ahead` has none yet
+        if self._recorder.wants_expert_ids:
+            for layer, expert_ids in enumerate(self._graphs.chosen_at(self._position)):
+                self._recorder.chosen(layer, expert_ids[None])
+        if ahead is not None:
+            ahead.token = self.largest = self._graphs.next_token(self._position)
         return logits
+
+    def without_logits(self) -> None:
+        """End a step whose logits nobody reads: tell which experts were chosen, if that is asked for."""
+        if self._recorder.wants_expert_ids:
+            self.logits()
 
     @property
     def _orchestrator(self) -> Orchestrator:

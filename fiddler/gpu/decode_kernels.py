@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gemv", "gemv_per_head", "hand_over", "heads", "next_token", "norm", "rounded_to", "works"]
+__all__ = [
+    "gather",
+    "gemv",
+    "gemv_per_head",
+    "hand_over",
+    "heads",
+    "next_token",
+    "norm",
+    "rounded_to",
+    "to_host_by_turns",
+    "works",
+]
 
 
 def works(device: torch.device) -> str | None:
@@ -201,6 +212,23 @@ def next_token(logits: Tensor, token: Tensor, host: Tensor) -> None:
     ids = torch.empty(blocks, dtype=torch.int64, device=logits.device)
     _largest[(blocks,)](logits, values, ids, size, 4096, num_warps=8)
     _next_token[(1,)](values, ids, token, host, blocks, size, triton.next_power_of_2(blocks), num_warps=1)
+
+
+@triton.jit
+def _to_host_by_turns(values, token, host, size, K: tl.constexpr):
+    k = tl.program_id(0) * K + tl.arange(0, K)
+    inside = k < size
+    turn = (tl.load(token + 1) % 2) * size
+    tl.store(host + turn + k, tl.load(values + k, mask=inside, other=0), mask=inside)
+
+
+def to_host_by_turns(values: Tensor, token: Tensor, host: Tensor) -> None:
+    """Copy values int64 to host[p % 2], for the position p behind a token id in `token`, before `next_token`.
+
+    host: int64 [2, *values.shape], pinned memory.
+    """
+    size = values.numel()
+    _to_host_by_turns[(triton.cdiv(size, 512),)](values, token, host, size, 512, num_warps=4)
 
 
 @triton.jit

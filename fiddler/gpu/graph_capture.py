@@ -18,6 +18,7 @@ from fiddler.gpu import decode_kernels
 from fiddler.gpu.capture import captured
 from fiddler.gpu.decode_cache import DecodeCache
 from fiddler.gpu.expert_kernels import experts_of_one
+from fiddler.gpu.host_choices import HostChoices
 from fiddler.gpu.host_logits import HostLogits
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.kernels.one_token import Signal
@@ -29,8 +30,6 @@ from fiddler.runtime.block_pool import BlockPool, blocks_for
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["CapturedGraphs"]
-
-_PENDING = -2  # in place of a token that is not chosen yet
 
 
 class CapturedGraphs:
@@ -75,12 +74,11 @@ class CapturedGraphs:
         self._streamed: StreamedExperts | None = None
         self._residents: dict[int, torch.cuda.CUDAGraph] = {}
         # of each layer int64 [1, K]; this reference stops later graphs from using their memory
-        self.chosen: list[Tensor] = []
+        self._chosen: list[Tensor] = []
         self._router_outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # of `before_experts`, one graph's for another
         self.hidden = self._logits = torch.empty(0)
         self._host_logits = HostLogits()
-        self._next_tokens = torch.zeros(2, dtype=torch.int64, pin_memory=True)  # after the last two positions, in turns
-        self._next = self._next_tokens.numpy()
+        self._choices = HostChoices(len(self._layers), self._k)
         self._choose: torch.cuda.CUDAGraph | None = None  # of the next token, where experts are missing
         self._begun_ahead: int | None = None  # the first number of a step whose experts are missing
         self._capture()
@@ -122,7 +120,7 @@ class CapturedGraphs:
             self._replay(0)
             self._end(0)
             return
-        self._next[(position - 1) % 2] = _PENDING
+        self._choices.expect(position - 1)
         self._choose.replay()
         self._replay(0)
         self._numbers.write(Signal.ARRIVED, self._numbers.next)
@@ -212,9 +210,11 @@ class CapturedGraphs:
 
     def next_token(self, position: int) -> int:
         """Implements `Graphs.next_token`."""
-        while (token := int(self._next[position % 2])) == _PENDING:
-            self.check()
-        return token
+        return self._choices.token(position, self.check)
+
+    def chosen_at(self, position: int) -> Tensor:
+        """Implements `Graphs.chosen_at`."""
+        return self._choices.expert_ids(position)
 
     def _capture(self) -> None:
         """Capture the graphs, after a run that compiles and loads their kernels."""
@@ -234,9 +234,9 @@ class CapturedGraphs:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
             if self._streamed is not None:
                 self._streamed.run()
-                decode_kernels.next_token(self._logits, self._token, self._next_tokens)
+                self._choices.queue_token(self._logits, self._token)
             self._router_outputs.clear()
-            self.chosen.clear()
+            self._chosen.clear()
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             if self._streamed is not None:  # in a pool of their own: they run while the others' results are in use
                 self._streamed.capture(partial(captured, expert_pool))
@@ -251,7 +251,7 @@ class CapturedGraphs:
                 begin = len(layers) if end is None else end + 1
             if self.breaks:
                 with captured(pool) as self._choose:
-                    decode_kernels.next_token(self._logits, self._token, self._next_tokens)
+                    self._choices.queue_token(self._logits, self._token)
         torch.cuda.synchronize()
 
     def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class CapturedGraphs:
         last = len(self._layers) - 1 if end is None else end
         for layer in range(begin, last + 1):
             h, x, expert_ids, routing_weights = self._model.blk[dense + layer].before_experts(h, self._cache)
-            self.chosen.append(expert_ids)
+            self._chosen.append(expert_ids)
             if layer == end:
                 decode_kernels.hand_over(x, expert_ids, routing_weights, self._streamed_inputs, self._host_inputs)
                 self._router_outputs.append((x, expert_ids, routing_weights))
@@ -275,8 +275,9 @@ class CapturedGraphs:
         if end is None:
             self.hidden = h
             self._logits = self._model.logits(h)
+            self._choices.queue_expert_ids(self._chosen, self._token)
             if not self.breaks:  # else a graph of its own, if a step is begun ahead
-                decode_kernels.next_token(self._logits, self._token, self._next_tokens)
+                self._choices.queue_token(self._logits, self._token)
         return h
 
     def _run_residents(

@@ -50,6 +50,7 @@ __all__ = ["GpuModel", "on_gpu"]
 _SEPARATE_BYTES = 10 << 20  # from which torch's allocator gives a tensor memory of its own, which can be freed alone
 _FIRST_POSITIONS = 4096  # of a sequence, for which there is memory from the start
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
+_DECODED_BYTES = 192 << 20  # more of it for quantised experts, which are decoded into half of all
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
 _DENSE_BYTES = 16  # per token and element of a dense layer's feed-forward, and of D: gate, up and what is made of them
@@ -95,7 +96,7 @@ def on_gpu(
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
-    sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
+    sizes = replace(sizes, fixed=_workspace_bytes(experts) + ExpertBiases.nbytes(experts))  # the rest is allocated here
     layers = len(config.sparse_layers) if counts is None and sizes.expert >= _SEPARATE_BYTES else None
     begin = _first_blocks(budget.room(), sizes, max_residents, block_bytes(config, cache_dtype), layers)
     pool = GrowingPool(config, cache_dtype, device, begin.blocks, read_as)
@@ -158,7 +159,7 @@ def _orchestrated(
     sizes = [weights.expert_bytes for weights in experts]
     placement = within(placement, sizes, layout.residents * mean_expert_bytes(experts), counts)
     residents = _load_residents(experts, placement, ring, reports.progress)
-    limits, threads = (layout.chunk, _WORKSPACE_BYTES), kernels.set_threads(threads)
+    limits, threads = (layout.chunk, _workspace_bytes(experts)), kernels.set_threads(threads)
     return Orchestrator(experts, residents, ring, costs, *limits, reports.recorder, grouped), threads
 
 
@@ -208,6 +209,11 @@ def _grouped(device: torch.device, triton_kernels: ModuleType | None) -> Grouped
     return TritonGrouped(device)
 
 
+def _workspace_bytes(experts: Sequence[ExpertWeights]) -> int:
+    """Memory for temporaries of the experts that are on the GPU."""
+    return _WORKSPACE_BYTES + _DECODED_BYTES * any(weights.quantised for weights in experts)
+
+
 def _least_blocks(context: int) -> int:
     """Blocks of one sequence of the whole context, and one more, for a copy of a block that it shares."""
     return blocks_for(context) + 1
@@ -242,7 +248,7 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
-        fixed=dense + decoded_bytes(model_file) + position_bytes + _WORKSPACE_BYTES,
+        fixed=dense + decoded_bytes(model_file) + position_bytes + _workspace_bytes(experts),
         token=max(width * _ACTIVATION_BYTES, feed_forward * _DENSE_BYTES),
         slots=Ring.nbytes(experts, slot_rows(experts), SLOTS) if experts else 0,
         expert=mean_expert_bytes(experts),

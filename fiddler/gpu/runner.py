@@ -156,9 +156,11 @@ class GpuRunner(PagedRunner):
                 if self._decoder.uses_cpu:  # the worker thread keeps one core busy meanwhile
                     kernels.set_threads(self._kernel_threads)
                 self._decoder.step(tokens[0], sequence.length, table, greedy=greedy)
-            hidden, row = self._decoder.hidden, self._decoder.logits() if logits else None
+            row = self._decoder.logits() if logits else None
+            if row is None:
+                self._decoder.without_logits()
             largest = self._decoder.largest
-            output = StepOutput(hidden, row, None if largest is None else torch.tensor([largest]).numpy())
+            output = StepOutput(self._decoder.hidden, row, None if largest is None else torch.tensor([largest]).numpy())
         sequence.advance(1)
         return output
 

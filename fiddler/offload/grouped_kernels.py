@@ -18,6 +18,7 @@ from torch import Tensor
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.offload.activation_kernels import hidden_activation
+from fiddler.offload.decoded_experts import decoded, parts_in
 from fiddler.offload.expert_biases import JobBiases
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
@@ -26,6 +27,7 @@ __all__ = ["Grouped"]
 
 _NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
 _FETCH = 512  # numbers that a program reads
+_TILED = 64  # tokens of a job up to which quantised weights are decoded by tiles: fewer tiles than read them twice
 _WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -211,12 +213,24 @@ class Grouped:
 
         x: [T, D] in the weights' type. token, routing_weights: [T * K], row of x and routing weight at each position
         in the order by expert. max_rows: no job has more. workspace_bytes: for temporaries. weights: of the layer, or
-        of another one stored alike; quantised ones are decoded to x's type. biases: of gate and up, None for none;
+        of another one stored alike; quantised ones are decoded to x's type, by tiles or, where a job has many tokens,
+        beforehand, for which half of the workspace is. biases: of gate and up, None for none;
         those of down are never added. The results of a token's jobs are added in any order: two give the same bits each
         time, three or more need not.
         """
-        for part in _in_pieces(jobs, max(1, workspace_bytes // (x.element_size() * max_rows))):
-            self._run(x, token, routing_weights, part, max_rows, into, weights, biases)
+        many: list[Job] = []
+        if weights.quantised:
+            jobs, many = ([job for job in jobs if (job.end - job.first > _TILED) == more] for more in (False, True))
+            workspace_bytes //= 2
+        temporaries = workspace_bytes // x.element_size()
+        for piece in _in_pieces(jobs, max(1, temporaries // max_rows)):
+            self._run(x, token, routing_weights, piece, max_rows, into, weights, biases)
+        for piece in _in_pieces(many, max(1, temporaries // max_rows)):
+            for parts in parts_in(piece, temporaries // (3 * x.shape[1]), weights):
+                rows = [part.job.rows for part in parts]
+                memory = torch.empty(3 * sum(rows) * x.shape[1], dtype=x.dtype, device=x.device)
+                decoded_jobs = decoded(parts, weights, memory, self._to_device)
+                self._run(x, token, routing_weights, decoded_jobs, max(rows), into, weights, biases, in_16_bits=True)
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
@@ -233,7 +247,10 @@ class Grouped:
         into: Tensor,
         weights: ExpertWeights,
         biases: JobBiases | None,
+        *,
+        in_16_bits: bool = False,
     ) -> None:
+        """`experts_of_many` of a piece. in_16_bits: its weights are, whatever those of the layer."""
         base, largest = jobs[0].first, max(job.end - job.first for job in jobs)
         m = 16 if largest <= 16 else 64 if largest <= 64 else 128
         blocks = [(i, begin) for i, job in enumerate(jobs) for begin in range(job.first, job.end, m)]
@@ -244,7 +261,7 @@ class Grouped:
         block_list, job_list = device_list[: 2 * len(blocks)], device_list[2 * len(blocks) :]
         h = torch.empty(jobs[-1].end - base, max_rows, dtype=x.dtype, device=x.device)
         launch = _Launch(token, job_list, block_list, len(blocks), max_rows, base, m, biases)
-        if weights.quantised:
+        if weights.quantised and not in_16_bits:
             _multiply_blocks(launch, x, h, routing_weights, into, weights)
         else:
             even = all(job.rows % 16 == 0 for job in jobs)

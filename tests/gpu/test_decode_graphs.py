@@ -120,6 +120,7 @@ def chosen_in_steps(decoder, graphs, steps):
     for token in range(steps):
         decoder.step(token, token, TABLE)
         graphs.synchronize()
+        decoder.without_logits()
         for layer, (_, expert_ids, _) in enumerate(graphs.inputs):
             counts[layer, expert_ids[0]] += 1
     return counts

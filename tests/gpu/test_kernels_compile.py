@@ -30,7 +30,7 @@ from fiddler.gpu import (  # noqa: E402
 )
 from fiddler.kernels.formats import BLOCK_FORMATS, GPU_FORMATS  # noqa: E402
 from fiddler.kernels.formats.triton_decoders import DECODERS, DOTS  # noqa: E402
-from fiddler.offload import block_kernels, grouped_block_kernels, grouped_kernels  # noqa: E402
+from fiddler.offload import block_kernels, decoded_experts, grouped_block_kernels, grouped_kernels  # noqa: E402
 
 KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
@@ -210,6 +210,11 @@ def test_the_kernels_of_a_quantised_format_compile_for_an_h100(kind, tmp_path, m
     down["ALIGNED"] = gcd(stored.block_bytes, 16)
     cases = {
         "decode": (block_kernels._decode, "ulfii", {"DECODE": decoder, "BY_ID": True, "G": 64}),
+        "decode experts": (
+            decoded_experts._decode_matrices,
+            "l",
+            {"DECODE": decoder, "ALIGNED": down["ALIGNED"], "W": tl.bfloat16, "G": 64},
+        ),
         "gemv": (block_gemv._gemv, "fuffiii", {"DECODE": decoder, "ONTO": True, **one}),
         "up": (block_expert_kernels._up, "llffffiiii", {"BY_ID": True, "GATE": decoder, "UP": decoder, **one} | PLAIN),
         "down": (

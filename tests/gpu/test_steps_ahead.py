@@ -30,11 +30,12 @@ class Queue:
     Like a GPU it runs what is queued in order, and keeps the logits of the last two steps only.
     """
 
-    breaks, chosen = (), ()
+    breaks = ()
 
     def __init__(self):
         self.hidden, self.memory, self.ahead = torch.zeros(1, 1), {}, 0
         self._steps, self._token, self._position, self._next = [], 0, 0, [None, None]
+        self._chosen = [None, None]
 
     def begin(self, token, position, table):
         self._run(token, position, table)
@@ -46,6 +47,7 @@ class Queue:
 
     def _run(self, token, position, table):
         self.memory[table[position // 4], position % 4] = token
+        self._chosen[position % 2] = token
         history = [self.memory[table[at // 4], at % 4] for at in range(position + 1)]
         logits = expected_logits(history)
         self._steps = [*self._steps[-1:], logits]
@@ -59,6 +61,10 @@ class Queue:
 
     def next_token(self, position):
         return self._next[position % 2]
+
+    def chosen_at(self, position):
+        """Each token chooses the expert with its own number."""
+        return torch.tensor([[self._chosen[position % 2]]])
 
 
 def expected_logits(history):
@@ -115,13 +121,26 @@ def test_a_runner_takes_no_step_ahead_after_a_prompt_or_a_sequence_that_is_resum
     assert len(calls) == 2
 
 
-def test_no_step_is_begun_ahead_where_expert_counts_are_read_or_the_caller_draws():
-    for recorder, greedy in ((ExpertCounts(0, 0), True), (SILENT, False)):
-        queue = Queue()
-        decoder = DecodeGraphs(queue, None, recorder)
-        decoder.step(3, 0, np.array([1]), greedy=greedy)
-        assert torch.equal(decoder.logits(), expected_logits([3]))
-        assert queue.ahead == 0
+def test_no_step_is_begun_ahead_where_the_caller_draws():
+    queue = Queue()
+    decoder = DecodeGraphs(queue, None, SILENT)
+    decoder.step(3, 0, np.array([1]))
+    assert torch.equal(decoder.logits(), expected_logits([3]))
+    assert queue.ahead == 0
+
+
+def test_experts_are_counted_once_a_step_also_where_the_next_one_is_begun_ahead_or_no_logits_are_read():
+    queue, counts = Queue(), ExpertCounts(1, VOCABULARY)
+    decoder, tokens = DecodeGraphs(queue, None, counts), [7]
+    for position in range(12):
+        decoder.step(tokens[-1], position, np.array([1, 5, 2, 9]), greedy=position % 3 != 0)
+        if position % 3 == 0 and position % 2:
+            decoder.without_logits()
+        else:
+            decoder.logits()
+        tokens.append(int(expected_logits(tokens).argmax()))
+    assert queue.ahead == 8
+    assert counts.counts == [np.bincount(tokens[:-1], minlength=VOCABULARY).tolist()]
 
 
 @pytest.mark.parametrize(
