@@ -15,12 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {
-    "fiddler": "fiddler",
-    "converters": "fiddler.converters",
-    "kernels": "fiddler.kernels",
-    "models": "fiddler.models",
-}
+ROOMS = {"fiddler": "fiddler"} | {each: f"fiddler.{each}" for each in ("converters", "kernels", "models")}
 
 MAY_IMPORT = {
     # the rooms of fiddler/, and its files that are a room each; everything may import `errors`

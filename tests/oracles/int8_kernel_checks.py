@@ -70,7 +70,7 @@ def check_hidden(device, rows=(96, 0, 544), max_rows=544):
             codes, scales = _read(memory[j], max_rows)
             actual = (codes * scales[:, None]).reshape(-1)[:count]
             error = np.abs(actual - rounded(expected.astype(np.float32)))
-            assert (error <= 1e-6 * np.abs(expected) + _steps_in_doubt(expected)).all(), (clamped, j)
+            assert (error <= 4e-6 * np.abs(expected) + _steps_in_doubt(expected)).all(), (clamped, j)
 
 
 def check_gemv(kind, device, rows=7, columns=768):
@@ -145,10 +145,13 @@ def check_experts(kinds, device, shape=(3, 512, 256), begin=256):
 
 
 def _steps_in_doubt(h):
-    """The step of codes for hidden activations so near to the middle of two that float32 may choose the other one."""
+    """The step of codes for hidden activations so near to the middle of two that float32 may choose the other one.
+
+    An exponential of a GPU is wrong by some 1e-6, as its argument is (up to 15): that is 127 times as much of a step.
+    """
     groups = h.reshape(-1, 32)
     step = np.abs(groups).max(-1, keepdims=True) / 127
-    return np.where(np.abs(np.abs(groups / step) % 1 - 0.5) < 1e-4, step, 0).reshape(h.shape)
+    return np.where(np.abs(np.abs(groups / step) % 1 - 0.5) < 1e-3, step, 0).reshape(h.shape)
 
 
 def _of_rows(w, begin, x, expert_ids, routing_weights):
@@ -160,5 +163,5 @@ def _of_rows(w, begin, x, expert_ids, routing_weights):
         g = rounded(x)[0] @ gate[begin:].T
         h = g / (1 + np.exp(-g)) * (rounded(x)[0] @ up[begin:].T)
         y[0] += weight * (rounded(h) @ down[:, begin:].T)
-        bound[0] += weight * ((1e-6 * np.abs(rounded(h)) + _steps_in_doubt(h)) @ np.abs(down[:, begin:]).T)
+        bound[0] += weight * ((2e-6 * np.abs(rounded(h)) + _steps_in_doubt(h)) @ np.abs(down[:, begin:]).T)
     return y, bound
