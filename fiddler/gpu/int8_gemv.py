@@ -40,8 +40,8 @@ class Tiles(NamedTuple):
 
 _TILES = Tiles(Tile(4, 128, 4), Tile(4, 128, 4))
 TILES = dict.fromkeys(DOTS, _TILES) | {"q4_k": _TILES._replace(wide=Tile(4, 32, 4))}
-"""By the name of the format. `tests/tools/time_quantised.py --tiles` compares some: two experts in Q4_K take 64 us on an
-H200 with this tile, 69 with the other."""
+"""By the name of the format. `tests/tools/time_quantised.py --tiles` compares some: two experts in Q4_K take 64 us on
+an H200 with this tile, 69 with the other."""
 
 
 @triton.jit
