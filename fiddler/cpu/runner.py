@@ -5,6 +5,7 @@ Knows runners and KV caches; not weights, nor how either way computes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,16 +22,16 @@ from fiddler.telemetry.recorder import SILENT, Recorder
 
 __all__ = ["CpuRunner", "chunk_of"]
 
-_MANY_THREADS = 8
+_MANY_CPUS = 16
 
 
-def chunk_of(threads: int) -> int:
-    """The most tokens of a step, by the number of threads.
+def chunk_of(cpus: int) -> int:
+    """The most tokens of a step on a machine with so many logical CPUs, however many a process uses.
 
     The more cores share the memory, the more tokens must share what it reads: 16 cores with AMX take 461 us a token of
     512, 331 of 1024 (two layers of Mixtral's shape, 2026-11-30); two cores of a Zen 5 the same of 512, 1024 and 2048.
     """
-    return 1024 if threads >= _MANY_THREADS else 512
+    return 1024 if cpus >= _MANY_CPUS else 512
 
 
 class CpuRunner(PagedRunner):
@@ -50,7 +51,7 @@ class CpuRunner(PagedRunner):
 
         measure: the seconds of its steps, see `step_timing`.
         """
-        super().__init__(model, context, cache_dtype, threads, chunk_of(threads))
+        super().__init__(model, context, cache_dtype, threads, chunk_of(os.cpu_count() or 1))
         self._decoder, self._recorder, self._measure = decoder, recorder, measure
         self._curve: Curve | None = None
 

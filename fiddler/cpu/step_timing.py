@@ -46,7 +46,8 @@ def step_curve(runner: Runner, model: Transformer, setup: str, notify: Callable[
     if known is not None:
         return known
     notify("measuring how the time of a step grows with its tokens; the next start finds the result on disk")
-    counts = [count for count in _TOKENS if count <= runner.chunk]
+    most = min(runner.chunk, len(runner.sequences(_TOKENS[-1], 1)))  # each token is another sequence's
+    counts = [count for count in _TOKENS if count <= most]
     curve = Curve(tuple(counts), _plausible(counts, [_seconds(runner, model, count) for count in counts]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def _store(a, group, lane, values, inside, planes):
     magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers: infinities and NaN are largest
     largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
     divisor = tl.full(largest.shape, 127.0, tl.float32)
-    inverse = tl.where(largest == 0.0, 0.0, tl.div_rn(divisor, largest))
+    inverse = tl.where(largest < 1e-36, 0.0, tl.div_rn(divisor, largest))  # of less, it would not be finite
     scaled = values * inverse[:, None]
     nearest = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2**23: to the nearest integer, half to even
     code = tl.where(scaled == scaled, nearest, 0.0).to(tl.int8)

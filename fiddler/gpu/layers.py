@@ -72,7 +72,7 @@ class GpuLinear:
 
     def _int8(self, x: Tensor, weights: Sequence[Matrix]) -> Tensor | None:
         """One token, rounded to int8 where one of the weights is multiplied by that."""
-        if len(x) > 1 or self._kernels is None or self._exact:
+        if len(x) != 1 or self._kernels is None or self._exact:
             return None
         stored = [each for each in weights if isinstance(each, StoredMatrix)]
         if not stored:

@@ -36,7 +36,7 @@ from fiddler.models.rotary import rotary_cos_sin
 from fiddler.offload.cost_benchmark import calibrated
 from fiddler.offload.expert_biases import ExpertBiases
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.gpu_side import Grouped
+from fiddler.offload.gpu_side import Grouped, prompt_decode_bytes
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.plan import Costs
 from fiddler.offload.residency import place, within
@@ -50,8 +50,6 @@ __all__ = ["GpuModel", "on_gpu"]
 _SEPARATE_BYTES = 10 << 20  # from which torch's allocator gives a tensor memory of its own, which can be freed alone
 _FIRST_POSITIONS = 4096  # of a sequence, for which there is memory from the start
 _WORKSPACE_BYTES = 128 << 20  # for an expert's temporaries
-_DECODED_BYTES = 64 << 20, 512 << 20  # for quantised experts of a prompt in 16 bits: the least, and the most
-_DECODED_FRACTION = 1 / 64  # of the room
 _LIBRARY_BYTES = 192 << 20  # that code in the driver and cuBLAS's workspace take while a model loads
 _ACTIVATION_BYTES = 60  # per token and element of D: h, x, q, copies and sums that exist at the same time
 _DENSE_BYTES = 16  # per token and element of a dense layer's feed-forward, and of D: gate, up and what is made of them
@@ -91,12 +89,12 @@ def on_gpu(
     config, main = model_file.config, main_variant(model_file, tier, exact=options.exact)
     context = options.capacity(config.context_length)
     cache_dtype, read_as = cache_types(model_file, options.cache_type_k, main)
-    sizes = _sizes(model_file, experts, context, cache_dtype)
-    _check(budget, sizes, config)
+    sizes = _sizes(model_file, experts, context, cache_dtype, exact=options.exact)
+    decoded = prompt_decode_bytes(experts, _spare(budget, sizes, config), exact=options.exact)
     triton_kernels = _triton_kernels(device, notify, required=model_file.quantised)
     weight_copy = fastest_copy(pinned, device, notify)
     dense = load_dense(model_file, weight_copy)
-    grouped = _grouped(device, triton_kernels, budget.room(), experts, exact=options.exact)
+    grouped = _grouped(device, triton_kernels, decoded) if experts else None
     max_residents = sizes.experts if options.gpu_experts is None else min(options.gpu_experts, sizes.experts)
     sizes = replace(sizes, fixed=_WORKSPACE_BYTES + ExpertBiases.nbytes(experts))  # the rest is allocated here
     layers = len(config.sparse_layers) if counts is None and sizes.expert >= _SEPARATE_BYTES else None
@@ -202,18 +200,13 @@ def _load_residents(
     return residents
 
 
-def _grouped(
-    device: torch.device, triton_kernels: ModuleType | None, room: int, experts: Sequence[ExpertWeights], *, exact: bool
-) -> Grouped | None:
-    """Triton's kernels for several tokens, where Triton runs. room: bytes, a part of which they may take."""
-    if triton_kernels is None or not experts:
+def _grouped(device: torch.device, triton_kernels: ModuleType | None, decoded: int) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs. decoded: see `gpu_side.prompt_decode_bytes`."""
+    if triton_kernels is None:
         return None
     from fiddler.offload.grouped_kernels import Grouped as TritonGrouped
 
-    if exact or not any(weights.quantised for weights in experts):
-        return TritonGrouped(device)
-    least, most = _DECODED_BYTES
-    return TritonGrouped(device, max(least, min(most, int(room * _DECODED_FRACTION) // 16 * 16)))
+    return TritonGrouped(device, decoded)
 
 
 def _least_blocks(context: int) -> int:
@@ -240,14 +233,16 @@ def _triton_kernels(device: torch.device, notify: Callable[[str], None], *, requ
     return None
 
 
-def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype) -> Sizes:
+def _sizes(
+    model_file: ModelFile, experts: Sequence[ExpertWeights], context: int, cache_dtype: torch.dtype, *, exact: bool
+) -> Sizes:
     """Memory that the model will take on the GPU."""
     config = model_file.config
     width = max(config.embedding_length, config.head_count * config.head_dim)
     feed_forward = config.feed_forward_length + config.embedding_length
     declared = config.tensors(tied=model_file.tied)
     dense = sum(model_file.file.tensors[name].nbytes for name, tensor in declared.items() if tensor.role not in EXPERTS)
-    decoded_experts = _DECODED_BYTES[0] * any(weights.quantised for weights in experts)
+    decoded_experts = prompt_decode_bytes(experts, 0, exact=exact)
     cos_sin_bytes = 4 * context * config.rotated
     position_bytes = _least_blocks(context) * block_bytes(config, cache_dtype) + cos_sin_bytes
     return Sizes(
@@ -260,11 +255,13 @@ def _sizes(model_file: ModelFile, experts: Sequence[ExpertWeights], context: int
     )
 
 
-def _check(budget: Budget, sizes: Sizes, config: Config) -> None:
-    """Raise an error where the budget is too small, before anything goes to the GPU."""
+def _spare(budget: Budget, sizes: Sizes, config: Config) -> int:
+    """What the budget has beyond the least [bytes]. Raises an error, before anything is loaded, where it has less."""
     sizes = replace(sizes, fixed=sizes.fixed + _LIBRARY_BYTES)
-    if least_room(sizes) > budget.room():
+    spare = budget.room() - least_room(sizes)
+    if spare < 0:
         raise _too_small(budget, sizes, config)
+    return spare
 
 
 def _too_small(budget: Budget, sizes: Sizes, config: Config) -> FiddlerError:

@@ -28,7 +28,7 @@ from fiddler.kernels.formats.half import BF16
 from fiddler.kernels.machine.cpu import cpu_model
 from fiddler.offload.calibration import Calibration, cache_folder, check_store, read_calibration, store
 from fiddler.offload.expert_timing import BothSides, CpuSide
-from fiddler.offload.gpu_side import Grouped
+from fiddler.offload.gpu_side import Grouped, prompt_decode_bytes
 from fiddler.offload.staging_ring import SLOTS, Ring, slot_rows
 
 __all__ = ["calibrate_alone", "calibrated", "measure"]
@@ -81,6 +81,8 @@ def _machine(
         device = ring.weight_copy.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU as a GPU"
         gpu = f"{name}, {ring.weight_copy.kind}, {'torch' if grouped is None else 'Triton'}"
+        if grouped is not None and grouped.decoded_bytes:
+            gpu += f", {shown(grouped.decoded_bytes)} for decoded experts"
     variant, (_, hidden, width) = layers[0].variant, layers[0].shape
     weights = " and ".join(dict.fromkeys(each.name for each in layers[0].matrix_formats))
     thread_count = kernels.set_threads(None) if threads is None else threads
@@ -171,17 +173,18 @@ def calibrate_alone(
         owner, path = (model_file.file, model_file.file.path) if model_file is not None else (memory, None)
         pinned = PinnedMapping(mappings, path, owner)
         ring = Ring(fastest_copy(pinned, cuda, notify), experts, slot_rows(experts), SLOTS)
-        grouped = _grouped_kernels(cuda)
+        spare = torch.cuda.mem_get_info(cuda)[0]
+        grouped = _grouped_kernels(cuda, prompt_decode_bytes(experts, spare, exact=exact))
     k = _K if model_file is None else model_file.config.expert_used_count
     return calibrated(experts, ring, threads, notify, k=k, grouped=grouped, again=True)
 
 
-def _grouped_kernels(device: torch.device) -> Grouped | None:
-    """Triton's kernels for several tokens, where Triton runs."""
+def _grouped_kernels(device: torch.device, nbytes: int) -> Grouped | None:
+    """Triton's kernels for several tokens, where Triton runs. nbytes: see `gpu_side.prompt_decode_bytes`."""
     try:
         from fiddler.offload import grouped_kernels
 
-        grouped = grouped_kernels.Grouped(device)
+        grouped = grouped_kernels.Grouped(device, nbytes)
         grouped.add_from_host(torch.zeros(16, device=device), torch.zeros(16, pin_memory=True))
         torch.cuda.synchronize(device)
     except Exception:  # noqa: BLE001 - a missing compiler, driver or architecture raises anything; torch computes then

@@ -62,6 +62,7 @@ def parts_in(jobs: Sequence[Job], rows: int, weights: ExpertWeights) -> Iterator
     width = weights.shape[2]
     of_gate, of_up, of_down = weights.matrix_formats
     block, block_bytes = of_down.block_length, of_down.block_bytes
+    assert rows >= block, "there is memory for a block of hidden rows"
     some: list[Part] = []
     for job in jobs:
         if some and sum(part.job.rows for part in some) + job.rows > rows:
@@ -70,7 +71,7 @@ def parts_in(jobs: Sequence[Job], rows: int, weights: ExpertWeights) -> Iterator
         if job.rows <= rows:
             some.append(Part(job, job.rows))
             continue
-        count = -(-job.rows // max(block, rows // block * block))
+        count = -(-job.rows // (rows // block * block))
         step = -(-job.rows // (count * block)) * block
         gate, up, down = job.addresses
         for begin in range(0, job.rows, step):

@@ -19,11 +19,31 @@ from fiddler.offload.feed_forward import Job, Matrix, feed_forward, torch_type
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["GpuSide", "Grouped", "SortedInputs"]
+__all__ = ["GpuSide", "Grouped", "SortedInputs", "prompt_decode_bytes"]
+
+
+_DECODED_BYTES = 64 << 20, 384 << 20
+_DECODED_SHARE = 48
+
+
+def prompt_decode_bytes(layers: Sequence[ExpertWeights], spare: int, *, exact: bool) -> int:
+    """Memory in which a prompt's quantised experts are decoded to 16 bits, where `spare` bytes are left for experts.
+
+    One of two sizes, of which the costs of experts depend; 0 where none is decoded so.
+    """
+    if exact or not any(weights.quantised for weights in layers):
+        return 0
+    small, large = _DECODED_BYTES
+    return large if spare >= _DECODED_SHARE * (large - small) else small
 
 
 class Grouped(Protocol):
     """Computes several tokens of several experts on the GPU: see `grouped_kernels`."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory for experts that are decoded beforehand."""
+        ...
 
     def experts_of_many(
         self,

@@ -27,7 +27,6 @@ __all__ = ["Grouped"]
 
 _NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
 _FETCH = 512  # numbers that a program reads
-_TILED = 64  # tokens of a job up to which quantised weights are decoded by tiles: fewer tiles than read them twice
 _WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -192,7 +191,9 @@ class Grouped:
     """
 
     def __init__(self, device: torch.device, decoded_bytes: int = 0) -> None:
-        """decoded_bytes: for quantised experts decoded beforehand; 0 for a layer of 16-bit ones."""
+        """decoded_bytes: see `gpu_side.prompt_decode_bytes`; 0: all quantised weights are decoded into tiles."""
+        self.decoded_bytes = decoded_bytes
+        self.tiled = 96 if decoded_bytes >= 256 << 20 else 224  # tokens of a job whose weights are, at most
         self._decoded = torch.empty(decoded_bytes, dtype=torch.uint8, device=device)
         self._host_lists = torch.zeros(_NUMBERS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device_lists = torch.zeros(_NUMBERS, dtype=torch.int64, device=device)
@@ -220,7 +221,7 @@ class Grouped:
         are added in any order: two give the same bits each time, three or more need not.
         """
         tokens = max(1, workspace_bytes // (x.element_size() * max_rows))
-        most = _TILED if weights.quantised and len(self._decoded) else len(token)
+        most = self.tiled if weights.quantised and len(self._decoded) else len(token)
         tiled, many = ([job for job in jobs if (job.end - job.first > most) == more] for more in (False, True))
         for piece in _in_pieces(tiled, tokens):
             self._run(x, token, routing_weights, piece, max_rows, into, weights, biases)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numba
 import pytest
+import torch
 
 import fiddler
 from fiddler.kernels.formats import BLOCK_FORMATS
@@ -71,6 +72,16 @@ def test_another_process_with_other_threads_gives_the_same_bits(path, other_proc
     here = outcome(path, precision, 1)
     assert other_process(str(path), precision, THREADS) == here
     assert here["tokens"][0] != here["tokens"][1]
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_logits_of_a_prompt_of_several_chunks_do_not_depend_on_the_number_of_threads(tmp_path, precision):
+    path, found = write_random_mixtral(tmp_path / "model.gguf"), []
+    for threads in (1, THREADS):
+        with fiddler.load(path, device="cpu", precision=precision, threads=threads) as engine:
+            ids = [3 + i * i % 90 for i in range(1000)]
+            found.append(engine.logits(ids))
+    assert torch.equal(*found)
 
 
 def test_exact_text_is_the_same_in_chunks_of_any_size_and_beside_other_texts(path):

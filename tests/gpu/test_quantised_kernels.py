@@ -11,7 +11,6 @@ from gpu.test_grouped_kernels import PROBE, interpreted
 PROGRAM = """
 import torch
 from fiddler.kernels.formats import GPU_FORMATS
-from fiddler.offload import grouped_kernels
 from oracles import block_kernel_checks as checks
 
 for kind in sorted(GPU_FORMATS):
@@ -20,7 +19,7 @@ for kind in sorted(GPU_FORMATS):
 for kinds in MIXTURES:
     checks.check_experts_of_one(kinds, "cpu", (2, 512, 256))
     checks.check_experts_of_many(kinds, "cpu", torch.float16, 3, (2, 512, 256))  # the interpreter's bf16 is wrong
-grouped_kernels._TILED = 1  # most experts are decoded beforehand, whole or half by half
+# most experts are decoded beforehand, whole or half by half
 for nbytes in (1 << 17, 30000):
     checks.check_experts_of_many(("q8_0", "q4_1", "q5_0"), "cpu", torch.float16, 4, (2, 128, 64), 64, nbytes)
 print("right")

@@ -6,13 +6,14 @@ import json
 import os
 from dataclasses import asdict, replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 
 from fiddler.device.weight_copy import BounceBufferCopy, HostCopy, PinnedCopy
 from fiddler.offload import expert_timing
 from fiddler.offload.calibration import Calibration, cache_folder, stored
-from fiddler.offload.cost_benchmark import calibrated, measure
+from fiddler.offload.cost_benchmark import _machine, calibrated, measure
 from fiddler.offload.plan import make_plan
 from fiddler.offload.staging_ring import Ring
 from oracles.both_sides import EXACT, D, E, F
@@ -122,3 +123,11 @@ def test_a_cache_folder_that_cannot_be_written_gives_a_warning(tmp_path, monkeyp
     calibration = calibrated(EXACT, None, 1, notices.append, k=2)
     assert calibration.threads == 1
     assert "cannot be stored" in notices[-1]
+
+
+def test_costs_are_those_of_the_memory_for_decoded_experts():
+    ring = Ring(HostCopy(), EXACT, 128, 3)
+    machines = {
+        _machine(EXACT, ring, 1, 2, SimpleNamespace(decoded_bytes=nbytes)) for nbytes in (0, 64 << 20, 384 << 20)
+    }
+    assert len(machines) == 3

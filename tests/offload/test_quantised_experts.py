@@ -12,10 +12,11 @@ import fiddler
 from fiddler.cost_curve import Curve
 from fiddler.files.weights import ExpertWeights
 from fiddler.kernels import ExpertMatrices
+from fiddler.offload.gpu_side import prompt_decode_bytes
 from fiddler.offload.plan import Costs
 from fiddler.offload.staging_ring import SLOTS, slot_rows
 from fiddler.telemetry.recorder import SILENT, Meter
-from oracles.both_sides import MAX_TOKENS, compute_layer, orchestrator
+from oracles.both_sides import EXACT, MAX_TOKENS, compute_layer, orchestrator
 from oracles.both_sides_runner import runner_of_both_sides
 from oracles.quantised import write_quantised
 from oracles.quantised_layers import experts_in_float64, quantised_layer
@@ -123,3 +124,10 @@ def test_exact_logits_of_quantised_models_match_those_of_the_cpu(name, tmp_path)
         logits = runner.step([(sequence, ids[:30])], wanted=range(30)).logits
         by_token = [runner.step([(sequence, [token])]).logits for token in ids[30:]]
         assert (torch.cat([logits, *by_token]) - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_memory_for_decoded_experts_is_a_small_part_of_what_is_left_for_experts():
+    quantised, plain = layers_of("Q4_K_M", "q8"), EXACT
+    assert prompt_decode_bytes(quantised, (15 << 30) - 1, exact=False) == 64 << 20
+    assert prompt_decode_bytes(quantised, 15 << 30, exact=False) == 384 << 20
+    assert prompt_decode_bytes(quantised, 1 << 40, exact=True) == prompt_decode_bytes(plain, 1 << 40, exact=False) == 0

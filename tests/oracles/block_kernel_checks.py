@@ -118,6 +118,8 @@ def check_experts_of_many(kinds, device, dtype, tokens, shape=(3, 512, 256), beg
     token, weights = order // expert_ids.shape[1], routing_weights.reshape(-1)[order]
     token, weights = torch.from_numpy(token).to(device), torch.from_numpy(weights).to(device)
     y, grouped = torch.zeros(tokens, w.shape[2], device=device), Grouped(torch.device(device), decoded_bytes)
+    if decoded_bytes:
+        grouped.tiled = 1  # more tokens are decoded beforehand
     inputs16 = torch.from_numpy(x).to(device).to(dtype)
     used = [e for e in range(w.shape[0]) if first[e + 1] > first[e]]
     for workspace_bytes in (1 << 30, 2 * w.shape[1] * 5):  # at once, and five tokens at a time
