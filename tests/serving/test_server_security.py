@@ -74,6 +74,16 @@ def test_a_host_header_that_looks_like_another_path_changes_nothing(keyed, host)
     assert "type" not in answer.json()  # as errors of /v1/messages have
 
 
+def test_an_error_names_a_path_in_one_printable_line(http):
+    for path, status, shown in (
+        ("/v1/fine_tuning/jobs%0A", 501, "/v1/fine_tuning/jobs%0A is not supported: fiddler only generates text"),
+        ("/v1/rerank", 501, "/v1/rerank is not supported: fiddler only generates text"),
+        ("/nothing%0A%1B", 404, r"there is no '/nothing\n\x1b' here"),
+    ):
+        answer = http.get(path)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (status, shown)
+
+
 @pytest.mark.parametrize("headers", [WITH_KEY, {"authorization": f"bearer {KEY}"}, {"X-Api-Key": KEY}])
 def test_the_key_is_taken_from_either_header(keyed, headers):
     answer = keyed.post("/completion", json={"prompt": "Once", "n_predict": 2}, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -89,7 +90,8 @@ async def slots(request: Request) -> Response:
 
 async def not_supported(request: Request) -> Response:
     """Any route of other servers that this one does not have."""
-    raise HttpError(501, f"{request.scope['path']} is not supported: fiddler only generates text")
+    path = quote(request.scope["path"])  # a route takes a line break behind it, too
+    raise HttpError(501, f"{path} is not supported: fiddler only generates text")
 
 
 def _slot_count(service: Service) -> int:
