@@ -20,10 +20,10 @@ from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.offload.feed_forward import Job
 
-__all__ = ["Part", "decoded", "parts_in"]
+__all__ = ["WEIGHT_TYPES", "Part", "decoded", "parts_in"]
 
 _ROWS, _GROUPS, _WARPS = 4, 64, 4  # what a program decodes: rows, and groups of 32 weights of each
-_WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Part(NamedTuple):
@@ -64,12 +64,14 @@ def parts_in(jobs: Sequence[Job], rows: int, weights: ExpertWeights) -> Iterator
     block, block_bytes = of_down.block_length, of_down.block_bytes
     assert rows >= block, "there is memory for a block of hidden rows"
     some: list[Part] = []
+    left = rows
     for job in jobs:
-        if some and sum(part.job.rows for part in some) + job.rows > rows:
+        if some and job.rows > left:
             yield some
-            some = []
-        if job.rows <= rows:
+            some, left = [], rows
+        if job.rows <= left:
             some.append(Part(job, job.rows))
+            left -= job.rows
             continue
         count = -(-job.rows // (rows // block * block))
         step = -(-job.rows // (count * block)) * block
@@ -114,7 +116,7 @@ def decoded(
             numbers,
             DECODE=DECODERS[stored.name],
             ALIGNED=gcd(stored.block_bytes, 16),
-            W=_WEIGHT_TYPES[memory.dtype],
+            W=WEIGHT_TYPES[memory.dtype],
             R=r,
             G=g,
             num_warps=_WARPS,

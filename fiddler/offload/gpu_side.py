@@ -22,8 +22,8 @@ from fiddler.telemetry.recorder import Recorder
 __all__ = ["GpuSide", "Grouped", "SortedInputs", "prompt_decode_bytes"]
 
 
-_DECODED_BYTES = 64 << 20, 384 << 20
-_DECODED_SHARE = 48
+_DECODED_BYTES = 64 << 20, 384 << 20  # the larger one holds an expert of Mixtral-8x7B
+_DECODED_SHARE = 48  # it is at most such a part of what experts lose by it
 
 
 def prompt_decode_bytes(layers: Sequence[ExpertWeights], spare: int, *, exact: bool) -> int:

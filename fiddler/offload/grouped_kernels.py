@@ -19,7 +19,7 @@ from fiddler.files.weights import ExpertWeights
 from fiddler.kernels.formats.triton_decoders import DECODERS
 from fiddler.offload.activation_kernels import hidden_activation
 from fiddler.offload.expert_biases import JobBiases
-from fiddler.offload.expert_decode_kernels import decoded, parts_in
+from fiddler.offload.expert_decode_kernels import WEIGHT_TYPES, decoded, parts_in
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
 
@@ -27,7 +27,6 @@ __all__ = ["Grouped"]
 
 _NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
 _FETCH = 512  # numbers that a program reads
-_WEIGHT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -155,7 +154,7 @@ def _multiply(
     """Both products with 16-bit weights. even: each job's hidden rows are a multiple of 16."""
     width, (n, k) = x.shape[1], (128, 64)
     token, jobs, blocks, programs, max_rows, base, m, biases = launch
-    weight_type, warps = _WEIGHT_TYPES[x.dtype], 8 if m > 64 else 4
+    weight_type, warps = WEIGHT_TYPES[x.dtype], 8 if m > 64 else 4
     up_grid, down_grid = (programs, triton.cdiv(max_rows, n)), (programs, triton.cdiv(width, n))
     of_gate, of_up = (x, x) if biases is None else biases[:2]  # x: not read
     up = x, token, jobs, blocks, h, of_gate, of_up, width, max_rows, base, weight_type, width % k == 0
@@ -171,7 +170,7 @@ def _multiply_blocks(
     width, (n, groups) = x.shape[1], (64, 2)
     token, jobs, blocks, programs, max_rows, base, m, biases = launch
     of_gate, of_up, of_down = weights.matrix_formats
-    of_both = {"W": _WEIGHT_TYPES[x.dtype], "M": m, "N": n, "G": groups, "num_warps": 8 if m > 64 else 4}
+    of_both = {"W": WEIGHT_TYPES[x.dtype], "M": m, "N": n, "G": groups, "num_warps": 8 if m > 64 else 4}
     row_bytes = of_gate.row_bytes(width), of_up.row_bytes(width)
     parts = {"GATE": DECODERS[of_gate.name], "UP": DECODERS[of_up.name]}
     parts |= {"BIASED": biases is not None, "CLAMPED": weights.clamped}
