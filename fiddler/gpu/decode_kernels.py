@@ -65,9 +65,10 @@ def gemv(x: Tensor, w: Tensor, onto: Tensor | None = None, *, rounded: bool) -> 
     """x [1, K] float32, w [N, K] -> x . w transposed, plus `onto`: [1, N] float32; rounded: rounds x to w's type."""
     rows, width = w.shape
     y = torch.empty(1, rows, device=x.device)
-    r, k = (1, 2048) if width > 1024 else (4, max(16, triton.next_power_of_2(width)))
+    r, k, warps = (4, 512, 1) if rows >= 4096 else (1, 1024, 4)
+    k = max(16, min(k, triton.next_power_of_2(width)))
     addend = y if onto is None else onto  # the kernel does not read y
-    _gemv[(triton.cdiv(rows, r),)](x, w, addend, y, rows, width, onto is not None, rounded, r, k, num_warps=4)
+    _gemv[(triton.cdiv(rows, r),)](x, w, addend, y, rows, width, onto is not None, rounded, r, k, num_warps=warps)
     return y
 
 

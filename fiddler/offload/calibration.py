@@ -23,7 +23,7 @@ __all__ = ["Calibration", "cache_folder", "check_store", "read_calibration", "st
 
 _LARGEST_FILE = 1 << 20  # [bytes]; a calibration takes 1 KB
 _LARGEST_COUNT = 1 << 62  # of tokens, threads or bytes
-_VERSION = 7  # of the kernels and of how they are measured; results of another version are measured again
+_VERSION = 8  # of the kernels and of how they are measured; results of another version are measured again
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def block_tile(
     """c[r * ldc + m] += sum over k of w[r] * x[m * ldx + k], for r < rows and m < tokens (1 to `block_tokens`).
 
     `w`: address of rows of blocks; `x`: activations in the rows layout, `ldx` of its elements apart, for rows of
-    `width` weights, of which the first k are multiplied, whole blocks. Prefetches weights `prefetch_distance` bytes on.
+    `width` weights, of which the first k are multiplied, whole blocks. Prefetches weights that are
+    read `prefetch_distance` bytes later.
     """
     kind = variant.variant
     signature = types.void(variant, *([types.intp] * 11))
@@ -98,13 +99,21 @@ def _generate_rows(b: ir.IRBuilder, kind: KernelVariant, tokens: int, arguments:
     count = b.sdiv(k, ir.Constant(I64, blocks.block_length))
     unroll = max(1, 128 // blocks.block_length)
     whole = b.and_(count, ir.Constant(I64, -unroll))
+    # rows may be longer than what is read of them, which is then followed by the beginning of a later row
+    block_bytes = ir.Constant(I64, blocks.block_bytes)
+    read = b.mul(b.select(b.icmp_signed(">", count, zero), count, ir.Constant(I64, 1)), block_bytes)
+    rows_on, in_row = b.sdiv(prefetch_distance, read), b.srem(prefetch_distance, read)
+    ahead_in_row = b.add(b.mul(rows_on, row_bytes), in_row)
+    ahead_beyond = b.add(ahead_in_row, b.sub(row_bytes, read))
+    wraps_at = b.sub(read, in_row)
 
     def one_row(r: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         row = b.add(w, b.mul(r, row_bytes))
 
         def several(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            base = b.add(row, b.mul(i, ir.Constant(I64, blocks.block_bytes)))
-            ahead = b.add(base, prefetch_distance)
+            at = b.mul(i, block_bytes)
+            distance = b.select(b.icmp_signed("<", at, wraps_at), ahead_in_row, ahead_beyond)
+            ahead = b.add(b.add(row, at), distance)
             for line in range(0, unroll * blocks.block_bytes, LINE):
                 prefetch(b, address(b, ahead, ir.Constant(I64, line), 1), kind.tuning.weights_prefetch_level)
             for u in range(unroll):

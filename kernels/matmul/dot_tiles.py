@@ -160,11 +160,12 @@ def _generate_tile(
     bytes_of_row, last = b.mul(ldw, ir.Constant(I64, w_width)), b.sub(rows, ir.Constant(I64, 1))
     zero = ir.Constant(I64, 0)
     whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
-    distance_in_row = b.sdiv(prefetch_distance, ir.Constant(I64, R))
-    wrap_k = b.sub(K, b.sdiv(distance_in_row, ir.Constant(I64, w_width)))  # from here on it falls in other rows
-    distance_beyond_row = b.add(
-        b.sub(distance_in_row, b.mul(K, ir.Constant(I64, w_width))), b.mul(bytes_of_row, ir.Constant(I64, R))
-    )
+    read = b.mul(b.select(b.icmp_signed(">", K, zero), K, ir.Constant(I64, 1)), ir.Constant(I64, w_width))  # of a row
+    distance = b.sdiv(prefetch_distance, ir.Constant(I64, R))
+    groups_on, in_row = b.sdiv(distance, read), b.srem(distance, read)
+    distance_in_row = b.add(b.mul(b.mul(groups_on, bytes_of_row), ir.Constant(I64, R)), in_row)
+    wrap_k = b.sub(K, b.sdiv(in_row, ir.Constant(I64, w_width)))  # from here on it falls in R rows further on
+    distance_beyond_row = b.add(b.sub(distance_in_row, read), b.mul(bytes_of_row, ir.Constant(I64, R)))
 
     def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
         pointer = address(b, base, k, width)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from functools import lru_cache, partial
 
 import numpy as np
-from numba import njit, prange, typeof, types
+from numba import prange, typeof, types
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
-from fiddler.kernels.codegen.jit import OPTIONS, kernel
+from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.threads import threads_for
@@ -29,6 +29,7 @@ from fiddler.kernels.matmul.epilogues import (
     store_hidden,
     swiglu,
 )
+from fiddler.kernels.matmul.group_rows import next_offset, one_after_the_other, rows_in
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import take_rows, task_rows
 
@@ -44,21 +45,6 @@ __all__ = [
 ]
 
 
-@njit(**OPTIONS)
-def _next_offset(matrices: np.ndarray, pair: int, i: int, groups: Groups, g: int, begin: int) -> int:
-    """Bytes from the rows of group g's expert in matrix i to the rows that a task reads next, 0 if none.
-
-    These are in the other matrix of the pair, or of the next group with hidden rows from `begin` on.
-    """
-    expert = groups.expert[g]
-    if i + 1 < pair:
-        return int(matrices[i + 1, expert] - matrices[i, expert])
-    for next_group in range(g + 1, groups.expert.size):
-        if groups.hidden[next_group] > begin:
-            return int(matrices[0, groups.expert[next_group]] - matrices[i, expert])
-    return 0
-
-
 @partial(kernel, parallel=False)
 def _take_tasks(
     variant: KernelVariant,
@@ -67,6 +53,7 @@ def _take_tasks(
     biases: np.ndarray,
     stored: np.ndarray,
     groups: Groups,
+    row_at: np.ndarray,
     words: int,
     at: np.ndarray,
     hidden_at: np.ndarray,
@@ -84,9 +71,9 @@ def _take_tasks(
     """One thread's tasks of the products with one matrix, or, for gate and up, with two.
 
     The names are those of `grouped_products`. gate_up: the activation, PLAIN for one matrix; matrices, biases, stored:
-    from this one on, each [outputs, width]; at: offsets of
-    the groups' activations; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where
-    the output is hidden activations.
+    from this one on, each [outputs, width]; row_at: see `rows_in`; at: offsets of the groups' activations; outputs:
+    rows of the queue; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the
+    output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up != PLAIN else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
@@ -97,32 +84,33 @@ def _take_tasks(
                 result[t, r] = 0
         for g in range(groups.expert.size):
             count, packed, hidden_rows = first[g + 1] - first[g], groups.packed[g], groups.hidden[g]
-            rows, k = row_count, hidden_rows
+            own, rows, k = begin, row_count, hidden_rows
             if gate_up != PLAIN:
-                rows, k = min(rows, hidden_rows - begin), width
+                own, rows = rows_in(groups, row_at, g, begin, row_count)
+                k = width
                 if rows <= 0:
                     continue
-            expert, needed_from = groups.expert[g], begin if gate_up != PLAIN else 0
+            expert = groups.expert[g]
             for i in range(pair):
                 row_bytes, multiply = stored[i]
-                next_offset = _next_offset(matrices, pair, i, groups, g, needed_from)
-                w, x = matrices[i, expert] + begin * row_bytes, words + 4 * at[g]
+                following = next_offset(matrices, stored, gate_up != PLAIN, i, groups, row_at, g, begin, row_count)
+                w, x = matrices[i, expert] + own * row_bytes, words + 4 * at[g]
                 c_at = c.ctypes.data + 4 * i * task * ldc
                 call_block_product(
                     multiply,
-                    (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, next_offset, scratch),
+                    (variant, packed, w, width, rows, x, stride, count, k, c_at, ldc, following, scratch),
                 )
             columns = (count + 15) // 16 * 16 if packed else count
             if biases.shape[1] > 0:
                 for i in range(pair):
-                    add_bias(c[i], rows, columns, biases[i, expert] + 4 * begin)
+                    add_bias(c[i], rows, columns, biases[i, expert] + 4 * own)
             if gate_up != PLAIN:
                 if gate_up == CLAMPED:
                     clamped_swiglu(c[0], c[1], rows, columns)
                 else:
                     swiglu(c[0], c[1], rows, columns)
                 h, next_stride = words + 4 * hidden_at[g], row_stride(variant, expert_width)
-                store_hidden(variant, packed, c[0], begin, rows, count, h, hidden_rows, expert_width, next_stride)
+                store_hidden(variant, packed, c[0], own, rows, count, h, hidden_rows, expert_width, next_stride)
             else:
                 token, group_weights = (
                     groups.token[first[g] : first[g + 1]],
@@ -135,7 +123,7 @@ def _take_tasks(
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INT, _INTS, _INTS, *[_INT] * 5),
+    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INTS, _INT, _INTS, _INTS, *[_INT] * 5),
     *(types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
@@ -250,10 +238,12 @@ def grouped_products(
         max_tokens, independent = max(max_tokens, first[g + 1] - first[g]), independent and not groups.packed[g]
     # a row of sums is a vector longer than needed: rows a power of two apart would compete for the same cache sets
     ldc = (max_tokens + 15) // 16 * 16 + 16
-    tasks = np.empty(outputs.size, np.int64)
+    row_at, queued, tasks = one_after_the_other(groups, gated and independent), outputs.copy(), outputs.copy()
+    if gated and independent:
+        queued[0] = row_at[-1]
     sums_words, max_task = 0, np.int64(0)
     for i in range(outputs.size):
-        tasks[i] = task_rows(variant, max_tokens, outputs[i], threads)
+        tasks[i] = task_rows(variant, max_tokens, queued[i], threads)
         max_task = max(max_task, tasks[i])
         sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
     scratch = (scratch_words(variant, max_task) + 15) // 16 * 16
@@ -269,7 +259,7 @@ def grouped_products(
     for stage in range(-1, 2 if gated else outputs.size):  # stage -1 packs, and has no rows, tasks or results
         packing, gate_up, down = stage < 0, activation if stage == 0 else PLAIN, gated and stage == 1
         matrix = 0 if packing else 2 if down else stage
-        stage_rows, task, queue = outputs[matrix], tasks[matrix], queues.ctypes.data + 8 * matrix
+        stage_rows, task, queue = queued[matrix], tasks[matrix], queues.ctypes.data + 8 * matrix
         stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
         pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if packing or gate_up != PLAIN else tokens
         result = y[done : done + result_tokens * stage_rows].reshape(result_tokens, stage_rows)
@@ -282,8 +272,8 @@ def grouped_products(
                 _call_tasks(
                     take_tasks,
                     (
-                        *(variant, gate_up, matrices[matrix:], biases[matrix:], stored[matrix:], groups, words),
-                        *(at, hidden_at),
+                        *(variant, gate_up, matrices[matrix:], biases[matrix:], stored[matrix:], groups),
+                        *(row_at, words, at, hidden_at),
                         *(expert_width, stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
                         *(scratch_at + 4 * thread * scratch, result),
                     ),
