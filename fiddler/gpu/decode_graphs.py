@@ -128,12 +128,12 @@ class _Ahead:
 
     def __init__(self, position: int, table: np.ndarray) -> None:
         self.token: int | None = None
-        self.position, self.table = position, table
+        self.position, self.table, self._blocks = position, table, table.tobytes()
 
     def is_step(self, token: int, position: int, table: np.ndarray) -> bool:
         """Whether it was begun for this token of this sequence."""
-        blocks = self.table
-        return (token, position) == (self.token, self.position) and np.array_equal(table[: len(blocks)], blocks)
+        blocks = table[: len(self.table)].tobytes()
+        return (token, position) == (self.token, self.position) and blocks == self._blocks
 
 
 class DecodeGraphs:
@@ -223,8 +223,7 @@ class DecodeGraphs:
         worker thread wakes up, which then holds Python's lock for a while; unless copies in several chunks wait for
         products that the worker thread queues.
         """
-        at_once = arrived and self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
-        first = self._divide(0, None) if at_once else None
+        first = self._divide(0, None) if arrived and self._in_one_chunk else None
         queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
         for graph in range(len(self._graphs.breaks)):
             plan, part = first or self._divide(graph, queueing)
@@ -232,6 +231,11 @@ class DecodeGraphs:
             self._compute(graph, plan, part)
         queueing.wait()
         self._graphs.end()
+
+    @property
+    def _in_one_chunk(self) -> bool:
+        """Whether a layer's copies wait for no products of the GPU, which are queued after them."""
+        return self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
 
     def _divide(self, graph: int, queueing: Task | None) -> tuple[TokenPlan, CpuPart]:
         """Divide the layer that ends this graph, once it has; raises the error of `queueing` if that fails before."""
@@ -265,11 +269,14 @@ class DecodeGraphs:
         """
         graphs, sent = self._graphs, 0
         try:
+            if self._in_one_chunk:  # so the first layer's copies begin when the CPU does
+                self._send_when_divided(0)
+                sent = 1
             for graph in range(1, len(graphs.breaks) + 1):
                 if self._orchestrator.cooperative_step.stopping:
                     return
                 graphs.queue(graph)
-                if graph >= _AHEAD:
+                if graph >= _AHEAD + sent:
                     self._send_when_divided(sent)
                     sent += 1
             for graph in range(sent, len(graphs.breaks)):

@@ -57,8 +57,8 @@ class CapturedGraphs:
         self._k = config.expert_used_count
         width = config.embedding_length
         numbers = 2 + blocks_for(len(cos_sin))  # token id, position, block table
-        self._host_token = torch.zeros(numbers, dtype=torch.int64, pin_memory=True).numpy()
-        self._token = torch.zeros(numbers, dtype=torch.int64, device=device)
+        self._host_numbers = torch.zeros(numbers, dtype=torch.int64, pin_memory=True)
+        self._host_token, self._token = self._host_numbers.numpy(), torch.zeros_like(self._host_numbers, device=device)
         self._cache = DecodeCache(pool, self._token[1:], cos_sin, config)
         self._host_inputs = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._streamed_inputs = torch.zeros(width + self._k, device=device)  # x and weights, for streamed experts
@@ -97,7 +97,8 @@ class CapturedGraphs:
             self._begun_ahead = None
         self._token_copied.synchronize()
         self._host_token[:2] = token, position
-        self._copy_token(0, table)
+        self._host_token[2 : 2 + len(table)] = table
+        self._take_token.replay()
         self._replay(0)
         if self.breaks:
             self._numbers.begin(len(self.breaks))
@@ -113,7 +114,7 @@ class CapturedGraphs:
         """Implements `Graphs.begin_ahead`."""
         if not np.array_equal(self._host_token[2 : 2 + len(table)], table):
             self._token_copied.synchronize()
-            self._copy_token(2, table)
+            self._copy_table(table)
             self._token_copied.record()
         if self._choose is None:
             self._host_logits.begin(self._logits)
@@ -134,12 +135,11 @@ class CapturedGraphs:
         self._host_logits.begin(self._logits)
         self._streaming.begin()
 
-    def _copy_token(self, begin: int, table: np.ndarray) -> None:
-        """Queue the copy of `_host_token` from number `begin` on to the end of the table."""
-        end = 2 + len(table)
-        self._host_token[2:end] = table
-        target, source = self._token.data_ptr() + 8 * begin, self._host_token.ctypes.data + 8 * begin
-        cuda_driver.copy_to_device(target, source, 8 * (end - begin), torch.cuda.current_stream().cuda_stream)
+    def _copy_table(self, table: np.ndarray) -> None:
+        """Queue the copy of `_host_token` from the table on: the token and its position are the GPU's."""
+        self._host_token[2 : 2 + len(table)] = table
+        target, source = self._token.data_ptr() + 16, self._host_token.ctypes.data + 16
+        cuda_driver.copy_to_device(target, source, 8 * len(table), torch.cuda.current_stream().cuda_stream)
 
     def number(self, graph: int) -> int:
         """Implements `Graphs.number`."""
@@ -229,6 +229,7 @@ class CapturedGraphs:
                 token = self._orchestrator.bind_token(*bound, signals)
                 inputs = self._streamed_inputs, self._y
                 self._streamed = StreamedExperts(self._orchestrator, token, signals, *inputs, self._recorder)
+            decode_kernels.from_host(self._host_numbers, self._token)
             self._run(0, None, self._y)
             for layer in self.breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
@@ -240,6 +241,8 @@ class CapturedGraphs:
             pool, expert_pool = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             if self._streamed is not None:  # in a pool of their own: they run while the others' results are in use
                 self._streamed.capture(partial(captured, expert_pool))
+            with captured(pool) as self._take_token:
+                decode_kernels.from_host(self._host_numbers, self._token)
             begin, state = 0, self._y
             for end in [*self.breaks, None]:
                 with captured(pool) as graph:

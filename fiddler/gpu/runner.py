@@ -12,6 +12,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class GpuRunner(PagedRunner):
             if row is None:
                 self._decoder.without_logits()
             largest = self._decoder.largest
-            output = StepOutput(self._decoder.hidden, row, None if largest is None else torch.tensor([largest]).numpy())
+            output = StepOutput(self._decoder.hidden, row, None if largest is None else np.array([largest]))
         sequence.advance(1)
         return output
 

@@ -11,13 +11,13 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["SIGNAL_STRIDE", "is_at", "set_signal", "signal", "wait_for"]
+__all__ = ["SIGNAL_STRIDE", "is_at", "pause", "set_signal", "signal", "wait_for"]
 
 SIGNAL_STRIDE = 16
 """uint32s from one signal to the next: each has a cache line of its own."""
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
-_TRIES = 1 << (13 if _X86 else 18)  # some 0.2 to 0.5 ms: `_pause` takes 20 to 50 ns, less before Skylake
+_TRIES = 1 << (13 if _X86 else 18)  # some 0.2 to 0.5 ms: `pause` takes 20 to 50 ns, less before Skylake
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "no_cfunc_wrapper": True}
 
 
@@ -47,7 +47,7 @@ def _store(_context: Any, _address: Any, _value: Any) -> Any:
 
 
 @intrinsic
-def _pause(_context: Any) -> Any:
+def pause(_context: Any) -> Any:
     """Leave the core to its other hardware thread for a moment, which a loop that waits would slow down."""
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
@@ -84,5 +84,5 @@ def wait_for(signals: np.ndarray, index: int, number: int) -> bool:
     for _ in range(_TRIES):
         if is_at(signals, index, number):
             return True
-        _pause()
+        pause()
     return False

@@ -1,9 +1,8 @@
 """Grouped matrix products: all groups of tokens with their experts' rows. Knows addresses.
 
 The only kernel that reads weights. A product has one of two epilogues: with two matrices, gate and up, SwiGLU, stored
-as the next product's activations; with one matrix, the weighted sum over each token's groups. One kernel has both,
-because compiling the products takes most of the time. Packing all activations is the first stage of the same parallel
-loop, because each such loop takes more than a second to compile.
+as the next product's activations; with one matrix, the weighted sum over each token's groups. One kernel has both, and
+packs activations in the same parallel loop, because compiling products and such loops takes seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fiddler.kernels.matmul.epilogues import (
 )
 from fiddler.kernels.matmul.group_rows import next_offset, one_after_the_other, rows_in
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
-from fiddler.kernels.matmul.row_queue import take_rows, task_rows
+from fiddler.kernels.matmul.row_queue import add_rows, take_rows, task_rows, wait_for_rows
 
 __all__ = [
     "addresses",
@@ -62,6 +61,7 @@ def _take_tasks(
     width: int,
     task: int,
     queue: int,
+    stored_rows: int,
     independent: bool,
     threads: int,
     c: np.ndarray,
@@ -72,8 +72,9 @@ def _take_tasks(
 
     The names are those of `grouped_products`. gate_up: the activation, PLAIN for one matrix; matrices, biases, stored:
     from this one on, each [outputs, width]; row_at: see `rows_in`; at: offsets of the groups' activations; outputs:
-    rows of the queue; c: float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the
-    output is hidden activations.
+    rows of the queue; stored_rows: address of an int64, increased by those whose hidden activations are stored; c:
+    float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the output is hidden
+    activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up != PLAIN else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
@@ -117,13 +118,15 @@ def _take_tasks(
                     groups.routing_weights[first[g] : first[g + 1]],
                 )
                 add_weighted(c[0], rows, token, group_weights, result, begin)
+        if gate_up != PLAIN:
+            add_rows(stored_rows, row_count)
         begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
 
 
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INTS, _INT, _INTS, _INTS, *[_INT] * 5),
+    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INTS, _INT, _INTS, _INTS, *[_INT] * 6),
     *(types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
@@ -241,41 +244,48 @@ def grouped_products(
     row_at, queued, tasks = one_after_the_other(groups, gated and independent), outputs.copy(), outputs.copy()
     if gated and independent:
         queued[0] = row_at[-1]
-    sums_words, max_task = 0, np.int64(0)
+    thread_words, max_task = np.int64(0), np.int64(0)  # of one thread's sums
     for i in range(outputs.size):
         tasks[i] = task_rows(variant, max_tokens, queued[i], threads)
         max_task = max(max_task, tasks[i])
-        sums_words = max(sums_words, threads * (2 if gated and i == 0 else 1) * tasks[i] * ldc)
+        thread_words = max(thread_words, (2 if gated and i == 0 else 1) * tasks[i] * ldc)
+    thread_words = (thread_words + 15) // 16 * 16
     scratch = (scratch_words(variant, max_task) + 15) // 16 * 16
-    x_at = group_offsets(variant, groups, width, (sums_words + 15) // 16 * 16 + threads * scratch)
+    x_at = group_offsets(variant, groups, width, threads * (thread_words + scratch))
     hidden_at = group_offsets(variant, groups, expert_width, x_at[-1])
     needed_words: int = hidden_at[-1]
     if memory.size < needed_words:
         return needed_words
     words, (pack_columns, take_tasks) = memory.ctypes.data, addresses
-    scratch_at = words + 4 * (x_at[0] - threads * scratch)
-    queues = np.zeros(outputs.size, np.int64)
-    done = 0  # elements of y
-    for stage in range(-1, 2 if gated else outputs.size):  # stage -1 packs, and has no rows, tasks or results
-        packing, gate_up, down = stage < 0, activation if stage == 0 else PLAIN, gated and stage == 1
-        matrix = 0 if packing else 2 if down else stage
-        stage_rows, task, queue = queued[matrix], tasks[matrix], queues.ctypes.data + 8 * matrix
-        stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
-        pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if packing or gate_up != PLAIN else tokens
-        result = y[done : done + result_tokens * stage_rows].reshape(result_tokens, stage_rows)
-        done += result.size
-        sums = memory[: threads * pair * task * ldc].reshape(threads, pair, task, ldc)
+    scratch_at = words + 4 * threads * thread_words
+    queues = np.zeros(outputs.size + 1, np.int64)  # the last one: hidden rows that are stored
+    stored_rows = queues.ctypes.data + 8 * outputs.size
+    if tokens == 1:
+        call_pack(pack_columns, (variant, x, groups, words, x_at, 0, 1))
+    for packing in range(1 if tokens > 1 else 0, -1, -1):
         for thread in prange(threads):
             if packing:
                 call_pack(pack_columns, (variant, x, groups, words, x_at, thread, threads))
-            else:
+                continue
+            done = 0  # elements of y
+            for stage in range(2 if gated else outputs.size):
+                gate_up, down = activation if stage == 0 else PLAIN, gated and stage == 1
+                matrix = 2 if down else stage
+                if down:
+                    wait_for_rows(stored_rows, queued[0])
+                task, queue = tasks[matrix], queues.ctypes.data + 8 * matrix
+                stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
+                pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if gate_up != PLAIN else tokens
+                result = y[done : done + result_tokens * queued[matrix]].reshape(result_tokens, queued[matrix])
+                done += result.size
+                sums = memory[thread * thread_words : thread * thread_words + pair * task * ldc]
                 _call_tasks(
                     take_tasks,
                     (
                         *(variant, gate_up, matrices[matrix:], biases[matrix:], stored[matrix:], groups),
                         *(row_at, words, at, hidden_at),
-                        *(expert_width, stage_rows, stage_k, task, queue, independent, threads, sums[thread]),
-                        *(scratch_at + 4 * thread * scratch, result),
+                        *(expert_width, queued[matrix], stage_k, task, queue, stored_rows, independent, threads),
+                        *(sums.reshape(pair, task, ldc), scratch_at + 4 * thread * scratch, result),
                     ),
                 )
     return 0

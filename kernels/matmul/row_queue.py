@@ -14,8 +14,9 @@ from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
 from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, int8_rows, k_blocked, tuned
+from fiddler.kernels.machine.signals import pause
 
-__all__ = ["take_rows", "task_rows"]
+__all__ = ["add_rows", "take_rows", "task_rows", "wait_for_rows"]
 
 _compute_bound_tokens, _memory_bound_rows = tuned("compute_bound_tokens"), tuned("memory_bound_task_rows")
 _task_rows, _tasks_per_thread, _min_rows = tuned("task_rows"), tuned("tasks_per_thread"), tuned("min_task_rows")
@@ -63,12 +64,47 @@ def take_rows(
     return _fetch_add(queue, count), count
 
 
+@njit(**OPTIONS)
+def add_rows(counter: int, rows: int) -> None:
+    """Count rows whose results are in memory, for `wait_for_rows`. counter: address of an int64."""
+    _fetch_add(counter, rows)
+
+
+@njit(**OPTIONS)
+def wait_for_rows(counter: int, rows: int) -> None:
+    """Wait awake until so many rows are counted: those that other threads took and have not ended.
+
+    No thread waits for one that has yet to begin, so a layer of threads may run them one after the other.
+    """
+    tries = 0
+    while _counted(counter) < rows:
+        tries += 1
+        if tries < _TRIES:
+            pause()
+        else:
+            _sched_yield()
+
+
+_TRIES = 1 << 13  # some 0.2 to 0.5 ms, then the core is left to others
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@compiled
+def _counted(_context: Any, counter: Any) -> Any:
+    """The int64 at this address; what was written before it is seen after it."""
+
+    def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        return b.load_atomic(b.inttoptr(arguments[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.intp(types.intp), generate
+
+
 @compiled
 def _fetch_add(_context: Any, counter: Any, amount: Any) -> Any:
-    """Add atomically to the int64 at this address; returns its previous value."""
+    """Add atomically to the int64 at this address, after all that was written before; returns its previous value."""
 
     def generate(_: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
         word = ir.IntType(64)
-        return b.atomic_rmw("add", b.inttoptr(arguments[0], word.as_pointer()), arguments[1], "monotonic")
+        return b.atomic_rmw("add", b.inttoptr(arguments[0], word.as_pointer()), arguments[1], "acq_rel")
 
     return types.intp(types.intp, types.intp), generate

@@ -41,7 +41,7 @@ BIASED["up of many"] = BIASED["up"]
 Q8_0 = {"P": 32, "UNIT": 64}
 LATENT = {"WHOLE": True, "R": 64, "L": 512}
 CASES = {  # name: kernel, types of its arguments in order, constants
-    "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 2048}),
+    "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 4, "K": 512}),
     "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
     "heads": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": True, "K": 128}),
@@ -59,6 +59,7 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     ),
     "largest": (decode_kernels._largest, "ffli", {"K": 4096}),
     "next token": (decode_kernels._next_token, "flllii", {"N": 64}),
+    "from host": (decode_kernels._from_host, "lli", {"K": 512}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),

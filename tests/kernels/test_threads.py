@@ -18,18 +18,26 @@ THREADS = """
 import numpy as np
 from fiddler import kernels
 from fiddler.kernels.machine import threads
+from fiddler.kernels.matmul import products_call
 threads._PARALLEL_FROM = 0
 variant = kernels.KernelVariant(kernels.choose_tier(), "bf16", "bf16")
 rng = np.random.default_rng(0)
 w = rng.integers(0x3C00, 0x3E00, (4, 300, 130)).astype(np.uint16)
 down = rng.integers(0x3C00, 0x3E00, (4, 130, 300)).astype(np.uint16)
-for tokens in (9, 100):  # row kernels, and packed ones
+for tokens, rows in ((1, None), (1, [300, 0, 64, 130]), (9, None), (9, [64, 300, 2, 0]), (100, None)):  # 100: packed
     x = rng.normal(size=(tokens, 130)).astype(np.float32)
-    ids = np.stack([rng.permutation(4)[:2] for _ in range(tokens)])
+    ids = np.stack([rng.permutation(4)[:3] for _ in range(tokens)])
+    rows = None if rows is None else np.array(rows)
+    def compute():
+        return kernels.expert_ffn(x, ids, np.ones((tokens, 3), np.float32), w, w, down, variant, rows).tobytes()
     results = set()
     for count in (1, 2, 3, 7, 16, 33, 64):
         kernels.set_threads(count)
-        results.add(kernels.expert_ffn(x, ids, np.ones((tokens, 2), np.float32), w, w, down, variant).tobytes())
+        results.add(compute())
+    kernels.set_threads(1)
+    products_call.thread_count, counted = (lambda: 5), products_call.thread_count  # one thread has the work of five
+    results.add(compute())
+    products_call.thread_count = counted
     assert len(results) == 1, tokens
 """
 
