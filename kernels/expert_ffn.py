@@ -2,9 +2,9 @@
 
 y[t] = sum over j of routing_weights[t, j] * down_e . (silu(gate_e . x[t]) * (up_e . x[t])),  e = expert_ids[t, j].
 
-Two parallel regions: gate, up and their product; then down and the weighted sum. Each splits the *rows* of every
-selected expert over all threads, so no thread waits for a busier expert. One task computes each output element in one
-order, so the result does not depend on the number of threads.
+One parallel region: gate, up and their product; then, when all of these are there, down and the weighted sum. Each
+splits the *rows* of every selected expert over all threads, so no thread waits for a busier expert. One task computes
+each output element in one order, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
