@@ -47,8 +47,8 @@ def expert_ffn(
     hidden_rows: int64 [E], even numbers, or whole blocks of down: how many of each expert's F hidden rows are computed,
     from the first on, that is, rows of gate and up and columns of down. Another device computes the rest of the sum.
     out: float32 [T, D], written and returned in place of a new array. clamped: the activation is
-    `epilogues.clamped_swiglu`. Biases of `ExpertMatrices` are added to their products, those of down whatever
-    hidden_rows are.
+    `epilogues.clamped_swiglu`. Biases of `ExpertMatrices` are added to their products, those of down unless
+    hidden_rows are 0.
     Raises ValueError when a shape, a data type, the memory order or an expert id does not fit.
     """
     return ExpertFfn(gate, up, down, variant, clamped=clamped)(x, expert_ids, routing_weights, hidden_rows, out)

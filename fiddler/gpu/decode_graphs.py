@@ -1,10 +1,11 @@
 """A decode step of one token on the GPU: replays captured graphs, and computes missing experts on both sides.
 
 Knows which thread does what; not what the graphs hold, nor sampling. The worker thread queues the step's graphs ahead
-of the GPU, with waits between them: for a layer's streamed experts, and for the CPU's sum. Then it waits, awake, for
-each layer's division, in compiled code, and queues the copies of the GPU's part. The caller's thread waits for the
-experts that the router chose, divides the layer, and computes the CPU's part. So between the CPU's products of two
-layers there are a few calls of Python's, and the copies begin while the CPU does.
+of the GPU, with waits in the queue: for a layer's streamed experts, and for the CPU's sum. Between two graphs it waits
+itself, awake, in compiled code, until a layer is divided, and queues the copies of the GPU's part; those of the first
+layer, where they are one chunk, before any other graph. The caller's thread waits for the experts that the router chose,
+divides the layer, and computes the CPU's part. So between the CPU's products of two layers there are a few calls of
+Python's, and the copies begin while the CPU does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["DecodeGraphs", "Graphs"]
 
-_AHEAD = 2  # graphs that are queued before the layers that they follow are divided
+_AHEAD = 2  # graphs that are queued before the second layer's copies, or, in several chunks, before the first one's
 _PAUSE = 8  # steps that are not begun ahead after one that was begun for nothing, as where the likely token is banned
 
 
@@ -149,7 +150,7 @@ class DecodeGraphs:
         self._graphs, self._experts, self._recorder = graphs, orchestrator, recorder
         self.uses_cpu = bool(graphs.breaks)
         """Whether some experts are not resident on the GPU."""
-        self.largest: int | None = None
+        self.largest: np.ndarray | None = None
         """After `logits`, see `StepOutput.largest`; None where the GPU was not asked for it."""
         self._ahead: _Ahead | None = None
         self._position = 0  # of the last step
@@ -203,7 +204,8 @@ class DecodeGraphs:
             for layer, expert_ids in enumerate(self._graphs.chosen_at(self._position)):
                 self._recorder.chosen(layer, expert_ids[None])
         if ahead is not None:
-            ahead.token = self.largest = self._graphs.next_token(self._position)
+            ahead.token = self._graphs.next_token(self._position)
+            self.largest = np.array([ahead.token])
         return logits
 
     def without_logits(self) -> None:
@@ -276,7 +278,7 @@ class DecodeGraphs:
                 if self._orchestrator.cooperative_step.stopping:
                     return
                 graphs.queue(graph)
-                if graph >= _AHEAD + sent:
+                if graph >= _AHEAD:
                     self._send_when_divided(sent)
                     sent += 1
             for graph in range(sent, len(graphs.breaks)):

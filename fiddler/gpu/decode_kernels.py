@@ -2,7 +2,7 @@
 
 Knows tensors and addresses; not the model. Each has a counterpart in plain torch, which the tests compare it with,
 and which runs where Triton cannot (it builds its launcher with the machine's C compiler). No kernel waits for the
-host: each reads its varying inputs on the device, so that a captured graph can be replayed.
+host, and each reads its varying inputs from memory, so that a captured graph can be replayed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,8 +159,7 @@ class GpuRunner(PagedRunner):
             row = self._decoder.logits() if logits else None
             if row is None:
                 self._decoder.without_logits()
-            largest = self._decoder.largest
-            output = StepOutput(self._decoder.hidden, row, None if largest is None else np.array([largest]))
+            output = StepOutput(self._decoder.hidden, row, self._decoder.largest)
         sequence.advance(1)
         return output
 

@@ -11,13 +11,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["SIGNAL_STRIDE", "is_at", "pause", "set_signal", "signal", "wait_for"]
+__all__ = ["SIGNAL_STRIDE", "TRIES", "is_at", "pause", "set_signal", "signal", "wait_for"]
 
 SIGNAL_STRIDE = 16
 """uint32s from one signal to the next: each has a cache line of its own."""
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
-_TRIES = 1 << (13 if _X86 else 18)  # some 0.2 to 0.5 ms: `pause` takes 20 to 50 ns, less before Skylake
+TRIES = 1 << (13 if _X86 else 18)
+"""Turns of a loop that waits awake with `pause`, some 0.2 to 0.5 ms: it takes 20 to 50 ns, less before Skylake."""
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "no_cfunc_wrapper": True}
 
 
@@ -81,7 +82,7 @@ def is_at(signals: np.ndarray, index: int, number: int) -> bool:
 @njit(**_OPTIONS)
 def wait_for(signals: np.ndarray, index: int, number: int) -> bool:
     """Wait awake until a signal is `number` or later; False if it is not after some 0.5 ms."""
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         if is_at(signals, index, number):
             return True
         pause()

@@ -30,6 +30,7 @@ from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
 from fiddler.kernels.formats import BLOCK_FORMATS
 from fiddler.kernels.formats.block_format import GROUP, Block, BlockFormat, picked
 from fiddler.kernels.matmul.dot_tiles import LINE
+from fiddler.kernels.matmul.read_ahead import read_ahead
 
 __all__ = ["block_tile", "block_tokens"]
 
@@ -99,21 +100,15 @@ def _generate_rows(b: ir.IRBuilder, kind: KernelVariant, tokens: int, arguments:
     count = b.sdiv(k, ir.Constant(I64, blocks.block_length))
     unroll = max(1, 128 // blocks.block_length)
     whole = b.and_(count, ir.Constant(I64, -unroll))
-    # rows may be longer than what is read of them, which is then followed by the beginning of a later row
     block_bytes = ir.Constant(I64, blocks.block_bytes)
-    read = b.mul(b.select(b.icmp_signed(">", count, zero), count, ir.Constant(I64, 1)), block_bytes)
-    rows_on, in_row = b.sdiv(prefetch_distance, read), b.srem(prefetch_distance, read)
-    ahead_in_row = b.add(b.mul(rows_on, row_bytes), in_row)
-    ahead_beyond = b.add(ahead_in_row, b.sub(row_bytes, read))
-    wraps_at = b.sub(read, in_row)
+    later = read_ahead(b, prefetch_distance, b.mul(count, block_bytes), row_bytes)
 
     def one_row(r: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         row = b.add(w, b.mul(r, row_bytes))
 
         def several(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             at = b.mul(i, block_bytes)
-            distance = b.select(b.icmp_signed("<", at, wraps_at), ahead_in_row, ahead_beyond)
-            ahead = b.add(b.add(row, at), distance)
+            ahead = b.add(b.add(row, at), later.at(b, at))
             for line in range(0, unroll * blocks.block_bytes, LINE):
                 prefetch(b, address(b, ahead, ir.Constant(I64, line), 1), kind.tuning.weights_prefetch_level)
             for u in range(unroll):

@@ -30,6 +30,7 @@ from fiddler.kernels.codegen.llvm import (
 from fiddler.kernels.codegen.variant import KernelVariant, compiled, constant_of
 from fiddler.kernels.formats import plain_format_of
 from fiddler.kernels.formats.half import BF16, halves
+from fiddler.kernels.matmul.read_ahead import read_ahead
 
 __all__ = ["LINE", "dot_tile", "dot_tokens"]
 
@@ -159,13 +160,12 @@ def _generate_tile(
     column = [b.add(x, b.mul(ldx, ir.Constant(I64, x_width * m))) for m in range(M)]
     bytes_of_row, last = b.mul(ldw, ir.Constant(I64, w_width)), b.sub(rows, ir.Constant(I64, 1))
     zero = ir.Constant(I64, 0)
-    whole = b.sub(K, b.srem(K, ir.Constant(I64, step * unroll)))
-    read = b.mul(b.select(b.icmp_signed(">", K, zero), K, ir.Constant(I64, 1)), ir.Constant(I64, w_width))  # of a row
-    distance = b.sdiv(prefetch_distance, ir.Constant(I64, R))
-    groups_on, in_row = b.sdiv(distance, read), b.srem(distance, read)
-    distance_in_row = b.add(b.mul(b.mul(groups_on, bytes_of_row), ir.Constant(I64, R)), in_row)
-    wrap_k = b.sub(K, b.sdiv(in_row, ir.Constant(I64, w_width)))  # from here on it falls in R rows further on
-    distance_beyond_row = b.add(b.sub(distance_in_row, read), b.mul(bytes_of_row, ir.Constant(I64, R)))
+    whole, vectors = (b.sub(K, b.srem(K, ir.Constant(I64, count))) for count in (step * unroll, step))
+    side_by_side = ir.Constant(I64, R)
+    later = read_ahead(
+        *(b, b.sdiv(prefetch_distance, side_by_side), b.mul(K, ir.Constant(I64, w_width))),
+        b.mul(bytes_of_row, side_by_side),
+    )
 
     def operands(base: ir.Value, k: ir.Value, width: int, half: int) -> ir.Value:
         pointer = address(b, base, k, width)
@@ -203,9 +203,7 @@ def _generate_tile(
 
         def unrolled(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             sums = list(sums)
-            distance = (
-                zero if blocked else b.select(b.icmp_signed("<", k, wrap_k), distance_in_row, distance_beyond_row)
-            )
+            distance = zero if blocked else later.at(b, b.mul(k, ir.Constant(I64, w_width)))
             for u in range(unroll):
                 at = b.add(k, ir.Constant(I64, u * step))
                 if w_width * u * step % LINE == 0:
@@ -215,8 +213,13 @@ def _generate_tile(
                 sums[now] = products(row, at, sums[now])
             return sums
 
+        def one_vector(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            return [*products(row, k, sums[: R * M]), *sums[R * M :]]
+
         sums = [ir.Constant(floats, [0.0] * lanes)] * (R * M * chains)
         k, sums = loop(b, "whole", zero, whole, step * unroll, sums, unrolled)
+        if unroll > 1:
+            k, sums = loop(b, "vectors", k, vectors, step, sums, one_vector)
         totals = [horizontal_sum(b, reduce(b.fadd, sums[i :: R * M])) for i in range(R * M)]
 
         def tail(k: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:

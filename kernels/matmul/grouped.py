@@ -220,7 +220,7 @@ def grouped_products(
 
     With an activation, three matrices: y [T, outputs[2]] = sum over j of routing_weights[t, j] * third . (silu(first .
     x) * (second . x)), of expert_ids[t, j], over the first `hidden` [E] hidden rows of each expert; other activations:
-    see `epilogues`. A bias of the third is added whatever `hidden` is. Without (PLAIN), for every matrix, one after the
+    see `epilogues`. A bias of the third is added unless `hidden` is 0. Without (PLAIN), for every matrix, one after the
     other, y [T, outputs] = sum over j of routing_weights[t, j] * matrix . x[t], over the first `hidden` elements. `y`
     is flat. Returns 0, or, without computing, the words that the workspace `memory` needs, or -1 if an expert id is out
     of the range of `hidden`. `threads` threads share the weight rows. addresses: `addresses(variant)`.
@@ -258,8 +258,8 @@ def grouped_products(
         return needed_words
     words, (pack_columns, take_tasks) = memory.ctypes.data, addresses
     scratch_at = words + 4 * threads * thread_words
-    queues = np.zeros(outputs.size + 1, np.int64)  # the last one: hidden rows that are stored
-    stored_rows = queues.ctypes.data + 8 * outputs.size
+    queues = np.zeros(8 * (outputs.size + 1), np.int64)  # a cache line each; the last: hidden rows that are stored
+    stored_rows = queues.ctypes.data + 64 * outputs.size
     if tokens == 1:
         call_pack(pack_columns, (variant, x, groups, words, x_at, 0, 1))
     for packing in range(1 if tokens > 1 else 0, -1, -1):
@@ -273,7 +273,7 @@ def grouped_products(
                 matrix = 2 if down else stage
                 if down:
                     wait_for_rows(stored_rows, queued[0])
-                task, queue = tasks[matrix], queues.ctypes.data + 8 * matrix
+                task, queue = tasks[matrix], queues.ctypes.data + 64 * matrix
                 stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
                 pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if gate_up != PLAIN else tokens
                 result = y[done : done + result_tokens * queued[matrix]].reshape(result_tokens, queued[matrix])

@@ -14,7 +14,7 @@ from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
 from fiddler.kernels.codegen.variant import KernelVariant, amx, bf16_pairs, compiled, int8_rows, k_blocked, tuned
-from fiddler.kernels.machine.signals import pause
+from fiddler.kernels.machine.signals import TRIES, pause
 
 __all__ = ["add_rows", "take_rows", "task_rows", "wait_for_rows"]
 
@@ -72,20 +72,19 @@ def add_rows(counter: int, rows: int) -> None:
 
 @njit(**OPTIONS)
 def wait_for_rows(counter: int, rows: int) -> None:
-    """Wait awake until so many rows are counted: those that other threads took and have not ended.
+    """Wait until so many rows are counted: those that other threads took and have not ended; at first awake.
 
     No thread waits for one that has yet to begin, so a layer of threads may run them one after the other.
     """
     tries = 0
     while _counted(counter) < rows:
         tries += 1
-        if tries < _TRIES:
+        if tries < TRIES:
             pause()
         else:
             _sched_yield()
 
 
-_TRIES = 1 << 13  # some 0.2 to 0.5 ms, then the core is left to others
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 

@@ -47,8 +47,8 @@ def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(l
 
 
 def test_the_caller_sends_what_the_worker_thread_is_too_busy_for():
-    """The worker thread still queues graphs when the first layer is divided."""
-    decoder, graphs, experts = decode()
+    """The worker thread still queues graphs when the first layer is divided, whose copies are several chunks."""
+    decoder, graphs, experts = decode(rows=64)
     graphs.slow = 2 * MS
     for token in range(10):
         decoder.step(token, token, TABLE)
@@ -195,11 +195,12 @@ def steps(decoder, token, count=24):
         token = likely_after(token)
 
 
-@pytest.mark.parametrize("costs", [COSTS, STREAM], ids=["both sides", "streamed in chunks"])
-def test_a_step_broken_off_at_any_call_leaves_nothing_that_waits(monkeypatch, costs):
+@pytest.mark.parametrize("rows", [64, 256], ids=["in chunks", "in one chunk"])
+@pytest.mark.parametrize("costs", [COSTS, STREAM], ids=["both sides", "streamed"])
+def test_a_step_broken_off_at_any_call_leaves_nothing_that_waits(monkeypatch, costs, rows):
     """By the caller, as by Ctrl-C, or on the worker thread."""
-    decoder, graphs, experts = decode(rows=64, costs=costs)
-    assert len(graphs.jobs) > 1
+    decoder, graphs, experts = decode(rows=rows, costs=costs)
+    assert (len(graphs.jobs) > 1) == (rows < 256)
     numbers = random.Random(0)
     for token in range(100):
         left = numbers.randrange(LAYERS + 1)

@@ -42,6 +42,7 @@ Q8_0 = {"P": 32, "UNIT": 64}
 LATENT = {"WHOLE": True, "R": 64, "L": 512}
 CASES = {  # name: kernel, types of its arguments in order, constants
     "gemv": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 4, "K": 512}),
+    "gemv of few rows": (decode_kernels._gemv, "fbffii", {"ONTO": True, "ROUNDED": True, "R": 1, "K": 1024}),
     "gemv per head": (decode_kernels._gemv_per_head, "fbfiiiii", {"w_column": 1, "R": 4, "K": 512}),
     "norm": (decode_kernels._norm, "fffis", {"K": 4096}),
     "heads": (decode_kernels._heads, "ffffffiiiiiiiis", {"NORM": True, "K": 128}),
