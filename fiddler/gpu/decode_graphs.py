@@ -3,9 +3,9 @@
 Knows which thread does what; not what the graphs hold, nor sampling. The worker thread queues the step's graphs ahead
 of the GPU, with waits in the queue: for a layer's streamed experts, and for the CPU's sum. Between two graphs it waits
 itself, awake, in compiled code, until a layer is divided, and queues the copies of the GPU's part; those of the first
-layer, where they are one chunk, before any other graph. The caller's thread waits for the experts that the router chose,
-divides the layer, and computes the CPU's part. So between the CPU's products of two layers there are a few calls of
-Python's, and the copies begin while the CPU does.
+layer, where they are one chunk, before any other graph. The caller's thread waits for the experts that the router
+chose, divides the layer, and computes the CPU's part. So between the CPU's products of two layers there are a few calls
+of Python's, and the copies begin while the CPU does.
 """
 
 from __future__ import annotations

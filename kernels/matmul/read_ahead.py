@@ -10,6 +10,8 @@ from fiddler.kernels.codegen.llvm import I64
 
 __all__ = ["ReadAhead", "read_ahead"]
 
+_MOST_ROWS = 8  # ahead: each lies in a page of its own, and with 24 of them Q4_K reads at 0.7 of the speed (Zen 5)
+
 
 class ReadAhead(NamedTuple):
     """Distances in bytes, int64."""
@@ -25,12 +27,13 @@ class ReadAhead(NamedTuple):
 
 
 def read_ahead(b: ir.IRBuilder, distance: ir.Value, read: ir.Value, apart: ir.Value) -> ReadAhead:
-    """Where the weights lie that are read `distance` bytes later, not counting those that are skipped.
+    """Where the weights lie that are read `distance` bytes later, not counting what is skipped; at most 8 rows on.
 
     read: the first bytes of each row that are read; the next row begins `apart` bytes after it, or later ones do where
     several rows are read side by side. Rows are longer than `read` where another device has the rest of an expert.
     """
     read = b.select(b.icmp_signed(">", read, ir.Constant(I64, 0)), read, ir.Constant(I64, 1))
     rows_on, in_row = b.sdiv(distance, read), b.srem(distance, read)
-    near = b.add(b.mul(rows_on, apart), in_row)
+    most = ir.Constant(I64, _MOST_ROWS)
+    near = b.add(b.mul(b.select(b.icmp_signed("<", rows_on, most), rows_on, most), apart), in_row)
     return ReadAhead(b.sub(read, in_row), near, b.add(near, b.sub(apart, read)))
