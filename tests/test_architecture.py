@@ -73,7 +73,8 @@ ONLY_IN = {
     "triton": "gpu.attention_kernels gpu.block_expert_kernels gpu.block_gemv gpu.decode_kernels gpu.expert_kernels"
     " gpu.int8_activations gpu.int8_expert_kernels gpu.int8_gemv gpu.kv_kernels gpu.kv_rows gpu.latent_kernels"
     " gpu.router_kernels kernels.formats.triton_loads kernels.formats.triton_words offload.activation_kernels"
-    " offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels offload.grouped_kernels "
+    " offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels offload.grouped_kernels"
+    " offload.host_read_kernels "
     + " ".join(f"kernels.formats.{path.stem}" for path in ROOT.glob("kernels/formats/*_triton.py")),
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "from_host",
     "gather",
     "gemv",
     "gemv_per_head",
@@ -214,18 +213,6 @@ def next_token(logits: Tensor, token: Tensor, host: Tensor) -> None:
     ids = torch.empty(blocks, dtype=torch.int64, device=logits.device)
     _largest[(blocks,)](logits, values, ids, size, 4096, num_warps=8)
     _next_token[(1,)](values, ids, token, host, blocks, size, triton.next_power_of_2(blocks), num_warps=1)
-
-
-@triton.jit
-def _from_host(host, numbers, size, K: tl.constexpr):
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    tl.store(numbers + k, tl.load(host + k, mask=k < size, other=0), mask=k < size)
-
-
-def from_host(host: Tensor, numbers: Tensor) -> None:
-    """Copy host int64, pinned memory, to `numbers`: replayed in less time than the driver takes to queue a copy."""
-    size = numbers.numel()
-    _from_host[(triton.cdiv(size, 512),)](host, numbers, size, 512, num_warps=4)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from fiddler.gpu.host_logits import HostLogits
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.kernels.one_token import Signal
 from fiddler.models.transformer import Transformer
+from fiddler.offload.host_read_kernels import numbers_from_host
 from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.token_signals import TokenSignals
@@ -56,9 +57,8 @@ class CapturedGraphs:
         self._layers = () if orchestrator is None else orchestrator.layers  # those with experts
         self._k = config.expert_used_count
         width = config.embedding_length
-        numbers = 2 + blocks_for(len(cos_sin))  # token id, position, block table
-        self._host_numbers = torch.zeros(numbers, dtype=torch.int64, pin_memory=True)
-        self._host_token, self._token = self._host_numbers.numpy(), torch.zeros_like(self._host_numbers, device=device)
+        zeros = partial(torch.zeros, 2 + blocks_for(len(cos_sin)), dtype=torch.int64)  # token id, position, block table
+        self._host_token, self._token = zeros(pin_memory=True).numpy(), zeros(device=device)
         self._cache = DecodeCache(pool, self._token[1:], cos_sin, config)
         self._host_inputs = torch.zeros(width + 2 * self._k, pin_memory=True)  # a layer's x [D], ids [K], weights [K]
         self._streamed_inputs = torch.zeros(width + self._k, device=device)  # x and weights, for streamed experts
@@ -229,7 +229,7 @@ class CapturedGraphs:
                 token = self._orchestrator.bind_token(*bound, signals)
                 inputs = self._streamed_inputs, self._y
                 self._streamed = StreamedExperts(self._orchestrator, token, signals, *inputs, self._recorder)
-            decode_kernels.from_host(self._host_numbers, self._token)
+            numbers_from_host(self._host_token.ctypes.data, self._token)
             self._run(0, None, self._y)
             for layer in self.breaks[:1]:
                 self._run(layer + 1, None, self._run(layer, layer, self._y))
@@ -242,7 +242,7 @@ class CapturedGraphs:
             if self._streamed is not None:  # in a pool of their own: they run while the others' results are in use
                 self._streamed.capture(partial(captured, expert_pool))
             with captured(pool) as self._take_token:
-                decode_kernels.from_host(self._host_numbers, self._token)
+                numbers_from_host(self._host_token.ctypes.data, self._token)
             begin, state = 0, self._y
             for end in [*self.breaks, None]:
                 with captured(pool) as graph:

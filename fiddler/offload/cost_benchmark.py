@@ -123,7 +123,7 @@ def measure(
         expert_bytes,
         _TOKENS,
         tuple(cpu for cpu, _, _ in points),
-        tuple(min(cpu, alone) for cpu, _, alone in points),  # others may have disturbed it
+        tuple(alone for _, _, alone in points),
         sides.cpu_split(),
         _GPU_TOKENS,
         tuple(sides.gpu(tokens) for tokens in _GPU_TOKENS),

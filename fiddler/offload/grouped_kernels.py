@@ -22,11 +22,11 @@ from fiddler.offload.expert_biases import JobBiases
 from fiddler.offload.expert_decode_kernels import WEIGHT_TYPES, decoded, parts_in
 from fiddler.offload.feed_forward import Job
 from fiddler.offload.grouped_block_kernels import down_blocks, up_blocks
+from fiddler.offload.host_read_kernels import add_from_host, numbers_from_host
 
 __all__ = ["Grouped"]
 
 _NUMBERS = 1 << 19  # of job lists that the GPU may not have read yet
-_FETCH = 512  # numbers that a program reads
 
 
 @triton.jit
@@ -124,15 +124,6 @@ def _down(
     routing_weight = tl.load(routing_weights + m, mask=valid, other=0.0)
     target = y + t[:, None] * width + n[None, :]
     tl.atomic_add(target, total * routing_weight[:, None], mask=valid[:, None] & (n < width)[None, :], sem="relaxed")
-
-
-@triton.jit
-def _fetch(source, target, count, kind: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr):
-    at = tl.program_id(0) * N + tl.arange(0, N)
-    values = tl.load(source.to(tl.pointer_type(kind)) + at, mask=at < count, other=0)
-    if ADD:
-        values += tl.load(target + at, mask=at < count, other=0)
-    tl.store(target + at, values, mask=at < count)
 
 
 class _Launch(NamedTuple):
@@ -233,8 +224,7 @@ class Grouped:
 
     def add_from_host(self, into: Tensor, pinned: Tensor) -> None:
         """Add pinned float32 numbers to `into`, of the same shape."""
-        count = into.numel()
-        _fetch[(triton.cdiv(count, 4096),)](pinned.data_ptr(), into, count, tl.float32, True, 4096, num_warps=8)
+        add_from_host(pinned, into)
 
     def _run(
         self,
@@ -279,9 +269,7 @@ class Grouped:
         self._next = -(-(begin + count) // 16) * 16  # kernels know of each list that it begins at such an address
         self._host_numbers[begin : begin + count] = numbers
         device_list = self._device_lists[begin : begin + count]
-        source = self._host_lists.data_ptr() + 8 * begin
-        programs = (triton.cdiv(count, _FETCH),)
-        _fetch[programs](source, device_list, count, tl.int64, False, _FETCH, num_warps=4)
+        numbers_from_host(self._host_lists.data_ptr() + 8 * begin, device_list)
         return device_list
 
 

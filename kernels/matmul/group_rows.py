@@ -8,13 +8,13 @@ from numba import njit
 from fiddler.kernels.codegen.jit import OPTIONS
 from fiddler.kernels.matmul.packing import Groups
 
-__all__ = ["next_offset", "one_after_the_other", "rows_in"]
+__all__ = ["next_offset", "queue_offsets", "rows_in"]
 
 _STEP = 32  # a group's rows begin at a multiple in the queue, so that tasks begin at whole groups of int8 activations
 
 
 @njit(**OPTIONS)
-def one_after_the_other(groups: Groups, apart: bool) -> np.ndarray:
+def queue_offsets(groups: Groups, apart: bool) -> np.ndarray:
     """Where in the queue each group's rows begin, and where the last one's end: int64 [G + 1].
 
     apart: the groups' hidden rows lie in the queue one after the other, so the last tasks are some rows of one expert,
@@ -32,7 +32,7 @@ def one_after_the_other(groups: Groups, apart: bool) -> np.ndarray:
 def rows_in(groups: Groups, row_at: np.ndarray, g: int, begin: int, count: int) -> tuple[int, int]:
     """The first hidden row of group g in the queue's rows [begin, begin + count), and how many there are, 0 or less.
 
-    row_at: see `one_after_the_other`.
+    row_at: see `queue_offsets`.
     """
     first = max(begin - row_at[g], 0)
     return first, min(begin + count - row_at[g], groups.hidden[g]) - first

@@ -28,7 +28,7 @@ from fiddler.kernels.matmul.epilogues import (
     store_hidden,
     swiglu,
 )
-from fiddler.kernels.matmul.group_rows import next_offset, one_after_the_other, rows_in
+from fiddler.kernels.matmul.group_rows import next_offset, queue_offsets, rows_in
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import add_rows, take_rows, task_rows, wait_for_rows
 
@@ -241,7 +241,7 @@ def grouped_products(
         max_tokens, independent = max(max_tokens, first[g + 1] - first[g]), independent and not groups.packed[g]
     # a row of sums is a vector longer than needed: rows a power of two apart would compete for the same cache sets
     ldc = (max_tokens + 15) // 16 * 16 + 16
-    row_at, queued, tasks = one_after_the_other(groups, gated and independent), outputs.copy(), outputs.copy()
+    row_at, queued, tasks = queue_offsets(groups, gated and independent), outputs.copy(), outputs.copy()
     if gated and independent:
         queued[0] = row_at[-1]
     thread_words, max_task = np.int64(0), np.int64(0)  # of one thread's sums
@@ -260,7 +260,7 @@ def grouped_products(
     scratch_at = words + 4 * threads * thread_words
     queues = np.zeros(8 * (outputs.size + 1), np.int64)  # a cache line each; the last: hidden rows that are stored
     stored_rows = queues.ctypes.data + 64 * outputs.size
-    if tokens == 1:
+    if tokens == 1:  # a parallel loop takes several times as long as packing one
         call_pack(pack_columns, (variant, x, groups, words, x_at, 0, 1))
     for packing in range(1 if tokens > 1 else 0, -1, -1):
         for thread in prange(threads):

@@ -30,7 +30,13 @@ from fiddler.gpu import (  # noqa: E402
 )
 from fiddler.kernels.formats import BLOCK_FORMATS, GPU_FORMATS  # noqa: E402
 from fiddler.kernels.formats.triton_decoders import DECODERS, DOTS  # noqa: E402
-from fiddler.offload import block_kernels, expert_decode_kernels, grouped_block_kernels, grouped_kernels  # noqa: E402
+from fiddler.offload import (  # noqa: E402
+    block_kernels,
+    expert_decode_kernels,
+    grouped_block_kernels,
+    grouped_kernels,
+    host_read_kernels,
+)
 
 KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i": "i32", "n": "i64", "s": "fp32"}
 PAGED = {"P": 32, "UNIT": 32}
@@ -60,7 +66,6 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     ),
     "largest": (decode_kernels._largest, "ffli", {"K": 4096}),
     "next token": (decode_kernels._next_token, "flllii", {"N": 64}),
-    "from host": (decode_kernels._from_host, "lli", {"K": 512}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
@@ -142,8 +147,8 @@ CASES = {  # name: kernel, types of its arguments in order, constants
         {"W": tl.bfloat16, "EVEN": True, "M": 128, "N": 128, "K": 64} | PLAIN,
     ),
     "down of many": (grouped_kernels._down, "blfllfiii", {"W": tl.bfloat16, "EVEN": True, "M": 16, "N": 128, "K": 64}),
-    "add": (grouped_kernels._fetch, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
-    "fetch": (grouped_kernels._fetch, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
+    "add from host": (host_read_kernels._read, "nfi", {"kind": tl.float32, "ADD": True, "N": 4096}),
+    "numbers from host": (host_read_kernels._read, "nli", {"kind": tl.int64, "ADD": False, "N": 512}),
 }
 SWITCHES = ("SIGMOID", "RENORMALISE", "BIASED", "SELECTION")
 NO_GROUPS = {"G": 1, "GROUPS": 1, "USED": 1, "TWO": False}

@@ -223,11 +223,11 @@ def test_the_next_token_is_numpys_first_largest(size):
 @GPU
 @pytest.mark.parametrize("size", [2, 511, 513, 8194])
 def test_a_steps_numbers_come_from_pinned_memory(size):
-    from fiddler.gpu import decode_kernels
+    from fiddler.offload.host_read_kernels import numbers_from_host
 
     host = torch.randint(-(1 << 62), 1 << 62, (size,)).pin_memory()
     numbers = torch.zeros(size + 1, dtype=torch.int64, device="cuda")
-    decode_kernels.from_host(host, numbers[:-1])
+    numbers_from_host(host.data_ptr(), numbers[:-1])
     assert torch.equal(numbers.cpu(), torch.cat([host, torch.zeros(1, dtype=torch.int64)]))
 
 
