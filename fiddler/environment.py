@@ -74,6 +74,7 @@ def _is_number(value: str) -> bool:
 _POSITIVE: _Rule = (_whole(1), "a number from 1")
 _BOOLEAN: _Rule = (_like("true|false"), "true or false")
 _RULES: Mapping[str, _Rule] = {
+    "FIDDLER_STREAM_WAITS": (lambda value: value in ("0", "1"), "1 or 0"),
     "NUMBA_DISABLE_JIT": (lambda value: bool(_ZERO.fullmatch(value)), "0: kernels are compiled"),
     "NUMBA_NUM_THREADS": _POSITIVE,
     "NUMBA_THREADING_LAYER": (lambda value: value.lower() in _LAYERS, f"one of {', '.join(_LAYERS)}"),

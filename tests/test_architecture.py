@@ -62,7 +62,8 @@ ONLY_IN = {
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
     "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"
-    " gpu.latent_kernels gpu.step offload runtime sampling text.vocabulary device.semaphore device.weight_copy",
+    " gpu.graphs gpu.latent_kernels gpu.step gpu.step_inputs gpu.streamed_experts offload runtime sampling"
+    " text.vocabulary device.semaphore device.weight_copy",
     "prometheus-client": "serving.http.metrics cli.serve",  # the command asks whether it is installed
     "sentencepiece": "text.spm",
     "starlette": "serving.http cli.serve",
@@ -72,9 +73,9 @@ ONLY_IN = {
     "tqdm": "cli",
     "triton": "gpu.attention_kernels gpu.block_expert_kernels gpu.block_gemv gpu.decode_kernels gpu.expert_kernels"
     " gpu.int8_activations gpu.int8_expert_kernels gpu.int8_gemv gpu.kv_kernels gpu.kv_rows gpu.latent_kernels"
-    " gpu.router_kernels kernels.formats.triton_loads kernels.formats.triton_words offload.activation_kernels"
-    " offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels offload.grouped_kernels"
-    " offload.host_read_kernels "
+    " gpu.router_kernels gpu.signal_kernels kernels.formats.triton_loads kernels.formats.triton_words"
+    " offload.activation_kernels offload.block_kernels offload.expert_decode_kernels offload.grouped_block_kernels"
+    " offload.grouped_kernels offload.host_read_kernels "
     + " ".join(f"kernels.formats.{path.stem}" for path in ROOT.glob("kernels/formats/*_triton.py")),
     "typer": "cli",
     "uvicorn": "serving.http.run cli.serve",

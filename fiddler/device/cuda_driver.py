@@ -19,6 +19,7 @@ __all__ = [
     "copy_rows_to_device",
     "copy_to_device",
     "copy_to_host",
+    "ends_long_kernels",
     "pin",
     "start",
     "unpin",
@@ -29,6 +30,7 @@ __all__ = [
 
 _READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY: the driver pins a read-only, shared mapping only with this flag
 _HOST, _DEVICE = 1, 2  # CUmemorytype
+_KERNEL_TIME_LIMIT = 17  # CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT
 
 
 class _NvmlMemory(ctypes.Structure):
@@ -73,6 +75,14 @@ def start() -> None:
         or library.cuCtxSetCurrent(context)
     ):
         raise ResourceError("the GPU does not start")
+
+
+def ends_long_kernels(device: int) -> bool:
+    """Whether the driver ends kernels of a GPU that take seconds, as where it drives a display. device: from 0 on."""
+    limited = c_int()
+    if _driver().cuDeviceGetAttribute(byref(limited), _KERNEL_TIME_LIMIT, device):
+        return True
+    return bool(limited.value)
 
 
 def pin(address: int, nbytes: int) -> bool:

@@ -1,127 +1,30 @@
 """A decode step of one token on the GPU: replays captured graphs, and computes missing experts on both sides.
 
 Knows which thread does what; not what the graphs hold, nor sampling. The worker thread queues the step's graphs ahead
-of the GPU, with waits in the queue: for a layer's streamed experts, and for the CPU's sum. Between two graphs it waits
-itself, awake, in compiled code, until a layer is divided, and queues the copies of the GPU's part; those of the first
-layer, where they are one chunk, before any other graph. The caller's thread waits for the experts that the router
-chose, divides the layer, and computes the CPU's part. So between the CPU's products of two layers there are a few calls
-of Python's, and the copies begin while the CPU does.
+of the GPU, which waits within them for a layer's streamed experts, and for the CPU's sum. Between two graphs it waits
+itself, awake, in compiled code, until a layer is divided, and queues the copies of the GPU's part. The caller's thread
+waits for the experts that the router chose, divides the layer, and computes the CPU's part. So between the CPU's
+products of two layers there are a few calls of Python's, and the copies begin while the CPU does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from fiddler.gpu.graphs import Graphs
 from fiddler.offload.one_token import TokenPlan
 from fiddler.offload.orchestrator import CpuPart, Orchestrator
 from fiddler.offload.worker_thread import Task
 from fiddler.telemetry.recorder import Recorder
 
-__all__ = ["DecodeGraphs", "Graphs"]
+__all__ = ["DecodeGraphs"]
 
-_AHEAD = 2  # graphs that are queued before the second layer's copies, or, in several chunks, before the first one's
+_LEFT = 1  # layers of the graphs that are queued whose copies may not be, when the next graph is queued
 _PAUSE = 8  # steps that are not begun ahead after one that was begun for nothing, as where the likely token is banned
-
-
-class Graphs(Protocol):
-    """A decode step's graphs: see `graph_capture.CapturedGraphs`."""
-
-    @property
-    def breaks(self) -> Sequence[int]:
-        """The layers after which a graph ends, except the last graph: some of their experts are missing."""
-        ...
-
-    @property
-    def hidden(self) -> Tensor:
-        """The step's hidden state [1, D], on the GPU."""
-        ...
-
-    # these four stay where they are, and are bound by `Orchestrator.bind_token`
-    x: np.ndarray  # float32 [1, D], of a layer whose graph has ended
-    expert_ids: np.ndarray  # float32 [1, K]
-    routing_weights: np.ndarray  # float32 [1, K]
-    cpu_sum: np.ndarray  # float32 [1, D], the CPU's sum of a layer, which the next graph reads
-
-    def begin(self, token: int, position: int, table: np.ndarray) -> None:
-        """Queue the first graph. table: int64, the sequence's blocks, as `offsets` of their pool."""
-        ...
-
-    def begin_ahead(self, position: int, table: np.ndarray) -> None:
-        """Queue the first graph for the token that the last step's largest logit will choose, at the next `position`.
-
-        On the worker thread where there are breaks; that step begins with `take_ahead`, or `begin` leaves it out.
-        """
-        ...
-
-    def take_ahead(self) -> None:
-        """Go on with the step with breaks that `begin_ahead` queued, as after `begin`."""
-        ...
-
-    def number(self, graph: int) -> int:
-        """The number of the layer that ends a graph of this step, for the signals."""
-        ...
-
-    def queue(self, graph: int) -> None:
-        """Queue the experts of the layer that ended the graph before, with waits for copies and sums, and this graph.
-
-        On the worker thread, in order; the first graph is queued by `begin`.
-        """
-        ...
-
-    def send(self, layer: int, number: int, plan: TokenPlan) -> None:
-        """Queue the copies of the layer that was divided last. On the caller's thread, see `OneToken.split`."""
-        ...
-
-    def send_when_divided(self, graph: int) -> bool:
-        """Queue the copies of the layer that ends this graph once it is divided, unless they are queued.
-
-        On the worker thread. False where it was not divided for half a millisecond.
-        """
-        ...
-
-    def open(self, graph: int) -> None:
-        """Tell the GPU that `cpu_sum` is that of the layer that ends this graph."""
-        ...
-
-    def streamed(self, graph: int) -> bool:
-        """Whether the streamed experts of the layer that ends this graph are computed already."""
-        ...
-
-    def stop(self) -> None:
-        """Let each wait in compiled code end: the step fails."""
-        ...
-
-    def end(self) -> None:
-        """Say that every layer of this step has its sum."""
-        ...
-
-    def check(self) -> None:
-        """Raise the error of the GPU's that would make `split_token` wait forever, if there is one."""
-        ...
-
-    def logits(self, ahead: int = 0) -> Tensor:
-        """Logits [1, V], on the CPU, of the step that was begun last, or `ahead` 1 before it. Waits for them."""
-        ...
-
-    def next_token(self, position: int) -> int:
-        """The token of the largest logit after `position`, after which `begin_ahead` was called; waits for it.
-
-        That step begins with this token. -1 where not all logits are finite. Call it after `logits`.
-        """
-        ...
-
-    def chosen_at(self, position: int) -> Tensor:
-        """The experts that the routers chose at a position, one of the last two: int64 [L, K], on the CPU.
-
-        Those of layers with routed experts. Call it after `logits`.
-        """
-        ...
 
 
 class _Ahead:
@@ -227,10 +130,10 @@ class DecodeGraphs:
         """
         first = self._divide(0, None) if arrived and self._in_one_chunk else None
         queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
-        for graph in range(len(self._graphs.breaks)):
-            plan, part = first or self._divide(graph, queueing)
+        for index in range(len(self._graphs.breaks)):
+            plan, part = first or self._divide(index, queueing)
             first = None
-            self._compute(graph, plan, part)
+            self._compute(index, plan, part)
         queueing.wait()
         self._graphs.end()
 
@@ -239,10 +142,10 @@ class DecodeGraphs:
         """Whether a layer's copies wait for no products of the GPU, which are queued after them."""
         return self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
 
-    def _divide(self, graph: int, queueing: Task | None) -> tuple[TokenPlan, CpuPart]:
-        """Divide the layer that ends this graph, once it has; raises the error of `queueing` if that fails before."""
+    def _divide(self, index: int, queueing: Task | None) -> tuple[TokenPlan, CpuPart]:
+        """Divide the layer `breaks[index]` as soon as its inputs are there; raises the error of `queueing`, if any."""
         graphs, orchestrator = self._graphs, self._orchestrator
-        layer, number = graphs.breaks[graph], graphs.number(graph)
+        layer, number = graphs.breaks[index], graphs.number(index)
         with self._recorder.span("wait", 0):
             while (split := orchestrator.split_token(layer, number, graphs.send)) is None:
                 graphs.check()
@@ -250,17 +153,17 @@ class DecodeGraphs:
                     queueing.wait()
         return split
 
-    def _compute(self, graph: int, plan: TokenPlan, part: CpuPart) -> None:
-        """Compute the CPU's part of the layer that ends this graph."""
+    def _compute(self, index: int, plan: TokenPlan, part: CpuPart) -> None:
+        """Compute the CPU's part of the layer `breaks[index]`."""
         graphs, orchestrator = self._graphs, self._orchestrator
         if not orchestrator.on_cpu(part, graphs.cpu_sum):
             graphs.cpu_sum[:] = 0
-        graphs.open(graph)  # before anything else: the GPU waits
+        graphs.open(index)  # before anything else: the GPU waits
         if plan.parts:
             now = time.perf_counter()
             self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[part.layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
-            orchestrator.balance.tell(gpu_first=graphs.streamed(graph), lead=plan.lead)
+            orchestrator.balance.tell(gpu_first=graphs.streamed(index), lead=plan.lead)
         elif plan.missing:
             orchestrator.balance.tell_alone()
 
@@ -269,29 +172,27 @@ class DecodeGraphs:
 
         ahead: then begin this next step, unless the step is broken off.
         """
-        graphs, sent = self._graphs, 0
+        graphs, step, queued, sent = self._graphs, self._orchestrator.cooperative_step, 0, 0
         try:
-            if self._in_one_chunk:  # so the first layer's copies begin when the CPU does
-                self._send_when_divided(0)
-                sent = 1
-            for graph in range(1, len(graphs.breaks) + 1):
-                if self._orchestrator.cooperative_step.stopping:
-                    return
-                graphs.queue(graph)
-                if graph >= _AHEAD:
+            for piece, layers in enumerate(graphs.pieces):
+                while sent < queued - _LEFT:
                     self._send_when_divided(sent)
                     sent += 1
-            for graph in range(sent, len(graphs.breaks)):
-                self._send_when_divided(graph)
-            if ahead is not None and not self._orchestrator.cooperative_step.stopping:
+                if step.stopping:
+                    return
+                graphs.queue(piece)
+                queued += layers
+            for index in range(sent, queued):
+                self._send_when_divided(index)
+            if ahead is not None and not step.stopping:
                 graphs.begin_ahead(ahead.position, ahead.table)
         except BaseException:
             graphs.stop()  # the caller may wait in compiled code
             raise
 
-    def _send_when_divided(self, graph: int) -> None:
-        """Queue the copies of the layer that ends this graph once it is divided, unless the step is broken off."""
-        while not self._graphs.send_when_divided(graph):
+    def _send_when_divided(self, index: int) -> None:
+        """Queue the copies of the layer `breaks[index]` once it is divided, unless the step is broken off."""
+        while not self._graphs.send_when_divided(index):
             if self._orchestrator.cooperative_step.stopping:
                 return
             self._graphs.check()

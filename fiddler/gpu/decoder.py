@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from fiddler.device import cuda_driver
 from fiddler.gpu.runner import GpuRunner
 from fiddler.kernels.formats import GPU_FORMATS
 from fiddler.kernels.formats.half import BF16, F16
@@ -30,10 +32,16 @@ def decode_with_graphs(runner: GpuRunner, cos_sin: Tensor, recorder: Recorder) -
     from fiddler.gpu import attention_kernels
     from fiddler.gpu.decode_graphs import DecodeGraphs
     from fiddler.gpu.graph_capture import CapturedGraphs
+    from fiddler.gpu.stream_wait_graphs import StreamWaitGraphs
 
     experts, decoder = runner.orchestrator, None
     if experts is None or not experts.incomplete or TokenSignals.can_wait():
         with torch.inference_mode():
-            graphs = CapturedGraphs(runner.model, experts, runner.pool, cos_sin, recorder)
+            stream_waits = os.environ.get("FIDDLER_STREAM_WAITS", "0") != "0" or recorder.wants_queued
+            if stream_waits or cuda_driver.ends_long_kernels(runner.pool.device.index or 0):
+                make: type[CapturedGraphs] = StreamWaitGraphs
+            else:
+                make = CapturedGraphs
+            graphs = make(runner.model, experts, runner.pool, cos_sin, recorder)
         decoder = DecodeGraphs(graphs, experts, recorder)
     runner.decode_with(decoder, cos_sin, attention_kernels)

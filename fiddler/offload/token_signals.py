@@ -6,6 +6,7 @@ Knows numbers and the current stream; not the work between them. See `kernels.on
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,15 @@ from fiddler.errors import ResourceError
 from fiddler.kernels.machine.signals import SIGNAL_STRIDE
 from fiddler.kernels.one_token import Signal
 
-__all__ = ["TokenSignals"]
+__all__ = ["Place", "TokenSignals"]
+
+
+class Place(NamedTuple):
+    """Where a signal lies, and the number of a layer, or of one of its chunks, from that of a step's first layer."""
+
+    address: int
+    times: int  # the number is that of the first layer, so many times,
+    plus: int  # and this, modulo 2**32
 
 
 class TokenSignals:
@@ -38,12 +47,13 @@ class TokenSignals:
         self.numbers = self._memory.numpy().view(np.uint32)
         """uint32 [len(Signal) * SIGNAL_STRIDE], for compiled code."""
 
-    def begin(self, layers: int) -> None:
-        """Begin a step with so many layers with missing experts; no thread sends copies yet."""
+    def begin(self, layers: int) -> int:
+        """Begin a step with so many layers with missing experts; no thread sends copies yet. Returns `first`."""
         self.first, self._next = self._next, self._next + layers
         self.set(Signal.SENDING, 0)
         self.set(Signal.STOPPED, 0)
         self.running, self.ended = True, False
+        return self.first
 
     @property
     def next(self) -> int:
@@ -72,6 +82,14 @@ class TokenSignals:
     def chunk(self, number: int, chunk: int) -> int:
         """The number of a chunk of the layer with this number."""
         return number * self._chunks + chunk
+
+    def place(self, signal: Signal, index: int) -> Place:
+        """A signal and the number of the layer with missing experts that has `index` 0 and so on in each step."""
+        return Place(self._address(signal), 1, index)
+
+    def place_of_chunk(self, signal: Signal, index: int, chunk: int) -> Place:
+        """A signal and the number of a chunk of that layer."""
+        return Place(self._address(signal), self._chunks, self.chunk(index, chunk))
 
     @staticmethod
     def can_wait() -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from fiddler.cost_curve import Curve
 from fiddler.gpu.decode_graphs import DecodeGraphs
+from fiddler.gpu.graphs import piece_sizes
 from fiddler.kernels.one_token import Signal
 from fiddler.offload.evictions import Evictions
 from fiddler.offload.plan import Costs
@@ -24,6 +25,14 @@ COSTS = Costs(Curve((1,), (2 * MS,)), Curve((1,), (0.0,)), 4 * MS, 0.0)  # such 
 STREAM = Costs(Curve((1,), (1e9,)), Curve((1,), (0.0,)), 4 * MS, 0.0)
 K = 2
 TABLE = np.zeros(1, np.int64)
+
+
+@pytest.fixture(params=["pieces", "single", "one"], autouse=True)
+def pieces(request, monkeypatch):
+    """How many layers the graphs have."""
+    if request.param != "pieces":
+        sizes = {"single": lambda layers: [1] * layers, "one": lambda layers: [layers]}[request.param]
+        monkeypatch.setattr(RandomGraphs, "divided", staticmethod(sizes))
 
 
 def decode(late=0.0, recorder=SILENT, placed=((0,), (), ()), rows=256, costs=COSTS):
@@ -47,7 +56,7 @@ def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(l
 
 
 def test_the_caller_sends_what_the_worker_thread_is_too_busy_for():
-    """The worker thread still queues graphs when the first layer is divided, whose copies are several chunks."""
+    """The worker thread still queues graphs when the first layer is divided. Copies are several chunks."""
     decoder, graphs, experts = decode(rows=64)
     graphs.slow = 2 * MS
     for token in range(10):
@@ -112,6 +121,22 @@ def test_any_mixture_of_right_and_wrong_guesses_computes_each_step_for_its_own_t
         wrong += sequence[-1] != likely
     assert taken > 20
     assert wrong > 5
+
+
+def test_graphs_of_one_layer_then_of_four():
+    sizes = {0: [], 1: [1], 2: [1, 1], 3: [1, 1, 1], 6: [1, 1, 4], 7: [1, 1, 4, 1], 12: [1, 1, 4, 4, 2]}
+    assert {layers: piece_sizes(layers) for layers in sizes} == sizes
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_layers_of_graphs_of_several_layers_are_whole(rows):
+    experts = orchestrator(EXACT * 3, [[layer % E] for layer in range(9)], COSTS, rows=rows)
+    graphs = RandomGraphs(experts, K)
+    decoder, streamed = DecodeGraphs(graphs, experts, SILENT), 0
+    for token in range(20):
+        decoder.step(token, token, TABLE, greedy=True)
+        streamed += check_step(graphs, experts)
+    assert streamed > 0
 
 
 def chosen_in_steps(decoder, graphs, steps):

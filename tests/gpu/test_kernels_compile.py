@@ -27,6 +27,7 @@ from fiddler.gpu import (  # noqa: E402
     kv_kernels,
     latent_kernels,
     router_kernels,
+    signal_kernels,
 )
 from fiddler.kernels.formats import BLOCK_FORMATS, GPU_FORMATS  # noqa: E402
 from fiddler.kernels.formats.triton_decoders import DECODERS, DOTS  # noqa: E402
@@ -68,6 +69,9 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     "next token": (decode_kernels._next_token, "flllii", {"N": 64}),
     "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
     "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
+    "tell": (signal_kernels._tell_and_wait, "lniinii", {"TELL": True, "WAIT": False}),
+    "wait": (signal_kernels._tell_and_wait, "lniinii", {"TELL": False, "WAIT": True}),
+    "tell and wait": (signal_kernels._tell_and_wait, "lniinii", {"TELL": True, "WAIT": True}),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
     "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
     "attend": (attention_kernels._attend, "fhhllllfffsiiiif", PAGED | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128}),

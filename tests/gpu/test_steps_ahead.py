@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import fiddler
+from fiddler.device import cuda_driver
 from fiddler.generation.request import Request
 from fiddler.gpu.decode_graphs import DecodeGraphs
 from fiddler.gpu.runner import largest_of
+from fiddler.kernels.one_token import Signal
 from fiddler.sampling import sampler
 from fiddler.telemetry.expert_counts import ExpertCounts
 from fiddler.telemetry.recorder import SILENT
@@ -232,15 +235,53 @@ def test_a_steps_numbers_come_from_pinned_memory(size):
 
 
 @GPU
-@pytest.mark.parametrize("precision,residents", [("exact", None), ("fast", None), ("exact", 20)])
-def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, residents, monkeypatch):
+@pytest.mark.parametrize("first", [1, 2**31 - 2, 2**32 - 2, 2**40 + 7])
+def test_kernels_of_a_graph_tell_numbers_and_wait_for_them(first):
+    from fiddler.gpu.signal_kernels import run_each_kind, tell_and_wait
+    from fiddler.offload.token_signals import Place
+
+    memory = torch.zeros(32, dtype=torch.int32, pin_memory=True)
+    signals, base = memory.numpy().view(np.uint32), torch.tensor([first], device="cuda")
+    told, awaited = Place(memory.data_ptr(), 3, 5), Place(memory.data_ptr() + 64, 1, 4)
+    run_each_kind(base, awaited)  # a kernel is loaded only while none waits
+    tell_and_wait(base, told, awaited)
+    torch.cuda.synchronize()
+    assert signals[0] == (3 * first + 5) % 2**32
+    for early in (1, 2**31 - 1):
+        signals[0], signals[16] = 0, (first + 4 - early) % 2**32
+        tell_and_wait(base, None, awaited)
+        tell_and_wait(base, told, None)
+        time.sleep(0.05)
+        assert signals[0] == 0
+        signals[16] = (first + 4 + 7) % 2**32
+        torch.cuda.synchronize()
+        assert signals[0] == (3 * first + 5) % 2**32
+
+
+@GPU
+@pytest.mark.parametrize(
+    "precision,residents,display",
+    [("exact", None, False), ("fast", None, False), ("exact", 20, False), ("exact", 20, True)],
+)
+def test_greedy_texts_are_the_same_with_and_without_steps_ahead(precision, residents, display, monkeypatch):
     """Beside sampled ones, ones that are given up, and cached prefixes; over block boundaries and to the end.
 
     Where the CPU computes some experts, sums are rounded differently each time; in `exact` no choice here notices. In
     `fast`, a prompt that is read in one step is rounded otherwise than one whose beginning is cached: both are cached.
     """
+    from fiddler.gpu.stream_wait_graphs import StreamWaitGraphs
+
+    monkeypatch.setattr(cuda_driver, "ends_long_kernels", lambda device: display)
     engine = fiddler.load(device="cuda", precision=precision, context=128, gpu_experts=residents)
     decoder = engine.runner._decoder
+    assert isinstance(decoder._graphs, StreamWaitGraphs) is display
+    assert (max(decoder._graphs.pieces, default=1) > 1) is (residents is not None and not display)
+    if residents is not None:  # the numbers overflow soon
+        signals = decoder._graphs._streamed.signals
+        signals._next = last = 2**32 - 50
+        for signal in Signal:
+            of_chunk = signal in (Signal.SENT, Signal.COMPUTED)
+            signals.set(signal, signals.chunk(last, 0) - 1 if of_chunk else last - 1)
     assert decoder.uses_cpu is (residents is not None)
     prompts = ["Once upon a time, in a small village", "The", "Two plus two is", "It was a dark night; " * 6]
     begun, begin_ahead = [], decoder._graphs.begin_ahead

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from fiddler.gpu.graphs import piece_sizes
 from fiddler.kernels.one_token import Signal
 from fiddler.kernels.token_copies import JOB
 from fiddler.offload.feed_forward import feed_forward
@@ -40,10 +41,13 @@ class RandomGraphs:
     """Implements `Graphs`: what a graph hands to the host is random; streamed experts are computed from the ring.
 
     late: seconds by which the GPU is late with the streamed experts of a layer. slow: seconds that `queue` takes.
+    divided: says `pieces` of so many layers.
     Of each layer of the last step, without one that was only begun ahead: `inputs` x, expert ids and routing weights;
     `gpu_rows` hidden rows that were streamed, by expert; `gpu_sums` and `sums`, the GPU's and the CPU's, which the next
     graph reads. `history`: token and position of each step that was begun. Valid after `synchronize`.
     """
+
+    divided = staticmethod(piece_sizes)
 
     def __init__(self, experts, k, late=0.0, seed=0):
         (self.experts, _, self.width), self.late, self.k = experts.layers[0].shape, late, k
@@ -129,13 +133,22 @@ class RandomGraphs:
     def _token(self, token, position):
         self.token = token, position
 
-    def number(self, graph):
-        return self.signals.first + graph
+    def number(self, index):
+        return self.signals.first + index
 
-    def queue(self, graph):
+    @property
+    def pieces(self):
+        return self.divided(len(self.breaks))
+
+    def queue(self, piece):
         if self.fails:
             raise ValueError("broken off")
         time.sleep(self.slow)
+        begin = sum(self.pieces[:piece])
+        for index in range(begin, begin + self.pieces[piece]):
+            self._queue_layer(index + 1)
+
+    def _queue_layer(self, graph):
         number, layer = self.number(graph - 1), graph - 1
         for chunk in range(len(self.jobs)):
             self._queue.put(partial(self._wait, Signal.SENT, self.signals.chunk(number, chunk)))
@@ -184,17 +197,17 @@ class RandomGraphs:
         self.sent_here += 1
         assert self.copies.send(layer, number) == 0
 
-    def send_when_divided(self, graph):
-        there = self.signals.is_at(Signal.QUEUED, self.number(graph))  # the caller sent it
-        result = self.copies.send_when_divided(self.breaks[graph], self.number(graph))
+    def send_when_divided(self, index):
+        there = self.signals.is_at(Signal.QUEUED, self.number(index))  # the caller sent it
+        result = self.copies.send_when_divided(self.breaks[index], self.number(index))
         self.sent_there += result == 0 and not there
         return result == 0
 
-    def open(self, graph):
-        self.signals.set(Signal.SUMMED, self.number(graph))
+    def open(self, index):
+        self.signals.set(Signal.SUMMED, self.number(index))
 
-    def streamed(self, graph):
-        last = self.signals.chunk(self.number(graph), len(self.jobs) - 1)
+    def streamed(self, index):
+        last = self.signals.chunk(self.number(index), len(self.jobs) - 1)
         return self.signals.is_at(Signal.COMPUTED, last)
 
     def end(self):

@@ -7,12 +7,14 @@
 Four ways take turns in one process, on the same tokens: "auto" (as `run`), "cpu" (missing experts on the CPU only),
 "stream" (on the GPU only), "torch" (on the CPU through torch's bf16 products, expert by expert, as the original Fiddler
 computes them). The ceiling is the bandwidth of memory and PCIe link together, as calibration measures it in this very
-process, over the bytes of missing experts.
+process, over the bytes of missing experts. Steps of one token run with `FIDDLER_STREAM_WAITS=1`, so that their parts
+can be timed; `measure_ceiling.py` measures them as they run else.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
 from collections import defaultdict
@@ -71,6 +73,7 @@ class Bench:
     """One engine, several ways of computing missing experts."""
 
     def __init__(self, args):
+        os.environ["FIDDLER_STREAM_WAITS"] = "1"  # else kernels wait within the graphs, and their times tell nothing
         self.meter, self.tracer = Meter(), GpuTracer()
         self.resident_speed = 0.0  # of copying the residents to the GPU [bytes/s]
         load_residents = Residents.load
