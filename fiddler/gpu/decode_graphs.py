@@ -10,6 +10,7 @@ products of two layers there are a few calls of Python's, and the copies begin w
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -75,17 +76,18 @@ class DecodeGraphs:
         ahead, self._ahead, self.largest = self._ahead, None, None
         taken = ahead is not None and ahead.is_step(token, position, table)
         if not taken:
-            self._graphs.begin(token, position, table)
             self._pause = self._pause - 1 if ahead is None else _PAUSE
-        elif self.uses_cpu:
-            self._graphs.take_ahead()
         begins_next = greedy and self._pause <= 0
         following = _Ahead(position + 1, table) if begins_next else None
+        launch = None if taken else partial(self._graphs.launch, token, position, table)
         try:
             if self.uses_cpu:
-                self._compute_missing(following, arrived=taken)
-            elif following is not None:
-                self._graphs.begin_ahead(following.position, table)
+                self._compute_missing(launch, following)
+            else:
+                if launch is not None:
+                    launch()
+                if following is not None:
+                    self._graphs.begin_ahead(following.position, table)
             self._ahead, self._position = following, position
         except BaseException:
             if self._experts is not None:
@@ -121,18 +123,19 @@ class DecodeGraphs:
         assert self._experts is not None, "a model without experts has no missing ones"
         return self._experts
 
-    def _compute_missing(self, ahead: _Ahead | None, *, arrived: bool) -> None:
+    def _compute_missing(self, launch: Callable[[], None] | None, ahead: _Ahead | None) -> None:
         """Divide each layer with missing experts, and compute the CPU's part. ahead: see `_queue_all`.
 
-        arrived: the first layer's inputs are there, or nearly; so it is divided, and its copies begin, before the
-        worker thread wakes up, which then holds Python's lock for a while; unless copies in several chunks wait for
-        products that the worker thread queues.
+        launch: queues the first graph; None where the last step did. The worker thread wakes up meanwhile.
         """
-        first = self._divide(0, None) if arrived and self._in_one_chunk else None
-        queueing = self._orchestrator.cooperative_step.begin(partial(self._queue_all, ahead))
+        self._graphs.begin(ahead=launch is None)
+        begin = partial(self._orchestrator.cooperative_step.begin, partial(self._queue_all, ahead))
+        queueing = begin() if self._in_one_chunk else None
+        if launch is not None:
+            launch()
+        queueing = queueing or begin()
         for index in range(len(self._graphs.breaks)):
-            plan, part = first or self._divide(index, queueing)
-            first = None
+            plan, part = self._divide(index, queueing)
             self._compute(index, plan, part)
         queueing.wait()
         self._graphs.end()
@@ -142,14 +145,14 @@ class DecodeGraphs:
         """Whether a layer's copies wait for no products of the GPU, which are queued after them."""
         return self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
 
-    def _divide(self, index: int, queueing: Task | None) -> tuple[TokenPlan, CpuPart]:
+    def _divide(self, index: int, queueing: Task) -> tuple[TokenPlan, CpuPart]:
         """Divide the layer `breaks[index]` as soon as its inputs are there; raises the error of `queueing`, if any."""
         graphs, orchestrator = self._graphs, self._orchestrator
         layer, number = graphs.breaks[index], graphs.number(index)
         with self._recorder.span("wait", 0):
             while (split := orchestrator.split_token(layer, number, graphs.send)) is None:
                 graphs.check()
-                if queueing is not None and queueing.ended:
+                if queueing.ended:
                     queueing.wait()
         return split
 
@@ -163,17 +166,21 @@ class DecodeGraphs:
             now = time.perf_counter()
             self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[part.layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
-            orchestrator.balance.tell(gpu_first=graphs.streamed(index), lead=plan.lead)
+            orchestrator.balances[part.layer].tell(gpu_first=graphs.streamed(index), lead=plan.lead)
         elif plan.missing:
-            orchestrator.balance.tell_alone()
+            orchestrator.balances[part.layer].tell_alone()
 
     def _queue_all(self, ahead: _Ahead | None) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.
 
+        Those of the first layer go before all graphs, unless they wait for products that a graph has.
         ahead: then begin this next step, unless the step is broken off.
         """
         graphs, step, queued, sent = self._graphs, self._orchestrator.cooperative_step, 0, 0
         try:
+            if self._in_one_chunk:
+                self._send_when_divided(0)
+                sent = 1
             for piece, layers in enumerate(graphs.pieces):
                 while sent < queued - _LEFT:
                     self._send_when_divided(sent)
@@ -184,8 +191,11 @@ class DecodeGraphs:
                 queued += layers
             for index in range(sent, queued):
                 self._send_when_divided(index)
-            if ahead is not None and not step.stopping:
+            if step.stopping:
+                return
+            if ahead is not None:
                 graphs.begin_ahead(ahead.position, ahead.table)
+            graphs.reserve()
         except BaseException:
             graphs.stop()  # the caller may wait in compiled code
             raise

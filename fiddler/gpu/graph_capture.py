@@ -87,24 +87,27 @@ class CapturedGraphs:
         assert self._experts is not None, "only layers with experts need it"
         return self._experts
 
-    def begin(self, token: int, position: int, table: np.ndarray) -> None:
+    def begin(self, *, ahead: bool) -> None:
         """Implements `Graphs.begin`."""
-        if (ahead := self._begun_ahead) is not None:
-            while not self._numbers.is_at(Signal.ARRIVED, ahead):  # else it could choose a token later
+        if not ahead and (number := self._begun_ahead) is not None:
+            while not self._numbers.is_at(Signal.ARRIVED, number):  # else it could choose a token later
                 self.check()
-            self._numbers.skip_to(ahead + len(self.breaks))
-            self._begun_ahead = None
-        first = self._numbers.begin(len(self.breaks)) if self.breaks else 0
-        self._inputs.queue(first, token, position, table)
+            self._numbers.skip_to(number + len(self.breaks))
+        self._numbers.begin(len(self.breaks))
+        self._begun_ahead = None  # only now: a step that is interrupted before begins with its numbers again
+        self._streaming.begin()
+        self._host_logits.begin(self._logits)
+
+    def launch(self, token: int, position: int, table: np.ndarray) -> None:
+        """Implements `Graphs.launch`."""
+        self._inputs.queue(self.number(0) if self.breaks else 0, token, position, table)
         self._replay(0)
         if self.breaks:
             self._arrive(self.number(0))
-        self._inputs.copied()  # while the GPU runs that graph, as the rest
-        self._host_logits.begin(self._logits)
-        if self.breaks:
-            self._streaming.begin()
         else:
-            self._host_logits.copy(self._logits)
+            self._inputs.copied()  # while the GPU runs that graph, as the rest
+            self._host_logits.begin(self._logits)
+            self._host_logits.copy(self._logits, beside=False)
 
     def begin_ahead(self, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
@@ -112,21 +115,13 @@ class CapturedGraphs:
         if self._choose is None:
             self._host_logits.begin(self._logits)
             self._replay(0)
-            self._host_logits.copy(self._logits)
+            self._host_logits.copy(self._logits, beside=False)
             return
         self._choices.expect(position - 1)
         self._choose.replay()
         self._replay(0)
         self._arrive(self._numbers.next)
         self._begun_ahead = self._numbers.next
-        self._host_logits.reserve(self._logits)
-
-    def take_ahead(self) -> None:
-        """Implements `Graphs.take_ahead`."""
-        self._numbers.begin(len(self.breaks))
-        self._begun_ahead = None  # only now: a step that is interrupted before begins with its numbers again
-        self._host_logits.begin(self._logits)
-        self._streaming.begin()
 
     def number(self, index: int) -> int:
         """Implements `Graphs.number`."""
@@ -134,9 +129,16 @@ class CapturedGraphs:
 
     def queue(self, piece: int) -> None:
         """Implements `Graphs.queue`."""
+        last = piece == len(self.pieces) - 1
+        if last:
+            self._host_logits.hold()
         self._replay(1 + piece)
-        if piece == len(self.pieces) - 1:
-            self._host_logits.copy(self._logits)
+        if last:
+            self._host_logits.copy(self._logits, beside=True)
+
+    def reserve(self) -> None:
+        """Implements `Graphs.reserve`."""
+        self._host_logits.reserve(self._logits)
 
     def _replay(self, graph: int) -> None:
         with self._recorder.queued("dense"):
@@ -168,6 +170,7 @@ class CapturedGraphs:
     def end(self) -> None:
         """Implements `Graphs.end`."""
         self._numbers.end()
+        self._inputs.read()
 
     def check(self) -> None:
         """Implements `Graphs.check`."""

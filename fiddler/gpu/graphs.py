@@ -40,19 +40,22 @@ class Graphs(Protocol):
     routing_weights: np.ndarray  # float32 [1, K]
     cpu_sum: np.ndarray  # float32 [1, D], the CPU's sum of a layer, which the next layer reads
 
-    def begin(self, token: int, position: int, table: np.ndarray) -> None:
+    def begin(self, *, ahead: bool) -> None:
+        """Begin a step with breaks: from now on another thread may send its copies. ahead: `begin_ahead` queued it.
+
+        If it did, and this is another step, leave out that one's numbers.
+        """
+        ...
+
+    def launch(self, token: int, position: int, table: np.ndarray) -> None:
         """Queue the first graph. table: int64, the sequence's blocks, as `offsets` of their pool."""
         ...
 
     def begin_ahead(self, position: int, table: np.ndarray) -> None:
         """Queue the first graph for the token that the last step's largest logit will choose, at the next `position`.
 
-        On the worker thread where there are breaks; that step begins with `take_ahead`, or `begin` leaves it out.
+        On the worker thread where there are breaks.
         """
-        ...
-
-    def take_ahead(self) -> None:
-        """Go on with the step with breaks that `begin_ahead` queued, as after `begin`."""
         ...
 
     def number(self, index: int) -> int:
@@ -67,8 +70,12 @@ class Graphs(Protocol):
     def queue(self, piece: int) -> None:
         """Queue a graph but the first, from 0 on, with waits for copies and sums.
 
-        On the worker thread, in order; the first graph is queued by `begin`.
+        On the worker thread, in order; the first graph is queued by `launch`.
         """
+        ...
+
+    def reserve(self) -> None:
+        """See to the memory of the next step's logits. On the worker thread, once all copies are queued."""
         ...
 
     def send(self, layer: int, number: int, plan: TokenPlan) -> None:

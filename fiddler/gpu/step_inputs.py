@@ -28,7 +28,8 @@ class StepInputs:
         self.first, self.token = self._device[:1], self._device[_BEFORE:]
         """int64 [1], the number of the first layer with missing experts; int64: token id, position, block table."""
         self._table = self._host[_BEFORE + 2 :]
-        self._copied, self._queued = torch.cuda.Event(), False  # whether a copy is queued behind no event
+        self._copied, self._recorded = torch.cuda.Event(), False  # whether it was recorded since somebody waited
+        self._queued = False  # whether a copy is queued that nobody knows to have ended
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self) -> None:
@@ -45,11 +46,11 @@ class StepInputs:
         self.first.add_(layers)
 
     def queue(self, first: int, token: int, position: int, table: np.ndarray) -> None:
-        """Queue the captured copy of these; then call `copied`. table: int64, at most `blocks`."""
+        """Queue the captured copy of these; then call `copied`, or `read`. table: int64, at most `blocks`."""
         assert self._graph is not None, "it is captured first"
         if self._queued:  # the step was broken off
             torch.cuda.current_stream().synchronize()
-        self._copied.synchronize()
+        self._wait()
         self._host[0] = first
         self._host[_BEFORE : _BEFORE + 2] = token, position
         self._table[: len(table)] = table
@@ -60,7 +61,7 @@ class StepInputs:
         """Queue the copy of this block table, unless it is there: the token and its position are the GPU's."""
         if np.array_equal(self._table[: len(table)], table):
             return
-        self._copied.synchronize()
+        self._wait()
         self._table[: len(table)] = table
         skipped = 8 * (_BEFORE + 2)
         target, source = self._device.data_ptr() + skipped, self._host.ctypes.data + skipped
@@ -70,4 +71,14 @@ class StepInputs:
     def copied(self) -> None:
         """Keep the host's memory as it is until all that is queued so far has ended."""
         self._copied.record()
+        self._recorded, self._queued = True, False
+
+    def read(self) -> None:
+        """Say that the GPU has read what `queue` queued, as later signals show."""
         self._queued = False
+
+    def _wait(self) -> None:
+        """Wait until the host's memory may change."""
+        if self._recorded:
+            self._copied.synchronize()
+            self._recorded = False

@@ -58,14 +58,15 @@ class OneToken:
         self._plan: Sequence[PlanFor] = ()
         self._blocks = False
         self._made: list[dict[float, _Plans]] = []
-        self._balance = Balance()
+        self._balances: Sequence[Balance] = ()
 
-    def plan_by(self, plan: Sequence[PlanFor], balance: Balance, *, blocks: bool) -> None:
+    def plan_by(self, plan: Sequence[PlanFor], balances: Sequence[Balance], *, blocks: bool) -> None:
         """Divide by these plans from now on, plan[layer]; equal ones are shared.
 
-        balance: has the GPU's delay. blocks: copies would begin when the CPU is done, so the GPU has no part.
+        balances: of each layer, the GPU's delay. blocks: copies would begin when the CPU is done, so the GPU has no
+        part.
         """
-        self._plan, self._balance, self._blocks = plan, balance, blocks
+        self._plan, self._balances, self._blocks = plan, balances, blocks
         made: dict[PlanFor, dict[float, _Plans]] = {each: {} for each in plan}
         self._made = [made[each] for each in plan]
 
@@ -75,7 +76,7 @@ class OneToken:
         send: called with layer, number and plan where no other thread waits to send the GPU's part.
         None: nothing arrived within half a millisecond.
         """
-        delay = self._balance.seconds
+        delay = self._balances[layer].seconds
         plans = self._made[layer].get(delay) or self._make(layer, delay)
         missing = self._divide[layer](number, plans.table)
         if missing == NOT_YET:

@@ -112,12 +112,12 @@ class Orchestrator:
         again = {n: lru_cache(maxsize=4096)(plan) for n, plan in plans.items()}
         self._plan = [plans[w.expert_bytes] for w in self.layers]
         self._plan_again = [again[w.expert_bytes] for w in self.layers]  # of evenly spread tokens: these come back
-        self.balance = Balance()  # of single tokens
+        self.balances = [Balance() for _ in self.layers]  # of single tokens
         self._plan_token()
 
     def _plan_token(self) -> None:
         if self._token is not None:
-            self._token.plan_by(self._plan_again, self.balance, blocks=self.ring.weight_copy.blocks)
+            self._token.plan_by(self._plan_again, self.balances, blocks=self.ring.weight_copy.blocks)
 
     def _host(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A host tensor, pinned where the copies go to a GPU."""

@@ -51,8 +51,18 @@ def test_rows_of_the_cpu_and_streamed_rows_are_all_rows_of_the_missing_experts(l
         decoder.step(token, token, TABLE)
         streamed += check_step(graphs, experts)
     assert streamed > 0
-    assert (experts.balance.seconds > 0) >= (late > 0)
+    assert all((balance.seconds > 0) >= (late > 0) for balance in experts.balances)
     assert graphs.sent_there
+
+
+def test_the_delay_of_the_gpu_is_that_of_each_layer(monkeypatch):
+    decoder, graphs, experts = decode()
+    monkeypatch.setattr(graphs, "streamed", lambda index: index != 1)
+    for token in range(30):
+        decoder.step(token, token, TABLE)
+        check_step(graphs, experts)
+    assert [balance.seconds > 0 for balance in experts.balances] == [False, True, False]
+    assert experts.balances[0].seconds < 0
 
 
 def test_the_caller_sends_what_the_worker_thread_is_too_busy_for():
@@ -230,16 +240,16 @@ def test_a_step_broken_off_at_any_call_leaves_nothing_that_waits(monkeypatch, co
     for token in range(100):
         left = numbers.randrange(LAYERS + 1)
 
-        def breaks(call, *arguments):
+        def breaks(call, *arguments, **named):
             nonlocal left
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
-            return call(*arguments)
+            return call(*arguments, **named)
 
         calls = [(experts, "on_cpu"), (experts, "split_token")]
-        calls += [(graphs, name) for name in ("begin", "begin_ahead", "take_ahead", "queue", "send_when_divided")]
-        calls += [(graphs, name) for name in ("open", "end")]
+        calls += [(graphs, name) for name in ("begin", "launch", "begin_ahead", "queue", "send_when_divided")]
+        calls += [(graphs, name) for name in ("reserve", "open", "end")]
         target, name = numbers.choice(calls)
         call = getattr(target, name)
         monkeypatch.setattr(target, name, partial(breaks, call))

@@ -39,7 +39,7 @@ class Queue:
         self._steps, self._token, self._position, self._next = [], 0, 0, [None, None]
         self._chosen = [None, None]
 
-    def begin(self, token, position, table):
+    def launch(self, token, position, table):
         self._run(token, position, table)
 
     def begin_ahead(self, position, table):

@@ -35,6 +35,8 @@ class Stream:
 
     def wait_stream(self, stream): ...
 
+    def wait_event(self, event): ...
+
     def query(self):
         assert not self.errors, self.errors
         return True

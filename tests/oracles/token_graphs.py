@@ -98,14 +98,16 @@ class RandomGraphs:
     def _record(self, index):
         return self._records[-2 if self.begun_ahead else -1][index]
 
-    def begin(self, token, position, table):
-        if self.begun_ahead:
+    def begin(self, *, ahead):
+        if self.begun_ahead and not ahead:
             self._wait(Signal.ARRIVED, self.signals.next)
-            self.begun_ahead = False
             self.signals.skip_to(self.signals.next + len(self.breaks))
-        self._queue.put(partial(self._token, token, position))
+        self.begun_ahead = False
         self.signals.begin(len(self.breaks))
         self.ring.begin_token()
+
+    def launch(self, token, position, table):
+        self._queue.put(partial(self._token, token, position))
         self._queue.put(partial(self._graph, 0, self.number(0)))
 
     def begin_ahead(self, position, table):
@@ -114,11 +116,6 @@ class RandomGraphs:
         self._queue.put(self._choose)
         self._queue.put(partial(self._graph, 0, self.signals.next))
         self.begun_ahead = True
-
-    def take_ahead(self):
-        self.begun_ahead = False
-        self.signals.begin(len(self.breaks))
-        self.ring.begin_token()
 
     def next_token(self, position):
         while (token := self.chosen_tokens[position % 2]) is None:
@@ -147,6 +144,9 @@ class RandomGraphs:
         begin = sum(self.pieces[:piece])
         for index in range(begin, begin + self.pieces[piece]):
             self._queue_layer(index + 1)
+
+    def reserve(self):
+        pass
 
     def _queue_layer(self, graph):
         number, layer = self.number(graph - 1), graph - 1

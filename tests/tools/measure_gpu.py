@@ -122,7 +122,7 @@ class Bench:
         self.random = random.Random(0)
 
     def way(self, name):
-        """Compute missing experts this way from now on; each way keeps its costs, plans and balance."""
+        """Compute missing experts this way from now on; each way keeps its costs, plans and balances."""
         orchestrator = self.orchestrator
         if name not in self.plans:
             costs = self.costs
@@ -131,8 +131,8 @@ class Bench:
             elif name == "stream":
                 costs = replace(costs, cpu=Curve((1,), (1e9,)), cpu_alone=None)
             orchestrator.plan_by(costs)
-            self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance
-        (orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balance) = self.plans[name]
+            self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balances
+        (orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balances) = self.plans[name]
         orchestrator._plan_token()
         orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
 
