@@ -66,8 +66,9 @@ class Balance:
     """Delay of the GPU's part after the CPU's [s], adjusted at run time by which side finishes first.
 
     Calibration cannot know it: queueing copies beside a busy CPU takes time, and the speed of each side varies. Each
-    layer has its own: before the first one of a token nothing was queued, and its experts may be others. The delay moves by one small step at a time: it follows changes, and one odd moment moves it little. Plans of whole
-    experts may leave one side waiting: then it moves only where the other side ends first than was expected.
+    layer has its own: before the first one of a token nothing was queued, and its experts may be others. The delay
+    moves by one small step at a time: it follows changes, and one odd moment moves it little. Plans of whole experts
+    may leave one side waiting: then it moves only where the other side ends first than was expected.
     """
 
     _STEP, _MAX_STEPS = 25e-6, 40

@@ -52,6 +52,23 @@ class Block:
         """`count` integers from this offset [bytes] on."""
         return load(self.b, self._at(offset), ir.VectorType(element, count), 1)
 
+    def twice(self, offset: int) -> ir.Value:
+        """The 32 bytes from this offset on, two times."""
+        return picked(self.b, self.vector(offset, 32), [*range(32)] * 2)
+
+    def shifted(self, bytes_: ir.Value, left: Sequence[int]) -> ir.Value:
+        """64 bytes as 16-bit words, those of each half shifted left by so many bits, or right where that is negative.
+
+        Bits of neighbours come in: to be masked.
+        """
+        b, words = self.b, ir.VectorType(I16, 32)
+        result = b.bitcast(bytes_, words)
+        if any(left):
+            assert max(left) <= 0 or min(left) >= 0, "one direction for both"
+            amounts = ir.Constant(words, [abs(left[0])] * 16 + [abs(left[1])] * 16)
+            result = (b.shl if max(left) > 0 else b.lshr)(result, amounts)
+        return b.bitcast(result, bytes_.type)
+
     def integer(self, offset: int, kind: ir.Type) -> ir.Value:
         """An integer at this offset [bytes]."""
         return load(self.b, self._at(offset), kind, 1)
@@ -120,6 +137,8 @@ class BlockFormat(WeightFormat):
     scales. Between them stand weights of the values' errors (float32, flat), or none."""
     weighting: Weighting | None = None
     """How importances weight errors; None: the type is rounded without."""
+    codes_of_pair: Callable[[Block, int], ir.Value] | None = None
+    """Generates 64 codes, those of groups 2 i and 2 i + 1, in 512 bits; None: those of `codes`, joined."""
 
     @property
     def groups(self) -> int:
@@ -130,6 +149,13 @@ class BlockFormat(WeightFormat):
     def has_minimum(self) -> bool:
         """Whether a minimum is subtracted: where no offset is."""
         return self.offset == 0
+
+    def pair(self, block: Block, i: int) -> ir.Value:
+        """Generates the 64 codes of groups 2 i and 2 i + 1."""
+        if self.codes_of_pair is not None:
+            return self.codes_of_pair(block, i)
+        first, second = (self.codes(block, group) for group in (2 * i, 2 * i + 1))
+        return block.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, 2 * GROUP), [*range(2 * GROUP)]))
 
     def lanes_of(self, group: int, lanes: int, part: int) -> int:
         """The lane of `Scales` that holds for this vector of `lanes` weights of a group."""

@@ -20,6 +20,11 @@ def _codes(block: Block, group: int) -> ir.Value:
     return b.and_(both, block.constant(15, both))
 
 
+def _pair(block: Block, i: int) -> ir.Value:
+    both = block.twice(16 + 32 * i)
+    return block.b.and_(block.shifted(both, (0, -4)), block.constant(15, both))
+
+
 @kernel(parallel=False, fastmath=False)
 def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     codes = np.empty(256, np.uint8)
@@ -32,4 +37,4 @@ def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
             block[16 + j] = codes[low] | codes[low + 32] << 4
 
 
-Q4_K = BlockFormat("q4_k", 256, 144, "q8", 32, 0, 15, _codes, k_scales, _encode, Weighting(2.0))
+Q4_K = BlockFormat("q4_k", 256, 144, "q8", 32, 0, 15, _codes, k_scales, _encode, Weighting(2.0), _pair)

@@ -24,6 +24,12 @@ def _codes(block: Block, group: int) -> ir.Value:
     return b.or_(low, bit)
 
 
+def _pair(block: Block, i: int) -> ir.Value:
+    both, fifth, b = block.twice(48 + 32 * i), block.twice(16), block.b
+    bit = b.and_(block.shifted(fifth, (4 - 2 * i, 3 - 2 * i)), block.constant(16, fifth))
+    return b.or_(b.and_(block.shifted(both, (0, -4)), block.constant(15, both)), bit)
+
+
 @kernel(parallel=False, fastmath=False)
 def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     codes = np.empty(256, np.uint8)
@@ -41,4 +47,4 @@ def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
             block[48 + j] = codes[low] & 15 | (codes[low + 32] & 15) << 4
 
 
-Q5_K = BlockFormat("q5_k", 256, 176, "q8", 32, 0, 31, _codes, k_scales, _encode, Weighting(2.0))
+Q5_K = BlockFormat("q5_k", 256, 176, "q8", 32, 0, 31, _codes, k_scales, _encode, Weighting(2.0), _pair)

@@ -29,6 +29,13 @@ def _codes(block: Block, group: int) -> ir.Value:
     return b.or_(low, two)
 
 
+def _pair(block: Block, i: int) -> ir.Value:
+    half, upper_half, b = i // 2, i % 2, block.b
+    both, upper = block.vector(64 * half, 64), block.twice(128 + 32 * half)
+    two = b.and_(block.shifted(upper, (0, -2) if upper_half else (4, 2)), block.constant(0x30, upper))
+    return b.or_(b.and_(block.shifted(both, (-4, -4) if upper_half else (0, 0)), block.constant(15, both)), two)
+
+
 def _scales(block: Block) -> Scales:
     return Scales(block.times(block.half(208), block.vector(192, 16), signed=True))
 
@@ -67,4 +74,4 @@ def _encode(values: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
                 block[128 + 32 * half + j] = upper
 
 
-Q6_K = BlockFormat("q6_k", 256, 210, "q8", 16, 32, 63, _codes, _scales, _encode, Weighting(0.0, plain=True))
+Q6_K = BlockFormat("q6_k", 256, 210, "q8", 16, 32, 63, _codes, _scales, _encode, Weighting(0.0, plain=True), _pair)

@@ -209,6 +209,7 @@ class _Int8Tile(_Tile):
         # without `vpdpbusd`, sums of two products of bytes are int16: codes above 127 must become signed
         self.signed = blocks.largest_code > 127 and not tier.dot_int8 and "avx2" in tier.needs
         self.corrected = bool(blocks.offset) and not self.signed
+        self.together = 2 if tier.dot_int8 and tier.lanes == 16 and blocks.groups % 2 == 0 else 1  # groups of a product
         b = self.b
         sixteenth = b.udiv(self.width, ir.Constant(I64, 16))
         self.scales_at = [b.add(column, self.width) for column in self.columns]
@@ -217,7 +218,7 @@ class _Int8Tile(_Tile):
         self.sums_at = [b.add(at, sums_at) for at in self.scales_at]
 
     def _kinds(self) -> list[ir.Type]:
-        products = [ir.VectorType(F32, _LANES)] * (self.tokens * _CHAINS)
+        products = [ir.VectorType(F32, self.together * _LANES)] * (self.tokens * _CHAINS)
         return products + [ir.VectorType(F32, self.lanes)] * self.tokens
 
     def add_block(self, row: ir.Value, i: ir.Value, u: int, sums: list[ir.Value]) -> list[ir.Value]:
@@ -236,16 +237,16 @@ class _Int8Tile(_Tile):
             if subtracted is not None:
                 at, n = b.mul(i, ir.Constant(I64, self.lanes)), self.tokens * _CHAINS + m
                 sums[n] = multiply_add(b, sums[n], subtracted, self.floats(self.sums_at[m], at, self.lanes))
-        start = b.mul(i, ir.Constant(I64, self.blocks.block_length))
-        for group in range(groups):
-            codes = self.blocks.codes(block, group)
-            lanes = [self.blocks.lanes_of(group, 4, lane) for lane in range(_LANES)]
-            chain = (u * groups + group) % _CHAINS
+        start, together = b.mul(i, ir.Constant(I64, self.blocks.block_length)), self.together
+        for group in range(0, groups, together):
+            codes = self.blocks.codes(block, group) if together == 1 else self.blocks.pair(block, group // 2)
+            lanes = [self.blocks.lanes_of(group, 4, lane) for lane in range(together * _LANES)]
+            chain = (u * groups + group) // together % _CHAINS
             for m, column in enumerate(self.columns):
                 pointer = address(b, column, b.add(start, ir.Constant(I64, GROUP * group)), 1)
-                dot = self._dot(codes, load(b, pointer, ir.VectorType(I8, GROUP), 1))
+                dot = self._dot(codes, load(b, pointer, ir.VectorType(I8, together * GROUP), 1))
                 n = m * _CHAINS + chain
-                product = b.sitofp(dot, ir.VectorType(F32, _LANES))
+                product = b.sitofp(dot, ir.VectorType(F32, together * _LANES))
                 sums[n] = multiply_add(b, sums[n], product, picked(b, scaled[m], lanes))
         return sums
 
@@ -265,13 +266,13 @@ class _Int8Tile(_Tile):
         return result
 
     def _dot(self, codes: ir.Value, x: ir.Value) -> ir.Value:
-        """Sums of four neighbours of codes * x: int32 [8]."""
+        """Sums of four neighbours of codes * x: int32 [8], or [16]."""
         b, tier = self.b, self.kind.tier
-        words = ir.VectorType(I32, _LANES)
+        words = ir.VectorType(I32, self.together * _LANES)
         if tier.dot_int8:
-            function = ir.FunctionType(words, [words] * 3)
-            dot = cgutils.get_or_insert_function(b.module, function, "llvm.x86.avx512.vpdpbusd.256")
-            return b.call(dot, [ir.Constant(words, [0] * _LANES), b.bitcast(codes, words), b.bitcast(x, words)])
+            function, name = ir.FunctionType(words, [words] * 3), f"llvm.x86.avx512.vpdpbusd.{words.count * 32}"
+            dot = cgutils.get_or_insert_function(b.module, function, name)
+            return b.call(dot, [ir.Constant(words, [0] * words.count), b.bitcast(codes, words), b.bitcast(x, words)])
         if "avx2" in tier.needs:
             return self._dot_avx2(codes, x)
         wide = ir.VectorType(I32, GROUP)
