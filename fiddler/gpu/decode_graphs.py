@@ -126,11 +126,11 @@ class DecodeGraphs:
     def _compute_missing(self, launch: Callable[[], None] | None, ahead: _Ahead | None) -> None:
         """Divide each layer with missing experts, and compute the CPU's part. ahead: see `_queue_all`.
 
-        launch: queues the first graph; None where the last step did. The worker thread wakes up meanwhile.
+        launch: queues the first graph; None where the last step did. The worker thread wakes up meanwhile, if it may.
         """
         self._graphs.begin(ahead=launch is None)
         begin = partial(self._orchestrator.cooperative_step.begin, partial(self._queue_all, ahead))
-        queueing = begin() if self._in_one_chunk else None
+        queueing = begin() if self._sends_first else None
         if launch is not None:
             launch()
         queueing = queueing or begin()
@@ -141,9 +141,13 @@ class DecodeGraphs:
         self._graphs.end()
 
     @property
-    def _in_one_chunk(self) -> bool:
-        """Whether a layer's copies wait for no products of the GPU, which are queued after them."""
-        return self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1]) == 1
+    def _sends_first(self) -> bool:
+        """Whether the worker thread sends the first layer's copies before it queues a graph.
+
+        They are one chunk: others would wait for the products of a graph. In a trace the caller sends.
+        """
+        chunks = self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1])
+        return chunks == 1 and not self._recorder.wants_queued
 
     def _divide(self, index: int, queueing: Task) -> tuple[TokenPlan, CpuPart]:
         """Divide the layer `breaks[index]` as soon as its inputs are there; raises the error of `queueing`, if any."""
@@ -173,12 +177,12 @@ class DecodeGraphs:
     def _queue_all(self, ahead: _Ahead | None) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.
 
-        Those of the first layer go before all graphs, unless they wait for products that a graph has.
+        Those of the first layer may go before all graphs, see `_sends_first`.
         ahead: then begin this next step, unless the step is broken off.
         """
         graphs, step, queued, sent = self._graphs, self._orchestrator.cooperative_step, 0, 0
         try:
-            if self._in_one_chunk:
+            if self._sends_first:
                 self._send_when_divided(0)
                 sent = 1
             for piece, layers in enumerate(graphs.pieces):

@@ -107,7 +107,7 @@ class CapturedGraphs:
         else:
             self._inputs.copied()  # while the GPU runs that graph, as the rest
             self._host_logits.begin(self._logits)
-            self._host_logits.copy(self._logits, beside=False)
+            self._host_logits.copy(self._logits)
 
     def begin_ahead(self, position: int, table: np.ndarray) -> None:
         """Implements `Graphs.begin_ahead`."""
@@ -115,7 +115,7 @@ class CapturedGraphs:
         if self._choose is None:
             self._host_logits.begin(self._logits)
             self._replay(0)
-            self._host_logits.copy(self._logits, beside=False)
+            self._host_logits.copy(self._logits)
             return
         self._choices.expect(position - 1)
         self._choose.replay()
@@ -129,12 +129,9 @@ class CapturedGraphs:
 
     def queue(self, piece: int) -> None:
         """Implements `Graphs.queue`."""
-        last = piece == len(self.pieces) - 1
-        if last:
-            self._host_logits.hold()
         self._replay(1 + piece)
-        if last:
-            self._host_logits.copy(self._logits, beside=True)
+        if piece == len(self.pieces) - 1:
+            self._host_logits.copy(self._logits)
 
     def reserve(self) -> None:
         """Implements `Graphs.reserve`."""
@@ -170,7 +167,7 @@ class CapturedGraphs:
     def end(self) -> None:
         """Implements `Graphs.end`."""
         self._numbers.end()
-        self._inputs.read()
+        self._inputs.were_read()
 
     def check(self) -> None:
         """Implements `Graphs.check`."""

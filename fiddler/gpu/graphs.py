@@ -43,7 +43,7 @@ class Graphs(Protocol):
     def begin(self, *, ahead: bool) -> None:
         """Begin a step with breaks: from now on another thread may send its copies. ahead: `begin_ahead` queued it.
 
-        If it did, and this is another step, leave out that one's numbers.
+        Where it queued another step than this one, the numbers of that step are left out.
         """
         ...
 

@@ -16,8 +16,6 @@ class HostLogits:
     def __init__(self) -> None:
         self._slots: list[Tensor | None] = [None, None]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # recorded after their copies
-        self._beside = torch.cuda.Stream()  # of copies that nothing queued later waits for
-        self._computed = torch.cuda.Event()  # the logits that such a copy reads
         self._steps = 0
 
     def begin(self, like: Tensor) -> None:
@@ -31,24 +29,13 @@ class HostLogits:
         if self._slots[slot] is None:  # whoever got the last ones may keep them
             self._slots[slot] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
-    def copy(self, logits: Tensor, *, beside: bool) -> None:
-        """Queue the copy of the logits of the step that was counted last.
-
-        beside: what is queued later does not wait for it; `hold` comes before what overwrites them.
-        """
+    def copy(self, logits: Tensor) -> None:
+        """Queue the copy of the logits of the step that was counted last."""
         slot, stream = self._steps % 2, torch.cuda.current_stream()
-        if beside:
-            self._computed.record(stream)
-            stream = self._beside
-            stream.wait_event(self._computed)
         host = self._slots[slot]
         assert host is not None
         cuda_driver.copy_to_host(host.data_ptr(), logits.data_ptr(), host.nbytes, stream.cuda_stream)
         self._copied[slot].record(stream)
-
-    def hold(self) -> None:
-        """Let what is queued from now on wait for the last copy beside it."""
-        torch.cuda.current_stream().wait_stream(self._beside)
 
     def read(self, ahead: int = 0) -> Tensor:
         """Those of the step that was counted last, or `ahead` 1 before it; once. Waits for them."""

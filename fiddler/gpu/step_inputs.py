@@ -46,7 +46,7 @@ class StepInputs:
         self.first.add_(layers)
 
     def queue(self, first: int, token: int, position: int, table: np.ndarray) -> None:
-        """Queue the captured copy of these; then call `copied`, or `read`. table: int64, at most `blocks`."""
+        """Queue the captured copy of these; then call `copied`, or `were_read`. table: int64, at most `blocks`."""
         assert self._graph is not None, "it is captured first"
         if self._queued:  # the step was broken off
             torch.cuda.current_stream().synchronize()
@@ -62,6 +62,7 @@ class StepInputs:
         if np.array_equal(self._table[: len(table)], table):
             return
         self._wait()
+        self._queued = True
         self._table[: len(table)] = table
         skipped = 8 * (_BEFORE + 2)
         target, source = self._device.data_ptr() + skipped, self._host.ctypes.data + skipped
@@ -73,7 +74,7 @@ class StepInputs:
         self._copied.record()
         self._recorded, self._queued = True, False
 
-    def read(self) -> None:
+    def were_read(self) -> None:
         """Say that the GPU has read what `queue` queued, as later signals show."""
         self._queued = False
 

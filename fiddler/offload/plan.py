@@ -66,17 +66,17 @@ class Balance:
     """Delay of the GPU's part after the CPU's [s], adjusted at run time by which side finishes first.
 
     Calibration cannot know it: queueing copies beside a busy CPU takes time, and the speed of each side varies. Each
-    layer has its own: before the first one of a token nothing was queued, and its experts may be others. The delay
+    layer has its own: nothing is queued before the first one of a token, and layers have different residents. The delay
     moves by one small step at a time: it follows changes, and one odd moment moves it little. Plans of whole experts
     may leave one side waiting: then it moves only where the other side ends first than was expected.
     """
 
     _STEP, _MAX_STEPS = 25e-6, 40
     _EVEN = 50e-6  # an expected lead [s] up to which either side may end first
-    _IDLE_LAYERS = 16  # of one side alone, after which the other may be tried again
+    _IDLE_TOKENS = 8  # of one side alone, after which the other may be tried again, one step nearer
 
     def __init__(self) -> None:
-        self._steps = self._idle_layers = 0
+        self._steps = self._idle_tokens = 0
 
     @property
     def seconds(self) -> float:
@@ -85,16 +85,16 @@ class Balance:
 
     def tell(self, *, gpu_first: bool, lead: float = 0.0) -> None:
         """Adjust after a layer in which both sides had a part. lead: see `Plan`."""
-        self._idle_layers = 0
+        self._idle_tokens = 0
         if abs(lead) > self._EVEN and gpu_first == (lead > 0):
             return
         self._steps = max(-self._MAX_STEPS, min(self._MAX_STEPS, self._steps + (-1 if gpu_first else 1)))
 
     def tell_alone(self) -> None:
         """Adjust after a layer in which one side had no part: a delay that nobody measures any more is forgotten."""
-        self._idle_layers += 1
-        if self._idle_layers >= self._IDLE_LAYERS and self._steps:
-            self._idle_layers = 0
+        self._idle_tokens += 1
+        if self._idle_tokens >= self._IDLE_TOKENS and self._steps:
+            self._idle_tokens = 0
             self._steps -= 1 if self._steps > 0 else -1
 
 

@@ -35,8 +35,6 @@ class Stream:
 
     def wait_stream(self, stream): ...
 
-    def wait_event(self, event): ...
-
     def query(self):
         assert not self.errors, self.errors
         return True
