@@ -42,7 +42,7 @@ class OneGraph:
     def __init__(self):
         self.tokens, self.hidden, self.fails = [], torch.zeros(1, 40), False
 
-    def begin(self, token, position, table):
+    def launch(self, token, position, table):
         if self.fails:
             raise ValueError("broken off")
         self.tokens.append((token, position, *table.tolist()))
