@@ -34,7 +34,7 @@ from fiddler.kernels.matmul.read_ahead import read_ahead
 
 __all__ = ["block_tile", "block_tokens"]
 
-_LANES = GROUP // 4  # sums of a product of bytes
+_LANES = GROUP // 4  # sums of a group's product of bytes
 _CHAINS = 4  # independent sums of a token
 
 
