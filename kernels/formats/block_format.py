@@ -23,8 +23,8 @@ from fiddler.kernels.formats.weighting import Weighting
 __all__ = ["GROUP", "Block", "BlockFormat", "Scales", "exact_product", "nibbles", "picked"]
 
 GROUP = 32
-"""Weights that are decoded together; with int8 activations, a group or two are multiplied by one instruction. Every block
-is whole groups."""
+"""Weights that are decoded together; with int8 activations, one instruction multiplies a group, or two. Every block is
+whole groups."""
 
 _STRICT = ("arcp",)  # a flag without effect on products and sums: Numba's fast-math spares instructions with flags
 
