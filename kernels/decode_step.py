@@ -8,20 +8,17 @@ Knows the order of operations, which `models` describes; not files or tensors.
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from time import CLOCK_MONOTONIC
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, typeof, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, typeof
 
 from fiddler.kernels import attention_kernels, norm_router
 from fiddler.kernels.codegen.jit import FASTMATH, OPTIONS, kernel
 from fiddler.kernels.codegen.scalar_math import exponential
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.heads import heads
+from fiddler.kernels.machine.clock import now
 from fiddler.kernels.matmul import grouped
 from fiddler.kernels.matmul.epilogues import PLAIN, SWIGLU
 
@@ -91,32 +88,14 @@ def addresses(variant: KernelVariant, kv_dtype: np.dtype) -> tuple[int, ...]:
     )
 
 
-@intrinsic
-def _now(_context: Any) -> Any:
-    """CLOCK_MONOTONIC [s]."""
-
-    def generate(_: Any, b: ir.IRBuilder, _signature: Any, _arguments: list[ir.Value]) -> ir.Value:
-        word = ir.IntType(64)
-        function_type = ir.FunctionType(ir.IntType(32), [ir.IntType(32), word.as_pointer()])
-        clock_gettime = cgutils.get_or_insert_function(b.module, function_type, "clock_gettime")
-        time = cgutils.alloca_once(b, word, 2)
-        b.call(clock_gettime, [ir.Constant(ir.IntType(32), CLOCK_MONOTONIC), time])
-        seconds, nanoseconds = (
-            b.sitofp(b.load(b.gep(time, [ir.Constant(ir.IntType(32), i)])), ir.DoubleType()) for i in range(2)
-        )
-        return b.fadd(seconds, b.fmul(nanoseconds, ir.Constant(ir.DoubleType(), 1e-9)))
-
-    return types.float64(), generate
-
-
 @njit(**OPTIONS)
 def _timed_products(
     arguments: tuple[Any, ...], biases: np.ndarray, addresses: Any, memory: np.ndarray, threads: int, span: np.ndarray
 ) -> int:
     """Call `grouped_products`; write its begin and end [s] to `span`."""
-    span[0] = _now()
+    span[0] = now()
     needed_words: int = _call_products(addresses[5], (*arguments, biases, memory, threads, addresses[6:]))
-    span[1] = _now()
+    span[1] = now()
     return needed_words
 
 

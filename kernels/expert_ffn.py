@@ -9,7 +9,6 @@ each output element in one order, so the result does not depend on the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from fiddler.kernels.expert_matrices import ExpertMatrices, bias_addresses, chec
 from fiddler.kernels.formats import format_of
 from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
 from fiddler.kernels.matmul.grouped import stored_kinds
-from fiddler.kernels.matmul.products_call import ProductsCall
+from fiddler.kernels.matmul.products_call import BoundProducts, ProductsCall
 
 __all__ = ["ExpertFfn", "expert_ffn"]
 
@@ -115,7 +114,7 @@ class ExpertFfn:
             ),
             3 * expert_ids.size * self._width * self._hidden,
         ):
-            raise self._out_of_range()
+            raise ValueError(f"an expert id lies outside 0..{self._experts - 1}")
         return y
 
     def bind(
@@ -125,11 +124,12 @@ class ExpertFfn:
         routing_weights: np.ndarray,
         hidden_rows: np.ndarray,
         out: np.ndarray,
-    ) -> Callable[[], None]:
+    ) -> BoundProducts:
         """A call with arrays that are checked once, and filled anew before each call.
 
         The arguments are those of `expert_ffn`, but contiguous, and expert_ids int64. The caller answers for the values
-        of hidden_rows: even, or whole blocks of down, and from 0 to F.
+        of hidden_rows: even, or whole blocks of down, and from 0 to F. The call is False if an expert id is out of
+        range.
         """
         self._check(x, expert_ids, routing_weights)
         _check_rows(hidden_rows, self._experts, self._hidden, self._block_length)
@@ -139,21 +139,12 @@ class ExpertFfn:
             if array.dtype != kind or not array.flags.c_contiguous:
                 raise ValueError(f"an array to bind is {array.dtype} {array.shape}; expected {kind}, contiguous")
         arguments = x, expert_ids, routing_weights, hidden_rows, *self._weights_and(out)
-        compute = self._products.bind(arguments, 3 * expert_ids.size * self._width * self._hidden)
-
-        def call() -> None:
-            if not compute():
-                raise self._out_of_range()
-
-        return call
+        return self._products.bind(arguments, 3 * expert_ids.size * self._width * self._hidden)
 
     def _weights_and(self, out: np.ndarray) -> tuple[Any, ...]:
         """The arguments of `grouped_products` from `matrices` to `biases`."""
         weights = self._matrices, self._stored, self._outputs, self._activation
         return *weights, out.reshape(-1), self._biases
-
-    def _out_of_range(self) -> ValueError:
-        return ValueError(f"an expert id lies outside 0..{self._experts - 1}")
 
     def _check_out(self, out: np.ndarray, tokens: int) -> None:
         shape = tokens, self._width

@@ -1,30 +1,28 @@
 """One token's missing experts: which rows each side computes, by a table of plans, as soon as the GPU has chosen them.
 
-Knows arrays and numbers in memory; not how plans are made, nor who copies what. A layer is one call of a few
-microseconds: beside the CPU's products, which evict it from the caches, Python takes several times as long as alone.
+Knows arrays and numbers in memory; not how plans are made, who copies what, nor the products: see `token_layer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
 
 import numpy as np
 from numba import types
 
-from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.machine.signals import SIGNAL_STRIDE, set_signal, signal, wait_for
 
-__all__ = ["NOT_YET", "SEND_HERE", "Signal", "TokenDivision"]
+__all__ = ["ARRAYS", "INVALID", "NOT_YET", "SEND_HERE", "Signal", "TokenDivision", "divide"]
 
 NOT_YET = -2
 """Nothing arrived: ask again."""
 SEND_HERE = 1 << 20
 """Added to the number of missing experts: no other thread sends this layer's copies."""
-
-_INVALID = -1
+INVALID = -1
+"""An expert id is out of range."""
 
 
 class Signal(IntEnum):
@@ -69,7 +67,7 @@ class TokenDivision:
         """int64 [K, 2]: the index of an expert id, and its last hidden rows that the GPU computes, 0 at the end."""
 
     def plans(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """A table for `of_layer`: rows[n]: the GPU's hidden rows of each of n missing experts, for n from 0 to K."""
+        """A table for `divide`: rows[n]: the GPU's hidden rows of each of n missing experts, for n from 0 to K."""
         table = np.zeros((self._k + 1, self._k), np.int64)
         if [len(each) for each in rows] != list(range(self._k + 1)):
             raise ValueError(f"plans for {[len(each) for each in rows]} missing experts; expected 0 to {self._k}")
@@ -79,39 +77,30 @@ class TokenDivision:
             table[missing, :missing] = each
         return table
 
-    def of_layer(self, missing: np.ndarray, counts: np.ndarray) -> Callable[[int, np.ndarray], int]:
-        """A function that divides the missing experts of `chosen` by a table of `plans`, once ARRIVED has its number.
-
-        missing: bool [E], of a layer, read by each call. counts: int64 [E], which it increases for each chosen expert.
-        The function returns the number of missing experts, plus SEND_HERE where no thread waits to send the GPU's part,
-        which the caller has to; else it has set DIVIDED. Or NOT_YET, after half a millisecond or so in which
-        nothing arrived. Raises ValueError where an expert id is out of range.
-        """
+    def arrays(self, missing: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The arrays of a layer for `divide`. missing: bool [E], read by each call. counts: int64 [E]."""
         for name, array, dtype in (("missing", missing, np.bool_), ("counts", counts, np.int64)):
             if array.shape != (self._experts,) or array.dtype != dtype or not array.flags.c_contiguous:
                 raise ValueError(f"{name} is {array.dtype} {array.shape}; expected contiguous [{self._experts}]")
-        arrays = self.signals, self._chosen, missing, self.expert_ids, self.cpu_rows, self.gpu_rows, counts
-        call, chosen, hidden = _division.entry(), self._chosen, self.hidden
-
-        def divide(number: int, plans: np.ndarray) -> int:
-            count: int = call(arrays, number, hidden, plans)
-            if count == _INVALID:
-                raise ValueError(f"an expert id of {chosen[0].tolist()} lies outside 0..{len(missing) - 1}")
-            return count
-
-        return divide
+        return self.signals, self._chosen, missing, self.expert_ids, self.cpu_rows, self.gpu_rows, counts
 
 
 @partial(kernel, parallel=False)
-def _divide(arrays: tuple[np.ndarray, ...], number: int, hidden: int, plans: np.ndarray) -> int:
-    """See `TokenDivision.of_layer`. Returns _INVALID, with all as before, where an expert id is out of range."""
+def divide(arrays: tuple[np.ndarray, ...], number: int, hidden: int, plans: np.ndarray) -> int:
+    """Divide the missing experts of `chosen` by a table of `plans`, once ARRIVED has this number.
+
+    arrays: `TokenDivision.arrays`. Increases `counts` of each chosen expert. Returns the number of missing experts,
+    plus SEND_HERE where no thread waits to send the GPU's part, which the caller has to; else it has set DIVIDED. Or
+    NOT_YET, after half a millisecond or so in which nothing arrived; or INVALID, with all as before, where an expert id
+    is out of range.
+    """
     signals, chosen, missing, expert_ids, cpu_rows, gpu_rows, counts = arrays
     if not wait_for(signals, _ARRIVED, number):
         return NOT_YET
     count, streamed = 0, 0
     for j in range(chosen.shape[1]):
         if not 0 <= chosen[0, j] < missing.size:
-            return _INVALID
+            return INVALID
     for j in range(chosen.shape[1]):
         cpu_rows[expert_ids[0, j]] = 0
     for j in range(chosen.shape[1]):
@@ -137,5 +126,5 @@ def _divide(arrays: tuple[np.ndarray, ...], number: int, hidden: int, plans: np.
 
 _IDS = types.int64[:, ::1]
 _INTS = types.int64[::1]
-_ARRAYS = types.Tuple((types.uint32[::1], types.float32[:, ::1], types.boolean[::1], _IDS, _INTS, _IDS, _INTS))
-_division = FunctionPointer(_divide, _ARRAYS, types.int64, types.int64, _IDS, returns=types.int64)
+ARRAYS = types.Tuple((types.uint32[::1], types.float32[:, ::1], types.boolean[::1], _IDS, _INTS, _IDS, _INTS))
+"""The type of `TokenDivision.arrays`."""

@@ -24,7 +24,7 @@ class Attention:
     ) -> None:
         self._config, self._index, self._linear, self._norm, self._make_heads = config, index, linear, norm, heads
         name = partial(config.architecture.tensor_name, layer=index)
-        self._attn_norm = weights[name(Role.ATTENTION_NORM)]
+        self.norm_weight = weights[name(Role.ATTENTION_NORM)]
         fused = config.has(Role.QUERY_KEY_VALUE)
         roles = (Role.QUERY_KEY_VALUE,) if fused else (Role.QUERY, Role.KEY, Role.VALUE)
         self._qkv = [name(role) for role in roles]
@@ -35,9 +35,16 @@ class Attention:
         self._sinks = weights[name(Role.SINKS)] if config.has(Role.SINKS) else None
         self._qk_norms = [weights[name(role)] for role in (Role.QUERY_NORM, Role.KEY_NORM) if config.has(role)]
 
-    def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
-        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all."""
-        x = self._norm(centred(h, self._config.architecture.norm), self._attn_norm, self._config.rms_epsilon)
+    def __call__(
+        self, h: Tensor, cache: Cache, wanted: Tensor | None = None, normalised: Tensor | None = None
+    ) -> Tensor:
+        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores keys and values of all.
+
+        normalised: that h by `norm_weight`, where the caller has it.
+        """
+        x = normalised
+        if x is None:
+            x = self._norm(centred(h, self._config.architecture.norm), self.norm_weight, self._config.rms_epsilon)
         q, k, v = self._heads(self._linear.together(x, self._qkv))
         attended = cache.attend(self._index, q, k, v, self._sinks).flatten(1)
         if wanted is not None:

@@ -31,7 +31,7 @@ class LatentAttention:
         self._config, self._widths, self._index = config, config.latent, index
         self._linear, self._norm = linear, norm
         name = partial(config.architecture.tensor_name, layer=index)
-        self._attn_norm, self._latent_norm = weights[name(Role.ATTENTION_NORM)], weights[name(Role.LATENT_NORM)]
+        self.norm_weight, self._latent_norm = weights[name(Role.ATTENTION_NORM)], weights[name(Role.LATENT_NORM)]
         self._first = [name(Role.QUERY_DOWN if config.latent.query else Role.QUERY), name(Role.LATENT)]
         self._query_up, self._query_norm = name(Role.QUERY_UP), None
         if config.latent.query:
@@ -42,10 +42,16 @@ class LatentAttention:
         # a cache divides scores by the root of head_dim
         self._scale = (config.head_dim / config.latent.key) ** 0.5 * (1.0 if scaling is None else scaling.score_scale)
 
-    def __call__(self, h: Tensor, cache: Cache, wanted: Tensor | None = None) -> Tensor:
-        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores the latents of all."""
-        config, rotated = self._config, self._config.rotated
-        x = self._norm(centred(h, config.architecture.norm), self._attn_norm, config.rms_epsilon)
+    def __call__(
+        self, h: Tensor, cache: Cache, wanted: Tensor | None = None, normalised: Tensor | None = None
+    ) -> Tensor:
+        """h [T, D] + attention of the normalised h: the rows in `wanted`, [W, D]. Stores the latents of all.
+
+        normalised: that h by `norm_weight`, where the caller has it.
+        """
+        config, rotated, x = self._config, self._config.rotated, normalised
+        if x is None:
+            x = self._norm(centred(h, config.architecture.norm), self.norm_weight, config.rms_epsilon)
         q, latent = self._linear.together(x, self._first)
         key = self._key(latent)  # [T, 1, head_dim]
         attended = cache.attend(self._index, self._queries(q), key, key)[..., rotated:]  # [T, H, latent]

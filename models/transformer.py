@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fiddler.errors import FileFormatError
 from fiddler.models import ARCHITECTURES, DENSE_ARCHITECTURES
-from fiddler.models.architecture import Role, first_unknown
+from fiddler.models.architecture import Norm as NormKind, Role, first_unknown
 from fiddler.models.config import Config
 from fiddler.models.head_attention import Attention
 from fiddler.models.interfaces import Cache, Embeddings, Experts, Heads, Linear, Norm, Router, RouterWeights
@@ -130,14 +130,20 @@ class Block:
             self._shared = [name(role) for role in (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)]
         self._shared_router = weights[name(Role.SHARED_ROUTER)] if config.has(Role.SHARED_ROUTER) else None
 
+    @property
+    def norm_weight(self) -> Tensor | None:
+        """The weight [D] of the RMS norm before the attention; None where h is centred first."""
+        return None if self.config.architecture.norm is NormKind.LAYER else self.attention.norm_weight
+
     def before_experts(
-        self, h: Tensor, cache: Cache, wanted: Tensor | None = None
+        self, h: Tensor, cache: Cache, wanted: Tensor | None = None, normalised: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The dense half: h [T, D] -> h after attention and the shared experts, and the routed experts' input.
 
-        That is x [T, D], expert_ids and routing_weights [T, K]. wanted: return only these rows; None: all.
+        That is x [T, D], expert_ids and routing_weights [T, K]. wanted: return only these rows; None: all. normalised:
+        h after the norm by `norm_weight`, where the caller has it.
         """
-        h, config = self.attention(h, cache, wanted), self.config
+        h, config = self.attention(h, cache, wanted, normalised), self.config
         x, expert_ids, routing_weights = self._router(
             self._centred(h), self._epsilon, self._weights, config.router, config.expert_used_count
         )

@@ -3,8 +3,7 @@
 Knows which thread does what; not what the graphs hold, nor sampling. The worker thread queues the step's graphs ahead
 of the GPU, which waits within them for a layer's streamed experts, and for the CPU's sum. Between two graphs it waits
 itself, awake, in compiled code, until a layer is divided, and queues the copies of the GPU's part. The caller's thread
-waits for the experts that the router chose, divides the layer, and computes the CPU's part. So between the CPU's
-products of two layers there are a few calls of Python's, and the copies begin while the CPU does.
+waits for the experts that the router chose, divides the layer, and computes the CPU's part, in one compiled call.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fiddler.gpu.graphs import Graphs
-from fiddler.offload.one_token import TokenPlan
-from fiddler.offload.orchestrator import CpuPart, Orchestrator
+from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.worker_thread import Task
 from fiddler.telemetry.recorder import Recorder
 
@@ -135,8 +133,7 @@ class DecodeGraphs:
             launch()
         queueing = queueing or begin()
         for index in range(len(self._graphs.breaks)):
-            plan, part = self._divide(index, queueing)
-            self._compute(index, plan, part)
+            self._compute(index, queueing)
         queueing.wait()
         self._graphs.end()
 
@@ -149,30 +146,24 @@ class DecodeGraphs:
         chunks = self._orchestrator.ring.token_chunks(self._graphs.expert_ids.shape[1])
         return chunks == 1 and not self._recorder.wants_queued
 
-    def _divide(self, index: int, queueing: Task) -> tuple[TokenPlan, CpuPart]:
-        """Divide the layer `breaks[index]` as soon as its inputs are there; raises the error of `queueing`, if any."""
+    def _compute(self, index: int, queueing: Task) -> None:
+        """Divide the layer `breaks[index]` as soon as its inputs are there, and compute the CPU's part.
+
+        Raises the error of `queueing`, if any.
+        """
         graphs, orchestrator = self._graphs, self._orchestrator
         layer, number = graphs.breaks[index], graphs.number(index)
-        with self._recorder.span("wait", 0):
-            while (split := orchestrator.split_token(layer, number, graphs.send)) is None:
-                graphs.check()
-                if queueing.ended:
-                    queueing.wait()
-        return split
-
-    def _compute(self, index: int, plan: TokenPlan, part: CpuPart) -> None:
-        """Compute the CPU's part of the layer `breaks[index]`."""
-        graphs, orchestrator = self._graphs, self._orchestrator
-        if not orchestrator.on_cpu(part, graphs.cpu_sum):
-            graphs.cpu_sum[:] = 0
-        graphs.open(index)  # before anything else: the GPU waits
+        while (plan := orchestrator.compute_token(layer, number, graphs.send)) is None:
+            graphs.check()
+            if queueing.ended:
+                queueing.wait()
         if plan.parts:
             now = time.perf_counter()
-            self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[part.layer].hidden_row_bytes)
+            self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
-            orchestrator.balances[part.layer].tell(gpu_first=graphs.streamed(index), lead=plan.lead)
+            orchestrator.balances[layer].tell(gpu_first=graphs.streamed(index), lead=plan.lead)
         elif plan.missing:
-            orchestrator.balances[part.layer].tell_alone()
+            orchestrator.balances[layer].tell_alone()
 
     def _queue_all(self, ahead: _Ahead | None) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.

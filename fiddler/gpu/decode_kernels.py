@@ -15,10 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "gather",
     "gemv",
     "gemv_per_head",
-    "hand_over",
     "heads",
     "next_token",
     "norm",
@@ -230,43 +228,3 @@ def to_host_by_turns(values: Tensor, token: Tensor, host: Tensor) -> None:
     """
     size = values.numel()
     _to_host_by_turns[(triton.cdiv(size, 512),)](values, token, host, size, 512, num_warps=4)
-
-
-@triton.jit
-def _gather(h, on_gpu, on_cpu, out, width, K: tl.constexpr):
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    inside = k < width
-    total = tl.load(h + k, mask=inside) + tl.load(on_gpu + k, mask=inside)
-    tl.store(out + k, total + tl.load(on_cpu + k, mask=inside), mask=inside)
-
-
-def gather(h: Tensor, on_gpu: Tensor, on_cpu: Tensor) -> Tensor:
-    """h + on_gpu + on_cpu, all [1, D] float32; the GPU reads on_cpu, in pinned memory, over PCIe."""
-    out = torch.empty_like(h)
-    _gather[(triton.cdiv(h.shape[1], 512),)](h, on_gpu, on_cpu, out, h.shape[1], 512, num_warps=4)
-    return out
-
-
-@triton.jit
-def _hand_over(x, expert_ids, routing_weights, device_out, host_out, width, TOP: tl.constexpr, K: tl.constexpr):
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    values = tl.load(x + k, mask=k < width)
-    tl.store(device_out + k, values, mask=k < width)
-    tl.store(host_out + k, values, mask=k < width)
-    if tl.program_id(0) == 0:
-        for j in tl.static_range(TOP):
-            tl.store(host_out + width + j, tl.load(expert_ids + j).to(tl.float32))
-            routing_weight = tl.load(routing_weights + j)
-            tl.store(device_out + width + j, routing_weight)
-            tl.store(host_out + width + TOP + j, routing_weight)
-
-
-def hand_over(x: Tensor, expert_ids: Tensor, routing_weights: Tensor, device_out: Tensor, host_out: Tensor) -> None:
-    """Write x [1, D] and routing_weights [1, K] to device_out [D + K]; to host_out with expert_ids [1, K] between.
-
-    Outputs are float32. host_out [D + 2 K] is pinned memory, which the GPU writes over PCIe.
-    """
-    width = x.shape[1]
-    _hand_over[(triton.cdiv(width, 512),)](
-        x, expert_ids, routing_weights, device_out, host_out, width, expert_ids.shape[1], 512, num_warps=4
-    )

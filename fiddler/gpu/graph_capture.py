@@ -11,25 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fiddler.gpu import decode_kernels
 from fiddler.gpu.capture import captured
 from fiddler.gpu.decode_cache import DecodeCache
 from fiddler.gpu.graphs import piece_sizes
 from fiddler.gpu.host_choices import HostChoices
 from fiddler.gpu.host_logits import HostLogits
 from fiddler.gpu.resident_experts import run_residents
-from fiddler.gpu.signal_kernels import run_each_kind, tell_and_wait
+from fiddler.gpu.signal_kernels import Signals, hand_over, run_each_kind, take_sums, tell_and_wait
 from fiddler.gpu.step_inputs import StepInputs
 from fiddler.gpu.streamed_experts import StreamedExperts
 from fiddler.kernels.one_token import Signal
 from fiddler.models.transformer import Transformer
-from fiddler.offload.one_token import TokenPlan
+from fiddler.offload.one_token import TokenInputs, TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
-from fiddler.offload.token_signals import TokenSignals
+from fiddler.offload.token_signals import Place, TokenSignals
 from fiddler.runtime.block_pool import BlockPool, blocks_for
 from fiddler.telemetry.recorder import Recorder
 
 __all__ = ["CapturedGraphs"]
+
+_NO_SIGNALS = Signals()
 
 
 class CapturedGraphs:
@@ -152,10 +153,6 @@ class CapturedGraphs:
         """Implements `Graphs.send_when_divided`."""
         return self._streaming.send_when_divided(self.breaks[index], self.number(index))
 
-    def open(self, index: int) -> None:
-        """Implements `Graphs.open`."""
-        self._numbers.set(Signal.SUMMED, self.number(index))
-
     def streamed(self, index: int) -> bool:
         """Implements `Graphs.streamed`."""
         return self._streaming.computed(self.number(index))
@@ -200,14 +197,15 @@ class CapturedGraphs:
         capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capture_stream):
             if self.breaks:
-                bound = self.x, self.expert_ids, self.routing_weights, self.cpu_sum
+                on_host = TokenInputs(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
                 inputs = self._streamed_inputs, self._y
-                self._streamed = StreamedExperts(self._orchestrator, bound, *inputs, self._recorder)
+                self._streamed = StreamedExperts(self._orchestrator, on_host, *inputs, self._recorder)
             self._inputs.run()
             self._run(0, None, self._y)
-            for layer in self.breaks[:1]:
-                self._run(layer + 1, None, self._run(layer, layer, self._y))
             if self._streamed is not None:
+                layer, place = self.breaks[0], self._numbers.place(Signal.SUMMED, 0)
+                signals = Signals(place, place, place)
+                self._run(layer + 1, None, self._run(layer, layer, self._y, signals), signals)
                 self._streamed.run()
                 run_each_kind(self._inputs.first, self._numbers.place(Signal.SUMMED, 0))
                 self._inputs.advance(0)
@@ -228,15 +226,15 @@ class CapturedGraphs:
         """Capture the first graph, and one of each piece."""
         ends, begin = [*self.breaks, None], 0
         with captured(pool) as graph:
-            state = self._run(0, ends[0], self._y)
-            self._end(0)
+            state = self._run(0, ends[0], self._y, Signals(arrived=self._arrived(0)))
         self._graphs.append(graph)
         for size in self.pieces:
             with captured(pool) as graph:
                 for index in range(begin, begin + size):
-                    self._wait_for_experts(index)
-                    state = self._run(self.breaks[index] + 1, ends[index + 1], state)
-                    self._end(index + 1)
+                    computed = self._run_experts(index)
+                    summed = self._numbers.place(Signal.SUMMED, index)
+                    signals = Signals(computed, summed, self._arrived(index + 1))
+                    state = self._run(self.breaks[index] + 1, ends[index + 1], state, signals)
             begin += size
             self._graphs.append(graph)
 
@@ -252,37 +250,44 @@ class CapturedGraphs:
         self._inputs.copied()
         torch.cuda.synchronize()
 
-    def _end(self, index: int) -> None:
-        """Tell the host that the layer's outputs are there, if there is one. index: its place in `breaks`."""
-        if index < len(self.breaks):
-            tell_and_wait(self._inputs.first, self._numbers.place(Signal.ARRIVED, index), None)
+    def _arrived(self, index: int) -> Place | None:
+        """The signal that the inputs of the layer `breaks[index]` are on the host, if there is that layer."""
+        return self._numbers.place(Signal.ARRIVED, index) if index < len(self.breaks) else None
 
-    def _wait_for_experts(self, index: int) -> None:
-        """Run the residents of this layer, then what is streamed, once it is there; wait for the CPU's sum."""
+    def _run_experts(self, index: int) -> Place | None:
+        """Run the residents of the layer `breaks[index]`, then what is streamed, once it is there.
+
+        Returns the signal that the last of it is used, which is still to be told.
+        """
         layer, first, signals, told = self.breaks[index], self._inputs.first, self._numbers, None
         run_residents(self._orchestrator, layer, self._router_outputs[index], self._y, add=False)
         for chunk in range(self._streaming.chunks):
             tell_and_wait(first, told, signals.place_of_chunk(Signal.SENT, index, chunk))
             self._streaming.run_chunk(layer, chunk)
             told = signals.place_of_chunk(Signal.COMPUTED, index, chunk)
-        tell_and_wait(first, told, signals.place(Signal.SUMMED, index))
+        return told
 
-    def _run(self, begin: int, end: int | None, h: Tensor) -> Tensor:
+    def _run(self, begin: int, end: int | None, h: Tensor, signals: Signals = _NO_SIGNALS) -> Tensor:
         """The model from the experts of layer `begin` - 1 to those of layer `end`, or to the logits."""
-        dense = self._model.config.leading_dense_block_count
+        dense, first, normalised = self._model.config.leading_dense_block_count, self._inputs.first, None
         if begin == 0:
             h = self._model.embed(self._token[:1])
             for block in self._model.blk[:dense]:
                 h = block.without_experts(h, self._cache)
         else:
-            h = decode_kernels.gather(h, self._y, self._host_sum)
+            norm = self._model.blk[dense + begin].norm_weight if begin < len(self._layers) else None
+            sums = h, self._y, self._host_sum, norm, self._model.config.rms_epsilon
+            h, normalised = take_sums(*sums, first, signals.computed, signals.summed)
         last = len(self._layers) - 1 if end is None else end
         for layer in range(begin, last + 1):
-            h, x, expert_ids, routing_weights = self._model.blk[dense + layer].before_experts(h, self._cache)
+            block = self._model.blk[dense + layer]
+            h, x, expert_ids, routing_weights = block.before_experts(h, self._cache, normalised=normalised)
+            normalised = None
             self._chosen.append(expert_ids)
             if layer == end:
-                decode_kernels.hand_over(x, expert_ids, routing_weights, self._streamed_inputs, self._host_inputs)
-                self._router_outputs.append((x, expert_ids, routing_weights))
+                inputs = x, expert_ids, routing_weights
+                hand_over(*inputs, self._streamed_inputs, self._host_inputs, first, signals.arrived)
+                self._router_outputs.append(inputs)
             else:
                 run_residents(self._orchestrator, layer, (x, expert_ids, routing_weights), h, add=True)
         if end is None:

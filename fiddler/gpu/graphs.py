@@ -79,7 +79,7 @@ class Graphs(Protocol):
         ...
 
     def send(self, layer: int, number: int, plan: TokenPlan) -> None:
-        """Queue the copies of the layer that was divided last. On the caller's thread, see `OneToken.split`."""
+        """Queue the copies of the layer that was divided last. On the caller's thread, see `OneToken.compute`."""
         ...
 
     def send_when_divided(self, index: int) -> bool:
@@ -87,10 +87,6 @@ class Graphs(Protocol):
 
         On the worker thread. False where it was not divided for half a millisecond.
         """
-        ...
-
-    def open(self, index: int) -> None:
-        """Tell the GPU that `cpu_sum` is that of the layer `breaks[index]`."""
         ...
 
     def streamed(self, index: int) -> bool:
@@ -106,7 +102,7 @@ class Graphs(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise the error of the GPU's that would make `split_token` wait forever, if there is one."""
+        """Raise the error of the GPU's that would make `compute_token` wait forever, if there is one."""
         ...
 
     def logits(self, ahead: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from fiddler.gpu.expert_kernels import experts_of_one
 from fiddler.kernels.formats.weight_format import WeightFormat
 from fiddler.kernels.one_token import NOT_YET, Signal
 from fiddler.kernels.token_copies import JOB
-from fiddler.offload.one_token import TokenPlan
+from fiddler.offload.one_token import TokenInputs, TokenPlan
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.token_signals import TokenSignals
 from fiddler.telemetry.recorder import Recorder
@@ -36,12 +35,12 @@ class StreamedExperts:
     def __init__(
         self,
         orchestrator: Orchestrator,
-        bound: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        on_host: TokenInputs,
         inputs: Tensor,
         y: Tensor,
         recorder: Recorder,
     ) -> None:
-        """bound: the token's arrays on the host, see `Orchestrator.bind_token`.
+        """on_host: the token's arrays there.
 
         inputs: float32 [D + K] on the GPU, its x and routing weights. y: float32 [1, D], to add to.
         """
@@ -49,7 +48,7 @@ class StreamedExperts:
         self._biases = None if orchestrator.biases is None else orchestrator.biases.hidden
         k = len(inputs) - y.shape[1]
         self.signals = TokenSignals(self._ring.token_chunks(k), pinned=True)
-        token = orchestrator.bind_token(*bound, self.signals)
+        token = orchestrator.bind_token(on_host, self.signals)
         self._inputs, self._y = inputs, y
         self._rows = min(self._layers[0].gate.shape[1], self._ring.token_rows)
         self._jobs = torch.zeros(self._ring.token_chunks(k), k, JOB, dtype=torch.int64, device=inputs.device)

@@ -1,7 +1,7 @@
-"""Divides the layers of one token: plans by the number of missing experts, made once, in arrays that are filled anew.
+"""Divides the layers of one token, and computes the CPU's part, by plans for each number of missing experts.
 
-Knows residents, plans and a token's arrays; not weights, copies or threads. With eight experts a token there are nine
-plans for each delay that the balance knows, so a layer looks its plan up.
+Knows residents, plans and a token's arrays, which are filled anew; not copies or threads. With eight experts a token
+there are nine plans for each delay that the balance knows, so a layer looks its plan up.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fiddler.kernels.one_token import NOT_YET, SEND_HERE, TokenDivision
+from fiddler.kernels import ExpertFfn
+from fiddler.kernels.one_token import NOT_YET, TokenDivision
+from fiddler.kernels.token_layer import TokenLayer
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.plan import Balance, Plan, PlanFor
 
-__all__ = ["OneToken", "TokenPlan"]
+__all__ = ["OneToken", "TokenInputs", "TokenPlan"]
 
 
 class TokenPlan(NamedTuple):
@@ -36,25 +38,43 @@ class _Plans(NamedTuple):
     each: list[TokenPlan]
 
 
+class TokenInputs(NamedTuple):
+    """Arrays of a token on the host, filled anew for each layer; float32, contiguous."""
+
+    x: np.ndarray  # [1, D]
+    chosen: np.ndarray  # [1, K], expert ids
+    routing_weights: np.ndarray  # [1, K]
+    out: np.ndarray  # [1, D], the CPU's sum
+
+
 class OneToken:
-    """Divides layers of a token whose inputs lie in fixed arrays.
+    """Divides and computes layers of a token whose inputs lie in fixed arrays.
 
     `expert_ids` int64 [1, K], `cpu_rows` int64 [E] and `gpu_rows` int64 [K, 2] are those of the layer divided last.
     """
 
     def __init__(
-        self, chosen: np.ndarray, residents: Residents, hidden: int, counts: np.ndarray, signals: np.ndarray
+        self,
+        inputs: TokenInputs,
+        ffns: Sequence[ExpertFfn],
+        residents: Residents,
+        hidden: int,
+        counts: np.ndarray,
+        signals: np.ndarray,
     ) -> None:
-        """chosen: float32 [1, K], expert ids. hidden: rows of an expert. counts: int64 [L, E], see `of_layer`.
+        """ffns: of each layer. hidden: rows of an expert. counts: int64 [L, E], of chosen experts, increased.
 
         signals: `TokenSignals.numbers`.
         """
-        layers, experts = residents.missing.shape
-        self._hidden, self._k = hidden, chosen.shape[1]
-        self.division = TokenDivision(chosen, experts, hidden, signals)
+        self._hidden, self._k = hidden, inputs.chosen.shape[1]
+        self.division = TokenDivision(inputs.chosen, counts.shape[1], hidden, signals)
         self.expert_ids, self.cpu_rows = self.division.expert_ids, self.division.cpu_rows
         self.gpu_rows = self.division.gpu_rows
-        self._divide = [self.division.of_layer(residents.missing[layer], counts[layer]) for layer in range(layers)]
+        bound = inputs.x, self.expert_ids, inputs.routing_weights, self.cpu_rows, inputs.out
+        self._layers = [
+            TokenLayer(self.division, missing, counted, ffn.bind(*bound))
+            for missing, counted, ffn in zip(residents.missing, counts, ffns, strict=True)
+        ]
         self._plan: Sequence[PlanFor] = ()
         self._blocks = False
         self._made: list[dict[float, _Plans]] = []
@@ -70,22 +90,21 @@ class OneToken:
         made: dict[PlanFor, dict[float, _Plans]] = {each: {} for each in plan}
         self._made = [made[each] for each in plan]
 
-    def split(self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]) -> TokenPlan | None:
-        """Divide a layer's missing experts among `chosen`, once the signal ARRIVED has its number.
+    def compute(self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]) -> TokenPlan | None:
+        """Divide a layer's missing experts among `chosen`, once the signal ARRIVED has its number; compute the CPU's.
 
-        send: called with layer, number and plan where no other thread waits to send the GPU's part.
-        None: nothing arrived within half a millisecond.
+        Sets the signal SUMMED. send: called with layer, number and plan where no other thread waits to send the GPU's
+        part. None: nothing arrived within half a millisecond.
         """
         delay = self._balances[layer].seconds
         plans = self._made[layer].get(delay) or self._make(layer, delay)
-        missing = self._divide[layer](number, plans.table)
-        if missing == NOT_YET:
-            return None
-        if missing < SEND_HERE:
-            return plans.each[missing]
-        plan = plans.each[missing - SEND_HERE]
-        send(layer, number, plan)
-        return plan
+        missing = self._layers[layer](number, plans.table, lambda missing: send(layer, number, plans.each[missing]))
+        return None if missing == NOT_YET else plans.each[missing]
+
+    def times(self, layer: int) -> tuple[float, float]:
+        """When a layer was divided, and when the CPU's sum was there, by time.perf_counter [s]."""
+        divided, ended = self._layers[layer].times.tolist()
+        return divided, ended
 
     def _make(self, layer: int, delay: float) -> _Plans:
         made, each = [], []

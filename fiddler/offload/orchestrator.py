@@ -11,6 +11,7 @@ launched before the CPU has finished layer n, and waits for its sum. (One token:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from fiddler.offload.expert_biases import ExpertBiases
 from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import tokens_by_expert
 from fiddler.offload.gpu_side import GpuSide, Grouped
-from fiddler.offload.one_token import OneToken, TokenPlan
+from fiddler.offload.one_token import OneToken, TokenInputs, TokenPlan
 from fiddler.offload.plan import Balance, Costs, Plan, plan_with_sums
 from fiddler.offload.prefetch import Prefetcher
 from fiddler.offload.staging_ring import Part, Ring
@@ -55,7 +56,6 @@ class CpuPart(NamedTuple):
     routing_weights: np.ndarray  # float32 [T, K]
     cpu_rows: np.ndarray  # int64 [E], see `Split`
     rows: int  # their sum
-    call: Callable[[], None] | None = None  # the kernel with these arrays, into one that is fixed
 
 
 class Orchestrator:
@@ -98,7 +98,6 @@ class Orchestrator:
         )
         self._token: OneToken | None = None
         self._signals = TokenSignals(pinned=False)
-        self._token_parts: list[Callable[[int], CpuPart]] = []  # by the CPU's rows
         self.planned_seconds = 0.0  # expected, of all layers of several tokens so far
         self.plan_by(costs)
 
@@ -136,10 +135,7 @@ class Orchestrator:
             with torch.inference_mode():
                 return forward()
 
-        def compute(part: CpuPart) -> None:
-            self.on_cpu(part, self._y[: len(part.x)].numpy())
-
-        return self.cooperative_step.run(run, compute)
+        return self.cooperative_step.run(run, self._compute)
 
     def start_over(self) -> None:
         """End a step that was broken off, and drop the weights that were sent for it."""
@@ -241,25 +237,23 @@ class Orchestrator:
         plan = self._plan[layer](tuple(counts[missing].tolist()), tuple(prefetched_rows.values()), gpu_delay, tokens)
         return self._as_split(missing, plan)
 
-    def bind_token(
-        self, x: np.ndarray, chosen: np.ndarray, routing_weights: np.ndarray, out: np.ndarray, signals: TokenSignals
-    ) -> OneToken:
-        """Prepare `split_token` for tokens with these x, out [1, D], chosen and routing_weights [1, K], all float32."""
+    def bind_token(self, inputs: TokenInputs, signals: TokenSignals) -> OneToken:
+        """Prepare `compute_token` for tokens with these arrays."""
         counts, self._signals = self.prefetcher.counts, signals
-        self._token = token = OneToken(chosen, self.residents, self._hidden, counts, signals.numbers)
-        bound = x, token.expert_ids, routing_weights, token.cpu_rows
-        calls = [ffn.bind(*bound, out) for ffn in self._on_cpu]
-        self._token_parts = [partial(CpuPart, layer, *bound, call=call) for layer, call in enumerate(calls)]
+        self._token = token = OneToken(inputs, self._on_cpu, self.residents, self._hidden, counts, signals.numbers)
         self._plan_token()
         return token
 
-    def split_token(
-        self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]
-    ) -> tuple[TokenPlan, CpuPart] | None:
-        """Divide a layer of the token whose arrays are bound, and count its experts. See `OneToken.split`."""
+    def compute_token(self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]) -> TokenPlan | None:
+        """Divide a layer of the token whose arrays are bound, and compute the CPU's part. See `OneToken.compute`."""
         assert self._token is not None
-        plan = self._token.split(layer, number, send)
-        return None if plan is None else (plan, self._token_parts[layer](plan.cpu_rows))
+        begun = time.perf_counter()
+        plan = self._token.compute(layer, number, send)
+        divided, ended = self._token.times(layer)
+        self._recorder.did("wait", begun, divided, 0)
+        if plan is not None and plan.cpu_rows:
+            self._recorder.did("experts", divided, ended, plan.cpu_rows * self._row_bytes[layer])
+        return plan
 
     def step_seconds(self, tokens: int, k: int) -> float:
         """Expected seconds of the experts of all layers in a step whose tokens choose `k` experts each, evenly.
@@ -287,13 +281,8 @@ class Orchestrator:
         rows = [sum(part.end - part.begin for part in parts) for parts in under_way]
         return (sum(rows) - rows[0] / 2) / self._hidden * self._costs.copy if rows else 0.0
 
-    def on_cpu(self, part: CpuPart, out: np.ndarray) -> bool:
-        """Compute the CPU's part of a layer into `out` [T, D]; returns False where it has none."""
-        if part.rows == 0:
-            return False
+    def _compute(self, part: CpuPart) -> None:
+        """Compute the CPU's part of a layer into the step's sums."""
         with self._recorder.span("experts", part.rows * self._row_bytes[part.layer]):
-            if part.call is not None:
-                part.call()
-            else:
-                self._on_cpu[part.layer](part.x, part.expert_ids, part.routing_weights, part.cpu_rows, out)
-        return True
+            inputs = part.x, part.expert_ids, part.routing_weights, part.cpu_rows
+            self._on_cpu[part.layer](*inputs, self._y[: len(part.x)].numpy())

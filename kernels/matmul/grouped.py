@@ -33,6 +33,7 @@ from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offs
 from fiddler.kernels.matmul.row_queue import add_rows, take_rows, task_rows, wait_for_rows
 
 __all__ = [
+    "ARGUMENTS",
     "addresses",
     "compile_grouped_products",
     "grouped_products",
@@ -77,7 +78,7 @@ def _take_tasks(
     activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up != PLAIN else 1, c.shape[2]
-    begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
+    begin, row_count = take_rows(variant, queue, task, outputs, threads, independent, gate_up != PLAIN)
     while begin < outputs:
         row_count = min(row_count, outputs - begin)
         for t in range(result.shape[0]):
@@ -120,7 +121,7 @@ def _take_tasks(
                 add_weighted(c[0], rows, token, group_weights, result, begin)
         if gate_up != PLAIN:
             add_rows(stored_rows, row_count)
-        begin, row_count = take_rows(variant, queue, task, outputs, threads, independent)
+        begin, row_count = take_rows(variant, queue, task, outputs, threads, independent, gate_up != PLAIN)
 
 
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
@@ -292,9 +293,10 @@ def grouped_products(
 
 
 _MATRIX = types.float32[:, ::1]
-products = FunctionPointer(
-    grouped_products,
-    *(None, _MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, _INT),
+ARGUMENTS = (
+    *(_MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, _INT),
     *(_FLOATS, _ADDRESSES, _FLOATS, _INT, types.UniTuple(_INT, 2)),
-    returns=_INT,
 )
+"""Types of the arguments of `grouped_products` from `x` on."""
+
+products = FunctionPointer(grouped_products, None, *ARGUMENTS, returns=_INT)

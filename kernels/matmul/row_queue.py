@@ -48,18 +48,18 @@ def task_rows(variant: KernelVariant, tokens: int, rows: int, threads: int) -> i
 
 @njit(**OPTIONS)
 def take_rows(
-    variant: KernelVariant, queue: int, max_rows: int, rows: int, threads: int, independent: bool
+    variant: KernelVariant, queue: int, max_rows: int, rows: int, threads: int, independent: bool, hidden: bool
 ) -> tuple[int, int]:
     """Take the next task of a queue: its first row and number of rows; no two threads get the same rows.
 
     queue: address of an int64. independent: whether a row's sum is the same whatever rows are beside it. Then the
     last tasks shrink, so that the threads end together: with one token, a task of 32 rows takes a sixteenth of a small
-    call on 16 threads.
+    call on 16 threads. hidden: whether the results become the next product's activations.
     """
     count = max_rows
     if independent:
         rows_left = rows - _fetch_add(queue, 0)
-        least = 32 if int8_rows(variant) else _min_rows(variant)  # 32 hidden rows become int8 with one scale
+        least = 32 if hidden and int8_rows(variant) else _min_rows(variant)  # 32 hidden rows become int8 with one scale
         count = min(max_rows, max(least, rows_left // (2 * threads) // least * least))
     return _fetch_add(queue, count), count
 

@@ -43,6 +43,8 @@ KINDS = {"u": "*u8", "f": "*fp32", "h": "*fp16", "b": "*bf16", "l": "*i64", "i":
 PAGED = {"P": 32, "UNIT": 32}
 NO_SINKS = {"SINKS": False}
 PLAIN = {"BIASED": False, "CLAMPED": False}
+BOTH = {"TELL": True, "WAIT": True}
+NEITHER = dict.fromkeys(BOTH, False)
 BIASED = {"up": dict.fromkeys(PLAIN, True), "down": {"BIASED": True, "BY_ID": True}}
 BIASED["up of many"] = BIASED["up"]
 Q8_0 = {"P": 32, "UNIT": 64}
@@ -67,11 +69,12 @@ CASES = {  # name: kernel, types of its arguments in order, constants
     ),
     "largest": (decode_kernels._largest, "ffli", {"K": 4096}),
     "next token": (decode_kernels._next_token, "flllii", {"N": 64}),
-    "gather": (decode_kernels._gather, "ffffi", {"K": 512}),
-    "hand over": (decode_kernels._hand_over, "flfffi", {"TOP": 2, "K": 512}),
+    "take sums": (signal_kernels._take_sums, "lniiniiffffffis", {"NORM": True, "K": 4096} | BOTH),
+    "take sums that are there": (signal_kernels._take_sums, "lniiniiffffffis", {"NORM": False, "K": 128} | NEITHER),
+    "hand over": (signal_kernels._hand_over, "lniiflfffi", {"TELL": True, "TOP": 2, "K": 4096}),
     "tell": (signal_kernels._tell_and_wait, "lniinii", {"TELL": True, "WAIT": False}),
     "wait": (signal_kernels._tell_and_wait, "lniinii", {"TELL": False, "WAIT": True}),
-    "tell and wait": (signal_kernels._tell_and_wait, "lniinii", {"TELL": True, "WAIT": True}),
+    "tell and wait": (signal_kernels._tell_and_wait, "lniinii", BOTH),
     "rotate": (kv_kernels._rotate_store, "fffflllfhhiiiiiii", PAGED | {"PAIRS": 64}),
     "rotate in 32 bits": (kv_kernels._rotate_store, "fffflllfffiiiiiii", PAGED | {"UNIT": 16, "PAIRS": 64}),
     "attend": (attention_kernels._attend, "fhhllllfffsiiiif", PAGED | NO_SINKS | {"SPLITS": 16, "N": 64, "DIM": 128}),

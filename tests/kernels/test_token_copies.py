@@ -13,7 +13,7 @@ from fiddler.device import cuda_driver
 from fiddler.device.c_functions import Copy2D
 from fiddler.errors import ResourceError
 from fiddler.kernels.machine.signals import SIGNAL_STRIDE
-from fiddler.kernels.one_token import NOT_YET, Signal, TokenDivision
+from fiddler.kernels.one_token import NOT_YET, Signal, TokenDivision, divide
 from fiddler.kernels.token_copies import JOB, Layout, TokenCopies
 
 K, F, WIDTH, STREAM = 3, 64, 24, 5
@@ -64,7 +64,7 @@ class Device:
         self.signals[Signal.ARRIVED * SIGNAL_STRIDE] = number
         plans = self.division.plans([*[(0,) * n for n in range(K)], rows])
         experts = self.memory.shape[2]
-        self.division.of_layer(np.ones(experts, np.bool_), np.zeros(experts, np.int64))(number, plans)
+        divide(self.division.arrays(np.ones(experts, np.bool_), np.zeros(experts, np.int64)), number, F, plans)
 
     def fail(self):
         self.calls += 1

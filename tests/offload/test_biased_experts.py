@@ -109,7 +109,7 @@ def test_both_sides_of_one_token_leave_the_biases_of_down_to_the_kernel_of_resid
 
 def test_one_token_s_plans_divide_an_expert():
     experts = orchestrator(KINDS["bf16"][0], [[0], [], [1]], COSTS["split"])
-    assert any(0 < rows < F for rows in Token(experts, K, D).split(1, (0, 1, 2))[2].values())
+    assert any(0 < rows < F for rows in Token(experts, K, D).compute(1, (0, 1, 2))[1].values())
 
 
 def test_the_biases_of_layers_lie_one_behind_the_other_and_are_counted():

@@ -108,7 +108,7 @@ def test_planning_a_layer_of_128_experts_takes_little_time(tokens, limit):
         chosen = np.flatnonzero(counts).tolist()
         begun = time.perf_counter()
         if tokens == 1:
-            token.split(0, chosen)
+            token.compute(0, chosen)
         else:
             experts.split(0, counts, (), 1e-4 * rng.random(), tokens)
         samples.append(time.perf_counter() - begun)
@@ -122,7 +122,7 @@ def test_the_expected_seconds_of_a_step_grow_with_tokens_and_missing_experts():
         for step in (0, 2, 1)
     )
     one = none.step_seconds(1, K)
-    assert one == pytest.approx(LAYERS * Token(none, K, D).split(0, range(K))[0].seconds, rel=0.3)
+    assert one == pytest.approx(LAYERS * Token(none, K, D).compute(0, range(K))[0].seconds, rel=0.3)
     assert every.step_seconds(512, K) == pytest.approx(LAYERS * E * GPU(round(512 * K / E)))
     for tokens in (1, 16, 512):
         assert none.step_seconds(tokens, K) >= half.step_seconds(tokens, K) >= every.step_seconds(tokens, K) > 0

@@ -193,7 +193,7 @@ def test_an_orchestrator_is_freed_without_the_garbage_collector():
         experts = orchestrator(EXACT, [[0], [1], []], COSTS["split"])
         x, expert_ids, routing_weights = step(np.random.default_rng(1), 3, 2)
         compute_layer(experts, 0, x, expert_ids, routing_weights)
-        Token(experts, 2).split(0, (1, 2))
+        Token(experts, 2).compute(0, (1, 2))
         gone = weakref.ref(experts), weakref.ref(experts.residents)
         del experts
         assert [reference() for reference in gone] == [None, None]
@@ -204,14 +204,16 @@ def test_an_orchestrator_is_freed_without_the_garbage_collector():
 def test_the_split_of_one_token_covers_its_missing_expert_and_predicts_the_seconds():
     experts = orchestrator(EXACT, [[0], [], []], COSTS["split"])
     token = Token(experts, 2)
-    plan, part, gpu_rows = token.split(0, (0, 3))
+    plan, gpu_rows = token.compute(0, (0, 3))
     assert set(gpu_rows) == {3}
-    assert part.cpu_rows[3] + gpu_rows[3] == F
-    assert (plan.missing, part.rows, plan.gpu_rows) == (1, part.cpu_rows.sum(), gpu_rows[3])
+    assert token.bound.cpu_rows[3] + gpu_rows[3] == F
+    assert (plan.missing, plan.cpu_rows, plan.gpu_rows) == (1, token.bound.cpu_rows.sum(), gpu_rows[3])
     assert plan.seconds == experts.split(0, np.array([1, 0, 0, 1, 0])).seconds > 0
     # a blocking copy would only begin when the CPU is done
     blocking = orchestrator(EXACT, [[0], [], []], COSTS["split"], BlockingCopy())
-    assert Token(blocking, 2).split(0, (0, 3))[1].cpu_rows.tolist() == [0, 0, 0, F, 0]
+    token = Token(blocking, 2)
+    token.compute(0, (0, 3))
+    assert token.bound.cpu_rows.tolist() == [0, 0, 0, F, 0]
 
 
 class StalledCopy(HostCopy):

@@ -11,6 +11,7 @@ from fiddler.files.weights import ExpertWeights
 from fiddler.kernels import ExpertMatrices, KernelVariant
 from fiddler.kernels.one_token import Signal
 from fiddler.offload.expert_cache import Residents
+from fiddler.offload.one_token import TokenInputs
 from fiddler.offload.orchestrator import Orchestrator
 from fiddler.offload.staging_ring import Ring
 from fiddler.offload.token_signals import TokenSignals
@@ -45,24 +46,26 @@ def orchestrator(layers, placed, costs, weight_copy=None, rows=128, slots=3, rec
 
 
 class Token:
-    """Single tokens of an orchestrator: `split` divides a layer, `cpu_sum` has the CPU's part after `on_cpu`."""
+    """Single tokens of an orchestrator: `compute` divides a layer, and `cpu_sum` has the CPU's part."""
 
     def __init__(self, experts, k, width=D):
         self.experts = experts
         self.x, self.cpu_sum = np.zeros((1, width), np.float32), np.zeros((1, width), np.float32)
         self.chosen, self.routing_weights = np.zeros((1, k), np.float32), np.zeros((1, k), np.float32)
         self.signals = TokenSignals(pinned=False)
-        self.bound = experts.bind_token(self.x, self.chosen, self.routing_weights, self.cpu_sum, self.signals)
+        inputs = TokenInputs(self.x, self.chosen, self.routing_weights, self.cpu_sum)
+        self.bound = experts.bind_token(inputs, self.signals)
 
-    def split(self, layer, expert_ids):
-        """The plan, the CPU's part, and the GPU's hidden rows of each expert of which it has some."""
+    def compute(self, layer, expert_ids):
+        """The plan, and the GPU's hidden rows of each expert of which it has some."""
         self.chosen[:] = list(expert_ids)
         self.signals.begin(1)
         self.signals.set(Signal.ARRIVED, self.signals.first)
-        plan, part = self.experts.split_token(layer, self.signals.first, lambda *arguments: None)
+        plan = self.experts.compute_token(layer, self.signals.first, lambda *arguments: None)
+        assert self.signals.is_at(Signal.SUMMED, self.signals.first)
         self.signals.end()
         rows = {int(self.bound.expert_ids[0, j]): rows for j, rows in self.bound.gpu_rows[: plan.parts].tolist()}
-        return plan, part, rows
+        return plan, rows
 
 
 def compute_layer(experts, layer, *inputs):

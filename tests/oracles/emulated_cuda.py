@@ -149,22 +149,17 @@ def emulated_cuda(monkeypatch):
 
     from fiddler.gpu import graph_capture, step_inputs, stream_wait_graphs
 
-    launch, tell_and_wait = interpreter.GridExecutor.__call__, graph_capture.tell_and_wait
+    launch = interpreter.GridExecutor.__call__
 
     def recorded(executor, *arguments, **options):
         if Graph.recorded is not None:
             Graph.recorded.append((launch, (executor, *arguments), options, None))
+            if options.get("WAIT"):  # nobody tells it while it is captured
+                return
         with _disable_current_modes():
             launch(executor, *arguments, **options)
 
-    def not_yet(*arguments):  # nobody tells it while it is captured
-        if Graph.recorded is None:
-            tell_and_wait(*arguments)
-        else:
-            Graph.recorded.append((tell_and_wait, arguments, {}, None))
-
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
-    monkeypatch.setattr(graph_capture, "tell_and_wait", not_yet)
     for module in (graph_capture, step_inputs, stream_wait_graphs):
         monkeypatch.setattr(module, "captured", captured)
     for name in ("zeros", "empty"):
@@ -188,18 +183,18 @@ def emulated_cuda(monkeypatch):
 
 def patient(decoder, monkeypatch):
     """Let both threads of a step sleep while the stream's works: waiting awake, they would take its cores."""
-    graphs, divide, send = decoder._graphs, decoder._divide, decoder._graphs.send_when_divided
+    graphs, compute, send = decoder._graphs, decoder._compute, decoder._graphs.send_when_divided
 
-    def divided(index, queueing):
+    def computed(index, queueing):
         while not graphs._numbers.is_at(Signal.ARRIVED, graphs.number(index)):
             graphs.check()
             time.sleep(1e-3)
-        return divide(index, queueing)
+        return compute(index, queueing)
 
     def sent(index):
         if not (done := send(index)):
             time.sleep(1e-3)
         return done
 
-    monkeypatch.setattr(decoder, "_divide", divided)
+    monkeypatch.setattr(decoder, "_compute", computed)
     monkeypatch.setattr(graphs, "send_when_divided", sent)

@@ -15,6 +15,7 @@ from fiddler.gpu.graphs import piece_sizes
 from fiddler.kernels.one_token import Signal
 from fiddler.kernels.token_copies import JOB
 from fiddler.offload.feed_forward import feed_forward
+from fiddler.offload.one_token import TokenInputs
 from fiddler.offload.staging_ring import Part
 from fiddler.offload.token_signals import TokenSignals
 from oracles import naive
@@ -58,7 +59,8 @@ class RandomGraphs:
         self.biases = None if experts.biases is None else experts.biases.hidden
         chunks = self.ring.token_chunks(k)
         self.signals = TokenSignals(chunks, pinned=False)
-        token = experts.bind_token(self.x, self.expert_ids, self.routing_weights, self.cpu_sum, self.signals)
+        on_host = TokenInputs(self.x, self.expert_ids, self.routing_weights, self.cpu_sum)
+        token = experts.bind_token(on_host, self.signals)
         jobs = np.zeros((chunks, k, JOB), np.int64)
         self.jobs = np.zeros_like(jobs)  # on the GPU
         self.copies = self.ring.token_copies(token.division, jobs, self.jobs.ctypes.data)
@@ -202,9 +204,6 @@ class RandomGraphs:
         result = self.copies.send_when_divided(self.breaks[index], self.number(index))
         self.sent_there += result == 0 and not there
         return result == 0
-
-    def open(self, index):
-        self.signals.set(Signal.SUMMED, self.number(index))
 
     def streamed(self, index):
         last = self.signals.chunk(self.number(index), len(self.jobs) - 1)

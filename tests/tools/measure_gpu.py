@@ -38,35 +38,40 @@ from fiddler.telemetry.gpu_timeline import GpuTracer
 from fiddler.telemetry.recorder import Meter
 
 
-def torch_on_cpu(orchestrator):
-    """A replacement of `Orchestrator.on_cpu` that computes in torch, on every core."""
-    tensors = {}
+class TorchFfn:
+    """A replacement of a layer's `ExpertFfn` that computes in torch, on every core."""
 
-    def weights(layer):
-        if layer not in tensors:
-            w = orchestrator.layers[layer]
-            tensors[layer] = [
+    def __init__(self, w):
+        self._w, self._tensors = w, []
+
+    def __call__(self, x, expert_ids, routing_weights, cpu_rows, out):
+        if not self._tensors:
+            w = self._w
+            self._tensors = [
                 [torch.from_numpy(bits).view(torch.bfloat16) for bits in each] for each in (w.gate, w.up, w.down)
             ]
-        return tensors[layer]
-
-    def on_cpu(part, out):
-        layer, x, expert_ids, routing_weights, cpu_rows, _, _ = part
-        missing = [e for e in np.flatnonzero(cpu_rows).tolist() if (expert_ids == e).any()]
-        if not missing:
-            return False
         torch.set_num_threads(kernels.set_threads(None))
         out[:] = 0
-        gate, up, down = weights(layer)
+        gate, up, down = self._tensors
         inputs = torch.from_numpy(x).bfloat16()
-        for e in missing:
+        for e in [e for e in np.flatnonzero(cpu_rows).tolist() if (expert_ids == e).any()]:
             rows, slots = np.nonzero(expert_ids == e)
             selected = inputs[torch.from_numpy(rows)]
             output = F.linear(F.silu(F.linear(selected, gate[e])) * F.linear(selected, up[e]), down[e]).float().numpy()
             np.add.at(out, rows, output * routing_weights[rows, slots][:, None])
-        return True
 
-    return on_cpu
+
+class TorchProducts:
+    """A replacement of a layer's `BoundProducts`: not called from compiled code, if there are several threads."""
+
+    def __init__(self, bound, ffn):
+        vars(self).update(vars(bound))
+        self.parallel, self._ffn = False, ffn
+
+    def __call__(self):
+        *inputs, out = (self.arguments[i] for i in (0, 1, 2, 3, 8))
+        self._ffn(*inputs, out.reshape(1, -1))
+        return True
 
 
 class Bench:
@@ -99,7 +104,11 @@ class Bench:
         self.loaded = time.perf_counter() - started
         self.runner = self.engine.runner
         self.orchestrator = self.runner.orchestrator
-        self.ours, self.theirs = self.orchestrator.on_cpu, torch_on_cpu(self.orchestrator)
+        layers = [] if self.orchestrator._token is None else self.orchestrator._token._layers
+        theirs = [TorchFfn(w) for w in self.orchestrator.layers]
+        self.ffns = self.orchestrator._on_cpu, theirs
+        self.token_layers, ours = layers, [layer._products for layer in layers]
+        self.products = ours, [TorchProducts(*each) for each in zip(ours, theirs, strict=False)]
         self.costs = self.orchestrator._costs
         self.calibration = None
         self.ways = ["auto"]
@@ -134,7 +143,9 @@ class Bench:
             self.plans[name] = orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balances
         (orchestrator._costs, orchestrator._plan, orchestrator._plan_again, orchestrator.balances) = self.plans[name]
         orchestrator._plan_token()
-        orchestrator.on_cpu = self.theirs if name == "torch" else self.ours
+        orchestrator._on_cpu = self.ffns[name == "torch"]
+        for layer, products in zip(self.token_layers, self.products[name == "torch"], strict=True):
+            layer._products = products
 
     def record(self, recorder):
         orchestrator, decoder = self.orchestrator, self.runner._decoder

@@ -3,8 +3,9 @@
     python tests/tools/measure_layer.py MODEL.gguf --resident 0.25
 
 Printed: microseconds of the caller's thread, medians of `--rounds` rounds (quartiles). Of a layer: the wait for the
-router's choice, with the division and, where the worker thread is busy, the copies' calls; the CPU's kernel; what is in
-between. Of a token: what comes before its layers and after them. "clock" is what a phase takes to measure.
+router's choice, with the division; the CPU's kernel, from there on, with the copies' calls where the worker thread is
+busy; what is in between. Of a token: what comes before its layers and after them. "clock" is what a phase takes to
+measure.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from statistics import quantiles
 
 from fiddler.files.model_file import ModelFile
 from fiddler.loading import load
+from fiddler.telemetry.recorder import Meter
 
-OF_LAYER = "wait", "hand over", "kernel", "open", "between", "clock"
+OF_LAYER = "wait", "kernel", "between", "clock"
 OF_TOKEN = "before", "begin", "after", "logits", "return"
 
 
@@ -38,6 +40,12 @@ class Clock:
             self.nanoseconds[phase] += now - self._last
             self._last = time.perf_counter_ns()
 
+    def divide(self, parts: dict[str, float]) -> None:
+        """Take phases of so many seconds out of the one that begins now."""
+        for phase, seconds in parts.items():
+            self.nanoseconds[phase] += round(seconds * 1e9)
+            self._last += round(seconds * 1e9)
+
     def watch(self, target: object, name: str, before: str, after: str) -> None:
         """End a phase before each call of a method, and another one after it."""
         call = getattr(target, name)
@@ -46,8 +54,6 @@ class Clock:
             self.mark(before)
             result = call(*arguments)
             self.mark(after)
-            if after == "wait":
-                self.mark("clock")
             return result
 
         setattr(target, name, marked)
@@ -65,13 +71,21 @@ def main() -> None:
     config = model_file.config
     residents = round(arguments.resident * len(config.sparse_layers) * config.expert_count)
     engine = load(model_file, "cuda", threads=arguments.threads, context=4096, gpu_experts=residents, notify=print)
-    runner, numbers, clock = engine.runner, random.Random(0), Clock()
+    runner, numbers, clock, meter = engine.runner, random.Random(0), Clock(), Meter()
     sequence, graphs, experts = runner.sequence(), runner._decoder._graphs, runner.orchestrator
     print(f"{runner.threads} threads")
     clock.watch(graphs, "begin", "before", "begin")
-    clock.watch(experts, "split_token", "between", "wait")
-    clock.watch(experts, "on_cpu", "hand over", "kernel")
-    clock.watch(graphs, "open", "hand over", "open")
+    compute_token = experts.compute_token
+
+    def computed(layer, *arguments):
+        clock.mark("between")
+        meter.clear()
+        plan = compute_token(layer, *arguments)
+        clock.divide({"wait": meter.seconds["wait"], "kernel": meter.seconds["experts"]})
+        clock.mark("clock")
+        return plan
+
+    experts.compute_token, experts._recorder = computed, meter
     clock.watch(graphs, "logits", "after", "logits")
     rounds = defaultdict(list)
     for number in range(arguments.rounds + 1):
