@@ -69,13 +69,17 @@ class TokenDivision:
     def plans(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """A table for `divide`: rows[n]: the GPU's hidden rows of each of n missing experts, for n from 0 to K."""
         table = np.zeros((self._k + 1, self._k), np.int64)
-        if [len(each) for each in rows] != list(range(self._k + 1)):
-            raise ValueError(f"plans for {[len(each) for each in rows]} missing experts; expected 0 to {self._k}")
+        if len(rows) != self._k + 1:
+            raise ValueError(f"plans for {len(rows)} numbers of missing experts; expected 0 to {self._k}")
         for missing, each in enumerate(rows):
-            if any(not 0 <= count <= self.hidden for count in each):
-                raise ValueError(f"the GPU's rows {each} lie outside 0..{self.hidden}")
-            table[missing, :missing] = each
+            self.set_plan(table, missing, each)
         return table
+
+    def set_plan(self, table: np.ndarray, missing: int, rows: Sequence[int]) -> None:
+        """Change a table of `plans` for one number of missing experts."""
+        if len(rows) != missing or any(not 0 <= count <= self.hidden for count in rows):
+            raise ValueError(f"the GPU's rows {rows} of {missing} experts; expected so many, within 0..{self.hidden}")
+        table[missing, :missing] = rows
 
     def arrays(self, missing: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """The arrays of a layer for `divide`. missing: bool [E], read by each call. counts: int64 [E]."""

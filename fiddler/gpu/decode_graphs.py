@@ -161,9 +161,9 @@ class DecodeGraphs:
             now = time.perf_counter()
             self._recorder.did("copy", now, now, plan.gpu_rows * orchestrator.layers[layer].hidden_row_bytes)
         if plan.cpu_rows and plan.parts:
-            orchestrator.balances[layer].tell(gpu_first=graphs.streamed(index), lead=plan.lead)
+            orchestrator.balances[layer].tell(plan.missing, gpu_first=graphs.streamed(index), lead=plan.lead)
         elif plan.missing:
-            orchestrator.balances[layer].tell_alone()
+            orchestrator.balances[layer].tell_alone(plan.missing)
 
     def _queue_all(self, ahead: _Ahead | None) -> None:
         """On the worker thread: queue all graphs but the first, and send each layer's copies once it is divided.

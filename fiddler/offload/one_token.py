@@ -15,7 +15,7 @@ from fiddler.kernels import ExpertFfn
 from fiddler.kernels.one_token import NOT_YET, TokenDivision
 from fiddler.kernels.token_layer import TokenLayer
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.plan import Balance, Plan, PlanFor
+from fiddler.offload.plan import LayerBalance, Plan, PlanFor
 
 __all__ = ["OneToken", "TokenInputs", "TokenPlan"]
 
@@ -31,11 +31,14 @@ class TokenPlan(NamedTuple):
     lead: float  # see `Plan`
 
 
-class _Plans(NamedTuple):
-    """The plans for every number of missing experts, with one delay."""
+class _Plans:
+    """The plans of a layer by the number of missing experts, each for the delay that its balance has for it."""
 
-    table: np.ndarray  # see `TokenDivision.plans`
-    each: list[TokenPlan]
+    def __init__(self, table: np.ndarray) -> None:
+        """table: see `TokenDivision.plans`."""
+        self.table = table
+        self.each: list[TokenPlan] = []
+        self.delays: tuple[float, ...] = ()
 
 
 class TokenInputs(NamedTuple):
@@ -77,17 +80,20 @@ class OneToken:
         ]
         self._plan: Sequence[PlanFor] = ()
         self._blocks = False
-        self._made: list[dict[float, _Plans]] = []
-        self._balances: Sequence[Balance] = ()
+        self._balances: Sequence[LayerBalance] = ()
+        self._plans: list[_Plans] = []
+        self._made: list[dict[tuple[int, float], tuple[TokenPlan, tuple[int, ...]]]] = []
 
-    def plan_by(self, plan: Sequence[PlanFor], balances: Sequence[Balance], *, blocks: bool) -> None:
+    def plan_by(self, plan: Sequence[PlanFor], balances: Sequence[LayerBalance], *, blocks: bool) -> None:
         """Divide by these plans from now on, plan[layer]; equal ones are shared.
 
-        balances: of each layer, the GPU's delay. blocks: copies would begin when the CPU is done, so the GPU has no
+        balances: of each layer, the GPU's delays. blocks: copies would begin when the CPU is done, so the GPU has no
         part.
         """
         self._plan, self._balances, self._blocks = plan, balances, blocks
-        made: dict[PlanFor, dict[float, _Plans]] = {each: {} for each in plan}
+        nothing = [(0,) * missing for missing in range(self._k + 1)]
+        self._plans = [_Plans(self.division.plans(nothing)) for _ in plan]
+        made: dict[PlanFor, dict[tuple[int, float], tuple[TokenPlan, tuple[int, ...]]]] = {each: {} for each in plan}
         self._made = [made[each] for each in plan]
 
     def compute(self, layer: int, number: int, send: Callable[[int, int, TokenPlan], None]) -> TokenPlan | None:
@@ -96,8 +102,9 @@ class OneToken:
         Sets the signal SUMMED. send: called with layer, number and plan where no other thread waits to send the GPU's
         part. None: nothing arrived within half a millisecond.
         """
-        delay = self._balances[layer].seconds
-        plans = self._made[layer].get(delay) or self._make(layer, delay)
+        plans, delays = self._plans[layer], self._balances[layer].delays(self._k)
+        if plans.delays is not delays:
+            self._renew(layer, delays)
         missing = self._layers[layer](number, plans.table, lambda missing: send(layer, number, plans.each[missing]))
         return None if missing == NOT_YET else plans.each[missing]
 
@@ -106,18 +113,25 @@ class OneToken:
         divided, ended = self._layers[layer].times.tolist()
         return divided, ended
 
-    def _make(self, layer: int, delay: float) -> _Plans:
-        made, each = [], []
-        for missing in range(self._k + 1):
-            nothing = (0,) * missing
-            plan = Plan(nothing, 0.0) if self._blocks else self._plan[layer]((1,) * missing, nothing, delay, 1)
-            made.append(plan)
-            parts = [count for count in plan.gpu_rows if count]
-            split = [i for i, count in enumerate(parts) if count < self._hidden]
-            assert len(split) <= 1, "a plan splits one expert"
-            rows = sum(parts)
-            cpu_rows = missing * self._hidden - rows
-            each.append(TokenPlan(missing, len(parts), rows, cpu_rows, plan.seconds, plan.lead))
-        plans = _Plans(self.division.plans([plan.gpu_rows for plan in made]), each)
-        self._made[layer][delay] = plans
-        return plans
+    def _renew(self, layer: int, delays: tuple[float, ...]) -> None:
+        """Let a layer's plans be those for these delays, by the number of missing experts."""
+        plans, made = self._plans[layer], self._made[layer]
+        for missing, delay in enumerate(delays):
+            if plans.delays and plans.delays[missing] == delay:
+                continue
+            if (missing, delay) not in made:
+                made[missing, delay] = self._make(layer, missing, delay)
+            plan, rows = made[missing, delay]
+            plans.each[missing : missing + 1] = [plan]
+            self.division.set_plan(plans.table, missing, rows)
+        plans.delays = delays
+
+    def _make(self, layer: int, missing: int, delay: float) -> tuple[TokenPlan, tuple[int, ...]]:
+        """The plan for so many missing experts, and the GPU's hidden rows of each."""
+        nothing = (0,) * missing
+        plan = Plan(nothing, 0.0) if self._blocks else self._plan[layer]((1,) * missing, nothing, delay, 1)
+        parts = [count for count in plan.gpu_rows if count]
+        assert sum([count < self._hidden for count in parts]) <= 1, "a plan splits one expert"
+        rows = sum(parts)
+        cpu_rows = missing * self._hidden - rows
+        return TokenPlan(missing, len(parts), rows, cpu_rows, plan.seconds, plan.lead), tuple(plan.gpu_rows)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from math import inf
+from statistics import mean
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from fiddler.cost_curve import Curve
-from fiddler.offload.plan import Balance, Costs, make_plan
+from fiddler.offload.plan import Balance, Costs, LayerBalance, make_plan
 from oracles.plans import brute_force, cost, greedy
 
 HIDDEN = 6
@@ -177,6 +179,46 @@ def test_balance_finds_how_late_the_gpu_begins():
             balance.tell(gpu_first=gpu < cpu)
         assert abs(balance.seconds - late) < 60e-6
         assert abs(cpu - gpu) < 100e-6
+
+
+def test_a_balance_far_off_is_found_in_few_tokens_and_the_gpu_is_then_late_less_often_than_the_cpu():
+    """The calibration took the CPU for a third as fast as it is; the GPU's time varies."""
+    calibrated, noise = Costs(Curve((1,), (0.45e-3,)), Curve((1,), (0.0,)), 0.18e-3, 0.0), random.Random(0)
+    balance, late = Balance(), []
+    for _ in range(400):
+        plan = make_plan([1] * 7, replace(calibrated, copy_start=balance.seconds), 768, 64)
+        gpu_part = sum(plan.gpu_rows) / 768
+        late.append(gpu_part * 0.18e-3 + noise.gauss(0, 30e-6) > (7 - gpu_part) * 0.15e-3)
+        balance.tell(gpu_first=not late[-1])
+    assert not all(late[:30])
+    assert 0.25 < mean(late[-300:]) < 0.5
+
+
+def test_the_balance_of_a_layer_is_that_of_each_number_of_missing_experts():
+    """The copies take 20 % longer than planned, so the GPU is the later the more experts are missing."""
+    costs, balance = Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0), LayerBalance()
+    differences = {missing: [] for missing in (4, 6, 8)}
+    for token in range(300):
+        missing = (4, 6, 8)[token % 3]
+        plan = make_plan([1] * missing, replace(costs, copy_start=balance.delays(8)[missing]), 768, 64)
+        gpu_part = sum(plan.gpu_rows) / 768
+        cpu, gpu = (missing - gpu_part) * costs.cpu(1), gpu_part * costs.copy * 1.2
+        differences[missing].append(gpu - cpu)
+        balance.tell(missing, gpu_first=gpu < cpu, lead=plan.lead)
+    assert all(abs(mean(last[-40:])) < 25e-6 for last in differences.values())
+    assert balance.delays(8)[8] > balance.delays(8)[4]
+
+
+def test_a_number_of_missing_experts_that_comes_first_has_the_delay_of_the_last_one():
+    balance = LayerBalance()
+    assert balance.delays(3) == (0.0,) * 4
+    for _ in range(4):
+        balance.tell(2, gpu_first=False)
+    assert balance.delays(3) == (100e-6,) * 4
+    balance.tell(3, gpu_first=False)
+    assert balance.delays(3)[1:] == (125e-6, 100e-6, 125e-6)
+    balance.tell(2, gpu_first=False)
+    assert balance.delays(3)[1:] == (125e-6,) * 3
 
 
 def test_balance_rests_where_a_plan_of_whole_experts_leaves_the_gpu_waiting():
