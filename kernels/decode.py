@@ -19,6 +19,7 @@ from fiddler.kernels.kv_rows import row_length
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import address_of
 from fiddler.kernels.matmul import grouped
+from fiddler.kernels.matmul.blocks import stored_as, stored_kinds
 from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
 from fiddler.kernels.stored_rows import StoredRows
 
@@ -212,12 +213,12 @@ def _stacked(
         np.array([_stored_kinds(block, output_norm.size, variants[0]) for block in blocks]),
         output_norm,
         np.array([[address_of(output)]]),
-        grouped.stored_kinds(variants[1:], (output_norm.size,)),
+        stored_kinds(variants[1:], (output_norm.size,)),
     )
 
 
 def _stored_kinds(block: BlockWeights, width: int, variant: KernelVariant) -> list[tuple[int, int]]:
-    """`grouped.stored_as` of each matrix of a block; of one that it lacks, zeros."""
+    """`blocks.stored_as` of each matrix of a block; of one that it lacks, zeros."""
     columns = {
         "attn_output": len(block.attn_q),
         "down": 0 if block.gate is None else block.gate.shape[1],
@@ -226,6 +227,6 @@ def _stored_kinds(block: BlockWeights, width: int, variant: KernelVariant) -> li
     return [
         (0, 0)
         if getattr(block, name) is None
-        else grouped.stored_as(block.variants.get(name, variant), columns.get(name, width))
+        else stored_as(block.variants.get(name, variant), columns.get(name, width))
         for name in MATRICES
     ]

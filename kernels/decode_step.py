@@ -178,7 +178,7 @@ def decode(
     H], each with no columns where there are none. ffn_gate_inp, selection_bias, router_bias: of the S layers with
     routed experts, the last ones. Addresses, int64: matrices [L, 7, 1], 4 of attention, 3 of the dense feed-forward,
     which has dense_rows [L, 3] rows: 0 where there is none; expert_matrices, expert_biases [S, 3, E]; output [1, 1].
-    stored [L, 10, 2]: `grouped.stored_as` of each, the experts' before those of the dense feed-forward; output_kind [1,
+    stored [L, 10, 2]: `blocks.stored_as` of each, the experts' before those of the dense feed-forward; output_kind [1,
     2]. rule: `Routing.values`. parts: clamp, halves, scale of queries, scale of residuals, see `prepare_heads`; 1 for
     layer norms; the routed experts' activation. pool, tables, first: see `attention_kernels.attend`. windows: int64
     [L], 0 for none. all_expert_ids: int64 [S, T, K], written.

@@ -16,8 +16,8 @@ import numpy as np
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.expert_matrices import ExpertMatrices, bias_addresses, check_experts
 from fiddler.kernels.formats import format_of
+from fiddler.kernels.matmul.blocks import stored_kinds
 from fiddler.kernels.matmul.epilogues import CLAMPED, SWIGLU
-from fiddler.kernels.matmul.grouped import stored_kinds
 from fiddler.kernels.matmul.products_call import BoundProducts, ProductsCall
 
 __all__ = ["ExpertFfn", "expert_ffn"]

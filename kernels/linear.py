@@ -11,8 +11,9 @@ import numpy as np
 from fiddler.kernels.codegen.variant import KernelVariant
 from fiddler.kernels.expert_matrices import ExpertMatrices, check_experts, check_stored
 from fiddler.kernels.machine.workspace import address_of
+from fiddler.kernels.matmul.blocks import stored_kinds
 from fiddler.kernels.matmul.epilogues import PLAIN
-from fiddler.kernels.matmul.grouped import run, stored_kinds
+from fiddler.kernels.matmul.grouped import run
 
 __all__ = ["linear", "linears", "per_expert", "per_head"]
 

@@ -22,7 +22,8 @@ from fiddler.kernels.kv_rows import head_dim_of, row_length
 from fiddler.kernels.machine.isa import choose_tier
 from fiddler.kernels.machine.threads import check_process, end_with_parent, thread_count, usable_cores
 from fiddler.kernels.machine.tuning import TUNINGS
-from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products, stored_as
+from fiddler.kernels.matmul.blocks import stored_as
+from fiddler.kernels.matmul.grouped import addresses, compile_grouped_products
 from fiddler.kernels.norm_router import rms_norm, route
 
 __all__ = ["COMPILING", "compile_for_parent", "precompile"]

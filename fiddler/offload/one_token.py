@@ -15,7 +15,7 @@ from fiddler.kernels import ExpertFfn
 from fiddler.kernels.one_token import NOT_YET, TokenDivision
 from fiddler.kernels.token_layer import TokenLayer
 from fiddler.offload.expert_cache import Residents
-from fiddler.offload.plan import LayerBalance, Plan, PlanFor
+from fiddler.offload.plan import Balance, Plan, PlanFor
 
 __all__ = ["OneToken", "TokenInputs", "TokenPlan"]
 
@@ -80,11 +80,11 @@ class OneToken:
         ]
         self._plan: Sequence[PlanFor] = ()
         self._blocks = False
-        self._balances: Sequence[LayerBalance] = ()
+        self._balances: Sequence[Balance] = ()
         self._plans: list[_Plans] = []
         self._made: list[dict[tuple[int, float], tuple[TokenPlan, tuple[int, ...]]]] = []
 
-    def plan_by(self, plan: Sequence[PlanFor], balances: Sequence[LayerBalance], *, blocks: bool) -> None:
+    def plan_by(self, plan: Sequence[PlanFor], balances: Sequence[Balance], *, blocks: bool) -> None:
         """Divide by these plans from now on, plan[layer]; equal ones are shared.
 
         balances: of each layer, the GPU's delays. blocks: copies would begin when the CPU is done, so the GPU has no

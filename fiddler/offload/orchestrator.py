@@ -26,7 +26,7 @@ from fiddler.offload.expert_cache import Residents
 from fiddler.offload.feed_forward import tokens_by_expert
 from fiddler.offload.gpu_side import GpuSide, Grouped
 from fiddler.offload.one_token import OneToken, TokenInputs, TokenPlan
-from fiddler.offload.plan import Costs, LayerBalance, Plan, plan_with_sums
+from fiddler.offload.plan import Balance, Costs, Plan, plan_with_sums
 from fiddler.offload.prefetch import Prefetcher
 from fiddler.offload.staging_ring import Part, Ring
 from fiddler.offload.token_signals import TokenSignals
@@ -111,7 +111,7 @@ class Orchestrator:
         again = {n: lru_cache(maxsize=4096)(plan) for n, plan in plans.items()}
         self._plan = [plans[w.expert_bytes] for w in self.layers]
         self._plan_again = [again[w.expert_bytes] for w in self.layers]  # of evenly spread tokens: these come back
-        self.balances = [LayerBalance() for _ in self.layers]
+        self.balances = [Balance() for _ in self.layers]
         self._plan_token()
 
     def _plan_token(self) -> None:

@@ -21,7 +21,7 @@ from math import ceil, floor, inf
 
 from fiddler.cost_curve import Curve
 
-__all__ = ["Balance", "Costs", "LayerBalance", "Plan", "PlanFor", "make_plan", "plan_with_sums"]
+__all__ = ["Balance", "Costs", "Plan", "PlanFor", "make_plan", "plan_with_sums"]
 
 _MARGIN = 0.05  # fraction of the time: a smaller saving is lost to the plan's errors
 
@@ -63,80 +63,63 @@ PlanFor = Callable[[tuple[int, ...], tuple[int, ...], float, int], Plan]
 
 
 class Balance:
-    """Delay of the GPU's part after the CPU's [s], adjusted at run time by which side finishes first.
+    """Delays of the GPU's part after the CPU's [s] in one layer, adjusted at run time by which side finishes first.
 
-    Calibration cannot know it: queueing copies beside a busy CPU takes time, and the speed of each side varies. The
-    delay moves by one small step at a time: it follows changes, and one odd moment moves it little; if the same side
-    was first many times, by several. A late GPU leaves the faster side waiting, so the delay rests where the GPU is
-    late three times in eight. Plans of whole experts may leave one side waiting: then it moves only where the other
-    side ends first than was expected.
+    Calibration cannot know them: queueing copies beside a busy CPU takes time, and the speed of each side varies. Each
+    layer has its own: nothing is queued before the first one of a token, and layers have different residents. And each
+    number of missing experts has: where copies are slower than was measured, the GPU is the later the more is copied.
+
+    A delay moves by one small step at a time, and those of other numbers by half of one: they follow changes, and one
+    odd moment moves them little; if the same side was first many times, by several. A late GPU leaves the faster side
+    waiting, so a delay rests where the GPU is late three times in eight. Plans of whole experts may leave one side
+    waiting: then it moves only where the other side ends first than was expected.
     """
 
-    _STEP, _MAX_STEPS = 25e-6, 80
+    _STEP, _MAX_STEPS = 25e-6, 80.0
     _LATE, _FIRST = 1.0, -0.6  # steps
-    _ALIKE, _FASTER = 6, 4  # from so many results in a row that are alike on, steps are so much longer
+    _ALIKE, _FASTER = 8, 3.0  # from so many results in a row that are alike on, steps are so much longer
     _EVEN = 50e-6  # an expected lead [s] up to which either side may end first
     _IDLE_TOKENS = 8  # of one side alone, after which the other may be tried again, one step nearer
 
-    def __init__(self, like: Balance | None = None) -> None:
-        """like: begin with its delay."""
-        self._steps: float = 0.0 if like is None else like._steps
-        self._idle_tokens = self._alike = 0  # alike: negative where the GPU was first
-
-    @property
-    def seconds(self) -> float:
-        """The value for `Costs.copy_start`; negative where the GPU is the faster side."""
-        return round(self._steps) * self._STEP
-
-    def tell(self, *, gpu_first: bool, lead: float = 0.0) -> None:
-        """Adjust after a layer in which both sides had a part. lead: see `Plan`."""
-        self._idle_tokens = 0
-        if abs(lead) > self._EVEN and gpu_first == (lead > 0):
-            return
-        self._alike = min(self._alike, 0) - 1 if gpu_first else max(self._alike, 0) + 1
-        change = (self._FIRST if gpu_first else self._LATE) * (self._FASTER if abs(self._alike) > self._ALIKE else 1)
-        self._steps = max(-self._MAX_STEPS, min(self._MAX_STEPS, self._steps + change))
-
-    def tell_alone(self) -> None:
-        """Adjust after a layer in which one side had no part: a delay that nobody measures any more is forgotten."""
-        self._idle_tokens += 1
-        if self._idle_tokens >= self._IDLE_TOKENS and self._steps:
-            self._idle_tokens = 0
-            self._steps -= max(-1.0, min(1.0, self._steps))
-
-
-class LayerBalance:
-    """Balances of a layer's single tokens, by the number of its missing experts.
-
-    Each layer has its own: nothing is queued before the first one of a token, and layers have different residents. So
-    has each number: where a copy is slower than was measured, the GPU is the later the more is copied.
-    """
-
     def __init__(self) -> None:
-        self._balances: dict[int, Balance] = {}
-        self._last = Balance()
+        self._of_all = 0.0  # steps
+        self._more: dict[int, float] = {}  # steps for a number of missing experts
+        self._idle_tokens: dict[int, int] = {}
+        self._alike = 0  # negative where the GPU was first
         self._delays: tuple[float, ...] = ()
 
     def delays(self, most: int) -> tuple[float, ...]:
-        """The delay for each number of missing experts, up to `most`; before its first time, that of the last one."""
+        """The values for `Costs.copy_start` for each number of missing experts up to `most`.
+
+        Negative where the GPU is the faster side. The same tuple until one changes.
+        """
         if len(self._delays) <= most:
-            self._delays = tuple([self._balances.get(missing, self._last).seconds for missing in range(most + 1)])
+            of_all, more = self._of_all, self._more
+            self._delays = tuple([round(of_all + more.get(i, 0.0)) * self._STEP for i in range(most + 1)])
         return self._delays
 
     def tell(self, missing: int, *, gpu_first: bool, lead: float = 0.0) -> None:
-        """Implements `Balance.tell` for so many missing experts."""
-        self._of(missing).tell(gpu_first=gpu_first, lead=lead)
+        """Adjust after a layer with so many missing experts, in which both sides had a part. lead: see `Plan`."""
+        self._idle_tokens[missing] = 0
+        if abs(lead) > self._EVEN and gpu_first == (lead > 0):
+            return
+        self._alike = min(self._alike, 0) - 1 if gpu_first else max(self._alike, 0) + 1
+        steps = self._FIRST if gpu_first else self._LATE
+        self._move(missing, steps * self._FASTER if abs(self._alike) > self._ALIKE else steps)
 
     def tell_alone(self, missing: int) -> None:
-        """Implements `Balance.tell_alone` for so many missing experts."""
-        self._of(missing).tell_alone()
+        """Adjust after a layer in which one side had no part: a delay that nobody measures any more is forgotten."""
+        idle = self._idle_tokens[missing] = self._idle_tokens.get(missing, 0) + 1
+        steps = self._of_all + self._more.get(missing, 0.0)
+        if idle >= self._IDLE_TOKENS and steps:
+            self._idle_tokens[missing] = 0
+            self._move(missing, -max(-1.0, min(1.0, steps)))
 
-    def _of(self, missing: int) -> Balance:
-        balance = self._balances.get(missing)
-        if balance is None:
-            balance = self._balances[missing] = Balance(self._last)
-        self._last, self._delays = balance, ()
-        return balance
+    def _move(self, missing: int, steps: float) -> None:
+        most = self._MAX_STEPS / 2
+        self._of_all = max(-most, min(most, self._of_all + steps / 2))
+        self._more[missing] = max(-most, min(most, self._more.get(missing, 0.0) + steps / 2))
+        self._delays = ()
 
 
 def make_plan(

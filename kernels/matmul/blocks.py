@@ -6,11 +6,11 @@ Knows addresses that its callers have validated: no bounds checks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
-from numba import njit, types
+from numba import njit, typeof, types
 from numba.extending import overload
 
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
@@ -23,6 +23,7 @@ from fiddler.kernels.codegen.variant import (
     outer_rows,
     quantised,
 )
+from fiddler.kernels.formats import format_of
 from fiddler.kernels.matmul.amx_blocks import k_words_many, multiply_tiles
 from fiddler.kernels.matmul.decoded_blocks import decoded_words, multiply_blocks, multiply_decoded
 from fiddler.kernels.matmul.dot_blocks import multiply_dots
@@ -31,7 +32,7 @@ from fiddler.kernels.matmul.int8_weights import int8_row_words
 from fiddler.kernels.matmul.outer_blocks import multiply_outer, multiply_outer_floats, outer_k_words
 from fiddler.kernels.matmul.stores import store_float
 
-__all__ = ["block_product", "call_block_product", "scratch_words"]
+__all__ = ["block_product", "call_block_product", "scratch_words", "stored_as", "stored_kinds"]
 
 
 @partial(kernel, parallel=False)
@@ -162,3 +163,15 @@ def _packed_product_of(
     if kind.amx:
         return multiply_tiles
     return multiply_outer if kind.bf16_pairs else multiply_outer_floats
+
+
+@lru_cache(maxsize=256)
+def stored_as(variant: KernelVariant, columns: int) -> tuple[int, int]:
+    """How a matrix with rows of so many weights is stored, and multiplied: bytes of a row, and its kernel's address."""
+    return format_of(variant).row_bytes(columns), block_product.address(typeof(variant))
+
+
+@lru_cache(maxsize=256)
+def stored_kinds(variants: tuple[KernelVariant, ...], columns: tuple[int, ...]) -> np.ndarray:
+    """`stored_as` of several matrices, int64 [matrices, 2]."""
+    return np.array([stored_as(*each) for each in zip(variants, columns, strict=True)], np.int64).reshape(-1, 2)

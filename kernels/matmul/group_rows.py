@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
 
 from fiddler.kernels.codegen.jit import OPTIONS
+from fiddler.kernels.codegen.llvm import I8, prefetch
+from fiddler.kernels.codegen.variant import compiled
 from fiddler.kernels.matmul.packing import Groups
 
-__all__ = ["next_offset", "queue_offsets", "rows_in"]
+__all__ = ["next_offset", "prefetch_rows", "queue_offsets", "rows_in"]
 
+_LINE, _PREFETCHED = 64, 1 << 15  # bytes
 _STEP = 32  # a group's rows begin at a multiple in the queue, so that tasks begin at whole groups of int8 activations
 
 
@@ -36,6 +42,35 @@ def rows_in(groups: Groups, row_at: np.ndarray, g: int, begin: int, count: int) 
     """
     first = max(begin - row_at[g], 0)
     return first, min(begin + count - row_at[g], groups.hidden[g]) - first
+
+
+@njit(**OPTIONS)
+def prefetch_rows(matrices: np.ndarray, stored: np.ndarray, groups: Groups, width: int, begin: int, end: int) -> None:
+    """Prefetch what a task reads first of `down`, rows [begin, end): while it waits for hidden activations.
+
+    matrices, stored: see `grouped_products`, from `down` on. width: hidden rows of a whole expert.
+    """
+    left = _PREFETCHED
+    for row in range(begin, end):
+        for g in range(groups.expert.size):
+            nbytes = stored[0, 0] * groups.hidden[g] // width
+            address = matrices[0, groups.expert[g]] + row * stored[0, 0]
+            for at in range(address, address + nbytes, _LINE):
+                _prefetch(at)
+            left -= nbytes
+            if left <= 0:
+                return
+
+
+@compiled
+def _prefetch(_context: Any, _address: Any) -> Any:
+    """Prefetch the cache line at an address into the second-level cache."""
+
+    def generate(context: Any, b: ir.IRBuilder, _signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        prefetch(b, b.inttoptr(arguments[0], I8.as_pointer()), 2)
+        return context.get_dummy_value()
+
+    return types.none(types.intp), generate
 
 
 @njit(**OPTIONS)

@@ -15,10 +15,9 @@ from numba import prange, typeof, types
 from fiddler.kernels.codegen.function_pointer import FunctionPointer
 from fiddler.kernels.codegen.jit import kernel
 from fiddler.kernels.codegen.variant import KernelVariant
-from fiddler.kernels.formats import format_of
 from fiddler.kernels.machine.threads import threads_for
 from fiddler.kernels.machine.workspace import Workspace
-from fiddler.kernels.matmul.blocks import block_product, call_block_product, scratch_words
+from fiddler.kernels.matmul.blocks import call_block_product, scratch_words
 from fiddler.kernels.matmul.epilogues import (
     CLAMPED,
     PLAIN,
@@ -28,7 +27,7 @@ from fiddler.kernels.matmul.epilogues import (
     store_hidden,
     swiglu,
 )
-from fiddler.kernels.matmul.group_rows import next_offset, queue_offsets, rows_in
+from fiddler.kernels.matmul.group_rows import next_offset, prefetch_rows, queue_offsets, rows_in
 from fiddler.kernels.matmul.packing import GROUPS, Groups, call_pack, group_offsets, group_tokens, pack, row_stride
 from fiddler.kernels.matmul.row_queue import add_rows, take_rows, task_rows, wait_for_rows
 
@@ -39,8 +38,6 @@ __all__ = [
     "grouped_products",
     "products",
     "run",
-    "stored_as",
-    "stored_kinds",
     "workspace",
 ]
 
@@ -63,6 +60,7 @@ def _take_tasks(
     task: int,
     queue: int,
     stored_rows: int,
+    awaited: int,
     independent: bool,
     threads: int,
     c: np.ndarray,
@@ -73,12 +71,15 @@ def _take_tasks(
 
     The names are those of `grouped_products`. gate_up: the activation, PLAIN for one matrix; matrices, biases, stored:
     from this one on, each [outputs, width]; row_at: see `rows_in`; at: offsets of the groups' activations; outputs:
-    rows of the queue; stored_rows: address of an int64, increased by those whose hidden activations are stored; c:
-    float32 [1 or 2, task, ldc], this thread's sums; result: [T, outputs], or empty where the output is hidden
-    activations.
+    rows of the queue; stored_rows: address of an int64, increased by those whose hidden activations are stored;
+    awaited: of which so many must be before this product, or 0; c: float32 [1 or 2, task, ldc], this thread's sums;
+    result: [T, outputs], or empty where the output is hidden activations.
     """
     first, stride, pair, ldc = groups.first, row_stride(variant, width), 2 if gate_up != PLAIN else 1, c.shape[2]
     begin, row_count = take_rows(variant, queue, task, outputs, threads, independent, gate_up != PLAIN)
+    if awaited > 0:
+        prefetch_rows(matrices, stored, groups, width, begin, min(begin + row_count, outputs))
+        wait_for_rows(stored_rows, awaited)
     while begin < outputs:
         row_count = min(row_count, outputs - begin)
         for t in range(result.shape[0]):
@@ -127,7 +128,7 @@ def _take_tasks(
 _INTS, _FLOATS, _INT, _ADDRESSES = types.intp[::1], types.float32[::1], types.intp, types.intp[:, ::1]
 _tasks = FunctionPointer(
     _take_tasks,
-    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INTS, _INT, _INTS, _INTS, *[_INT] * 6),
+    *(None, _INT, _ADDRESSES, _ADDRESSES, types.int64[:, ::1], GROUPS, _INTS, _INT, _INTS, _INTS, *[_INT] * 7),
     *(types.boolean, _INT),
     *(types.float32[:, :, ::1], _INT, types.float32[:, ::1]),
 )
@@ -138,22 +139,10 @@ _call_tasks = _tasks.call
 def addresses(variant: KernelVariant) -> tuple[int, int]:
     """The addresses of the kernels that `grouped_products` calls; compiled or read from the cache first.
 
-    variant: a `KernelVariant.grouping`, as of all functions here but `stored_as`.
+    variant: a `KernelVariant.grouping`, as of all functions here.
     """
     kind = typeof(variant)
     return pack.address(kind), _tasks.address(kind)
-
-
-@lru_cache(maxsize=256)
-def stored_as(variant: KernelVariant, columns: int) -> tuple[int, int]:
-    """How a matrix with rows of so many weights is stored, and multiplied: bytes of a row, and its kernel's address."""
-    return format_of(variant).row_bytes(columns), block_product.address(typeof(variant))
-
-
-@lru_cache(maxsize=256)
-def stored_kinds(variants: tuple[KernelVariant, ...], columns: tuple[int, ...]) -> np.ndarray:
-    """`stored_as` of several matrices, int64 [matrices, 2]."""
-    return np.array([stored_as(*each) for each in zip(variants, columns, strict=True)], np.int64).reshape(-1, 2)
 
 
 def run(
@@ -271,9 +260,7 @@ def grouped_products(
             done = 0  # elements of y
             for stage in range(2 if gated else outputs.size):
                 gate_up, down = activation if stage == 0 else PLAIN, gated and stage == 1
-                matrix = 2 if down else stage
-                if down:
-                    wait_for_rows(stored_rows, queued[0])
+                matrix, awaited = (2, queued[0]) if down else (stage, 0)
                 task, queue = tasks[matrix], queues.ctypes.data + 64 * matrix
                 stage_k, at = (expert_width, hidden_at) if down else (width, x_at)
                 pair, result_tokens = 2 if gate_up != PLAIN else 1, 0 if gate_up != PLAIN else tokens
@@ -285,7 +272,17 @@ def grouped_products(
                     (
                         *(variant, gate_up, matrices[matrix:], biases[matrix:], stored[matrix:], groups),
                         *(row_at, words, at, hidden_at),
-                        *(expert_width, queued[matrix], stage_k, task, queue, stored_rows, independent, threads),
+                        *(
+                            expert_width,
+                            queued[matrix],
+                            stage_k,
+                            task,
+                            queue,
+                            stored_rows,
+                            awaited,
+                            independent,
+                            threads,
+                        ),
                         *(sums.reshape(pair, task, ldc), scratch_at + 4 * thread * scratch, result),
                     ),
                 )
@@ -296,7 +293,5 @@ _MATRIX = types.float32[:, ::1]
 ARGUMENTS = (
     *(_MATRIX, types.int64[:, ::1], _MATRIX, _INTS, _ADDRESSES, types.int64[:, ::1], _INTS, _INT),
     *(_FLOATS, _ADDRESSES, _FLOATS, _INT, types.UniTuple(_INT, 2)),
-)
-"""Types of the arguments of `grouped_products` from `x` on."""
-
+)  # of `grouped_products` from `x` on
 products = FunctionPointer(grouped_products, None, *ARGUMENTS, returns=_INT)

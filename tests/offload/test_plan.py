@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fiddler.cost_curve import Curve
-from fiddler.offload.plan import Balance, Costs, LayerBalance, make_plan
+from fiddler.offload.plan import Balance, Costs, make_plan
 from oracles.plans import brute_force, cost, greedy
 
 HIDDEN = 6
+MISSING = 7
 
 
 positive = st.floats(0.01, 10)
@@ -173,11 +174,11 @@ def test_balance_finds_how_late_the_gpu_begins():
     for late in (0.0, 300e-6, -200e-6):
         balance = Balance()
         for _ in range(60):
-            plan = make_plan([1, 1], replace(costs, copy_start=balance.seconds), hidden, 64)
+            plan = make_plan([1, 1], replace(costs, copy_start=balance.delays(8)[MISSING]), hidden, 64)
             gpu_part = sum(plan.gpu_rows) / hidden
             cpu, gpu = (2 - gpu_part) * costs.cpu(1), gpu_part * costs.copy + late
-            balance.tell(gpu_first=gpu < cpu)
-        assert abs(balance.seconds - late) < 60e-6
+            balance.tell(MISSING, gpu_first=gpu < cpu)
+        assert abs(balance.delays(8)[MISSING] - late) < 60e-6
         assert abs(cpu - gpu) < 100e-6
 
 
@@ -186,66 +187,68 @@ def test_a_balance_far_off_is_found_in_few_tokens_and_the_gpu_is_then_late_less_
     calibrated, noise = Costs(Curve((1,), (0.45e-3,)), Curve((1,), (0.0,)), 0.18e-3, 0.0), random.Random(0)
     balance, late = Balance(), []
     for _ in range(400):
-        plan = make_plan([1] * 7, replace(calibrated, copy_start=balance.seconds), 768, 64)
+        plan = make_plan([1] * 7, replace(calibrated, copy_start=balance.delays(8)[MISSING]), 768, 64)
         gpu_part = sum(plan.gpu_rows) / 768
         late.append(gpu_part * 0.18e-3 + noise.gauss(0, 30e-6) > (7 - gpu_part) * 0.15e-3)
-        balance.tell(gpu_first=not late[-1])
+        balance.tell(MISSING, gpu_first=not late[-1])
     assert not all(late[:30])
     assert 0.25 < mean(late[-300:]) < 0.5
 
 
 def test_the_balance_of_a_layer_is_that_of_each_number_of_missing_experts():
-    """The copies take 20 % longer than planned, so the GPU is the later the more experts are missing."""
-    costs, balance = Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0), LayerBalance()
-    differences = {missing: [] for missing in (4, 6, 8)}
+    """The copies take 60 % longer than planned, so the GPU is the later the more experts are missing."""
+    costs, balance = Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0), Balance()
+    differences, delays = ({missing: [] for missing in (4, 6, 8)} for _ in range(2))
     for token in range(300):
         missing = (4, 6, 8)[token % 3]
         plan = make_plan([1] * missing, replace(costs, copy_start=balance.delays(8)[missing]), 768, 64)
         gpu_part = sum(plan.gpu_rows) / 768
-        cpu, gpu = (missing - gpu_part) * costs.cpu(1), gpu_part * costs.copy * 1.2
+        cpu, gpu = (missing - gpu_part) * costs.cpu(1), gpu_part * costs.copy * 1.6
         differences[missing].append(gpu - cpu)
+        delays[missing].append(balance.delays(8)[missing])
         balance.tell(missing, gpu_first=gpu < cpu, lead=plan.lead)
-    assert all(abs(mean(last[-40:])) < 25e-6 for last in differences.values())
-    assert balance.delays(8)[8] > balance.delays(8)[4]
+    assert all(abs(mean(each[-40:])) < 25e-6 for each in differences.values())
+    assert mean(delays[8][-40:]) > mean(delays[4][-40:]) + 50e-6
 
 
-def test_a_number_of_missing_experts_that_comes_first_has_the_delay_of_the_last_one():
-    balance = LayerBalance()
+def test_other_numbers_of_missing_experts_follow_half_way():
+    balance = Balance()
     assert balance.delays(3) == (0.0,) * 4
     for _ in range(4):
         balance.tell(2, gpu_first=False)
-    assert balance.delays(3) == (100e-6,) * 4
-    balance.tell(3, gpu_first=False)
-    assert balance.delays(3)[1:] == (125e-6, 100e-6, 125e-6)
-    balance.tell(2, gpu_first=False)
-    assert balance.delays(3)[1:] == (125e-6,) * 3
+    assert balance.delays(3) == pytest.approx((50e-6, 50e-6, 100e-6, 50e-6))
+    same = balance.delays(3)
+    assert balance.delays(3) is same
+    for _ in range(4):
+        balance.tell(3, gpu_first=False)
+    assert balance.delays(3) == pytest.approx((100e-6, 100e-6, 150e-6, 150e-6))
 
 
 def test_balance_rests_where_a_plan_of_whole_experts_leaves_the_gpu_waiting():
     """Six experts on the CPU and two on the GPU: moving a third would make the GPU the later side by far."""
     balance, costs = Balance(), Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0, cpu_split=1.0)
     for _ in range(50):
-        plan = make_plan([1] * 8, replace(costs, copy_start=balance.seconds), 768, 64)
+        plan = make_plan([1] * 8, replace(costs, copy_start=balance.delays(8)[MISSING]), 768, 64)
         assert plan.gpu_rows == (768,) * 2 + (0,) * 6
-        balance.tell(gpu_first=True, lead=plan.lead)
-    assert balance.seconds == 0
-    balance.tell(gpu_first=False, lead=plan.lead)
-    assert balance.seconds > 0
+        balance.tell(MISSING, gpu_first=True, lead=plan.lead)
+    assert balance.delays(8)[MISSING] == 0
+    balance.tell(MISSING, gpu_first=False, lead=plan.lead)
+    assert balance.delays(8)[MISSING] > 0
 
 
 def test_balance_tries_the_gpu_again_after_a_time_in_which_copies_came_late():
     """Some experts take less than the largest delay: without a part, the GPU would never be measured again."""
     balance, costs = Balance(), Costs(Curve((1,), (75e-6,)), Curve((1,), (0.0,)), 180e-6, 0.0)
     for _ in range(40):
-        balance.tell(gpu_first=False)
+        balance.tell(MISSING, gpu_first=False)
     streamed = []
     for _ in range(1000):
-        plan = make_plan([1] * 8, replace(costs, copy_start=balance.seconds), 768, 64)
+        plan = make_plan([1] * 8, replace(costs, copy_start=balance.delays(8)[MISSING]), 768, 64)
         streamed.append(any(plan.gpu_rows))
         if any(plan.gpu_rows):
-            balance.tell(gpu_first=plan.lead > 0 or balance.seconds > 0, lead=plan.lead)
+            balance.tell(MISSING, gpu_first=plan.lead > 0 or balance.delays(8)[MISSING] > 0, lead=plan.lead)
         else:
-            balance.tell_alone()
+            balance.tell_alone(MISSING)
     assert not any(streamed[:100])
     assert all(streamed[-100:])
 
