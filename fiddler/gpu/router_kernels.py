@@ -20,7 +20,8 @@ from fiddler.models.router import LEAST_SUM
 
 __all__ = ["route"]
 
-_ELEMENTS_OF_ONE = 1 << 16  # of a router's matrix, up to which one program computes a token's logits
+_ELEMENTS_OF_ONE, _OF_ONE_TOKEN = 1 << 16, 1 << 14  # of a matrix, up to which one program computes a token's logits
+_ONE_WARP = 256  # experts up to which one warp chooses: several would exchange each maximum through memory
 _LOWEST = tl.constexpr(-(1 << 63))  # below every `_ranked`
 _LEAST_SUM = tl.constexpr(LEAST_SUM)
 _SIGN_LESS = tl.constexpr(0x7FFFFFFF)
@@ -228,7 +229,7 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
         triton.next_power_of_2(groups), groups, rule.groups_used, two,
     )  # fmt: skip
     outputs = expert_ids, routing_weights, experts
-    if gate.numel() > _ELEMENTS_OF_ONE:
+    if gate.numel() > (_ELEMENTS_OF_ONE if tokens > 1 else _OF_ONE_TOKEN):
         if tokens == 1:
             x, logits = torch.empty_like(h), torch.empty(1, experts, device=h.device)
             _normed_logits[(experts,)](
@@ -237,7 +238,8 @@ def route(h: Tensor, epsilon: float, weights: RouterWeights, rule: RouterRule, k
         else:
             x = norm(h, weights.norm, epsilon)
             logits = F.linear(x, gate)
-        _choose_each[(tokens,)](logits, *biases, *outputs, rule.scale, *constants, num_warps=4)
+        warps = 1 if experts <= _ONE_WARP else 4
+        _choose_each[(tokens,)](logits, *biases, *outputs, rule.scale, *constants, num_warps=warps)
         return x, expert_ids, routing_weights
     x, wide = torch.empty_like(h), triton.next_power_of_2(width)
     block = max(16, min(wide, 16384 // constants[0]))
