@@ -62,8 +62,8 @@ ONLY_IN = {
     "matplotlib": "evaluation.kernel_throughput",  # where a plot is asked for
     "numba": "kernels",
     "numpy": "converters kernels cpu.loader cpu.layers evaluation files generation gpu.decode_graphs gpu.graph_capture"
-    " gpu.graphs gpu.latent_kernels gpu.step gpu.step_inputs gpu.streamed_experts offload runtime sampling"
-    " text.vocabulary device.semaphore device.weight_copy",
+    " gpu.graphs gpu.latent_kernels gpu.step gpu.step_inputs offload runtime sampling text.vocabulary"
+    " device.semaphore device.weight_copy",
     "prometheus-client": "serving.http.metrics cli.serve",  # the command asks whether it is installed
     "sentencepiece": "text.spm",
     "starlette": "serving.http cli.serve",

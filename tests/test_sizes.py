@@ -39,6 +39,8 @@ EXCEPTIONS = {
     "fiddler.gpu.router_kernels._choose": TRITON,
     "fiddler.gpu.router_kernels._choose_each": TRITON,
     "fiddler.gpu.router_kernels._route": TRITON,
+    "fiddler.gpu.signal_kernels._hand_over": TRITON,
+    "fiddler.gpu.signal_kernels._take_sums": TRITON,
     "fiddler.loading.load": "the Python API: its parameters are its options",
     "fiddler.offload.grouped_block_kernels.down_blocks": TRITON,
     "fiddler.offload.grouped_block_kernels.up_blocks": TRITON,
@@ -75,6 +77,7 @@ EXCEPTIONS = {
     "kernels.matmul.outer_blocks.multiply_outer_floats": SCALARS,
     "kernels.matmul.outer_tiles.outer_tile": INSTRUCTIONS,
     "kernels.norm_router._route": SCALARS,
+    "kernels.token_layer._divide_and_compute": "those of `grouped_products`, and what divides the layer",
 }
 """Function -> why it is longer or takes more."""
 
