@@ -54,11 +54,10 @@ class CapturedGraphs:
 
         pool: its first memory stays where it is; the pool may grow.
         """
-        config, device = model.config, pool.device
+        config, device, width = model.config, pool.device, model.config.embedding_length
         self._model, self._experts, self._recorder = model, orchestrator, recorder
         self._layers = () if orchestrator is None else orchestrator.layers  # those with experts
         self._k = config.expert_used_count
-        width = config.embedding_length
         self._inputs = StepInputs(blocks_for(len(cos_sin)), device)
         self._token = self._inputs.token  # int64: id, position, block table
         self._cache = DecodeCache(pool, self._token[1:], cos_sin, config)
@@ -204,10 +203,12 @@ class CapturedGraphs:
             self._run(0, None, self._y)
             if self._streamed is not None:
                 layer, place = self.breaks[0], self._numbers.place(Signal.SUMMED, 0)
-                signals = Signals(place, place, place)
-                self._run(layer + 1, None, self._run(layer, layer, self._y, signals), signals)
+                for signals in (_NO_SIGNALS, Signals(place, place, place)):
+                    state = self._run(layer, layer, self._y, signals)
+                    for begin in (layer + 1, len(self._layers)):
+                        self._run(begin, None, state, signals)
                 self._streamed.run()
-                run_each_kind(self._inputs.first, self._numbers.place(Signal.SUMMED, 0))
+                run_each_kind(self._inputs.first, place)
                 self._inputs.advance(0)
                 self._choices.queue_token(self._logits, self._token)
             self._router_outputs.clear()
